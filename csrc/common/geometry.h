@@ -1,0 +1,60 @@
+// The index arithmetic of a convolution, for host and device. dynops/geometry.py defines the same.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DYNOPS_HD __host__ __device__ __forceinline__
+#else
+#define DYNOPS_HD inline __attribute__((always_inline))
+#endif
+
+namespace dynops {
+
+// As dynops.geometry.ConvGeometry, in the same order; an op's schema passes it as int[15].
+struct Geometry {
+  int64_t batch, in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h,
+      dil_w, groups, transposed;
+
+  DYNOPS_HD int64_t taps() const { return kernel_h * kernel_w; }
+  DYNOPS_HD int64_t in_pixels() const { return batch * in_h * in_w; }
+  DYNOPS_HD int64_t out_pixels() const { return batch * out_h * out_w; }
+  DYNOPS_HD bool pointwise() const {
+    return kernel_h * kernel_w == 1 && stride_h * stride_w == 1 && pad_h == 0 && pad_w == 0 &&
+           in_h == out_h && in_w == out_w;
+  }
+};
+
+struct Pixel {
+  int32_t n, y, x;
+};
+
+// The pixel at flat position n*h*w + y*w + x.
+DYNOPS_HD Pixel pixel_at(int32_t flat, int32_t h, int32_t w) {
+  const int32_t line = flat / w;
+  const int32_t n = line / h;
+  return {n, line - n * h, flat - line * w};
+}
+
+// The input coordinate that tap `tap` of output coordinate `out` reads, or -1 outside [0, size).
+DYNOPS_HD int32_t input_coordinate(int32_t out, int32_t tap, int32_t size, int32_t stride, int32_t pad,
+                                   int32_t dilation, bool transposed) {
+  if (transposed) {
+    const int32_t shifted = out + pad - tap * dilation;
+    const int32_t in = shifted / stride;
+    return shifted >= 0 && in * stride == shifted && in < size ? in : -1;
+  }
+  const int32_t in = out * stride - pad + tap * dilation;
+  return in >= 0 && in < size ? in : -1;
+}
+
+// The flat input position that tap (r, s) of output pixel p reads, or -1 outside the input.
+DYNOPS_HD int32_t input_pixel(const Geometry& g, Pixel p, int32_t r, int32_t s) {
+  const int32_t y = input_coordinate(p.y, r, int32_t(g.in_h), int32_t(g.stride_h), int32_t(g.pad_h),
+                                     int32_t(g.dil_h), g.transposed != 0);
+  const int32_t x = input_coordinate(p.x, s, int32_t(g.in_w), int32_t(g.stride_w), int32_t(g.pad_w),
+                                     int32_t(g.dil_w), g.transposed != 0);
+  return y < 0 || x < 0 ? -1 : (p.n * int32_t(g.in_h) + y) * int32_t(g.in_w) + x;
+}
+
+}  // namespace dynops

@@ -1,0 +1,118 @@
+"""Finds the binary, names the backends, chooses one, and keeps packed weights."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import threading
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+NAMES = ("cpp", "triton", "reference")
+FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+try:
+    from . import _C
+except ImportError as error:  # a source tree that was not built: everything runs on the reference
+    _C, _C_ERROR = None, error
+
+
+def build_info() -> dict:
+    """What the binary was built with: versions, instruction sets, CUDA architectures.
+
+    Raises:
+        RuntimeError: the package was not built.
+    """
+    if _C is None:
+        raise RuntimeError(f"dynops._C is not built (pip install . builds it): {_C_ERROR}")
+    return _C.build_info()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that an op runs on.
+
+    A named one is used or raises; unnamed, the fastest that exists for this device and dtype.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend cannot run here.
+    """
+    if not backend:
+        if dtype in FAST_DTYPES:
+            if device.type == "cpu" and _C is not None:
+                return "cpp"
+            if device.type == "cuda" and has_triton():
+                return "triton"
+        return "reference"
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {NAMES}, got {backend!r}")
+    problem = _problem(backend, device, dtype)
+    if problem:
+        raise RuntimeError(f"backend={backend!r}: {problem}")
+    return backend
+
+
+def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if backend == "reference":
+        return None
+    if dtype not in FAST_DTYPES:
+        return f"expected float32, bfloat16 or float16, got {dtype}"
+    if backend == "cpp":
+        if _C is None:
+            return f"the binary is not built: {_C_ERROR}"
+        return None if device.type == "cpu" else f"expected CPU tensors, got {device}"
+    if not has_triton():
+        return "Triton is not installed"
+    if device.type == "cuda" or _triton_interprets():
+        return None
+    return f"expected CUDA tensors, got {device}"
+
+
+def _triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+class WeightCache:
+    """What a kernel makes of a weight (packed, converted), kept while the weight lives unchanged.
+
+    An entry is found by the identity of the weight and is valid for one version of it: an optimiser
+    step or ``load_state_dict`` bumps the version, and the next use packs again. Writing through
+    ``weight.data`` bumps nothing and is not seen; call :meth:`clear` after it.
+    """
+
+    def __init__(self):
+        self._entries = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, weight: Tensor, key, make):
+        """``make()`` for this weight and key, or what it returned last time."""
+        if weight.is_inference():  # has no version: a change could not be noticed
+            return make()
+        version = (weight._version, weight.data_ptr(), weight.shape)
+        entry = self._entries.get(weight)
+        if entry is None or entry[0] != version:
+            entry = (version, {})
+            with self._lock:
+                self._entries[weight] = entry
+        packed = entry[1].get(key)
+        if packed is None:
+            packed = entry[1][key] = make()
+        return packed
+
+    def clear(self) -> None:
+        """Forgets every packed weight."""
+        with self._lock:
+            self._entries = WeakIdKeyDictionary()
+
+
+weight_cache = WeightCache()

@@ -1,0 +1,73 @@
+"""The geometry of a 2-D convolution as plain integers, shared by plans, ops and kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ConvGeometry(NamedTuple):
+    """Everything about a convolution but its values. ``list(geometry)`` is what an op's schema takes.
+
+    Tap ``(r, s)`` of output pixel ``(y, x)`` reads input pixel
+
+    * ``y*stride_h - pad_h + r*dil_h`` (and likewise in x) in a convolution;
+    * ``(y + pad_h - r*dil_h) / stride_h`` where that divides exactly, in a transposed one.
+
+    A position outside the input reads zero. ``pad_h, pad_w`` are the paddings before the first row
+    and column; those after the last follow from the sizes, so they need not be equal.
+    """
+
+    batch: int
+    in_h: int
+    in_w: int
+    out_h: int
+    out_w: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dil_h: int
+    dil_w: int
+    groups: int
+    transposed: int
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        return self.batch, self.in_h, self.in_w
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        return self.batch, self.out_h, self.out_w
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether output pixel p reads input pixel p and nothing else."""
+        return (
+            self.taps == 1
+            and self.stride_h == self.stride_w == 1
+            and self.pad_h == self.pad_w == 0
+            and (self.in_h, self.in_w) == (self.out_h, self.out_w)
+        )
+
+    def macs(self, rows: int, in_channels: int, out_channels: int) -> float:
+        """Multiply-accumulates to compute ``rows`` output pixels.
+
+        A transposed convolution with stride s meets only 1/(s*s) of its taps at each output pixel.
+        """
+        taps = self.taps / (self.stride_h * self.stride_w) if self.transposed else self.taps
+        return rows * taps * in_channels * out_channels / self.groups
+
+
+def pair(value, name: str) -> tuple[int, int]:
+    """``value`` (an int or a pair of ints) as a pair."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return tuple(value)
+    raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")

@@ -1,0 +1,1 @@
+"""Kernels, one module a backend and noun, imported when first used."""

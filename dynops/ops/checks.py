@@ -1,0 +1,224 @@
+"""Argument checks of the public functions: what does not fit raises before a kernel sees it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import ConvGeometry, pair
+from ..plans import PixelPlan
+from .epilogue import ACTIVATIONS
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def tensor(value, name: str, dims: int, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {what}, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {what}, got shape {tuple(value.shape)}")
+    return value
+
+
+def same(value: Tensor, name: str, x: Tensor, x_name: str = "x", dtype: bool = True) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected it on {x_name}'s device {x.device}, got {value.device}")
+    if dtype and value.dtype != x.dtype:
+        raise TypeError(f"{name}: expected {x_name}'s dtype {x.dtype}, got {value.dtype}")
+
+
+def pixel_plan(plan, name: str, device: torch.device) -> PixelPlan:
+    if not isinstance(plan, PixelPlan):
+        raise TypeError(f"{name}: expected a PixelPlan (PixelPlan.from_mask), got {type(plan).__name__}")
+    if plan.device != device:
+        raise ValueError(f"{name}: expected it on x's device {device}, got {plan.device}")
+    return plan
+
+
+def dense_map(x, plan: PixelPlan, name: str, channels: int | None = None, dtype=None) -> None:
+    """``x`` is ``[N, C, H, W]`` at the plan's resolution."""
+    n, h, w = plan.shape
+    tensor(x, name, 4, "[N, C, H, W]")
+    expected = (n, x.shape[1] if channels is None else channels, h, w)
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, as the plan has it, got {tuple(x.shape)}")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
+    if x.device != plan.device:
+        raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {x.device}")
+
+
+def packed_rows(rows, plan: PixelPlan, name: str, channels: int | None = None) -> None:
+    """``rows`` is ``[plan.num_rows, C]``."""
+    tensor(rows, name, 2, "packed rows [P, C]")
+    if rows.shape[0] != plan.num_rows or (channels is not None and rows.shape[1] != channels):
+        expected = (plan.num_rows, "C" if channels is None else channels)
+        raise ValueError(f"{name}: expected packed rows {expected}, got shape {tuple(rows.shape)}")
+    if rows.device != plan.device:
+        raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {rows.device}")
+
+
+def _positive(values: tuple[int, int], name: str) -> tuple[int, int]:
+    if any(not isinstance(v, int) and not isinstance(v, torch.SymInt) for v in values) or min(values) < 1:
+        raise ValueError(f"{name}: expected positive ints, got {values}")
+    return values
+
+
+def _inputs(x, weight, bias, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ranks, devices and dtypes; autocast as the dense layer has it."""
+    if in_plan is None:
+        tensor(x, "x", 4, "[N, C, H, W]")
+    else:
+        tensor(x, "x", 2, "packed rows [P, C]")
+        pixel_plan(in_plan, "in_plan", x.device)
+        packed_rows(x, in_plan, "x")
+    tensor(weight, "weight", 4, "[out, in, kh, kw]")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype) if weight.requires_grad else weight
+        bias = None if bias is None else bias.to(dtype)
+        same(weight, "weight", x, dtype=False)
+    else:
+        same(weight, "weight", x)
+    if bias is not None:
+        tensor(bias, "bias", 1, "[out]")
+        same(bias, "bias", x)
+    return x, weight, bias
+
+
+def _channels(x, weight, bias, in_channels: int, out_channels: int, groups: int, in_plan) -> None:
+    if not isinstance(groups, int) or groups < 1 or in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups: expected a divisor of the {in_channels} input and {out_channels} output channels, got {groups}"
+        )
+    if x.shape[1] != in_channels:
+        raise ValueError(
+            f"x: expected {in_channels} channels, as weight {tuple(weight.shape)} with groups={groups} has them, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
+
+
+def _same_padding(kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]):
+    """(before, after) paddings of padding='same' in y and x; the odd one goes after, as in torch."""
+    if stride != (1, 1):
+        raise ValueError(f"padding: 'same' expects stride 1, got stride {stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [(t // 2, t - t // 2) for t in total]
+
+
+def _fits(plan: PixelPlan, batch: int, out_size: tuple[int, int]) -> None:
+    if plan.shape != (batch, *out_size):
+        raise ValueError(
+            f"plan: expected one for the output's [N, H, W] = {(batch, *out_size)}, got one for {plan.shape}"
+        )
+
+
+def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode, in_plan=None):
+    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry."""
+    x, weight, bias = _inputs(x, weight, bias, in_plan)
+    pixel_plan(plan, "plan", x.device)
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _positive(pair(stride, "stride"), "stride"), _positive(pair(dilation, "dilation"), "dilation")
+    _channels(x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups, in_plan)
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode: expected one of {PADDING_MODES}, got {padding_mode!r}")
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+        pads = _same_padding(kernel, stride, dilation) if padding == "same" else [(0, 0), (0, 0)]
+    else:
+        pads = [(p, p) for p in pair(padding, "padding")]
+        if min(pads)[0] < 0:
+            raise ValueError(f"padding: expected ints >= 0, got {padding}")
+    if padding_mode != "zeros" and pads != [(0, 0), (0, 0)]:
+        x = F.pad(x, (*pads[1], *pads[0]), mode=padding_mode)
+        pads = [(0, 0), (0, 0)]
+    batch, *in_size = in_plan.shape if in_plan is not None else (x.shape[0], *x.shape[2:])
+    out_size = tuple(
+        (in_size[i] + sum(pads[i]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
+        raise ValueError(f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}")
+    _fits(plan, batch, out_size)
+    geometry = ConvGeometry(
+        batch, *in_size, *out_size, *kernel, *stride, pads[0][0], pads[1][0], *dilation, groups, 0
+    )
+    return x, weight, bias, geometry
+
+
+def conv_transpose_arguments(
+    x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan=None
+):
+    """Checks a transposed convolution's arguments. Returns x, weight, bias, geometry."""
+    x, weight, bias = _inputs(x, weight, bias, in_plan)
+    pixel_plan(plan, "plan", x.device)
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _positive(pair(stride, "stride"), "stride"), _positive(pair(dilation, "dilation"), "dilation")
+    padding, output_padding = pair(padding, "padding"), pair(output_padding, "output_padding")
+    _channels(x, weight, bias, weight.shape[0], weight.shape[1] * groups, groups, in_plan)
+    if min(padding) < 0 or min(output_padding) < 0:
+        raise ValueError(f"padding, output_padding: expected ints >= 0, got {padding}, {output_padding}")
+    if any(output_padding[i] >= max(stride[i], dilation[i]) for i in (0, 1)):
+        raise ValueError(
+            f"output_padding: expected it smaller than stride {stride} or dilation {dilation}, got {output_padding}"
+        )
+    batch, *in_size = in_plan.shape if in_plan is not None else (x.shape[0], *x.shape[2:])
+    out_size = tuple(
+        (in_size[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
+        for i in (0, 1)
+    )
+    _fits(plan, batch, out_size)
+    geometry = ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *padding, *dilation, groups, 1)
+    return x, weight, bias, geometry
+
+
+def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
+    """Checks what an op does to its result. Returns (activation, scale, shift, gate [P], residual [P, O])."""
+    activation = activation or ""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)[1:]}, got {activation!r}")
+    for value, name in ((scale, "scale"), (shift, "shift")):
+        if value is not None and tuple(tensor(value, name, 1, "[O]").shape) != (channels,):
+            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(value.shape)}")
+    if gate is not None:
+        gate = _gate_rows(gate, plan)
+    if residual is not None:
+        residual = residual.to(x.dtype) if isinstance(residual, Tensor) else residual
+        if isinstance(residual, Tensor) and residual.dim() == 4:
+            dense_map(residual, plan, "residual", channels=channels)
+            residual = torch.ops.dynops.gather_rows(residual, plan.index, plan.count)
+        packed_rows(residual, plan, "residual", channels=channels)
+    if base is not None:
+        dense_map(base, plan, "base", channels=channels, dtype=x.dtype)
+    return activation, scale, shift, gate, residual
+
+
+def _gate_rows(gate, plan: PixelPlan) -> Tensor:
+    """A gate ``[P]``, ``[N, H, W]`` or ``[N, 1, H, W]`` as ``[P]``."""
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"gate: expected a tensor, got {type(gate).__name__}")
+    if tuple(gate.shape) == (plan.num_rows,):
+        return gate
+    gate = gate[:, None] if gate.dim() == 3 else gate
+    n, h, w = plan.shape
+    if tuple(gate.shape) != (n, 1, h, w):
+        raise ValueError(
+            f"gate: expected [N, H, W], [N, 1, H, W] or packed [{plan.num_rows}] for {plan.shape}, "
+            f"got shape {tuple(gate.shape)}"
+        )
+    return torch.ops.dynops.gather_rows(gate, plan.index, plan.count)[:, 0]
+
+
+def epilogue_is_plain(epilogue) -> bool:
+    """Whether at most an activation follows the convolution."""
+    return all(value is None for value in epilogue[1:])
+
+
+def epilogue_is_empty(epilogue) -> bool:
+    """Whether nothing at all follows the convolution."""
+    return not epilogue[0] and epilogue_is_plain(epilogue)

@@ -1,0 +1,96 @@
+"""Plan building: mask to index, its inverse, and the input pixels that outputs read.
+
+Each op's reference below defines it; the C++ kernels of ``csrc/cpu/index.cpp`` (and on a GPU
+``csrc/cuda/pixels.cu``) take over under the same names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from .registry import define
+
+
+def _mask_to_index(mask: Tensor) -> Tensor:
+    """int32 ``[P]``: the ascending flat positions of the nonzeros of ``mask``."""
+    if mask.is_floating_point() and bool(mask.isnan().any()):
+        raise RuntimeError("mask: NaN")
+    return mask.reshape(-1).nonzero()[:, 0].to(torch.int32)
+
+
+def _mask_to_index_fake(mask: Tensor) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return mask.new_empty((size,), dtype=torch.int32)
+
+
+def _mask_to_index_capacity(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The first ``capacity`` positions, padded with -1, and how many are valid; no host sync."""
+    active = (mask.reshape(-1) != 0).to(torch.int32)
+    row = active.cumsum(0, dtype=torch.int32) - 1
+    slot = torch.where((active != 0) & (row < capacity), row, capacity).long()
+    index = torch.full((capacity + 1,), -1, dtype=torch.int32, device=mask.device)
+    index[slot] = torch.arange(mask.numel(), dtype=torch.int32, device=mask.device)
+    count = active.sum(dtype=torch.int32).clamp(max=capacity).reshape(1)
+    return index[:-1].clone(), count
+
+
+def _mask_to_index_capacity_fake(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    return mask.new_empty((capacity,), dtype=torch.int32), mask.new_empty((1,), dtype=torch.int32)
+
+
+def _inverse_index(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
+    """int32 ``[N, H, W]``: the row of each pixel, -1 where there is none."""
+    pixels = shape[0] * shape[1] * shape[2]
+    inverse = torch.full((pixels + 1,), -1, dtype=torch.int32, device=index.device)
+    slot = torch.where(index < 0, pixels, index.long())
+    inverse[slot] = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
+    return inverse[:-1].view(shape).clone()
+
+
+def _inverse_index_fake(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
+    return index.new_empty(shape)
+
+
+def _needed_mask(index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
+    """bool ``[N, in_h, in_w]``: the input pixels that the outputs in ``index`` read."""
+    g = ConvGeometry(*geometry)
+    pixels = g.batch * g.out_h * g.out_w
+    mask = torch.zeros(pixels + 1, device=index.device)
+    mask[torch.where(index < 0, pixels, index.long())] = 1
+    mask = mask[:-1].view(g.batch, 1, g.out_h, g.out_w)
+    ones = torch.ones(1, 1, g.kernel_h, g.kernel_w, device=index.device)
+    stride, dilation = (g.stride_h, g.stride_w), (g.dil_h, g.dil_w)
+    if g.transposed:
+        reach_h, reach_w = g.dil_h * (g.kernel_h - 1), g.dil_w * (g.kernel_w - 1)
+        bottom = (g.in_h - 1) * g.stride_h + reach_h + 1 - g.out_h - g.pad_h
+        right = (g.in_w - 1) * g.stride_w + reach_w + 1 - g.out_w - g.pad_w
+        full = F.pad(mask, (g.pad_w, right, g.pad_h, bottom))
+        return F.conv2d(full, ones, stride=stride, dilation=dilation)[:, 0] > 0
+    full = F.conv_transpose2d(mask, ones, stride=stride, dilation=dilation)
+    bottom, right = g.in_h + g.pad_h - full.shape[2], g.in_w + g.pad_w - full.shape[3]
+    return F.pad(full, (-g.pad_w, right, -g.pad_h, bottom))[:, 0] > 0
+
+
+def _needed_mask_fake(index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
+    return index.new_empty((geometry[0], geometry[1], geometry[2]), dtype=torch.bool)
+
+
+define("mask_to_index(Tensor mask) -> Tensor", _mask_to_index, _mask_to_index_fake)
+define(
+    "mask_to_index_capacity(Tensor mask, SymInt capacity) -> (Tensor, Tensor)",
+    _mask_to_index_capacity,
+    _mask_to_index_capacity_fake,
+)
+define(
+    "inverse_index(Tensor index, Tensor? count, SymInt[] shape) -> Tensor",
+    _inverse_index,
+    _inverse_index_fake,
+)
+define(
+    "needed_mask(Tensor index, Tensor? count, SymInt[] geometry) -> Tensor",
+    _needed_mask,
+    _needed_mask_fake,
+)

@@ -1,0 +1,444 @@
+"""Pixel-sparse convolution: compute only the output pixels of a plan.
+
+The mathematics, for output pixel p = (n, y, x) of the plan, taps t and input position q(p, t)
+(``geometry.ConvGeometry``)::
+
+    z[p]   = scale * (sum_t W[t] x[q(p, t)] + bias) + shift
+    out[p] = activation(gate[p] * z[p] + residual[p])          and base (or 0) where no p is
+
+The gradients, with dy gathered at the plan's pixels::
+
+    dx[q]  = sum over (p, t) with q(p, t) = q of W[t]^T dy[p]
+    dW[t]  = sum_p dy[p] x[q(p, t)]^T        db = sum_p dy[p]
+
+Inputs are read wherever the kernel reaches, active or not. ``_conv``, ``_conv_input_grad`` and
+``_conv_weight_grad`` are the reference in plain PyTorch; the kernels have the same signatures.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry
+from ..plans import PixelPlan
+from . import checks
+from .epilogue import ACTIVATIONS, apply_epilogue
+from .registry import define
+from .rows import gather_pixels, memory_format_of, scatter_pixels
+
+# ---------------------------------------------------------------------------------- reference
+
+
+def dense_input(x: Tensor, source: Tensor | None, g: ConvGeometry) -> Tensor:
+    """``x`` as ``[N, C, H, W]``: itself, or packed rows put in their places, zero elsewhere."""
+    if source is None:
+        return x
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    row = source.reshape(-1).long()
+    dense = padded[torch.where(row < 0, x.shape[0], row)]
+    return dense.view(*g.in_shape, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def dense_conv(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+    """The dense convolution of this geometry, ``[N, O, out_h, out_w]``."""
+    stride, dilation = (g.stride_h, g.stride_w), (g.dil_h, g.dil_w)
+    reach_h, reach_w = g.dil_h * (g.kernel_h - 1) + 1, g.dil_w * (g.kernel_w - 1) + 1
+    if g.transposed:
+        full = F.conv_transpose2d(x, weight, None, stride, 0, 0, g.groups, dilation)
+        bottom, right = g.out_h + g.pad_h - full.shape[2], g.out_w + g.pad_w - full.shape[3]
+        return F.pad(full, (-g.pad_w, right, -g.pad_h, bottom))
+    bottom = (g.out_h - 1) * g.stride_h + reach_h - g.in_h - g.pad_h
+    right = (g.out_w - 1) * g.stride_w + reach_w - g.in_w - g.pad_w
+    if (bottom, right) == (g.pad_h, g.pad_w):
+        return F.conv2d(x, weight, None, stride, (g.pad_h, g.pad_w), dilation, g.groups)
+    x = F.pad(x, (g.pad_w, right, g.pad_h, bottom))
+    return F.conv2d(x, weight, None, stride, 0, dilation, g.groups)
+
+
+def _conv(
+    x: Tensor,  # [N, C, H, W], or [R, C] with source
+    weight: Tensor,  # [O, C/groups, kh, kw]; transposed: [C, O/groups, kh, kw]
+    bias: Tensor | None,  # [O]
+    index: Tensor,  # [P]
+    count: Tensor | None,  # [1]
+    source: Tensor | None,  # [N, in_h, in_w]: the row of x at each input pixel, or -1
+    geometry: list[int],
+    activation: str,
+    scale: Tensor | None,  # [O]
+    shift: Tensor | None,  # [O]
+    gate: Tensor | None,  # [P]
+    residual: Tensor | None,  # [P, O]
+    base: Tensor | None,  # [N, O, out_h, out_w]
+    rows: bool,  # whether to return packed rows
+) -> Tensor:  # [P, O] if rows else [N, O, out_h, out_w]
+    g = ConvGeometry(*geometry)
+    dense = dense_conv(dense_input(x, source, g), weight.to(x.dtype), g)
+    out = torch.ops.dynops.gather_rows(dense, index, count)
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    out = apply_epilogue(out, activation, scale, shift, gate, residual)
+    if rows:
+        return out
+    out = torch.ops.dynops.scatter_rows(out, index, count, list(g.out_shape), base)
+    return out if source is not None else out.contiguous(memory_format=memory_format_of(x))
+
+
+def _dense_grad(grad: Tensor, index: Tensor, count: Tensor | None, g: ConvGeometry, rows: bool) -> Tensor:
+    """The output gradient as ``[N, O, H, W]``, zero outside the plan."""
+    if not rows:
+        grad = torch.ops.dynops.gather_rows(grad, index, count)
+    return torch.ops.dynops.scatter_rows(grad, index, count, list(g.out_shape), None)
+
+
+def _conv_input_grad(
+    grad: Tensor,  # [P, O] if rows else [N, O, out_h, out_w]
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor | None,
+    source: Tensor | None,
+    source_rows: int,  # rows of x, where it is packed
+    geometry: list[int],
+    rows: bool,
+) -> Tensor:  # like x
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+    dense = _dense_grad(grad, index, count, g, rows)
+    x = grad.new_zeros(g.batch, channels, g.in_h, g.in_w)
+    with torch.enable_grad():
+        x.requires_grad_()
+        (dx,) = torch.autograd.grad(dense_conv(x, weight.to(grad.dtype), g), x, dense)
+    if source is None:
+        return dx if rows else dx.contiguous(memory_format=memory_format_of(grad))
+    out = dx.new_zeros(source_rows + 1, channels)
+    row = source.reshape(-1).long()
+    out[torch.where(row < 0, source_rows, row)] = dx.permute(0, 2, 3, 1).reshape(-1, channels)
+    return out[:-1].clone()
+
+
+def _conv_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    count: Tensor | None,
+    source: Tensor | None,
+    weight_shape: list[int],
+    geometry: list[int],
+    rows: bool,
+) -> tuple[Tensor, Tensor]:  # dW as weight_shape, db [O]
+    g = ConvGeometry(*geometry)
+    dense = _dense_grad(grad, index, count, g, rows)
+    weight = grad.new_zeros(weight_shape)
+    with torch.enable_grad():
+        weight.requires_grad_()
+        (dw,) = torch.autograd.grad(dense_conv(dense_input(x, source, g), weight, g), weight, dense)
+    return dw, dense.sum((0, 2, 3))
+
+
+# ---------------------------------------------------------------------- backends, fakes, schema
+
+
+def _kernels(backend: str, x: Tensor):
+    """The kernel module for ``x``, or None for the reference above."""
+    name = backends.choose(backend, x.device, x.dtype)
+    if name == "cpp":
+        from ..kernels import cpp
+
+        return cpp
+    if name == "triton":
+        from ..kernels import pixels
+
+        return pixels
+    return None
+
+
+def _run_conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows, backend):  # fmt: skip
+    kernels = _kernels(backend, x)
+    run = _conv if kernels is None else kernels.conv
+    return run(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
+
+
+def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, rows, backend):
+    kernels = _kernels(backend, grad)
+    run = _conv_input_grad if kernels is None else kernels.conv_input_grad
+    return run(grad, weight, index, count, source, source_rows, geometry, rows)
+
+
+def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, backend):
+    kernels = _kernels(backend, grad)
+    run = _conv_weight_grad if kernels is None else kernels.conv_weight_grad
+    return run(grad, x, index, count, source, weight_shape, geometry, rows)
+
+
+def _fake_conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows, backend):  # fmt: skip
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
+    if rows:
+        return x.new_empty(index.shape[0], channels)
+    out = x.new_empty(g.batch, channels, g.out_h, g.out_w)
+    return out.contiguous(memory_format=torch.channels_last if source is not None else memory_format_of(x))
+
+
+def _fake_input_grad(grad, weight, index, count, source, source_rows, geometry, rows, backend):
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+    if source is not None:
+        return grad.new_empty(source_rows, channels)
+    out = grad.new_empty(g.batch, channels, g.in_h, g.in_w)
+    return out.contiguous(memory_format=torch.channels_last if rows else memory_format_of(grad))
+
+
+def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, backend):
+    g = ConvGeometry(*geometry)
+    channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
+    return grad.new_empty(weight_shape), grad.new_empty(channels)
+
+
+define(
+    "pixel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, "
+    "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, "
+    "Tensor? base, bool rows, str backend) -> Tensor",
+    _run_conv,
+    _fake_conv,
+)
+define(
+    "pixel_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, "
+    "SymInt source_rows, SymInt[] geometry, bool rows, str backend) -> Tensor",
+    _run_input_grad,
+    _fake_input_grad,
+)
+define(
+    "pixel_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
+    "SymInt[] weight_shape, SymInt[] geometry, bool rows, str backend) -> (Tensor, Tensor)",
+    _run_weight_grad,
+    _fake_weight_grad,
+)
+
+# ----------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows, backend = inputs  # fmt: skip
+    epilogue = (scale, shift, gate, residual)
+    if activation or any(t is not None and t.requires_grad for t in epilogue):
+        raise RuntimeError(
+            "dynops::pixel_conv: the fused activation, scale, shift, gate and residual have no gradient; "
+            "dynops.ops.sparse_conv2d composes them from ops that have one"
+        )
+    if any(t is not None for t in epilogue):
+        raise RuntimeError("dynops::pixel_conv: a fused epilogue cannot be differentiated")
+    ctx.save_for_backward(x, weight, index, count, source)
+    ctx.geometry, ctx.rows, ctx.backend = geometry, rows, backend
+
+
+def _backward(ctx, grad):
+    x, weight, index, count, source = ctx.saved_tensors
+    dx = dw = db = dbase = None
+    need_x, need_w, need_b, need_base = (ctx.needs_input_grad[i] for i in (0, 1, 2, 12))
+    if need_x:
+        source_rows = 0 if source is None else x.shape[0]
+        dx = torch.ops.dynops.pixel_conv_input_grad(
+            grad, weight, index, count, source, source_rows, ctx.geometry, ctx.rows, ctx.backend
+        )
+    if need_w:
+        dw, db = torch.ops.dynops.pixel_conv_weight_grad(
+            grad, x, index, count, source, weight.shape, ctx.geometry, ctx.rows, ctx.backend
+        )
+    elif need_b:
+        db = (grad if ctx.rows else torch.ops.dynops.gather_rows(grad, index, count)).sum(0)
+    if need_base:
+        zeros = grad.new_zeros(index.shape[0], grad.shape[1])
+        dbase = torch.ops.dynops.scatter_rows(zeros, index, count, ctx.geometry[:1] + ctx.geometry[3:5], grad)
+    return dx, dw, (db if need_b else None), *[None] * 9, dbase, None, None
+
+
+torch.library.register_autograd("dynops::pixel_conv", _backward, setup_context=_setup_context)
+
+# ------------------------------------------------------------------------------ public functions
+
+
+def sparse_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: PixelPlan,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    base: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """2-D convolution computed at the pixels of ``plan`` only.
+
+    Equals ``where(mask, activation(gate * (scale * conv2d(x, …) + shift) + residual), base or 0)``.
+
+    Args:
+        x: ``[N, C, H, W]``, either memory format (channels_last is read in place, NCHW is copied
+            to it first); the output has the same one. Not masked: every input pixel may be read.
+        weight: ``[O, C/groups, kh, kw]``, of ``x``'s dtype.
+        bias: ``[O]`` or None.
+        plan: a :class:`PixelPlan` at the output resolution.
+        stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
+        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh" or "hardswish".
+        scale, shift: ``[O]``, an affine map of each output channel (a folded norm).
+        gate: ``[N, H, W]``, ``[N, 1, H, W]`` or packed ``[P]``, a multiplier for each pixel.
+        residual: ``[N, O, H, W]`` or packed ``[P, O]``, added before the activation.
+        base: ``[N, O, H, W]``, the output where nothing is computed; zero if None.
+        backend: "cpp", "triton" or "reference"; None takes the fastest.
+
+    Returns:
+        ``[N, O, H, W]``, dtype of ``x``. Every floating argument gets its gradient, where it exists
+        at an active pixel (``base``: at an inactive one).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was expected and what came.
+        RuntimeError: a named backend that cannot run here.
+
+    Papers: DynConv (CVPR 2020), SBNet (CVPR 2018), PerforatedCNNs (NIPS 2016).
+    """
+    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)
+    if backend is None and plan.is_full and checks.epilogue_is_plain(epilogue):
+        return ACTIVATIONS[activation](dense_conv_bias(x, weight, bias, g))
+    return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
+
+
+def sparse_conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: PixelPlan,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    base: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Transposed 2-D convolution computed at the pixels of ``plan`` only.
+
+    As :func:`sparse_conv2d`, with ``weight`` ``[C, O/groups, kh, kw]`` and the arguments of
+    ``nn.ConvTranspose2d``; ``plan`` is at the output resolution.
+    """
+    x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation)  # fmt: skip
+    epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
+    if backend is None and plan.is_full and checks.epilogue_is_plain(epilogue):
+        return ACTIVATIONS[activation](dense_conv_bias(x, weight, bias, g))
+    return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
+
+
+def packed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_plan: PixelPlan | None,
+    plan: PixelPlan,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The convolution from one plan's rows to another's.
+
+    Args:
+        x: packed rows ``[in_plan.num_rows, C]``, or ``[N, C, H, W]`` where ``in_plan`` is None.
+        in_plan: the pixels that ``x`` holds; the convolution reads zero at all others.
+        plan: the output pixels, at the output resolution.
+        residual: packed ``[P, O]`` or ``[N, O, H, W]``.
+        weight, bias, and the rest: as in :func:`sparse_conv2d`.
+
+    Returns:
+        ``[plan.num_rows, O]``.
+    """
+    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, "zeros", in_plan)  # fmt: skip
+    epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, None)
+    return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
+
+
+def packed_conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_plan: PixelPlan | None,
+    plan: PixelPlan,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The transposed convolution from one plan's rows to another's; see :func:`packed_conv2d`."""
+    x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan)  # fmt: skip
+    epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, None)  # fmt: skip
+    return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
+
+
+def dense_conv_bias(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+    """The dense layer itself, for a plan that holds every pixel."""
+    out = dense_conv(x, weight.to(x.dtype), g)
+    return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
+
+
+def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
+    """Runs the op: with its gradient where one is needed, else straight to the kernel."""
+    if in_plan is plan and g.is_pointwise:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
+        out_rows = plan.as_rows()
+        x, g = x.t()[None, :, None], g._replace(batch=1, in_h=1, in_w=len(plan), out_h=1, out_w=len(plan))
+        index, count, source = out_rows.index, out_rows.count, None
+    else:
+        index, count = plan.index, plan.count
+        source = None if in_plan is None else in_plan.inverse()
+    activation, scale, shift, gate, residual = epilogue
+    backend = backend or ""
+    floating = (x, weight, bias, scale, shift, gate, residual, base)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
+    if needs_grad and not checks.epilogue_is_empty(epilogue):
+        weight = weight.to(x.dtype)
+        out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
+        out = apply_epilogue(out, activation, scale, shift, gate, residual)
+        return out if rows else scatter_pixels(out, plan, base)
+    arguments = (x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
+    if needs_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return torch.ops.dynops.pixel_conv(*arguments)
+    return _run_conv(*arguments)
+
+
+__all__ = [
+    "gather_pixels",
+    "packed_conv2d",
+    "packed_conv_transpose2d",
+    "scatter_pixels",
+    "sparse_conv2d",
+    "sparse_conv_transpose2d",
+]

@@ -1,0 +1,216 @@
+"""Plans: a gate's decision as indices. Built once, shared by many ops, without gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import ConvGeometry, pair
+
+_MAX_PIXELS = 2**31 - 1
+_MASK_DTYPES = {
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+}
+
+
+class PixelPlan:
+    """The pixels of one resolution that are computed.
+
+    Attributes:
+        index: int32 ``[P]``, ascending flat positions ``n*H*W + y*W + x`` of the active pixels.
+            In the capacity form ``[capacity]``, where entries from ``count`` on are -1.
+        shape: ``(N, H, W)``, the resolution that the plan is for.
+        count: ``None`` in the compact form; in the capacity form an int32 ``[1]`` tensor on the
+            plan's device, the number of valid entries.
+
+    The compact form has exactly one entry for each active pixel; building it on a GPU reads the
+    count back to the host. The capacity form has a fixed size and never synchronises, so it can be
+    captured in a CUDA graph; pixels past the capacity are dropped, in ascending order.
+    """
+
+    def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
+        self.index = index
+        self.shape = tuple(shape)
+        self.count = count
+        self._inverse: Tensor | None = None
+        self._as_rows: PixelPlan | None = None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
+        """Builds the plan of a mask.
+
+        Args:
+            mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating; nonzero = active.
+            capacity: size of the capacity form; ``None`` builds the compact form (inside
+                ``torch.compile``, where sizes must not depend on data: the capacity form with
+                room for every pixel).
+
+        Raises:
+            TypeError: ``mask`` is not a tensor, or is complex or quantised.
+            ValueError: wrong rank, more than 2**31 - 1 pixels, a negative capacity, or a NaN in
+                the mask (not checked where checking would synchronise: capacity form on a GPU).
+        """
+        mask = check_mask(mask)
+        shape = tuple(mask.shape)
+        if capacity is None and torch.compiler.is_compiling():
+            capacity = shape[0] * shape[1] * shape[2]
+        if capacity is None:
+            return cls(_compact_index(mask), shape)
+        if capacity < 0:
+            raise ValueError(f"capacity: expected a number >= 0, got {capacity}")
+        index, count = torch.ops.dynops.mask_to_index_capacity(mask, capacity)
+        return cls(index, shape, count)
+
+    @classmethod
+    def full(cls, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> PixelPlan:
+        """The plan that computes every pixel of ``shape = (N, H, W)``."""
+        n, h, w = shape
+        return cls(torch.arange(n * h * w, dtype=torch.int32, device=device), shape)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a packed tensor on this plan: the active pixels, or the capacity."""
+        return self.index.shape[0]
+
+    @property
+    def num_pixels(self) -> int:
+        """All pixels of the resolution, N*H*W."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a compact plan holds every pixel (a capacity plan never says so)."""
+        return self.count is None and self.num_rows == self.num_pixels
+
+    @property
+    def density(self) -> float:
+        """Active pixels / all pixels. Synchronises a capacity plan."""
+        active = self.num_rows if self.count is None else int(self.count)
+        return active / max(self.num_pixels, 1)
+
+    def mask(self) -> Tensor:
+        """The plan as a bool mask ``[N, H, W]``."""
+        flat = torch.zeros(self.num_pixels + 1, dtype=torch.bool, device=self.device)
+        flat[self._slots()] = True
+        return flat[:-1].view(self.shape)
+
+    def inverse(self) -> Tensor:
+        """int32 ``[N, H, W]``: the row of each pixel, or -1 where it is not active (kept)."""
+        if self._inverse is None:
+            self._inverse = torch.ops.dynops.inverse_index(self.index, self.count, self.shape)
+        return self._inverse
+
+    def as_rows(self) -> PixelPlan:
+        """The plan of a map ``[1, C, 1, P]`` whose pixels are this plan's rows (kept)."""
+        if self._as_rows is None:
+            full = PixelPlan.full((1, 1, self.num_rows), self.device)
+            self._as_rows = PixelPlan(full.index, full.shape, self.count)
+        return self._as_rows
+
+    def needed(self, kernel_size, stride=1, padding=0, dilation=1, in_size=None) -> PixelPlan:
+        """The plan of the input pixels that a convolution reads to compute this plan's outputs.
+
+        Args:
+            kernel_size, stride, padding, dilation: as in ``nn.Conv2d`` (ints or pairs).
+            in_size: ``(H, W)`` of the input; by default the smallest that yields this plan's size.
+        """
+        kernel, stride = pair(kernel_size, "kernel_size"), pair(stride, "stride")
+        padding, dilation = pair(padding, "padding"), pair(dilation, "dilation")
+        if in_size is None:
+            in_size = tuple(
+                (self.shape[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]
+                for i in (0, 1)
+            )
+        geometry = ConvGeometry(
+            self.shape[0], *in_size, *self.shape[1:], *kernel, *stride, *padding, *dilation, 1, 0
+        )
+        return self.needed_by(geometry)
+
+    def needed_by(self, geometry: ConvGeometry) -> PixelPlan:
+        """As :meth:`needed`, for a whole :class:`ConvGeometry` (transposed convolutions too)."""
+        if geometry.is_pointwise:
+            return self
+        mask = torch.ops.dynops.needed_mask(self.index, self.count, list(geometry))
+        return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
+
+    def resized(self, size: tuple[int, int]) -> PixelPlan:
+        """This plan at another ``(H, W)``: an output pixel is active if any pixel under it is."""
+        if tuple(size) == self.shape[1:]:
+            return self
+        mask = resize_mask(self.mask(), size)
+        return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
+
+    def to(self, device: torch.device | str) -> PixelPlan:
+        """The same plan on another device."""
+        count = None if self.count is None else self.count.to(device)
+        return PixelPlan(self.index.to(device), self.shape, count)
+
+    def _slots(self) -> Tensor:
+        """int64 positions of the rows; the rows past the count go to the spare slot N*H*W."""
+        index = self.index.long()
+        return torch.where(index < 0, self.num_pixels, index)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __repr__(self) -> str:
+        form = "" if self.count is None else ", capacity form"
+        return f"PixelPlan({self.num_rows} of {self.num_pixels} pixels, shape={self.shape}{form})"
+
+
+def _compact_index(mask: Tensor) -> Tensor:
+    try:
+        return torch.ops.dynops.mask_to_index(mask)
+    except RuntimeError as error:
+        if "NaN" in str(error):
+            raise ValueError("mask: expected numbers, got NaN in it") from None
+        raise
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[N, H, W]`` to ``[N, *size]`` bool: true where any pixel under the output pixel is."""
+    h, w = mask.shape[1:]
+    if (h, w) == tuple(size):
+        return mask != 0
+    if h % size[0] == 0 and w % size[1] == 0:
+        tiles = (mask != 0).view(mask.shape[0], size[0], h // size[0], size[1], w // size[1])
+        return tiles.any(4).any(2)
+    return F.adaptive_max_pool2d((mask != 0).float(), size) > 0
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor [N, H, W] or [N, 1, H, W], got {type(mask).__name__}")
+    if mask.dtype not in _MASK_DTYPES:
+        raise TypeError(f"mask: expected a bool, integer or floating dtype, got {mask.dtype}")
+    if mask.dim() == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.dim() != 3:
+        raise ValueError(f"mask: expected [N, H, W] or [N, 1, H, W], got shape {tuple(mask.shape)}")
+    if mask.numel() > _MAX_PIXELS:
+        raise ValueError(f"mask: expected at most {_MAX_PIXELS} pixels, got {mask.numel()}")
+    return mask.detach()
+
+
+def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan") -> PixelPlan:
+    """A :class:`PixelPlan` from a plan or a mask."""
+    if isinstance(mask_or_plan, PixelPlan):
+        return mask_or_plan
+    if isinstance(mask_or_plan, Tensor):
+        return PixelPlan.from_mask(mask_or_plan)
+    raise TypeError(f"{name}: expected a PixelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
