@@ -69,7 +69,7 @@ asan: $(READY)
 	LD_PRELOAD="$(call LIB,libasan.so) $(call LIB,libubsan.so) $(call LIB,libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(PY) -m pytest $(ASAN_ARGS) tests
+	$(PY) -m pytest --capture=sys $(ASAN_ARGS) tests
 
 # Into its own folder: that nvcc accepts the sources, for TORCH_CUDA_ARCH_LIST, is all that is wanted.
 cuda: $(READY)
