@@ -1,0 +1,223 @@
+"""What tests need: one error budget, makers of inputs and masks, and a dense oracle.
+
+The oracle (:func:`dense_masked_conv2d`) is plain ``F.conv2d`` and a mask. It shares no line with
+``dynops.ops``, so that a mistake there cannot hide here. A test then reads::
+
+    x, weight = random_tensor(2, 8, 9, 9), random_tensor(4, 8, 3, 3)
+    mask = random_mask((2, 7, 7), density=0.3)
+    actual = dynops.ops.sparse_conv2d(x, weight, None, dynops.PixelPlan.from_mask(mask))
+    exact = dense_masked_conv2d(x.double(), weight.double(), None, mask)
+    dense = dense_masked_conv2d(x, weight, None, mask)
+    assert_within_budget(actual, exact, dense)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends
+
+LAYOUTS = ("nchw", "channels_last", "strided", "transposed", "expanded", "zero_stride")
+
+_ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": torch.relu,
+    "relu6": lambda y: y.clamp(0, 6),
+    "silu": lambda y: y * torch.sigmoid(y),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that run CPU tensors here: "reference", and "cpp" where the binary was built."""
+    return ("reference",) if backends._C is None else ("reference", "cpp")
+
+
+# ------------------------------------------------------------------------------- error budget
+
+
+def assert_within_budget(actual: Tensor, exact: Tensor, dense: Tensor, what: str = "result") -> None:
+    """Checks ``actual`` against the exact result, with the dense op's own error as the yardstick.
+
+    In the Euclidean norm ``|actual - exact|`` may be at most ``2 |dense - exact|`` plus one rounding
+    of the output dtype, ``eps/2 * |exact|``. So where the exact result is zero, ``actual`` must be
+    zero too. A norm over many values can hide one that is wrong, so the largest single error may be
+    at most ``8 max|dense - exact| + 4 eps * max|exact|``.
+
+    Args:
+        actual: the result under test.
+        exact: the same result from float64 inputs and arithmetic.
+        dense: the same result from the dense PyTorch op in ``actual``'s dtype.
+        what: named in the error.
+
+    Raises:
+        AssertionError: another shape or dtype than ``dense``, a value that is not finite where
+            ``exact`` is, or an error over the budget.
+    """
+    assert exact.dtype == torch.float64, f"{what}: exact: expected float64, got {exact.dtype}"
+    for name, value in (("dense", dense), ("exact", exact)):
+        assert actual.shape == value.shape, (
+            f"{what}: shape {tuple(actual.shape)}, but {name} has {tuple(value.shape)}"
+        )
+    assert actual.dtype == dense.dtype, f"{what}: dtype {actual.dtype}, but dense has {dense.dtype}"
+    actual, exact, eps = actual.detach().double(), exact.detach(), torch.finfo(dense.dtype).eps
+    dense = dense.detach().double()
+    wrong = int((actual.isfinite() != exact.isfinite()).sum())
+    assert wrong == 0, f"{what}: {wrong} of {actual.numel()} values are not finite where the exact ones are"
+    if exact.numel() == 0:
+        return
+    error, yardstick, size = (actual - exact).abs(), (dense - exact).abs(), exact.abs()
+    budget = 2 * yardstick.norm() + eps / 2 * size.norm()
+    assert error.norm() <= budget, (
+        f"{what}: error norm {error.norm():.3e} over the budget {budget:.3e} "
+        f"(dense op {yardstick.norm():.3e}, exact result {size.norm():.3e}, {actual.numel()} values)"
+    )
+    limit = 8 * yardstick.max() + 4 * eps * size.max()
+    assert error.max() <= limit, (
+        f"{what}: error {error.max():.3e} at {tuple(map(int, (error == error.max()).nonzero()[0]))}, "
+        f"over {limit:.3e}; {int((error > limit).sum())} of {actual.numel()} values are"
+    )
+
+
+# -------------------------------------------------------------------------------------- inputs
+
+
+def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, generator=None) -> Tensor:
+    """Random values of either sign with magnitudes from 0.25 to 1: none is zero.
+
+    A zero would hide a product that was never computed.
+    """
+    magnitude = torch.rand(shape, dtype=torch.float64, generator=generator) * 0.75 + 0.25
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (magnitude * sign).to(dtype)
+
+
+def random_mask(
+    shape: tuple[int, int, int], density: float = 0.5, kind: str = "random", generator=None
+) -> Tensor:
+    """A bool mask ``[N, H, W]``.
+
+    Args:
+        density: the share of active pixels (in expectation for "random").
+        kind: "random" (each pixel by itself), "square" (one filled rectangle in each image at a
+            random place), "one" (one active pixel in all), "empty" or "full".
+    """
+    n, h, w = shape
+    if kind == "random":
+        return torch.rand(shape, generator=generator) < density
+    mask = torch.full(shape, kind == "full")
+    if kind == "square":
+        side_h, side_w = round(h * density**0.5), round(w * density**0.5)
+        for image in mask:
+            y = int(torch.randint(0, h - side_h + 1, (), generator=generator))
+            x = int(torch.randint(0, w - side_w + 1, (), generator=generator))
+            image[y : y + side_h, x : x + side_w] = True
+    elif kind == "one" and mask.numel():
+        mask.view(-1)[int(torch.randint(0, mask.numel(), (), generator=generator))] = True
+    elif kind not in ("one", "empty", "full"):
+        raise ValueError(f"kind: expected random, square, one, empty or full, got {kind!r}")
+    return mask
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """``x`` ``[N, C, H, W]`` laid out in memory in one of :data:`LAYOUTS`.
+
+    The values stay, but in "expanded" (every image is the first, batch stride 0) and "zero_stride"
+    (every pixel of an image is its first, strides 0 in H and W).
+    """
+    if layout == "nchw":
+        return x.to(memory_format=torch.contiguous_format)
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)  # unlike contiguous(), also where C is 1
+    if layout == "strided":  # every other column of a wider map
+        gap = torch.full_like(x, float("nan") if x.is_floating_point() else 1)
+        wide = torch.stack([x, gap], -1).flatten(-2)
+        return wide[..., ::2]
+    if layout == "transposed":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded":
+        return x[:1].contiguous(memory_format=torch.channels_last).expand_as(x) if len(x) else x
+    if layout == "zero_stride":
+        return x[:, :, :1, :1].expand_as(x)
+    raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+
+
+# -------------------------------------------------------------------------------------- oracle
+
+
+def dense_masked_conv2d(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [O, C/groups, kh, kw]
+    bias: Tensor | None,  # [O]
+    mask: Tensor,  # [N, out_h, out_w]
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    **epilogue,
+) -> Tensor:
+    """``sparse_conv2d`` as the dense layer would do it: everything is computed, then masked.
+
+    Args:
+        epilogue: activation, scale, shift, gate ``[N, 1, H, W]``, residual ``[N, O, H, W]`` and
+            base, as in ``dynops.ops.sparse_conv2d``.
+    """
+    if padding_mode != "zeros":
+        layer = torch.nn.Conv2d(
+            x.shape[1], weight.shape[0], weight.shape[2:], stride, padding, dilation, groups,
+            padding_mode=padding_mode, device="meta",
+        )  # fmt: skip
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=padding_mode)
+        padding = 0
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _finish(out, mask, **epilogue)
+
+
+def dense_masked_conv_transpose2d(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [C, O/groups, kh, kw]
+    bias: Tensor | None,  # [O]
+    mask: Tensor,  # [N, out_h, out_w]
+    *,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups: int = 1,
+    dilation=1,
+    **epilogue,
+) -> Tensor:
+    """``sparse_conv_transpose2d`` as the dense layer would do it; see :func:`dense_masked_conv2d`."""
+    out = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _finish(out, mask, **epilogue)
+
+
+def _finish(
+    out, mask, *, activation=None, scale=None, shift=None, gate=None, residual=None, base=None
+) -> Tensor:
+    if scale is not None:
+        out = out * scale.view(1, -1, 1, 1)
+    if shift is not None:
+        out = out + shift.view(1, -1, 1, 1)
+    if gate is not None:
+        out = out * gate
+    if residual is not None:
+        out = out + residual
+    out = _ACTIVATIONS[activation](out)
+    return torch.where(mask[:, None], out, torch.zeros_like(out) if base is None else base)
+
+
+def rows_at(dense: Tensor, mask: Tensor) -> Tensor:
+    """The rows ``[P, C]`` of a map ``[N, C, H, W]`` at a bool mask's pixels, in ascending order."""
+    return dense.permute(0, 2, 3, 1)[mask]
+
+
+def dense_from_rows(rows: Tensor, mask: Tensor) -> Tensor:
+    """The map ``[N, C, H, W]`` that holds ``rows`` at a bool mask's pixels and zero elsewhere."""
+    dense = rows.new_zeros(*mask.shape, rows.shape[1])
+    return dense.masked_scatter(mask[..., None], rows).permute(0, 3, 1, 2)
