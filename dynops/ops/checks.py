@@ -123,7 +123,10 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     x, weight, bias = _inputs(x, weight, bias, in_plan)
     pixel_plan(plan, "plan", x.device)
     kernel = tuple(weight.shape[2:])
-    stride, dilation = _positive(pair(stride, "stride"), "stride"), _positive(pair(dilation, "dilation"), "dilation")
+    stride, dilation = (
+        _positive(pair(stride, "stride"), "stride"),
+        _positive(pair(dilation, "dilation"), "dilation"),
+    )
     _channels(x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups, in_plan)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {PADDING_MODES}, got {padding_mode!r}")
@@ -143,7 +146,9 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
         (in_size[i] + sum(pads[i]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     )
     if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
-        raise ValueError(f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}")
+        raise ValueError(
+            f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}"
+        )
     _fits(plan, batch, out_size)
     geometry = ConvGeometry(
         batch, *in_size, *out_size, *kernel, *stride, pads[0][0], pads[1][0], *dilation, groups, 0
@@ -158,7 +163,10 @@ def conv_transpose_arguments(
     x, weight, bias = _inputs(x, weight, bias, in_plan)
     pixel_plan(plan, "plan", x.device)
     kernel = tuple(weight.shape[2:])
-    stride, dilation = _positive(pair(stride, "stride"), "stride"), _positive(pair(dilation, "dilation"), "dilation")
+    stride, dilation = (
+        _positive(pair(stride, "stride"), "stride"),
+        _positive(pair(dilation, "dilation"), "dilation"),
+    )
     padding, output_padding = pair(padding, "padding"), pair(output_padding, "output_padding")
     _channels(x, weight, bias, weight.shape[0], weight.shape[1] * groups, groups, in_plan)
     if min(padding) < 0 or min(output_padding) < 0:
@@ -194,7 +202,8 @@ def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
             residual = torch.ops.dynops.gather_rows(residual, plan.index, plan.count)
         packed_rows(residual, plan, "residual", channels=channels)
     if base is not None:
-        dense_map(base, plan, "base", channels=channels, dtype=x.dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)  # which casts the base, as it does x
+        dense_map(base, plan, "base", channels=channels, dtype=None if autocast else x.dtype)
     return activation, scale, shift, gate, residual
 
 

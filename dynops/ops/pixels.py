@@ -42,20 +42,21 @@ def dense_input(x: Tensor, source: Tensor | None, g: ConvGeometry) -> Tensor:
     return dense.view(*g.in_shape, x.shape[1]).permute(0, 3, 1, 2)
 
 
-def dense_conv(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+def dense_conv(x: Tensor, weight: Tensor, g: ConvGeometry, bias: Tensor | None = None) -> Tensor:
     """The dense convolution of this geometry, ``[N, O, out_h, out_w]``."""
     stride, dilation = (g.stride_h, g.stride_w), (g.dil_h, g.dil_w)
     reach_h, reach_w = g.dil_h * (g.kernel_h - 1) + 1, g.dil_w * (g.kernel_w - 1) + 1
     if g.transposed:
         full = F.conv_transpose2d(x, weight, None, stride, 0, 0, g.groups, dilation)
         bottom, right = g.out_h + g.pad_h - full.shape[2], g.out_w + g.pad_w - full.shape[3]
-        return F.pad(full, (-g.pad_w, right, -g.pad_h, bottom))
+        full = F.pad(full, (-g.pad_w, right, -g.pad_h, bottom))  # may add rows that only the bias reaches
+        return full if bias is None else full + bias.view(-1, 1, 1)
     bottom = (g.out_h - 1) * g.stride_h + reach_h - g.in_h - g.pad_h
     right = (g.out_w - 1) * g.stride_w + reach_w - g.in_w - g.pad_w
     if (bottom, right) == (g.pad_h, g.pad_w):
-        return F.conv2d(x, weight, None, stride, (g.pad_h, g.pad_w), dilation, g.groups)
+        return F.conv2d(x, weight, bias, stride, (g.pad_h, g.pad_w), dilation, g.groups)
     x = F.pad(x, (g.pad_w, right, g.pad_h, bottom))
-    return F.conv2d(x, weight, None, stride, 0, dilation, g.groups)
+    return F.conv2d(x, weight, bias, stride, 0, dilation, g.groups)
 
 
 def _conv(
@@ -309,7 +310,7 @@ def sparse_conv2d(
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)
     if backend is None and plan.is_full and checks.epilogue_is_plain(epilogue):
-        return ACTIVATIONS[activation](dense_conv_bias(x, weight, bias, g))
+        return dense_layer(x, weight, bias, g, epilogue[0])
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
 
@@ -340,7 +341,7 @@ def sparse_conv_transpose2d(
     x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
     if backend is None and plan.is_full and checks.epilogue_is_plain(epilogue):
-        return ACTIVATIONS[activation](dense_conv_bias(x, weight, bias, g))
+        return dense_layer(x, weight, bias, g, epilogue[0])
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
 
@@ -404,15 +405,18 @@ def packed_conv_transpose2d(
     return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
 
 
-def dense_conv_bias(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, activation: str) -> Tensor:
     """The dense layer itself, for a plan that holds every pixel."""
-    out = dense_conv(x, weight.to(x.dtype), g)
-    return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
+    out = dense_conv(x, weight.to(x.dtype), g, None if bias is None else bias.to(x.dtype))
+    # a channels_last weight turns an NCHW input's output into channels_last
+    return ACTIVATIONS[activation](out).contiguous(memory_format=memory_format_of(x))
 
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
     """Runs the op: with its gradient where one is needed, else straight to the kernel."""
-    if in_plan is plan and g.is_pointwise:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
+    if (
+        in_plan is plan and g.is_pointwise and len(plan) > 0
+    ):  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
         out_rows = plan.as_rows()
         x, g = x.t()[None, :, None], g._replace(batch=1, in_h=1, in_w=len(plan), out_h=1, out_w=len(plan))
         index, count, source = out_rows.index, out_rows.count, None
@@ -421,13 +425,16 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         source = None if in_plan is None else in_plan.inverse()
     activation, scale, shift, gate, residual = epilogue
     backend = backend or ""
+    base = None if base is None else base.to(x.dtype)  # differs under autocast only
     floating = (x, weight, bias, scale, shift, gate, residual, base)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
     if needs_grad and not checks.epilogue_is_empty(epilogue):
         weight = weight.to(x.dtype)
         out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
-        return out if rows else scatter_pixels(out, plan, base)
+        if rows:
+            return out
+        return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
     arguments = (x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
     if needs_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.dynops.pixel_conv(*arguments)
