@@ -1,0 +1,696 @@
+"""Pixel ops against the dense layer and a mask: values and gradients, every argument."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import dynops
+from dynops import PixelPlan, ops
+from dynops.testing import (
+    LAYOUTS,
+    assert_within_budget,
+    available_backends,
+    dense_from_rows,
+    dense_masked_conv2d,
+    dense_masked_conv_transpose2d,
+    in_layout,
+    random_mask,
+    random_tensor,
+    rows_at,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+BACKENDS = available_backends()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASKS = {"random": 0.3, "square": 0.25, "one": 0, "empty": 0, "full": 1}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution's sizes and arguments."""
+
+    c: int = 8
+    o: int = 8
+    kernel: int | tuple = 3
+    stride: int | tuple = 1
+    padding: int | tuple | str = 0
+    dilation: int | tuple = 1
+    groups: int = 1
+    padding_mode: str = "zeros"
+    output_padding: int | tuple | None = None  # not None: a transposed convolution
+    n: int = 2
+    h: int = 11
+    w: int = 13
+
+    @property
+    def transposed(self) -> bool:
+        return self.output_padding is not None
+
+    @property
+    def arguments(self) -> dict:
+        """The arguments that the op and the oracle share."""
+        extra = "output_padding" if self.transposed else "padding_mode"
+        return {k: getattr(self, k) for k in ("stride", "padding", "dilation", "groups", extra)}
+
+    def layer(self) -> torch.nn.Module:
+        """The dense layer, without values: for its shapes."""
+        make = torch.nn.ConvTranspose2d if self.transposed else torch.nn.Conv2d
+        return make(self.c, self.o, self.kernel, **self.arguments, device="meta")
+
+    def out_shape(self) -> tuple[int, int, int]:
+        out = self.layer()(torch.empty(self.n, self.c, self.h, self.w, device="meta"))
+        return out.shape[0], out.shape[2], out.shape[3]
+
+    def tensors(self, dtype=torch.float32, bias=True) -> dict[str, Tensor | None]:
+        return {
+            "x": in_layout(random_tensor(self.n, self.c, self.h, self.w, dtype=dtype), "channels_last"),
+            "weight": random_tensor(*self.layer().weight.shape, dtype=dtype),
+            "bias": random_tensor(self.o, dtype=dtype) if bias else None,
+        }
+
+    def epilogue(self, dtype=torch.float32) -> dict[str, Tensor]:
+        n, h, w = self.out_shape()
+        return {
+            "scale": random_tensor(self.o, dtype=dtype),
+            "shift": random_tensor(self.o, dtype=dtype),
+            "gate": random_tensor(n, 1, h, w, dtype=dtype),
+            "residual": random_tensor(n, self.o, h, w, dtype=dtype),
+            "base": random_tensor(n, self.o, h, w, dtype=dtype),
+        }
+
+    def op(self, x, weight, bias, plan, **rest) -> Tensor:
+        run = ops.sparse_conv_transpose2d if self.transposed else ops.sparse_conv2d
+        return run(x, weight, bias, plan, **self.arguments, **rest)
+
+    def packed_op(self, x, weight, bias, in_plan, plan, **rest) -> Tensor:
+        arguments = {k: v for k, v in self.arguments.items() if k != "padding_mode"}
+        run = ops.packed_conv_transpose2d if self.transposed else ops.packed_conv2d
+        return run(x, weight, bias, in_plan, plan, **arguments, **rest)
+
+    def oracle(self, x, weight, bias, mask, **rest) -> Tensor:
+        run = dense_masked_conv_transpose2d if self.transposed else dense_masked_conv2d
+        return run(x, weight, bias, mask, **self.arguments, **rest)
+
+
+CONVS = {
+    "3x3": Conv(padding=1),
+    "3x3 valid": Conv(),
+    "1x1": Conv(kernel=1, c=24, o=20),
+    "1x1 stride 2": Conv(kernel=1, stride=2),
+    "1x1 padded": Conv(kernel=1, padding=1),
+    "1x3": Conv(kernel=(1, 3), padding=(0, 1)),
+    "3x1": Conv(kernel=(3, 1), padding=(1, 0)),
+    "5x5": Conv(kernel=5, padding=2),
+    "7x7 stride 2, 3 channels": Conv(c=3, o=16, kernel=7, stride=2, padding=3),
+    "2x2": Conv(kernel=2),
+    "4x4 stride 2": Conv(kernel=4, stride=2, padding=1),
+    "stride over kernel": Conv(kernel=2, stride=3),
+    "uneven stride and padding": Conv(kernel=3, stride=(1, 2), padding=(0, 2)),
+    "padding over kernel": Conv(kernel=2, padding=4),
+    "dilation 2": Conv(padding=2, dilation=2),
+    "uneven dilation, stride 2": Conv(padding=(2, 3), dilation=(2, 3), stride=2),
+    "same": Conv(padding="same"),
+    "same, even kernel": Conv(kernel=(4, 2), padding="same"),
+    "same, dilated": Conv(kernel=(3, 4), padding="same", dilation=(1, 3)),
+    "valid": Conv(padding="valid", kernel=5),
+    "reflect": Conv(padding=2, padding_mode="reflect", kernel=5),
+    "replicate": Conv(padding=(1, 3), padding_mode="replicate"),
+    "circular, same": Conv(padding="same", padding_mode="circular", kernel=(4, 3)),
+    "one channel": Conv(c=1, o=1, padding=1),
+    "one to many": Conv(c=1, o=33, padding=1),
+    "many to one": Conv(c=37, o=1, padding=1),
+    "odd wide": Conv(c=70, o=101, padding=1, h=6, w=5),
+    "one output pixel": Conv(kernel=(11, 13), n=1),
+    "one image row": Conv(kernel=(1, 3), padding=(0, 1), h=1, w=40),
+    "depthwise": Conv(c=16, o=16, groups=16, padding=1),
+    "depthwise 5x5 stride 2": Conv(c=19, o=19, groups=19, kernel=5, stride=2, padding=2),
+    "depthwise dilated": Conv(c=35, o=35, groups=35, padding=2, dilation=2),
+    "depthwise multiplier": Conv(c=6, o=18, groups=6, padding=1),
+    "group width 2 to 1": Conv(c=8, o=4, groups=4, padding=1),
+    "group width 3": Conv(c=12, o=12, groups=4, padding=1),
+    "group width 8": Conv(c=32, o=32, groups=4, padding=1),
+    "group width 16": Conv(c=32, o=32, groups=2, padding=1, stride=2),
+    "grouped 1x1": Conv(c=12, o=20, groups=2, kernel=1),
+}
+TRANSPOSED = {
+    "T 2x2 stride 2": Conv(kernel=2, stride=2, output_padding=0, h=5, w=6),
+    "T 3x3": Conv(padding=1, output_padding=0, h=7, w=5),
+    "T 3x3 stride 2": Conv(stride=2, padding=1, output_padding=1, h=5, w=6),
+    "T 4x4 stride 2": Conv(kernel=4, stride=2, padding=1, output_padding=0, h=5, w=4),
+    "T uneven": Conv(kernel=(3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), h=4, w=4),
+    "T stride over kernel": Conv(kernel=2, stride=3, output_padding=0, h=4, w=5),
+    "T dilated": Conv(kernel=3, stride=2, dilation=2, padding=2, output_padding=1, h=4, w=5),
+    "T 1x1": Conv(kernel=1, output_padding=0, h=4, w=5),
+    "T grouped": Conv(c=6, o=9, groups=3, stride=2, padding=1, output_padding=1, h=4, w=5),
+    "T depthwise": Conv(c=16, o=16, groups=16, kernel=4, stride=2, padding=1, output_padding=0, h=4, w=5),
+}
+ALL = CONVS | TRANSPOSED
+FEW = {k: ALL[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "T 3x3 stride 2")}  # fmt: skip
+
+
+def each(cases: dict):
+    return pytest.mark.parametrize("conv", list(cases.values()), ids=list(cases))
+
+
+def run(function, tensors: dict, grads, dy_of, dtype=None) -> tuple[Tensor, dict[str, Tensor]]:
+    """``function(**tensors)`` and the gradients of those named in ``grads``."""
+    leaves = {k: None if v is None else v.to(dtype or v.dtype).detach() for k, v in tensors.items()}
+    for name in grads:
+        leaves[name].requires_grad_()
+    out = function(**leaves)
+    if not grads:
+        return out, {}
+    # None: out does not depend on it (a full plan has no base)
+    found = torch.autograd.grad(out, [leaves[name] for name in grads], dy_of(out), allow_unused=True)
+    found = [torch.zeros_like(leaves[k]) if g is None else g for k, g in zip(grads, found, strict=True)]
+    return out, dict(zip(grads, found, strict=True))
+
+
+def compare(ours, oracle, tensors: dict, grads=()) -> Tensor:
+    """Checks the value and gradients of ``ours`` against ``oracle``. Returns the value of ours."""
+    kept = {}
+
+    def dy_of(out: Tensor) -> Tensor:  # the same upstream gradient in all three runs
+        dy = kept.setdefault("dy", random_tensor(*out.shape, dtype=tensors["x"].dtype))
+        return dy.to(out.dtype)
+
+    exact, exact_grads = run(oracle, tensors, grads, dy_of, torch.float64)
+    dense, dense_grads = run(oracle, tensors, grads, dy_of)
+    actual, actual_grads = run(ours, tensors, grads, dy_of)
+    assert_close(actual, exact, dense, "output")
+    for name in grads:
+        assert actual_grads[name].shape == tensors[name].shape
+        assert_close(actual_grads[name], exact_grads[name], dense_grads[name], f"gradient of {name}")
+    return actual
+
+
+def assert_close(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> None:
+    if dense.dtype == torch.float64:  # nothing is more exact than it: rounding of a sum in another order
+        assert actual.dtype == torch.float64 and actual.shape == exact.shape, what
+        assert (actual - exact).norm() <= 1e-14 * max(exact.numel(), 1) * exact.norm(), what
+    else:
+        assert_within_budget(actual, exact, dense, what)
+
+
+def check(conv: Conv, backend, mask, tensors, grads=(), plan=None, **rest) -> Tensor:
+    """:func:`compare` for a dense-to-dense convolution of ``conv`` at the pixels of ``mask``."""
+    plan = PixelPlan.from_mask(mask) if plan is None else plan
+    return compare(
+        lambda x, weight, bias, **t: conv.op(x, weight, bias, plan, backend=backend, **t, **rest),
+        lambda x, weight, bias, **t: conv.oracle(x, weight, bias, mask, **t, **rest),
+        tensors,
+        grads,
+    )
+
+
+# ---------------------------------------------------------------------- dense in, dense out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each(ALL)
+def test_conv(conv, backend):
+    mask = random_mask(conv.out_shape(), 0.4)
+    check(conv, backend, mask, conv.tensors(), ("x", "weight", "bias"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", MASKS)
+@each(FEW)
+def test_masks(conv, kind, backend):
+    mask = random_mask(conv.out_shape(), MASKS[kind], kind)
+    check(conv, backend, mask, conv.tensors(), ("x", "weight", "bias"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(FEW)
+def test_dtypes(conv, dtype, backend):
+    mask = random_mask(conv.out_shape(), 0.4)
+    check(conv, backend, mask, conv.tensors(dtype), ("x", "weight", "bias"))
+
+
+@each(FEW)
+def test_float64_runs_on_the_reference(conv):
+    mask = random_mask(conv.out_shape(), 0.4)
+    check(conv, None, mask, conv.tensors(torch.float64), ("x", "weight", "bias"))
+    if "cpp" in BACKENDS:
+        with pytest.raises(RuntimeError, match="float64"):
+            check(conv, "cpp", mask, conv.tensors(torch.float64))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@each(FEW)
+def test_unnamed_backend(conv, kind):
+    mask = random_mask(conv.out_shape(), MASKS[kind], kind)
+    tensors = conv.tensors() | {"base": conv.epilogue()["base"]}
+    check(conv, None, mask, tensors, ("x", "weight", "bias", "base"), activation="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each(FEW)
+def test_batch_zero(conv, backend):
+    conv = replace(conv, n=0)
+    mask = random_mask(conv.out_shape())
+    out = check(conv, backend, mask, conv.tensors(), ("x", "weight", "bias"))
+    assert out.shape[0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grads", [(), ("x", "weight")], ids=["inference", "training"])
+@each(FEW)
+def test_without_bias(conv, grads, backend):
+    mask = random_mask(conv.out_shape(), 0.4)
+    check(conv, backend, mask, conv.tensors(bias=False), grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each(FEW)
+def test_layouts_of_x(conv, layout, backend):
+    tensors = conv.tensors()
+    tensors["x"] = in_layout(tensors["x"], layout)
+    mask = random_mask(conv.out_shape(), 0.4)
+    out = check(conv, backend, mask, tensors)
+    if layout in ("nchw", "channels_last"):
+        same = torch.contiguous_format if layout == "nchw" else torch.channels_last
+        assert out.is_contiguous(memory_format=same)
+    check(conv, backend, mask, tensors, ("x", "weight", "bias"))
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, None))
+@pytest.mark.parametrize("kind", ["random", "full"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("c", [1, 8])
+def test_memory_format_is_kept(c, layout, kind, backend):
+    """Also for one channel, where only the strides tell, and whatever the weight's format is."""
+    conv = Conv(c=c, padding=1)
+    tensors = conv.tensors()
+    x, weight = in_layout(tensors["x"], layout), in_layout(tensors["weight"], "channels_last")
+    plan = PixelPlan.from_mask(random_mask(conv.out_shape(), 0.5, kind))
+    for grad in (False, True):
+        weight = weight.detach().requires_grad_(grad)
+        out = conv.op(x, weight, None, plan, backend=backend, activation="relu")
+        assert out.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        assert out.is_contiguous() == (layout == "nchw")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed"])
+def test_layouts_of_everything_else(layout, backend):
+    conv = CONVS["3x3"]
+    tensors, epilogue = conv.tensors(), conv.epilogue()
+    for name in ("gate", "residual", "base"):
+        epilogue[name] = in_layout(epilogue[name], layout)
+    for name in ("scale", "shift"):
+        epilogue[name] = torch.stack([epilogue[name], epilogue[name] * 9], 1)[:, 0]
+    tensors["weight"] = in_layout(tensors["weight"], layout)
+    tensors["bias"] = tensors["bias"][:1].expand(conv.o)
+    mask = random_mask(conv.out_shape(), 0.4)[:, None].transpose(2, 3).contiguous().transpose(2, 3)
+    plan = PixelPlan.from_mask(mask)
+    for grads in ((), ("x", "weight", "bias", *epilogue)):
+        check(conv, backend, mask[:, 0], tensors | epilogue, grads, plan, activation="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_expanded_upstream_gradient(packed, backend):
+    """``out.sum().backward()`` sends a gradient whose strides are all zero."""
+    conv = CONVS["3x3"]
+    tensors, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4)
+    plan, results = PixelPlan.from_mask(mask), []
+    for sum_of in (lambda y: y.sum(), lambda y: (y * torch.ones_like(y)).sum()):
+        leaves = [t.detach().requires_grad_() for t in tensors.values()]
+        op = ops.packed_conv2d if packed else ops.sparse_conv2d
+        plans = (None, plan) if packed else (plan,)
+        out = op(*leaves, *plans, padding=1, backend=backend)
+        results.append(torch.autograd.grad(sum_of(out), leaves))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- epilogues
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations(dtype, activation, backend):
+    conv = Conv(c=20, o=24, padding=1)  # sums that reach past 6, where relu6 and hardswish bend
+    mask = random_mask(conv.out_shape(), 0.4)
+    check(conv, backend, mask, conv.tensors(dtype), activation=activation)
+    if dtype == torch.float32:
+        check(conv, backend, mask, conv.tensors(dtype), ("x", "weight", "bias"), activation=activation)
+
+
+EPILOGUES = [
+    s for r in range(1, 6) for s in itertools.combinations(("scale", "shift", "gate", "residual", "base"), r)
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_every_epilogue(activation, backend):
+    for name in ("3x3", "depthwise", "T 2x2 stride 2"):
+        conv = ALL[name]
+        mask = random_mask(conv.out_shape(), 0.4)
+        tensors, epilogue = conv.tensors(), conv.epilogue()
+        for names in EPILOGUES:
+            chosen = tensors | {k: epilogue[k] for k in names}
+            check(conv, backend, mask, chosen, activation=activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+@each({k: ALL[k] for k in ("3x3", "depthwise", "T 2x2 stride 2")})
+def test_whole_epilogue(conv, kind, dtype, backend):
+    mask = random_mask(conv.out_shape(), MASKS[kind], kind)
+    tensors = conv.tensors(dtype) | conv.epilogue(dtype)
+    check(conv, backend, mask, tensors, activation="silu")
+    if kind != "one" or dtype == torch.float32:  # half-precision sums at one pixel: one number's luck
+        check(conv, backend, mask, tensors, tuple(tensors), activation="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_requires_grad_on_every_subset(activation, backend):
+    conv = Conv(c=4, o=6, padding=1, n=1, h=5, w=4)
+    tensors = conv.tensors() | conv.epilogue()
+    mask = random_mask(conv.out_shape(), 0.5)
+    plan = PixelPlan.from_mask(mask)
+    dy = random_tensor(*conv.out_shape()[:1], conv.o, *conv.out_shape()[1:])
+
+    def grads_of(function, names, dtype=None):
+        return run(function, tensors, names, lambda out: dy.to(out.dtype), dtype)[1]
+
+    def ours(x, weight, bias, **t):
+        return conv.op(x, weight, bias, plan, backend=backend, activation=activation, **t)
+
+    def oracle(x, weight, bias, **t):
+        return conv.oracle(x, weight, bias, mask, activation=activation, **t)
+
+    exact, dense = grads_of(oracle, tuple(tensors), torch.float64), grads_of(oracle, tuple(tensors))
+    subsets = [s for r in range(1, 9) for s in itertools.combinations(tensors, r)]
+    assert len(subsets) == 255
+    for names in subsets:
+        for name, grad in grads_of(ours, names).items():
+            assert_within_budget(grad, exact[name], dense[name], f"gradient of {name} of {names}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_gate_and_residual(backend):
+    conv = CONVS["3x3"]
+    tensors, epilogue = conv.tensors(), conv.epilogue()
+    mask = random_mask(conv.out_shape(), 0.4)
+    plan = PixelPlan.from_mask(mask)
+    epilogue = {k: epilogue[k] for k in ("gate", "residual")}
+    rows = {"gate": rows_at(epilogue["gate"], mask)[:, 0], "residual": rows_at(epilogue["residual"], mask)}
+    dense = conv.op(**tensors, plan=plan, backend=backend, **epilogue)
+    assert torch.equal(conv.op(**tensors, plan=plan, backend=backend, **rows), dense)
+    three_d = epilogue | {"gate": epilogue["gate"][:, 0]}
+    assert torch.equal(conv.op(**tensors, plan=plan, backend=backend, **three_d), dense)
+    compare(
+        lambda x, weight, bias, **t: conv.op(x, weight, bias, plan, backend=backend, **t),
+        lambda x, weight, bias, gate, residual: conv.oracle(
+            x, weight, bias, mask,
+            gate=dense_from_rows(gate[:, None], mask), residual=dense_from_rows(residual, mask),
+        ),
+        tensors | rows,
+        (*tensors, *rows),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_norm_on_half_rows(dtype, backend):
+    """A folded norm keeps float32 parameters, as a dense BatchNorm does in a half-precision model."""
+    conv = CONVS["3x3"]
+    tensors, mask = conv.tensors(dtype), random_mask(conv.out_shape(), 0.4)
+    norm = {"scale": random_tensor(conv.o), "shift": random_tensor(conv.o)}
+    out = conv.op(**tensors, plan=PixelPlan.from_mask(mask), backend=backend, **norm)
+    exact = conv.oracle(**{k: v.double() for k, v in (tensors | norm).items()}, mask=mask)
+    dense = conv.oracle(**tensors, mask=mask, **{k: v.to(dtype) for k, v in norm.items()})
+    assert_within_budget(out, exact, dense)
+
+
+# ---------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["random", "full"])
+@each({k: ALL[k] for k in ("3x3", "depthwise", "T 3x3 stride 2")})
+def test_autocast(conv, kind, backend):
+    tensors, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4, kind)
+
+    def autocast(function):
+        def inside(**leaves):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(**leaves)
+
+        return inside
+
+    plan = PixelPlan.from_mask(mask)
+    ours = autocast(lambda **t: conv.op(**t, plan=plan, backend=backend if kind == "random" else None))
+    oracle = autocast(lambda **t: conv.oracle(**t, mask=mask))
+    kept = {}
+
+    def dy_of(out):
+        return kept.setdefault("dy", random_tensor(*out.shape, dtype=torch.bfloat16)).to(out.dtype)
+
+    exact, exact_grads = run(
+        lambda **t: conv.oracle(**t, mask=mask), tensors, tuple(tensors), dy_of, torch.float64
+    )
+    dense, dense_grads = run(oracle, tensors, tuple(tensors), dy_of)
+    actual, grads = run(ours, tensors, tuple(tensors), dy_of)
+    assert actual.dtype == dense.dtype == torch.bfloat16
+    assert_within_budget(actual, exact, dense, "output")
+    for name in tensors:
+        assert_within_budget(grads[name], exact_grads[name], dense_grads[name], f"gradient of {name}")
+    with torch.no_grad():
+        assert_within_budget(ours(**tensors), exact, dense, "without gradients")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_float32_epilogue(backend):
+    conv = CONVS["3x3"]
+    tensors, mask = conv.tensors() | conv.epilogue(), random_mask(conv.out_shape(), 0.4)
+    plan = PixelPlan.from_mask(mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = conv.op(**tensors, plan=plan, backend=backend, activation="silu")
+    exact = conv.oracle(**{k: v.double() for k, v in tensors.items()}, mask=mask, activation="silu")
+    dense = conv.oracle(**{k: v.bfloat16() for k, v in tensors.items()}, mask=mask, activation="silu")
+    assert_within_budget(out, exact, dense)
+
+
+# ------------------------------------------------------------------------- gather and scatter
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64, torch.bool], ids=str)
+def test_gather_pixels(dtype, layout):
+    for kind, channels in itertools.product(MASKS, (1, 5, 32)):
+        x = in_layout(random_tensor(2, channels, 6, 7).mul(9).to(dtype), layout)
+        mask = random_mask((2, 6, 7), MASKS[kind], kind)
+        rows = ops.gather_pixels(x, PixelPlan.from_mask(mask))
+        assert rows.is_contiguous() and torch.equal(rows, rows_at(x, mask))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_scatter_pixels(with_base, dtype):
+    for kind, channels, layout in itertools.product(MASKS, (1, 5, 32), ("nchw", "channels_last", "strided")):
+        mask = random_mask((2, 6, 7), MASKS[kind], kind)
+        rows = random_tensor(int(mask.sum()), 2 * channels, dtype=dtype)[:, ::2]
+        base = in_layout(random_tensor(2, channels, 6, 7, dtype=dtype), layout) if with_base else None
+        before = None if base is None else base.clone()
+        out = ops.scatter_pixels(rows, PixelPlan.from_mask(mask), base)
+        expected = dense_from_rows(rows, mask)
+        expected = expected if base is None else torch.where(mask[:, None], expected, base)
+        assert out.is_contiguous(memory_format=torch.channels_last) and torch.equal(out, expected)
+        assert base is None or torch.equal(base, before)  # the base is read, never written
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_gather_and_scatter_gradients_are_exact(dtype):
+    mask = random_mask((2, 6, 7), 0.4)
+    plan = PixelPlan.from_mask(mask)
+    x, base, dy = (random_tensor(2, 5, 6, 7, dtype=dtype, ).requires_grad_() for _ in range(3))  # fmt: skip
+    rows = random_tensor(len(plan), 5, dtype=dtype).requires_grad_()
+    drows = random_tensor(len(plan), 5, dtype=dtype)
+    (dx,) = torch.autograd.grad(ops.gather_pixels(x, plan), x, drows)
+    assert torch.equal(dx, dense_from_rows(drows, mask))
+    grads = torch.autograd.grad(ops.scatter_pixels(rows, plan, base), (rows, base), dy)
+    assert torch.equal(grads[0], rows_at(dy, mask))
+    assert torch.equal(grads[1], dy.masked_fill(mask[:, None], 0))
+
+
+def test_capacity_form_of_gather_and_scatter():
+    mask = random_mask((2, 6, 7), 0.4)
+    exact, (x, base) = PixelPlan.from_mask(mask), random_tensor(2, 2, 5, 6, 7)
+    for capacity in (0, 1, len(exact) - 1, len(exact), len(exact) + 5):
+        plan = PixelPlan.from_mask(mask, capacity=capacity)
+        kept = min(capacity, len(exact))
+        rows = ops.gather_pixels(x, plan)
+        assert torch.equal(rows[:kept], rows_at(x, mask)[:kept]) and not rows[kept:].any()
+        live = PixelPlan(exact.index[:kept], exact.shape).mask()
+        rows[kept:] = float("nan")  # what is past the count goes nowhere
+        out = ops.scatter_pixels(rows, plan, base)
+        assert torch.equal(out, torch.where(live[:, None], x, base))
+
+
+# -------------------------------------------------------------------------------- packed rows
+
+
+def check_packed(conv, backend, in_mask, mask, dtype=torch.float32, capacity=None, names=(), **rest):
+    """Checks the row-to-row convolution; ``in_mask`` None means a dense input."""
+    tensors, epilogue = conv.tensors(dtype), conv.epilogue(dtype)
+    if in_mask is not None:
+        tensors["x"] = rows_at(tensors["x"], in_mask)
+    in_plan = None if in_mask is None else PixelPlan.from_mask(in_mask)
+    plan = PixelPlan.from_mask(mask, capacity)
+    if in_mask is not None and in_mask is mask:
+        in_plan = plan
+
+    def ours(x, weight, bias, **t):
+        out = conv.packed_op(x, weight, bias, in_plan, plan, backend=backend, **t, **rest)
+        assert out.shape[0] == plan.num_rows
+        return out[: int(mask.sum())]
+
+    def oracle(x, weight, bias, **t):
+        x = x if in_mask is None else dense_from_rows(x, in_mask)
+        return rows_at(conv.oracle(x, weight, bias, mask, **t, **rest), mask)
+
+    tensors |= {k: epilogue[k] for k in names}
+    compare(ours, oracle, tensors)
+    compare(ours, oracle, tensors, tuple(tensors))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each({k: v for k, v in ALL.items() if v.padding_mode == "zeros"})
+def test_packed(conv, backend):
+    in_mask = random_mask((conv.n, conv.h, conv.w), 0.6)
+    check_packed(conv, backend, in_mask, random_mask(conv.out_shape(), 0.4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each(FEW)
+def test_packed_from_dense(conv, backend):
+    check_packed(conv, backend, None, random_mask(conv.out_shape(), 0.4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each(FEW)
+def test_packed_dtypes(conv, dtype, backend):
+    in_mask = random_mask((conv.n, conv.h, conv.w), 0.6)
+    check_packed(conv, backend, in_mask, random_mask(conv.out_shape(), 0.4), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("in_kind", MASKS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_packed_masks(kind, in_kind, backend):
+    for name in ("3x3", "depthwise", "7x7 stride 2, 3 channels", "T 2x2 stride 2"):
+        conv = ALL[name]
+        in_mask = random_mask((conv.n, conv.h, conv.w), MASKS[in_kind], in_kind)
+        check_packed(conv, backend, in_mask, random_mask(conv.out_shape(), MASKS[kind], kind))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", MASKS)
+@each({k: CONVS[k] for k in ("1x1", "3x3", "depthwise", "grouped 1x1")})
+def test_packed_on_one_plan(conv, kind, backend):
+    """The rows of one plan in and out: 1x1 reads row by row, 3x3 is a submanifold convolution."""
+    mask = random_mask(conv.out_shape(), MASKS[kind], kind)
+    check_packed(conv, backend, mask, mask, names=("residual", "gate", "scale"), activation="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each({k: ALL[k] for k in ("3x3", "depthwise", "T 2x2 stride 2")})
+def test_packed_epilogue(conv, backend):
+    in_mask = random_mask((conv.n, conv.h, conv.w), 0.6)
+    names = ("scale", "shift", "gate", "residual")
+    check_packed(conv, backend, in_mask, random_mask(conv.out_shape(), 0.4), names=names, activation="gelu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extra", [-1, 0, 7])
+@each({k: ALL[k] for k in ("3x3", "1x1", "depthwise", "group width 3", "T 3x3 stride 2")})
+def test_capacity_form(conv, extra, backend):
+    """Only the rows below the count matter, in values and in every gradient."""
+    full = random_mask(conv.out_shape(), 0.4)
+    index = PixelPlan.from_mask(full).index
+    capacity = len(index) + extra
+    mask = PixelPlan(index[:capacity], full.shape).mask()  # what a capacity that is too small drops
+    plan = PixelPlan.from_mask(full, capacity)
+    tensors = conv.tensors() | conv.epilogue()
+    check(conv, backend, mask, tensors, plan=plan, activation="silu")
+    check(conv, backend, mask, tensors, tuple(tensors), plan=plan, activation="silu")
+    check(conv, backend, mask, conv.tensors(), ("x", "weight", "bias"), plan=plan)
+    check(conv, backend, mask, conv.tensors(), ("bias",), plan=plan)
+    if extra >= 0:
+        in_mask = random_mask((conv.n, conv.h, conv.w), 0.6)
+        check_packed(conv, backend, in_mask, full, capacity=capacity, names=("scale", "residual"))
+        check_packed(conv, backend, None, full, capacity=capacity)
+        if not conv.transposed:
+            check_packed(conv, backend, full, full, capacity=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_chain_is_the_dense_chain(backend):
+    """Each inner layer computed wherever a later one reads it gives the dense chain's values."""
+    first, second = Conv(c=6, o=10, padding=1), Conv(c=10, o=7, kernel=5, padding=2, stride=2)
+    mask = random_mask(second.out_shape(), 0.1)
+    plan = PixelPlan.from_mask(mask)
+    middle = plan.needed(5, 2, 2, in_size=(11, 13))
+    assert 0 < len(plan) < len(middle) < middle.num_pixels
+    tensors = first.tensors() | {"weight2": random_tensor(7, 10, 5, 5)}
+
+    def ours(x, weight, bias, weight2):
+        rows = ops.packed_conv2d(x, weight, bias, None, middle, padding=1, activation="silu", backend=backend)
+        return ops.packed_conv2d(rows, weight2, None, middle, plan, stride=2, padding=2, backend=backend)
+
+    def oracle(x, weight, bias, weight2):
+        hidden = torch.nn.functional.silu(torch.conv2d(x, weight, bias, padding=1))
+        return rows_at(torch.conv2d(hidden, weight2, None, stride=2, padding=2), mask)
+
+    compare(ours, oracle, tensors)
+    compare(ours, oracle, tensors, tuple(tensors))
+
+
+# ---------------------------------------------------------------------------------- gradcheck
+
+
+@pytest.mark.parametrize("name", ["3x3", "uneven dilation, stride 2", "group width 2 to 1", "T uneven", "same, even kernel"])  # fmt: skip
+def test_gradcheck(name):
+    conv = replace(ALL[name], n=1, h=4, w=5, c=ALL[name].groups, o=ALL[name].groups)
+    if name == "uneven dilation, stride 2":
+        conv = replace(conv, h=5, w=7)
+    plan = PixelPlan.from_mask(random_mask(conv.out_shape(), 0.5))
+    assert 0 < len(plan) < plan.num_pixels
+    tensors = conv.tensors(torch.float64) | conv.epilogue(torch.float64)
+    leaves = [t.clone().requires_grad_() for t in tensors.values()]
+
+    def op(x, weight, bias, *epilogue):
+        names = dict(zip(("scale", "shift", "gate", "residual", "base"), epilogue, strict=True))
+        return conv.op(x, weight, bias, plan, activation="silu", **names)
+
+    assert torch.autograd.gradcheck(op, leaves)
+
+
+def test_gradcheck_packed():
+    conv = Conv(c=2, o=3, padding=1, n=1, h=4, w=4)
+    in_plan, plan = (PixelPlan.from_mask(random_mask((1, 4, 4), d)) for d in (0.7, 0.4))
+    x = random_tensor(len(in_plan), 2, dtype=torch.float64)
+    weight, bias = random_tensor(3, 2, 3, 3, dtype=torch.float64), random_tensor(3, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *t: conv.packed_op(*t, in_plan, plan), leaves)
+
+
+def test_names_are_exported():
+    assert set(ops.__all__) <= set(dir(dynops.ops))
