@@ -1,0 +1,1 @@
+"""Measurements: theory, speed-up, realised and break-even. ``python -m benchmarks --help``."""

@@ -1,0 +1,397 @@
+"""Rows, and what is made of them: tables, JSON, CSV, a plot, and the block of numbers in the README."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import dynops
+
+
+@dataclass
+class Row:
+    """One measurement of ours against the best dense version, both in milliseconds, from one run."""
+
+    suite: str  # "layers" or "models"
+    group: str
+    case: str
+    mask: str
+    density: float  # asked for; what was computed is computed_gmacs
+    variant: str  # "plain": a mask and a dense map in, a dense map out. Others never enter a summary
+    mode: str  # "forward" or "forward+backward"
+    dtype: str
+    gmacs: float  # of the dense layer's forward; FLOPs are 2 x MACs
+    computed_gmacs: float
+    dense_ms: float
+    dense_name: str
+    ours_ms: float
+    dense_all: dict[str, float] = field(default_factory=dict)  # ms of every dense version
+    break_even_only: bool = False  # a density measured to find the break-even, not the saving
+
+    @property
+    def theory(self) -> float:
+        """MACs of the dense layer / MACs that must be computed."""
+        return self.gmacs / self.computed_gmacs
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_ms / self.ours_ms
+
+    @property
+    def realised(self) -> float:
+        """The share of the theoretical saving that became time saved: speedup / theory."""
+        return self.speedup / self.theory
+
+    def as_dict(self) -> dict:
+        derived = {name: getattr(self, name) for name in ("theory", "speedup", "realised")}
+        return {k: _rounded(v) for k, v in {**dataclasses.asdict(self), **derived}.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Row:
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+@dataclass
+class MemoryRow:
+    """Peak memory above what was held before the call, in MB (2**20 bytes)."""
+
+    case: str
+    mask: str
+    density: float
+    dtype: str
+    dense_mb: float
+    ours_mb: float
+    dense_name: str
+
+    @property
+    def ratio(self) -> float:
+        return self.ours_mb / self.dense_mb
+
+    def as_dict(self) -> dict:
+        return {k: _rounded(v) for k, v in {**dataclasses.asdict(self), "ratio": self.ratio}.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> MemoryRow:
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+@dataclass
+class Report:
+    machine: dict
+    rows: list[Row] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path, stem: str, plot: bool = False) -> list[Path]:
+        """Writes ``stem``.json and .csv, and .png if asked and matplotlib is there; returns the paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{stem}.json", folder / f"{stem}.csv"]
+        content = {
+            "machine": self.machine,
+            "notes": self.notes,
+            "rows": [row.as_dict() for row in self.rows],
+            "memory": [row.as_dict() for row in self.memory],
+        }
+        paths[0].write_text(json.dumps(content, indent=1) + "\n")
+        self._write_csv(paths[1])
+        if plot and self.rows and _plot(self, folder / f"{stem}.png"):
+            paths.append(folder / f"{stem}.png")
+        return paths
+
+    def _write_csv(self, path: Path) -> None:
+        records = [row.as_dict() for row in self.rows or self.memory]
+        for record in records:
+            if "dense_all" in record:
+                record["dense_all"] = "; ".join(f"{k}: {v}" for k, v in record["dense_all"].items())
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
+            writer.writeheader()
+            writer.writerows(records)
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        content = json.loads(path.read_text())
+        rows = [Row.from_dict(r) for r in content["rows"]]
+        memory = [MemoryRow.from_dict(r) for r in content["memory"]]
+        return cls(content["machine"], rows, memory, content["notes"])
+
+
+# --------------------------------------------------------------------------------------- the machine
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers depend on: processor, threads, versions, the kernels' instruction sets, the day."""
+    try:
+        build = {k: v for k, v in dynops.build_info().items() if isinstance(v, (str, int, float, list))}
+    except RuntimeError:
+        build = {}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dynops": dynops.__version__,
+        "build": build,
+        "forced_isa": os.environ.get("DYNOPS_CPU_ISA", ""),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def file_stem(info: dict, dtype: str, suite: str, mode: str = "forward") -> str:
+    """ "amd-epyc-float32-layers": the device, the dtype, the suite, and the mode where not forward."""
+    slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower()).strip("-")
+    return "-".join([slug, dtype, suite] + ([] if mode == "forward" else ["backward"]))
+
+
+# --------------------------------------------------------------------------------------- summaries
+
+
+def break_even(points: list[tuple[float, float]]) -> float:
+    """The density below which ours wins, from ``(density, speedup)``.
+
+    Between two measured densities the ratio of times (1 / speedup) is taken as linear. 0 where ours
+    loses at the lowest density measured; the highest measured where it never loses.
+    """
+    points = sorted(points)
+    previous = None
+    for density, speedup in points:
+        ratio = 1 / speedup
+        if ratio > 1:
+            if previous is None:
+                return 0.0
+            d0, r0 = previous
+            return d0 + (1 - r0) / (ratio - r0) * (density - d0)
+        previous = density, ratio
+    return points[-1][0]
+
+
+def break_evens(rows: list[Row]) -> dict[str, float]:
+    """Break-even density of each case that was measured up to density 1 (on random masks)."""
+    points: dict[str, list] = {}
+    for row in rows:
+        if row.variant == "plain" and row.mask == "random":
+            points.setdefault(row.case, []).append((row.density, row.speedup))
+    return {case: break_even(p) for case, p in points.items() if max(p)[0] >= 1}
+
+
+@dataclass
+class Summary:
+    """A group of plain rows in one line; ``worst`` is the row that realised least."""
+
+    name: str
+    count: int
+    median: float
+    worst: Row
+    break_even_median: float | None
+    break_even_lowest: float | None
+    full_lowest: float | None  # the lowest speed-up at density 1
+
+
+def summarise(name: str, rows: list[Row]) -> Summary | None:
+    plain = [row for row in rows if row.variant == "plain"]
+    saving = [row for row in plain if not row.break_even_only]
+    if not saving:
+        return None
+    evens = list(break_evens(plain).values())
+    full = [row.speedup for row in plain if row.density >= 1]
+    return Summary(
+        name,
+        len(saving),
+        statistics.median(row.realised for row in saving),
+        min(saving, key=lambda row: row.realised),
+        statistics.median(evens) if evens else None,
+        min(evens, default=None),
+        min(full, default=None),
+    )
+
+
+def summaries(rows: list[Row], target_groups: tuple[str, ...] = ()) -> list[Summary]:
+    """One for each group, and first one over ``target_groups`` on random and square masks."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    found = [summarise(group, [row for row in rows if row.group == group]) for group in groups]
+    if any(group in target_groups for group in groups):
+        target = [r for r in rows if r.group in target_groups and r.mask in ("random", "square")]
+        name = " + ".join(group for group in groups if group in target_groups)
+        found.insert(0, summarise(name + ", random and square", target))
+    return [summary for summary in found if summary]
+
+
+# --------------------------------------------------------------------------------------- tables
+
+_HEADER = ["layer", "mask", "density", "dense ms", "best dense", "ours ms", "theory", "speed-up", "realised"]
+
+
+def table(rows: list[Row]) -> str:
+    """Every row, group by group, the one that realised least last in its group."""
+    blocks = []
+    for group, variant in dict.fromkeys((row.group, row.variant) for row in rows):
+        own = [row for row in rows if (row.group, row.variant) == (group, variant)]
+        own.sort(key=lambda row: -row.realised)
+        title = group if variant == "plain" else f"{group} ({variant}; not in any summary)"
+        blocks.append(f"{title}\n" + aligned(_HEADER, [_cells(row) for row in own]))
+    return "\n\n".join(blocks)
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.case,
+        row.mask,
+        f"{row.density:.2f}",
+        f"{row.dense_ms:.3f}",
+        row.dense_name,
+        f"{row.ours_ms:.3f}",
+        f"{row.theory:.2f}x",
+        f"{row.speedup:.2f}x",
+        f"{row.realised:.2f}",
+    ]
+
+
+_SUMMARY_HEADER = ["group", "rows", "realised: median", "worst", "the worst row", "break-even: median"]
+_SUMMARY_HEADER += ["lowest", "slowest at density 1"]
+
+
+def _summary_cells(s: Summary) -> list[str]:
+    worst = f"{s.worst.case}, {s.worst.mask}, {s.worst.density:g}"
+    optional = [s.break_even_median, s.break_even_lowest]
+    cells = [s.name, str(s.count), f"{s.median:.2f}", f"{s.worst.realised:.2f}", worst]
+    cells += ["-" if value is None else f"{value:.2f}" for value in optional]
+    return [*cells, "-" if s.full_lowest is None else f"{s.full_lowest:.2f}x"]
+
+
+def summary_table(found: list[Summary]) -> str:
+    return aligned(_SUMMARY_HEADER, [_summary_cells(s) for s in found])
+
+
+def memory_table(rows: list[MemoryRow]) -> str:
+    header = ["layer", "mask", "density", "dense MB", "best dense", "ours MB", "ours / dense"]
+    return aligned(header, [_memory_cells(row) for row in sorted(rows, key=lambda r: r.ratio)])
+
+
+def _memory_cells(r: MemoryRow) -> list[str]:
+    sizes = [f"{r.dense_mb:.1f}", r.dense_name, f"{r.ours_mb:.1f}", f"{r.ratio:.2f}"]
+    return [r.case, r.mask, f"{r.density:.2f}", *sizes]
+
+
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """Columns padded to their widest cell; text to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    number = [all(re.match(r"^-?[\d.]*x?$", row[i]) for row in rows) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        columns = zip(cells, widths, number, strict=True)
+        return "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in columns).rstrip()
+
+    return "\n".join([line(header), *map(line, rows)])
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# --------------------------------------------------------------------------------------- the plot
+
+
+def _plot(report: Report, path: Path) -> bool:
+    """Speed-up against the share of MACs computed, with the theoretical line; False without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    plain = [row for row in report.rows if row.variant == "plain"]
+    for kind in dict.fromkeys((row.suite, row.mask) for row in plain):
+        own = [row for row in plain if (row.suite, row.mask) == kind]
+        size = 60 if kind[0] == "models" else 14
+        label = f"{kind[0]}: {kind[1]}"
+        axes.scatter([1 / row.theory for row in own], [row.speedup for row in own], s=size, label=label, alpha=0.7)  # fmt: skip
+    lowest = min(1 / row.theory for row in plain)
+    axes.plot([lowest, 1], [1 / lowest, 1], color="black", linewidth=1, label="theory: 1 / share computed")
+    axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", label="the best dense version")
+    axes.set(xscale="log", yscale="log", xlabel="share of the dense MACs that is computed", ylabel="speed-up")
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1) if t >= lowest * 0.9]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_yticks([0.5, 1, 2, 4, 10], ["0.5x", "1x", "2x", "4x", "10x"])
+    info = report.machine
+    axes.set_title(
+        f"{info['device']}, {info['threads']} threads, {plain[0].dtype}, {plain[0].mode}", fontsize=10
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+    return True
+
+
+# --------------------------------------------------------------------------------------- the README
+
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+
+
+def readme_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
+    """The README's numbers: one summary of every report of layers, every row of models and memory."""
+    summary_rows, model_rows, memory_rows = [], [], []
+    for report in reports:
+        layers = [row for row in report.rows if row.suite == "layers"]
+        if layers:
+            prefix = [layers[0].dtype, layers[0].mode]
+            summary_rows += [prefix + _summary_cells(s) for s in summaries(layers, target_groups)]
+        models = [row for row in report.rows if row.suite == "models"]
+        models.sort(key=lambda row: -row.realised)
+        model_rows += [[row.dtype, *_cells(row)] for row in models]
+        memory_rows += [[row.dtype, *_memory_cells(row)] for row in report.memory]
+    parts = ["\n".join(dict.fromkeys(_machine_line(report.machine) for report in reports))]
+    if summary_rows:
+        parts.append(markdown(["dtype", "pass", *_SUMMARY_HEADER], summary_rows))
+    if model_rows:
+        parts.append(markdown(["dtype", "model", *_HEADER[1:]], model_rows))
+    if memory_rows:
+        header = ["dtype", "layer", "mask", "density", "dense MB", "best dense", "ours MB", "ours / dense"]
+        parts.append(markdown(header, memory_rows))
+    return "\n\n".join(parts)
+
+
+def _machine_line(info: dict) -> str:
+    isa = info["forced_isa"] or info["build"].get("cpu_isa") or info["torch_isa"]
+    return f"{info['device']}, {info['threads']} threads, {isa}, torch {info['torch']}, {info['date']}."
+
+
+def rewrite_readme(path: Path, block: str) -> None:
+    """Puts ``block`` between the two markers.
+
+    Raises:
+        ValueError: the file does not have both markers.
+    """
+    text = path.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path}: expected the lines {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")

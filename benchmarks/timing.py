@@ -1,0 +1,91 @@
+"""Interleaved timing: the contenders take turns, so that a slow minute of the machine hits all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: at least ``min_rounds``, then until ``seconds`` or ``max_rounds`` are used up."""
+
+    seconds: float = 3.0
+    min_rounds: int = 7
+    max_rounds: int = 60
+    warmup: int = 2
+
+    def scaled(self, factor: float) -> Budget:
+        return Budget(self.seconds * factor, self.min_rounds, self.max_rounds, self.warmup)
+
+
+def interleaved(contenders: dict[str, Callable], device: torch.device, budget: Budget) -> dict[str, float]:
+    """Median milliseconds of each contender, one call of each per round.
+
+    Every other round runs backwards, so that no contender always follows the same one.
+    """
+    for call in contenders.values():
+        for _ in range(budget.warmup):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders.items())
+    with _no_gc():
+        end = time.perf_counter() + budget.seconds
+        for done in range(budget.max_rounds):
+            if done >= budget.min_rounds and time.perf_counter() > end:
+                break
+            for name, call in order if done % 2 == 0 else reversed(order):
+                times[name].append(_once(call, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _once(call: Callable, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def best_dense(
+    dense: dict[str, Callable], device: torch.device, keep: int = 2
+) -> tuple[dict[str, float], dict[str, Callable]]:
+    """A first look at every dense version: ``(milliseconds of all, the fastest keep of them)``.
+
+    The kept ones go into the run with ours; the faster of them there is "the best dense".
+    """
+    first_look = interleaved(dense, device, Budget(seconds=1.0, min_rounds=3, max_rounds=10))
+    fastest = sorted(first_look, key=first_look.get)[:keep]
+    return first_look, {name: dense[name] for name in fastest}
+
+
+def progress(items: list, label: str, unit: str = "case") -> Iterator:
+    """Iterates with a progress bar, or with a line for each item where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for i, item in enumerate(items, 1):
+            print(f"{label}: {i} of {len(items)}", flush=True)
+            yield item
+    else:
+        yield from tqdm(items, desc=label, unit=unit)
