@@ -64,10 +64,15 @@ class ConvGeometry(NamedTuple):
         return rows * taps * in_channels * out_channels / self.groups
 
 
-def pair(value, name: str) -> tuple[int, int]:
-    """``value`` (an int or a pair of ints) as a pair."""
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return tuple(value)
-    raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
+def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
+    """``value``, an int or a pair of ints and none below ``least``, as a pair."""
+    both = (value, value) if is_int(value) else value
+    if isinstance(both, (tuple, list)) and len(both) == 2 and all(is_int(v, least) for v in both):
+        return tuple(both)
+    bound = "" if least is None else f" >= {least}"
+    raise ValueError(f"{name}: expected an int or a pair of ints{bound}, got {value!r}")
+
+
+def is_int(value, least: int | None = None) -> bool:
+    """Whether ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
+    return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)

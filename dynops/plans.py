@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import ConvGeometry, pair
+from .geometry import ConvGeometry, is_int, pair
 
 _MAX_PIXELS = 2**31 - 1
 _MASK_DTYPES = {
@@ -65,10 +65,10 @@ class PixelPlan:
         if capacity is None and torch.compiler.is_compiling():
             capacity = shape[0] * shape[1] * shape[2]
         if capacity is None:
-            return cls(_compact_index(mask), shape)
-        if capacity < 0:
-            raise ValueError(f"capacity: expected a number >= 0, got {capacity}")
-        index, count = torch.ops.dynops.mask_to_index_capacity(mask, capacity)
+            return cls(_raising(torch.ops.dynops.mask_to_index, mask), shape)
+        if not is_int(capacity, 0):
+            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
+        index, count = _raising(torch.ops.dynops.mask_to_index_capacity, mask, capacity)
         return cls(index, shape, count)
 
     @classmethod
@@ -128,12 +128,16 @@ class PixelPlan:
             kernel_size, stride, padding, dilation: as in ``nn.Conv2d`` (ints or pairs).
             in_size: ``(H, W)`` of the input; by default the smallest that yields this plan's size.
         """
-        kernel, stride = pair(kernel_size, "kernel_size"), pair(stride, "stride")
-        padding, dilation = pair(padding, "padding"), pair(dilation, "dilation")
+        kernel, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
+        padding, dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
+        margin = [dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] for i in (0, 1)]
         if in_size is None:
-            in_size = tuple(
-                (self.shape[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]
-                for i in (0, 1)
+            in_size = tuple(max((self.shape[1 + i] - 1) * stride[i] + margin[i], 0) for i in (0, 1))
+        in_size = pair(in_size, "in_size", 0)
+        out_size = tuple((in_size[i] - margin[i]) // stride[i] + 1 for i in (0, 1))
+        if out_size != self.shape[1:]:
+            raise ValueError(
+                f"in_size: expected one that yields the plan's {self.shape[1:]}, got {in_size}, which yields {out_size}"
             )
         geometry = ConvGeometry(
             self.shape[0], *in_size, *self.shape[1:], *kernel, *stride, *padding, *dilation, 1, 0
@@ -149,7 +153,8 @@ class PixelPlan:
 
     def resized(self, size: tuple[int, int]) -> PixelPlan:
         """This plan at another ``(H, W)``: an output pixel is active if any pixel under it is."""
-        if tuple(size) == self.shape[1:]:
+        size = pair(size, "size", 1)
+        if size == self.shape[1:]:
             return self
         mask = resize_mask(self.mask(), size)
         return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
@@ -172,9 +177,10 @@ class PixelPlan:
         return f"PixelPlan({self.num_rows} of {self.num_pixels} pixels, shape={self.shape}{form})"
 
 
-def _compact_index(mask: Tensor) -> Tensor:
+def _raising(op, *arguments):
+    """``op(*arguments)``, where a NaN in the mask is a ValueError instead of the op's RuntimeError."""
     try:
-        return torch.ops.dynops.mask_to_index(mask)
+        return op(*arguments)
     except RuntimeError as error:
         if "NaN" in str(error):
             raise ValueError("mask: expected numbers, got NaN in it") from None
@@ -198,6 +204,8 @@ def check_mask(mask: Tensor) -> Tensor:
         raise TypeError(f"mask: expected a tensor [N, H, W] or [N, 1, H, W], got {type(mask).__name__}")
     if mask.dtype not in _MASK_DTYPES:
         raise TypeError(f"mask: expected a bool, integer or floating dtype, got {mask.dtype}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"mask: expected a dense tensor, got layout {mask.layout}")
     if mask.dim() == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if mask.dim() != 3:

@@ -59,12 +59,6 @@ def packed_rows(rows, plan: PixelPlan, name: str, channels: int | None = None) -
         raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {rows.device}")
 
 
-def _positive(values: tuple[int, int], name: str) -> tuple[int, int]:
-    if any(not isinstance(v, int) and not isinstance(v, torch.SymInt) for v in values) or min(values) < 1:
-        raise ValueError(f"{name}: expected positive ints, got {values}")
-    return values
-
-
 def _inputs(x, weight, bias, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ranks, devices and dtypes; autocast as the dense layer has it."""
     if in_plan is None:
@@ -123,10 +117,7 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     x, weight, bias = _inputs(x, weight, bias, in_plan)
     pixel_plan(plan, "plan", x.device)
     kernel = tuple(weight.shape[2:])
-    stride, dilation = (
-        _positive(pair(stride, "stride"), "stride"),
-        _positive(pair(dilation, "dilation"), "dilation"),
-    )
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     _channels(x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups, in_plan)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {PADDING_MODES}, got {padding_mode!r}")
@@ -135,9 +126,7 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
             raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
         pads = _same_padding(kernel, stride, dilation) if padding == "same" else [(0, 0), (0, 0)]
     else:
-        pads = [(p, p) for p in pair(padding, "padding")]
-        if min(pads)[0] < 0:
-            raise ValueError(f"padding: expected ints >= 0, got {padding}")
+        pads = [(p, p) for p in pair(padding, "padding", 0)]
     if padding_mode != "zeros" and pads != [(0, 0), (0, 0)]:
         x = F.pad(x, (*pads[1], *pads[0]), mode=padding_mode)
         pads = [(0, 0), (0, 0)]
@@ -163,14 +152,9 @@ def conv_transpose_arguments(
     x, weight, bias = _inputs(x, weight, bias, in_plan)
     pixel_plan(plan, "plan", x.device)
     kernel = tuple(weight.shape[2:])
-    stride, dilation = (
-        _positive(pair(stride, "stride"), "stride"),
-        _positive(pair(dilation, "dilation"), "dilation"),
-    )
-    padding, output_padding = pair(padding, "padding"), pair(output_padding, "output_padding")
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    padding, output_padding = pair(padding, "padding", 0), pair(output_padding, "output_padding", 0)
     _channels(x, weight, bias, weight.shape[0], weight.shape[1] * groups, groups, in_plan)
-    if min(padding) < 0 or min(output_padding) < 0:
-        raise ValueError(f"padding, output_padding: expected ints >= 0, got {padding}, {output_padding}")
     if any(output_padding[i] >= max(stride[i], dilation[i]) for i in (0, 1)):
         raise ValueError(
             f"output_padding: expected it smaller than stride {stride} or dilation {dilation}, got {output_padding}"

@@ -16,9 +16,13 @@ from .registry import define
 
 def _mask_to_index(mask: Tensor) -> Tensor:
     """int32 ``[P]``: the ascending flat positions of the nonzeros of ``mask``."""
+    _refuse_nan(mask)
+    return mask.reshape(-1).nonzero()[:, 0].to(torch.int32)
+
+
+def _refuse_nan(mask: Tensor) -> None:
     if mask.is_floating_point() and bool(mask.isnan().any()):
         raise RuntimeError("mask: NaN")
-    return mask.reshape(-1).nonzero()[:, 0].to(torch.int32)
 
 
 def _mask_to_index_fake(mask: Tensor) -> Tensor:
@@ -28,6 +32,8 @@ def _mask_to_index_fake(mask: Tensor) -> Tensor:
 
 def _mask_to_index_capacity(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """The first ``capacity`` positions, padded with -1, and how many are valid; no host sync."""
+    if mask.device.type == "cpu":  # elsewhere looking would synchronise
+        _refuse_nan(mask)
     active = (mask.reshape(-1) != 0).to(torch.int32)
     row = active.cumsum(0, dtype=torch.int32) - 1
     slot = torch.where((active != 0) & (row < capacity), row, capacity).long()
