@@ -1,0 +1,338 @@
+"""What the Triton kernels share: where a tap reads, the epilogue, tile sizes, precision, weights.
+
+Works with Triton 3.6 to 3.9. Imported only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry
+
+# Sizes that change from input to input: not specialised on, so a new one compiles nothing.
+UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
+MAX_ORDERED_TAPS = 62  # a tap set is one integer; larger kernels walk over every tap
+INT32_LIMIT = 2**31 - 2**16  # room for the lanes past the end of the last tile
+
+# --------------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def _coordinate(out, tap, size, stride, pad, dilation, TRANSPOSED: tl.constexpr):
+    """The input coordinate that ``tap`` of ``out`` reads, and whether it is inside the input."""
+    if TRANSPOSED:
+        shifted = out + pad - tap * dilation
+        at = shifted // stride
+        inside = (shifted >= 0) & (at * stride == shifted) & (at < size)
+    else:
+        at = out * stride - pad + tap * dilation
+        inside = (at >= 0) & (at < size)
+    return at, inside
+
+
+@triton.jit
+def split_pixel(pixel, h, w):
+    """``n, y, x`` of the flat position ``n*h*w + y*w + x``."""
+    line = pixel // w
+    n = line // h
+    return n, line - n * h, pixel - line * w
+
+
+@triton.jit
+def source_row(
+    pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The row of x that ``tap`` of an output pixel reads, and whether there is one.
+
+    READS: "pixels", the row is the input pixel; "active", the same, where ``source`` has one;
+    "packed", ``source`` names the row; "aligned", output row i reads row i.
+    """
+    if READS == "aligned":
+        at = row
+        valid = live
+    else:
+        n, y, x = split_pixel(pixel, out_h, out_w)
+        tap_y = tap // KERNEL_W
+        in_y, inside_y = _coordinate(y, tap_y, in_h, STRIDE_H, pad_h, DIL_H, TRANSPOSED)
+        in_x, inside_x = _coordinate(x, tap - tap_y * KERNEL_W, in_w, STRIDE_W, pad_w, DIL_W, TRANSPOSED)
+        valid = live & inside_y & inside_x
+        if WIDE:
+            n = n.to(tl.int64)
+        at = (n * in_h + in_y) * in_w + in_x
+        if READS != "pixels":
+            mapped = tl.load(source + at, mask=valid, other=-1)
+            valid = mapped >= 0
+            if READS == "packed":
+                at = mapped
+    if WIDE:
+        at = at.to(tl.int64)
+    return at, valid
+
+
+@triton.jit
+def load_pixels(index, row, rows):
+    """The output pixels of these rows, -1 where there is none; without an index, row i is pixel i."""
+    if index is None:
+        pixel = tl.where(row < rows, row, -1)
+    else:
+        pixel = tl.load(index + row, mask=row < rows, other=-1)
+    return pixel
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """The activation in float32. NaN stays NaN, as in torch."""
+    if ACTIVATION == "relu":
+        z = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == "relu6":
+        z = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+    elif ACTIVATION == "silu":
+        z = z * tl.sigmoid(z)
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2u)
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "hardswish":
+        z = z * tl.where(z < -3, 0.0, tl.where(z > 3, 6.0, z + 3)) / 6
+    else:
+        tl.static_assert(ACTIVATION == "")
+    return z
+
+
+@triton.jit
+def finish(z, bias, scale, shift, gate, residual, row, channel, row_mask, channel_mask, channels,
+           ACTIVATION: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """``activation(gate * (scale * (z + bias) + shift) + residual)`` of a tile, in float32."""
+    if bias is not None:
+        z += tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        z *= tl.load(scale + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    if shift is not None:
+        z += tl.load(shift + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    if gate is not None:
+        z *= tl.load(gate + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        if WIDE:
+            row = row.to(tl.int64)
+        at = row[:, None] * channels + channel[None, :]
+        mask = row_mask[:, None] & channel_mask[None, :]
+        z += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    return activate(z, ACTIVATION)
+
+
+# ----------------------------------------------------------------- rows in the order of their taps
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def tap_set(key, TAPS: tl.constexpr):
+    """The union of the rows' tap sets: as bits, and how many."""
+    taps = tl.reduce(key ^ (key >> 1), 0, _or)  # a key is the Gray rank of its set
+    WIDTH: tl.constexpr = 32 if TAPS <= 31 else 64
+    bits = (taps >> tl.arange(0, WIDTH).to(taps.dtype)) & 1
+    return taps, tl.sum(bits, 0).to(tl.int32)
+
+
+@triton.jit
+def lowest_tap(taps):
+    """The position of the lowest set bit: the exponent of that power of two as a float."""
+    lowest = (taps & -taps).to(tl.float32)
+    return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def tap_key_kernel(
+    keys, index, source, rows, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """keys[i] = the Gray rank of the set of taps for which row i reads something."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK if WIDE else tl.program_id(0) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    pixel = load_pixels(index, row, rows)
+    taps = tl.zeros([BLOCK], tl.int32 if TAPS <= 31 else tl.int64)
+    for tap in range(TAPS):
+        _, valid = source_row(
+            pixel, pixel >= 0, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+        )  # fmt: skip
+        taps |= valid.to(taps.dtype) << tap
+    for shift in tl.static_range(6 if TAPS > 31 else 5):  # Gray decoding: a prefix xor from the top
+        taps ^= taps >> (1 << shift)
+    tl.store(keys + row, taps.to(keys.dtype.element_ty), mask=row < rows)
+
+
+def tap_order(
+    index: Tensor | None, source: Tensor | None, rows: int, options: dict, device
+) -> tuple[Tensor, Tensor]:
+    """The rows' tap sets (as Gray ranks), descending, and the rows in that order."""
+    dtype = torch.int16 if options["TAPS"] <= 15 else torch.int32 if options["TAPS"] <= 31 else torch.int64
+    keys = torch.empty(rows, dtype=dtype, device=device)
+    tap_key_kernel[(triton.cdiv(rows, 256),)](keys, index, source, rows, **options, BLOCK=256)
+    return torch.sort(keys, descending=True)
+
+
+# -------------------------------------------------------------------------------- tile sizes
+
+
+class Tile(NamedTuple):
+    """What one program computes: m x n outputs, k of the reduction at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Large first. Each was compiled ahead of time for its architecture: no spills, and tensor cores
+# wherever the precision has them (tests/test_triton_aot.py). The rates were not measured.
+_SMALL = (Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(32, 16, 64, 4, 3))
+_SMALL_TF32 = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(32, 16, 32, 4, 3))
+_IEEE = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
+TILES = {
+    (80, "half"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL),
+    (90, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
+    (100, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
+    (80, "tf32"): (Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
+    (90, "tf32"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
+    (100, "tf32"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
+    (80, "ieee"): _IEEE,
+    (90, "ieee"): _IEEE,
+    (100, "ieee"): _IEEE,
+}
+
+
+def choose(x: Tensor, rows: int, n: int, k: int, batch: int) -> tuple[dict, str]:
+    """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
+
+    The largest tile that is not wider than ``n`` and still gives every SM one; failing that, the
+    smallest.
+    """
+    kind = precision(x.dtype)
+    arch, processors = device_facts(x.device)
+    widest = max(16, triton.next_power_of_2(n))
+    tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest]
+    fills = (t for t in tiles if batch * triton.cdiv(rows, t.m) * triton.cdiv(n, t.n) >= processors)
+    return tile_arguments(next(fills, tiles[-1]), k), "ieee" if kind == "half" else kind
+
+
+def tile_arguments(tile: Tile, k: int) -> dict:
+    """The kernel's tile arguments; the block of k is less where the whole reduction is shorter."""
+    block = min(tile.k, max(16, triton.next_power_of_2(k)))
+    return {"M": tile.m, "N": tile.n, "K": block, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+@functools.cache
+def device_facts(device: torch.device) -> tuple[int, int]:
+    """The architecture in the table (80, 90 or 100) and the number of SMs; the interpreter has 1."""
+    if device.type != "cuda":
+        return 80, 1
+    major = torch.cuda.get_device_capability(device)[0]
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return {9: 90, 10: 100}.get(major, 80), processors
+
+
+# ------------------------------------------------------------------- precision, layout, weights
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The kind of product: "half", or for float32 "tf32" or "ieee", as torch's own convolution takes it."""
+    if dtype != torch.float32:
+        return "half"
+    convolution = getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(convolution, "fp32_precision"):  # torch 2.9 and later; mixing it with allow_tf32 raises
+        return "tf32" if convolution.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[A, B, kh, kw]`` as ``[A, kh*kw, B]`` of this dtype: no copy where it is channels_last.
+
+    A copy is kept for the next call (``backends.weight_cache``), except under CUDA graph capture,
+    where it becomes part of the graph, so that a replay sees the weight as it is then.
+    """
+    make = functools.partial(_weight_rows, weight, dtype)
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return make()
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make()
+    return backends.weight_cache.get(weight, ("triton", dtype), make)
+
+
+def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    lead, inner, kh, kw = weight.shape
+    return weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def nchw(x: Tensor) -> bool:
+    """Whether an output in the format of ``x`` [N, C, H, W] is NCHW rather than channels_last."""
+    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_map(like: Tensor, batch: int, channels: int, h: int, w: int) -> Tensor:
+    """An uninitialised channels_last ``[N, C, H, W]``."""
+    options = {"dtype": like.dtype, "device": like.device}
+    return torch.empty((batch, channels, h, w), memory_format=torch.channels_last, **options)
+
+
+def adjoint(g: ConvGeometry) -> ConvGeometry:
+    """The geometry with input and output exchanged: tap t of q reads p where tap t of p read q."""
+    return g._replace(in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w, transposed=1 - g.transposed)
+
+
+def geometry_arguments(g: ConvGeometry) -> dict:
+    """The kernels' geometry arguments."""
+    sizes = {name: getattr(g, name) for name in UNSPECIALIZED[1:]}
+    steps = {"STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w, "DIL_H": g.dil_h, "DIL_W": g.dil_w}
+    return {**sizes, **steps, "KERNEL_W": g.kernel_w, "TAPS": g.taps, "TRANSPOSED": bool(g.transposed)}
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Rows of channels: a map [N, C, H, W] as channels_last, packed rows as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+
+
+def product_sizes(
+    in_channels: int, out_channels: int, w_shape: tuple[int, int, int], g: ConvGeometry
+) -> dict:
+    """The kernels' channel arguments; ``w_shape`` as :func:`weight_rows` returns it."""
+    k_size, n_size = in_channels // g.groups, out_channels // g.groups
+    sizes = {"k_size": k_size, "n_size": n_size, "lead": w_shape[1] * w_shape[2]}
+    return {**sizes, "in_channels": in_channels, "out_channels": out_channels}
+
+
+def is_narrow(sizes: dict, g: ConvGeometry) -> bool:
+    """Whether groups are too narrow for a matrix product (depthwise above all)."""
+    return g.groups > 1 and min(sizes["k_size"], sizes["n_size"]) < 16
+
+
+def direct_tile(channels: int) -> dict:
+    """The tile of the kernels without a matrix product: 2048 elements."""
+    n = min(64, max(16, triton.next_power_of_2(channels)))
+    return {"M": 2048 // n, "N": n, "num_warps": 4}
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether an element offset in one of these may pass 2**31."""
+    return any(t is not None and t.numel() >= INT32_LIMIT for t in tensors)
+
+
+def on_device(x: Tensor):
+    """Launches go to the current CUDA device: makes it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
