@@ -1,9 +1,10 @@
 """dynops: layers that compute only what an input needs."""
 
-from . import ops
+from . import nn, ops
 from .backends import build_info
+from .context import active
 from .plans import PixelPlan
 
 __version__ = "0.1.0"
 
-__all__ = ["PixelPlan", "build_info", "ops"]
+__all__ = ["PixelPlan", "active", "build_info", "nn", "ops"]

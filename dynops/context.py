@@ -1,0 +1,88 @@
+"""``with active(mask):`` the mask that converted layers work on, at whatever resolution they have."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from .plans import PixelPlan, check_mask, resize_mask
+
+
+class _Local(threading.local):
+    def __init__(self):  # runs once in each thread; an attribute (not a class default) is what Dynamo guards
+        self.stack: tuple[active, ...] = ()
+
+
+_local = _Local()
+
+
+class active:
+    """Context manager: inside it, converted layers compute only the pixels of a mask.
+
+    Args:
+        mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active) or a
+            :class:`PixelPlan`, at any resolution, finer or coarser than a layer's.
+
+    Each layer asks for the plan of its own output resolution: an output pixel is active if any mask
+    pixel under it is. Plans are built once for each resolution and shared between the layers.
+
+    The context belongs to the thread that enters it. It nests (the innermost mask holds), may be
+    entered again and by several threads at once, and is left when an exception passes through.
+    Entered inside a compiled function, with the mask as its input, plans have the capacity form.
+
+    Raises:
+        TypeError, ValueError: what is passed is neither a mask nor a plan. A layer whose batch or
+            device is not the mask's raises ValueError when it is called.
+    """
+
+    def __init__(self, mask_or_plan: Tensor | PixelPlan):
+        self._capacity_form = False
+        self._plans: dict[tuple[int, int, int], PixelPlan] = {}
+        if isinstance(mask_or_plan, PixelPlan):
+            self._capacity_form = mask_or_plan.count is not None
+            self._plans[mask_or_plan.shape] = mask_or_plan
+            self._mask = mask_or_plan.mask()
+        else:
+            self._mask = check_mask(mask_or_plan)
+
+    def __enter__(self) -> active:
+        _local.stack = (*_local.stack, self)
+        return self
+
+    def __exit__(self, *error) -> None:
+        _local.stack = _local.stack[:-1]
+
+    def plan(self, shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
+        """The plan at ``shape = (N, H, W)`` for a layer on ``device`` (kept).
+
+        Raises:
+            ValueError: the mask has another batch or lies on another device.
+        """
+        plan = self._plans.get(shape)
+        if plan is None:
+            plan = self._plans[shape] = self._make(shape)
+        if plan.index.device != device:
+            raise ValueError(f"active: expected the mask on the layer's device {device}, got {plan.device}")
+        return plan
+
+    def _make(self, shape: tuple[int, int, int]) -> PixelPlan:
+        n, h, w = shape
+        if self._mask.shape[0] != n:
+            raise ValueError(
+                f"active: expected a mask for the layer's batch of {n}, got one for {self._mask.shape[0]} "
+                f"(shape {tuple(self._mask.shape)})"
+            )
+        if min(self._mask.shape[1:]) == 0 and n > 0:
+            raise ValueError(f"active: expected a mask with pixels, got shape {tuple(self._mask.shape)}")
+        if n == 0 or min(h, w) == 0:
+            return PixelPlan.from_mask(self._mask.new_zeros(shape, dtype=torch.bool))
+        mask = resize_mask(self._mask, (h, w)) if self._mask.shape != shape else self._mask
+        return PixelPlan.from_mask(mask, n * h * w if self._capacity_form else None)
+
+
+def current() -> active | None:
+    """The innermost ``active`` context of this thread."""
+    stack = _local.stack
+    return stack[-1] if stack else None

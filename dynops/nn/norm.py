@@ -1,0 +1,107 @@
+"""BatchNorm2d on packed rows: folded to a scale and a shift, or with the statistics of the active rows."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.epilogue import apply_epilogue
+from ..plans import PixelPlan
+
+_folded: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether ``norm`` normalises with the statistics of its input (as nn.BatchNorm2d decides it)."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """``scale, shift`` ``[C]`` with ``norm(x) = scale * x + shift`` in eval mode.
+
+    Kept until a parameter or a statistic changes (a write through ``.data`` is not seen), except
+    where a gradient flows through them.
+    """
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:2])
+    if grad or torch.compiler.is_compiling() or norm.running_var.is_inference():
+        return _fold(norm.eps, *tensors)
+    stamp = (norm.eps, *[None if t is None else (t._version, t.data_ptr()) for t in tensors])
+    entry = _folded.get(norm)
+    if entry is None or entry[0] != stamp:
+        with torch.no_grad():
+            entry = _folded[norm] = (
+                stamp,
+                _fold(norm.eps, *tensors),
+                tensors,
+            )  # tensors: so no data_ptr is reused
+    return entry[1]
+
+
+def _fold(eps: float, weight, bias, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(var.dtype, torch.float32)  # half-precision statistics are folded in float32
+    scale = (var.to(dtype) + eps).rsqrt()
+    scale = scale if weight is None else weight.to(dtype) * scale
+    shift = -mean.to(dtype) * scale
+    return scale, (shift if bias is None else shift + bias.to(dtype))
+
+
+def norm_rows(
+    norm: nn.BatchNorm2d,
+    rows: Tensor,  # [P, C]
+    plan: PixelPlan,
+    residual: Tensor | None = None,  # [P, C], added after the norm
+    activation: str = "",
+) -> Tensor:  # [P, C]
+    """``activation(norm(rows) + residual)``; see :class:`dynops.nn.MaskedBatchNorm2d` for the statistics."""
+    if not uses_batch_statistics(norm):
+        scale, shift = fold(norm)
+        return apply_epilogue(rows, activation, scale, shift, None, residual)
+    rows = _train_rows(norm, rows) if plan.count is None else _train_capacity(norm, rows, plan.count)
+    return apply_epilogue(rows, activation, None, None, None, residual)
+
+
+def _train_rows(norm: nn.BatchNorm2d, rows: Tensor) -> Tensor:
+    if rows.shape[0] < 2:  # no variance can be had from fewer
+        if norm.running_mean is None:
+            return apply_epilogue(rows * 0, "", None, norm.bias, None, None)
+        return apply_epilogue(rows, "", *fold(norm), None, None)
+    mean = var = None
+    momentum = 0.0
+    if norm.training and norm.track_running_stats:
+        mean, var, momentum = norm.running_mean, norm.running_var, norm.momentum
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return F.batch_norm(rows, mean, var, norm.weight, norm.bias, True, momentum, norm.eps)
+
+
+def _train_capacity(norm: nn.BatchNorm2d, rows: Tensor, count: Tensor) -> Tensor:
+    """As ``_train_rows``, with a count that only the device knows: no branch, no synchronisation."""
+    valid = (torch.arange(rows.shape[0], device=rows.device) < count)[:, None]
+    enough = count[0] > 1
+    values = torch.where(valid, rows, 0).to(torch.promote_types(rows.dtype, torch.float32))
+    n = count.to(values.dtype).clamp(min=1)
+    mean = values.sum(0) / n
+    var = (torch.where(valid, values - mean, 0) ** 2).sum(0) / n
+    if norm.running_mean is not None:
+        if norm.training and norm.track_running_stats:
+            with torch.no_grad():
+                _track(norm, mean, var * (n / (n - 1).clamp(min=1)), enough)
+        mean = torch.where(enough, mean, norm.running_mean)
+        var = torch.where(enough, var, norm.running_var)
+    scale, shift = _fold(norm.eps, norm.weight, norm.bias, mean, var)
+    return torch.where(valid, values * scale + shift, 0).to(rows.dtype)
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, enough: Tensor) -> None:
+    norm.num_batches_tracked.add_(enough.to(torch.int64))
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype).clamp(min=1)
+    momentum = enough.to(mean.dtype) * momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum.to(norm.running_mean.dtype))
+    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum.to(norm.running_var.dtype))

@@ -1,0 +1,182 @@
+"""SparseSequential: a chain of convolutions, norms and activations on packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..ops import gather_pixels, packed_conv2d, packed_conv_transpose2d, scatter_pixels
+from ..ops.rows import memory_format_of
+from ..plans import PixelPlan, as_pixel_plan
+from .activations import ELEMENTWISE, fused_name
+from .masked import MaskedBatchNorm2d
+from .norm import fold, norm_rows, uses_batch_statistics
+from .pixels import SparseConv2d, SparseConvTranspose2d
+from .shapes import geometry_of
+
+_CONVS = (nn.Conv2d, SparseConv2d)
+_TRANSPOSED = (nn.ConvTranspose2d, SparseConvTranspose2d)
+_PASS = (nn.Identity, nn.Dropout)
+
+
+class _Step(NamedTuple):
+    """A convolution (or none) and what is fused to it."""
+
+    conv: nn.Module | None
+    norm: nn.Module | None
+    activation: str
+    other: nn.Module | None  # alone: an elementwise module or a dropout
+
+
+class SparseSequential(nn.Sequential):
+    """``nn.Sequential`` of convolutions, norms and activations, computed for the pixels of a mask only.
+
+    Called as ``chain(x, mask_or_plan, base=None)``, with the mask at the output's resolution; without
+    a mask it is ``nn.Sequential``. Every inner layer is computed wherever a later one reads it, so in
+    eval mode ``chain(x, mask)[mask] == dense_chain(x)[mask]`` up to rounding. Between the layers only
+    packed rows ``[P, C]`` exist; a norm in eval mode and the activation after it are part of the
+    convolution.
+
+    In training mode a norm takes its statistics from the rows that are computed (active pixels and
+    the halo that later layers read), not from the whole map, and updates its running statistics with
+    them as ``nn.BatchNorm2d`` does. Dropout draws for the computed rows only. With a mask, hooks of
+    the inner modules are not called.
+
+    Takes exactly these modules: Conv2d and ConvTranspose2d (padding mode zeros) or their sparse
+    forms, BatchNorm2d, elementwise activations, Dropout, Identity, and nn.Sequential of the same.
+
+    Shape:
+        - x: ``[N, C, H, W]``. mask_or_plan: ``[N, out_H, out_W]``, ``[N, 1, out_H, out_W]`` or a plan.
+        - base: ``[N, O, out_H, out_W]``, the output at inactive pixels; zero if None.
+        - output: ``[N, O, out_H, out_W]``, memory format of ``x``.
+
+    Raises:
+        TypeError: at construction (or at the call, if the chain was changed since): a module that
+            cannot run on rows, by name.
+        ValueError: a mask that does not fit the output.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__(*modules)
+        for name, module in _flat(self):
+            _check(name, module)
+
+    @classmethod
+    def from_dense(cls, chain: nn.Sequential) -> SparseSequential:
+        """A sparse chain of the same modules (the same objects, names and training flag)."""
+        sparse = cls()
+        for name, module in chain.named_children():
+            sparse.add_module(name, module)
+        for name, module in _flat(sparse):
+            _check(name, module)
+        sparse.training = chain.training
+        return sparse
+
+    def forward(
+        self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None, base: Tensor | None = None
+    ) -> Tensor:
+        if mask_or_plan is None:
+            if base is not None:
+                raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
+            return super().forward(input)
+        if not isinstance(input, Tensor) or input.dim() != 4:
+            raise ValueError(f"input: expected a tensor [N, C, H, W], got {getattr(input, 'shape', input)}")
+        plan = as_pixel_plan(mask_or_plan)
+        steps = _fuse(self)
+        plans = _plans(steps, plan, (input.shape[0], input.shape[2], input.shape[3]))
+        value, in_plan = input, None
+        for step, out_plan in zip(steps, plans, strict=True):
+            if step.conv is None and in_plan is None:
+                value = gather_pixels(value, out_plan)
+            value = _run(step, value, in_plan, out_plan)
+            in_plan = out_plan
+        if in_plan is None:  # an empty chain
+            value = gather_pixels(value, plan)
+        return scatter_pixels(value, plan, base).contiguous(memory_format=memory_format_of(input))
+
+
+def _flat(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, module in chain.named_children():
+        if type(module) in (nn.Sequential, SparseSequential):
+            yield from _flat(module, f"{prefix}{name}.")
+        else:
+            yield prefix + name, module
+
+
+def _check(name: str, module: nn.Module) -> None:
+    kind = type(module)
+    if kind in _CONVS + _TRANSPOSED:
+        if module.padding_mode != "zeros":
+            raise TypeError(f"{name}: expected padding_mode='zeros', got {module}")
+    elif kind not in (nn.BatchNorm2d, MaskedBatchNorm2d, *ELEMENTWISE, *_PASS):
+        raise TypeError(
+            f"{name}: expected a convolution, BatchNorm2d, elementwise activation, Dropout or Identity, "
+            f"got {module}"
+        )
+
+
+def _fuse(chain: nn.Sequential) -> list[_Step]:
+    """The chain as steps: each convolution takes the norm and the activation that follow it."""
+    steps: list[_Step] = []
+    for name, module in _flat(chain):
+        _check(name, module)
+        last = steps[-1] if steps else None
+        takes = last is not None and last.other is None and not last.activation
+        if isinstance(module, _CONVS + _TRANSPOSED):
+            steps.append(_Step(module, None, "", None))
+        elif isinstance(module, nn.BatchNorm2d):
+            if takes and last.conv is not None and last.norm is None:
+                steps[-1] = last._replace(norm=module)
+            else:
+                steps.append(_Step(None, module, "", None))
+        elif type(module) is nn.Identity:
+            continue
+        elif takes and fused_name(module):
+            steps[-1] = last._replace(activation=fused_name(module))
+        else:
+            steps.append(_Step(None, None, "", module))
+    return steps
+
+
+def _plans(steps: list[_Step], plan: PixelPlan, in_shape: tuple[int, int, int]) -> list[PixelPlan]:
+    """The plan of each step's output, from the last to the first: what the step after it reads."""
+    geometries = []
+    for step in steps:
+        geometries.append(None if step.conv is None else geometry_of(step.conv, in_shape))
+        in_shape = in_shape if step.conv is None else geometries[-1].out_shape
+    if plan.shape != in_shape:
+        raise ValueError(
+            f"mask_or_plan: expected one for the output's [N, H, W] = {in_shape}, got {plan.shape}"
+        )
+    plans = []
+    for i in range(len(steps) - 1, -1, -1):
+        plans.append(plan)
+        if geometries[i] is not None and i > 0:  # the first one reads the dense input
+            plan = plan.needed_by(geometries[i])
+    return plans[::-1]
+
+
+def _run(step: _Step, value: Tensor, in_plan: PixelPlan | None, plan: PixelPlan) -> Tensor:
+    """One step on rows ``[P, C]`` (or a dense map into a convolution, where ``in_plan`` is None)."""
+    conv, norm, activation, other = step
+    if conv is None:
+        return norm_rows(norm, value, plan, None, activation) if norm is not None else other(value)
+    folded = norm is not None and not uses_batch_statistics(norm)
+    scale, shift = fold(norm) if folded else (None, None)
+    arguments = {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "activation": activation if folded or norm is None else None,
+        "scale": scale,
+        "shift": shift,
+    }
+    if isinstance(conv, nn.ConvTranspose2d):
+        arguments["output_padding"] = conv.output_padding
+        rows = packed_conv_transpose2d(value, conv.weight, conv.bias, in_plan, plan, **arguments)
+    else:
+        rows = packed_conv2d(value, conv.weight, conv.bias, in_plan, plan, **arguments)
+    return rows if folded or norm is None else norm_rows(norm, rows, plan, None, activation)
