@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ class Setting:
     compiled: bool = True
     break_even: bool = True
     variants: bool = True  # also rows with the plan reused and on packed rows, for random masks
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     mask_kinds: tuple[str, ...] = ("random", "square", "photo")
 
     @property
@@ -272,3 +272,13 @@ def _row(case, setting, key, plan, dense_ms, dense_name, ours_ms, dense_all) -> 
         ours_ms=ours_ms,
         dense_all=dense_all,
     )
+
+
+def one_call(case: Case, setting: Setting, contender: str, kind: str, density: float):
+    """A single contender, for measuring its memory: "ours" (plain) or a memory format of dense eager."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = _tensors(case, setting, generator)
+    if contender != "ours":
+        return _dense(case, setting, tensors)[f"{contender} eager"]
+    mask = masks.MASKS[kind](case.n, *case.out_size, density, generator).to(setting.device)
+    return _ours(case, setting, tensors, mask, PixelPlan.from_mask(mask), False)["plain"]

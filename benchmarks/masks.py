@@ -75,7 +75,8 @@ def gradients(image: Tensor, size: tuple[int, int]) -> Tensor:
     gray = sum(w * image[:, c] for c, w in enumerate(_LUMINANCE))  # [N, H, W]
     dx = F.pad(gray[:, :, 1:] - gray[:, :, :-1], (0, 1))
     dy = F.pad(gray[:, 1:] - gray[:, :-1], (0, 0, 0, 1))
-    return F.adaptive_avg_pool2d(torch.hypot(dx, dy), size)
+    energy = torch.hypot(dx, dy)
+    return energy if energy.shape[1:] == size else F.adaptive_avg_pool2d(energy, size)
 
 
 def densest(energy: Tensor, density: float) -> Tensor:

@@ -1,0 +1,164 @@
+"""The command line: ``python -m benchmarks headline|layers|models|memory|all|readme``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from . import layers, masks, memory, models, report
+from .timing import Budget
+
+ROOT = Path(__file__).parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEGEND = """\
+dense ms: the fastest of {NCHW, channels_last} x {eager, torch.compile}, in the same interleaved run; medians.
+theory: MACs of the dense layer / MACs that must be computed.   speed-up: dense ms / ours ms, where ours goes
+from the mask to the output, the plan included.   realised: speed-up / theory.   FLOPs are 2 x MACs.
+break-even: the density below which ours is faster."""
+QUICK_NOTE = (
+    "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
+    "versions. `python -m benchmarks layers` compares every layer with all four."
+)
+NO_PHOTO_NOTE = "matplotlib is not installed: no photograph, so no photo masks and no model."
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.command == "readme":
+        write_readme(Path("README.md"), args.out or ROOT / "results")
+        return
+    setting = _setting(args)
+    out = args.out or ROOT / "out"
+    if args.command == "headline":
+        _finish(headline(setting), "headline", setting, out, plot=True)
+        return
+    chosen = ("layers", "models", "memory") if args.command == "all" else (args.command,)
+    if setting.backward and "memory" in chosen:
+        chosen = tuple(suite for suite in chosen if suite != "memory")  # it measures the forward only
+    for suite in chosen:
+        _finish(SUITES[suite](setting, args.quick), suite, setting, out, args.plot)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = ["headline", "layers", "models", "memory", "all", "readme"]
+    parser.add_argument(
+        "command", choices=commands, help="readme rewrites the README's numbers from results/"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1], metavar="D")
+    parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
+    parser.add_argument("--op", default="pixels", choices=["pixels"], help="what is skipped")
+    parser.add_argument("--backward", action="store_true", help="forward and backward, for both")
+    parser.add_argument("--quick", action="store_true", help="fewer layers, shorter, no compiled layers")
+    parser.add_argument("--plot", action="store_true", help="a PNG too: speed-up against density")
+    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and PNG (benchmarks/out)")
+    return parser
+
+
+def _setting(args: argparse.Namespace) -> layers.Setting:
+    setting = layers.Setting(
+        device=torch.device(args.device),
+        dtype=DTYPES[args.dtype],
+        densities=tuple(sorted(args.density, reverse=True)),
+        backward=args.backward,
+    )
+    wrong = [d for d in setting.densities if not 0 < d <= 1]
+    if wrong:
+        raise SystemExit(f"--density: expected numbers in (0, 1], got {wrong}")
+    if not _has_photograph():
+        setting = dataclasses.replace(setting, mask_kinds=("random", "square"))
+    return setting
+
+
+def _has_photograph() -> bool:
+    try:
+        masks.photograph()
+    except ImportError:
+        return False
+    return True
+
+
+def _report(setting: layers.Setting) -> report.Report:
+    notes = [] if _has_photograph() else [NO_PHOTO_NOTE]
+    return report.Report(report.machine(setting.device), notes=notes)
+
+
+# ------------------------------------------------------------------------------------------ suites
+
+
+def run_layers(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    if quick:
+        setting = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(0.7, 5))
+        result.notes.append(QUICK_NOTE)
+    result.rows = layers.run(layers.all_cases(quick), setting)
+    return result
+
+
+def run_models(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    if "photo" in setting.mask_kinds:
+        sizes = models.SIZES[:1] if quick else models.SIZES
+        setting = dataclasses.replace(setting, budget=Budget(5 if quick else 20, 5))
+        result.rows = models.run(setting, sizes)
+    return result
+
+
+def run_memory(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    result.memory = memory.run(setting, memory.CASES[:2] if quick else None)
+    return result
+
+
+SUITES = {"layers": run_layers, "models": run_models, "memory": run_memory}
+
+
+def headline(setting: layers.Setting) -> report.Report:
+    """What `make bench` shows in about two minutes: a layer of each kind, and the model at both sizes."""
+    result = _report(setting)
+    result.notes.append(QUICK_NOTE)
+    short = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(1.0, 5))
+    result.rows = layers.run(layers.headline_cases(), short)
+    if "photo" in setting.mask_kinds:
+        setting = dataclasses.replace(setting, budget=Budget(8, 5))
+        result.rows += models.run(setting, gates=("photo, 32x32 cells",))
+    return result
+
+
+def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Path, plot: bool) -> None:
+    """Prints everything, the summary last, and writes the files."""
+    info = result.machine
+    print(
+        f"\n{info['device']}, {info['threads']} threads, torch {info['torch']}, {info['build'] or 'not built'}"
+    )
+    print(f"{setting.dtype}, {setting.mode}\n{LEGEND}\n")
+    if result.rows:
+        print(report.table(result.rows), "\n")
+        print(report.summary_table(report.summaries(result.rows, layers.TARGET_GROUPS)), "\n")
+    if result.memory:
+        print(report.memory_table(result.memory), "\n")
+    for note in result.notes:
+        print(f"note: {note}")
+    dtype = str(setting.dtype).removeprefix("torch.")
+    for path in result.save(out, report.file_stem(info, dtype, suite, setting.mode), plot):
+        print(f"wrote {path}")
+
+
+def write_readme(readme: Path, results: Path) -> None:
+    reports = [report.Report.load(path) for path in sorted(results.glob("*.json"))]
+    if not reports:
+        raise SystemExit(f"{results}: there are no results (python -m benchmarks all --out {results})")
+    report.rewrite_readme(readme, report.readme_block(reports, layers.TARGET_GROUPS))
+    print(f"{readme}: numbers of {len(reports)} files in {results}")
+
+
+if __name__ == "__main__":
+    main()
