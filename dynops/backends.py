@@ -19,6 +19,11 @@ except ImportError as error:  # a source tree that was not built: everything run
     _C, _C_ERROR = None, error
 
 
+def has_binary() -> bool:
+    """Whether the binary is built."""
+    return _C is not None
+
+
 def build_info() -> dict:
     """What the binary was built with: versions, instruction sets, CUDA architectures.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..kernels import cpp
 from ..plans import PixelPlan
 from .registry import define
 
@@ -54,10 +56,22 @@ def _scatter_rows_fake(rows, index, count, shape, base) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last)
 
 
-define("gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor", _gather_rows, _gather_rows_fake)
+def _run_gather_rows(x, index, count) -> Tensor:
+    if x.device.type == "cpu" and backends.has_binary():
+        return cpp.gather_rows(x, index, count)
+    return _gather_rows(x, index, count)
+
+
+def _run_scatter_rows(rows, index, count, shape, base) -> Tensor:
+    if rows.device.type == "cpu" and backends.has_binary():
+        return cpp.scatter_rows(rows, index, count, shape, base)
+    return _scatter_rows(rows, index, count, shape, base)
+
+
+define("gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor", _run_gather_rows, _gather_rows_fake)
 define(
     "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
-    _scatter_rows,
+    _run_scatter_rows,
     _scatter_rows_fake,
 )
 

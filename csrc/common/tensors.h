@@ -1,0 +1,39 @@
+// Small helpers over libtorch's stable ABI that the op files of both devices share.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "geometry.h"
+
+namespace dynops {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Geometry geometry_of(IntHeaderOnlyArrayRef v) {
+  STD_TORCH_CHECK(v.size() == 15, "geometry: expected 15 numbers, got ", v.size());
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
+}
+
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+}
+
+// Rows that a plan computes: those of the index, or the count of a capacity plan (on the CPU).
+inline int64_t active_rows(const Tensor& index, const OptionalTensor& count) {
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(),
+                  "index: expected a contiguous int32 vector, got ", index.dim(), " dimensions");
+  if (!count) return index.size(0);
+  const int64_t active = *static_cast<const int32_t*>(count->data_ptr());
+  STD_TORCH_CHECK(active >= 0 && active <= index.size(0), "count: expected 0 to ", index.size(0), ", got ",
+                  active);
+  return active;
+}
+
+}  // namespace dynops

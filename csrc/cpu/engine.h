@@ -1,0 +1,116 @@
+// The CPU engine's interface: what the ops (pixels.cpp, …) hand to the kernels of one instruction set.
+//
+// One computation serves every op: gather rows by pointer, multiply by packed weights, finish
+// (affine map, gate, residual, activation), and write rows by pointer. Nothing is materialised.
+#pragma once
+
+#include <cstdint>
+
+namespace dynops::cpu {
+
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kGeluTanh, kHardswish };
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Rows in a tile. 12 x 2 zmm accumulators leave 8 registers for weights and broadcasts: 255-265 of
+// 270 GFLOP/s a core on Zen 5; 14 x 2 and 6 x 4 measured the same, 7 x 4 spills (230).
+constexpr int kTileRows = 12;
+
+// A packed weight of one group: panels of `panel_width` columns, the last one narrower where half a
+// panel is enough, each [depth][width] (dot-product weights: [depth / 2][width][2]).
+struct PanelLayout {
+  int64_t columns;  // output channels of the group
+  int64_t depth;    // taps * channels of the group, each tap rounded up to `depth_step`
+  int64_t panels;
+  int64_t group_bytes;
+};
+
+// The part of a matrix product that all of its rows share.
+struct Gemm {
+  int32_t segments;             // pointers a row: the taps, or runs of adjacent taps
+  int32_t depth;                // elements behind each pointer
+  const int64_t* weight_start;  // [segments]: depth position of each segment in the packed panel
+  const char* weight;           // the packed group
+  PanelLayout layout;
+  Dtype in, out;
+  int64_t in_offset;   // bytes from a row pointer to the group's first channel
+  int64_t out_offset;  // bytes from an output pointer to the group's first channel
+  const float* scale;  // [columns + padding]
+  const float* shift;
+  Activation activation;
+};
+
+// Up to a few hundred rows: where they are read and written.
+struct RowBlock {
+  int32_t rows;
+  const char* const* in;        // [tile][segment][rows of the tile], as tile_rows() splits them
+  char* const* out;             // [rows]
+  const char* const* residual;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
+  const float* gate;            // [rows] or null
+};
+
+// Rows are split into tiles of nearly equal height: 39 rows run as 10 + 10 + 10 + 9, all at full rate.
+struct TileSplit {
+  int32_t tiles, small, large_tiles;
+  explicit TileSplit(int32_t rows)
+      : tiles((rows + kTileRows - 1) / kTileRows),
+        small(tiles ? rows / tiles : 0),
+        large_tiles(tiles ? rows % tiles : 0) {}
+  int32_t height(int32_t tile) const { return small + (tile < large_tiles); }
+};
+
+// A depthwise convolution of a block of rows: out[i][c] = sum_s in[i][s][c] * weight[s][c].
+struct Depthwise {
+  int32_t segments;
+  int64_t channels;
+  const int64_t* taps;  // [segments]: row of `weight` for each segment
+  const float* weight;  // [taps][channels]
+  Dtype in, out;
+  const float* scale;
+  const float* shift;
+  Activation activation;
+};
+
+// dw[o][c] += sum_k grad[k][o] * x[k][c] over a block of rows, for one tile of columns.
+struct OuterProduct {
+  int32_t rows;
+  const float* grad;  // packed [o tile][rows][kTileRows]
+  const float* x;     // packed [rows][panel]
+  float* dw;          // [outputs][dw_stride]
+  int64_t dw_stride;
+  int64_t outputs;
+  int32_t columns;  // of this panel, <= panel width
+};
+
+// Input rows scattered from: dx[q] += sum_s grad * weight, see Gemm with residual == out.
+
+struct Kernels {
+  const char* name;
+  int32_t panel_width;  // columns of a full panel
+  int32_t lanes;        // floats in a vector: the width of a half panel
+  bool bf16_dot;        // multiplies bfloat16 pairs, accumulating in float32
+
+  void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
+  void (*depthwise)(const Depthwise&, const RowBlock&);
+  // dw[t][c] += sum_k x[k][t][c] * grad[k][c] over rows, for the channels [begin, end)
+  void (*depthwise_weight_grad)(int32_t rows, int32_t segments, const char* const* x, const char* const* grad,
+                                Dtype dtype, int64_t begin, int64_t end, float* dw, int64_t dw_stride);
+  // dx[t] (pointers, or null) += weight[t] * grad, for the channels [begin, end); dx is float32
+  void (*depthwise_input_grad)(int32_t rows, int32_t segments, const char* const* grad, Dtype dtype,
+                               const float* weight, int64_t weight_stride, float* const* dx, int64_t begin,
+                               int64_t end);
+  void (*outer_product)(const OuterProduct&);
+  void (*to_float)(const char* from, Dtype, int64_t n, float* to);
+  void (*from_float)(const float* from, int64_t n, Dtype, char* to);
+  void (*add_to)(const char* from, Dtype, int64_t n, float* to);  // to[i] += from[i]
+};
+
+// The kernels for this machine: the best instruction set that it has, or the one that the
+// environment variable DYNOPS_CPU_ISA names (portable, avx2, avx512, avx512_bf16).
+const Kernels& kernels();
+
+// Names of the instruction sets that this machine and this build both have, best first.
+const char* const* available_isas();
+
+}  // namespace dynops::cpu

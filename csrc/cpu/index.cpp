@@ -1,0 +1,134 @@
+// Plan building on the CPU: mask to index, its inverse, the pixels that outputs read.
+#include <cstring>
+#include <vector>
+
+#include "../common/tensors.h"
+#include "parallel.h"
+
+namespace dynops::cpu {
+namespace {
+
+// Calls f with a pointer to the mask's elements, as an unsigned type of their size, and the bits
+// above which an element is NaN (all ones where the dtype has none). -0.0 is zero: the sign is cut.
+template <class F>
+auto visit_mask(const Tensor& mask, const F& f) {
+  const void* data = mask.data_ptr();
+  switch (mask.scalar_type()) {
+    case ScalarType::Half:
+      return f(static_cast<const uint16_t*>(data), uint16_t(0x7fff), uint16_t(0x7c00));
+    case ScalarType::BFloat16:
+      return f(static_cast<const uint16_t*>(data), uint16_t(0x7fff), uint16_t(0x7f80));
+    case ScalarType::Float:
+      return f(static_cast<const uint32_t*>(data), uint32_t(0x7fffffff), uint32_t(0x7f800000));
+    case ScalarType::Double:
+      return f(static_cast<const uint64_t*>(data), ~uint64_t(0) >> 1, uint64_t(0x7ff) << 52);
+    default:
+      break;
+  }
+  switch (mask.element_size()) {
+    case 1:
+      return f(static_cast<const uint8_t*>(data), uint8_t(0xff), uint8_t(0xff));
+    case 2:
+      return f(static_cast<const uint16_t*>(data), uint16_t(0xffff), uint16_t(0xffff));
+    case 4:
+      return f(static_cast<const uint32_t*>(data), ~uint32_t(0), ~uint32_t(0));
+    default:
+      return f(static_cast<const uint64_t*>(data), ~uint64_t(0), ~uint64_t(0));
+  }
+}
+
+struct Count {
+  int64_t active;
+  bool nan;
+};
+
+template <class T>
+Count count_active(const T* mask, T value_bits, T largest, int64_t n) {
+  int64_t active = 0;
+  T worst = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = mask[i] & value_bits;
+    active += value != 0;
+    worst = value > worst ? value : worst;
+  }
+  return {active, worst > largest};
+}
+
+// Writes up to `capacity` positions, without a branch a pixel; returns how many.
+template <class T>
+int64_t write_index(const T* mask, T value_bits, int64_t n, int32_t* index, int64_t capacity) {
+  int64_t used = 0, i = 0;
+  for (; i < n && used < capacity; ++i) {
+    index[used] = int32_t(i);
+    used += (mask[i] & value_bits) != 0;
+  }
+  return used;
+}
+
+Tensor mask_to_index(const Tensor& mask_in) {
+  const Tensor mask = torch::stable::contiguous(mask_in);
+  const int64_t n = mask.numel();
+  return visit_mask(mask, [&](auto data, auto bits, auto largest) {
+    const Count count = count_active(data, bits, largest, n);
+    STD_TORCH_CHECK(!count.nan, "mask: expected numbers, got NaN");
+    Tensor index = empty({count.active}, ScalarType::Int);
+    write_index(data, bits, n, static_cast<int32_t*>(index.data_ptr()), count.active);
+    return index;
+  });
+}
+
+std::tuple<Tensor, Tensor> mask_to_index_capacity(const Tensor& mask_in, int64_t capacity) {
+  const Tensor mask = torch::stable::contiguous(mask_in);
+  Tensor index = empty({capacity}, ScalarType::Int), count = empty({1}, ScalarType::Int);
+  int32_t* out = static_cast<int32_t*>(index.data_ptr());
+  visit_mask(mask, [&](auto data, auto bits, auto largest) {
+    STD_TORCH_CHECK(!count_active(data, bits, largest, mask.numel()).nan, "mask: expected numbers, got NaN");
+    const int64_t used = write_index(data, bits, mask.numel(), out, capacity);
+    std::fill(out + used, out + capacity, -1);
+    *static_cast<int32_t*>(count.data_ptr()) = int32_t(used);
+  });
+  return {index, count};
+}
+
+Tensor inverse_index(const Tensor& index, const OptionalTensor& count, IntHeaderOnlyArrayRef shape) {
+  const int64_t rows = active_rows(index, count);
+  Tensor inverse = empty({shape[0], shape[1], shape[2]}, ScalarType::Int);
+  const int32_t* in = static_cast<const int32_t*>(index.data_ptr());
+  int32_t* out = static_cast<int32_t*>(inverse.data_ptr());
+  std::fill(out, out + inverse.numel(), -1);
+  for (int64_t i = 0; i < rows; ++i) {
+    STD_TORCH_CHECK(in[i] >= 0 && in[i] < inverse.numel(), "index: expected positions below ",
+                    inverse.numel(), ", got ", in[i]);
+    out[in[i]] = int32_t(i);
+  }
+  return inverse;
+}
+
+Tensor needed_mask(const Tensor& index, const OptionalTensor& count, IntHeaderOnlyArrayRef geometry) {
+  const Geometry g = geometry_of(geometry);
+  const int64_t rows = active_rows(index, count);
+  Tensor mask = empty({g.batch, g.in_h, g.in_w}, ScalarType::Bool);
+  uint8_t* out = static_cast<uint8_t*>(mask.data_ptr());
+  std::memset(out, 0, size_t(g.in_pixels()));
+  const int32_t* in = static_cast<const int32_t*>(index.data_ptr());
+  for (int64_t i = 0; i < rows; ++i) {
+    const Pixel p = pixel_at(in[i], int32_t(g.out_h), int32_t(g.out_w));
+    for (int32_t r = 0; r < g.kernel_h; ++r) {
+      for (int32_t s = 0; s < g.kernel_w; ++s) {
+        const int32_t q = input_pixel(g, p, r, s);
+        if (q >= 0) out[q] = 1;
+      }
+    }
+  }
+  return mask;
+}
+
+}  // namespace
+}  // namespace dynops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
+  m.impl("mask_to_index", TORCH_BOX(&dynops::cpu::mask_to_index));
+  m.impl("mask_to_index_capacity", TORCH_BOX(&dynops::cpu::mask_to_index_capacity));
+  m.impl("inverse_index", TORCH_BOX(&dynops::cpu::inverse_index));
+  m.impl("needed_mask", TORCH_BOX(&dynops::cpu::needed_mask));
+}

@@ -1,0 +1,348 @@
+// The kernels of one instruction set: included by isa_<name>.cpp, inside its namespace and after its
+// target pragma, with DYNOPS_ISA_* defined. Everything here is compiled once for each.
+
+#define FORCE_INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#include "vec.h"
+
+// Vectors in a full panel: two where there are 32 registers, one where there are 16.
+#if defined(DYNOPS_ISA_AVX512)
+constexpr int kPanelVectors = 2;
+#else
+constexpr int kPanelVectors = 1;
+#endif
+constexpr int kPanelWidth = kPanelVectors * Vec::kLanes;
+
+// ------------------------------------------------------------------------------------- the GEMM
+
+// acc += the outer products of MR broadcast inputs and NV vectors of weights, over one segment.
+template <int MR, int NV>
+FORCE_INLINE void multiply_segment(Vec (&acc)[MR][NV], const char* const* in, int64_t in_offset, int depth,
+                                   const float* weight) {
+  const float* a[MR];
+  UNROLL for (int i = 0; i < MR; ++i) a[i] = (const float*)(in[i] + in_offset);
+  for (int k = 0; k < depth; ++k, weight += NV * Vec::kLanes) {
+    Vec b[NV];
+    UNROLL for (int v = 0; v < NV; ++v) b[v] = load(weight + v * Vec::kLanes);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      const Vec x = broadcast(a[i][k]);
+      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+    }
+  }
+}
+
+#if defined(DYNOPS_ISA_BF16)
+FORCE_INLINE Vec dot_pairs(Vec acc, __m512i x, __m512i w) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)x, (__m512bh)w)};
+}
+
+// The same for bfloat16: vdpbf16ps multiplies pairs, so weights lie [depth / 2][columns][2].
+template <int MR, int NV>
+FORCE_INLINE void multiply_segment_bf16(Vec (&acc)[MR][NV], const char* const* in, int64_t in_offset,
+                                        int depth, const char* weight) {
+  const char* a[MR];
+  UNROLL for (int i = 0; i < MR; ++i) a[i] = in[i] + in_offset;
+  for (int k = 0; k < depth; k += 2, weight += NV * 64) {
+    __m512i b[NV];
+    UNROLL for (int v = 0; v < NV; ++v) b[v] = _mm512_loadu_si512(weight + v * 64);
+    UNROLL for (int i = 0; i < MR; ++i) {
+      uint32_t pair = 0;  // an odd depth ends in a single: reading a pair would pass the row's end
+      if (__builtin_expect(k + 1 < depth, 1)) {
+        __builtin_memcpy(&pair, a[i] + k * 2, 4);
+      } else {
+        __builtin_memcpy(&pair, a[i] + k * 2, 2);
+      }
+      const __m512i x = _mm512_set1_epi32(int(pair));
+      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = dot_pairs(acc[i][v], x, b[v]);
+    }
+  }
+}
+#endif
+
+// Finishes one vector of a row: activation(gate * (scale * acc + shift) + residual).
+FORCE_INLINE void finish(const Gemm& g, Vec acc, Vec scale, Vec shift, const RowBlock& rows, int row,
+                         int64_t byte, int n) {
+  Vec y = fma(acc, scale, shift);
+  if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
+  if (rows.residual) y = add(y, load(rows.residual[row] + byte, g.out, n));
+  store(rows.out[row] + byte, activate(y, g.activation), g.out, n);
+}
+
+template <int NV>
+FORCE_INLINE void load_affine(const Gemm& g, int64_t column, Vec (&scale)[NV], Vec (&shift)[NV]) {
+  UNROLL for (int v = 0; v < NV; ++v) {
+    scale[v] = load(g.scale + column + v * Vec::kLanes);
+    shift[v] = load(g.shift + column + v * Vec::kLanes);
+  }
+}
+
+// What needs more than an affine map, or a ragged or half-precision store: through a small buffer,
+// so that the accumulators' registers are free again and the code exists once.
+template <int NV>
+static __attribute__((noinline)) void finish_tile(const Gemm& g, const float* tile, const RowBlock& rows,
+                                                  int first_row, int height, int64_t column, int width) {
+  Vec scale[NV], shift[NV];
+  load_affine<NV>(g, column, scale, shift);
+  const int64_t element = size_of(g.out);
+  for (int i = 0; i < height; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const int n = width - v * Vec::kLanes;
+      if (n <= 0) break;
+      const Vec acc = load(tile + (i * NV + v) * Vec::kLanes);
+      finish(g, acc, scale[v], shift[v], rows, first_row + i,
+             g.out_offset + (column + v * Vec::kLanes) * element, n);
+    }
+  }
+}
+
+// One tile: MR rows by NV vectors of columns.
+template <int MR, int NV, bool kDot>
+static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& rows, const char* const* in,
+                                                int first_row, const char* panel, int64_t column,
+                                                int width) {
+  Vec acc[MR][NV];
+  UNROLL for (int i = 0; i < MR; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+  }
+  for (int s = 0; s < g.segments; ++s, in += MR) {
+    const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
+#if defined(DYNOPS_ISA_BF16)
+    if constexpr (kDot) {
+      multiply_segment_bf16<MR, NV>(acc, in, g.in_offset, g.depth, panel + start * 2);
+      continue;
+    }
+#endif
+    multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
+  }
+  const bool whole = width == NV * Vec::kLanes && g.out == Dtype::kFloat32 && !rows.gate;
+  if (!whole || g.activation > Activation::kRelu6) {
+    float tile[MR * NV * Vec::kLanes];
+    UNROLL for (int i = 0; i < MR; ++i) {
+      UNROLL for (int v = 0; v < NV; ++v) store(tile + (i * NV + v) * Vec::kLanes, acc[i][v]);
+    }
+    return finish_tile<NV>(g, tile, rows, first_row, MR, column, width);
+  }
+  Vec scale[NV], shift[NV];
+  load_affine<NV>(g, column, scale, shift);
+  const int64_t byte = g.out_offset + column * 4;
+  const float limit = g.activation == Activation::kRelu6 ? 6.f : __builtin_inff();
+  const bool clamp = g.activation != Activation::kNone;
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const float* residual = rows.residual ? (const float*)(rows.residual[first_row + i] + byte) : nullptr;
+    float* out = (float*)(rows.out[first_row + i] + byte);
+    UNROLL for (int v = 0; v < NV; ++v) {
+      Vec y = fma(acc[i][v], scale[v], shift[v]);
+      if (residual) y = add(y, load(residual + v * Vec::kLanes));
+      if (clamp) y = min_of(broadcast(limit), max_of(zero(), y));
+      store(out + v * Vec::kLanes, y);
+    }
+  }
+}
+
+using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t, int);
+
+template <int NV, bool kDot>
+static TileFunction tile_function(int height) {
+  static constexpr TileFunction table[kTileRows] = {
+      gemm_tile<1, NV, kDot>, gemm_tile<2, NV, kDot>,  gemm_tile<3, NV, kDot>,  gemm_tile<4, NV, kDot>,
+      gemm_tile<5, NV, kDot>, gemm_tile<6, NV, kDot>,  gemm_tile<7, NV, kDot>,  gemm_tile<8, NV, kDot>,
+      gemm_tile<9, NV, kDot>, gemm_tile<10, NV, kDot>, gemm_tile<11, NV, kDot>, gemm_tile<12, NV, kDot>};
+  return table[height - 1];
+}
+
+template <bool kDot>
+static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end) {
+  const TileSplit split(rows.rows);
+  const int64_t element = kDot ? 2 : 4;
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t column = p * kPanelWidth;
+    const int width = int(g.layout.columns - column < kPanelWidth ? g.layout.columns - column : kPanelWidth);
+    const char* panel = g.weight + column * g.layout.depth * element;
+    const char* const* in = rows.in;
+    for (int tile = 0, row = 0; tile < split.tiles; ++tile) {
+      const int height = split.height(tile);
+      const TileFunction run = width > (kPanelVectors - 1) * Vec::kLanes
+                                   ? tile_function<kPanelVectors, kDot>(height)
+                                   : tile_function<1, kDot>(height);
+      run(g, rows, in, row, panel, column, width);
+      in += int64_t(height) * g.segments;
+      row += height;
+    }
+  }
+}
+
+static void gemm(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end) {
+#if defined(DYNOPS_ISA_BF16)
+  if (g.in == Dtype::kBFloat16) return gemm_panels<true>(g, rows, begin, end);
+#endif
+  gemm_panels<false>(g, rows, begin, end);
+}
+
+// ------------------------------------------------------------------------------------ depthwise
+
+// A channel never meets another, so the accumulators run along channels: four vectors at a time
+// hide the FMA latency. One row's taps are adjacent in memory and mostly in the L1 cache.
+template <int NV>
+FORCE_INLINE void depthwise_vectors(const Depthwise& d, const RowBlock& rows, int row,
+                                    const char* const* in, int step, int64_t channel, int64_t remaining) {
+  Vec acc[NV];
+  UNROLL for (int v = 0; v < NV; ++v) acc[v] = zero();
+  const int64_t element = size_of(d.in);
+  for (int s = 0; s < d.segments; ++s) {
+    const char* x = in[s * step] + channel * element;
+    const float* w = d.weight + d.taps[s] * d.channels + channel;
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const int n = int(remaining - v * Vec::kLanes < Vec::kLanes ? remaining - v * Vec::kLanes : Vec::kLanes);
+      acc[v] = fma(load(x + v * Vec::kLanes * element, d.in, n), load((const char*)(w + v * Vec::kLanes), Dtype::kFloat32, n), acc[v]);
+    }
+  }
+  UNROLL for (int v = 0; v < NV; ++v) {
+    const int64_t c = channel + v * Vec::kLanes;
+    const int n = int(channel + remaining - c < Vec::kLanes ? channel + remaining - c : Vec::kLanes);
+    Vec y = fma(acc[v], load(d.scale + c), load(d.shift + c));
+    if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
+    const int64_t byte = c * size_of(d.out);
+    if (rows.residual) y = add(y, load(rows.residual[row] + byte, d.out, n));
+    store(rows.out[row] + byte, activate(y, d.activation), d.out, n);
+  }
+}
+
+static void depthwise(const Depthwise& d, const RowBlock& rows) {
+  const TileSplit split(rows.rows);
+  const char* const* in = rows.in;
+  for (int tile = 0, row = 0; tile < split.tiles; ++tile) {
+    const int height = split.height(tile);
+    for (int i = 0; i < height; ++i, ++row) {
+      int64_t c = 0;
+      for (; c + 4 * Vec::kLanes <= d.channels; c += 4 * Vec::kLanes) {
+        depthwise_vectors<4>(d, rows, row, in + i, height, c, 4 * Vec::kLanes);
+      }
+      for (; c < d.channels; c += Vec::kLanes) {
+        depthwise_vectors<1>(d, rows, row, in + i, height, c, d.channels - c);
+      }
+    }
+    in += int64_t(height) * d.segments;
+  }
+}
+
+static void depthwise_weight_grad(int32_t rows, int32_t segments, const char* const* x,
+                                  const char* const* grad, Dtype dtype, int64_t begin, int64_t end,
+                                  float* dw, int64_t dw_stride) {
+  const int64_t element = size_of(dtype);
+  for (int s = 0; s < segments; ++s) {
+    for (int64_t c = begin; c < end; c += Vec::kLanes) {
+      const int n = int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
+      Vec even = zero(), odd = zero();  // two chains hide the FMA latency
+      int k = 0;
+      for (; k + 1 < rows; k += 2) {
+        even = fma(load(x[k * segments + s] + c * element, dtype, n), load(grad[k] + c * element, dtype, n), even);
+        odd = fma(load(x[(k + 1) * segments + s] + c * element, dtype, n),
+                  load(grad[k + 1] + c * element, dtype, n), odd);
+      }
+      if (k < rows) {
+        even = fma(load(x[k * segments + s] + c * element, dtype, n), load(grad[k] + c * element, dtype, n), even);
+      }
+      float* out = dw + s * dw_stride + c;
+      const Vec sum = add(add(even, odd), load((const char*)out, Dtype::kFloat32, n));
+      store((char*)out, sum, Dtype::kFloat32, n);
+    }
+  }
+}
+
+static void depthwise_input_grad(int32_t rows, int32_t segments, const char* const* grad, Dtype dtype,
+                                 const float* weight, int64_t weight_stride, float* const* dx, int64_t begin,
+                                 int64_t end) {
+  const int64_t element = size_of(dtype);
+  for (int k = 0; k < rows; ++k) {
+    for (int64_t c = begin; c < end; c += Vec::kLanes) {
+      const int n = int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
+      const Vec dy = load(grad[k] + c * element, dtype, n);
+      for (int s = 0; s < segments; ++s) {
+        float* out = dx[k * segments + s];
+        if (!out) continue;
+        const Vec w = load((const char*)(weight + s * weight_stride + c), Dtype::kFloat32, n);
+        const Vec sum = fma(dy, w, load((const char*)(out + c), Dtype::kFloat32, n));
+        store((char*)(out + c), sum, Dtype::kFloat32, n);
+      }
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------- weight gradient
+
+template <int NV>
+FORCE_INLINE void outer_tile(const OuterProduct& p, const float* grad, int64_t first_output) {
+  Vec acc[kTileRows][NV];
+  UNROLL for (int i = 0; i < kTileRows; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+  }
+  const float* x = p.x;
+  for (int k = 0; k < p.rows; ++k, grad += kTileRows, x += kPanelWidth) {
+    Vec b[NV];
+    UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
+    UNROLL for (int i = 0; i < kTileRows; ++i) {
+      const Vec a = broadcast(grad[i]);
+      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(a, b[v], acc[i][v]);
+    }
+  }
+  UNROLL for (int i = 0; i < kTileRows; ++i) {
+    if (first_output + i >= p.outputs) break;
+    float* out = p.dw + (first_output + i) * p.dw_stride;
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const int n = p.columns - v * Vec::kLanes;
+      if (n <= 0) break;
+      char* to = (char*)(out + v * Vec::kLanes);
+      store(to, add(acc[i][v], load(to, Dtype::kFloat32, n)), Dtype::kFloat32, n);
+    }
+  }
+}
+
+static void outer_product(const OuterProduct& p) {
+  const float* grad = p.grad;
+  for (int64_t o = 0; o < p.outputs; o += kTileRows, grad += int64_t(p.rows) * kTileRows) {
+    if (p.columns > (kPanelVectors - 1) * Vec::kLanes) {
+      outer_tile<kPanelVectors>(p, grad, o);
+    } else {
+      outer_tile<1>(p, grad, o);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ conversion
+
+static void to_float(const char* from, Dtype dtype, int64_t n, float* to) {
+  const int64_t element = size_of(dtype);
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    const int left = int(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+    store((char*)(to + i), load(from + i * element, dtype, left), Dtype::kFloat32, left);
+  }
+}
+
+static void from_float(const float* from, int64_t n, Dtype dtype, char* to) {
+  const int64_t element = size_of(dtype);
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    const int left = int(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+    store(to + i * element, load((const char*)(from + i), Dtype::kFloat32, left), dtype, left);
+  }
+}
+
+static void add_to(const char* from, Dtype dtype, int64_t n, float* to) {
+  const int64_t element = size_of(dtype);
+  for (int64_t i = 0; i < n; i += Vec::kLanes) {
+    const int left = int(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+    const Vec sum = add(load(from + i * element, dtype, left), load((const char*)(to + i), Dtype::kFloat32, left));
+    store((char*)(to + i), sum, Dtype::kFloat32, left);
+  }
+}
+
+extern const Kernels table;
+const Kernels table = {DYNOPS_ISA_NAME,       kPanelWidth,          Vec::kLanes,
+#if defined(DYNOPS_ISA_BF16)
+                       true,
+#else
+                       false,
+#endif
+                       gemm,                  depthwise,            depthwise_weight_grad,
+                       depthwise_input_grad,  outer_product,        to_float,
+                       from_float,            add_to};

@@ -1,0 +1,317 @@
+// A vector of floats for the instruction set that the including file was opened for.
+//
+// Included once for each instruction set, inside its namespace and after its target pragma: no
+// include guard, and nothing but intrinsics below.
+
+#if defined(DYNOPS_ISA_AVX512)
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+};
+FORCE_INLINE __mmask16 lanes_mask(int n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
+FORCE_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+FORCE_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+FORCE_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+FORCE_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_mask(n), p)}; }
+FORCE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+FORCE_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
+FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FORCE_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+FORCE_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FORCE_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+// max and min return their second operand where one is NaN, so a NaN in `x` survives a clamp.
+FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm512_max_ps(bound.v, x.v)}; }
+FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm512_min_ps(bound.v, x.v)}; }
+FORCE_INLINE Vec round_to_integer(Vec a) { return {_mm512_roundscale_ps(a.v, 0x08)}; }
+FORCE_INLINE Vec power_of_two(Vec n) {  // 2^n for integral n in [-126, 127]
+  const __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 23))};
+}
+FORCE_INLINE Vec widen_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+FORCE_INLINE Vec load_bf16(const char* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+FORCE_INLINE Vec load_bf16(const char* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(lanes_mask(n), p));
+}
+FORCE_INLINE Vec load_f16(const char* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+FORCE_INLINE Vec load_f16(const char* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p))};
+}
+FORCE_INLINE __m256i narrow_bf16(Vec a) {  // round to nearest even; NaN stays NaN
+#if defined(DYNOPS_ISA_BF16)
+  return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(rounded, 16);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(high, nan, _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+FORCE_INLINE void store_bf16(char* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(a)); }
+FORCE_INLINE void store_bf16(char* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, lanes_mask(n), narrow_bf16(a));
+}
+FORCE_INLINE void store_f16(char* p, Vec a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+FORCE_INLINE void store_f16(char* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, lanes_mask(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#elif defined(DYNOPS_ISA_AVX2)
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+};
+FORCE_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+FORCE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+FORCE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+FORCE_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FORCE_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+FORCE_INLINE Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FORCE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
+FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
+FORCE_INLINE Vec round_to_integer(Vec a) { return {_mm256_round_ps(a.v, 0x08)}; }
+FORCE_INLINE Vec power_of_two(Vec n) {
+  const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 23))};
+}
+FORCE_INLINE Vec load_bf16(const char* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+FORCE_INLINE Vec load_f16(const char* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+FORCE_INLINE void store_bf16(char* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i high =
+      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+FORCE_INLINE void store_f16(char* p, Vec a) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#else  // portable: GCC and clang vector extensions, 16 bytes everywhere
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+struct Vec {
+  static constexpr int kLanes = 4;
+  Float4 v;
+};
+FORCE_INLINE Vec zero() { return {Float4{0, 0, 0, 0}}; }
+FORCE_INLINE Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
+FORCE_INLINE Vec load(const float* p) {
+  Vec a;
+  __builtin_memcpy(&a.v, p, 16);
+  return a;
+}
+FORCE_INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a.v, 16); }
+FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+FORCE_INLINE Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+FORCE_INLINE Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+FORCE_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+FORCE_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {bound.v > x.v ? bound.v : x.v}; }
+FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {bound.v < x.v ? bound.v : x.v}; }
+FORCE_INLINE Vec round_to_integer(Vec a) {  // |a| < 2^22 here: adding 1.5 * 2^23 rounds to even
+  const Float4 magic = {12582912.f, 12582912.f, 12582912.f, 12582912.f};
+  volatile Float4 shifted = a.v + magic;
+  return {shifted - magic};
+}
+FORCE_INLINE Vec power_of_two(Vec n) {
+  const Int4 bits = (__builtin_convertvector(n.v, Int4) + 127) << 23;
+  return {(Float4)bits};
+}
+FORCE_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  uint32_t bits;
+  float value;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | (magnitude << 13);
+  } else {  // scaling by 2^112 turns half's exponent into float's, subnormals included
+    bits = magnitude << 13;
+    __builtin_memcpy(&value, &bits, 4);
+    value *= 5.192296858534828e33f;
+    __builtin_memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+FORCE_INLINE uint16_t float_to_half(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds past 65504
+  if (magnitude < 0x38800000) {                                 // subnormal: let the adder round
+    float shifted;
+    __builtin_memcpy(&shifted, &magnitude, 4);
+    shifted += 0.5f;
+    __builtin_memcpy(&bits, &shifted, 4);
+    return uint16_t(sign | (bits - 0x3f000000));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+FORCE_INLINE uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+FORCE_INLINE Vec load_bf16(const char* p) {
+  uint16_t h[4];
+  __builtin_memcpy(h, p, 8);
+  return {(Float4)Int4{h[0] << 16, h[1] << 16, h[2] << 16, h[3] << 16}};
+}
+FORCE_INLINE Vec load_f16(const char* p) {
+  uint16_t h[4];
+  __builtin_memcpy(h, p, 8);
+  return {Float4{half_to_float(h[0]), half_to_float(h[1]), half_to_float(h[2]), half_to_float(h[3])}};
+}
+FORCE_INLINE void store_bf16(char* p, Vec a) {
+  const uint16_t h[4] = {float_to_bf16(a.v[0]), float_to_bf16(a.v[1]), float_to_bf16(a.v[2]),
+                         float_to_bf16(a.v[3])};
+  __builtin_memcpy(p, h, 8);
+}
+FORCE_INLINE void store_f16(char* p, Vec a) {
+  const uint16_t h[4] = {float_to_half(a.v[0]), float_to_half(a.v[1]), float_to_half(a.v[2]),
+                         float_to_half(a.v[3])};
+  __builtin_memcpy(p, h, 8);
+}
+
+#endif
+
+#if !defined(DYNOPS_ISA_AVX512)  // no masked access: the ragged end goes through a small buffer
+FORCE_INLINE Vec load(const float* p, int n) {
+  float buffer[Vec::kLanes] = {};
+  __builtin_memcpy(buffer, p, size_t(n) * 4);
+  return load(buffer);
+}
+FORCE_INLINE void store(float* p, Vec a, int n) {
+  float buffer[Vec::kLanes];
+  store(buffer, a);
+  __builtin_memcpy(p, buffer, size_t(n) * 4);
+}
+FORCE_INLINE Vec load_bf16(const char* p, int n) {
+  char buffer[Vec::kLanes * 2] = {};
+  __builtin_memcpy(buffer, p, size_t(n) * 2);
+  return load_bf16(buffer);
+}
+FORCE_INLINE Vec load_f16(const char* p, int n) {
+  char buffer[Vec::kLanes * 2] = {};
+  __builtin_memcpy(buffer, p, size_t(n) * 2);
+  return load_f16(buffer);
+}
+FORCE_INLINE void store_bf16(char* p, Vec a, int n) {
+  char buffer[Vec::kLanes * 2];
+  store_bf16(buffer, a);
+  __builtin_memcpy(p, buffer, size_t(n) * 2);
+}
+FORCE_INLINE void store_f16(char* p, Vec a, int n) {
+  char buffer[Vec::kLanes * 2];
+  store_f16(buffer, a);
+  __builtin_memcpy(p, buffer, size_t(n) * 2);
+}
+#endif
+
+// ------------------------------------------------------------------ any dtype, full or ragged
+
+FORCE_INLINE Vec load(const char* p, Dtype dtype, int n) {
+  if (n >= Vec::kLanes) {
+    if (dtype == Dtype::kFloat32) return load((const float*)p);
+    return dtype == Dtype::kBFloat16 ? load_bf16(p) : load_f16(p);
+  }
+  if (dtype == Dtype::kFloat32) return load((const float*)p, n);
+  return dtype == Dtype::kBFloat16 ? load_bf16(p, n) : load_f16(p, n);
+}
+
+FORCE_INLINE void store(char* p, Vec a, Dtype dtype, int n) {
+  if (n >= Vec::kLanes) {
+    if (dtype == Dtype::kFloat32) return store((float*)p, a);
+    return dtype == Dtype::kBFloat16 ? store_bf16(p, a) : store_f16(p, a);
+  }
+  if (dtype == Dtype::kFloat32) return store((float*)p, a, n);
+  return dtype == Dtype::kBFloat16 ? store_bf16(p, a, n) : store_f16(p, a, n);
+}
+
+// ---------------------------------------------------------------------------------- functions
+
+// e^x to about one unit in the last place: x = n ln2 + r, a polynomial of degree 6 in r (Cephes).
+FORCE_INLINE Vec exponential(Vec x) {
+  x = max_of(broadcast(-87.f), min_of(broadcast(88.f), x));
+  const Vec n = round_to_integer(mul(x, broadcast(1.44269504088896341f)));
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  return mul(add(fma(mul(r, r), p, r), broadcast(1.f)), power_of_two(n));
+}
+
+FORCE_INLINE Vec sigmoid(Vec x) {
+  return div(broadcast(1.f), add(broadcast(1.f), exponential(mul(x, broadcast(-1.f)))));
+}
+
+// erf(x): an odd rational function on [-4, 4] (as Eigen and XLA use), within 2e-7 of erf.
+FORCE_INLINE Vec error_function(Vec x) {
+  x = max_of(broadcast(-4.f), min_of(broadcast(4.f), x));
+  const Vec s = mul(x, x);
+  Vec p = broadcast(-2.72614225801306e-10f);
+  p = fma(p, s, broadcast(2.77068142495902e-08f));
+  p = fma(p, s, broadcast(-2.10102402082508e-06f));
+  p = fma(p, s, broadcast(-5.69250639462346e-05f));
+  p = fma(p, s, broadcast(-7.34990630326855e-04f));
+  p = fma(p, s, broadcast(-2.95459980854025e-03f));
+  p = fma(p, s, broadcast(-1.60960333262415e-02f));
+  Vec q = broadcast(-1.45660718464996e-05f);
+  q = fma(q, s, broadcast(-2.13374055278905e-04f));
+  q = fma(q, s, broadcast(-1.68282697438203e-03f));
+  q = fma(q, s, broadcast(-7.37332916720468e-03f));
+  q = fma(q, s, broadcast(-1.42647390514189e-02f));
+  return div(mul(x, p), q);
+}
+
+FORCE_INLINE Vec activate(Vec x, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return max_of(zero(), x);
+    case Activation::kRelu6:
+      return min_of(broadcast(6.f), max_of(zero(), x));
+    case Activation::kSilu:
+      return mul(x, sigmoid(x));
+    case Activation::kGelu: {
+      const Vec half = mul(x, broadcast(0.5f));
+      return fma(half, error_function(mul(x, broadcast(0.70710678118654752f))), half);
+    }
+    case Activation::kGeluTanh: {  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
+      const Vec u = mul(x, fma(mul(x, x), broadcast(0.0356774081363f), broadcast(0.7978845608028654f)));
+      return mul(x, sigmoid(add(u, u)));
+    }
+    case Activation::kHardswish: {
+      const Vec inner = min_of(broadcast(6.f), max_of(zero(), add(x, broadcast(3.f))));
+      return mul(mul(x, inner), broadcast(1.f / 6.f));
+    }
+    default:
+      return x;
+  }
+}

@@ -1,0 +1,129 @@
+"""The C++ kernels for CPU tensors: prepares memory for ``csrc/cpu``, and keeps packed weights.
+
+Same signatures as the references in ``ops/pixels.py`` and ``ops/rows.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry
+
+_CHANNELS_LAST = torch.channels_last
+# The order of csrc/cpu/engine.h's Activation.
+_ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5, "hardswish": 6}
+# Below this many channels the taps of a kernel row are read as one run of the input: 3 channels would
+# leave the GEMM's inner loop with 3 iterations, a 7 x 3 run gives it 21.
+_MERGED_CHANNELS = 16
+
+
+@functools.cache
+def _bf16_dot() -> bool:
+    return backends.build_info()["bf16_dot"]
+
+
+def _is_depthwise(g: ConvGeometry, weight: Tensor) -> bool:
+    return g.groups > 1 and weight.shape[0] == g.groups and weight.shape[1] == 1
+
+
+def _packed_weight(weight: Tensor, g: ConvGeometry, dtype: torch.dtype, input_grad: bool, merged: bool) -> Tensor:
+    """The weight as the GEMM reads it, made once for each version of the weight."""
+    if _is_depthwise(g, weight):
+        return backends.weight_cache.get(weight, "depthwise", lambda: torch.ops.dynops.cpu_pack_depthwise(weight))
+    dot = dtype == torch.bfloat16 and _bf16_dot()
+    key = (g.groups, g.transposed, input_grad, merged, dot)
+    return backends.weight_cache.get(
+        weight,
+        key,
+        lambda: torch.ops.dynops.cpu_pack_weight(weight, g.groups, bool(g.transposed), input_grad, merged, dot),
+    )
+
+
+def _last(x: Tensor | None) -> Tensor | None:
+    """A map in channels_last, rows contiguous."""
+    if x is None:
+        return None
+    return x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x.contiguous()
+
+
+def conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows):
+    """See ``ops.pixels._conv``."""
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
+    merged = (
+        source is None
+        and not g.transposed
+        and g.groups == 1
+        and g.dil_w == 1
+        and g.kernel_w > 1
+        and x.shape[1] < _MERGED_CHANNELS
+    )
+    packed = _packed_weight(weight, g, x.dtype, False, merged)
+    if rows:
+        out = x.new_empty((index.shape[0], channels))
+    else:
+        out = torch.empty((g.batch, channels, g.out_h, g.out_w), dtype=x.dtype, memory_format=_CHANNELS_LAST)
+    if gate is not None:
+        gate = gate.to(torch.float32).contiguous()
+    torch.ops.dynops.cpu_conv(
+        _last(x),
+        packed,
+        bias,
+        index,
+        count,
+        source,
+        geometry,
+        _ACTIVATIONS[activation],
+        scale,
+        shift,
+        gate,
+        _last(residual),
+        _last(base),
+        merged,
+        out,
+    )
+    if rows or source is not None or x.is_contiguous(memory_format=_CHANNELS_LAST) or not x.is_contiguous():
+        return out
+    return out.contiguous()
+
+
+def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, rows):
+    """See ``ops.pixels._conv_input_grad``. Accumulates in float32, whatever the dtype."""
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+    packed = _packed_weight(weight, g, grad.dtype, True, False)
+    if source is None:
+        shape = (g.batch, channels, g.in_h, g.in_w)
+        dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
+    else:
+        dx = torch.zeros((source_rows, channels), dtype=torch.float32)
+    torch.ops.dynops.cpu_conv_input_grad(_last(grad), packed, index, count, source, geometry, dx)
+    return dx.to(grad.dtype)
+
+
+def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows):
+    """See ``ops.pixels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
+    g = ConvGeometry(*geometry)
+    dw = grad.new_empty(weight_shape)
+    db = grad.new_empty(weight_shape[1] * g.groups if g.transposed else weight_shape[0])
+    torch.ops.dynops.cpu_conv_weight_grad(_last(grad), _last(x), index, count, source, geometry, dw, db)
+    return dw, db
+
+
+def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
+    """See ``ops.rows._gather_rows``."""
+    out = x.new_empty((index.shape[0], x.shape[1]))
+    torch.ops.dynops.cpu_gather(_last(x), index, count, out)
+    return out
+
+
+def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
+    """See ``ops.rows._scatter_rows``."""
+    size = (shape[0], rows.shape[1], shape[1], shape[2])
+    out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST)
+    torch.ops.dynops.cpu_scatter(rows.contiguous(), index, count, _last(base), out)
+    return out
