@@ -367,7 +367,7 @@ def readme_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
         models.sort(key=lambda row: -row.realised)
         model_rows += [[row.dtype, *_cells(row)] for row in models]
         memory_rows += [[row.dtype, *_memory_cells(row)] for row in report.memory]
-    parts = ["\n".join(dict.fromkeys(_machine_line(report.machine) for report in reports))]
+    parts = ["\n".join(dict.fromkeys(machine_line(report.machine) for report in reports))]
     if summary_rows:
         parts.append(markdown(["dtype", "pass", *_SUMMARY_HEADER], summary_rows))
     if model_rows:
@@ -378,7 +378,7 @@ def readme_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
     return "\n\n".join(parts)
 
 
-def _machine_line(info: dict) -> str:
+def machine_line(info: dict) -> str:
     isa = info["forced_isa"] or info["build"].get("cpu_isa") or info["torch_isa"]
     return f"{info['device']}, {info['threads']} threads, {isa}, torch {info['torch']}, {info['date']}."
 
