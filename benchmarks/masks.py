@@ -22,8 +22,10 @@ def random(n: int, h: int, w: int, density: float, generator: torch.Generator) -
 
 def square(n: int, h: int, w: int, density: float, generator: torch.Generator) -> Tensor:
     """One square of about ``density * H * W`` pixels at a random place in each sample."""
-    high = min(h, max(1, round(math.sqrt(density * h * w))))
-    wide = min(w, max(1, round(density * h * w / high)))
+    area = density * h * w
+    wide = min(w, max(1, round(math.sqrt(area))))
+    high = min(h, max(1, round(area / wide)))
+    wide = min(w, max(1, round(area / high)))  # wider again where the height was cut off
     mask = torch.zeros(n, h, w, dtype=torch.bool)
     for sample in mask:
         top = int(torch.randint(h - high + 1, (1,), generator=generator))

@@ -1,0 +1,271 @@
+"""The benchmark's own logic: theory, break-even, masks, reports, the command line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as cli
+from benchmarks import layers, masks, memory, models, report
+from benchmarks.timing import Budget, best_dense, interleaved
+
+CPU = torch.device("cpu")
+BRIEF = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=1)
+TINY = layers.Case("3x3", 2, 8, 12, 10, 6, 3, 2)
+
+
+def make_row(**changes) -> report.Row:
+    values = {
+        "suite": "layers",
+        "group": "3x3",
+        "case": "a",
+        "mask": "random",
+        "density": 0.25,
+        "variant": "plain",
+        "mode": "forward",
+        "dtype": "float32",
+        "gmacs": 4.0,
+        "computed_gmacs": 1.0,
+        "dense_ms": 6.0,
+        "dense_name": "NCHW eager",
+        "ours_ms": 2.0,
+        "dense_all": {"NCHW eager": 6.0},
+    }
+    return report.Row(**{**values, **changes})
+
+
+def make_report(rows: list[report.Row]) -> report.Report:
+    return report.Report(report.machine(CPU), rows, notes=["a note"])
+
+
+def has_matplotlib() -> bool:
+    return pytest.importorskip("matplotlib") is not None
+
+
+# ------------------------------------------------------------------------------- theory and cases
+
+
+@pytest.mark.parametrize("case", [*layers.all_cases(), TINY], ids=lambda case: f"{case.group} {case.name}")
+def test_case_macs_are_those_of_the_convolution(case):
+    conv = nn.Conv2d(
+        case.c, case.o, case.kernel, case.stride, case.padding, groups=case.groups, bias=False, device="meta"
+    )
+    out = conv(torch.empty(case.n, case.c, case.h, case.w, device="meta"))
+    assert tuple(out.shape[2:]) == case.out_size
+    assert case.dense_macs == out.numel() * conv.weight[0].numel()
+
+
+def test_theory_is_dense_macs_over_computed_macs():
+    row = make_row()
+    assert (row.theory, row.speedup, row.realised) == (4.0, 3.0, 0.75)
+
+
+def test_layer_rows_count_the_pixels_that_the_plan_computes():
+    setting = layers.Setting(CPU, torch.float32, (0.3,), compiled=False, budget=BRIEF, mask_kinds=("random",))
+    rows = layers.measure(TINY, setting)
+    by_density = {row.density: row for row in rows if row.variant == "plain"}
+    assert set(by_density) == {0.3, *layers.BREAK_EVEN_DENSITIES}
+    assert by_density[0.3].theory == pytest.approx(15 / round(0.3 * 15))  # the output is 5x3
+    assert by_density[1.0].theory == 1.0
+    assert {d for d, row in by_density.items() if not row.break_even_only} == {0.3}
+    assert {row.variant for row in rows} == {"plain", "plan reused"}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_contender_computes_the_same_layer(backward):
+    setting = layers.Setting(CPU, torch.float32, compiled=False, backward=backward)
+    tensors = layers._tensors(TINY, setting, torch.Generator().manual_seed(0))
+    mask = masks.random(2, 5, 3, 0.4, torch.Generator().manual_seed(0))
+    plan = layers.PixelPlan.from_mask(mask)
+    ours = layers._ours(TINY, setting, tensors, mask, plan, with_variants=True)
+    dense = layers._dense(TINY, setting, tensors)
+    if backward:
+        for call in dense.values():
+            for grad in call():
+                assert grad.isfinite().all()
+        x, weight, grad = tensors
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = nn.functional.conv2d(x, weight, stride=2, padding=1) * mask[:, None]
+        for got, expected in zip(ours["plain"](), torch.autograd.grad(out, (x, weight), grad), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        return
+    expected = dense["NCHW eager"]()
+    torch.testing.assert_close(dense["channels_last eager"](), expected)
+    for call in ours.values():
+        torch.testing.assert_close(call(), expected * mask[:, None])
+
+
+def test_model_theory_counts_resized_masks_stem_and_head():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+    macs = models.LayerMacs(model, torch.randn(1, 3, 8, 8))
+    stem, second, head = 16 * 4 * 27, 16 * 8 * 4, 80
+    assert macs.dense == stem + second + head
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, 0, 0] = mask[0, 7, 6] = True  # 2 of the 16 output pixels
+    assert macs.computed(mask, set()) == pytest.approx((stem + second) / 8 + head)
+    assert macs.computed(mask, {"0"}) == pytest.approx(stem + second / 8 + head)
+
+
+# ------------------------------------------------------------------------------- break-even
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(0.25, 4.0), (0.5, 2.0), (1.0, 1.0)], 1.0),
+        ([(0.25, 2.0), (0.5, 1 / 1.5)], 0.375),  # times 0.5 and 1.5 of dense: half-way
+        ([(0.5, 0.9), (0.25, 0.8)], 0.0),
+        ([(1.0, 0.5), (0.5, 1.0)], 0.5),  # the order of the points does not matter
+    ],
+)
+def test_break_even_interpolates_time(points, expected):
+    assert report.break_even(points) == pytest.approx(expected)
+
+
+def test_break_evens_need_density_one():
+    rows = [make_row(density=0.5), make_row(density=1.0, ours_ms=12.0), make_row(case="b", density=0.5)]
+    assert report.break_evens(rows) == {"a": pytest.approx(0.5 + (1 - 1 / 3) / (2 - 1 / 3) * 0.5)}
+
+
+def test_summary_keeps_only_plain_rows_of_the_savings():
+    rows = [
+        make_row(ours_ms=2.0),
+        make_row(ours_ms=3.0, mask="square", case="slow"),
+        make_row(ours_ms=1.5, mask="photo"),
+        make_row(ours_ms=0.1, variant="plan reused"),
+        make_row(ours_ms=60.0, density=0.9, break_even_only=True),
+    ]
+    summary = report.summarise("3x3", rows)
+    assert (summary.count, summary.median, summary.worst.case) == (3, 0.75, "slow")
+    target = report.summaries(rows, ("3x3",))[0]
+    assert (target.count, target.median) == (2, pytest.approx(0.625))
+
+
+# ------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("kind", ["random", "square", "photo", "top-left"])
+@pytest.mark.parametrize("density", [0.5, 0.25, 0.1, 0.01])
+def test_mask_density(kind, density):
+    if kind == "photo":
+        has_matplotlib()
+    mask = masks.MASKS[kind](3, 40, 56, density, torch.Generator().manual_seed(0))
+    assert mask.shape == (3, 40, 56) and mask.dtype == torch.bool
+    for sample in mask.float().mean((1, 2)).tolist():
+        slack = {"square": 0.12, "top-left": 0.3}.get(kind, 0.02)  # whole rows and columns round
+        assert sample == pytest.approx(density, rel=slack)
+
+
+@pytest.mark.parametrize("kind", ["random", "square", "top-left"])
+def test_full_and_tiny_masks(kind):
+    generator = torch.Generator().manual_seed(0)
+    assert masks.MASKS[kind](2, 7, 5, 1.0, generator).all()
+    assert masks.MASKS[kind](2, 7, 5, 1e-4, generator).any(2).any(1).all()
+    assert masks.MASKS[kind](0, 7, 5, 0.5, generator).shape == (0, 7, 5)
+
+
+def test_square_is_one_rectangle():
+    for sample in masks.square(4, 30, 20, 0.2, torch.Generator().manual_seed(1)):
+        rows, columns = sample.any(1).sum(), sample.any(0).sum()
+        assert rows * columns == sample.sum()
+
+
+def test_gate_follows_the_gradient():
+    image = torch.zeros(1, 3, 64, 64)
+    image[:, :, 40:56, 8:24] = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert models.gate(image, 0.25, 32).tolist() == [[[False, False], [True, False]]]
+    fine = models.gate(image, 0.05, 1)
+    assert fine.shape == (1, 64, 64) and fine[:, 39:57, 7:25].sum() == fine.sum()
+
+
+# ------------------------------------------------------------------------------- timing and reports
+
+
+def test_interleaved_takes_turns():
+    calls = []
+    contenders = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    times = interleaved(contenders, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=1))
+    assert "".join(calls) == "ab" + "abbaabba"
+    assert set(times) == {"a", "b"} and all(t >= 0 for t in times.values())
+
+
+def test_best_dense_keeps_the_two_fastest():
+    def spin(turns):
+        return lambda: math.fsum(range(turns))
+
+    first_look, kept = best_dense({"slow": spin(200_000), "fast": spin(10), "middle": spin(2_000)}, CPU)
+    assert list(kept) == ["fast", "middle"] and set(first_look) == {"slow", "fast", "middle"}
+
+
+def test_report_round_trip(tmp_path):
+    rows = [make_row(), make_row(density=1.0, break_even_only=True, variant="plan reused")]
+    saved = make_report(rows)
+    saved.memory = [report.MemoryRow("a", "random", 0.25, "float32", 10.0, 9.0, "NCHW eager")]
+    paths = saved.save(tmp_path / "deep", "stem")
+    loaded = report.Report.load(paths[0])
+    assert loaded == saved
+    lines = paths[1].read_text().splitlines()
+    assert len(lines) == 3 and "realised" in lines[0] and "NCHW eager: 6.0" in lines[1]
+
+
+def test_plot_is_written(tmp_path):
+    has_matplotlib()
+    paths = make_report([make_row(), make_row(suite="models", density=0.1)]).save(tmp_path, "stem", plot=True)
+    assert [path.suffix for path in paths] == [".json", ".csv", ".png"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_puts_the_worst_row_last_and_hides_none():
+    rows = [make_row(ours_ms=t, case=f"case{t}") for t in (3.0, 1.0, 2.0)]
+    lines = report.table([*rows, make_row(variant="plan reused", case="other")]).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["case1.0", "case2.0", "case3.0"]
+    assert "not in any summary" in lines[6] and lines[8].startswith("other")
+
+
+def test_readme_block(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    make_report([make_row(), make_row(suite="models", case="model")]).save(tmp_path / "results", "stem")
+    for _ in range(2):
+        cli.write_readme(readme, tmp_path / "results")
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| model |") == 1 + 1  # the column's title and the row
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="expected the lines"):
+        cli.write_readme(readme, tmp_path / "results")
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def test_quick_layers_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layers, "all_cases", lambda quick: [TINY])
+    monkeypatch.setattr(cli, "Budget", lambda *_: BRIEF)
+    cli.main(["layers", "--quick", "--plot", "--density", "0.5", "0.1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert TINY.name in printed and "note: " in printed and "realised" in printed
+    (path,) = tmp_path.glob("*-float32-layers.json")
+    loaded = report.Report.load(path)
+    assert {row.density for row in loaded.rows} == {0.5, 0.1, *layers.BREAK_EVEN_DENSITIES}
+    assert all(row.dense_name.endswith("eager") for row in loaded.rows)
+
+
+def test_wrong_density_is_refused():
+    with pytest.raises(SystemExit, match="density"):
+        cli.main(["layers", "--density", "1.5"])
+
+
+def test_peak_memory_sees_memory_that_no_allocator_of_torch_made():
+    held = []
+
+    def call():
+        held[:] = [bytearray(b"x" * 2**22) * 2]  # 4 MB, then 8 MB, outside of torch
+        held.clear()
+
+    assert 7 <= memory.peak_mb(call, CPU) <= 32
