@@ -37,9 +37,12 @@ test: build
 	$(PY) -m pytest $(ARGS)
 
 lint: $(READY)
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run -Werror
+	@failed=0; \
+	$(PY) -m ruff check . || failed=1; \
+	$(PY) -m ruff format --check . || failed=1; \
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs clang-format --dry-run -Werror || failed=1; \
+	exit $$failed
 
 build: $(BUILT)
 
@@ -59,7 +62,7 @@ build/.checked-%:
 # A copy of the package is built with sanitizers and tested by itself; dynops/ keeps the fast binary.
 # libstdc++ is preloaded too: ASan must find __cxa_throw before Python loads any C++.
 ASAN := $(CURDIR)/build/asan
-ASAN_ARGS ?= -k "not compile and not triton and not benchmark"
+ASAN_TESTS ?= tests -k "not compile and not triton and not benchmark"
 LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
 asan: $(READY)
 	rm -rf $(ASAN)/run && mkdir -p $(ASAN)/run
@@ -69,7 +72,7 @@ asan: $(READY)
 	LD_PRELOAD="$(call LIB,libasan.so) $(call LIB,libubsan.so) $(call LIB,libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(PY) -m pytest --capture=sys $(ASAN_ARGS) tests
+	$(PY) -m pytest --capture=sys -q $(ASAN_TESTS)
 
 # Into its own folder: that nvcc accepts the sources, for TORCH_CUDA_ARCH_LIST, is all that is wanted.
 cuda: $(READY)
