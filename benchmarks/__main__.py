@@ -88,6 +88,11 @@ def _has_photograph() -> bool:
 
 def _report(setting: layers.Setting) -> report.Report:
     notes = [] if _has_photograph() else [NO_PHOTO_NOTE]
+    busy = report.busy_share()
+    if busy > 0.1:
+        notes.append(
+            f"Other programs used {busy:.0%} of the processors when this began; measure again alone."
+        )
     return report.Report(report.machine(setting.device), notes=notes)
 
 

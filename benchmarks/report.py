@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,6 +153,22 @@ def machine(device: torch.device) -> dict:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def busy_share(seconds: float = 0.5) -> float:
+    """The share of the processors that other programs use, watched while this one sleeps; 0 if unknown."""
+
+    def ticks() -> tuple[int, int]:  # (idle, all)
+        values = [int(v) for v in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return values[3] + values[4], sum(values)
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        after = ticks()
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return 1 - (after[0] - before[0]) / max(after[1] - before[1], 1)
 
 
 def cpu_model() -> str:
