@@ -39,6 +39,8 @@ class PixelPlan:
     """
 
     def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
+        if index.dtype != torch.int32 or index.dim() != 1:
+            raise TypeError(f"index: expected int32 [P], got {index.dtype} {tuple(index.shape)}")
         self.index = index
         self.shape = tuple(shape)
         self.count = count
@@ -118,7 +120,8 @@ class PixelPlan:
         """The plan of a map ``[1, C, 1, P]`` whose pixels are this plan's rows (kept)."""
         if self._as_rows is None:
             full = PixelPlan.full((1, 1, self.num_rows), self.device)
-            self._as_rows = PixelPlan(full.index, full.shape, self.count)
+            index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
+            self._as_rows = PixelPlan(index, full.shape, self.count)
         return self._as_rows
 
     def needed(self, kernel_size, stride=1, padding=0, dilation=1, in_size=None) -> PixelPlan:

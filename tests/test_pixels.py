@@ -553,16 +553,17 @@ def check_packed(conv, backend, in_mask, mask, dtype=torch.float32, capacity=Non
         tensors["x"] = rows_at(tensors["x"], in_mask)
     in_plan = None if in_mask is None else PixelPlan.from_mask(in_mask)
     plan = PixelPlan.from_mask(mask, capacity)
-    if in_mask is not None and in_mask is mask:
+    if in_mask is mask:
         in_plan = plan
+        tensors["x"] = torch.cat([tensors["x"], tensors["x"].new_zeros(len(plan) - int(mask.sum()), conv.c)])
 
     def ours(x, weight, bias, **t):
         out = conv.packed_op(x, weight, bias, in_plan, plan, backend=backend, **t, **rest)
-        assert out.shape[0] == plan.num_rows
+        assert out.shape[0] == plan.num_rows and not out[int(mask.sum()) :].any()
         return out[: int(mask.sum())]
 
     def oracle(x, weight, bias, **t):
-        x = x if in_mask is None else dense_from_rows(x, in_mask)
+        x = x if in_mask is None else dense_from_rows(x[: int(in_mask.sum())], in_mask)
         return rows_at(conv.oracle(x, weight, bias, mask, **t, **rest), mask)
 
     tensors |= {k: epilogue[k] for k in names}
@@ -637,8 +638,27 @@ def test_capacity_form(conv, extra, backend):
         in_mask = random_mask((conv.n, conv.h, conv.w), 0.6)
         check_packed(conv, backend, in_mask, full, capacity=capacity, names=("scale", "residual"))
         check_packed(conv, backend, None, full, capacity=capacity)
-        if not conv.transposed:
-            check_packed(conv, backend, full, full, capacity=None)
+        if conv.out_shape() == (conv.n, conv.h, conv.w):
+            check_packed(conv, backend, full, full, capacity=capacity, activation="silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "all"])
+@each({k: ALL[k] for k in ("3x3", "1x1")})
+def test_rows_past_the_count_have_no_gradient(conv, wanted, backend):
+    """A loss over all rows of a capacity plan, the unused ones too, gives what the compact plan gives."""
+    mask = random_mask((conv.n, conv.h, conv.w), 0.5)
+    tensors, results = conv.tensors(), []
+    names = tuple(tensors) if wanted == "all" else (wanted,)
+    for capacity in (None, int(mask.sum()) + 9):
+        plan = PixelPlan.from_mask(mask, capacity)
+
+        def op(x, weight, bias, plan=plan):
+            rows = ops.gather_pixels(x, plan)
+            return conv.packed_op(rows, weight, bias, plan, plan, backend=backend).cos().sum()
+
+        results.append(run(op, tensors, names, lambda out: None)[1])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -181,9 +181,16 @@ def test_full():
 def test_as_rows():
     for capacity in (None, 30):
         plan = PixelPlan.from_mask(random_mask((2, 4, 5)), capacity)
-        rows = plan.as_rows()
+        rows, active = plan.as_rows(), round(plan.density * 40)
         assert rows.shape == (1, 1, plan.num_rows) and plan.as_rows() is rows
-        assert rows.index.tolist() == list(range(plan.num_rows)) and rows.count is plan.count
+        assert rows.index.tolist() == list(range(active)) + [-1] * (plan.num_rows - active)
+        assert rows.count is plan.count
+
+
+def test_the_index_is_checked():
+    for index in (torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int32)):
+        with pytest.raises(TypeError, match="index: expected int32"):
+            PixelPlan(index, (1, 2, 3))
 
 
 def test_to():

@@ -28,10 +28,10 @@ def same(value: Tensor, name: str, x: Tensor, x_name: str = "x", dtype: bool = T
         raise TypeError(f"{name}: expected {x_name}'s dtype {x.dtype}, got {value.dtype}")
 
 
-def pixel_plan(plan, name: str, device: torch.device) -> PixelPlan:
+def pixel_plan(plan, name: str, device: torch.device | None = None) -> PixelPlan:
     if not isinstance(plan, PixelPlan):
         raise TypeError(f"{name}: expected a PixelPlan (PixelPlan.from_mask), got {type(plan).__name__}")
-    if plan.device != device:
+    if device is not None and plan.device != device:
         raise ValueError(f"{name}: expected it on x's device {device}, got {plan.device}")
     return plan
 
@@ -68,6 +68,8 @@ def _inputs(x, weight, bias, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor,
         pixel_plan(in_plan, "in_plan", x.device)
         packed_rows(x, in_plan, "x")
     tensor(weight, "weight", 4, "[out, in, kh, kw]")
+    if min(weight.shape[2:]) < 1:
+        raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -112,6 +114,14 @@ def _fits(plan: PixelPlan, batch: int, out_size: tuple[int, int]) -> None:
         )
 
 
+def _fits_padding_mode(x: Tensor, pads: list[tuple[int, int]], mode: str) -> None:
+    for size, pad in zip(x.shape[2:], pads, strict=True):
+        if (mode == "reflect" and max(pad) >= size) or (mode == "circular" and max(pad) > size):
+            raise ValueError(
+                f"padding: expected less than the input's size for mode {mode!r}, got {pads} for {tuple(x.shape)}"
+            )
+
+
 def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode, in_plan=None):
     """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry."""
     x, weight, bias = _inputs(x, weight, bias, in_plan)
@@ -128,6 +138,7 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     else:
         pads = [(p, p) for p in pair(padding, "padding", 0)]
     if padding_mode != "zeros" and pads != [(0, 0), (0, 0)]:
+        _fits_padding_mode(x, pads, padding_mode)
         x = F.pad(x, (*pads[1], *pads[0]), mode=padding_mode)
         pads = [(0, 0), (0, 0)]
     batch, *in_size = in_plan.shape if in_plan is not None else (x.shape[0], *x.shape[2:])
@@ -175,8 +186,11 @@ def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)[1:]}, got {activation!r}")
     for value, name in ((scale, "scale"), (shift, "shift")):
-        if value is not None and tuple(tensor(value, name, 1, "[O]").shape) != (channels,):
+        if value is None:
+            continue
+        if tuple(tensor(value, name, 1, "[O]").shape) != (channels,):
             raise ValueError(f"{name}: expected shape ({channels},), got {tuple(value.shape)}")
+        same(value, name, x, dtype=False)
     if gate is not None:
         gate = _gate_rows(gate, plan)
     if residual is not None:
@@ -195,15 +209,17 @@ def _gate_rows(gate, plan: PixelPlan) -> Tensor:
     """A gate ``[P]``, ``[N, H, W]`` or ``[N, 1, H, W]`` as ``[P]``."""
     if not isinstance(gate, Tensor):
         raise TypeError(f"gate: expected a tensor, got {type(gate).__name__}")
-    if tuple(gate.shape) == (plan.num_rows,):
-        return gate
-    gate = gate[:, None] if gate.dim() == 3 else gate
     n, h, w = plan.shape
-    if tuple(gate.shape) != (n, 1, h, w):
+    if tuple(gate.shape) not in ((plan.num_rows,), (n, h, w), (n, 1, h, w)):
         raise ValueError(
             f"gate: expected [N, H, W], [N, 1, H, W] or packed [{plan.num_rows}] for {plan.shape}, "
             f"got shape {tuple(gate.shape)}"
         )
+    if gate.device != plan.device:
+        raise ValueError(f"gate: expected it on the plan's device {plan.device}, got {gate.device}")
+    if gate.dim() == 1:
+        return gate
+    gate = gate[:, None] if gate.dim() == 3 else gate
     return torch.ops.dynops.gather_rows(gate, plan.index, plan.count)[:, 0]
 
 

@@ -27,7 +27,7 @@ from ..plans import PixelPlan
 from . import checks
 from .epilogue import ACTIVATIONS, apply_epilogue
 from .registry import define
-from .rows import gather_pixels, memory_format_of, scatter_pixels
+from .rows import gather_pixels, memory_format_of, scatter_pixels, zero_past_count
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -42,21 +42,54 @@ def dense_input(x: Tensor, source: Tensor | None, g: ConvGeometry) -> Tensor:
     return dense.view(*g.in_shape, x.shape[1]).permute(0, 3, 1, 2)
 
 
+def _margins(g: ConvGeometry) -> tuple[int, int, int, int]:
+    """What ``F.pad`` adds around the input (transposed: takes off the full output) of this geometry."""
+    reach_h, reach_w = g.dil_h * (g.kernel_h - 1) + 1, g.dil_w * (g.kernel_w - 1) + 1
+    small_h, small_w, large_h, large_w = g.out_h, g.out_w, g.in_h, g.in_w
+    if g.transposed:
+        small_h, small_w, large_h, large_w = g.in_h, g.in_w, g.out_h, g.out_w
+    bottom = (small_h - 1) * g.stride_h + reach_h - large_h - g.pad_h
+    right = (small_w - 1) * g.stride_w + reach_w - large_w - g.pad_w
+    return g.pad_w, right, g.pad_h, bottom
+
+
 def dense_conv(x: Tensor, weight: Tensor, g: ConvGeometry, bias: Tensor | None = None) -> Tensor:
     """The dense convolution of this geometry, ``[N, O, out_h, out_w]``."""
     stride, dilation = (g.stride_h, g.stride_w), (g.dil_h, g.dil_w)
-    reach_h, reach_w = g.dil_h * (g.kernel_h - 1) + 1, g.dil_w * (g.kernel_w - 1) + 1
+    left, right, top, bottom = _margins(g)
     if g.transposed:
         full = F.conv_transpose2d(x, weight, None, stride, 0, 0, g.groups, dilation)
-        bottom, right = g.out_h + g.pad_h - full.shape[2], g.out_w + g.pad_w - full.shape[3]
-        full = F.pad(full, (-g.pad_w, right, -g.pad_h, bottom))  # may add rows that only the bias reaches
+        full = F.pad(full, (-left, -right, -top, -bottom))  # may add rows that only the bias reaches
         return full if bias is None else full + bias.view(-1, 1, 1)
-    bottom = (g.out_h - 1) * g.stride_h + reach_h - g.in_h - g.pad_h
-    right = (g.out_w - 1) * g.stride_w + reach_w - g.in_w - g.pad_w
-    if (bottom, right) == (g.pad_h, g.pad_w):
-        return F.conv2d(x, weight, bias, stride, (g.pad_h, g.pad_w), dilation, g.groups)
-    x = F.pad(x, (g.pad_w, right, g.pad_h, bottom))
-    return F.conv2d(x, weight, bias, stride, 0, dilation, g.groups)
+    if 0 <= left - right < g.stride_w and 0 <= top - bottom < g.stride_h:  # equal paddings give this size
+        return F.conv2d(x, weight, bias, stride, (top, left), dilation, g.groups)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, g.groups)
+
+
+def _dense_conv_grads(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, wanted: list[bool]):
+    """(dx, dW) of :func:`dense_conv`. Not by autograd, which is off where a dispatch mode calls an op."""
+    stride, dilation = [g.stride_h, g.stride_w], [g.dil_h, g.dil_w]
+    left, right, top, bottom = _margins(g)
+    if g.transposed:
+        grad = F.pad(grad, (left, right, top, bottom))
+    else:
+        x = F.pad(x, (left, right, top, bottom))
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        stride,
+        [0, 0],
+        dilation,
+        bool(g.transposed),
+        [0, 0],
+        g.groups,
+        [*wanted, False],
+    )
+    if wanted[0] and not g.transposed:
+        dx = F.pad(dx, (-left, -right, -top, -bottom))
+    return dx, dw
 
 
 def _conv(
@@ -82,7 +115,7 @@ def _conv(
         out = out + bias.to(out.dtype)
     out = apply_epilogue(out, activation, scale, shift, gate, residual)
     if rows:
-        return out
+        return zero_past_count(out, index, count)
     out = torch.ops.dynops.scatter_rows(out, index, count, list(g.out_shape), base)
     return out if source is not None else out.contiguous(memory_format=memory_format_of(x))
 
@@ -107,12 +140,10 @@ def _conv_input_grad(
     g = ConvGeometry(*geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     dense = _dense_grad(grad, index, count, g, rows)
-    x = grad.new_zeros(g.batch, channels, g.in_h, g.in_w)
-    with torch.enable_grad():
-        x.requires_grad_()
-        (dx,) = torch.autograd.grad(dense_conv(x, weight.to(grad.dtype), g), x, dense)
+    x = grad.new_empty(g.batch, channels, g.in_h, g.in_w)  # its values are not read
+    dx, _ = _dense_conv_grads(dense, x, weight.to(grad.dtype), g, [True, False])
     if source is None:
-        return dx if rows else dx.contiguous(memory_format=memory_format_of(grad))
+        return dx.contiguous(memory_format=torch.channels_last if rows else memory_format_of(grad))
     out = dx.new_zeros(source_rows + 1, channels)
     row = source.reshape(-1).long()
     out[torch.where(row < 0, source_rows, row)] = dx.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -131,11 +162,9 @@ def _conv_weight_grad(
 ) -> tuple[Tensor, Tensor]:  # dW as weight_shape, db [O]
     g = ConvGeometry(*geometry)
     dense = _dense_grad(grad, index, count, g, rows)
-    weight = grad.new_zeros(weight_shape)
-    with torch.enable_grad():
-        weight.requires_grad_()
-        (dw,) = torch.autograd.grad(dense_conv(dense_input(x, source, g), weight, g), weight, dense)
-    return dw, dense.sum((0, 2, 3))
+    weight = grad.new_empty(weight_shape)  # its values are not read
+    _, dw = _dense_conv_grads(dense, dense_input(x, source, g), weight, g, [False, True])
+    return dw.contiguous(), dense.sum((0, 2, 3))
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema
@@ -248,7 +277,8 @@ def _backward(ctx, grad):
             grad, x, index, count, source, weight.shape, ctx.geometry, ctx.rows, ctx.backend
         )
     elif need_b:
-        db = (grad if ctx.rows else torch.ops.dynops.gather_rows(grad, index, count)).sum(0)
+        rows = grad if ctx.rows else torch.ops.dynops.gather_rows(grad, index, count)
+        db = zero_past_count(rows, index, count).sum(0)
     if need_base:
         zeros = grad.new_zeros(index.shape[0], grad.shape[1])
         dbase = torch.ops.dynops.scatter_rows(zeros, index, count, ctx.geometry[:1] + ctx.geometry[3:5], grad)
@@ -373,7 +403,7 @@ def packed_conv2d(
         weight, bias, and the rest: as in :func:`sparse_conv2d`.
 
     Returns:
-        ``[plan.num_rows, O]``.
+        ``[plan.num_rows, O]``; in the capacity form rows past the count are zero.
     """
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, "zeros", in_plan)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, None)
@@ -433,7 +463,7 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
         if rows:
-            return out
+            return zero_past_count(out, index, count)
         return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
     arguments = (x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
     if needs_grad or torch.compiler.is_compiling() or type(x) is not Tensor:

@@ -24,6 +24,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def zero_past_count(rows: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
+    """``rows`` with zeros in the unused rows of a capacity plan."""
+    return rows if count is None else rows.masked_fill((index < 0)[:, None], 0)
+
+
 def _gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
     flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -121,6 +126,7 @@ def gather_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
     """
     from . import checks
 
+    checks.pixel_plan(plan, "plan")
     checks.dense_map(x, plan, "x")
     return torch.ops.dynops.gather_rows(x, plan.index, plan.count)
 
@@ -140,6 +146,7 @@ def scatter_pixels(rows: Tensor, plan: PixelPlan, base: Tensor | None = None) ->
     """
     from . import checks
 
+    checks.pixel_plan(plan, "plan")
     checks.packed_rows(rows, plan, "rows")
     if base is not None:
         checks.dense_map(base, plan, "base", channels=rows.shape[1], dtype=rows.dtype)
