@@ -204,7 +204,7 @@ class Tile(NamedTuple):
 # wherever the precision has them (tests/test_triton_aot.py). The rates were not measured.
 _SMALL = (Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(32, 16, 64, 4, 3))
 _SMALL_TF32 = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(32, 16, 32, 4, 3))
-_IEEE = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
+_IEEE = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
 TILES = {
     (80, "half"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL),
     (90, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
@@ -218,24 +218,28 @@ TILES = {
 }
 
 
-def choose(x: Tensor, rows: int, n: int, k: int, batch: int) -> tuple[dict, str]:
+def choose(x: Tensor, rows: int, n: int, k: int, batch: int, indirect: bool) -> tuple[dict, str]:
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
     The largest tile that is not wider than ``n`` and still gives every SM one; failing that, the
-    smallest.
+    smallest. ``indirect``: the addresses of a step are themselves loaded in the step.
     """
     kind = precision(x.dtype)
     arch, processors = device_facts(x.device)
     widest = max(16, triton.next_power_of_2(n))
     tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest]
     fills = (t for t in tiles if batch * triton.cdiv(rows, t.m) * triton.cdiv(n, t.n) >= processors)
-    return tile_arguments(next(fills, tiles[-1]), k), "ieee" if kind == "half" else kind
+    return tile_arguments(next(fills, tiles[-1]), k, indirect), "ieee" if kind == "half" else kind
 
 
-def tile_arguments(tile: Tile, k: int) -> dict:
-    """The kernel's tile arguments; the block of k is less where the whole reduction is shorter."""
+def tile_arguments(tile: Tile, k: int, indirect: bool) -> dict:
+    """The kernel's tile arguments; the block of k is less where the whole reduction is shorter.
+
+    Triton splits the stages between the two levels of an indirect load: 5 for 3 tiles in flight.
+    """
     block = min(tile.k, max(16, triton.next_power_of_2(k)))
-    return {"M": tile.m, "N": tile.n, "K": block, "num_warps": tile.warps, "num_stages": tile.stages}
+    stages = 2 * tile.stages - 1 if indirect else tile.stages
+    return {"M": tile.m, "N": tile.n, "K": block, "num_warps": tile.warps, "num_stages": stages}
 
 
 @functools.cache
@@ -282,7 +286,10 @@ def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def nchw(x: Tensor) -> bool:
     """Whether an output in the format of ``x`` [N, C, H, W] is NCHW rather than channels_last."""
-    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    # one channel, or one pixel, is contiguous both ways: then only the strides tell
+    return x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1])
 
 
 def empty_map(like: Tensor, batch: int, channels: int, h: int, w: int) -> Tensor:

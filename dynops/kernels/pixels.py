@@ -31,8 +31,9 @@ from ..geometry import ConvGeometry
 from . import gemm
 from .gemm import finish, load_pixels, lowest_tap, source_row, tap_set
 from .pixels_weight import conv_weight_grad
+from .rows import gather_rows, scatter_rows
 
-__all__ = ["conv", "conv_input_grad", "conv_weight_grad"]
+__all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatter_rows"]
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -263,7 +264,7 @@ def _gather(
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
-        tile, precision = gemm.choose(x, rows, sizes["n_size"], sizes["k_size"], g.groups)
+        tile, precision = gemm.choose(x, rows, sizes["n_size"], sizes["k_size"], g.groups, source is not None)
         grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"]), g.groups)
         conv_kernel[grid](
             x, w, out, index, count, order, keys, source, target, *epilogue, rows, **sizes, **options, **stored,

@@ -1,0 +1,100 @@
+"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import gemm
+from .gemm import split_pixel
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit(do_not_specialize=["rows", "h", "w"])
+def gather_rows_kernel(
+    x, out, index, rows, h, w, channels, stride_n, stride_c, stride_h, stride_w,
+    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """out[i, :] = x at pixel index[i], zero where that is -1; x has any strides."""
+    first = tl.program_id(0).to(tl.int64) * M if WIDE else tl.program_id(0) * M
+    row = first + tl.arange(0, M)
+    channel = tl.program_id(1) * N + tl.arange(0, N)
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    pixel = tl.load(index + row, mask=row < rows, other=-1)
+    if WIDE:
+        channel = channel.to(tl.int64)
+        pixel = pixel.to(tl.int64)
+    n, y, x_ = split_pixel(pixel, h, w)
+    at = (n * stride_n + y * stride_h + x_ * stride_w)[:, None] + channel[None, :] * stride_c
+    value = tl.load(x + at, mask=inside & (pixel >= 0)[:, None], other=0)
+    tl.store(out + row[:, None] * channels + channel[None, :], value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scatter_rows_kernel(
+    values, out, index, rows, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """out[index[i], :] = values[i, :], but where the index is -1."""
+    first = tl.program_id(0).to(tl.int64) * M if WIDE else tl.program_id(0) * M
+    row = first + tl.arange(0, M)
+    channel = tl.program_id(1) * N + tl.arange(0, N)
+    pixel = tl.load(index + row, mask=row < rows, other=-1)
+    live = (pixel >= 0)[:, None] & (channel < channels)[None, :]
+    if WIDE:
+        pixel = pixel.to(tl.int64)
+    value = tl.load(values + row[:, None] * channels + channel[None, :], mask=live)
+    tl.store(out + pixel[:, None] * channels + channel[None, :], value, mask=live)
+
+
+def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
+    """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
+    out = x.new_empty(index.shape[0], x.shape[1])
+    if out.numel() == 0:
+        return out
+    tile = gemm.direct_tile(x.shape[1])
+    wide = (
+        gemm.is_wide(out)
+        or sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= gemm.INT32_LIMIT
+    )
+    with gemm.on_device(x):
+        gather_rows_kernel[_grid(out, tile)](
+            _words(x), _words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
+        )  # fmt: skip
+    return out
+
+
+def scatter_rows(
+    rows: Tensor, index: Tensor, count: Tensor | None, shape: list[int], base: Tensor | None
+) -> Tensor:
+    """``[P, C]`` to channels_last ``[N, C, H, W]``; elsewhere ``base``, or zero."""
+    out = gemm.empty_map(rows, shape[0], rows.shape[1], shape[1], shape[2])
+    out = out.zero_() if base is None else out.copy_(base)
+    if rows.numel() == 0 or out.numel() == 0:
+        return out
+    rows, tile = rows.contiguous(), gemm.direct_tile(rows.shape[1])
+    with gemm.on_device(rows):
+        scatter_rows_kernel[_grid(rows, tile)](
+            _words(rows), _words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
+        )  # fmt: skip
+    return out
+
+
+def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
+    return triton.cdiv(rows.shape[0], tile["M"]), triton.cdiv(rows.shape[1], tile["N"])
+
+
+def _words(x: Tensor) -> Tensor:
+    """The same memory as integers of the same size: bits are moved, values are not looked at."""
+    if x.element_size() not in _WORDS:
+        raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
+    return x.view(_WORDS[x.element_size()])
+
+
+# Takes the CUDA dispatch of both ops unless the binary has it. An implementation lives as long as its library.
+_library = torch.library.Library("dynops", "IMPL", "CUDA")
+for _kernel in (gather_rows, scatter_rows):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dynops::{_kernel.__name__}", "CUDA"):
+        _library.impl(_kernel.__name__, _kernel)
