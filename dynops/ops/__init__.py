@@ -1,6 +1,7 @@
 """The ops: functions with gradients, dense tensors (or packed rows) and a plan in, tensors out."""
 
 from . import index  # noqa: F401  registers the plan-building ops
+from .interpolate import interpolate_pixels
 from .pixels import (
     gather_pixels,
     packed_conv2d,
@@ -12,6 +13,7 @@ from .pixels import (
 
 __all__ = [
     "gather_pixels",
+    "interpolate_pixels",
     "packed_conv2d",
     "packed_conv_transpose2d",
     "scatter_pixels",
