@@ -141,10 +141,9 @@ def headline(setting: layers.Setting) -> report.Report:
 def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Path, plot: bool) -> None:
     """Prints everything, the summary last, and writes the files."""
     info = result.machine
-    print(
-        f"\n{info['device']}, {info['threads']} threads, torch {info['torch']}, {info['build'] or 'not built'}"
-    )
-    print(f"{setting.dtype}, {setting.mode}\n{LEGEND}\n")
+    print(f"\n{report.machine_line(info)}\n{setting.dtype}, {setting.mode}\n{LEGEND}\n")
+    if not info["build"]:
+        print("dynops._C is not built: these are times of the plain-PyTorch reference.\n")
     if result.rows:
         print(report.table(result.rows), "\n")
         print(report.summary_table(report.summaries(result.rows, layers.TARGET_GROUPS)), "\n")
