@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import active
-from .nn.norm import fold, norm_rows, uses_batch_statistics
+from .nn.norm import Fold, norm_rows, uses_batch_statistics
 from .nn.shapes import conv_geometry, conv_transpose_geometry
 from .ops.epilogue import ACTIVATIONS
 from .ops.pixels import _pixel_conv
@@ -70,6 +70,7 @@ class _Conv:
         self.conv = module.get_submodule(step.target)
         self.parameters = self.conv._parameters  # nn.Module.__getattr__ costs half a microsecond
         self.norm = None if step.norm is None else module.get_submodule(step.norm)
+        self.fold = Fold()
         self.in_channels, self.out_channels = self.conv.in_channels, self.conv.out_channels
         self.pads = None
         if self.conv.padding_mode != "zeros":
@@ -91,14 +92,15 @@ class _Conv:
             residual = _rows_at(env[self.residual], plan, self.out_channels)
             if residual is None:
                 return self._then_broadcast(env, values, weight, bias, plan, in_plan, geometry)
-            residual = residual.to(values.dtype)
+            if residual.dtype is not values.dtype:
+                residual = residual.to(values.dtype)
         if norm is None:
             epilogue = (self.activation, None, None, None, residual)
         elif uses_batch_statistics(norm):
             rows = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
             return Rows(norm_rows(norm, rows, plan, residual, self.activation), plan)
         else:
-            epilogue = (self.activation, *fold(norm), None, residual)
+            epilogue = (self.activation, *self.fold(norm), None, residual)
         return Rows(
             _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, None, True, None), plan
         )
