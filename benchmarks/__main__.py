@@ -18,6 +18,9 @@ dense ms: the fastest of {NCHW, channels_last} x {eager, torch.compile}, in the 
 theory: MACs of the dense layer / MACs that must be computed.   speed-up: dense ms / ours ms, where ours goes
 from the mask to the output, the plan included.   realised: speed-up / theory.   FLOPs are 2 x MACs.
 break-even: the density below which ours is faster."""
+MEMORY_LEGEND = """\
+MB (2**20 bytes) that one call holds at its peak above what was held before it, the output included; dense is the
+smaller of eager NCHW and channels_last."""
 QUICK_NOTE = (
     "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
     "versions. `python -m benchmarks layers` compares every layer with all four."
@@ -141,7 +144,8 @@ def headline(setting: layers.Setting) -> report.Report:
 def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Path, plot: bool) -> None:
     """Prints everything, the summary last, and writes the files."""
     info = result.machine
-    print(f"\n{report.machine_line(info)}\n{setting.dtype}, {setting.mode}\n{LEGEND}\n")
+    legend = LEGEND if result.rows else MEMORY_LEGEND
+    print(f"\n{report.machine_line(info)}\n{setting.dtype}, {setting.mode}\n{legend}\n")
     if not info["build"]:
         print("dynops._C is not built: these are times of the plain-PyTorch reference.\n")
     if result.rows:
