@@ -8,6 +8,8 @@ import threading
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 NAMES = ("cpp", "triton", "reference")
@@ -90,9 +92,11 @@ def _triton_interprets() -> bool:
 class WeightCache:
     """What a kernel makes of a weight (packed, converted), kept while the weight lives unchanged.
 
-    An entry is found by the identity of the weight and is valid for one version of it: an optimiser
-    step or ``load_state_dict`` bumps the version, and the next use packs again. Writing through
-    ``weight.data`` bumps nothing and is not seen; call :meth:`clear` after it.
+    An entry is found by the identity of the weight and is valid for one version of it: an in-place
+    operation or ``load_state_dict`` bumps the version, and the next use packs again. So it does after
+    the step of a ``torch.optim`` optimiser (the fused ones bump nothing) and where ``weight.data``
+    was assigned. Writing through ``weight.data`` bumps nothing and is not seen; call :meth:`clear`
+    after it.
     """
 
     def __init__(self):
@@ -103,16 +107,23 @@ class WeightCache:
         """``make()`` for this weight and key, or what it returned last time."""
         if weight.is_inference():  # has no version: a change could not be noticed
             return make()
-        version = (weight._version, weight.data_ptr(), weight.shape)
+        storage = weight.untyped_storage()
+        version = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
         entry = self._entries.get(weight)
-        if entry is None or entry[0] != version:
-            entry = (version, {})
+        # the storage too: a freed one's address comes back, as in module.half().float()
+        if entry is None or entry[0] != version or entry[1].cdata != storage._cdata:
+            entry = (version, StorageWeakRef(storage), {})
             with self._lock:
                 self._entries[weight] = entry
-        packed = entry[1].get(key)
+        packed = entry[2].get(key)
         if packed is None:
-            packed = entry[1][key] = make()
+            packed = entry[2][key] = make()
         return packed
+
+    def drop(self, weight: Tensor) -> None:
+        """Forgets what was made of one weight."""
+        with self._lock:
+            self._entries.pop(weight, None)
 
     def clear(self) -> None:
         """Forgets every packed weight."""
@@ -121,3 +132,13 @@ class WeightCache:
 
 
 weight_cache = WeightCache()
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
+def _drop_stepped(optimizer, args, kwargs) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight_cache.drop(weight)
+
+
+register_optimizer_step_post_hook(_drop_stepped)
