@@ -180,8 +180,8 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         if active is not None:
             x = _only_tensor(self, args, kwargs)
             if x is not None:
-                program = self.__dict__.get(_PROGRAM)
-                if program is None or program.module is not self:  # a copy of the module that was converted
+                program = self.__dict__[_PROGRAM]
+                if program.module is not self:  # a shallow copy of the module that was converted
                     program = self.__dict__[_PROGRAM] = Program(self.__dict__[_TRACE], self)
                 if program.holds():
                     return program.run(x, active)
@@ -191,9 +191,14 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         _, _, *state = base.__reduce_ex__(self, protocol)
         return _new, (base,), *state
 
+    def __setstate__(self, state):
+        base.__setstate__(self, state)
+        self.__dict__[_PROGRAM] = Program(self.__dict__[_TRACE], self)
+
     members = {
         "forward": forward,
         "__reduce_ex__": __reduce_ex__,
+        "__setstate__": __setstate__,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "_dynops_base": base,

@@ -278,7 +278,7 @@ _STEPS = {"conv": _Conv, "norm": _Norm, "pool": _Pool, "act": _Activation, "add"
 
 
 class Program:
-    """A trace bound to one module. A copy of it (deepcopy, pickle) is None: it is bound again to the copy."""
+    """A trace bound to one module. In a copy (deepcopy, pickle) it is None, until the copy binds its own."""
 
     def __init__(self, trace: Trace, module: nn.Module):
         self.module = module

@@ -432,6 +432,7 @@ def test_copies_are_models_of_their_own(clone, inputs):
         expected = model(x)
         other = clone(model)
         assert type(other) is type(model) and torch.equal(other(x), expected)
+        assert torch.equal(copy.copy(model)(x), expected)
         other.layer1[0].conv1.weight.zero_()
         assert not torch.equal(other(x), expected) and torch.equal(model(x), expected)
     dynops.revert_(other)
@@ -580,6 +581,15 @@ def test_plans_are_shared(inputs):
     assert all(context._plans[shape] is plan for shape, plan in plans.items())
 
 
+@pytest.mark.parametrize("size", [(64, 48), (50, 31), (5, 7)])
+def test_resized_plans(size):
+    mask = random_mask((2, *size), 0.05)
+    context = dynops.active(mask)
+    for shape in ((64, 48), (32, 24), (16, 12), (8, 12), (4, 3), (3, 5), (1, 1), (25, 31)):
+        plan = context.plan((2, *shape), mask.device)
+        assert torch.equal(plan.mask(), resized(mask, shape))
+
+
 def test_threads_have_their_own_masks(inputs):
     model, x = small_resnet(), inputs[0]
     dynops.convert_(model)
@@ -620,8 +630,8 @@ def test_masks_that_do_not_fit(inputs):
     dynops.convert_(model)
     with dynops.active(torch.ones(3, 64, 48)), pytest.raises(ValueError, match="batch of 2, got one for 3"):
         model(x)
-    with dynops.active(torch.full((2, 32, 24), torch.nan)), pytest.raises(ValueError, match="NaN"):
-        model(x)
+    with pytest.raises(ValueError, match="mask: expected numbers, got NaN"):
+        dynops.active(torch.full((2, 64, 48), torch.nan))
     with pytest.raises(TypeError, match="mask: expected a tensor"):
         dynops.active([[1]])
     with pytest.raises(ValueError, match="mask: expected"):
@@ -665,7 +675,10 @@ def test_compiles_in_the_context():
             with dynops.active(mask):
                 expected = model(x)
             close(run(x, mask), expected, 1e-5)
-        close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), dense, 1e-5)
+        with dynops.active(mask):  # a context around the call of a compiled (copy of a) model
+            compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+            close(compiled(x), expected, 1e-5)
+        close(compiled(x), dense, 1e-5)
 
 
 def test_autocast():
