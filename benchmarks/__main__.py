@@ -25,6 +25,10 @@ QUICK_NOTE = (
     "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
     "versions. `python -m benchmarks layers` compares every layer with all four."
 )
+FLOAT16_NOTE = (
+    "Dense float16 convolution on a CPU can be many times slower than float32, for want of instructions; a "
+    "realised far over 1 measures that and not sparsity."
+)
 NO_PHOTO_NOTE = "matplotlib is not installed: no photograph, so no photo masks and no model."
 
 
@@ -91,6 +95,8 @@ def _has_photograph() -> bool:
 
 def _report(setting: layers.Setting) -> report.Report:
     notes = [] if _has_photograph() else [NO_PHOTO_NOTE]
+    if setting.dtype == torch.float16 and setting.device.type == "cpu":
+        notes.append(FLOAT16_NOTE)
     busy = report.busy_share()
     if busy > 0.1:
         notes.append(
