@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dynops
-from dynops import PixelPlan, ops
+from dynops import PixelPlan, backends, ops
 from dynops.testing import (
     LAYOUTS,
     assert_within_budget,
@@ -213,6 +213,7 @@ def check(conv: Conv, backend, mask, tensors, grads=(), plan=None, **rest) -> Te
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's, about its own copy
 @each(ALL)
 def test_conv(conv, backend):
     mask = random_mask(conv.out_shape(), 0.4)
@@ -490,9 +491,16 @@ def test_autocast_takes_float32_epilogue(backend):
 # ------------------------------------------------------------------------- gather and scatter
 
 
+@pytest.fixture(params=BACKENDS)
+def copies(request, monkeypatch):
+    """gather and scatter by each backend: they take the binary where it exists."""
+    if request.param == "reference":
+        monkeypatch.setattr(backends, "has_binary", lambda: False)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int64, torch.bool], ids=str)
-def test_gather_pixels(dtype, layout):
+def test_gather_pixels(dtype, layout, copies):
     for kind, channels in itertools.product(MASKS, (1, 5, 32)):
         x = in_layout(random_tensor(2, channels, 6, 7).mul(9).to(dtype), layout)
         mask = random_mask((2, 6, 7), MASKS[kind], kind)
@@ -502,7 +510,7 @@ def test_gather_pixels(dtype, layout):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("with_base", [False, True])
-def test_scatter_pixels(with_base, dtype):
+def test_scatter_pixels(with_base, dtype, copies):
     for kind, channels, layout in itertools.product(MASKS, (1, 5, 32), ("nchw", "channels_last", "strided")):
         mask = random_mask((2, 6, 7), MASKS[kind], kind)
         rows = random_tensor(int(mask.sum()), 2 * channels, dtype=dtype)[:, ::2]
@@ -516,7 +524,7 @@ def test_scatter_pixels(with_base, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_gather_and_scatter_gradients_are_exact(dtype):
+def test_gather_and_scatter_gradients_are_exact(dtype, copies):
     mask = random_mask((2, 6, 7), 0.4)
     plan = PixelPlan.from_mask(mask)
     x, base, dy = (random_tensor(2, 5, 6, 7, dtype=dtype, ).requires_grad_() for _ in range(3))  # fmt: skip
@@ -529,7 +537,7 @@ def test_gather_and_scatter_gradients_are_exact(dtype):
     assert torch.equal(grads[1], dy.masked_fill(mask[:, None], 0))
 
 
-def test_capacity_form_of_gather_and_scatter():
+def test_capacity_form_of_gather_and_scatter(copies):
     mask = random_mask((2, 6, 7), 0.4)
     exact, (x, base) = PixelPlan.from_mask(mask), random_tensor(2, 2, 5, 6, 7)
     for capacity in (0, 1, len(exact) - 1, len(exact), len(exact) + 5):

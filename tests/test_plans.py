@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynops import PixelPlan
+from dynops.ops import index as reference
 from dynops.plans import as_pixel_plan, resize_mask
 from dynops.testing import random_mask
 
@@ -327,3 +328,33 @@ def test_resized_down_keeps_every_active_pixel_under_something():
 def test_resized_refuses(size):
     with pytest.raises((ValueError, TypeError), match="size"):
         PixelPlan.from_mask(random_mask((1, 8, 6))).resized(size)
+
+
+# ---------------------------------------------------------------------------------- references
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64], ids=str)
+def test_the_references_are_what_runs(kind, dtype):
+    """The binary takes the CPU; the references in ops/index.py run elsewhere and define both."""
+    mask = random_mask((2, 6, 7), 0.4, kind).to(dtype)
+    op = torch.ops.dynops
+    assert torch.equal(op.mask_to_index(mask), reference._mask_to_index(mask))
+    for capacity in (0, 10, 90):
+        actual, right = (
+            op.mask_to_index_capacity(mask, capacity),
+            reference._mask_to_index_capacity(mask, capacity),
+        )
+        assert all(map(torch.equal, actual, right))
+        index, count = actual
+        shape = [2, 6, 7]
+        assert torch.equal(
+            op.inverse_index(index, count, shape), reference._inverse_index(index, count, shape)
+        )
+        for geometry in (
+            [2, 13, 9, 6, 7, 3, 4, 2, 1, 0, 0, 1, 1, 1, 0],
+            [2, 6, 7, 6, 7, 4, 4, 1, 1, 1, 1, 1, 1, 1, 0],  # padding='same' of an even kernel
+            [2, 3, 3, 6, 7, 3, 2, 2, 3, 1, 1, 1, 1, 1, 1],
+        ):
+            right = reference._needed_mask(index, count, geometry)
+            assert torch.equal(op.needed_mask(index, count, geometry), right)
