@@ -44,7 +44,7 @@ struct Gemm {
 // Up to a few hundred rows: where they are read and written.
 struct RowBlock {
   int32_t rows;
-  const char* const* in;        // [tile][segment][rows of the tile], as tile_rows() splits them
+  const char* const* in;        // [tile][segment][rows of the tile] as TileSplit has it; depthwise: [rows][segment]
   char* const* out;             // [rows]
   const char* const* residual;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
   const float* gate;            // [rows] or null
@@ -82,8 +82,6 @@ struct OuterProduct {
   int64_t outputs;
   int32_t columns;  // of this panel, <= panel width
 };
-
-// Input rows scattered from: dx[q] += sum_s grad * weight, see Gemm with residual == out.
 
 struct Kernels {
   const char* name;

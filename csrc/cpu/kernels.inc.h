@@ -33,8 +33,27 @@ FORCE_INLINE void multiply_segment(Vec (&acc)[MR][NV], const char* const* in, in
 }
 
 #if defined(DYNOPS_ISA_BF16)
-FORCE_INLINE Vec dot_pairs(Vec acc, __m512i x, __m512i w) {
-  return {_mm512_dpbf16_ps(acc.v, (__m512bh)x, (__m512bh)w)};
+FORCE_INLINE __m512i broadcast_pair(const char* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, 4);
+  return _mm512_set1_epi32(pair);
+}
+
+// The last of an odd number: reading a pair would pass the row's end.
+FORCE_INLINE __m512i broadcast_single(const char* p) {
+  uint16_t single;
+  __builtin_memcpy(&single, p, 2);
+  return _mm512_set1_epi32(single);
+}
+
+template <int MR, int NV, bool kSingle>
+FORCE_INLINE void multiply_pair(Vec (&acc)[MR][NV], const char* const (&a)[MR], int64_t byte, const char* weight) {
+  __m512bh b[NV];
+  UNROLL for (int v = 0; v < NV; ++v) b[v] = (__m512bh)_mm512_loadu_si512(weight + v * 64);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const __m512i x = kSingle ? broadcast_single(a[i] + byte) : broadcast_pair(a[i] + byte);
+    UNROLL for (int v = 0; v < NV; ++v) acc[i][v].v = _mm512_dpbf16_ps(acc[i][v].v, (__m512bh)x, b[v]);
+  }
 }
 
 // The same for bfloat16: vdpbf16ps multiplies pairs, so weights lie [depth / 2][columns][2].
@@ -43,20 +62,9 @@ FORCE_INLINE void multiply_segment_bf16(Vec (&acc)[MR][NV], const char* const* i
                                         int depth, const char* weight) {
   const char* a[MR];
   UNROLL for (int i = 0; i < MR; ++i) a[i] = in[i] + in_offset;
-  for (int k = 0; k < depth; k += 2, weight += NV * 64) {
-    __m512i b[NV];
-    UNROLL for (int v = 0; v < NV; ++v) b[v] = _mm512_loadu_si512(weight + v * 64);
-    UNROLL for (int i = 0; i < MR; ++i) {
-      uint32_t pair = 0;  // an odd depth ends in a single: reading a pair would pass the row's end
-      if (__builtin_expect(k + 1 < depth, 1)) {
-        __builtin_memcpy(&pair, a[i] + k * 2, 4);
-      } else {
-        __builtin_memcpy(&pair, a[i] + k * 2, 2);
-      }
-      const __m512i x = _mm512_set1_epi32(int(pair));
-      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = dot_pairs(acc[i][v], x, b[v]);
-    }
-  }
+  int64_t byte = 0;
+  for (; byte < (depth & ~1) * 2; byte += 4, weight += NV * 64) multiply_pair<MR, NV, false>(acc, a, byte, weight);
+  if (depth & 1) multiply_pair<MR, NV, true>(acc, a, byte, weight);
 }
 #endif
 
@@ -96,6 +104,31 @@ static __attribute__((noinline)) void finish_tile(const Gemm& g, const float* ti
   }
 }
 
+// The common case, from the accumulators' registers: whole vectors, nothing to read.
+template <int MR, int NV>
+FORCE_INLINE void finish_whole(const Gemm& g, Vec (&acc)[MR][NV], char* const* out, int64_t column) {
+  Vec scale[NV], shift[NV];
+  load_affine<NV>(g, column, scale, shift);
+  const float limit = g.activation == Activation::kRelu6 ? 6.f : __builtin_inff();
+  const bool clamp = g.activation != Activation::kNone;
+  UNROLL for (int i = 0; i < MR; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) {
+      acc[i][v] = fma(acc[i][v], scale[v], shift[v]);
+      if (clamp) acc[i][v] = min_of(broadcast(limit), max_of(zero(), acc[i][v]));
+    }
+  }
+  const int64_t byte = g.out_offset + column * size_of(g.out);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) {
+      if (g.out == Dtype::kFloat32) {
+        store((float*)(out[i] + byte) + v * Vec::kLanes, acc[i][v]);
+      } else {
+        store_bf16(out[i] + byte + v * Vec::kLanes * 2, acc[i][v]);
+      }
+    }
+  }
+}
+
 // One tile: MR rows by NV vectors of columns.
 template <int MR, int NV, bool kDot>
 static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& rows, const char* const* in,
@@ -115,29 +148,15 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
 #endif
     multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
   }
-  const bool whole = width == NV * Vec::kLanes && g.out == Dtype::kFloat32 && !rows.gate;
-  if (!whole || g.activation > Activation::kRelu6) {
+  const bool whole = width == NV * Vec::kLanes && !rows.gate && !rows.residual;
+  if (!whole || g.activation > Activation::kRelu6 || g.out == Dtype::kFloat16) {
     float tile[MR * NV * Vec::kLanes];
     UNROLL for (int i = 0; i < MR; ++i) {
       UNROLL for (int v = 0; v < NV; ++v) store(tile + (i * NV + v) * Vec::kLanes, acc[i][v]);
     }
     return finish_tile<NV>(g, tile, rows, first_row, MR, column, width);
   }
-  Vec scale[NV], shift[NV];
-  load_affine<NV>(g, column, scale, shift);
-  const int64_t byte = g.out_offset + column * 4;
-  const float limit = g.activation == Activation::kRelu6 ? 6.f : __builtin_inff();
-  const bool clamp = g.activation != Activation::kNone;
-  UNROLL for (int i = 0; i < MR; ++i) {
-    const float* residual = rows.residual ? (const float*)(rows.residual[first_row + i] + byte) : nullptr;
-    float* out = (float*)(rows.out[first_row + i] + byte);
-    UNROLL for (int v = 0; v < NV; ++v) {
-      Vec y = fma(acc[i][v], scale[v], shift[v]);
-      if (residual) y = add(y, load(residual + v * Vec::kLanes));
-      if (clamp) y = min_of(broadcast(limit), max_of(zero(), y));
-      store(out + v * Vec::kLanes, y);
-    }
-  }
+  finish_whole<MR, NV>(g, acc, rows.out + first_row, column);
 }
 
 using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t, int);
@@ -181,49 +200,115 @@ static void gemm(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end
 
 // ------------------------------------------------------------------------------------ depthwise
 
-// A channel never meets another, so the accumulators run along channels: four vectors at a time
-// hide the FMA latency. One row's taps are adjacent in memory and mostly in the L1 cache.
-template <int NV>
-FORCE_INLINE void depthwise_vectors(const Depthwise& d, const RowBlock& rows, int row,
-                                    const char* const* in, int step, int64_t channel, int64_t remaining) {
-  Vec acc[NV];
-  UNROLL for (int v = 0; v < NV; ++v) acc[v] = zero();
-  const int64_t element = size_of(d.in);
-  for (int s = 0; s < d.segments; ++s) {
-    const char* x = in[s * step] + channel * element;
-    const float* w = d.weight + d.taps[s] * d.channels + channel;
+template <Dtype kIn>
+FORCE_INLINE Vec load_as(const char* p) {
+  if constexpr (kIn == Dtype::kFloat32) return load((const float*)p);
+  if constexpr (kIn == Dtype::kBFloat16) return load_bf16(p);
+  return load_f16(p);
+}
+
+template <Dtype kOut>
+FORCE_INLINE void store_as(char* p, Vec a) {
+  if constexpr (kOut == Dtype::kFloat32) return store((float*)p, a);
+  if constexpr (kOut == Dtype::kBFloat16) return store_bf16(p, a);
+  store_f16(p, a);
+}
+
+FORCE_INLINE int left_of(int64_t end, int64_t c) { return int(end - c < Vec::kLanes ? end - c : Vec::kLanes); }
+
+FORCE_INLINE void finish_depthwise(const Depthwise& d, const RowBlock& rows, int row, Vec acc, int64_t c, int n) {
+  Vec y = fma(acc, load(d.scale + c), load(d.shift + c));
+  if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
+  const int64_t byte = c * size_of(d.out);
+  if (rows.residual) y = add(y, load(rows.residual[row] + byte, d.out, n));
+  store(rows.out[row] + byte, activate(y, d.activation), d.out, n);
+}
+
+// A few rows: where they are read ([height][segment]) and written.
+struct DepthwiseTile {
+  const char* const* in;
+  int first_row, height;
+};
+
+// A channel never meets another, so the accumulators run along channels. NV vectors of all taps' weights
+// stay in registers (9 taps x 2 vectors of 32) while the rows pass by.
+template <Dtype kIn, int kTaps, int NV, bool kPlain>
+FORCE_INLINE void depthwise_columns(const Depthwise& d, const RowBlock& rows, const DepthwiseTile& tile,
+                                    int64_t channel) {
+  constexpr int64_t kElement = kIn == Dtype::kFloat32 ? 4 : 2;
+  Vec weight[kTaps][NV], scale[NV], shift[NV];
+  UNROLL for (int s = 0; s < kTaps; ++s) {
     UNROLL for (int v = 0; v < NV; ++v) {
-      const int n = int(remaining - v * Vec::kLanes < Vec::kLanes ? remaining - v * Vec::kLanes : Vec::kLanes);
-      acc[v] = fma(load(x + v * Vec::kLanes * element, d.in, n), load((const char*)(w + v * Vec::kLanes), Dtype::kFloat32, n), acc[v]);
+      weight[s][v] = load(d.weight + d.taps[s] * d.channels + channel + v * Vec::kLanes);
     }
   }
   UNROLL for (int v = 0; v < NV; ++v) {
-    const int64_t c = channel + v * Vec::kLanes;
-    const int n = int(channel + remaining - c < Vec::kLanes ? channel + remaining - c : Vec::kLanes);
-    Vec y = fma(acc[v], load(d.scale + c), load(d.shift + c));
-    if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
-    const int64_t byte = c * size_of(d.out);
-    if (rows.residual) y = add(y, load(rows.residual[row] + byte, d.out, n));
-    store(rows.out[row] + byte, activate(y, d.activation), d.out, n);
+    scale[v] = load(d.scale + channel + v * Vec::kLanes);
+    shift[v] = load(d.shift + channel + v * Vec::kLanes);
+  }
+  const char* const* in = tile.in;
+  char* const* out = rows.out + tile.first_row;
+  const int height = tile.height;
+  for (int i = 0; i < height; ++i, in += kTaps) {
+    Vec acc[NV];
+    UNROLL for (int s = 0; s < kTaps; ++s) {
+      const char* x = in[s] + channel * kElement;
+      UNROLL for (int v = 0; v < NV; ++v) {
+        const Vec value = load_as<kIn>(x + v * Vec::kLanes * kElement);
+        acc[v] = s ? fma(value, weight[s][v], acc[v]) : mul(value, weight[s][v]);
+      }
+    }
+    UNROLL for (int v = 0; v < NV; ++v) {
+      const int64_t c = channel + v * Vec::kLanes;
+      if constexpr (kPlain) {
+        store_as<kIn>(out[i] + c * kElement, fma(acc[v], scale[v], shift[v]));
+      } else {
+        finish_depthwise(d, rows, tile.first_row + i, acc[v], c, Vec::kLanes);
+      }
+    }
+  }
+}
+
+// Any number of taps, and the ragged last channels.
+FORCE_INLINE void depthwise_any(const Depthwise& d, const RowBlock& rows, const DepthwiseTile& tile,
+                                int64_t channel, int n) {
+  for (int i = 0; i < tile.height; ++i) {
+    Vec acc = zero();
+    for (int s = 0; s < d.segments; ++s) {
+      const char* w = (const char*)(d.weight + d.taps[s] * d.channels + channel);
+      const Vec x = load(tile.in[i * d.segments + s] + channel * size_of(d.in), d.in, n);
+      acc = fma(x, load(w, Dtype::kFloat32, n), acc);
+    }
+    finish_depthwise(d, rows, tile.first_row + i, acc, channel, n);
+  }
+}
+
+// Tile by tile: its 3 x 14 input pixels stay in the L1 cache while all channels are computed.
+template <Dtype kIn>
+static void depthwise_typed(const Depthwise& d, const RowBlock& rows) {
+  const TileSplit split(rows.rows);
+  const bool plain = !rows.gate && !rows.residual && d.activation == Activation::kNone;
+  DepthwiseTile tile{rows.in, 0, 0};
+  for (int t = 0; t < split.tiles; ++t) {
+    tile.height = split.height(t);
+    int64_t c = 0;
+    for (; d.segments == 9 && c + 2 * Vec::kLanes <= d.channels; c += 2 * Vec::kLanes) {
+      if (plain) {
+        depthwise_columns<kIn, 9, 2, true>(d, rows, tile, c);
+      } else {
+        depthwise_columns<kIn, 9, 2, false>(d, rows, tile, c);
+      }
+    }
+    for (; c < d.channels; c += Vec::kLanes) depthwise_any(d, rows, tile, c, left_of(d.channels, c));
+    tile.in += int64_t(tile.height) * d.segments;
+    tile.first_row += tile.height;
   }
 }
 
 static void depthwise(const Depthwise& d, const RowBlock& rows) {
-  const TileSplit split(rows.rows);
-  const char* const* in = rows.in;
-  for (int tile = 0, row = 0; tile < split.tiles; ++tile) {
-    const int height = split.height(tile);
-    for (int i = 0; i < height; ++i, ++row) {
-      int64_t c = 0;
-      for (; c + 4 * Vec::kLanes <= d.channels; c += 4 * Vec::kLanes) {
-        depthwise_vectors<4>(d, rows, row, in + i, height, c, 4 * Vec::kLanes);
-      }
-      for (; c < d.channels; c += Vec::kLanes) {
-        depthwise_vectors<1>(d, rows, row, in + i, height, c, d.channels - c);
-      }
-    }
-    in += int64_t(height) * d.segments;
-  }
+  if (d.in == Dtype::kFloat32) return depthwise_typed<Dtype::kFloat32>(d, rows);
+  if (d.in == Dtype::kBFloat16) return depthwise_typed<Dtype::kBFloat16>(d, rows);
+  depthwise_typed<Dtype::kFloat16>(d, rows);
 }
 
 static void depthwise_weight_grad(int32_t rows, int32_t segments, const char* const* x,
@@ -232,7 +317,7 @@ static void depthwise_weight_grad(int32_t rows, int32_t segments, const char* co
   const int64_t element = size_of(dtype);
   for (int s = 0; s < segments; ++s) {
     for (int64_t c = begin; c < end; c += Vec::kLanes) {
-      const int n = int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
+      const int n = left_of(end, c);
       Vec even = zero(), odd = zero();  // two chains hide the FMA latency
       int k = 0;
       for (; k + 1 < rows; k += 2) {
@@ -256,7 +341,7 @@ static void depthwise_input_grad(int32_t rows, int32_t segments, const char* con
   const int64_t element = size_of(dtype);
   for (int k = 0; k < rows; ++k) {
     for (int64_t c = begin; c < end; c += Vec::kLanes) {
-      const int n = int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
+      const int n = left_of(end, c);
       const Vec dy = load(grad[k] + c * element, dtype, n);
       for (int s = 0; s < segments; ++s) {
         float* out = dx[k * segments + s];
@@ -314,7 +399,7 @@ static void outer_product(const OuterProduct& p) {
 static void to_float(const char* from, Dtype dtype, int64_t n, float* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
-    const int left = int(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+    const int left = left_of(n, i);
     store((char*)(to + i), load(from + i * element, dtype, left), Dtype::kFloat32, left);
   }
 }
@@ -322,7 +407,7 @@ static void to_float(const char* from, Dtype dtype, int64_t n, float* to) {
 static void from_float(const float* from, int64_t n, Dtype dtype, char* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
-    const int left = int(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+    const int left = left_of(n, i);
     store(to + i * element, load((const char*)(from + i), Dtype::kFloat32, left), dtype, left);
   }
 }
@@ -330,7 +415,7 @@ static void from_float(const float* from, int64_t n, Dtype dtype, char* to) {
 static void add_to(const char* from, Dtype dtype, int64_t n, float* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
-    const int left = int(n - i < Vec::kLanes ? n - i : Vec::kLanes);
+    const int left = left_of(n, i);
     const Vec sum = add(load(from + i * element, dtype, left), load((const char*)(to + i), Dtype::kFloat32, left));
     store((char*)(to + i), sum, Dtype::kFloat32, left);
   }

@@ -45,7 +45,10 @@ T* data_of(const OptionalTensor& t) {
 // A vector of channels as float32, padded so that full vectors may be read past its end.
 std::vector<float> channel_vector(const OptionalTensor& t, int64_t channels, float otherwise) {
   std::vector<float> out(size_t(channels) + 64, otherwise);
-  if (t) kernels().to_float(data_of<const char>(*t), dtype_of(*t), channels, out.data());
+  if (t) {
+    const Tensor whole = torch::stable::contiguous(*t);
+    kernels().to_float(data_of<const char>(whole), dtype_of(whole), channels, out.data());
+  }
   return out;
 }
 
@@ -80,12 +83,11 @@ struct Forward {
   bool dot() const { return dtype == Dtype::kBFloat16 && kernels().bf16_dot && !depthwise(); }
   bool converts() const { return dtype != Dtype::kFloat32 && !dot() && !depthwise(); }
   int64_t out_bytes() const { return out_channels * size_of(dtype); }
-  char* out_row(int32_t row) const { return out + (packed_out ? row : index[row]) * out_bytes(); }
 };
 
 // The working memory of one thread: the tables of one block of rows.
 struct Block {
-  std::vector<int32_t> row, at;  // position in the index, output pixel
+  std::vector<int32_t> at;  // output pixels, where they do not lie side by side in the index
   std::vector<const char*> in, residual;
   std::vector<char*> out;
   std::vector<float> gate, converted;
@@ -95,7 +97,7 @@ struct Block {
 
 class ForwardPass {
  public:
-  ForwardPass(const Forward& f, const RowClass& rows) : f_(f), class_(rows) {
+  ForwardPass(const Forward& f, const RowClass& rows) : f_(f), class_(rows), table_(f.source, rows) {
     segments_ = f.source.merged ? f.g.kernel_h : int64_t(rows.taps.size());
     const int64_t segment_taps = f.source.merged ? f.g.kernel_w : 1;
     depth_ = segment_taps * f.in_channels / f.g.groups;
@@ -106,7 +108,7 @@ class ForwardPass {
       weight_start_.push_back(segment * (layout_.depth / all_segments));
       taps_.push_back(segment);
     }
-    total_ = class_.rows.empty() ? f.rows : int64_t(class_.rows.size());
+    total_ = class_.size(f.rows);
     block_rows_ = std::max<int64_t>(kTileRows, kTableBytes / (8 * std::max<int64_t>(segments_, 1)));
     if (f.converts()) {
       block_rows_ = std::min(block_rows_, kConvertBytes / (4 * std::max<int64_t>(segments_ * depth_, 1)));
@@ -132,27 +134,34 @@ class ForwardPass {
   }
 
  private:
-  void prepare(Block& b, int64_t first, int32_t height) const {
-    const TileSplit split(height);
-    b.row.resize(size_t(height));
+  // The output pixels of rows [first, first + height).
+  const int32_t* pixels_of(Block& b, int64_t first, int32_t height) const {
+    if (class_.all) return f_.index + first;
     b.at.resize(size_t(height));
+    for (int32_t i = 0; i < height; ++i) b.at[size_t(i)] = f_.index[class_.row(first + i)];
+    return b.at.data();
+  }
+
+  void prepare(Block& b, int64_t first, int32_t height) const {
+    const int32_t* at = pixels_of(b, first, height);
     b.out.resize(size_t(height));
-    b.in.resize(size_t(height * segments_));
-    if (f_.residual) b.residual.resize(size_t(height));
-    if (f_.gate) b.gate.resize(size_t(height));
-    for (int32_t i = 0; i < height; ++i) {
-      const int32_t row = class_.rows.empty() ? int32_t(first + i) : class_.rows[size_t(first + i)];
-      b.row[size_t(i)] = row;
-      b.at[size_t(i)] = f_.index[row];
-      b.out[size_t(i)] = f_.out_row(row);
-      if (f_.residual) b.residual[size_t(i)] = f_.residual + row * f_.out_bytes();
-      if (f_.gate) b.gate[size_t(i)] = f_.gate[row];
+    const int64_t bytes = f_.out_bytes();
+    for (int32_t i = 0; i < height; ++i) b.out[size_t(i)] = f_.out + (f_.packed_out ? class_.row(first + i) : at[i]) * bytes;
+    if (f_.residual) {
+      b.residual.resize(size_t(height));
+      for (int32_t i = 0; i < height; ++i) b.residual[size_t(i)] = f_.residual + class_.row(first + i) * bytes;
     }
-    const int64_t patch = f_.source.merged ? f_.g.taps() * f_.source.row_bytes : 0;
-    if (patch && !b.patches) b.patches.reset(new char[size_t(block_rows_ * patch)]);
+    if (f_.gate) {
+      b.gate.resize(size_t(height));
+      for (int32_t i = 0; i < height; ++i) b.gate[size_t(i)] = f_.gate[class_.row(first + i)];
+    }
+    if (table_.patch_bytes() && !b.patches) b.patches.reset(new char[size_t(block_rows_ * table_.patch_bytes())]);
+    b.in.resize(size_t(height * segments_));
     const char** table = b.in.data();
+    const TileSplit split(height);
     for (int32_t tile = 0, i = 0; tile < split.tiles; i += split.height(tile), ++tile) {
-      fill_tile(f_.source, class_, b.at.data() + i, split.height(tile), table, b.patches.get() + i * patch);
+      table_.fill(at + i, split.height(tile), table, b.patches.get() + i * table_.patch_bytes(),
+                  f_.depthwise());
       table += split.height(tile) * segments_;
     }
   }
@@ -197,6 +206,7 @@ class ForwardPass {
 
   const Forward& f_;
   const RowClass& class_;
+  TapTable table_;
   int64_t segments_, depth_, total_, block_rows_;
   PanelLayout layout_;
   std::vector<int64_t> weight_start_, taps_;
@@ -276,7 +286,8 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
                   data_of<char>(out),
                   packed_out};
   run_forward(f);
-  if (packed_out) std::memset(f.out + rows * f.out_bytes(), 0, size_t((out.size(0) - rows) * f.out_bytes()));
+  const int64_t unused = packed_out ? out.size(0) - rows : 0;  // rows past a capacity plan's count
+  if (unused) std::memset(f.out + rows * f.out_bytes(), 0, size_t(unused * f.out_bytes()));
 }
 
 // ------------------------------------------------------------------------------------ gradients
@@ -462,7 +473,7 @@ class WeightGrad {
   void run() {
     const double macs = double(rows_) * g_.taps() * double(group_in_ * group_out_ * g_.groups);
     for (const RowClass& rows : row_classes(g_, index_, rows_)) {
-      const int64_t total = rows.rows.empty() && !g_.transposed ? rows_ : int64_t(rows.rows.size());
+      const int64_t total = rows.size(rows_);
       const int64_t taps = int64_t(rows.taps.size());
       if (total == 0 || taps == 0) continue;
       const int64_t threads = threads_for(macs, kMacsPerThread);
@@ -480,8 +491,6 @@ class WeightGrad {
 
  private:
   static constexpr int64_t kBlock = 256;  // rows: a panel of x is 32 KB, a tile of gradients 12 KB
-
-  int64_t row_of(const RowClass& rows, int64_t i) const { return rows.rows.empty() ? i : rows.rows[size_t(i)]; }
 
   float* packed(int64_t first, int64_t group) {
     return packed_.data() + (first * g_.groups + group * std::min(kBlock, total_ - first)) * tiles_ * kTileRows;
@@ -504,7 +513,7 @@ class WeightGrad {
     const int64_t height = std::min(kBlock, total_ - first);
     float* out = packed(first, group);
     for (int64_t i = 0; i < height; ++i) {
-      kernels().to_float(grad_[row_of(rows, first + i)] + group * group_out_ * size_of(dtype_), dtype_, group_out_, line);
+      kernels().to_float(grad_[rows.row(first + i)] + group * group_out_ * size_of(dtype_), dtype_, group_out_, line);
       for (int64_t tile = 0; tile < tiles_; ++tile) {
         const int64_t live = std::min<int64_t>(kTileRows, group_out_ - tile * kTileRows);
         std::memcpy(out + (tile * height + i) * kTileRows, line + tile * kTileRows, size_t(live) * 4);
@@ -519,7 +528,7 @@ class WeightGrad {
     for (int64_t first = 0; first < total; first += kBlock) {
       const int64_t height = std::min(kBlock, total - first);
       for (int64_t i = 0; i < height; ++i) {
-        const Pixel p = pixel_at(index_[row_of(rows, first + i)], int32_t(g_.out_h), int32_t(g_.out_w));
+        const Pixel p = pixel_at(index_[rows.row(first + i)], int32_t(g_.out_h), int32_t(g_.out_w));
         const int32_t q = input_pixel(g_, p, tap / int32_t(g_.kernel_w), tap % int32_t(g_.kernel_w));
         kernels().to_float(source_.row(q) + offset, dtype_, columns, x + i * width);
       }
@@ -576,6 +585,19 @@ void reorder(const std::vector<float>& dw, const Geometry& g, int64_t outputs, i
   });
 }
 
+// The sum of the gradient rows: float32 over 16 rows, then float64, so that it is as exact as a tree of sums.
+void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype, char* out) {
+  std::vector<double> sum(size_t(channels), 0.);
+  std::vector<float> few(static_cast<size_t>(channels));
+  for (int64_t first = 0; first < rows; first += 16) {
+    std::fill(few.begin(), few.end(), 0.f);
+    for (int64_t i = first; i < std::min(rows, first + 16); ++i) kernels().add_to(grad[i], dtype, channels, few.data());
+    for (int64_t c = 0; c < channels; ++c) sum[size_t(c)] += few[size_t(c)];
+  }
+  for (int64_t c = 0; c < channels; ++c) few[size_t(c)] = float(sum[size_t(c)]);
+  kernels().from_float(few.data(), channels, dtype, out);
+}
+
 // dw: the weight's shape, contiguous; db: [O]; both of the gradient's dtype.
 void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
                       const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw, Tensor db) {
@@ -595,9 +617,7 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
     WeightGrad(g, from, rows, at, source, dtype, in_channels, out_channels, sums.data()).run();
   }
   reorder(sums, g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
-  std::vector<float> bias(size_t(out_channels), 0.f);
-  for (int64_t i = 0; i < rows; ++i) kernels().add_to(from[i], dtype, out_channels, bias.data());
-  kernels().from_float(bias.data(), out_channels, dtype, data_of<char>(db));
+  bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
 }
 
 }  // namespace

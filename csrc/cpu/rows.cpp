@@ -27,7 +27,7 @@ void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, T
       std::memcpy(to + i * bytes, from + at[i] * bytes, size_t(bytes));
     }
   });
-  std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
+  if (out.size(0) > rows) std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
 }
 
 void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows, int64_t begin,
@@ -35,7 +35,9 @@ void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* in
   const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
   while (begin < end) {
     const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
-    if (base) {
+    if (stop == begin) {
+      // two active pixels side by side
+    } else if (base) {
       std::memcpy(out + begin * bytes, base + begin * bytes, size_t((stop - begin) * bytes));
     } else {
       std::memset(out + begin * bytes, 0, size_t((stop - begin) * bytes));

@@ -27,7 +27,11 @@ class ZeroRow {
 // stride s has s*s: a row at phase (y % s, x % s) meets only the taps that land on whole input rows.
 struct RowClass {
   std::vector<int32_t> taps;  // tap = r * kernel_w + s
-  std::vector<int32_t> rows;  // positions in the index; empty in the class of all rows
+  std::vector<int32_t> rows;  // positions in the index, unless all are in this class
+  bool all = false;
+
+  int64_t size(int64_t all_rows) const { return all ? all_rows : int64_t(rows.size()); }
+  int32_t row(int64_t i) const { return all ? int32_t(i) : rows[size_t(i)]; }
 };
 
 std::vector<RowClass> row_classes(const Geometry& g, const int32_t* index, int64_t rows);
@@ -47,10 +51,28 @@ struct Source {
   }
 };
 
-// Writes the pointers of `height` rows with output pixels at[0..height) to table[segment][height].
-// Where taps are merged and a run crosses the image border, it is put together in `patches`
-// ([rows][kernel_h] runs).
-void fill_tile(const Source& source, const RowClass& rows, const int32_t* at, int32_t height,
-               const char** table, char* patches);
+// Writes pointer tables for the rows of one class. Built once for an op, used by all its threads.
+class TapTable {
+ public:
+  TapTable(const Source& source, const RowClass& rows);
+
+  // The pointers of `height` rows with output pixels at[0..height), ascending, to table[segment][height],
+  // or `by_row` to table[height][segment].
+  // Where taps are merged and a run crosses the image border, it is put together in `patches`
+  // ([rows][kernel_h] runs).
+  void fill(const int32_t* at, int32_t height, const char** table, char* patches, bool by_row) const;
+
+  int64_t patch_bytes() const { return source_.merged ? source_.g.taps() * source_.row_bytes : 0; }
+
+ private:
+  void fill_merged(Pixel p, int32_t step, const char** table, char* patches) const;
+  void fill_row(Pixel p, int32_t step, const char** table) const;
+  bool interior(Pixel p) const { return p.y >= y_begin_ && p.y < y_end_ && p.x >= x_begin_ && p.x < x_end_; }
+
+  const Source& source_;
+  const RowClass& class_;
+  std::vector<int64_t> offset_;                // [taps]: from the first tap's input; bytes, or pixels of `inverse`
+  int32_t y_begin_, y_end_, x_begin_, x_end_;  // outputs whose taps all lie inside the input
+};
 
 }  // namespace dynops::cpu

@@ -30,16 +30,22 @@ def _is_depthwise(g: ConvGeometry, weight: Tensor) -> bool:
     return g.groups > 1 and weight.shape[0] == g.groups and weight.shape[1] == 1
 
 
-def _packed_weight(weight: Tensor, g: ConvGeometry, dtype: torch.dtype, input_grad: bool, merged: bool) -> Tensor:
+def _packed_weight(
+    weight: Tensor, g: ConvGeometry, dtype: torch.dtype, input_grad: bool, merged: bool
+) -> Tensor:
     """The weight as the GEMM reads it, made once for each version of the weight."""
     if _is_depthwise(g, weight):
-        return backends.weight_cache.get(weight, "depthwise", lambda: torch.ops.dynops.cpu_pack_depthwise(weight))
+        return backends.weight_cache.get(
+            weight, "depthwise", lambda: torch.ops.dynops.cpu_pack_depthwise(weight)
+        )
     dot = dtype == torch.bfloat16 and _bf16_dot()
     key = (g.groups, g.transposed, input_grad, merged, dot)
     return backends.weight_cache.get(
         weight,
         key,
-        lambda: torch.ops.dynops.cpu_pack_weight(weight, g.groups, bool(g.transposed), input_grad, merged, dot),
+        lambda: torch.ops.dynops.cpu_pack_weight(
+            weight, g.groups, bool(g.transposed), input_grad, merged, dot
+        ),
     )
 
 
@@ -50,7 +56,9 @@ def _last(x: Tensor | None) -> Tensor | None:
     return x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x.contiguous()
 
 
-def conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows):
+def conv(
+    x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows
+):
     """See ``ops.pixels._conv``."""
     g = ConvGeometry(*geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
@@ -86,9 +94,7 @@ def conv(x, weight, bias, index, count, source, geometry, activation, scale, shi
         merged,
         out,
     )
-    if rows or source is not None or x.is_contiguous(memory_format=_CHANNELS_LAST) or not x.is_contiguous():
-        return out
-    return out.contiguous()
+    return out
 
 
 def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, rows):

@@ -117,7 +117,7 @@ def _conv(
     if rows:
         return zero_past_count(out, index, count)
     out = torch.ops.dynops.scatter_rows(out, index, count, list(g.out_shape), base)
-    return out if source is not None else out.contiguous(memory_format=memory_format_of(x))
+    return out
 
 
 def _dense_grad(grad: Tensor, index: Tensor, count: Tensor | None, g: ConvGeometry, rows: bool) -> Tensor:
@@ -143,7 +143,7 @@ def _conv_input_grad(
     x = grad.new_empty(g.batch, channels, g.in_h, g.in_w)  # its values are not read
     dx, _ = _dense_conv_grads(dense, x, weight.to(grad.dtype), g, [True, False])
     if source is None:
-        return dx.contiguous(memory_format=torch.channels_last if rows else memory_format_of(grad))
+        return dx
     out = dx.new_zeros(source_rows + 1, channels)
     row = source.reshape(-1).long()
     out[torch.where(row < 0, source_rows, row)] = dx.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -187,13 +187,17 @@ def _kernels(backend: str, x: Tensor):
 def _run_conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows, backend):  # fmt: skip
     kernels = _kernels(backend, x)
     run = _conv if kernels is None else kernels.conv
-    return run(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
+    out = run(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
+    return out if rows or source is not None else out.contiguous(memory_format=memory_format_of(x))
 
 
 def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, rows, backend):
     kernels = _kernels(backend, grad)
     run = _conv_input_grad if kernels is None else kernels.conv_input_grad
-    return run(grad, weight, index, count, source, source_rows, geometry, rows)
+    dx = run(grad, weight, index, count, source, source_rows, geometry, rows)
+    if source is not None:
+        return dx
+    return dx.contiguous(memory_format=torch.channels_last if rows else memory_format_of(grad))
 
 
 def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, backend):
