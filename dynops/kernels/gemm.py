@@ -204,7 +204,7 @@ class Tile(NamedTuple):
 # wherever the precision has them (tests/test_triton_aot.py). The rates were not measured.
 _SMALL = (Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(32, 16, 64, 4, 3))
 _SMALL_TF32 = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(32, 16, 32, 4, 3))
-_IEEE = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
+_IEEE = (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
 TILES = {
     (80, "half"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL),
     (90, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
@@ -214,22 +214,43 @@ TILES = {
     (100, "tf32"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
     (80, "ieee"): _IEEE,
     (90, "ieee"): _IEEE,
-    (100, "ieee"): _IEEE,
+    (100, "ieee"): _IEEE[1:],
 }
 
 
-def choose(x: Tensor, rows: int, n: int, k: int, batch: int, indirect: bool) -> tuple[dict, str]:
+def choose(
+    x: Tensor, rows: int, n: int, k: int, batch: int, *, indirect: bool, ragged: bool, residual: bool = False
+) -> tuple[dict, str]:
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
-    The largest tile that is not wider than ``n`` and still gives every SM one; failing that, the
-    smallest. ``indirect``: the addresses of a step are themselves loaded in the step.
+    The largest tile that is not wider than ``n``, does not spill and still gives every SM one;
+    failing that, the smallest.
+
+    Args:
+        indirect: the addresses of a step are themselves loaded in the step.
+        ragged: channels are not a multiple of 16, so that loads are not vectors.
+        residual: the epilogue reads one.
     """
     kind = precision(x.dtype)
     arch, processors = device_facts(x.device)
     widest = max(16, triton.next_power_of_2(n))
-    tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest]
+    largest = _largest(kind, ragged, residual)
+    tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest and tile.m * tile.n <= largest]
     fills = (t for t in tiles if batch * triton.cdiv(rows, t.m) * triton.cdiv(n, t.n) >= processors)
     return tile_arguments(next(fills, tiles[-1]), k, indirect), "ieee" if kind == "half" else kind
+
+
+def _largest(kind: str, ragged: bool, residual: bool) -> int:
+    """The elements of the largest tile that has registers for the addresses of single elements."""
+    if ragged or residual:
+        largest = {"half": 128 * 128, "tf32": 64 * 64, "ieee": 32 * 32}[kind]
+        return min(largest, 64 * 32) if ragged else largest
+    return 128 * 256
+
+
+def is_ragged(sizes: dict) -> bool:
+    """Whether channels are not a multiple of 16, all that Triton takes for a sign of alignment."""
+    return any(size % 16 for size in sizes.values())
 
 
 def tile_arguments(tile: Tile, k: int, indirect: bool) -> dict:

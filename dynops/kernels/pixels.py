@@ -264,7 +264,10 @@ def _gather(
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
-        tile, precision = gemm.choose(x, rows, sizes["n_size"], sizes["k_size"], g.groups, source is not None)
+        tile, precision = gemm.choose(
+            x, rows, sizes["n_size"], sizes["k_size"], g.groups,
+            indirect=source is not None, ragged=gemm.is_ragged(sizes), residual=epilogue[4] is not None,
+        )  # fmt: skip
         grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"]), g.groups)
         conv_kernel[grid](
             x, w, out, index, count, order, keys, source, target, *epilogue, rows, **sizes, **options, **stored,

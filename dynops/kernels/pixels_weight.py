@@ -176,7 +176,9 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
         tile = gemm.direct_tile(grad.shape[1])
         grid = (triton.cdiv(grad.shape[1], tile["N"]), g.taps * sizes["k_size"])
     else:
-        tile, precision = gemm.choose(x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps, True)
+        tile, precision = gemm.choose(
+            x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps, indirect=True, ragged=gemm.is_ragged(sizes)
+        )  # fmt: skip
         tiles = triton.cdiv(sizes["n_size"], tile["M"]) * triton.cdiv(sizes["k_size"], tile["N"])
         grid = (tiles, g.taps * g.groups)
     chunk = _chunk_rows(rows, grid[0] * grid[1], tile["M"] if narrow else tile["K"], x.device)

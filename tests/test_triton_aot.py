@@ -1,0 +1,160 @@
+"""Every Triton kernel compiled ahead of time for sm_80, sm_90 and sm_100, with the tiles that ship.
+
+No GPU is needed: the launchers run on CPU tensors, their launches are recorded instead of made, and
+what would have been launched is compiled. Checked are registers, spills, shared memory and the
+tensor-core instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: kernels are decorated for the interpreter", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dynops import PixelPlan  # noqa: E402
+from dynops.geometry import ConvGeometry  # noqa: E402
+from dynops.kernels import gemm, pixels  # noqa: E402
+from dynops.kernels.pixels_weight import weight_grad_kernel  # noqa: E402
+
+BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# wgmma and tcgen05 need 64 rows; a smaller tile takes the older instruction
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: r"UTC\w*MMA"}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.int16: "i16",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches made in the test: (kernel, positional arguments, keyword arguments)."""
+    recorded = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        recorded.append((self, args, kwargs))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    return recorded
+
+
+def compile_launch(kernel, args, kwargs, arch: int):
+    """What Triton would compile for this launch, with its specialisation of the arguments."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
+        if is_tensor or (specialized and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check(launch, arch: int, tmp_path, tensor_cores: bool) -> None:
+    kernel, args, kwargs = launch
+    compiled = compile_launch(kernel, args, kwargs, arch)
+    what = f"{kernel.__name__} sm_{arch} { ({k: v for k, v in kwargs.items() if k in ('M', 'N', 'K')}) }"
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", cubin)))
+    assert int(usage["REG"]) <= 255 and usage["STACK"] == usage["LOCAL"] == "0", f"{what}: spills: {usage}"
+    assert compiled.metadata.shared <= SHARED_LIMIT[arch], f"{what}: {compiled.metadata.shared} bytes shared"
+    if tensor_cores:
+        expected = TENSOR_CORES[arch] if kwargs["M"] >= 64 else "HMMA"
+        assert re.search(rf"\b{expected}\b", cuobjdump("-sass", cubin)), f"{what}: no {expected}"
+
+
+def cuobjdump(option: str, path) -> str:
+    return subprocess.run(
+        [f"{BIN}/cuobjdump", option, path], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def run_all(
+    dtype, c: int = 256, groups: int = 1, transposed: int = 0, epilogue: bool = False, grads: bool = True
+) -> None:
+    """Forward, with ``epilogue`` everything that it can fuse, and the input and weight gradients."""
+    s = 2 if transposed else 1
+    g = ConvGeometry(2, 8, 8, 8 * s, 8 * s, 3, 3, s, s, 1, 1, 1, 1, groups, transposed)
+    x = torch.zeros(2, c, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(c, c // groups, 3, 3, dtype=dtype)
+    plan = PixelPlan.full(g.out_shape)
+    count, channels = torch.tensor([len(plan)], dtype=torch.int32), torch.zeros(c, dtype=dtype)
+    out = torch.zeros(2, c, 8 * s, 8 * s, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    fused = [channels, channels, channels[:1].expand(len(plan)), out.flatten(2).transpose(1, 2).flatten(0, 1)]
+    fused = fused if epilogue else [None] * 4
+    pixels.conv(x, weight, channels, plan.index, count, None, list(g), "silu", *fused, None, False)
+    if not grads:
+        return
+    pixels.conv_input_grad(out, weight, plan.index, count, None, 0, list(g), False)
+    pixels.conv_weight_grad(out, x, plan.index, count, None, list(weight.shape), list(g), False)
+
+
+def use(monkeypatch, arch: int, kind: str, tile=None) -> None:
+    """Launches take this architecture, precision and tile."""
+    monkeypatch.setattr(gemm, "device_facts", lambda device: (arch, 1))
+    monkeypatch.setattr(gemm, "precision", lambda dtype: kind)
+    if tile is not None:
+        monkeypatch.setattr(gemm, "TILES", {(arch, kind): (tile,)})
+
+
+def distinct(launches) -> list:
+    """One launch for each kernel and form of its arguments (a key kernel is launched again and again)."""
+    return list({(id(k), str(kw), str([type(v) for v in a])): (k, a, kw) for k, a, kw in launches}.values())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+def test_products(arch, kind, launches, monkeypatch, tmp_path):
+    """The kernels with a matrix product: every tile of the table in bfloat16, the large ones in float32."""
+    tiles, dtype = gemm.TILES[arch, kind], torch.bfloat16 if kind == "half" else torch.float32
+    use(monkeypatch, arch, kind)
+    run_all(dtype, epilogue=True)
+    run_all(dtype, c=261, epilogue=True)  # not a multiple of 16
+    plain = tiles if kind == "half" else tiles[:1]
+    for tile in plain:
+        use(monkeypatch, arch, kind, tile)
+        run_all(
+            dtype, grads=tile.m * tile.n > 64 * 32
+        )  # the ragged run above has the gradients of small ones
+    products = [launch for launch in launches if launch[0] in (pixels.conv_kernel, weight_grad_kernel)]
+    assert len(products) == 6 + sum(3 if tile.m * tile.n > 64 * 32 else 1 for tile in plain)
+    for launch in products:
+        check(launch, arch, tmp_path, tensor_cores=kind != "ieee")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_other_kernels(arch, launches, monkeypatch, tmp_path):
+    """Depthwise, transposed (rows in the order of their taps), gather and scatter."""
+    use(monkeypatch, arch, "half")
+    for dtype in (torch.float16, torch.float32):
+        run_all(dtype, c=64, groups=64, epilogue=True)
+    run_all(torch.float16, transposed=1, epilogue=True)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float32, torch.float64):
+        x, plan = torch.zeros(2, 32, 8, 8, dtype=dtype), PixelPlan.full((2, 8, 8))
+        rows = pixels.gather_rows(x, plan.index, None)
+        pixels.scatter_rows(rows, plan.index, None, [2, 8, 8], None)
+    names = {launch[0].__name__ for launch in launches}
+    assert {"direct_conv_kernel", "direct_weight_grad_kernel", "tap_key_kernel"} <= names
+    assert {"gather_rows_kernel", "scatter_rows_kernel"} <= names
+    for launch in distinct(launches):
+        check(launch, arch, tmp_path, tensor_cores=False)
