@@ -64,6 +64,11 @@ class ConvGeometry(NamedTuple):
         return rows * taps * in_channels * out_channels / self.groups
 
 
+def as_geometry(geometry) -> ConvGeometry:
+    """The geometry behind an op's ``int[] geometry``."""
+    return geometry if type(geometry) is ConvGeometry else ConvGeometry(*geometry)
+
+
 def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
     """``value``, an int or a pair of ints and none below ``least``, as a pair."""
     both = (value, value) if is_int(value) else value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, as_geometry
 
 _CHANNELS_LAST = torch.channels_last
 # The order of csrc/cpu/engine.h's Activation.
@@ -19,6 +19,12 @@ _ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "gelu_tanh":
 # Below this many channels the taps of a kernel row are read as one run of the input: 3 channels would
 # leave the GEMM's inner loop with 3 iterations, a 7 x 3 run gives it 21.
 _MERGED_CHANNELS = 16
+
+
+if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 us a call
+    _cpu_conv = torch.ops.dynops.cpu_conv.default
+    _cpu_gather = torch.ops.dynops.cpu_gather.default
+    _cpu_scatter = torch.ops.dynops.cpu_scatter.default
 
 
 @functools.cache
@@ -49,10 +55,8 @@ def _packed_weight(
     )
 
 
-def _last(x: Tensor | None) -> Tensor | None:
+def _last(x: Tensor) -> Tensor:
     """A map in channels_last, rows contiguous."""
-    if x is None:
-        return None
     return x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x.contiguous()
 
 
@@ -60,7 +64,7 @@ def conv(
     x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows
 ):
     """See ``ops.pixels._conv``."""
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     merged = (
         source is None
@@ -77,7 +81,7 @@ def conv(
         out = torch.empty((g.batch, channels, g.out_h, g.out_w), dtype=x.dtype, memory_format=_CHANNELS_LAST)
     if gate is not None:
         gate = gate.to(torch.float32).contiguous()
-    torch.ops.dynops.cpu_conv(
+    _cpu_conv(
         _last(x),
         packed,
         bias,
@@ -89,8 +93,8 @@ def conv(
         scale,
         shift,
         gate,
-        _last(residual),
-        _last(base),
+        None if residual is None else residual.contiguous(),
+        None if base is None else _last(base),
         merged,
         out,
     )
@@ -99,7 +103,7 @@ def conv(
 
 def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, rows):
     """See ``ops.pixels._conv_input_grad``. Accumulates in float32, whatever the dtype."""
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     packed = _packed_weight(weight, g, grad.dtype, True, False)
     if source is None:
@@ -113,7 +117,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
 
 def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows):
     """See ``ops.pixels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     dw = grad.new_empty(weight_shape)
     db = grad.new_empty(weight_shape[1] * g.groups if g.transposed else weight_shape[0])
     torch.ops.dynops.cpu_conv_weight_grad(_last(grad), _last(x), index, count, source, geometry, dw, db)
@@ -123,7 +127,7 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """See ``ops.rows._gather_rows``."""
     out = x.new_empty((index.shape[0], x.shape[1]))
-    torch.ops.dynops.cpu_gather(_last(x), index, count, out)
+    _cpu_gather(_last(x), index, count, out)
     return out
 
 
@@ -131,5 +135,5 @@ def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base:
     """See ``ops.rows._scatter_rows``."""
     size = (shape[0], rows.shape[1], shape[1], shape[2])
     out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST)
-    torch.ops.dynops.cpu_scatter(rows.contiguous(), index, count, _last(base), out)
+    _cpu_scatter(rows.contiguous(), index, count, None if base is None else _last(base), out)
     return out

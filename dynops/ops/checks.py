@@ -59,8 +59,8 @@ def packed_rows(rows, plan: PixelPlan, name: str, channels: int | None = None) -
         raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {rows.device}")
 
 
-def _inputs(x, weight, bias, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ranks, devices and dtypes; autocast as the dense layer has it."""
+def _inputs(x, weight, bias, plan, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Types, ranks, devices and dtypes; autocast as the dense layer has it."""
     if in_plan is None:
         tensor(x, "x", 4, "[N, C, H, W]")
     else:
@@ -68,33 +68,39 @@ def _inputs(x, weight, bias, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor,
         pixel_plan(in_plan, "in_plan", x.device)
         packed_rows(x, in_plan, "x")
     tensor(weight, "weight", 4, "[out, in, kh, kw]")
+    pixel_plan(plan, "plan", x.device)
     if min(weight.shape[2:]) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype) if weight.requires_grad else weight
         bias = None if bias is None else bias.to(dtype)
-        same(weight, "weight", x, dtype=False)
-    else:
-        same(weight, "weight", x)
+    same(weight, "weight", x, dtype=not autocast)
     if bias is not None:
         tensor(bias, "bias", 1, "[out]")
         same(bias, "bias", x)
     return x, weight, bias
 
 
-def _channels(x, weight, bias, in_channels: int, out_channels: int, groups: int, in_plan) -> None:
-    if not isinstance(groups, int) or groups < 1 or in_channels % groups or out_channels % groups:
+def _channels(in_shape, weight_shape, channels: int, groups: int, transposed: bool) -> None:
+    """Whether the channels of x, weight and groups agree; ``channels`` is the weight's inputs (of one group)."""
+    if not isinstance(groups, int) or groups < 1 or in_shape[1] % groups or weight_shape[0] % groups:
+        out = weight_shape[1] if transposed else weight_shape[0]
         raise ValueError(
-            f"groups: expected a divisor of the {in_channels} input and {out_channels} output channels, got {groups}"
+            f"groups: expected a divisor of the {in_shape[1]} input and {out} output channels, got {groups}"
         )
-    if x.shape[1] != in_channels:
+    expected = channels if transposed else channels * groups
+    if in_shape[1] != expected:
         raise ValueError(
-            f"x: expected {in_channels} channels, as weight {tuple(weight.shape)} with groups={groups} has them, "
-            f"got shape {tuple(x.shape)}"
+            f"x: expected {expected} channels, as weight {tuple(weight_shape)} with groups={groups} has them, "
+            f"got {in_shape[1]}, [N, C, H, W] = {tuple(in_shape)}"
         )
+
+
+def _bias_fits(bias: Tensor | None, out_channels: int) -> None:
     if bias is not None and bias.shape[0] != out_channels:
         raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
 
@@ -107,28 +113,49 @@ def _same_padding(kernel: tuple[int, int], stride: tuple[int, int], dilation: tu
     return [(t // 2, t - t // 2) for t in total]
 
 
-def _fits(plan: PixelPlan, batch: int, out_size: tuple[int, int]) -> None:
-    if plan.shape != (batch, *out_size):
+def _fits(plan_shape, batch: int, out_size: tuple[int, int]) -> None:
+    if plan_shape != (batch, *out_size):
         raise ValueError(
-            f"plan: expected one for the output's [N, H, W] = {(batch, *out_size)}, got one for {plan.shape}"
+            f"plan: expected one for the output's [N, H, W] = {(batch, *out_size)}, got one for {plan_shape}"
         )
 
 
-def _fits_padding_mode(x: Tensor, pads: list[tuple[int, int]], mode: str) -> None:
-    for size, pad in zip(x.shape[2:], pads, strict=True):
+def _fits_padding_mode(in_shape, pads: list[tuple[int, int]], mode: str) -> None:
+    for size, pad in zip(in_shape[2:], pads, strict=True):
         if (mode == "reflect" and max(pad) >= size) or (mode == "circular" and max(pad) > size):
             raise ValueError(
-                f"padding: expected less than the input's size for mode {mode!r}, got {pads} for {tuple(x.shape)}"
+                f"padding: expected less than the input's size for mode {mode!r}, got {pads} for {tuple(in_shape)}"
             )
 
 
-def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode, in_plan=None):
-    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry."""
-    x, weight, bias = _inputs(x, weight, bias, in_plan)
-    pixel_plan(plan, "plan", x.device)
-    kernel = tuple(weight.shape[2:])
+# Geometries that were checked before, by everything that they follow from: a check takes 4 us, a look-up
+# 0.4. Emptied when it is full, so that ever new sizes do not gather.
+_geometries: dict = {}
+_MAX_GEOMETRIES = 4096
+
+
+def _geometry(compute, in_shape, weight_shape, out_shape, stride, padding, dilation, groups, last):
+    """``compute`` of the other arguments, remembered (not while compiling, where sizes may be symbols)."""
+    arguments = (in_shape, weight_shape, out_shape, stride, padding, dilation, groups, last)
+    if torch.compiler.is_compiling():
+        return compute(*arguments)
+    key = (compute, arguments, type(stride), type(padding), type(dilation), type(groups))  # 2.0 == 2
+    try:
+        found = _geometries.get(key)
+    except TypeError:  # a list among the arguments
+        return compute(*arguments)
+    if found is None:
+        if len(_geometries) >= _MAX_GEOMETRIES:
+            _geometries.clear()
+        found = _geometries[key] = compute(*arguments)
+    return found
+
+
+def _conv_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation, groups, padding_mode):
+    """The geometry of a convolution of ``in_shape`` [N, C, H, W], and the paddings that ``F.pad`` adds first."""
+    kernel = tuple(weight_shape[2:])
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    _channels(x, weight, bias, weight.shape[1] * groups, weight.shape[0], groups, in_plan)
+    _channels(in_shape, weight_shape, weight_shape[1], groups, False)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {PADDING_MODES}, got {padding_mode!r}")
     if isinstance(padding, str):
@@ -137,47 +164,60 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
         pads = _same_padding(kernel, stride, dilation) if padding == "same" else [(0, 0), (0, 0)]
     else:
         pads = [(p, p) for p in pair(padding, "padding", 0)]
+    batch, (in_h, in_w) = in_shape[0], in_shape[2:]
+    fill = None
     if padding_mode != "zeros" and pads != [(0, 0), (0, 0)]:
-        _fits_padding_mode(x, pads, padding_mode)
-        x = F.pad(x, (*pads[1], *pads[0]), mode=padding_mode)
+        _fits_padding_mode(in_shape, pads, padding_mode)
+        fill, (in_h, in_w) = (*pads[1], *pads[0]), (in_h + sum(pads[0]), in_w + sum(pads[1]))
         pads = [(0, 0), (0, 0)]
-    batch, *in_size = in_plan.shape if in_plan is not None else (x.shape[0], *x.shape[2:])
     out_size = tuple(
-        (in_size[i] + sum(pads[i]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        (size + sum(pads[i]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate((in_h, in_w))
     )
     if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
+        raise ValueError(f"x: expected an input at least as large as the kernel's reach, got {(in_h, in_w)}")
+    _fits(out_shape, batch, out_size)
+    pad = (pads[0][0], pads[1][0])
+    return ConvGeometry(batch, in_h, in_w, *out_size, *kernel, *stride, *pad, *dilation, groups, 0), fill
+
+
+def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode, in_plan=None):
+    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry."""
+    x, weight, bias = _inputs(x, weight, bias, plan, in_plan)
+    in_shape = x.shape if in_plan is None else (in_plan.shape[0], x.shape[1], *in_plan.shape[1:])
+    g, fill = _geometry(_conv_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    _bias_fits(bias, weight.shape[0])
+    return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
+
+
+def _conv_transpose_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation, groups, output_padding):
+    """The geometry of a transposed convolution of ``in_shape`` [N, C, H, W]."""
+    kernel = tuple(weight_shape[2:])
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    padding, output_padding = pair(padding, "padding", 0), pair(output_padding, "output_padding", 0)
+    _channels(in_shape, weight_shape, weight_shape[0], groups, True)
+    if any(output_padding[i] >= max(stride[i], dilation[i]) for i in (0, 1)):
         raise ValueError(
-            f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}"
+            f"output_padding: expected it smaller than stride {stride} or dilation {dilation}, got {output_padding}"
         )
-    _fits(plan, batch, out_size)
-    geometry = ConvGeometry(
-        batch, *in_size, *out_size, *kernel, *stride, pads[0][0], pads[1][0], *dilation, groups, 0
+    batch, in_size = in_shape[0], tuple(in_shape[2:])
+    out_size = tuple(
+        (in_size[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
+        for i in (0, 1)
     )
-    return x, weight, bias, geometry
+    _fits(out_shape, batch, out_size)
+    return ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *padding, *dilation, groups, 1)
 
 
 def conv_transpose_arguments(
     x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan=None
 ):
     """Checks a transposed convolution's arguments. Returns x, weight, bias, geometry."""
-    x, weight, bias = _inputs(x, weight, bias, in_plan)
-    pixel_plan(plan, "plan", x.device)
-    kernel = tuple(weight.shape[2:])
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    padding, output_padding = pair(padding, "padding", 0), pair(output_padding, "output_padding", 0)
-    _channels(x, weight, bias, weight.shape[0], weight.shape[1] * groups, groups, in_plan)
-    if any(output_padding[i] >= max(stride[i], dilation[i]) for i in (0, 1)):
-        raise ValueError(
-            f"output_padding: expected it smaller than stride {stride} or dilation {dilation}, got {output_padding}"
-        )
-    batch, *in_size = in_plan.shape if in_plan is not None else (x.shape[0], *x.shape[2:])
-    out_size = tuple(
-        (in_size[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
-        for i in (0, 1)
-    )
-    _fits(plan, batch, out_size)
-    geometry = ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *padding, *dilation, groups, 1)
-    return x, weight, bias, geometry
+    x, weight, bias = _inputs(x, weight, bias, plan, in_plan)
+    in_shape = x.shape if in_plan is None else (in_plan.shape[0], x.shape[1], *in_plan.shape[1:])
+    g = _geometry(_conv_transpose_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, output_padding)  # fmt: skip
+    _bias_fits(bias, weight.shape[1] * groups)
+    return x, weight, bias, g
 
 
 def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):

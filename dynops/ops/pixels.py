@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, as_geometry
 from ..plans import PixelPlan
 from . import checks
 from .epilogue import ACTIVATIONS, apply_epilogue
@@ -108,7 +108,7 @@ def _conv(
     base: Tensor | None,  # [N, O, out_h, out_w]
     rows: bool,  # whether to return packed rows
 ) -> Tensor:  # [P, O] if rows else [N, O, out_h, out_w]
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     dense = dense_conv(dense_input(x, source, g), weight.to(x.dtype), g)
     out = torch.ops.dynops.gather_rows(dense, index, count)
     if bias is not None:
@@ -137,7 +137,7 @@ def _conv_input_grad(
     geometry: list[int],
     rows: bool,
 ) -> Tensor:  # like x
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     dense = _dense_grad(grad, index, count, g, rows)
     x = grad.new_empty(g.batch, channels, g.in_h, g.in_w)  # its values are not read
@@ -160,7 +160,7 @@ def _conv_weight_grad(
     geometry: list[int],
     rows: bool,
 ) -> tuple[Tensor, Tensor]:  # dW as weight_shape, db [O]
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     dense = _dense_grad(grad, index, count, g, rows)
     weight = grad.new_empty(weight_shape)  # its values are not read
     _, dw = _dense_conv_grads(dense, dense_input(x, source, g), weight, g, [False, True])
@@ -188,7 +188,9 @@ def _run_conv(x, weight, bias, index, count, source, geometry, activation, scale
     kernels = _kernels(backend, x)
     run = _conv if kernels is None else kernels.conv
     out = run(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
-    return out if rows or source is not None else out.contiguous(memory_format=memory_format_of(x))
+    if rows or source is not None:
+        return out
+    return out.contiguous(memory_format=memory_format_of(x))
 
 
 def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, rows, backend):
@@ -207,7 +209,7 @@ def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows
 
 
 def _fake_conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows, backend):  # fmt: skip
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     if rows:
         return x.new_empty(index.shape[0], channels)
@@ -216,7 +218,7 @@ def _fake_conv(x, weight, bias, index, count, source, geometry, activation, scal
 
 
 def _fake_input_grad(grad, weight, index, count, source, source_rows, geometry, rows, backend):
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     if source is not None:
         return grad.new_empty(source_rows, channels)
@@ -225,7 +227,7 @@ def _fake_input_grad(grad, weight, index, count, source, source_rows, geometry, 
 
 
 def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, backend):
-    g = ConvGeometry(*geometry)
+    g = as_geometry(geometry)
     channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
     return grad.new_empty(weight_shape), grad.new_empty(channels)
 
@@ -448,9 +450,8 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry,
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
     """Runs the op: with its gradient where one is needed, else straight to the kernel."""
-    if (
-        in_plan is plan and g.is_pointwise and len(plan) > 0
-    ):  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
+    if in_plan is plan and g.is_pointwise and len(plan) > 0:
+        # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
         out_rows = plan.as_rows()
         x, g = x.t()[None, :, None], g._replace(batch=1, in_h=1, in_w=len(plan), out_h=1, out_w=len(plan))
         index, count, source = out_rows.index, out_rows.count, None
@@ -459,20 +460,24 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         source = None if in_plan is None else in_plan.inverse()
     activation, scale, shift, gate, residual = epilogue
     backend = backend or ""
-    base = None if base is None else base.to(x.dtype)  # differs under autocast only
-    floating = (x, weight, bias, scale, shift, gate, residual, base)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
-    if needs_grad and not checks.epilogue_is_empty(epilogue):
-        weight = weight.to(x.dtype)
-        out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
-        out = apply_epilogue(out, activation, scale, shift, gate, residual)
-        if rows:
-            return zero_past_count(out, index, count)
-        return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
-    arguments = (x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
-    if needs_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return torch.ops.dynops.pixel_conv(*arguments)
-    return _run_conv(*arguments)
+    if base is not None:
+        base = base.to(x.dtype)  # differs under autocast only
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled():
+        floating = (x, weight, bias, scale, shift, gate, residual, base)
+        needs_grad = any(t is not None and t.requires_grad for t in floating)
+        if needs_grad and not checks.epilogue_is_empty(epilogue):
+            weight = weight.to(x.dtype)
+            out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
+            out = apply_epilogue(out, activation, scale, shift, gate, residual)
+            if rows:
+                return zero_past_count(out, index, count)
+            return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
+    else:
+        needs_grad = False
+    if needs_grad or compiling or type(x) is not Tensor:
+        return torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
+    return _run_conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 
 __all__ = [
