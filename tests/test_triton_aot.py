@@ -133,11 +133,9 @@ def test_products(arch, kind, launches, monkeypatch, tmp_path):
     plain = tiles if kind == "half" else tiles[:1]
     for tile in plain:
         use(monkeypatch, arch, kind, tile)
-        run_all(
-            dtype, grads=tile.m * tile.n > 64 * 32
-        )  # the ragged run above has the gradients of small ones
+        run_all(dtype, grads=tile.m * tile.n > 32 * 32)  # the ragged run has those of small ones
     products = [launch for launch in launches if launch[0] in (pixels.conv_kernel, weight_grad_kernel)]
-    assert len(products) == 6 + sum(3 if tile.m * tile.n > 64 * 32 else 1 for tile in plain)
+    assert len(products) == 6 + sum(3 if tile.m * tile.n > 32 * 32 else 1 for tile in plain)
     for launch in products:
         check(launch, arch, tmp_path, tensor_cores=kind != "ieee")
 

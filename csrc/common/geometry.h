@@ -13,8 +13,8 @@ namespace dynops {
 
 // As dynops.geometry.ConvGeometry, in the same order; an op's schema passes it as int[15].
 struct Geometry {
-  int64_t batch, in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h,
-      dil_w, groups, transposed;
+  int64_t batch, in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w,
+      groups, transposed;
 
   DYNOPS_HD int64_t taps() const { return kernel_h * kernel_w; }
   DYNOPS_HD int64_t in_pixels() const { return batch * in_h * in_w; }

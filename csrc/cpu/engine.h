@@ -44,8 +44,8 @@ struct Gemm {
 // Up to a few hundred rows: where they are read and written.
 struct RowBlock {
   int32_t rows;
-  const char* const* in;        // [tile][segment][rows of the tile] as TileSplit has it; depthwise: [rows][segment]
-  char* const* out;             // [rows]
+  const char* const* in;  // [tile][segment][rows of the tile] as TileSplit has it; depthwise: [rows][segment]
+  char* const* out;       // [rows]
   const char* const* residual;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
   const float* gate;            // [rows] or null
 };

@@ -93,14 +93,10 @@ std::tuple<Tensor, Tensor> mask_to_index_capacity(const Tensor& mask_in, int64_t
 Tensor inverse_index(const Tensor& index, const OptionalTensor& count, IntHeaderOnlyArrayRef shape) {
   const int64_t rows = active_rows(index, count);
   Tensor inverse = empty({shape[0], shape[1], shape[2]}, ScalarType::Int);
-  const int32_t* in = static_cast<const int32_t*>(index.data_ptr());
+  const int32_t* in = checked_index(index, rows, inverse.numel());
   int32_t* out = static_cast<int32_t*>(inverse.data_ptr());
   std::fill(out, out + inverse.numel(), -1);
-  for (int64_t i = 0; i < rows; ++i) {
-    STD_TORCH_CHECK(in[i] >= 0 && in[i] < inverse.numel(), "index: expected positions below ",
-                    inverse.numel(), ", got ", in[i]);
-    out[in[i]] = int32_t(i);
-  }
+  for (int64_t i = 0; i < rows; ++i) out[in[i]] = int32_t(i);
   return inverse;
 }
 
@@ -110,7 +106,7 @@ Tensor needed_mask(const Tensor& index, const OptionalTensor& count, IntHeaderOn
   Tensor mask = empty({g.batch, g.in_h, g.in_w}, ScalarType::Bool);
   uint8_t* out = static_cast<uint8_t*>(mask.data_ptr());
   std::memset(out, 0, size_t(g.in_pixels()));
-  const int32_t* in = static_cast<const int32_t*>(index.data_ptr());
+  const int32_t* in = checked_index(index, rows, g.out_pixels());
   for (int64_t i = 0; i < rows; ++i) {
     const Pixel p = pixel_at(in[i], int32_t(g.out_h), int32_t(g.out_w));
     for (int32_t r = 0; r < g.kernel_h; ++r) {

@@ -47,7 +47,8 @@ FORCE_INLINE __m512i broadcast_single(const char* p) {
 }
 
 template <int MR, int NV, bool kSingle>
-FORCE_INLINE void multiply_pair(Vec (&acc)[MR][NV], const char* const (&a)[MR], int64_t byte, const char* weight) {
+FORCE_INLINE void multiply_pair(Vec (&acc)[MR][NV], const char* const (&a)[MR], int64_t byte,
+                                const char* weight) {
   __m512bh b[NV];
   UNROLL for (int v = 0; v < NV; ++v) b[v] = (__m512bh)_mm512_loadu_si512(weight + v * 64);
   UNROLL for (int i = 0; i < MR; ++i) {
@@ -63,7 +64,8 @@ FORCE_INLINE void multiply_segment_bf16(Vec (&acc)[MR][NV], const char* const* i
   const char* a[MR];
   UNROLL for (int i = 0; i < MR; ++i) a[i] = in[i] + in_offset;
   int64_t byte = 0;
-  for (; byte < (depth & ~1) * 2; byte += 4, weight += NV * 64) multiply_pair<MR, NV, false>(acc, a, byte, weight);
+  for (; byte < (depth & ~1) * 2; byte += 4, weight += NV * 64)
+    multiply_pair<MR, NV, false>(acc, a, byte, weight);
   if (depth & 1) multiply_pair<MR, NV, true>(acc, a, byte, weight);
 }
 #endif
@@ -132,12 +134,9 @@ FORCE_INLINE void finish_whole(const Gemm& g, Vec (&acc)[MR][NV], char* const* o
 // One tile: MR rows by NV vectors of columns.
 template <int MR, int NV, bool kDot>
 static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& rows, const char* const* in,
-                                                int first_row, const char* panel, int64_t column,
-                                                int width) {
+                                                int first_row, const char* panel, int64_t column, int width) {
   Vec acc[MR][NV];
-  UNROLL for (int i = 0; i < MR; ++i) {
-    UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
-  }
+  UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   for (int s = 0; s < g.segments; ++s, in += MR) {
     const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
 #if defined(DYNOPS_ISA_BF16)
@@ -159,7 +158,8 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
   finish_whole<MR, NV>(g, acc, rows.out + first_row, column);
 }
 
-using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t, int);
+using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t,
+                              int);
 
 template <int NV, bool kDot>
 static TileFunction tile_function(int height) {
@@ -214,9 +214,12 @@ FORCE_INLINE void store_as(char* p, Vec a) {
   store_f16(p, a);
 }
 
-FORCE_INLINE int left_of(int64_t end, int64_t c) { return int(end - c < Vec::kLanes ? end - c : Vec::kLanes); }
+FORCE_INLINE int left_of(int64_t end, int64_t c) {
+  return int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
+}
 
-FORCE_INLINE void finish_depthwise(const Depthwise& d, const RowBlock& rows, int row, Vec acc, int64_t c, int n) {
+FORCE_INLINE void finish_depthwise(const Depthwise& d, const RowBlock& rows, int row, Vec acc, int64_t c,
+                                   int n) {
   Vec y = fma(acc, load(d.scale + c), load(d.shift + c));
   if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
   const int64_t byte = c * size_of(d.out);
@@ -312,8 +315,8 @@ static void depthwise(const Depthwise& d, const RowBlock& rows) {
 }
 
 static void depthwise_weight_grad(int32_t rows, int32_t segments, const char* const* x,
-                                  const char* const* grad, Dtype dtype, int64_t begin, int64_t end,
-                                  float* dw, int64_t dw_stride) {
+                                  const char* const* grad, Dtype dtype, int64_t begin, int64_t end, float* dw,
+                                  int64_t dw_stride) {
   const int64_t element = size_of(dtype);
   for (int s = 0; s < segments; ++s) {
     for (int64_t c = begin; c < end; c += Vec::kLanes) {
@@ -321,12 +324,14 @@ static void depthwise_weight_grad(int32_t rows, int32_t segments, const char* co
       Vec even = zero(), odd = zero();  // two chains hide the FMA latency
       int k = 0;
       for (; k + 1 < rows; k += 2) {
-        even = fma(load(x[k * segments + s] + c * element, dtype, n), load(grad[k] + c * element, dtype, n), even);
+        even = fma(load(x[k * segments + s] + c * element, dtype, n), load(grad[k] + c * element, dtype, n),
+                   even);
         odd = fma(load(x[(k + 1) * segments + s] + c * element, dtype, n),
                   load(grad[k + 1] + c * element, dtype, n), odd);
       }
       if (k < rows) {
-        even = fma(load(x[k * segments + s] + c * element, dtype, n), load(grad[k] + c * element, dtype, n), even);
+        even = fma(load(x[k * segments + s] + c * element, dtype, n), load(grad[k] + c * element, dtype, n),
+                   even);
       }
       float* out = dw + s * dw_stride + c;
       const Vec sum = add(add(even, odd), load((const char*)out, Dtype::kFloat32, n));
@@ -359,9 +364,7 @@ static void depthwise_input_grad(int32_t rows, int32_t segments, const char* con
 template <int NV>
 FORCE_INLINE void outer_tile(const OuterProduct& p, const float* grad, int64_t first_output) {
   Vec acc[kTileRows][NV];
-  UNROLL for (int i = 0; i < kTileRows; ++i) {
-    UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
-  }
+  UNROLL for (int i = 0; i < kTileRows; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   const float* x = p.x;
   for (int k = 0; k < p.rows; ++k, grad += kTileRows, x += kPanelWidth) {
     Vec b[NV];
@@ -416,18 +419,26 @@ static void add_to(const char* from, Dtype dtype, int64_t n, float* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
     const int left = left_of(n, i);
-    const Vec sum = add(load(from + i * element, dtype, left), load((const char*)(to + i), Dtype::kFloat32, left));
+    const Vec sum =
+        add(load(from + i * element, dtype, left), load((const char*)(to + i), Dtype::kFloat32, left));
     store((char*)(to + i), sum, Dtype::kFloat32, left);
   }
 }
 
 extern const Kernels table;
-const Kernels table = {DYNOPS_ISA_NAME,       kPanelWidth,          Vec::kLanes,
+const Kernels table = {DYNOPS_ISA_NAME,
+                       kPanelWidth,
+                       Vec::kLanes,
 #if defined(DYNOPS_ISA_BF16)
                        true,
 #else
                        false,
 #endif
-                       gemm,                  depthwise,            depthwise_weight_grad,
-                       depthwise_input_grad,  outer_product,        to_float,
-                       from_float,            add_to};
+                       gemm,
+                       depthwise,
+                       depthwise_weight_grad,
+                       depthwise_input_grad,
+                       outer_product,
+                       to_float,
+                       from_float,
+                       add_to};

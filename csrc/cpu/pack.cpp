@@ -55,7 +55,8 @@ void pack_panel(const WeightView& view, const float* weight, const PanelLayout& 
                 int64_t panel, bool dot, char* out) {
   const Kernels& k = kernels();
   const int64_t first = panel * k.panel_width, left = layout.columns - first;
-  const int64_t width = left > k.panel_width - k.lanes ? k.panel_width : (left + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t width =
+      left > k.panel_width - k.lanes ? k.panel_width : (left + k.lanes - 1) / k.lanes * k.lanes;
   const int64_t segments = view.taps / segment_taps, depth = layout.depth / segments;
   std::vector<float> line(static_cast<size_t>(width * 2));
   for (int64_t s = 0; s < segments; ++s) {
@@ -86,9 +87,11 @@ Tensor pack_weight(const Tensor& weight_in, int64_t groups, bool transposed, boo
   const Tensor weight = torch::stable::contiguous(weight_in);
   const WeightView view(weight, groups, transposed, input_grad);
   const int64_t segment_taps = merged ? weight.size(3) : 1;
-  const PanelLayout layout = panel_layout(view.columns, view.taps / segment_taps, segment_taps * view.channels, dot);
+  const PanelLayout layout =
+      panel_layout(view.columns, view.taps / segment_taps, segment_taps * view.channels, dot);
   std::vector<float> floats(static_cast<size_t>(weight.numel()));
-  kernels().to_float(static_cast<const char*>(weight.data_ptr()), dtype_of(weight), weight.numel(), floats.data());
+  kernels().to_float(static_cast<const char*>(weight.data_ptr()), dtype_of(weight), weight.numel(),
+                     floats.data());
   Tensor packed = empty({groups * layout.group_bytes}, ScalarType::Byte);
   char* out = static_cast<char*>(packed.data_ptr());
   parallel(groups * layout.panels, [&](int64_t i) {
@@ -105,7 +108,8 @@ Tensor pack_depthwise(const Tensor& weight_in) {
   const Tensor weight = torch::stable::contiguous(weight_in);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
   std::vector<float> floats(static_cast<size_t>(weight.numel()));
-  kernels().to_float(static_cast<const char*>(weight.data_ptr()), dtype_of(weight), weight.numel(), floats.data());
+  kernels().to_float(static_cast<const char*>(weight.data_ptr()), dtype_of(weight), weight.numel(),
+                     floats.data());
   Tensor packed = empty({taps, channels}, ScalarType::Float);
   float* out = static_cast<float*>(packed.data_ptr());
   for (int64_t t = 0; t < taps; ++t) {

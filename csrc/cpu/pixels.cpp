@@ -55,10 +55,12 @@ std::vector<float> channel_vector(const OptionalTensor& t, int64_t channels, flo
 // scale * (y + bias) + shift as one affine map.
 struct Affine {
   std::vector<float> scale, shift;
-  Affine(const OptionalTensor& bias, const OptionalTensor& scale_in, const OptionalTensor& shift_in, int64_t channels)
+  Affine(const OptionalTensor& bias, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
+         int64_t channels)
       : scale(channel_vector(scale_in, channels, 1.f)), shift(channel_vector(bias, channels, 0.f)) {
     const std::vector<float> add = channel_vector(shift_in, channels, 0.f);
-    for (int64_t c = 0; c < channels; ++c) shift[size_t(c)] = shift[size_t(c)] * scale[size_t(c)] + add[size_t(c)];
+    for (int64_t c = 0; c < channels; ++c)
+      shift[size_t(c)] = shift[size_t(c)] * scale[size_t(c)] + add[size_t(c)];
   }
 };
 
@@ -146,16 +148,19 @@ class ForwardPass {
     const int32_t* at = pixels_of(b, first, height);
     b.out.resize(size_t(height));
     const int64_t bytes = f_.out_bytes();
-    for (int32_t i = 0; i < height; ++i) b.out[size_t(i)] = f_.out + (f_.packed_out ? class_.row(first + i) : at[i]) * bytes;
+    for (int32_t i = 0; i < height; ++i)
+      b.out[size_t(i)] = f_.out + (f_.packed_out ? class_.row(first + i) : at[i]) * bytes;
     if (f_.residual) {
       b.residual.resize(size_t(height));
-      for (int32_t i = 0; i < height; ++i) b.residual[size_t(i)] = f_.residual + class_.row(first + i) * bytes;
+      for (int32_t i = 0; i < height; ++i)
+        b.residual[size_t(i)] = f_.residual + class_.row(first + i) * bytes;
     }
     if (f_.gate) {
       b.gate.resize(size_t(height));
       for (int32_t i = 0; i < height; ++i) b.gate[size_t(i)] = f_.gate[class_.row(first + i)];
     }
-    if (table_.patch_bytes() && !b.patches) b.patches.reset(new char[size_t(block_rows_ * table_.patch_bytes())]);
+    if (table_.patch_bytes() && !b.patches)
+      b.patches.reset(new char[size_t(block_rows_ * table_.patch_bytes())]);
     b.in.resize(size_t(height * segments_));
     const char** table = b.in.data();
     const TileSplit split(height);
@@ -183,17 +188,32 @@ class ForwardPass {
     RowBlock rows{height, b.in.data(), b.out.data(), f_.residual ? b.residual.data() : nullptr,
                   f_.gate ? b.gate.data() : nullptr};
     if (f_.depthwise()) {
-      const Depthwise d{int32_t(segments_), f_.out_channels, taps_.data(), reinterpret_cast<const float*>(f_.weight),
-                        f_.dtype, f_.dtype, f_.affine.scale.data(), f_.affine.shift.data(), f_.activation};
+      const Depthwise d{int32_t(segments_),
+                        f_.out_channels,
+                        taps_.data(),
+                        reinterpret_cast<const float*>(f_.weight),
+                        f_.dtype,
+                        f_.dtype,
+                        f_.affine.scale.data(),
+                        f_.affine.shift.data(),
+                        f_.activation};
       return kernels().depthwise(d, rows);
     }
     const int64_t element = size_of(f_.dtype);
     const int64_t group_in = f_.in_channels / f_.g.groups, group_out = f_.out_channels / f_.g.groups;
     for (int64_t group = 0; group < f_.g.groups; ++group) {
-      Gemm gemm{int32_t(segments_), int32_t(depth_), weight_start_.data(),
-                f_.weight + group * layout_.group_bytes, layout_, f_.dtype, f_.dtype, group * group_in * element,
-                group * group_out * element, f_.affine.scale.data() + group * group_out,
-                f_.affine.shift.data() + group * group_out, f_.activation};
+      Gemm gemm{int32_t(segments_),
+                int32_t(depth_),
+                weight_start_.data(),
+                f_.weight + group * layout_.group_bytes,
+                layout_,
+                f_.dtype,
+                f_.dtype,
+                group * group_in * element,
+                group * group_out * element,
+                f_.affine.scale.data() + group * group_out,
+                f_.affine.shift.data() + group * group_out,
+                f_.activation};
       if (f_.converts()) {
         convert(b, height, gemm.in_offset);
         rows.in = b.converted_in.data();
@@ -217,7 +237,8 @@ class ForwardPass {
 // cache and the whole does not.
 struct Partition {
   int64_t row_parts, panel_parts;
-  Partition(int64_t threads, int64_t rows, int64_t panels, int64_t weight_bytes) : row_parts(threads), panel_parts(1) {
+  Partition(int64_t threads, int64_t rows, int64_t panels, int64_t weight_bytes)
+      : row_parts(threads), panel_parts(1) {
     const bool few_rows = rows < threads * 4 * kTileRows;
     const bool large_weight = weight_bytes > (1 << 20) && rows < threads * kMaxBlockRows;
     if ((few_rows || large_weight) && panels >= threads) {
@@ -231,7 +252,8 @@ struct Partition {
 // that one core's stores overlap another's arithmetic.
 void fill_part(const Forward& f, int64_t t, int64_t threads) {
   const int64_t pixels = f.g.out_pixels();
-  fill_inactive(f.out, f.base, f.out_bytes(), f.index, f.rows, part(pixels, t, threads), part(pixels, t + 1, threads));
+  fill_inactive(f.out, f.base, f.out_bytes(), f.index, f.rows, part(pixels, t, threads),
+                part(pixels, t + 1, threads));
 }
 
 void run_forward(const Forward& f) {
@@ -245,30 +267,25 @@ void run_forward(const Forward& f) {
     parallel(threads, [&](int64_t t) {
       if (fills) fill_part(f, t, threads);
       const int64_t r = t % split.row_parts, p = t / split.row_parts;
-      pass.run(part(pass.rows(), r, split.row_parts, kTileRows), part(pass.rows(), r + 1, split.row_parts, kTileRows),
+      pass.run(part(pass.rows(), r, split.row_parts, kTileRows),
+               part(pass.rows(), r + 1, split.row_parts, kTileRows),
                part(pass.panels(), p, split.panel_parts), part(pass.panels(), p + 1, split.panel_parts));
     });
     fills = false;
   }
 }
 
-void check_index(const int32_t* index, int64_t rows, int64_t pixels) {
-  if (rows == 0) return;
-  STD_TORCH_CHECK(index[0] >= 0 && index[rows - 1] < pixels, "index: expected ascending positions in [0, ", pixels,
-                  "), got ", index[0], " to ", index[rows - 1]);
-}
-
 void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& index,
           const OptionalTensor& count, const OptionalTensor& source, IntHeaderOnlyArrayRef geometry,
-          int64_t activation, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& gate,
-          const OptionalTensor& residual, const OptionalTensor& base, bool merged, Tensor out) {
+          int64_t activation, const OptionalTensor& scale, const OptionalTensor& shift,
+          const OptionalTensor& gate, const OptionalTensor& residual, const OptionalTensor& base, bool merged,
+          Tensor out) {
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), in_channels = x.size(1), out_channels = out.size(1);
   const Dtype dtype = dtype_of(x);
   const int64_t row_bytes = in_channels * size_of(dtype);
   const ZeroRow zero(row_bytes);
-  const int32_t* at = data_of<const int32_t>(index);
-  check_index(at, rows, g.out_pixels());
+  const int32_t* at = checked_index(index, rows, g.out_pixels());
   const bool packed_out = out.dim() == 2;
   const Forward f{g,
                   in_channels,
@@ -304,10 +321,19 @@ struct GradRows {
 // each thread owns a range of q or of channels, so that nothing is written by two.
 class InputGrad {
  public:
-  InputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index, const int32_t* inverse,
-            const char* weight, Dtype dtype, int64_t in_channels, int64_t out_channels, float* dx)
-      : g_(g), grad_(grad), rows_(rows), index_(index), inverse_(inverse), weight_(weight), dtype_(dtype),
-        in_channels_(in_channels), out_channels_(out_channels), dx_(dx) {
+  InputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+            const int32_t* inverse, const char* weight, Dtype dtype, int64_t in_channels,
+            int64_t out_channels, float* dx)
+      : g_(g),
+        grad_(grad),
+        rows_(rows),
+        index_(index),
+        inverse_(inverse),
+        weight_(weight),
+        dtype_(dtype),
+        in_channels_(in_channels),
+        out_channels_(out_channels),
+        dx_(dx) {
     dot_ = dtype == Dtype::kBFloat16 && kernels().bf16_dot;
     layout_ = panel_layout(in_channels / g.groups, g.taps(), out_channels / g.groups, dot_);
     zeros_.assign(size_t(in_channels / g.groups) + 64, 0.f);
@@ -321,8 +347,9 @@ class InputGrad {
     const int64_t range_parts = threads / panel_parts;
     parallel(threads, [&](int64_t t) {
       const int64_t r = t % range_parts, p = t / range_parts;
-      run_part(int32_t(part(g_.in_pixels(), r, range_parts)), int32_t(part(g_.in_pixels(), r + 1, range_parts)),
-               part(layout_.panels, p, panel_parts), part(layout_.panels, p + 1, panel_parts));
+      run_part(int32_t(part(g_.in_pixels(), r, range_parts)),
+               int32_t(part(g_.in_pixels(), r + 1, range_parts)), part(layout_.panels, p, panel_parts),
+               part(layout_.panels, p + 1, panel_parts));
     });
   }
 
@@ -369,9 +396,18 @@ class InputGrad {
         in = convert(b, pairs, in_offset);
         in_offset = 0;
       }
-      const Gemm gemm{1, int32_t(group_out), &start, weight_ + group * layout_.group_bytes, layout_,
-                      converts ? Dtype::kFloat32 : dtype_, Dtype::kFloat32, in_offset, group * group_in * 4,
-                      ones_.data(), zeros_.data(), Activation::kNone};
+      const Gemm gemm{1,
+                      int32_t(group_out),
+                      &start,
+                      weight_ + group * layout_.group_bytes,
+                      layout_,
+                      converts ? Dtype::kFloat32 : dtype_,
+                      Dtype::kFloat32,
+                      in_offset,
+                      group * group_in * 4,
+                      ones_.data(),
+                      zeros_.data(),
+                      Activation::kNone};
       const RowBlock rows{pairs, in, b.out.data(), b.out.data(), nullptr};
       kernels().gemm(gemm, rows, panel_begin, panel_end);
     }
@@ -414,7 +450,8 @@ void depthwise_blocks(int64_t rows, int64_t channels, double macs, const F& f) {
   const int64_t vectors = (channels + kernels().lanes - 1) / kernels().lanes;
   const int64_t threads = std::min(threads_for(macs, kMacsPerThread / 8), std::max<int64_t>(vectors, 1));
   parallel(threads, [&](int64_t t) {
-    const int64_t begin = part(channels, t, threads, kernels().lanes), end = part(channels, t + 1, threads, kernels().lanes);
+    const int64_t begin = part(channels, t, threads, kernels().lanes),
+                  end = part(channels, t + 1, threads, kernels().lanes);
     for (int64_t first = 0; first < rows && begin < end; first += kDepthwiseBlock) {
       f(first, std::min(kDepthwiseBlock, rows - first), begin, end);
     }
@@ -422,39 +459,45 @@ void depthwise_blocks(int64_t rows, int64_t channels, double macs, const F& f) {
 }
 
 void depthwise_input_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-                          const int32_t* inverse, const float* weight, Dtype dtype, int64_t channels, float* dx) {
+                          const int32_t* inverse, const float* weight, Dtype dtype, int64_t channels,
+                          float* dx) {
   const int64_t taps = g.taps();
-  depthwise_blocks(rows, channels, double(rows) * taps * channels, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
-    std::vector<const char*> from(static_cast<size_t>(height));
-    std::vector<float*> to(static_cast<size_t>(height * taps));
-    for (int64_t i = 0; i < height; ++i) {
-      from[size_t(i)] = grad[first + i];
-      const Pixel p = pixel_at(index[first + i], int32_t(g.out_h), int32_t(g.out_w));
-      for (int64_t t = 0; t < taps; ++t) {
-        int64_t q = input_pixel(g, p, int32_t(t / g.kernel_w), int32_t(t % g.kernel_w));
-        if (q >= 0 && inverse) q = inverse[q];
-        to[size_t(i * taps + t)] = q < 0 ? nullptr : dx + q * channels;
-      }
-    }
-    kernels().depthwise_input_grad(int32_t(height), int32_t(taps), from.data(), dtype, weight, channels, to.data(), begin, end);
-  });
+  depthwise_blocks(rows, channels, double(rows) * taps * channels,
+                   [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
+                     std::vector<const char*> from(static_cast<size_t>(height));
+                     std::vector<float*> to(static_cast<size_t>(height * taps));
+                     for (int64_t i = 0; i < height; ++i) {
+                       from[size_t(i)] = grad[first + i];
+                       const Pixel p = pixel_at(index[first + i], int32_t(g.out_h), int32_t(g.out_w));
+                       for (int64_t t = 0; t < taps; ++t) {
+                         int64_t q = input_pixel(g, p, int32_t(t / g.kernel_w), int32_t(t % g.kernel_w));
+                         if (q >= 0 && inverse) q = inverse[q];
+                         to[size_t(i * taps + t)] = q < 0 ? nullptr : dx + q * channels;
+                       }
+                     }
+                     kernels().depthwise_input_grad(int32_t(height), int32_t(taps), from.data(), dtype,
+                                                    weight, channels, to.data(), begin, end);
+                   });
 }
 
 // grad: [rows, O] or channels_last [N, O, H, W]. dx: float32 zeros, [R, C] or channels_last.
-void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& index, const OptionalTensor& count,
-                     const OptionalTensor& source, IntHeaderOnlyArrayRef geometry, Tensor dx) {
+void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& index,
+                     const OptionalTensor& count, const OptionalTensor& source,
+                     IntHeaderOnlyArrayRef geometry, Tensor dx) {
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), in_channels = dx.size(1), out_channels = grad.size(1);
   const Dtype dtype = dtype_of(grad);
-  const int32_t* at = data_of<const int32_t>(index);
-  check_index(at, rows, g.out_pixels());
-  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype), grad.dim() == 2 ? nullptr : at};
+  const int32_t* at = checked_index(index, rows, g.out_pixels());
+  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype),
+                      grad.dim() == 2 ? nullptr : at};
   const int32_t* inverse = data_of<const int32_t>(source);
   if (is_depthwise(g, in_channels, out_channels)) {
     return depthwise_input_grad(g, from, rows, at, inverse, data_of<const float>(weight), dtype, in_channels,
                                 data_of<float>(dx));
   }
-  InputGrad(g, from, rows, at, inverse, data_of<const char>(weight), dtype, in_channels, out_channels, data_of<float>(dx)).run();
+  InputGrad(g, from, rows, at, inverse, data_of<const char>(weight), dtype, in_channels, out_channels,
+            data_of<float>(dx))
+      .run();
 }
 
 // dW[t] = sum_p dy[p] x[q(p, t)]^T. The gradient rows are packed once, [block][o tile][row][kTileRows];
@@ -462,10 +505,17 @@ void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& ind
 // outer products.
 class WeightGrad {
  public:
-  WeightGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index, const Source& source, Dtype dtype,
-             int64_t in_channels, int64_t out_channels, float* dw)
-      : g_(g), grad_(grad), rows_(rows), index_(index), source_(source), dtype_(dtype),
-        group_in_(in_channels / g.groups), group_out_(out_channels / g.groups), dw_(dw) {
+  WeightGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+             const Source& source, Dtype dtype, int64_t in_channels, int64_t out_channels, float* dw)
+      : g_(g),
+        grad_(grad),
+        rows_(rows),
+        index_(index),
+        source_(source),
+        dtype_(dtype),
+        group_in_(in_channels / g.groups),
+        group_out_(out_channels / g.groups),
+        dw_(dw) {
     tiles_ = (group_out_ + kTileRows - 1) / kTileRows;
     panels_ = (group_in_ + kernels().panel_width - 1) / kernels().panel_width;
   }
@@ -483,7 +533,8 @@ class WeightGrad {
         const int64_t parts = std::min(threads, tasks);
         std::vector<float> x(size_t(kBlock * kernels().panel_width));
         for (int64_t i = part(tasks, t, parts); i < part(tasks, t + 1, parts); ++i) {
-          run_task(rows, total, rows.taps[size_t(i / (g_.groups * panels_))], i / panels_ % g_.groups, i % panels_, x.data());
+          run_task(rows, total, rows.taps[size_t(i / (g_.groups * panels_))], i / panels_ % g_.groups,
+                   i % panels_, x.data());
         }
       });
     }
@@ -493,7 +544,8 @@ class WeightGrad {
   static constexpr int64_t kBlock = 256;  // rows: a panel of x is 32 KB, a tile of gradients 12 KB
 
   float* packed(int64_t first, int64_t group) {
-    return packed_.data() + (first * g_.groups + group * std::min(kBlock, total_ - first)) * tiles_ * kTileRows;
+    return packed_.data() +
+           (first * g_.groups + group * std::min(kBlock, total_ - first)) * tiles_ * kTileRows;
   }
 
   void pack(const RowClass& rows, int64_t total, int64_t threads) {
@@ -504,7 +556,8 @@ class WeightGrad {
       const int64_t parts = std::min(threads, blocks);
       std::vector<float> line(static_cast<size_t>(group_out_ + 64));
       for (int64_t block = part(blocks, t, parts); block < part(blocks, t + 1, parts); ++block) {
-        for (int64_t group = 0; group < g_.groups; ++group) pack_block(rows, block * kBlock, group, line.data());
+        for (int64_t group = 0; group < g_.groups; ++group)
+          pack_block(rows, block * kBlock, group, line.data());
       }
     });
   }
@@ -513,7 +566,8 @@ class WeightGrad {
     const int64_t height = std::min(kBlock, total_ - first);
     float* out = packed(first, group);
     for (int64_t i = 0; i < height; ++i) {
-      kernels().to_float(grad_[rows.row(first + i)] + group * group_out_ * size_of(dtype_), dtype_, group_out_, line);
+      kernels().to_float(grad_[rows.row(first + i)] + group * group_out_ * size_of(dtype_), dtype_,
+                         group_out_, line);
       for (int64_t tile = 0; tile < tiles_; ++tile) {
         const int64_t live = std::min<int64_t>(kTileRows, group_out_ - tile * kTileRows);
         std::memcpy(out + (tile * height + i) * kTileRows, line + tile * kTileRows, size_t(live) * 4);
@@ -533,7 +587,8 @@ class WeightGrad {
         kernels().to_float(source_.row(q) + offset, dtype_, columns, x + i * width);
       }
       float* dw = dw_ + ((tap * g_.groups + group) * group_out_) * group_in_ + column;
-      kernels().outer_product({int32_t(height), packed(first, group), x, dw, group_in_, group_out_, int32_t(columns)});
+      kernels().outer_product(
+          {int32_t(height), packed(first, group), x, dw, group_in_, group_out_, int32_t(columns)});
     }
   }
 
@@ -551,24 +606,29 @@ class WeightGrad {
 void depthwise_weight_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
                            const Source& source, Dtype dtype, int64_t channels, float* dw) {
   const int64_t taps = g.taps();
-  depthwise_blocks(rows, channels, double(rows) * taps * channels, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
-    std::vector<const char*> from(static_cast<size_t>(height)), x(static_cast<size_t>(height * taps));
-    for (int64_t i = 0; i < height; ++i) {
-      from[size_t(i)] = grad[first + i];
-      const Pixel p = pixel_at(index[first + i], int32_t(g.out_h), int32_t(g.out_w));
-      for (int64_t t = 0; t < taps; ++t) {
-        x[size_t(i * taps + t)] = source.row(input_pixel(g, p, int32_t(t / g.kernel_w), int32_t(t % g.kernel_w)));
-      }
-    }
-    kernels().depthwise_weight_grad(int32_t(height), int32_t(taps), x.data(), from.data(), dtype, begin, end, dw, channels);
-  });
+  depthwise_blocks(rows, channels, double(rows) * taps * channels,
+                   [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
+                     std::vector<const char*> from(static_cast<size_t>(height)),
+                         x(static_cast<size_t>(height * taps));
+                     for (int64_t i = 0; i < height; ++i) {
+                       from[size_t(i)] = grad[first + i];
+                       const Pixel p = pixel_at(index[first + i], int32_t(g.out_h), int32_t(g.out_w));
+                       for (int64_t t = 0; t < taps; ++t) {
+                         x[size_t(i * taps + t)] =
+                             source.row(input_pixel(g, p, int32_t(t / g.kernel_w), int32_t(t % g.kernel_w)));
+                       }
+                     }
+                     kernels().depthwise_weight_grad(int32_t(height), int32_t(taps), x.data(), from.data(),
+                                                     dtype, begin, end, dw, channels);
+                   });
 }
 
 // [taps][O][I] to the weight's own order: [O][I][taps], or transposed (O the inputs) [I][O][taps].
-void reorder(const std::vector<float>& dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype, char* out) {
+void reorder(const std::vector<float>& dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype,
+             char* out) {
   const int64_t taps = g.taps(), group_out = outputs / g.groups, element = size_of(dtype);
-  const int64_t lines = g.transposed ? g.groups * inputs : outputs;   // first dimension of the weight
-  const int64_t inner = g.transposed ? group_out : inputs;            // second
+  const int64_t lines = g.transposed ? g.groups * inputs : outputs;  // first dimension of the weight
+  const int64_t inner = g.transposed ? group_out : inputs;           // second
   parallel(threads_for(double(dw.size()), 64e3), [&](int64_t t) {
     const int64_t threads = threads_for(double(dw.size()), 64e3);
     std::vector<float> line(static_cast<size_t>(inner * taps));
@@ -576,7 +636,8 @@ void reorder(const std::vector<float>& dw, const Geometry& g, int64_t outputs, i
       for (int64_t tap = 0; tap < taps; ++tap) {
         const float* from = dw.data() + tap * outputs * inputs;
         for (int64_t i = 0; i < inner; ++i) {
-          const int64_t at = g.transposed ? (l / inputs * group_out + i) * inputs + l % inputs : l * inputs + i;
+          const int64_t at =
+              g.transposed ? (l / inputs * group_out + i) * inputs + l % inputs : l * inputs + i;
           line[size_t(i * taps + tap)] = from[at];
         }
       }
@@ -591,7 +652,8 @@ void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype
   std::vector<float> few(static_cast<size_t>(channels));
   for (int64_t first = 0; first < rows; first += 16) {
     std::fill(few.begin(), few.end(), 0.f);
-    for (int64_t i = first; i < std::min(rows, first + 16); ++i) kernels().add_to(grad[i], dtype, channels, few.data());
+    for (int64_t i = first; i < std::min(rows, first + 16); ++i)
+      kernels().add_to(grad[i], dtype, channels, few.data());
     for (int64_t c = 0; c < channels; ++c) sum[size_t(c)] += few[size_t(c)];
   }
   for (int64_t c = 0; c < channels; ++c) few[size_t(c)] = float(sum[size_t(c)]);
@@ -604,12 +666,13 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), in_channels = x.size(1), out_channels = grad.size(1);
   const Dtype dtype = dtype_of(grad);
-  const int32_t* at = data_of<const int32_t>(index);
-  check_index(at, rows, g.out_pixels());
+  const int32_t* at = checked_index(index, rows, g.out_pixels());
   const int64_t row_bytes = in_channels * size_of(dtype);
   const ZeroRow zero(row_bytes);
-  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype), grad.dim() == 2 ? nullptr : at};
-  const Source source{g, data_of<const char>(x), row_bytes, data_of<const int32_t>(source_in), zero.data(), false};
+  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype),
+                      grad.dim() == 2 ? nullptr : at};
+  const Source source{g,    data_of<const char>(x), row_bytes, data_of<const int32_t>(source_in), zero.data(),
+                      false};
   std::vector<float> sums(size_t(g.taps() * out_channels * (in_channels / g.groups)), 0.f);
   if (is_depthwise(g, in_channels, out_channels)) {
     depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.data());
@@ -625,15 +688,19 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
   m.def(
-      "cpu_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, int[] geometry, "
-      "int activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, Tensor? base, bool merged, "
+      "cpu_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, int[] "
+      "geometry, "
+      "int activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, Tensor? base, bool "
+      "merged, "
       "Tensor(a!) out) "
       "-> ()");
   m.def(
-      "cpu_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, int[] geometry, "
+      "cpu_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, int[] "
+      "geometry, "
       "Tensor(a!) dx) -> ()");
   m.def(
-      "cpu_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, int[] geometry, "
+      "cpu_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, int[] "
+      "geometry, "
       "Tensor(a!) dw, Tensor(b!) db) -> ()");
 }
 

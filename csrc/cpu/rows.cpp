@@ -20,7 +20,7 @@ void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, T
   const int64_t rows = active_rows(index, count), bytes = row_bytes(x);
   const char* from = static_cast<const char*>(x.data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
-  const int32_t* at = static_cast<const int32_t*>(index.data_ptr());
+  const int32_t* at = checked_index(index, rows, x.size(0) * x.size(2) * x.size(3));
   const int64_t threads = threads_for(double(rows) * bytes, kBytesPerThread);
   parallel(threads, [&](int64_t t) {
     for (int64_t i = part(rows, t, threads); i < part(rows, t + 1, threads); ++i) {
@@ -30,8 +30,8 @@ void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, T
   if (out.size(0) > rows) std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
 }
 
-void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows, int64_t begin,
-                   int64_t end) {
+void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
+                   int64_t begin, int64_t end) {
   const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
   while (begin < end) {
     const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
@@ -54,7 +54,7 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
   const char* from = static_cast<const char*>(rows_in.data_ptr());
   const char* below = base ? static_cast<const char*>(base->data_ptr()) : nullptr;
   char* to = static_cast<char*>(out.data_ptr());
-  const int32_t* at = static_cast<const int32_t*>(index.data_ptr());
+  const int32_t* at = checked_index(index, rows, pixels);
   const int64_t threads = threads_for(double(pixels) * bytes, kBytesPerThread);
   parallel(threads, [&](int64_t t) {
     fill_inactive(to, below, bytes, at, rows, part(pixels, t, threads), part(pixels, t + 1, threads));

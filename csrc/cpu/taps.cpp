@@ -11,7 +11,8 @@ std::vector<RowClass> row_classes(const Geometry& g, const int32_t* index, int64
   for (int32_t phase = 0; phase < phases_y * phases_x; ++phase) {
     for (int32_t tap = 0; tap < g.taps(); ++tap) {
       const int64_t r = tap / g.kernel_w, s = tap % g.kernel_w;
-      const int64_t y = phase / phases_x + g.pad_h - r * g.dil_h, x = phase % phases_x + g.pad_w - s * g.dil_w;
+      const int64_t y = phase / phases_x + g.pad_h - r * g.dil_h,
+                    x = phase % phases_x + g.pad_w - s * g.dil_w;
       if (y % phases_y == 0 && x % phases_x == 0) classes[size_t(phase)].taps.push_back(tap);
     }
   }

@@ -71,7 +71,7 @@ class TapTable {
 
   const Source& source_;
   const RowClass& class_;
-  std::vector<int64_t> offset_;                // [taps]: from the first tap's input; bytes, or pixels of `inverse`
+  std::vector<int64_t> offset_;  // [taps]: from the first tap's input; bytes, or pixels of `inverse`
   int32_t y_begin_, y_end_, x_begin_, x_end_;  // outputs whose taps all lie inside the input
 };
 

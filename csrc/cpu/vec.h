@@ -36,9 +36,7 @@ FORCE_INLINE Vec load_bf16(const char* p) { return widen_bf16(_mm256_loadu_si256
 FORCE_INLINE Vec load_bf16(const char* p, int n) {
   return widen_bf16(_mm256_maskz_loadu_epi16(lanes_mask(n), p));
 }
-FORCE_INLINE Vec load_f16(const char* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
-}
+FORCE_INLINE Vec load_f16(const char* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 FORCE_INLINE Vec load_f16(const char* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p))};
 }
@@ -97,8 +95,7 @@ FORCE_INLINE void store_bf16(char* p, Vec a) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i high =
-      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }

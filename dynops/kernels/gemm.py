@@ -209,7 +209,7 @@ TILES = {
     (80, "half"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL),
     (90, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
     (100, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
-    (80, "tf32"): (Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
+    (80, "tf32"): _SMALL_TF32,
     (90, "tf32"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
     (100, "tf32"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
     (80, "ieee"): _IEEE,
@@ -244,7 +244,7 @@ def _largest(kind: str, ragged: bool, residual: bool) -> int:
     """The elements of the largest tile that has registers for the addresses of single elements."""
     if ragged or residual:
         largest = {"half": 128 * 128, "tf32": 64 * 64, "ieee": 32 * 32}[kind]
-        return min(largest, 64 * 32) if ragged else largest
+        return min(largest, 32 * 32) if ragged else largest
     return 128 * 256
 
 

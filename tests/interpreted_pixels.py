@@ -1,51 +1,31 @@
-"""Values of the Triton kernels in Triton's interpreter, which runs them on CPU tensors.
-
-Triton reads TRITON_INTERPRET when a kernel is decorated, so these tests run in a process of their
-own: without the variable this file holds one test, which runs the file again with it.
-"""
+"""Values of the pixel kernels in Triton's interpreter. Run by ``test_triton_interpreter.py``."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder, tl
 
-pytest.importorskip("triton")
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+from dynops import PixelPlan, ops
+from dynops.geometry import ConvGeometry
+from dynops.kernels import gemm, pixels
+from dynops.ops import pixels as reference
+from dynops.testing import assert_within_budget, random_mask, random_tensor
 
-if not INTERPRETS:
+_dot = InterpreterBuilder.create_dot
 
-    def test_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        run = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
 
-else:
-    from triton.runtime.interpreter import InterpreterBuilder, tl
+def _dot_of_values(self, a, b, *others):
+    """The interpreter keeps bfloat16 as uint16, and its own product multiplies those integers."""
+    a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+    return _dot(self, a, b, *others)
 
-    from dynops import PixelPlan, ops
-    from dynops.geometry import ConvGeometry
-    from dynops.kernels import gemm, pixels
-    from dynops.ops import pixels as reference
-    from dynops.testing import assert_within_budget, random_mask, random_tensor
 
-    _dot = InterpreterBuilder.create_dot
-
-    def _dot_of_values(self, a, b, *others):
-        """The interpreter keeps bfloat16 as uint16 and its product multiplies those integers."""
-        a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-        return _dot(self, a, b, *others)
-
-    InterpreterBuilder.create_dot = _dot_of_values
+InterpreterBuilder.create_dot = _dot_of_values
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-run_here = pytest.mark.skipif(not INTERPRETS, reason="runs inside test_in_the_interpreter")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -194,7 +174,6 @@ def check(method, kernel, plain, **changes):
         assert_within_budget(*value)
 
 
-@run_here
 @of_cases
 def test_forward(name, dtype):
     inputs = Inputs(CASES[name], dtype)
@@ -203,21 +182,18 @@ def test_forward(name, dtype):
         assert gemm.nchw(inputs.conv(pixels.conv)) == gemm.nchw(inputs.x)
 
 
-@run_here
 @of_cases
 def test_input_grad(name, dtype):
     inputs = Inputs(CASES[name], dtype)
     check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
 
 
-@run_here
 @of_cases
 def test_weight_grad(name, dtype):
     inputs = Inputs(CASES[name], dtype)
     check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
-@run_here
 @pytest.mark.parametrize("activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"])
 @pytest.mark.parametrize("name", ["3x3", "depthwise", "packed", "transposed-stride"])
 def test_epilogue(name, activation):
@@ -234,7 +210,6 @@ def test_epilogue(name, activation):
         check(inputs.conv, pixels.conv, reference._conv, activation=activation, **changes)
 
 
-@run_here
 def test_nan_passes_through_every_activation():
     inputs = Inputs(replace(CASES["1x1"], mask="full"), torch.float32)
     inputs.x[0, 0, 0, 0] = float("nan")
@@ -242,7 +217,6 @@ def test_nan_passes_through_every_activation():
         assert inputs.conv(pixels.conv, activation=activation)[0, :, 0, 0].isnan().all(), activation
 
 
-@run_here
 @pytest.mark.parametrize("name", ["3x3", "packed", "depthwise", "transposed-stride", "capacity"])
 @pytest.mark.parametrize("limit", ["int64-offsets", "small-tiles"])
 def test_other_configurations(name, limit, monkeypatch):
@@ -257,7 +231,6 @@ def test_other_configurations(name, limit, monkeypatch):
     check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
-@run_here
 def test_many_slices_of_rows(monkeypatch):
     """A weight gradient whose rows are split among programs and added in a second pass."""
     monkeypatch.setattr(gemm, "device_facts", lambda device: (90, 64))
@@ -266,7 +239,6 @@ def test_many_slices_of_rows(monkeypatch):
         check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
-@run_here
 def test_input_gradient_walks_over_the_taps_of_active_outputs():
     """The work of a tile is the union of its rows' taps; the docstring of kernels/pixels.py has the numbers."""
     g = ConvGeometry(8, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
@@ -285,7 +257,6 @@ def test_input_gradient_walks_over_the_taps_of_active_outputs():
     assert walked <= 1.16 * int(read.sum())
 
 
-@run_here
 def test_results_are_reproducible():
     inputs = Inputs(CASES["stride"], torch.float32)
     for method, kernel in (
@@ -296,7 +267,6 @@ def test_results_are_reproducible():
         assert torch.equal(method(kernel), method(kernel))
 
 
-@run_here
 @pytest.mark.parametrize("nchw", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.float64], ids=str)
 @pytest.mark.parametrize("capacity", [None, 60])
@@ -312,7 +282,6 @@ def test_gather_and_scatter(dtype, nchw, capacity):
         assert torch.equal(out, expected) and out.stride() == expected.stride()
 
 
-@run_here
 def test_named_backend_runs_the_kernels():
     x, weight, bias = random_tensor(2, 20, 7, 6), random_tensor(24, 20, 3, 3), random_tensor(24)
     plan = PixelPlan.from_mask(random_mask((2, 7, 6), 0.4))
