@@ -280,10 +280,8 @@ def precision(dtype: torch.dtype) -> str:
     """The kind of product: "half", or for float32 "tf32" or "ieee", as torch's own convolution takes it."""
     if dtype != torch.float32:
         return "half"
-    convolution = getattr(torch.backends.cudnn, "conv", None)
-    if hasattr(convolution, "fp32_precision"):  # torch 2.9 and later; mixing it with allow_tf32 raises
-        return "tf32" if convolution.fp32_precision == "tf32" else "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    # what allow_tf32 sets too, and reading that one raises where both ways of setting it were used
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
