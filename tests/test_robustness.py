@@ -404,9 +404,9 @@ def test_memory_does_not_grow(backend):
     for _ in range(10):
         step()
     before = peak_mib()
-    for _ in range(60):  # each allocates about 4 MiB
+    for _ in range(60):  # one map that is not freed would be 0.38 MiB a step
         step()
-    assert peak_mib() - before < 60
+    assert peak_mib() - before < 12
 
 
 # -------------------------------------------------------------------- what is read and written
@@ -529,7 +529,7 @@ ISA_SCRIPT = """
     torch.set_num_threads(2)
     assert dynops.build_info()["cpu_isa"] == sys.argv[1] if len(sys.argv) > 1 else True
     shapes = [  # c, o, kernel, groups, stride
-        (3, 32, 7, 1, 2), (16, 33, 3, 1, 1), (70, 101, 1, 1, 1), (64, 64, 3, 1, 1), (24, 24, 3, 24, 1),
+        (3, 32, 7, 1, 2), (16, 33, 3, 1, 1), (70, 101, 1, 1, 1), (40, 64, 3, 1, 1), (24, 24, 3, 24, 1),
         (12, 12, 3, 4, 1), (5, 7, (1, 3), 1, 1),
     ]
     activations = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish")
