@@ -72,14 +72,15 @@ struct Depthwise {
   Activation activation;
 };
 
-// dw[o][c] += sum_k grad[k][o] * x[k][c] over a block of rows, for one tile of columns.
+// dw[o][c] += sum_k grad[k][o] * x[k][c] over a block of rows, for one panel of columns.
 struct OuterProduct {
   int32_t rows;
-  const float* grad;  // packed [o tile][rows][kTileRows]
+  const float* grad;  // packed [o tile][rows][height of the tile], as `outputs` splits them
   const float* x;     // packed [rows][panel]
   float* dw;          // [outputs][dw_stride]
   int64_t dw_stride;
-  int64_t outputs;
+  TileSplit outputs;
+  int32_t tile_begin, tile_end;
   int32_t columns;  // of this panel, <= panel width
 };
 
@@ -99,6 +100,9 @@ struct Kernels {
                                const float* weight, int64_t weight_stride, float* const* dx, int64_t begin,
                                int64_t end);
   void (*outer_product)(const OuterProduct&);
+  // to[i][panel width] = `columns` elements at in[i] + offset bytes, as float32
+  void (*gather_columns)(const char* const* in, int32_t rows, int64_t offset, Dtype dtype, int32_t columns,
+                         float* to);
   void (*to_float)(const char* from, Dtype, int64_t n, float* to);
   void (*from_float)(const float* from, int64_t n, Dtype, char* to);
   void (*add_to)(const char* from, Dtype, int64_t n, float* to);  // to[i] += from[i]

@@ -106,20 +106,22 @@ static __attribute__((noinline)) void finish_tile(const Gemm& g, const float* ti
   }
 }
 
-// The common case, from the accumulators' registers: whole vectors, nothing to read.
+// The common case, from the accumulators' registers: whole vectors, no gate. A residual is float32.
 template <int MR, int NV>
-FORCE_INLINE void finish_whole(const Gemm& g, Vec (&acc)[MR][NV], char* const* out, int64_t column) {
+FORCE_INLINE void finish_whole(const Gemm& g, Vec (&acc)[MR][NV], char* const* out,
+                               const char* const* residual, int64_t column) {
   Vec scale[NV], shift[NV];
   load_affine<NV>(g, column, scale, shift);
   const float limit = g.activation == Activation::kRelu6 ? 6.f : __builtin_inff();
   const bool clamp = g.activation != Activation::kNone;
+  const int64_t byte = g.out_offset + column * size_of(g.out);
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) {
       acc[i][v] = fma(acc[i][v], scale[v], shift[v]);
+      if (residual) acc[i][v] = add(acc[i][v], load((const float*)(residual[i] + byte) + v * Vec::kLanes));
       if (clamp) acc[i][v] = min_of(broadcast(limit), max_of(zero(), acc[i][v]));
     }
   }
-  const int64_t byte = g.out_offset + column * size_of(g.out);
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) {
       if (g.out == Dtype::kFloat32) {
@@ -147,15 +149,17 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
 #endif
     multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
   }
-  const bool whole = width == NV * Vec::kLanes && !rows.gate && !rows.residual;
-  if (!whole || g.activation > Activation::kRelu6 || g.out == Dtype::kFloat16) {
+  const bool whole = width == NV * Vec::kLanes && !rows.gate;
+  const bool fast_out = g.out == Dtype::kFloat32 || (g.out == Dtype::kBFloat16 && !rows.residual);
+  if (!whole || !fast_out || g.activation > Activation::kRelu6) {
     float tile[MR * NV * Vec::kLanes];
     UNROLL for (int i = 0; i < MR; ++i) {
       UNROLL for (int v = 0; v < NV; ++v) store(tile + (i * NV + v) * Vec::kLanes, acc[i][v]);
     }
     return finish_tile<NV>(g, tile, rows, first_row, MR, column, width);
   }
-  finish_whole<MR, NV>(g, acc, rows.out + first_row, column);
+  finish_whole<MR, NV>(g, acc, rows.out + first_row, rows.residual ? rows.residual + first_row : nullptr,
+                       column);
 }
 
 using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t,
@@ -361,38 +365,62 @@ static void depthwise_input_grad(int32_t rows, int32_t segments, const char* con
 
 // -------------------------------------------------------------------------------- weight gradient
 
-template <int NV>
-FORCE_INLINE void outer_tile(const OuterProduct& p, const float* grad, int64_t first_output) {
-  Vec acc[kTileRows][NV];
-  UNROLL for (int i = 0; i < kTileRows; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
+template <int MR, int NV>
+static __attribute__((noinline)) void outer_tile(const OuterProduct& p, const float* grad, float* dw) {
+  Vec acc[MR][NV];
+  UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   const float* x = p.x;
-  for (int k = 0; k < p.rows; ++k, grad += kTileRows, x += kPanelWidth) {
+  for (int k = 0; k < p.rows; ++k, grad += MR, x += kPanelWidth) {
     Vec b[NV];
     UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
-    UNROLL for (int i = 0; i < kTileRows; ++i) {
+    UNROLL for (int i = 0; i < MR; ++i) {
       const Vec a = broadcast(grad[i]);
       UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(a, b[v], acc[i][v]);
     }
   }
-  UNROLL for (int i = 0; i < kTileRows; ++i) {
-    if (first_output + i >= p.outputs) break;
-    float* out = p.dw + (first_output + i) * p.dw_stride;
+  UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) {
       const int n = p.columns - v * Vec::kLanes;
       if (n <= 0) break;
-      char* to = (char*)(out + v * Vec::kLanes);
+      char* to = (char*)(dw + i * p.dw_stride + v * Vec::kLanes);
       store(to, add(acc[i][v], load(to, Dtype::kFloat32, n)), Dtype::kFloat32, n);
     }
   }
 }
 
+using OuterFunction = void (*)(const OuterProduct&, const float*, float*);
+
+template <int NV>
+static OuterFunction outer_function(int height) {
+  static constexpr OuterFunction table[kTileRows] = {
+      outer_tile<1, NV>, outer_tile<2, NV>,  outer_tile<3, NV>,  outer_tile<4, NV>,
+      outer_tile<5, NV>, outer_tile<6, NV>,  outer_tile<7, NV>,  outer_tile<8, NV>,
+      outer_tile<9, NV>, outer_tile<10, NV>, outer_tile<11, NV>, outer_tile<12, NV>};
+  return table[height - 1];
+}
+
 static void outer_product(const OuterProduct& p) {
+  const bool wide = p.columns > (kPanelVectors - 1) * Vec::kLanes;
   const float* grad = p.grad;
-  for (int64_t o = 0; o < p.outputs; o += kTileRows, grad += int64_t(p.rows) * kTileRows) {
-    if (p.columns > (kPanelVectors - 1) * Vec::kLanes) {
-      outer_tile<kPanelVectors>(p, grad, o);
-    } else {
-      outer_tile<1>(p, grad, o);
+  float* dw = p.dw;
+  for (int tile = 0; tile < p.tile_end; ++tile) {
+    const int height = p.outputs.height(tile);
+    if (tile >= p.tile_begin) {
+      (wide ? outer_function<kPanelVectors>(height) : outer_function<1>(height))(p, grad, dw);
+    }
+    grad += int64_t(height) * p.rows;
+    dw += height * p.dw_stride;
+  }
+}
+
+static void gather_columns(const char* const* in, int32_t rows, int64_t offset, Dtype dtype, int32_t columns,
+                           float* to) {
+  const int64_t element = size_of(dtype);
+  for (int i = 0; i < rows; ++i, to += kPanelWidth) {
+    UNROLL for (int v = 0; v < kPanelVectors; ++v) {
+      const int n = columns - v * Vec::kLanes;
+      if (n <= 0) break;
+      store(to + v * Vec::kLanes, load(in[i] + offset + v * Vec::kLanes * element, dtype, n));
     }
   }
 }
@@ -439,6 +467,7 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        depthwise_weight_grad,
                        depthwise_input_grad,
                        outer_product,
+                       gather_columns,
                        to_float,
                        from_float,
                        add_to};

@@ -1,8 +1,7 @@
 // Weights in the order in which the GEMM reads them: [group][panel][tap * channel][column].
 #include <cstring>
 
-#include "../common/tensors.h"
-#include "engine.h"
+#include "operands.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -19,18 +18,6 @@ PanelLayout panel_layout(int64_t columns, int64_t segments, int64_t depth, bool 
 }
 
 namespace {
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half, "weight: expected float32, bfloat16 or float16");
-      return Dtype::kFloat16;
-  }
-}
 
 // Where the weight of (group, column, depth channel, tap) lies in a contiguous weight tensor.
 struct WeightView {

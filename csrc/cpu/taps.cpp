@@ -47,13 +47,13 @@ void interior_range(int64_t out, int64_t in, int64_t kernel, int64_t stride, int
 
 }  // namespace
 
-TapTable::TapTable(const Source& source, const RowClass& rows) : source_(source), class_(rows) {
+TapTable::TapTable(const Source& source, const std::vector<int32_t>& taps) : source_(source), taps_(taps) {
   const Geometry& g = source.g;
   y_begin_ = y_end_ = x_begin_ = x_end_ = 0;
   if (g.transposed) return;
   interior_range(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dil_h, y_begin_, y_end_);
   interior_range(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dil_w, x_begin_, x_end_);
-  for (int32_t tap : rows.taps) {
+  for (int32_t tap : taps) {
     const int64_t pixels = tap / g.kernel_w * g.dil_h * g.in_w + tap % g.kernel_w * g.dil_w;
     offset_.push_back(source.inverse ? pixels : pixels * source.row_bytes);
   }
@@ -78,10 +78,10 @@ void TapTable::fill_merged(Pixel p, int32_t step, const char** table, char* patc
 
 void TapTable::fill_row(Pixel p, int32_t step, const char** table) const {
   const Geometry& g = source_.g;
-  const int32_t taps = int32_t(class_.taps.size());
+  const int32_t taps = int32_t(taps_.size());
   if (!interior(p)) {
     for (int32_t t = 0; t < taps; ++t) {
-      const int32_t tap = class_.taps[size_t(t)];
+      const int32_t tap = taps_[size_t(t)];
       table[t * step] = source_.row(input_pixel(g, p, tap / int32_t(g.kernel_w), tap % int32_t(g.kernel_w)));
     }
     return;
@@ -125,7 +125,7 @@ void TapTable::fill(const int32_t* at, int32_t height, const char** table, char*
     if (source_.merged) {
       fill_merged(p, height, table + i, patches + i * patch_bytes());
     } else if (by_row) {
-      fill_row(p, 1, table + i * int64_t(class_.taps.size()));
+      fill_row(p, 1, table + i * int64_t(taps_.size()));
     } else {
       fill_row(p, height, table + i);
     }

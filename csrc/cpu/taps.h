@@ -51,10 +51,10 @@ struct Source {
   }
 };
 
-// Writes pointer tables for the rows of one class. Built once for an op, used by all its threads.
+// Writes pointer tables for rows that read `taps`.
 class TapTable {
  public:
-  TapTable(const Source& source, const RowClass& rows);
+  TapTable(const Source& source, const std::vector<int32_t>& taps);
 
   // The pointers of `height` rows with output pixels at[0..height), ascending, to table[segment][height],
   // or `by_row` to table[height][segment].
@@ -70,7 +70,7 @@ class TapTable {
   bool interior(Pixel p) const { return p.y >= y_begin_ && p.y < y_end_ && p.x >= x_begin_ && p.x < x_end_; }
 
   const Source& source_;
-  const RowClass& class_;
+  const std::vector<int32_t>& taps_;
   std::vector<int64_t> offset_;  // [taps]: from the first tap's input; bytes, or pixels of `inverse`
   int32_t y_begin_, y_end_, x_begin_, x_end_;  // outputs whose taps all lie inside the input
 };

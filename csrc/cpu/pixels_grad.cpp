@@ -1,0 +1,450 @@
+// Pixel-sparse convolution on the CPU: the gradients of the input, the weight and the bias.
+#include <cstring>
+#include <memory>
+
+#include "operands.h"
+#include "pack.h"
+#include "parallel.h"
+#include "taps.h"
+
+namespace dynops::cpu {
+namespace {
+
+// The gradient rows of a plan: [rows, O] packed, or read from a channels_last map.
+struct GradRows {
+  const char* data;
+  int64_t bytes;
+  const int32_t* index;  // null where packed
+  const char* operator[](int64_t row) const { return data + (index ? index[row] : row) * bytes; }
+};
+
+// ------------------------------------------------------------------------------- input gradient
+
+// The input pixels that the rows of a block read, tap by tap.
+class Reach {
+ public:
+  Reach(const Geometry& g, const int32_t* at, int64_t rows) : g_(g) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const Pixel p = pixel_at(at[i], int32_t(g.out_h), int32_t(g.out_w));
+      pixel_.push_back(p);
+      y_.push_back(int32_t(p.y * g.stride_h - g.pad_h));
+      x_.push_back(int32_t(p.x * g.stride_w - g.pad_w));
+    }
+  }
+
+  // The pixel that row i reads at tap (r, s), or -1.
+  int32_t operator()(int64_t i, int32_t r, int32_t s) const {
+    if (g_.transposed) return input_pixel(g_, pixel_[size_t(i)], r, s);
+    const int32_t y = y_[size_t(i)] + r * int32_t(g_.dil_h), x = x_[size_t(i)] + s * int32_t(g_.dil_w);
+    if (uint32_t(y) >= uint32_t(g_.in_h) || uint32_t(x) >= uint32_t(g_.in_w)) return -1;
+    return (pixel_[size_t(i)].n * int32_t(g_.in_h) + y) * int32_t(g_.in_w) + x;
+  }
+
+ private:
+  const Geometry& g_;
+  std::vector<Pixel> pixel_;
+  std::vector<int32_t> y_, x_;
+};
+
+// dx[q] += W[t]^T dy[p] for every pair (p, t) that reads q. For one tap no two rows read the same q, and
+// each thread owns a range of q or of channels, so that nothing is written by two.
+class InputGrad {
+ public:
+  InputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+            const int32_t* inverse, const char* weight, Dtype dtype, int64_t in_channels,
+            int64_t out_channels, float* dx)
+      : g_(g),
+        grad_(grad),
+        rows_(rows),
+        index_(index),
+        inverse_(inverse),
+        weight_(weight),
+        dtype_(dtype),
+        in_channels_(in_channels),
+        out_channels_(out_channels),
+        dx_(dx) {
+    dot_ = dtype == Dtype::kBFloat16 && kernels().bf16_dot;
+    layout_ = panel_layout(in_channels / g.groups, g.taps(), out_channels / g.groups, dot_);
+    zeros_.assign(size_t(in_channels / g.groups) + 64, 0.f);
+    ones_.assign(size_t(in_channels / g.groups) + 64, 1.f);
+  }
+
+  void run() const {
+    const double macs = double(rows_) * double(g_.taps() * in_channels_ / g_.groups * out_channels_);
+    const int64_t threads = threads_for(macs, kMacsPerThread);
+    const bool by_panel = layout_.panels % threads == 0 || layout_.panels >= 4 * threads;
+    const int64_t panel_parts = by_panel ? threads : 1, range_parts = threads / panel_parts;
+    parallel(threads, [&](int64_t t) {
+      const int64_t r = t % range_parts, p = t / range_parts;
+      run_part(int32_t(part(g_.in_pixels(), r, range_parts)),
+               int32_t(part(g_.in_pixels(), r + 1, range_parts)), part(layout_.panels, p, panel_parts),
+               part(layout_.panels, p + 1, panel_parts));
+    });
+  }
+
+ private:
+  static constexpr int64_t kBlockRows = 16 * kTileRows;
+
+  struct Pairs {
+    int32_t size;
+    const char* from[kBlockRows];
+    char* to[kBlockRows];
+    std::vector<float> converted;
+    const char* converted_from[kBlockRows];
+  };
+
+  void run_part(int32_t begin, int32_t end, int64_t panel_begin, int64_t panel_end) const {
+    Pairs pairs;
+    for (int64_t first = 0; first < rows_; first += kBlockRows) {
+      const int64_t height = std::min(kBlockRows, rows_ - first);
+      const Reach reach(g_, index_ + first, height);
+      for (int32_t tap = 0; tap < g_.taps(); ++tap) {
+        collect(reach, first, height, tap, begin, end, pairs);
+        if (pairs.size) multiply(pairs, tap, panel_begin, panel_end);
+      }
+    }
+  }
+
+  // The pairs of this tap with an input pixel in [begin, end): where they are read and written.
+  void collect(const Reach& reach, int64_t first, int64_t height, int32_t tap, int32_t begin, int32_t end,
+               Pairs& pairs) const {
+    const int32_t r = tap / int32_t(g_.kernel_w), s = tap % int32_t(g_.kernel_w);
+    pairs.size = 0;
+    for (int64_t i = 0; i < height; ++i) {
+      const int32_t q = reach(i, r, s);
+      if (q < begin || q >= end) continue;
+      const int64_t to = inverse_ ? inverse_[q] : q;
+      if (to < 0) continue;
+      pairs.from[pairs.size] = grad_[first + i];
+      pairs.to[pairs.size++] = reinterpret_cast<char*>(dx_ + to * in_channels_);
+    }
+  }
+
+  void multiply(Pairs& pairs, int32_t tap, int64_t panel_begin, int64_t panel_end) const {
+    const int64_t group_in = in_channels_ / g_.groups, group_out = out_channels_ / g_.groups;
+    const int64_t start = tap * (layout_.depth / g_.taps());
+    const bool converts = dtype_ != Dtype::kFloat32 && !dot_;
+    for (int64_t group = 0; group < g_.groups; ++group) {
+      const int64_t in_offset = group * group_out * size_of(dtype_);
+      if (converts) convert(pairs, in_offset, group_out);
+      const Gemm gemm{1,
+                      int32_t(group_out),
+                      &start,
+                      weight_ + group * layout_.group_bytes,
+                      layout_,
+                      converts ? Dtype::kFloat32 : dtype_,
+                      Dtype::kFloat32,
+                      converts ? 0 : in_offset,
+                      group * group_in * 4,
+                      ones_.data(),
+                      zeros_.data(),
+                      Activation::kNone};
+      // A single tap writes each pixel once, and needs no sum.
+      const RowBlock rows{pairs.size, converts ? pairs.converted_from : pairs.from, pairs.to,
+                          g_.taps() == 1 ? nullptr : pairs.to, nullptr};
+      kernels().gemm(gemm, rows, panel_begin, panel_end);
+    }
+  }
+
+  void convert(Pairs& pairs, int64_t in_offset, int64_t depth) const {
+    pairs.converted.resize(size_t(kBlockRows * depth));
+    for (int32_t i = 0; i < pairs.size; ++i) {
+      float* to = pairs.converted.data() + i * depth;
+      kernels().to_float(pairs.from[i] + in_offset, dtype_, depth, to);
+      pairs.converted_from[i] = reinterpret_cast<const char*>(to);
+    }
+  }
+
+  const Geometry& g_;
+  const GradRows& grad_;
+  int64_t rows_;
+  const int32_t *index_, *inverse_;
+  const char* weight_;
+  Dtype dtype_;
+  int64_t in_channels_, out_channels_;
+  float* dx_;
+  bool dot_;
+  PanelLayout layout_;
+  std::vector<float> zeros_, ones_;
+};
+
+// ------------------------------------------------------------------------------ weight gradient
+
+// dW[t] = sum_p dy[p] x[q(p, t)]^T. The gradient rows are packed once, [block][group][o tile][row]; then
+// each (tap, group, panel of input channels, share of the o tiles) is a task, which gathers its input
+// columns and adds the outer products.
+class WeightGrad {
+ public:
+  WeightGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+             const Source& source, Dtype dtype, int64_t in_channels, int64_t out_channels, float* dw)
+      : g_(g),
+        grad_(grad),
+        rows_(rows),
+        index_(index),
+        source_(source),
+        dtype_(dtype),
+        group_in_(in_channels / g.groups),
+        group_out_(out_channels / g.groups),
+        out_channels_(out_channels),
+        split_(int32_t(out_channels / g.groups)),
+        dw_(dw) {
+    panels_ = (group_in_ + kernels().panel_width - 1) / kernels().panel_width;
+  }
+
+  void run() {
+    for (const RowClass& rows : row_classes(g_, index_, rows_)) {
+      total_ = rows.size(rows_);
+      const int64_t taps = int64_t(rows.taps.size());
+      if (total_ == 0 || taps == 0) continue;
+      const double macs = double(total_) * double(taps * group_in_ * out_channels_);
+      const int64_t threads = threads_for(macs, kMacsPerThread);
+      pack(rows, threads);
+      const int64_t coarse = taps * g_.groups * panels_;
+      shares_ = std::min<int64_t>((threads + coarse - 1) / coarse, split_.tiles);
+      parallel(threads, [&](int64_t t) {
+        run_tasks(rows, part(coarse * shares_, t, threads), part(coarse * shares_, t + 1, threads));
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 256;  // rows: a panel of x is 32 KB, a tile of gradients 12 KB
+
+  const float* packed(int64_t first, int64_t group) const {
+    return packed_.get() + first * out_channels_ + group * std::min(kBlock, total_ - first) * group_out_;
+  }
+
+  void pack(const RowClass& rows, int64_t threads) {
+    packed_.reset(new float[size_t(total_ * out_channels_)]);
+    const int64_t blocks = (total_ + kBlock - 1) / kBlock;
+    parallel(std::min(threads, blocks), [&](int64_t t) {
+      const int64_t parts = std::min(threads, blocks);
+      std::vector<float> line(static_cast<size_t>(out_channels_));
+      for (int64_t block = part(blocks, t, parts); block < part(blocks, t + 1, parts); ++block) {
+        const int64_t first = block * kBlock, height = std::min(kBlock, total_ - first);
+        for (int64_t i = 0; i < height; ++i) {
+          kernels().to_float(grad_[rows.row(first + i)], dtype_, out_channels_, line.data());
+          for (int64_t group = 0; group < g_.groups; ++group) {
+            pack_row(line.data() + group * group_out_, i, height, const_cast<float*>(packed(first, group)));
+          }
+        }
+      }
+    });
+  }
+
+  void pack_row(const float* line, int64_t row, int64_t height, float* out) const {
+    for (int32_t tile = 0; tile < split_.tiles; ++tile) {
+      const int64_t outputs = split_.height(tile);
+      std::memcpy(out + row * outputs, line, size_t(outputs) * 4);
+      line += outputs;
+      out += outputs * height;
+    }
+  }
+
+  void run_tasks(const RowClass& rows, int64_t begin, int64_t end) const {
+    if (begin >= end) return;
+    const int64_t per_tap = g_.groups * panels_ * shares_;
+    // This thread's taps only.
+    const std::vector<int32_t> taps(rows.taps.begin() + begin / per_tap,
+                                    rows.taps.begin() + (end - 1) / per_tap + 1);
+    const TapTable table(source_, taps);
+    std::vector<const char*> in(taps.size() * size_t(kBlock));
+    std::vector<int32_t> at(static_cast<size_t>(kBlock));
+    std::vector<float> x(size_t(kBlock * kernels().panel_width));
+    for (int64_t first = 0; first < total_; first += kBlock) {
+      const int64_t height = std::min(kBlock, total_ - first);
+      for (int64_t i = 0; i < height; ++i) at[size_t(i)] = index_[rows.row(first + i)];
+      table.fill(at.data(), int32_t(height), in.data(), nullptr, false);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t tap = task / per_tap - begin / per_tap;
+        const bool gathered = task > begin && task % shares_ != 0;  // the previous task's columns
+        run_task(task, rows.taps[size_t(task / per_tap)], in.data() + tap * height, first, height, x.data(),
+                 !gathered);
+      }
+    }
+  }
+
+  void run_task(int64_t task, int64_t tap, const char* const* in, int64_t first, int64_t height, float* x,
+                bool gather) const {
+    const int64_t share = task % shares_, panel = task / shares_ % panels_;
+    const int64_t group = task / shares_ / panels_ % g_.groups;
+    const int64_t column = panel * kernels().panel_width;
+    const int32_t columns = int32_t(std::min<int64_t>(kernels().panel_width, group_in_ - column));
+    if (gather) {
+      kernels().gather_columns(in, int32_t(height), (group * group_in_ + column) * size_of(dtype_), dtype_,
+                               columns, x);
+    }
+    float* dw = dw_ + (tap * out_channels_ + group * group_out_) * group_in_ + column;
+    kernels().outer_product({int32_t(height), packed(first, group), x, dw, group_in_, split_,
+                             int32_t(part(split_.tiles, share, shares_)),
+                             int32_t(part(split_.tiles, share + 1, shares_)), columns});
+  }
+
+  const Geometry& g_;
+  const GradRows& grad_;
+  int64_t rows_;
+  const int32_t* index_;
+  const Source& source_;
+  Dtype dtype_;
+  int64_t group_in_, group_out_, out_channels_, panels_, total_ = 0, shares_ = 1;
+  TileSplit split_;  // of the group's outputs
+  float* dw_;        // [taps][O][C / groups]
+  std::unique_ptr<float[]> packed_;
+};
+
+// [taps][O][I] to the weight's own order: [O][I][taps], or transposed (O the inputs) [I][O][taps].
+void reorder(const std::vector<float>& dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype,
+             char* out) {
+  const int64_t taps = g.taps(), group_out = outputs / g.groups, element = size_of(dtype);
+  const int64_t lines = g.transposed ? g.groups * inputs : outputs;  // first dimension of the weight
+  const int64_t inner = g.transposed ? group_out : inputs;           // second
+  const int64_t threads = threads_for(double(dw.size()), 64e3);
+  parallel(threads, [&](int64_t t) {
+    std::vector<float> line(static_cast<size_t>(inner * taps));
+    for (int64_t l = part(lines, t, threads); l < part(lines, t + 1, threads); ++l) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const float* from = dw.data() + tap * outputs * inputs;
+        for (int64_t i = 0; i < inner; ++i) {
+          const int64_t at =
+              g.transposed ? (l / inputs * group_out + i) * inputs + l % inputs : l * inputs + i;
+          line[size_t(i * taps + tap)] = from[at];
+        }
+      }
+      kernels().from_float(line.data(), inner * taps, dtype, out + l * inner * taps * element);
+    }
+  });
+}
+
+// The sum of the gradient rows: float32 over 16 rows, then float64, as exact as a tree of sums.
+void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype, char* out) {
+  std::vector<double> sum(size_t(channels), 0.);
+  std::vector<float> few(static_cast<size_t>(channels));
+  for (int64_t first = 0; first < rows; first += 16) {
+    std::fill(few.begin(), few.end(), 0.f);
+    for (int64_t i = first; i < std::min(rows, first + 16); ++i) {
+      kernels().add_to(grad[i], dtype, channels, few.data());
+    }
+    for (int64_t c = 0; c < channels; ++c) sum[size_t(c)] += few[size_t(c)];
+  }
+  for (int64_t c = 0; c < channels; ++c) few[size_t(c)] = float(sum[size_t(c)]);
+  kernels().from_float(few.data(), channels, dtype, out);
+}
+
+// ------------------------------------------------------------------------------------ depthwise
+
+constexpr int64_t kDepthwiseBlock = 64;  // rows: their taps and gradients stay in the L2 cache
+
+// Calls f(first, height, channel_begin, channel_end) for blocks of rows, each thread on its own channels.
+template <class F>
+void depthwise_blocks(int64_t rows, int64_t channels, double macs, const F& f) {
+  const int64_t lanes = kernels().lanes, vectors = (channels + lanes - 1) / lanes;
+  const int64_t threads = std::min(threads_for(macs, kMacsPerThread / 8), std::max<int64_t>(vectors, 1));
+  parallel(threads, [&](int64_t t) {
+    const int64_t begin = part(channels, t, threads, lanes), end = part(channels, t + 1, threads, lanes);
+    for (int64_t first = 0; first < rows && begin < end; first += kDepthwiseBlock) {
+      f(first, std::min(kDepthwiseBlock, rows - first), begin, end);
+    }
+  });
+}
+
+void depthwise_input_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+                          const int32_t* inverse, const float* weight, Dtype dtype, int64_t channels,
+                          float* dx) {
+  const int64_t taps = g.taps();
+  const double macs = double(rows) * double(taps * channels);
+  depthwise_blocks(rows, channels, macs, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
+    std::vector<const char*> from(static_cast<size_t>(height));
+    std::vector<float*> to(static_cast<size_t>(height * taps));
+    const Reach reach(g, index + first, height);
+    for (int64_t i = 0; i < height; ++i) {
+      from[size_t(i)] = grad[first + i];
+      for (int32_t t = 0; t < taps; ++t) {
+        int64_t q = reach(i, t / int32_t(g.kernel_w), t % int32_t(g.kernel_w));
+        if (q >= 0 && inverse) q = inverse[q];
+        to[size_t(i * taps + t)] = q < 0 ? nullptr : dx + q * channels;
+      }
+    }
+    kernels().depthwise_input_grad(int32_t(height), int32_t(taps), from.data(), dtype, weight, channels,
+                                   to.data(), begin, end);
+  });
+}
+
+void depthwise_weight_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+                           const Source& source, Dtype dtype, int64_t channels, float* dw) {
+  const int64_t taps = g.taps();
+  const double macs = double(rows) * double(taps * channels);
+  depthwise_blocks(rows, channels, macs, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
+    std::vector<const char*> from(static_cast<size_t>(height)), x(static_cast<size_t>(height * taps));
+    const Reach reach(g, index + first, height);
+    for (int64_t i = 0; i < height; ++i) {
+      from[size_t(i)] = grad[first + i];
+      for (int32_t t = 0; t < taps; ++t) {
+        x[size_t(i * taps + t)] = source.row(reach(i, t / int32_t(g.kernel_w), t % int32_t(g.kernel_w)));
+      }
+    }
+    kernels().depthwise_weight_grad(int32_t(height), int32_t(taps), x.data(), from.data(), dtype, begin, end,
+                                    dw, channels);
+  });
+}
+
+// ------------------------------------------------------------------------------------------ ops
+
+// grad: [rows, O] or channels_last [N, O, H, W]. dx: float32 zeros, [R, C] or channels_last.
+void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& index,
+                     const OptionalTensor& count, const OptionalTensor& source,
+                     IntHeaderOnlyArrayRef geometry, Tensor dx) {
+  const Geometry g = geometry_of(geometry);
+  const int64_t rows = active_rows(index, count), in_channels = dx.size(1), out_channels = grad.size(1);
+  const Dtype dtype = dtype_of(grad);
+  const int32_t* at = checked_index(index, rows, g.out_pixels());
+  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype),
+                      grad.dim() == 2 ? nullptr : at};
+  const int32_t* inverse = data_of<const int32_t>(source);
+  if (is_depthwise(g, in_channels, out_channels)) {
+    return depthwise_input_grad(g, from, rows, at, inverse, data_of<const float>(weight), dtype, in_channels,
+                                data_of<float>(dx));
+  }
+  InputGrad(g, from, rows, at, inverse, data_of<const char>(weight), dtype, in_channels, out_channels,
+            data_of<float>(dx))
+      .run();
+}
+
+// dw: the weight's shape, contiguous; db: [O]; both of the gradient's dtype.
+void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
+                      const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw, Tensor db) {
+  const Geometry g = geometry_of(geometry);
+  const int64_t rows = active_rows(index, count), in_channels = x.size(1), out_channels = grad.size(1);
+  const Dtype dtype = dtype_of(grad);
+  const int32_t* at = checked_index(index, rows, g.out_pixels());
+  const int64_t row_bytes = in_channels * size_of(dtype);
+  const ZeroRow zero(row_bytes);
+  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype),
+                      grad.dim() == 2 ? nullptr : at};
+  const Source source{g,    data_of<const char>(x), row_bytes, data_of<const int32_t>(source_in), zero.data(),
+                      false};
+  std::vector<float> sums(size_t(g.taps() * out_channels * (in_channels / g.groups)), 0.f);
+  if (is_depthwise(g, in_channels, out_channels)) {
+    depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.data());
+  } else {
+    WeightGrad(g, from, rows, at, source, dtype, in_channels, out_channels, sums.data()).run();
+  }
+  reorder(sums, g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
+  bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
+}
+
+}  // namespace
+}  // namespace dynops::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
+  m.def(
+      "cpu_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, "
+      "int[] geometry, Tensor(a!) dx) -> ()");
+  m.def(
+      "cpu_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
+      "int[] geometry, Tensor(a!) dw, Tensor(b!) db) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
+  m.impl("cpu_conv_input_grad", TORCH_BOX(&dynops::cpu::conv_input_grad));
+  m.impl("cpu_conv_weight_grad", TORCH_BOX(&dynops::cpu::conv_weight_grad));
+}
