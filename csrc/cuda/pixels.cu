@@ -9,8 +9,8 @@
 #include <cub/device/device_select.cuh>
 #include <tuple>
 
-#include "mask.cuh"
 #include "launch.h"
+#include "mask.cuh"
 
 namespace dynops::cuda {
 namespace {
