@@ -386,15 +386,17 @@ def test_a_graph_that_was_used_frees_its_tensors():
     assert all(ref() is None for ref in refs)  # by reference counts, without a collection
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_does_not_grow(backend):
-    def peak_mib() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def resident_mib() -> float:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
 
     weight = random_tensor(64, 64, 3, 3)
 
     def step():
-        x, mask = torch.rand(2, 64, 28, 28), random_mask((2, 28, 28), 0.1)
+        x, mask = torch.rand(2, 64, 28, 28), random_mask((2, 28, 28))
         plan = PixelPlan.from_mask(mask)
         leaves = [x.requires_grad_(), weight.clone().requires_grad_()]
         ops.sparse_conv2d(
@@ -403,10 +405,10 @@ def test_memory_does_not_grow(backend):
 
     for _ in range(10):
         step()
-    before = peak_mib()
-    for _ in range(60):  # one map that is not freed would be 0.38 MiB a step
+    before = resident_mib()
+    for _ in range(60):  # rows that are not freed would be 0.2 MiB a step, a map 0.4
         step()
-    assert peak_mib() - before < 12
+    assert resident_mib() - before < 8
 
 
 # -------------------------------------------------------------------- what is read and written
