@@ -40,7 +40,7 @@ def extension():
     link = []
     if os.environ.get("DYNOPS_SANITIZE") == "1":
         checks = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-        flags, link = [*flags, "-g", "-O1", *checks], checks
+        flags, link = [*flags, "-g1", "-O2", *checks], checks
     names = [
         f'-DDYNOPS_VERSION="{VERSION}"',
         f'-DDYNOPS_TORCH_VERSION="{torch.__version__}"',

@@ -105,7 +105,7 @@ Tensor needed_mask(const Tensor& index, const OptionalTensor& count, IntHeaderOn
   const int64_t rows = active_rows(index, count);
   Tensor mask = empty({g.batch, g.in_h, g.in_w}, ScalarType::Bool);
   uint8_t* out = static_cast<uint8_t*>(mask.data_ptr());
-  std::memset(out, 0, size_t(g.in_pixels()));
+  std::fill(out, out + g.in_pixels(), uint8_t(0));
   const int32_t* in = checked_index(index, rows, g.out_pixels());
   for (int64_t i = 0; i < rows; ++i) {
     const Pixel p = pixel_at(in[i], int32_t(g.out_h), int32_t(g.out_w));

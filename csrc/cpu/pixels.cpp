@@ -14,8 +14,9 @@
 namespace dynops::cpu {
 namespace {
 
-constexpr int32_t kMaxBlockRows = 64 * kTileRows;
-constexpr int64_t kTableBytes = 48 * 1024;     // pointers of a block
+constexpr int64_t kMaxBlockRows = 64 * kTileRows;
+constexpr int64_t kMinBlockRows = 4 * kTileRows;
+constexpr int64_t kBlockBytes = 512 * 1024;    // what the rows of a block read, half an L2 cache
 constexpr int64_t kConvertBytes = 256 * 1024;  // float32 copies of half-precision rows of a block
 
 // A vector of channels as float32, padded so that full vectors may be read past its end.
@@ -87,10 +88,9 @@ class ForwardPass {
       taps_.push_back(segment);
     }
     total_ = class_.size(f.rows);
-    block_rows_ = std::max<int64_t>(kTileRows, kTableBytes / (8 * std::max<int64_t>(segments_, 1)));
-    if (f.converts()) {
-      block_rows_ = std::min(block_rows_, kConvertBytes / (4 * std::max<int64_t>(segments_ * depth_, 1)));
-    }
+    const int64_t reads = std::max<int64_t>(segments_ * depth_, 1);  // elements a row reads
+    block_rows_ =
+        f.converts() ? kConvertBytes / (4 * reads) : std::max(kBlockBytes / (4 * reads), kMinBlockRows);
     block_rows_ = std::clamp<int64_t>(block_rows_ / kTileRows * kTileRows, kTileRows, kMaxBlockRows);
   }
 

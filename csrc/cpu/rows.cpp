@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "../common/tensors.h"
+#include "engine.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -35,13 +36,7 @@ void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* in
   const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
   while (begin < end) {
     const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
-    if (stop == begin) {
-      // two active pixels side by side
-    } else if (base) {
-      std::memcpy(out + begin * bytes, base + begin * bytes, size_t((stop - begin) * bytes));
-    } else {
-      std::memset(out + begin * bytes, 0, size_t((stop - begin) * bytes));
-    }
+    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes);
     begin = stop + 1;
   }
 }
