@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import threading
+import weakref
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 NAMES = ("cpp", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,8 +99,7 @@ class WeightCache:
     """
 
     def __init__(self):
-        self._entries = WeakIdKeyDictionary()
-        self._lock = threading.Lock()
+        self._entries: dict[int, _Entry] = {}  # by id(weight); an entry goes with its weight
 
     def get(self, weight: Tensor, key, make):
         """``make()`` for this weight and key, or what it returned last time."""
@@ -109,26 +107,44 @@ class WeightCache:
             return make()
         storage = weight.untyped_storage()
         version = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        entry = self._entries.get(weight)
+        entry = self._entries.get(id(weight))
         # the storage too: a freed one's address comes back, as in module.half().float()
-        if entry is None or entry[0] != version or entry[1].cdata != storage._cdata:
-            entry = (version, StorageWeakRef(storage), {})
-            with self._lock:
-                self._entries[weight] = entry
-        packed = entry[2].get(key)
+        if (
+            entry is None
+            or entry.weight() is not weight
+            or entry.version != version
+            or entry.storage.cdata != storage._cdata
+        ):
+            entry = self._entries[id(weight)] = _Entry(self._entries, weight, version, StorageWeakRef(storage))
+        packed = entry.made.get(key)
         if packed is None:
-            packed = entry[2][key] = make()
+            packed = entry.made[key] = make()
         return packed
 
     def drop(self, weight: Tensor) -> None:
         """Forgets what was made of one weight."""
-        with self._lock:
-            self._entries.pop(weight, None)
+        self._entries.pop(id(weight), None)
 
     def clear(self) -> None:
         """Forgets every packed weight."""
-        with self._lock:
-            self._entries = WeakIdKeyDictionary()
+        self._entries.clear()
+
+
+class _Entry:
+    """What was made of one version of one weight. Threads may make the same twice; either is right."""
+
+    __slots__ = ("weight", "version", "storage", "made")
+
+    def __init__(self, entries: dict, weight: Tensor, version: tuple, storage: StorageWeakRef):
+        key = id(weight)
+
+        def forget(dead, entries=entries):
+            entry = entries.get(key)
+            if entry is not None and entry.weight is dead:  # not that of a newer tensor at this address
+                entries.pop(key, None)
+
+        self.weight = weakref.ref(weight, forget)
+        self.version, self.storage, self.made = version, storage, {}
 
 
 weight_cache = WeightCache()

@@ -46,6 +46,7 @@ class PixelPlan:
         self.count = count
         self._inverse: Tensor | None = None
         self._as_rows: PixelPlan | None = None
+        self._pointwise: dict[int, ConvGeometry] = {}
 
     @classmethod
     def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
@@ -123,6 +124,16 @@ class PixelPlan:
             index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
             self._as_rows = PixelPlan(index, full.shape, self.count)
         return self._as_rows
+
+    def pointwise(self, groups: int) -> ConvGeometry:
+        """The geometry of a 1x1 convolution from this resolution to itself (kept)."""
+        geometry = self._pointwise.get(groups)
+        if geometry is None:
+            n, h, w = self.shape
+            geometry = self._pointwise[groups] = ConvGeometry(
+                n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, groups, 0
+            )
+        return geometry
 
     def needed(self, kernel_size, stride=1, padding=0, dilation=1, in_size=None) -> PixelPlan:
         """The plan of the input pixels that a convolution reads to compute this plan's outputs.

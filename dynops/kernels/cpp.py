@@ -6,6 +6,7 @@ Same signatures as the references in ``ops/pixels.py`` and ``ops/rows.py``.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,27 +33,36 @@ def _bf16_dot() -> bool:
     return backends.build_info()["bf16_dot"]
 
 
-def _is_depthwise(g: ConvGeometry, weight: Tensor) -> bool:
-    return g.groups > 1 and weight.shape[0] == g.groups and weight.shape[1] == 1
+class _Setup(NamedTuple):
+    """What a convolution of this shape needs to know before it runs."""
+
+    out_channels: int
+    merged: bool  # the taps of a kernel row are read as one run of the input
+    depthwise: bool
+    dot: bool  # bfloat16 pairs
 
 
-def _packed_weight(
-    weight: Tensor, g: ConvGeometry, dtype: torch.dtype, input_grad: bool, merged: bool
-) -> Tensor:
-    """The weight as the GEMM reads it, made once for each version of the weight."""
-    if _is_depthwise(g, weight):
-        return backends.weight_cache.get(
-            weight, "depthwise", lambda: torch.ops.dynops.cpu_pack_depthwise(weight)
-        )
+@functools.lru_cache(maxsize=4096)
+def _setup(g: ConvGeometry, weight_shape: torch.Size, dtype: torch.dtype, packed_in: bool) -> _Setup:
+    out_channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
+    merges = not packed_in and not g.transposed and g.groups == 1 and g.dil_w == 1 and g.kernel_w > 1
+    depthwise = g.groups > 1 and weight_shape[0] == g.groups and weight_shape[1] == 1
     dot = dtype == torch.bfloat16 and _bf16_dot()
-    key = (g.groups, g.transposed, input_grad, merged, dot)
-    return backends.weight_cache.get(
-        weight,
-        key,
-        lambda: torch.ops.dynops.cpu_pack_weight(
-            weight, g.groups, bool(g.transposed), input_grad, merged, dot
-        ),
-    )
+    return _Setup(out_channels, merges and weight_shape[1] < _MERGED_CHANNELS, depthwise, dot)
+
+
+def _packed_weight(weight: Tensor, g: ConvGeometry, setup: _Setup, input_grad: bool) -> Tensor:
+    """The weight as the GEMM reads it, made once for each version of the weight."""
+
+    def make():
+        if setup.depthwise:
+            return torch.ops.dynops.cpu_pack_depthwise(weight)
+        merged = setup.merged and not input_grad
+        return torch.ops.dynops.cpu_pack_weight(
+            weight, g.groups, bool(g.transposed), input_grad, merged, setup.dot
+        )
+
+    return backends.weight_cache.get(weight, (setup, g.groups, g.transposed, input_grad), make)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -65,20 +75,13 @@ def conv(
 ):
     """See ``ops.pixels._conv``."""
     g = as_geometry(geometry)
-    channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
-    merged = (
-        source is None
-        and not g.transposed
-        and g.groups == 1
-        and g.dil_w == 1
-        and g.kernel_w > 1
-        and x.shape[1] < _MERGED_CHANNELS
-    )
-    packed = _packed_weight(weight, g, x.dtype, False, merged)
+    setup = _setup(g, weight.shape, x.dtype, source is not None)
+    packed = _packed_weight(weight, g, setup, False)
     if rows:
-        out = x.new_empty((index.shape[0], channels))
+        out = x.new_empty((index.shape[0], setup.out_channels))
     else:
-        out = torch.empty((g.batch, channels, g.out_h, g.out_w), dtype=x.dtype, memory_format=_CHANNELS_LAST)
+        shape = (g.batch, setup.out_channels, g.out_h, g.out_w)
+        out = torch.empty(shape, dtype=x.dtype, memory_format=_CHANNELS_LAST)
     if gate is not None:
         gate = gate.to(torch.float32).contiguous()
     _cpu_conv(
@@ -95,7 +98,7 @@ def conv(
         gate,
         None if residual is None else residual.contiguous(),
         None if base is None else _last(base),
-        merged,
+        setup.merged,
         out,
     )
     return out
@@ -105,7 +108,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     """See ``ops.pixels._conv_input_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
-    packed = _packed_weight(weight, g, grad.dtype, True, False)
+    packed = _packed_weight(weight, g, _setup(g, weight.shape, grad.dtype, True), True)
     if source is None:
         shape = (g.batch, channels, g.in_h, g.in_w)
         dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()

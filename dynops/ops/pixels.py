@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kernels import cpp
 from ..plans import PixelPlan
 from . import checks
 from .epilogue import ACTIVATIONS, apply_epilogue
@@ -174,8 +175,6 @@ def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
     name = backends.choose(backend, x.device, x.dtype)
     if name == "cpp":
-        from ..kernels import cpp
-
         return cpp
     if name == "triton":
         from ..kernels import pixels
@@ -450,11 +449,11 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry,
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
     """Runs the op: with its gradient where one is needed, else straight to the kernel."""
-    if in_plan is plan and g.is_pointwise and len(plan) > 0:
-        # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
-        out_rows = plan.as_rows()
-        x, g = x.t()[None, :, None], g._replace(batch=1, in_h=1, in_w=len(plan), out_h=1, out_w=len(plan))
-        index, count, source = out_rows.index, out_rows.count, None
+    same_rows = in_plan is plan and g.is_pointwise and len(plan) > 0
+    if same_rows:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
+        plan_of_rows = plan.as_rows()
+        g, source = plan_of_rows.pointwise(g.groups), None
+        index, count = plan_of_rows.index, plan_of_rows.count
     else:
         index, count = plan.index, plan.count
         source = None if in_plan is None else in_plan.inverse()
@@ -462,22 +461,26 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
     backend = backend or ""
     if base is not None:
         base = base.to(x.dtype)  # differs under autocast only
-    compiling = torch.compiler.is_compiling()
-    if torch.is_grad_enabled():
-        floating = (x, weight, bias, scale, shift, gate, residual, base)
-        needs_grad = any(t is not None and t.requires_grad for t in floating)
-        if needs_grad and not checks.epilogue_is_empty(epilogue):
-            weight = weight.to(x.dtype)
-            out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
-            out = apply_epilogue(out, activation, scale, shift, gate, residual)
-            if rows:
-                return zero_past_count(out, index, count)
-            return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
-    else:
-        needs_grad = False
-    if needs_grad or compiling or type(x) is not Tensor:
-        return torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
-    return _run_conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, scale, shift, gate, residual, base)
+    )
+    through_dispatcher = needs_grad or torch.compiler.is_compiling() or type(x) is not Tensor
+    if not through_dispatcher and _kernels(backend, x) is cpp:  # which takes rows [P, C] for such a map too
+        out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
+        if rows or source is not None:
+            return out
+        return out.contiguous(memory_format=memory_format_of(x))
+    if same_rows:
+        x = x.t()[None, :, None]
+    if needs_grad and not checks.epilogue_is_empty(epilogue):
+        weight = weight.to(x.dtype)
+        out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
+        out = apply_epilogue(out, activation, scale, shift, gate, residual)
+        if rows:
+            return zero_past_count(out, index, count)
+        return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
+    run = torch.ops.dynops.pixel_conv if through_dispatcher else _run_conv
+    return run(x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 
 __all__ = [
