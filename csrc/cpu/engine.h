@@ -72,7 +72,7 @@ struct Depthwise {
   Activation activation;
 };
 
-// dw[o][c] += sum_k grad[k][o] * x[k][c] over a block of rows, for one panel of columns.
+// dw[o][c] (+)= sum_k grad[k][o] * x[k][c] over a block of rows, for one panel of columns.
 struct OuterProduct {
   int32_t rows;
   const float* grad;  // packed [o tile][rows][height of the tile], as `outputs` splits them
@@ -82,6 +82,7 @@ struct OuterProduct {
   TileSplit outputs;
   int32_t tile_begin, tile_end;
   int32_t columns;  // of this panel, <= panel width
+  bool add;         // to dw, rather than overwrite it
 };
 
 struct Kernels {

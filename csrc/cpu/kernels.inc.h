@@ -31,20 +31,28 @@ static void fill(char* to, const char* from, int64_t bytes) {
 
 // ------------------------------------------------------------------------------------- the GEMM
 
+template <int MR, int NV>
+FORCE_INLINE void multiply_one(Vec (&acc)[MR][NV], const float* const (&a)[MR], int64_t k,
+                               const float* weight) {
+  Vec b[NV];
+  UNROLL for (int v = 0; v < NV; ++v) b[v] = load(weight + v * Vec::kLanes);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const Vec x = broadcast(a[i][k]);
+    UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+  }
+}
+
 // acc += the outer products of MR broadcast inputs and NV vectors of weights, over one segment.
 template <int MR, int NV>
 FORCE_INLINE void multiply_segment(Vec (&acc)[MR][NV], const char* const* in, int64_t in_offset, int depth,
                                    const float* weight) {
   const float* a[MR];
   UNROLL for (int i = 0; i < MR; ++i) a[i] = (const float*)(in[i] + in_offset);
-  for (int k = 0; k < depth; ++k, weight += NV * Vec::kLanes) {
-    Vec b[NV];
-    UNROLL for (int v = 0; v < NV; ++v) b[v] = load(weight + v * Vec::kLanes);
-    UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec x = broadcast(a[i][k]);
-      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
-    }
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4, weight += 4 * NV * Vec::kLanes) {
+    UNROLL for (int u = 0; u < 4; ++u) multiply_one<MR, NV>(acc, a, k + u, weight + u * NV * Vec::kLanes);
   }
+  for (; k < depth; ++k, weight += NV * Vec::kLanes) multiply_one<MR, NV>(acc, a, k, weight);
 }
 
 #if defined(DYNOPS_ISA_BF16)
@@ -169,7 +177,9 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
                                                 int first_row, const char* panel, int64_t column, int width,
                                                 const NextTile& next) {
   const int64_t out_byte = g.out_offset + column * size_of(g.out);
-  UNROLL for (int i = 0; i < MR; ++i) __builtin_prefetch(rows.out[first_row + i] + out_byte, 1, 3);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(rows.out[first_row + i] + out_byte + v * 64, 1, 3);
+  }
   Vec acc[MR][NV];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   for (int s = 0; s < g.segments; ++s, in += MR) {
@@ -420,7 +430,7 @@ static __attribute__((noinline)) void outer_tile(const OuterProduct& p, const fl
       const int n = p.columns - v * Vec::kLanes;
       if (n <= 0) break;
       char* to = (char*)(dw + i * p.dw_stride + v * Vec::kLanes);
-      store(to, add(acc[i][v], load(to, Dtype::kFloat32, n)), Dtype::kFloat32, n);
+      store(to, p.add ? add(acc[i][v], load(to, Dtype::kFloat32, n)) : acc[i][v], Dtype::kFloat32, n);
     }
   }
 }

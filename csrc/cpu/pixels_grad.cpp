@@ -23,27 +23,42 @@ struct GradRows {
 // The input pixels that the rows of a block read, tap by tap.
 class Reach {
  public:
-  Reach(const Geometry& g, const int32_t* at, int64_t rows) : g_(g) {
+  Reach(const Geometry& g, const int32_t* at, int64_t rows) : g_(g), rows_(rows) {
+    for (std::vector<int32_t>* v : {&y_, &x_, &first_, &q_}) v->resize(size_t(rows));
+    if (g.transposed) pixel_.resize(size_t(rows));
     for (int64_t i = 0; i < rows; ++i) {
       const Pixel p = pixel_at(at[i], int32_t(g.out_h), int32_t(g.out_w));
-      pixel_.push_back(p);
-      y_.push_back(int32_t(p.y * g.stride_h - g.pad_h));
-      x_.push_back(int32_t(p.x * g.stride_w - g.pad_w));
+      if (g.transposed) pixel_[size_t(i)] = p;
+      y_[size_t(i)] = int32_t(p.y * g.stride_h - g.pad_h);
+      x_[size_t(i)] = int32_t(p.x * g.stride_w - g.pad_w);
+      first_[size_t(i)] = int32_t((p.n * g.in_h + y_[size_t(i)]) * g.in_w + x_[size_t(i)]);
     }
   }
 
-  // The pixel that row i reads at tap (r, s), or -1.
-  int32_t operator()(int64_t i, int32_t r, int32_t s) const {
-    if (g_.transposed) return input_pixel(g_, pixel_[size_t(i)], r, s);
-    const int32_t y = y_[size_t(i)] + r * int32_t(g_.dil_h), x = x_[size_t(i)] + s * int32_t(g_.dil_w);
-    if (uint32_t(y) >= uint32_t(g_.in_h) || uint32_t(x) >= uint32_t(g_.in_w)) return -1;
-    return (pixel_[size_t(i)].n * int32_t(g_.in_h) + y) * int32_t(g_.in_w) + x;
+  // The pixel that each row reads at this tap, or -1; valid until the next call.
+  const int32_t* at_tap(int32_t tap) {
+    const int32_t r = tap / int32_t(g_.kernel_w), s = tap % int32_t(g_.kernel_w);
+    if (g_.transposed) {
+      for (int64_t i = 0; i < rows_; ++i) q_[size_t(i)] = input_pixel(g_, pixel_[size_t(i)], r, s);
+      return q_.data();
+    }
+    const int32_t down = r * int32_t(g_.dil_h), across = s * int32_t(g_.dil_w);
+    const int32_t step = down * int32_t(g_.in_w) + across;
+    const uint32_t height = uint32_t(g_.in_h), width = uint32_t(g_.in_w);
+    const int32_t *y = y_.data(), *x = x_.data(), *first = first_.data();
+    int32_t* q = q_.data();
+    for (int64_t i = 0; i < rows_; ++i) {  // no branch and no product: the compiler makes vectors of it
+      const bool inside = (uint32_t(y[i] + down) < height) & (uint32_t(x[i] + across) < width);
+      q[i] = inside ? first[i] + step : -1;
+    }
+    return q;
   }
 
  private:
   const Geometry& g_;
+  int64_t rows_;
   std::vector<Pixel> pixel_;
-  std::vector<int32_t> y_, x_;
+  std::vector<int32_t> y_, x_, first_, q_;
 };
 
 // dx[q] += W[t]^T dy[p] for every pair (p, t) that reads q. For one tap no two rows read the same q, and
@@ -72,7 +87,8 @@ class InputGrad {
   void run() const {
     const double macs = double(rows_) * double(g_.taps() * in_channels_ / g_.groups * out_channels_);
     const int64_t threads = threads_for(macs, kMacsPerThread);
-    const bool by_panel = layout_.panels % threads == 0 || layout_.panels >= 4 * threads;
+    // Channels are shared where there are many, so that each thread reads its part of the weight only.
+    const bool by_panel = layout_.panels >= 4 * threads;
     const int64_t panel_parts = by_panel ? threads : 1, range_parts = threads / panel_parts;
     parallel(threads, [&](int64_t t) {
       const int64_t r = t % range_parts, p = t / range_parts;
@@ -95,28 +111,43 @@ class InputGrad {
 
   void run_part(int32_t begin, int32_t end, int64_t panel_begin, int64_t panel_end) const {
     Pairs pairs;
-    for (int64_t first = 0; first < rows_; first += kBlockRows) {
-      const int64_t height = std::min(kBlockRows, rows_ - first);
-      const Reach reach(g_, index_ + first, height);
+    if (begin >= end) return;
+    const auto [from, last] = readers(begin, end);
+    for (int64_t first = from; first < last; first += kBlockRows) {
+      const int64_t height = std::min(kBlockRows, last - first);
+      Reach reach(g_, index_ + first, height);
       for (int32_t tap = 0; tap < g_.taps(); ++tap) {
-        collect(reach, first, height, tap, begin, end, pairs);
+        collect(reach.at_tap(tap), first, height, begin, end, pairs);
         if (pairs.size) multiply(pairs, tap, panel_begin, panel_end);
       }
     }
   }
 
-  // The pairs of this tap with an input pixel in [begin, end): where they are read and written.
-  void collect(const Reach& reach, int64_t first, int64_t height, int32_t tap, int32_t begin, int32_t end,
+  // Rows of the index in which every row that reads an input pixel of [begin, end) lies: those whose lines
+  // y * stride - pad + [0, reach] may meet the lines of the range.
+  std::pair<int64_t, int64_t> readers(int64_t begin, int64_t end) const {
+    if (g_.transposed || (begin == 0 && end == g_.in_pixels())) return {0, rows_};
+    const int64_t reach = (g_.kernel_h - 1) * g_.dil_h, image = g_.in_h * g_.in_w;
+    const int64_t top = std::max<int64_t>(begin % image / g_.in_w + g_.pad_h - reach, 0);
+    const int64_t bottom = (end - 1) % image / g_.in_w + g_.pad_h;
+    const int64_t from = std::min((top + g_.stride_h - 1) / g_.stride_h, g_.out_h);
+    const int64_t to = std::min(bottom / g_.stride_h + 1, g_.out_h);
+    const int64_t first = (begin / image * g_.out_h + from) * g_.out_w;
+    const int64_t last = ((end - 1) / image * g_.out_h + to) * g_.out_w;
+    return {std::lower_bound(index_, index_ + rows_, first) - index_,
+            std::lower_bound(index_, index_ + rows_, last) - index_};
+  }
+
+  // The pairs of one tap with an input pixel in [begin, end): where they are read and written.
+  void collect(const int32_t* at, int64_t first, int64_t height, int32_t begin, int32_t end,
                Pairs& pairs) const {
-    const int32_t r = tap / int32_t(g_.kernel_w), s = tap % int32_t(g_.kernel_w);
     pairs.size = 0;
     for (int64_t i = 0; i < height; ++i) {
-      const int32_t q = reach(i, r, s);
+      int64_t q = at[i];
       if (q < begin || q >= end) continue;
-      const int64_t to = inverse_ ? inverse_[q] : q;
-      if (to < 0) continue;
+      if (inverse_ && (q = inverse_[q]) < 0) continue;
       pairs.from[pairs.size] = grad_[first + i];
-      pairs.to[pairs.size++] = reinterpret_cast<char*>(dx_ + to * in_channels_);
+      pairs.to[pairs.size++] = reinterpret_cast<char*>(dx_ + q * in_channels_);
     }
   }
 
@@ -170,9 +201,10 @@ class InputGrad {
 
 // ------------------------------------------------------------------------------ weight gradient
 
-// dW[t] = sum_p dy[p] x[q(p, t)]^T. The gradient rows are packed once, [block][group][o tile][row]; then
-// each (tap, group, panel of input channels, share of the o tiles) is a task, which gathers its input
-// columns and adds the outer products.
+// dW[t] = sum_p dy[p] x[q(p, t)]^T, in blocks of rows: a block's gradients are packed [group][o tile][row],
+// then each (tap, group, panel of input channels, share of the o tiles) is a task, which gathers its input
+// columns and adds the outer products. Threads share the rows, each with sums of its own, where the weight
+// is small; and the tasks where it is large.
 class WeightGrad {
  public:
   WeightGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
@@ -193,91 +225,116 @@ class WeightGrad {
 
   void run() {
     for (const RowClass& rows : row_classes(g_, index_, rows_)) {
-      total_ = rows.size(rows_);
-      const int64_t taps = int64_t(rows.taps.size());
-      if (total_ == 0 || taps == 0) continue;
-      const double macs = double(total_) * double(taps * group_in_ * out_channels_);
+      const int64_t total = rows.size(rows_), taps = int64_t(rows.taps.size());
+      if (total == 0 || taps == 0) {
+        for (int32_t tap : rows.taps) std::fill_n(tap_sums(dw_, tap), out_channels_ * group_in_, 0.f);
+        continue;
+      }
+      const double macs = double(total) * double(taps * group_in_ * out_channels_);
       const int64_t threads = threads_for(macs, kMacsPerThread);
-      pack(rows, threads);
-      const int64_t coarse = taps * g_.groups * panels_;
-      shares_ = std::min<int64_t>((threads + coarse - 1) / coarse, split_.tiles);
-      parallel(threads, [&](int64_t t) {
-        run_tasks(rows, part(coarse * shares_, t, threads), part(coarse * shares_, t + 1, threads));
-      });
+      if (g_.taps() * out_channels_ * group_in_ * 4 <= kSmallWeight && total >= threads * 4 * kBlock) {
+        share_rows(rows, total, threads);
+      } else {
+        share_tasks(rows, total, threads);
+      }
     }
   }
 
  private:
-  static constexpr int64_t kBlock = 256;  // rows: a panel of x is 32 KB, a tile of gradients 12 KB
+  static constexpr int64_t kBlock = 128;  // rows: a panel of x is 16 KB, a tile of gradients 6 KB, both in L1
+  static constexpr int64_t kSmallWeight = 1 << 20;  // bytes
 
-  const float* packed(int64_t first, int64_t group) const {
-    return packed_.get() + first * out_channels_ + group * std::min(kBlock, total_ - first) * group_out_;
-  }
+  float* tap_sums(float* dw, int64_t tap) const { return dw + tap * out_channels_ * group_in_; }
 
-  void pack(const RowClass& rows, int64_t threads) {
-    packed_.reset(new float[size_t(total_ * out_channels_)]);
-    const int64_t blocks = (total_ + kBlock - 1) / kBlock;
-    parallel(std::min(threads, blocks), [&](int64_t t) {
-      const int64_t parts = std::min(threads, blocks);
-      std::vector<float> line(static_cast<size_t>(out_channels_));
-      for (int64_t block = part(blocks, t, parts); block < part(blocks, t + 1, parts); ++block) {
-        const int64_t first = block * kBlock, height = std::min(kBlock, total_ - first);
-        for (int64_t i = 0; i < height; ++i) {
-          kernels().to_float(grad_[rows.row(first + i)], dtype_, out_channels_, line.data());
-          for (int64_t group = 0; group < g_.groups; ++group) {
-            pack_row(line.data() + group * group_out_, i, height, const_cast<float*>(packed(first, group)));
-          }
-        }
-      }
+  void share_rows(const RowClass& rows, int64_t total, int64_t threads) {
+    const int64_t weights = g_.taps() * out_channels_ * group_in_;
+    const std::unique_ptr<float[]> others(new float[size_t((threads - 1) * weights)]);
+    shares_ = 1;
+    parallel(threads, [&](int64_t t) {
+      float* dw = t ? others.get() + (t - 1) * weights : dw_;
+      run_tasks(rows, part(total, t, threads), part(total, t + 1, threads), 0,
+                int64_t(rows.taps.size()) * g_.groups * panels_, dw);
     });
-  }
-
-  void pack_row(const float* line, int64_t row, int64_t height, float* out) const {
-    for (int32_t tile = 0; tile < split_.tiles; ++tile) {
-      const int64_t outputs = split_.height(tile);
-      std::memcpy(out + row * outputs, line, size_t(outputs) * 4);
-      line += outputs;
-      out += outputs * height;
+    for (int32_t tap : rows.taps) {
+      for (int64_t t = 1; t < threads; ++t) {
+        const float* from = tap_sums(others.get() + (t - 1) * weights, tap);
+        kernels().add_to(reinterpret_cast<const char*>(from), Dtype::kFloat32, out_channels_ * group_in_,
+                         tap_sums(dw_, tap));
+      }
     }
   }
 
-  void run_tasks(const RowClass& rows, int64_t begin, int64_t end) const {
+  void share_tasks(const RowClass& rows, int64_t total, int64_t threads) {
+    const int64_t coarse = int64_t(rows.taps.size()) * g_.groups * panels_;
+    shares_ = std::min<int64_t>((threads + coarse - 1) / coarse, split_.tiles);
+    parallel(threads, [&](int64_t t) {
+      run_tasks(rows, 0, total, part(coarse * shares_, t, threads), part(coarse * shares_, t + 1, threads),
+                dw_);
+    });
+  }
+
+  // What one thread works with.
+  struct Work {
+    std::vector<int32_t> at;
+    std::vector<const char*> in;
+    std::vector<float> grad, line, x;
+  };
+
+  void pack(const RowClass& rows, int64_t first, int64_t height, Work& w) const {
+    for (int64_t i = 0; i < height; ++i) {
+      w.at[size_t(i)] = index_[rows.row(first + i)];
+      kernels().to_float(grad_[rows.row(first + i)], dtype_, out_channels_, w.line.data());
+      for (int64_t group = 0; group < g_.groups; ++group) {
+        float* out = w.grad.data() + group * group_out_ * height;
+        const float* line = w.line.data() + group * group_out_;
+        for (int32_t tile = 0; tile < split_.tiles; ++tile) {
+          const int64_t outputs = split_.height(tile);
+          std::memcpy(out + i * outputs, line, size_t(outputs) * 4);
+          line += outputs;
+          out += outputs * height;
+        }
+      }
+    }
+  }
+
+  void run_tasks(const RowClass& rows, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                 float* dw) const {
     if (begin >= end) return;
     const int64_t per_tap = g_.groups * panels_ * shares_;
     // This thread's taps only.
     const std::vector<int32_t> taps(rows.taps.begin() + begin / per_tap,
                                     rows.taps.begin() + (end - 1) / per_tap + 1);
     const TapTable table(source_, taps);
-    std::vector<const char*> in(taps.size() * size_t(kBlock));
-    std::vector<int32_t> at(static_cast<size_t>(kBlock));
-    std::vector<float> x(size_t(kBlock * kernels().panel_width));
-    for (int64_t first = 0; first < total_; first += kBlock) {
-      const int64_t height = std::min(kBlock, total_ - first);
-      for (int64_t i = 0; i < height; ++i) at[size_t(i)] = index_[rows.row(first + i)];
-      table.fill(at.data(), int32_t(height), in.data(), nullptr, false);
+    Work w{std::vector<int32_t>(kBlock), std::vector<const char*>(taps.size() * size_t(kBlock)),
+           std::vector<float>(size_t(kBlock * out_channels_)), std::vector<float>(size_t(out_channels_)),
+           std::vector<float>(size_t(kBlock * kernels().panel_width))};
+    for (int64_t first = row_begin; first < row_end; first += kBlock) {
+      const int64_t height = std::min(kBlock, row_end - first);
+      pack(rows, first, height, w);
+      table.fill(w.at.data(), int32_t(height), w.in.data(), nullptr, false);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t tap = task / per_tap - begin / per_tap;
-        const bool gathered = task > begin && task % shares_ != 0;  // the previous task's columns
-        run_task(task, rows.taps[size_t(task / per_tap)], in.data() + tap * height, first, height, x.data(),
-                 !gathered);
+        const bool gather = task == begin || task % shares_ == 0;  // else the previous task's columns
+        run_task(task, tap_sums(dw, taps[size_t(tap)]), w.in.data() + tap * height, height, w, gather,
+                 first > row_begin);
       }
     }
   }
 
-  void run_task(int64_t task, int64_t tap, const char* const* in, int64_t first, int64_t height, float* x,
-                bool gather) const {
+  void run_task(int64_t task, float* dw, const char* const* in, int64_t height, Work& w, bool gather,
+                bool add) const {
     const int64_t share = task % shares_, panel = task / shares_ % panels_;
     const int64_t group = task / shares_ / panels_ % g_.groups;
     const int64_t column = panel * kernels().panel_width;
     const int32_t columns = int32_t(std::min<int64_t>(kernels().panel_width, group_in_ - column));
     if (gather) {
       kernels().gather_columns(in, int32_t(height), (group * group_in_ + column) * size_of(dtype_), dtype_,
-                               columns, x);
+                               columns, w.x.data());
     }
-    float* dw = dw_ + (tap * out_channels_ + group * group_out_) * group_in_ + column;
-    kernels().outer_product({int32_t(height), packed(first, group), x, dw, group_in_, split_,
+    kernels().outer_product({int32_t(height), w.grad.data() + group * group_out_ * height, w.x.data(),
+                             dw + group * group_out_ * group_in_ + column, group_in_, split_,
                              int32_t(part(split_.tiles, share, shares_)),
-                             int32_t(part(split_.tiles, share + 1, shares_)), columns});
+                             int32_t(part(split_.tiles, share + 1, shares_)), columns, add});
   }
 
   const Geometry& g_;
@@ -286,48 +343,76 @@ class WeightGrad {
   const int32_t* index_;
   const Source& source_;
   Dtype dtype_;
-  int64_t group_in_, group_out_, out_channels_, panels_, total_ = 0, shares_ = 1;
+  int64_t group_in_, group_out_, out_channels_, panels_, shares_ = 1;
   TileSplit split_;  // of the group's outputs
   float* dw_;        // [taps][O][C / groups]
-  std::unique_ptr<float[]> packed_;
 };
 
+// out[i * taps + t] = in[t][i]. The common 3x3 is unrolled: a quarter of the time of the general loop.
+void interleave_taps(const float* const* in, int64_t taps, int64_t n, float* out) {
+  if (taps == 9) {
+    for (int64_t i = 0; i < n; ++i, out += 9) {
+      for (int64_t t = 0; t < 9; ++t) out[t] = in[t][i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t t = 0; t < taps; ++t) *out++ = in[t][i];
+  }
+}
+
 // [taps][O][I] to the weight's own order: [O][I][taps], or transposed (O the inputs) [I][O][taps].
-void reorder(const std::vector<float>& dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype,
-             char* out) {
+void reorder(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype, char* out) {
   const int64_t taps = g.taps(), group_out = outputs / g.groups, element = size_of(dtype);
   const int64_t lines = g.transposed ? g.groups * inputs : outputs;  // first dimension of the weight
   const int64_t inner = g.transposed ? group_out : inputs;           // second
-  const int64_t threads = threads_for(double(dw.size()), 64e3);
+  const int64_t threads = threads_for(double(taps * outputs * inputs), 64e3);
   parallel(threads, [&](int64_t t) {
-    std::vector<float> line(static_cast<size_t>(inner * taps));
+    std::vector<float> line(static_cast<size_t>(inner * taps)), column(static_cast<size_t>(inner * taps));
+    std::vector<const float*> in(static_cast<size_t>(taps));
     for (int64_t l = part(lines, t, threads); l < part(lines, t + 1, threads); ++l) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const float* from = dw.data() + tap * outputs * inputs;
+        const float* from = dw + tap * outputs * inputs;
+        in[size_t(tap)] = from + l * inputs;
+        if (!g.transposed) continue;
         for (int64_t i = 0; i < inner; ++i) {
-          const int64_t at =
-              g.transposed ? (l / inputs * group_out + i) * inputs + l % inputs : l * inputs + i;
-          line[size_t(i * taps + tap)] = from[at];
+          column[size_t(tap * inner + i)] = from[(l / inputs * group_out + i) * inputs + l % inputs];
         }
+        in[size_t(tap)] = column.data() + tap * inner;
       }
+      interleave_taps(in.data(), taps, inner, line.data());
       kernels().from_float(line.data(), inner * taps, dtype, out + l * inner * taps * element);
     }
   });
 }
 
-// The sum of the gradient rows: float32 over 16 rows, then float64, as exact as a tree of sums.
+// The sum of the gradient rows: float32 over 16 rows, then float64, as exact as a tree of sums. In blocks
+// that do not depend on the number of threads, so that neither does the result.
 void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype, char* out) {
-  std::vector<double> sum(size_t(channels), 0.);
-  std::vector<float> few(static_cast<size_t>(channels));
-  for (int64_t first = 0; first < rows; first += 16) {
-    std::fill(few.begin(), few.end(), 0.f);
-    for (int64_t i = first; i < std::min(rows, first + 16); ++i) {
-      kernels().add_to(grad[i], dtype, channels, few.data());
+  constexpr int64_t kBlock = 512;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  std::vector<double> sums(size_t(blocks * channels), 0.);
+  const int64_t threads = threads_for(double(rows * channels), 256e3);
+  parallel(threads, [&](int64_t t) {
+    std::vector<float> few(static_cast<size_t>(channels));
+    for (int64_t first = part(blocks, t, threads) * kBlock; first < part(blocks, t + 1, threads) * kBlock;
+         first += 16) {
+      if (first >= rows) break;
+      std::fill(few.begin(), few.end(), 0.f);
+      for (int64_t i = first; i < std::min(rows, first + 16); ++i) {
+        kernels().add_to(grad[i], dtype, channels, few.data());
+      }
+      double* sum = sums.data() + first / kBlock * channels;
+      for (int64_t c = 0; c < channels; ++c) sum[c] += few[size_t(c)];
     }
-    for (int64_t c = 0; c < channels; ++c) sum[size_t(c)] += few[size_t(c)];
+  });
+  std::vector<float> total(static_cast<size_t>(channels));
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += sums[size_t(block * channels + c)];
+    total[size_t(c)] = float(sum);
   }
-  for (int64_t c = 0; c < channels; ++c) few[size_t(c)] = float(sum[size_t(c)]);
-  kernels().from_float(few.data(), channels, dtype, out);
+  kernels().from_float(total.data(), channels, dtype, out);
 }
 
 // ------------------------------------------------------------------------------------ depthwise
@@ -355,12 +440,12 @@ void depthwise_input_grad(const Geometry& g, const GradRows& grad, int64_t rows,
   depthwise_blocks(rows, channels, macs, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
     std::vector<const char*> from(static_cast<size_t>(height));
     std::vector<float*> to(static_cast<size_t>(height * taps));
-    const Reach reach(g, index + first, height);
-    for (int64_t i = 0; i < height; ++i) {
-      from[size_t(i)] = grad[first + i];
-      for (int32_t t = 0; t < taps; ++t) {
-        int64_t q = reach(i, t / int32_t(g.kernel_w), t % int32_t(g.kernel_w));
-        if (q >= 0 && inverse) q = inverse[q];
+    for (int64_t i = 0; i < height; ++i) from[size_t(i)] = grad[first + i];
+    Reach reach(g, index + first, height);
+    for (int32_t t = 0; t < taps; ++t) {
+      const int32_t* at = reach.at_tap(t);
+      for (int64_t i = 0; i < height; ++i) {
+        const int64_t q = at[i] >= 0 && inverse ? inverse[at[i]] : at[i];
         to[size_t(i * taps + t)] = q < 0 ? nullptr : dx + q * channels;
       }
     }
@@ -375,12 +460,11 @@ void depthwise_weight_grad(const Geometry& g, const GradRows& grad, int64_t rows
   const double macs = double(rows) * double(taps * channels);
   depthwise_blocks(rows, channels, macs, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
     std::vector<const char*> from(static_cast<size_t>(height)), x(static_cast<size_t>(height * taps));
-    const Reach reach(g, index + first, height);
-    for (int64_t i = 0; i < height; ++i) {
-      from[size_t(i)] = grad[first + i];
-      for (int32_t t = 0; t < taps; ++t) {
-        x[size_t(i * taps + t)] = source.row(reach(i, t / int32_t(g.kernel_w), t % int32_t(g.kernel_w)));
-      }
+    for (int64_t i = 0; i < height; ++i) from[size_t(i)] = grad[first + i];
+    Reach reach(g, index + first, height);
+    for (int32_t t = 0; t < taps; ++t) {
+      const int32_t* at = reach.at_tap(t);
+      for (int64_t i = 0; i < height; ++i) x[size_t(i * taps + t)] = source.row(at[i]);
     }
     kernels().depthwise_weight_grad(int32_t(height), int32_t(taps), x.data(), from.data(), dtype, begin, end,
                                     dw, channels);
@@ -409,9 +493,10 @@ void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& ind
       .run();
 }
 
-// dw: the weight's shape, contiguous; db: [O]; both of the gradient's dtype.
+// dw: the weight's shape, contiguous; db: [O], or none where nobody asks; of the gradient's dtype.
 void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
-                      const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw, Tensor db) {
+                      const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw,
+                      const OptionalTensor& db) {
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), in_channels = x.size(1), out_channels = grad.size(1);
   const Dtype dtype = dtype_of(grad);
@@ -422,14 +507,16 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
                       grad.dim() == 2 ? nullptr : at};
   const Source source{g,    data_of<const char>(x), row_bytes, data_of<const int32_t>(source_in), zero.data(),
                       false};
-  std::vector<float> sums(size_t(g.taps() * out_channels * (in_channels / g.groups)), 0.f);
+  const int64_t weights = g.taps() * out_channels * (in_channels / g.groups);
+  const std::unique_ptr<float[]> sums(new float[size_t(weights)]);
   if (is_depthwise(g, in_channels, out_channels)) {
-    depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.data());
+    std::fill_n(sums.get(), weights, 0.f);
+    depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.get());
   } else {
-    WeightGrad(g, from, rows, at, source, dtype, in_channels, out_channels, sums.data()).run();
+    WeightGrad(g, from, rows, at, source, dtype, in_channels, out_channels, sums.get()).run();
   }
-  reorder(sums, g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
-  bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
+  reorder(sums.get(), g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
+  if (db) bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
 }
 
 }  // namespace
@@ -441,7 +528,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
       "int[] geometry, Tensor(a!) dx) -> ()");
   m.def(
       "cpu_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
-      "int[] geometry, Tensor(a!) dw, Tensor(b!) db) -> ()");
+      "int[] geometry, Tensor(a!) dw, Tensor(b!)? db) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {

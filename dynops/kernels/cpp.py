@@ -109,21 +109,28 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     packed = _packed_weight(weight, g, _setup(g, weight.shape, grad.dtype, True), True)
+    shape = (g.batch, channels, g.in_h, g.in_w)
+    if g.is_pointwise and source is None:  # each input is read once: a 1x1 convolution of the gradient
+        if rows and not (count is None and grad.shape[0] == g.batch * g.out_h * g.out_w):
+            source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
+        dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
+        none = (None,) * 5
+        _cpu_conv(_last(grad), packed, None, index, count, source, g, 0, *none, False, dx)
+        return dx
     if source is None:
-        shape = (g.batch, channels, g.in_h, g.in_w)
         dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
     else:
         dx = torch.zeros((source_rows, channels), dtype=torch.float32)
-    torch.ops.dynops.cpu_conv_input_grad(_last(grad), packed, index, count, source, geometry, dx)
+    torch.ops.dynops.cpu_conv_input_grad(_last(grad), packed, index, count, source, g, dx)
     return dx.to(grad.dtype)
 
 
-def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows):
+def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, bias=True):
     """See ``ops.pixels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
     dw = grad.new_empty(weight_shape)
-    db = grad.new_empty(weight_shape[1] * g.groups if g.transposed else weight_shape[0])
-    torch.ops.dynops.cpu_conv_weight_grad(_last(grad), _last(x), index, count, source, geometry, dw, db)
+    db = grad.new_empty(weight_shape[1] * g.groups if g.transposed else weight_shape[0]) if bias else None
+    torch.ops.dynops.cpu_conv_weight_grad(_last(grad), _last(x), index, count, source, g, dw, db)
     return dw, db
 
 
