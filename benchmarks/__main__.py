@@ -14,7 +14,8 @@ from .timing import Budget
 ROOT = Path(__file__).parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEGEND = """\
-dense ms: the fastest of {NCHW, channels_last} x {eager, torch.compile}, in the same interleaved run; medians.
+dense ms: the fastest of {NCHW, channels_last} x {eager, torch.compile}, in the same interleaved run; medians of warm
+calls (each version has a turn of three calls, of which the first is not timed).
 theory: MACs of the dense layer / MACs that must be computed.   speed-up: dense ms / ours ms, where ours goes
 from the mask to the output, the plan included.   realised: speed-up / theory.   FLOPs are 2 x MACs.
 break-even: the density below which ours is faster."""

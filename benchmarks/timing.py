@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,16 +22,19 @@ class Budget:
     min_rounds: int = 7
     max_rounds: int = 60
     warmup: int = 2
+    calls: int = 2  # timed in each turn, after one that is not
 
     def scaled(self, factor: float) -> Budget:
-        return Budget(self.seconds * factor, self.min_rounds, self.max_rounds, self.warmup)
+        return replace(self, seconds=self.seconds * factor)
 
 
 def interleaved(contenders: dict[str, Callable], device: torch.device, budget: Budget) -> dict[str, float]:
-    """Median milliseconds of each contender, one call of each per round.
+    """Median milliseconds of each contender; in every round each has a turn of a few calls.
 
-    Every other round runs backwards, so that no contender always follows the same one.
+    The first call of a turn is not timed: it finds the caches as the contender before left them, which says
+    nothing of either. Every other round runs backwards, so that no contender always follows the same one.
     """
+    _keep_memory()
     for call in contenders.values():
         for _ in range(budget.warmup):
             call()
@@ -41,8 +46,23 @@ def interleaved(contenders: dict[str, Callable], device: torch.device, budget: B
             if done >= budget.min_rounds and time.perf_counter() > end:
                 break
             for name, call in order if done % 2 == 0 else reversed(order):
-                times[name].append(_once(call, device))
+                call()
+                times[name] += [_once(call, device) for _ in range(budget.calls)]
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Lets glibc keep freed memory instead of returning it to the system after each call.
+
+    Otherwise a call whose output is a few megabytes may, by luck of the heap's layout, fault every page of it
+    in again (0.25 us a page: 2.5 ms for 40 MB), dense or sparse. Other allocators keep it by themselves.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _once(call: Callable, device: torch.device) -> float:

@@ -115,7 +115,9 @@ class WeightCache:
             or entry.version != version
             or entry.storage.cdata != storage._cdata
         ):
-            entry = self._entries[id(weight)] = _Entry(self._entries, weight, version, StorageWeakRef(storage))
+            entry = self._entries[id(weight)] = _Entry(
+                self._entries, weight, version, StorageWeakRef(storage)
+            )
         packed = entry.made.get(key)
         if packed is None:
             packed = entry.made[key] = make()
@@ -133,7 +135,7 @@ class WeightCache:
 class _Entry:
     """What was made of one version of one weight. Threads may make the same twice; either is right."""
 
-    __slots__ = ("weight", "version", "storage", "made")
+    __slots__ = ("made", "storage", "version", "weight")
 
     def __init__(self, entries: dict, weight: Tensor, version: tuple, storage: StorageWeakRef):
         key = id(weight)

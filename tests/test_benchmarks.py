@@ -189,8 +189,8 @@ def test_gate_follows_the_gradient():
 def test_interleaved_takes_turns():
     calls = []
     contenders = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    times = interleaved(contenders, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=1))
-    assert "".join(calls) == "ab" + "abbaabba"
+    times = interleaved(contenders, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=1, calls=2))
+    assert "".join(calls) == "ab" + "aaabbb" + "bbbaaa" + "aaabbb" + "bbbaaa"
     assert set(times) == {"a", "b"} and all(t >= 0 for t in times.values())
 
 

@@ -82,10 +82,9 @@ def conv_samples(backend: str):
                 )
                 dx = (dy, weight, index, count, inverse, len(x) if layout is None else 0, g, packed, backend)
                 yield "pixel_conv_input_grad", dx
-                yield (
-                    "pixel_conv_weight_grad",
-                    (dy, x, index, count, inverse, [6, 2, 2, 2], g, packed, backend),
-                )
+                for bias in (True, False):
+                    dw = (dy, x, index, count, inverse, [6, 2, 2, 2], g, packed, bias, backend)
+                    yield "pixel_conv_weight_grad", dw
 
 
 def samples():

@@ -129,8 +129,10 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows
     """See ``ops.pixels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
     dw = grad.new_empty(weight_shape)
-    db = grad.new_empty(weight_shape[1] * g.groups if g.transposed else weight_shape[0]) if bias else None
-    torch.ops.dynops.cpu_conv_weight_grad(_last(grad), _last(x), index, count, source, g, dw, db)
+    channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
+    db = grad.new_empty(channels if bias else 0)
+    out = db if bias else None
+    torch.ops.dynops.cpu_conv_weight_grad(_last(grad), _last(x), index, count, source, g, dw, out)
     return dw, db
 
 

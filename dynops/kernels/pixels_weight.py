@@ -144,10 +144,11 @@ def conv_weight_grad(
     weight_shape: list[int],
     geometry: list[int],
     rows: bool,
-) -> tuple[Tensor, Tensor]:  # dW as weight_shape, db [O]
+    bias: bool = True,
+) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
     """The gradients of ``conv`` (without its epilogue) with respect to weight and bias."""
     g = ConvGeometry(*geometry)
-    db = _bias_grad(grad, index, count, rows)
+    db = _bias_grad(grad, index, count, rows) if bias else grad.new_empty(0)
     if index.shape[0] == 0:
         return grad.new_zeros(weight_shape), db
     lead, inner, kh, kw = weight_shape

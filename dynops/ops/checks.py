@@ -190,7 +190,9 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
 
 
-def _conv_transpose_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation, groups, output_padding):
+def _conv_transpose_geometry(
+    in_shape, weight_shape, out_shape, stride, padding, dilation, groups, output_padding
+):
     """The geometry of a transposed convolution of ``in_shape`` [N, C, H, W]."""
     kernel = tuple(weight_shape[2:])
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)

@@ -160,7 +160,8 @@ def _conv_weight_grad(
     weight_shape: list[int],
     geometry: list[int],
     rows: bool,
-) -> tuple[Tensor, Tensor]:  # dW as weight_shape, db [O]
+    bias: bool = True,
+) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
     g = as_geometry(geometry)
     dense = _dense_grad(grad, index, count, g, rows)
     weight = grad.new_empty(weight_shape)  # its values are not read
@@ -201,10 +202,10 @@ def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     return dx.contiguous(memory_format=torch.channels_last if rows else memory_format_of(grad))
 
 
-def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, backend):
+def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, bias, backend):
     kernels = _kernels(backend, grad)
     run = _conv_weight_grad if kernels is None else kernels.conv_weight_grad
-    return run(grad, x, index, count, source, weight_shape, geometry, rows)
+    return run(grad, x, index, count, source, weight_shape, geometry, rows, bias)
 
 
 def _fake_conv(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows, backend):  # fmt: skip
@@ -225,10 +226,10 @@ def _fake_input_grad(grad, weight, index, count, source, source_rows, geometry, 
     return out.contiguous(memory_format=torch.channels_last if rows else memory_format_of(grad))
 
 
-def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, backend):
+def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, bias, backend):
     g = as_geometry(geometry)
     channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
-    return grad.new_empty(weight_shape), grad.new_empty(channels)
+    return grad.new_empty(weight_shape), grad.new_empty(channels if bias else 0)
 
 
 define(
@@ -246,7 +247,7 @@ define(
 )
 define(
     "pixel_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
-    "SymInt[] weight_shape, SymInt[] geometry, bool rows, str backend) -> (Tensor, Tensor)",
+    "SymInt[] weight_shape, SymInt[] geometry, bool rows, bool bias, str backend) -> (Tensor, Tensor)",
     _run_weight_grad,
     _fake_weight_grad,
 )
@@ -279,7 +280,7 @@ def _backward(ctx, grad):
         )
     if need_w:
         dw, db = torch.ops.dynops.pixel_conv_weight_grad(
-            grad, x, index, count, source, weight.shape, ctx.geometry, ctx.rows, ctx.backend
+            grad, x, index, count, source, weight.shape, ctx.geometry, ctx.rows, need_b, ctx.backend
         )
     elif need_b:
         rows = grad if ctx.rows else torch.ops.dynops.gather_rows(grad, index, count)
