@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "headline":
         _finish(headline(setting), "headline", setting, out, plot=True)
         return
-    chosen = ("layers", "models", "memory") if args.command == "all" else (args.command,)
+    # memory first: timing keeps freed memory from then on
+    chosen = ("memory", "layers", "models") if args.command == "all" else (args.command,)
     if setting.backward and "memory" in chosen:
         chosen = tuple(suite for suite in chosen if suite != "memory")  # it measures the forward only
     for suite in chosen:

@@ -243,9 +243,11 @@ def _ours(case: Case, setting: Setting, tensors, mask: Tensor, plan: PixelPlan, 
     calls = {"plain": plain}
     if with_variants:
         calls["plan reused"] = lambda: ops.sparse_conv2d(x, weight, None, plan, **arguments)
-        if case.kernel == 1 and case.stride == 1:  # here zero-filling the dense output costs most
+        calls["packed out"] = lambda: ops.packed_conv2d(
+            x, weight, None, None, PixelPlan.from_mask(mask), **arguments
+        )
+        if case.kernel == 1 and case.stride == 1:
             rows = ops.gather_pixels(x, plan)
-            calls["packed out"] = lambda: ops.packed_conv2d(x, weight, None, None, PixelPlan.from_mask(mask))
             calls["packed in and out, plan reused"] = lambda: ops.packed_conv2d(
                 rows, weight, None, plan, plan
             )

@@ -248,13 +248,16 @@ def summarise(name: str, rows: list[Row]) -> Summary | None:
 
 
 def summaries(rows: list[Row], target_groups: tuple[str, ...] = ()) -> list[Summary]:
-    """One for each group, and first one over ``target_groups`` on random and square masks."""
+    """One for each group, and first over ``target_groups``: random and square masks, and packed rows out."""
     groups = list(dict.fromkeys(row.group for row in rows))
     found = [summarise(group, [row for row in rows if row.group == group]) for group in groups]
     if any(group in target_groups for group in groups):
         target = [r for r in rows if r.group in target_groups and r.mask in ("random", "square")]
         name = " + ".join(group for group in groups if group in target_groups)
         found.insert(0, summarise(name + ", random and square", target))
+        packed = [dataclasses.replace(r, variant="plain") for r in rows if r.variant == "packed out"]
+        target = [row for row in packed if row.group in target_groups]
+        found.insert(1, summarise(name + ", random, packed rows out", target))
     return [summary for summary in found if summary]
 
 
@@ -269,7 +272,7 @@ def table(rows: list[Row]) -> str:
     for group, variant in dict.fromkeys((row.group, row.variant) for row in rows):
         own = [row for row in rows if (row.group, row.variant) == (group, variant)]
         own.sort(key=lambda row: -row.realised)
-        title = group if variant == "plain" else f"{group} ({variant}; not in any summary)"
+        title = group if variant == "plain" else f"{group} ({variant})"
         blocks.append(f"{title}\n" + aligned(_HEADER, [_cells(row) for row in own]))
     return "\n\n".join(blocks)
 

@@ -82,8 +82,8 @@ def conv_samples(backend: str):
                 )
                 dx = (dy, weight, index, count, inverse, len(x) if layout is None else 0, g, packed, backend)
                 yield "pixel_conv_input_grad", dx
-                for bias in (True, False):
-                    dw = (dy, x, index, count, inverse, [6, 2, 2, 2], g, packed, bias, backend)
+                for wanted in (True, False):
+                    dw = (dy, x, index, count, inverse, [6, 2, 2, 2], g, packed, wanted, backend)
                     yield "pixel_conv_weight_grad", dw
 
 

@@ -166,7 +166,7 @@ def _conv_weight_grad(
     dense = _dense_grad(grad, index, count, g, rows)
     weight = grad.new_empty(weight_shape)  # its values are not read
     _, dw = _dense_conv_grads(dense, dense_input(x, source, g), weight, g, [False, True])
-    return dw.contiguous(), dense.sum((0, 2, 3))
+    return dw.contiguous(), dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema
