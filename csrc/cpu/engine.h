@@ -91,7 +91,8 @@ struct Kernels {
   int32_t lanes;        // floats in a vector: the width of a half panel
   bool bf16_dot;        // multiplies bfloat16 pairs, accumulating in float32
 
-  void (*fill)(char* to, const char* from, int64_t bytes);  // copies, or writes zeros where from is null
+  // Copies, or writes zeros where `from` is null; `stream`: past the caches.
+  void (*fill)(char* to, const char* from, int64_t bytes, bool stream);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   void (*depthwise)(const Depthwise&, const RowBlock&);
   // dw[t][c] += sum_k x[k][t][c] * grad[k][c] over rows, for the channels [begin, end)

@@ -15,6 +15,9 @@ namespace dynops::cpu {
 namespace {
 
 constexpr int64_t kMaxBlockRows = 64 * kTileRows;
+// An output as large as this is zeroed past the caches where the arithmetic hides the stores (3x3, 64
+// channels, 200 x 200, 10 %: 0.80 ms instead of 0.91); a 1x1 layer is faster with its output in the cache.
+constexpr int64_t kStreamBytes = 4 << 20, kStreamReads = 256;
 constexpr int64_t kMinBlockRows = 4 * kTileRows;
 constexpr int64_t kBlockBytes = 512 * 1024;    // what the rows of a block read, half an L2 cache
 constexpr int64_t kConvertBytes = 256 * 1024;  // float32 copies of half-precision rows of a block
@@ -228,8 +231,10 @@ struct Partition {
 // that one core's stores overlap another's arithmetic.
 void fill_part(const Forward& f, int64_t t, int64_t threads) {
   const int64_t pixels = f.g.out_pixels();
+  const int64_t reads = f.g.taps() * f.in_channels / f.g.groups;
+  const bool stream = pixels * f.out_bytes() >= kStreamBytes && reads >= kStreamReads;
   fill_inactive(f.out, f.base, f.out_bytes(), f.index, f.rows, part(pixels, t, threads),
-                part(pixels, t + 1, threads));
+                part(pixels, t + 1, threads), stream);
 }
 
 void run_forward(const Forward& f) {

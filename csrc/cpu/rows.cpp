@@ -1,5 +1,8 @@
 // gather_rows and scatter_rows on the CPU: copies of whole rows, of any dtype.
 #include <cstring>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "../common/tensors.h"
 #include "engine.h"
@@ -32,13 +35,17 @@ void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, T
 }
 
 void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
-                   int64_t begin, int64_t end) {
+                   int64_t begin, int64_t end, bool stream) {
   const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
   while (begin < end) {
     const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
-    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes);
+    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes,
+                   stream);
     begin = stop + 1;
   }
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
+#endif
 }
 
 // base and out must be channels_last.
@@ -52,7 +59,7 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
   const int32_t* at = checked_index(index, rows, pixels);
   const int64_t threads = threads_for(double(pixels) * bytes, kBytesPerThread);
   parallel(threads, [&](int64_t t) {
-    fill_inactive(to, below, bytes, at, rows, part(pixels, t, threads), part(pixels, t + 1, threads));
+    fill_inactive(to, below, bytes, at, rows, part(pixels, t, threads), part(pixels, t + 1, threads), false);
     for (int64_t i = part(rows, t, threads); i < part(rows, t + 1, threads); ++i) {
       std::memcpy(to + at[i] * bytes, from + i * bytes, size_t(bytes));
     }

@@ -345,7 +345,7 @@ def sparse_conv2d(
     """
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)
-    if backend is None and plan.is_full and checks.epilogue_is_plain(epilogue):
+    if backend is None and _dense_wins(plan, epilogue):
         return dense_layer(x, weight, bias, g, epilogue[0])
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
@@ -376,7 +376,7 @@ def sparse_conv_transpose2d(
     """
     x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
-    if backend is None and plan.is_full and checks.epilogue_is_plain(epilogue):
+    if backend is None and _dense_wins(plan, epilogue):
         return dense_layer(x, weight, bias, g, epilogue[0])
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
@@ -439,6 +439,15 @@ def packed_conv_transpose2d(
     x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, None)  # fmt: skip
     return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
+
+
+# From this many pixels on, the dense layer is the faster way to compute all of them. Below, it spends as much
+# time on bringing its weight into the order of its kernel, in every call, as ours on some 50 pixels.
+_DENSE_PIXELS = 1024
+
+
+def _dense_wins(plan: PixelPlan, epilogue) -> bool:
+    return plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
 
 
 def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, activation: str) -> Tensor:
