@@ -15,7 +15,7 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "dynops/__init__.py").read_text())[1]
@@ -28,34 +28,48 @@ def wants_cuda() -> bool:
     return shutil.which("nvcc") is not None and torch.version.cuda is not None
 
 
+def cuda_home() -> str:
+    """Where nvcc is. torch looks for it only if it was built with CUDA itself; the stable ABI needs no such torch."""
+    candidates = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", cpp_extension.CUDA_HOME]
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(str(Path(nvcc).resolve().parents[1]))
+    for home in filter(None, candidates):
+        if (Path(home) / "bin" / "nvcc").exists():
+            return home
+    raise SystemExit("FORCE_CUDA=1: nvcc was not found in CUDA_HOME, /usr/local/cuda or PATH")
+
+
 def extension():
     cuda = wants_cuda()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("cpu/*.cpp"))
     sources += ["csrc/bindings.cpp"]
-    sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("cuda/*.cu")) if cuda else []
     target = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", *target]
-    link = []
+    link, include, library = [], [pybind11.get_include()], []
+    if cuda:
+        home = cpp_extension.CUDA_HOME = cuda_home()
+        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("cuda/*.cu"))
+        include += [f"{home}/include"]
+        library, link = [f"{home}/lib64"], ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     if os.environ.get("DYNOPS_SANITIZE") == "1":
         checks = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-        flags, link = [*flags, "-g1", "-O2", *checks], checks
+        flags, link = [*flags, "-g1", "-O2", *checks], [*link, *checks]
     names = [
         f'-DDYNOPS_VERSION="{VERSION}"',
         f'-DDYNOPS_TORCH_VERSION="{torch.__version__}"',
         f'-DDYNOPS_CUDA_ARCHS="{archs}"',
     ]
-    return (CUDAExtension if cuda else CppExtension)(
+    # CppExtension for both: CUDAExtension links libraries that only a torch built with CUDA has.
+    return cpp_extension.CppExtension(
         "dynops._C",
         sources,
-        include_dirs=[pybind11.get_include()],
+        include_dirs=include,
+        library_dirs=library,
         extra_compile_args={"cxx": flags + names, "nvcc": ["-O3", "-std=c++17", *target]},
         extra_link_args=link,
     )
 
 
-setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-)
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
