@@ -376,25 +376,28 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def readme_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
-    """The README's numbers: one summary of every report of layers, every row of models and memory."""
-    summary_rows, model_rows, memory_rows = [], [], []
+    """The README's numbers: a summary of every report of layers, the models' rows, the range of the memory."""
+    order = {"float32": 0, "bfloat16": 1, "float16": 2}
+    summary_rows, model_rows, memory = [], [], []
     for report in reports:
         layers = [row for row in report.rows if row.suite == "layers"]
         if layers:
             prefix = [layers[0].dtype, layers[0].mode]
             summary_rows += [prefix + _summary_cells(s) for s in summaries(layers, target_groups)]
-        models = [row for row in report.rows if row.suite == "models"]
-        models.sort(key=lambda row: -row.realised)
-        model_rows += [[row.dtype, *_cells(row)] for row in models]
-        memory_rows += [[row.dtype, *_memory_cells(row)] for row in report.memory]
+        model_rows += [[row.dtype, *_cells(row)] for row in report.rows if row.suite == "models"]
+        memory += [row.ratio for row in report.memory]
+    summary_rows.sort(key=lambda cells: (order[cells[0]], cells[1] != "forward"))
+    model_rows.sort(key=lambda cells: (order[cells[0]], cells[1], cells[2], -float(cells[3])))
     parts = ["\n".join(dict.fromkeys(machine_line(report.machine) for report in reports))]
     if summary_rows:
         parts.append(markdown(["dtype", "pass", *_SUMMARY_HEADER], summary_rows))
     if model_rows:
         parts.append(markdown(["dtype", "model", *_HEADER[1:]], model_rows))
-    if memory_rows:
-        header = ["dtype", "layer", "mask", "density", "dense MB", "best dense", "ours MB", "ours / dense"]
-        parts.append(markdown(header, memory_rows))
+    if memory:
+        parts.append(
+            f"One call of a sparse layer holds {min(memory):.2f} to {max(memory):.2f} times the memory that the "
+            f"dense layer's call holds at its peak ({len(memory)} rows)."
+        )
     return "\n\n".join(parts)
 
 
