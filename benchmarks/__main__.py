@@ -24,7 +24,7 @@ MB (2**20 bytes) that one call holds at its peak above what was held before it, 
 smaller of eager NCHW and channels_last."""
 QUICK_NOTE = (
     "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
-    "versions. `python -m benchmarks layers` compares every layer with all four."
+    "versions. `python -m benchmarks layers` compares the forward pass of every layer with all four."
 )
 FLOAT16_NOTE = (
     "Dense float16 convolution on a CPU can be many times slower than float32, for want of instructions; a "
@@ -112,7 +112,7 @@ def _report(setting: layers.Setting) -> report.Report:
 
 def run_layers(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
-    if quick:
+    if quick or setting.backward:  # compiling a backward pass for each of 72 layers takes half an hour
         setting = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(0.7, 5))
         result.notes.append(QUICK_NOTE)
     result.rows = layers.run(layers.all_cases(quick), setting)
