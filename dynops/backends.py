@@ -14,10 +14,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 NAMES = ("cpp", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-try:
+if importlib.util.find_spec("dynops._C") is None:  # a source tree that was not built: the reference runs
+    _C, _C_ERROR = None, "there is no dynops._C beside dynops/__init__.py"
+else:  # a binary that does not load raises here, rather than leave everything slow
     from . import _C
-except ImportError as error:  # a source tree that was not built: everything runs on the reference
-    _C, _C_ERROR = None, error
+
+    _C_ERROR = None
 
 
 def has_binary() -> bool:

@@ -114,8 +114,8 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
         if rows and not (count is None and grad.shape[0] == g.batch * g.out_h * g.out_w):
             source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
         dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
-        none = (None,) * 5
-        _cpu_conv(_last(grad), packed, None, index, count, source, g, 0, *none, False, dx)
+        no_epilogue = (0, None, None, None, None, None)
+        _cpu_conv(_last(grad), packed, None, index, count, source, g, *no_epilogue, False, dx)
         return dx
     if source is None:
         dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
