@@ -63,6 +63,7 @@ struct TileSplit {
 // A depthwise convolution of a block of rows: out[i][c] = sum_s in[i][s][c] * weight[s][c].
 struct Depthwise {
   int32_t segments;
+  int32_t prefetch_rows;  // how many rows ahead to ask for input, 0: not at all
   int64_t channels;
   const int64_t* taps;  // [segments]: row of `weight` for each segment
   const float* weight;  // [taps][channels]
@@ -70,6 +71,19 @@ struct Depthwise {
   const float* scale;
   const float* shift;
   Activation activation;
+};
+
+// Rows that each sum their own few taps: out[i][c] = sum_j in[i][j][c] * weight[tap[i][j]][c], j < pairs[i].
+// What scatters in the forward direction gathers here, so that each row is written once.
+struct DepthwisePairs {
+  int32_t rows, taps;     // taps: the stride of `in` and `tap`
+  const int32_t* pairs;   // [rows]
+  const char* const* in;  // [rows][taps]
+  const int32_t* tap;     // [rows][taps]
+  char* const* out;       // [rows], null: not wanted
+  int64_t channels;
+  const float* weight;  // [taps][channels]
+  Dtype dtype;          // of in and out
 };
 
 // dw[o][c] (+)= sum_k grad[k][o] * x[k][c] over a block of rows, for one panel of columns.
@@ -91,17 +105,14 @@ struct Kernels {
   int32_t lanes;        // floats in a vector: the width of a half panel
   bool bf16_dot;        // multiplies bfloat16 pairs, accumulating in float32
 
-  // Copies, or writes zeros where `from` is null; `stream`: past the caches.
-  void (*fill)(char* to, const char* from, int64_t bytes, bool stream);
+  // Copies, or writes zeros where `from` is null.
+  void (*fill)(char* to, const char* from, int64_t bytes);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   void (*depthwise)(const Depthwise&, const RowBlock&);
-  // dw[t][c] += sum_k x[k][t][c] * grad[k][c] over rows, for the channels [begin, end)
+  void (*depthwise_pairs)(const DepthwisePairs&);
+  // dw[t][c] += sum_k x[k][t][c] * grad[k][c] over rows; x is [rows][segments], dw [segments][channels]
   void (*depthwise_weight_grad)(int32_t rows, int32_t segments, const char* const* x, const char* const* grad,
-                                Dtype dtype, int64_t begin, int64_t end, float* dw, int64_t dw_stride);
-  // dx[t] (pointers, or null) += weight[t] * grad, for the channels [begin, end); dx is float32
-  void (*depthwise_input_grad)(int32_t rows, int32_t segments, const char* const* grad, Dtype dtype,
-                               const float* weight, int64_t weight_stride, float* const* dx, int64_t begin,
-                               int64_t end);
+                                Dtype dtype, int64_t channels, float* dw);
   void (*outer_product)(const OuterProduct&);
   // to[i][panel width] = `columns` elements at in[i] + offset bytes, as float32
   void (*gather_columns)(const char* const* in, int32_t rows, int64_t offset, Dtype dtype, int32_t columns,

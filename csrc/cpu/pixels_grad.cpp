@@ -1,6 +1,7 @@
 // Pixel-sparse convolution on the CPU: the gradients of the input, the weight and the bias.
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 #include "operands.h"
 #include "pack.h"
@@ -417,63 +418,126 @@ void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype
 
 // ------------------------------------------------------------------------------------ depthwise
 
-constexpr int64_t kDepthwiseBlock = 64;  // rows: their taps and gradients stay in the L2 cache
-
-// Calls f(first, height, channel_begin, channel_end) for blocks of rows, each thread on its own channels.
-template <class F>
-void depthwise_blocks(int64_t rows, int64_t channels, double macs, const F& f) {
-  const int64_t lanes = kernels().lanes, vectors = (channels + lanes - 1) / lanes;
-  const int64_t threads = std::min(threads_for(macs, kMacsPerThread / 8), std::max<int64_t>(vectors, 1));
-  parallel(threads, [&](int64_t t) {
-    const int64_t begin = part(channels, t, threads, lanes), end = part(channels, t + 1, threads, lanes);
-    for (int64_t first = 0; first < rows && begin < end; first += kDepthwiseBlock) {
-      f(first, std::min(kDepthwiseBlock, rows - first), begin, end);
+// dx of a depthwise convolution, an input line at a time: the pairs (row, tap) that read each pixel of the
+// line are listed, then summed, so that every pixel is written once and none is zeroed first.
+class DepthwiseInputGrad {
+ public:
+  DepthwiseInputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
+                     const int32_t* inverse, const float* weight, Dtype dtype, int64_t channels, char* dx)
+      : g_(g),
+        grad_(grad),
+        rows_(rows),
+        index_(index),
+        inverse_(inverse),
+        weight_(weight),
+        dtype_(dtype),
+        channels_(channels),
+        dx_(dx),
+        line_start_(size_t(g.batch * g.out_h + 1)) {
+    int64_t row = 0;
+    for (int64_t line = 0; line < g.batch * g.out_h; ++line) {
+      while (row < rows && index[row] < line * g.out_w) ++row;
+      line_start_[size_t(line)] = row;
     }
-  });
-}
+    line_start_.back() = rows;
+  }
 
-void depthwise_input_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-                          const int32_t* inverse, const float* weight, Dtype dtype, int64_t channels,
-                          float* dx) {
-  const int64_t taps = g.taps();
-  const double macs = double(rows) * double(taps * channels);
-  depthwise_blocks(rows, channels, macs, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
-    std::vector<const char*> from(static_cast<size_t>(height));
-    std::vector<float*> to(static_cast<size_t>(height * taps));
-    for (int64_t i = 0; i < height; ++i) from[size_t(i)] = grad[first + i];
-    Reach reach(g, index + first, height);
-    for (int32_t t = 0; t < taps; ++t) {
-      const int32_t* at = reach.at_tap(t);
-      for (int64_t i = 0; i < height; ++i) {
-        const int64_t q = at[i] >= 0 && inverse ? inverse[at[i]] : at[i];
-        to[size_t(i * taps + t)] = q < 0 ? nullptr : dx + q * channels;
+  void run() const {
+    const int64_t lines = g_.batch * g_.in_h;
+    const double work = double(rows_ * g_.taps() + g_.in_pixels()) * double(channels_);
+    const int64_t threads = threads_for(work, kMacsPerThread / 8);
+    parallel(threads, [&](int64_t t) {
+      Line line(size_t(g_.in_w), size_t(g_.taps()));
+      for (int64_t l = part(lines, t, threads); l < part(lines, t + 1, threads); ++l) run_line(l, line);
+    });
+  }
+
+ private:
+  struct Line {
+    std::vector<int32_t> pairs, tap;
+    std::vector<const char*> in;
+    std::vector<char*> out;
+    Line(size_t width, size_t taps) : pairs(width), tap(width * taps), in(width * taps), out(width) {}
+  };
+
+  void run_line(int64_t l, Line& line) const {
+    std::fill(line.pairs.begin(), line.pairs.end(), 0);
+    const int32_t n = int32_t(l / g_.in_h), y = int32_t(l % g_.in_h);
+    for (int32_t r = 0; r < g_.kernel_h; ++r) {
+      // the output line that reads this one at kernel row r: a convolution backward is its transpose
+      const int32_t out_y = input_coordinate(y, r, int32_t(g_.out_h), int32_t(g_.stride_h), int32_t(g_.pad_h),
+                                             int32_t(g_.dil_h), !g_.transposed);
+      if (out_y >= 0) collect(n * g_.out_h + out_y, r, line);
+    }
+    const int64_t bytes = channels_ * size_of(dtype_);
+    for (int64_t x = 0; x < g_.in_w; ++x) {
+      const int64_t q = l * g_.in_w + x, row = inverse_ ? inverse_[q] : q;
+      line.out[size_t(x)] = row < 0 ? nullptr : dx_ + row * bytes;
+    }
+    kernels().depthwise_pairs({int32_t(g_.in_w), int32_t(g_.taps()), line.pairs.data(), line.in.data(),
+                               line.tap.data(), line.out.data(), channels_, weight_, dtype_});
+  }
+
+  // The pairs of one output line at kernel row r.
+  void collect(int64_t out_line, int32_t r, Line& line) const {
+    const int64_t taps = g_.taps();
+    for (int64_t row = line_start_[size_t(out_line)]; row < line_start_[size_t(out_line + 1)]; ++row) {
+      const int32_t out_x = int32_t(index_[row] - out_line * g_.out_w);
+      const char* from = grad_[row];
+      for (int32_t s = 0; s < g_.kernel_w; ++s) {
+        const int32_t x = input_coordinate(out_x, s, int32_t(g_.in_w), int32_t(g_.stride_w),
+                                           int32_t(g_.pad_w), int32_t(g_.dil_w), g_.transposed);
+        if (x < 0) continue;
+        const size_t slot = size_t(x * taps + line.pairs[size_t(x)]++);
+        line.in[slot] = from;
+        line.tap[slot] = r * int32_t(g_.kernel_w) + s;
       }
     }
-    kernels().depthwise_input_grad(int32_t(height), int32_t(taps), from.data(), dtype, weight, channels,
-                                   to.data(), begin, end);
-  });
-}
+  }
 
+  const Geometry& g_;
+  const GradRows& grad_;
+  int64_t rows_;
+  const int32_t *index_, *inverse_;
+  const float* weight_;
+  Dtype dtype_;
+  int64_t channels_;
+  char* dx_;
+  std::vector<int64_t> line_start_;  // the first row of each output line
+};
+
+// Threads share the rows, each with sums of its own: a depthwise weight is small.
 void depthwise_weight_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
                            const Source& source, Dtype dtype, int64_t channels, float* dw) {
-  const int64_t taps = g.taps();
-  const double macs = double(rows) * double(taps * channels);
-  depthwise_blocks(rows, channels, macs, [&](int64_t first, int64_t height, int64_t begin, int64_t end) {
-    std::vector<const char*> from(static_cast<size_t>(height)), x(static_cast<size_t>(height * taps));
-    for (int64_t i = 0; i < height; ++i) from[size_t(i)] = grad[first + i];
-    Reach reach(g, index + first, height);
-    for (int32_t t = 0; t < taps; ++t) {
-      const int32_t* at = reach.at_tap(t);
-      for (int64_t i = 0; i < height; ++i) x[size_t(i * taps + t)] = source.row(at[i]);
+  constexpr int64_t kBlock = 64;  // rows: their taps and gradients stay in the L2 cache
+  const int64_t taps = g.taps(), weights = taps * channels;
+  const int64_t threads = threads_for(double(rows) * double(weights), kMacsPerThread / 8);
+  std::vector<int32_t> all(static_cast<size_t>(taps));
+  std::iota(all.begin(), all.end(), 0);
+  const TapTable table(source, all);
+  std::vector<float> others(size_t((threads - 1) * weights), 0.f);
+  std::fill_n(dw, weights, 0.f);
+  parallel(threads, [&](int64_t t) {
+    std::vector<const char*> x(size_t(kBlock * taps)), from(static_cast<size_t>(kBlock));
+    const int64_t end = part(rows, t + 1, threads);
+    for (int64_t first = part(rows, t, threads); first < end; first += kBlock) {
+      const int64_t height = std::min(kBlock, end - first);
+      for (int64_t i = 0; i < height; ++i) from[size_t(i)] = grad[first + i];
+      table.fill(index + first, int32_t(height), x.data(), nullptr, true);
+      kernels().depthwise_weight_grad(int32_t(height), int32_t(taps), x.data(), from.data(), dtype, channels,
+                                      t ? others.data() + (t - 1) * weights : dw);
     }
-    kernels().depthwise_weight_grad(int32_t(height), int32_t(taps), x.data(), from.data(), dtype, begin, end,
-                                    dw, channels);
   });
+  for (int64_t t = 1; t < threads; ++t) {
+    const char* from = reinterpret_cast<const char*>(others.data() + (t - 1) * weights);
+    kernels().add_to(from, Dtype::kFloat32, weights, dw);
+  }
 }
 
 // ------------------------------------------------------------------------------------------ ops
 
-// grad: [rows, O] or channels_last [N, O, H, W]. dx: float32 zeros, [R, C] or channels_last.
+// grad: [rows, O] or channels_last [N, O, H, W]. dx: float32 zeros, [R, C] or channels_last; depthwise: of
+// the gradient's dtype, and every element is written.
 void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& index,
                      const OptionalTensor& count, const OptionalTensor& source,
                      IntHeaderOnlyArrayRef geometry, Tensor dx) {
@@ -485,8 +549,9 @@ void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& ind
                       grad.dim() == 2 ? nullptr : at};
   const int32_t* inverse = data_of<const int32_t>(source);
   if (is_depthwise(g, in_channels, out_channels)) {
-    return depthwise_input_grad(g, from, rows, at, inverse, data_of<const float>(weight), dtype, in_channels,
-                                data_of<float>(dx));
+    return DepthwiseInputGrad(g, from, rows, at, inverse, data_of<const float>(weight), dtype, in_channels,
+                              data_of<char>(dx))
+        .run();
   }
   InputGrad(g, from, rows, at, inverse, data_of<const char>(weight), dtype, in_channels, out_channels,
             data_of<float>(dx))
@@ -510,7 +575,6 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
   const int64_t weights = g.taps() * out_channels * (in_channels / g.groups);
   const std::unique_ptr<float[]> sums(new float[size_t(weights)]);
   if (is_depthwise(g, in_channels, out_channels)) {
-    std::fill_n(sums.get(), weights, 0.f);
     depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.get());
   } else {
     WeightGrad(g, from, rows, at, source, dtype, in_channels, out_channels, sums.get()).run();

@@ -108,7 +108,8 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     """See ``ops.pixels._conv_input_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
-    packed = _packed_weight(weight, g, _setup(g, weight.shape, grad.dtype, True), True)
+    setup = _setup(g, weight.shape, grad.dtype, True)
+    packed = _packed_weight(weight, g, setup, True)
     shape = (g.batch, channels, g.in_h, g.in_w)
     if g.is_pointwise and source is None:  # each input is read once: a 1x1 convolution of the gradient
         if rows and not (count is None and grad.shape[0] == g.batch * g.out_h * g.out_w):
@@ -117,10 +118,12 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
         no_epilogue = (0, None, None, None, None, None)
         _cpu_conv(_last(grad), packed, None, index, count, source, g, *no_epilogue, False, dx)
         return dx
-    if source is None:
-        dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
+    if source is not None:
+        dx = torch.zeros((source_rows, channels), dtype=grad.dtype if setup.depthwise else torch.float32)
+    elif setup.depthwise:  # writes every pixel once, in the gradient's dtype
+        dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
     else:
-        dx = torch.zeros((source_rows, channels), dtype=torch.float32)
+        dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
     torch.ops.dynops.cpu_conv_input_grad(_last(grad), packed, index, count, source, g, dx)
     return dx.to(grad.dtype)
 

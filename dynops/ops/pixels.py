@@ -28,7 +28,7 @@ from ..plans import PixelPlan
 from . import checks
 from .epilogue import ACTIVATIONS, apply_epilogue
 from .registry import define
-from .rows import gather_pixels, memory_format_of, scatter_pixels, zero_past_count
+from .rows import gather_pixels, gather_rows, memory_format_of, scatter_pixels, scatter_rows, zero_past_count
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -232,20 +232,13 @@ def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, row
     return grad.new_empty(weight_shape), grad.new_empty(channels if bias else 0)
 
 
-define(
-    "pixel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, "
-    "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, "
-    "Tensor? base, bool rows, str backend) -> Tensor",
-    _run_conv,
-    _fake_conv,
-)
-define(
+_input_grad = define(
     "pixel_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, "
     "SymInt source_rows, SymInt[] geometry, bool rows, str backend) -> Tensor",
     _run_input_grad,
     _fake_input_grad,
 )
-define(
+_weight_grad = define(
     "pixel_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
     "SymInt[] weight_shape, SymInt[] geometry, bool rows, bool bias, str backend) -> (Tensor, Tensor)",
     _run_weight_grad,
@@ -275,23 +268,29 @@ def _backward(ctx, grad):
     need_x, need_w, need_b, need_base = (ctx.needs_input_grad[i] for i in (0, 1, 2, 12))
     if need_x:
         source_rows = 0 if source is None else x.shape[0]
-        dx = torch.ops.dynops.pixel_conv_input_grad(
-            grad, weight, index, count, source, source_rows, ctx.geometry, ctx.rows, ctx.backend
-        )
+        dx = _input_grad(grad, weight, index, count, source, source_rows, ctx.geometry, ctx.rows, ctx.backend)
     if need_w:
-        dw, db = torch.ops.dynops.pixel_conv_weight_grad(
+        dw, db = _weight_grad(
             grad, x, index, count, source, weight.shape, ctx.geometry, ctx.rows, need_b, ctx.backend
         )
     elif need_b:
-        rows = grad if ctx.rows else torch.ops.dynops.gather_rows(grad, index, count)
+        rows = grad if ctx.rows else gather_rows(grad, index, count)
         db = zero_past_count(rows, index, count).sum(0)
     if need_base:
         zeros = grad.new_zeros(index.shape[0], grad.shape[1])
-        dbase = torch.ops.dynops.scatter_rows(zeros, index, count, ctx.geometry[:1] + ctx.geometry[3:5], grad)
+        dbase = scatter_rows(zeros, index, count, ctx.geometry[:1] + ctx.geometry[3:5], grad)
     return dx, dw, (db if need_b else None), *[None] * 9, dbase, None, None
 
 
-torch.library.register_autograd("dynops::pixel_conv", _backward, setup_context=_setup_context)
+_convolution = define(
+    "pixel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, "
+    "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, "
+    "Tensor? base, bool rows, str backend) -> Tensor",
+    _run_conv,
+    _fake_conv,
+    _setup_context,
+    _backward,
+)
 
 # ------------------------------------------------------------------------------ public functions
 
@@ -474,8 +473,8 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, scale, shift, gate, residual, base)
     )
-    through_dispatcher = needs_grad or torch.compiler.is_compiling() or type(x) is not Tensor
-    if not through_dispatcher and _kernels(backend, x) is cpp:  # which takes rows [P, C] for such a map too
+    plain = not needs_grad and type(x) is Tensor and not torch.compiler.is_compiling()
+    if plain and _kernels(backend, x) is cpp:  # which takes rows [P, C] for such a map too
         out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
         if rows or source is not None:
             return out
@@ -484,13 +483,12 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         x = x.t()[None, :, None]
     if needs_grad and not checks.epilogue_is_empty(epilogue):
         weight = weight.to(x.dtype)
-        out = torch.ops.dynops.pixel_conv(x, weight, bias, index, count, source, list(g), "", None, None, None, None, None, True, backend)  # fmt: skip
+        out = _convolution(x, weight, bias, index, count, source, g, "", None, None, None, None, None, True, backend)  # fmt: skip
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
         if rows:
             return zero_past_count(out, index, count)
         return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
-    run = torch.ops.dynops.pixel_conv if through_dispatcher else _run_conv
-    return run(x, weight, bias, index, count, source, list(g), activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
+    return _convolution(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 
 __all__ = [

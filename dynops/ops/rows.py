@@ -73,14 +73,6 @@ def _run_scatter_rows(rows, index, count, shape, base) -> Tensor:
     return _scatter_rows(rows, index, count, shape, base)
 
 
-define("gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor", _run_gather_rows, _gather_rows_fake)
-define(
-    "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
-    _run_scatter_rows,
-    _scatter_rows_fake,
-)
-
-
 def _gather_setup(ctx, inputs, output):
     x, index, count = inputs
     ctx.save_for_backward(index, count)
@@ -89,7 +81,7 @@ def _gather_setup(ctx, inputs, output):
 
 def _gather_backward(ctx, grad):
     index, count = ctx.saved_tensors
-    return torch.ops.dynops.scatter_rows(grad, index, count, ctx.shape, None), None, None
+    return scatter_rows(grad, index, count, ctx.shape, None), None, None
 
 
 def _scatter_setup(ctx, inputs, output):
@@ -100,16 +92,28 @@ def _scatter_setup(ctx, inputs, output):
 
 def _scatter_backward(ctx, grad):
     index, count = ctx.saved_tensors
-    drows = torch.ops.dynops.gather_rows(grad, index, count) if ctx.needs_input_grad[0] else None
+    drows = gather_rows(grad, index, count) if ctx.needs_input_grad[0] else None
     dbase = None
     if ctx.needs_input_grad[4]:
         zeros = grad.new_zeros(index.shape[0], grad.shape[1])
-        dbase = torch.ops.dynops.scatter_rows(zeros, index, count, ctx.shape, grad)
+        dbase = scatter_rows(zeros, index, count, ctx.shape, grad)
     return drows, None, None, None, dbase
 
 
-torch.library.register_autograd("dynops::gather_rows", _gather_backward, setup_context=_gather_setup)
-torch.library.register_autograd("dynops::scatter_rows", _scatter_backward, setup_context=_scatter_setup)
+gather_rows = define(
+    "gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor",
+    _run_gather_rows,
+    _gather_rows_fake,
+    _gather_setup,
+    _gather_backward,
+)
+scatter_rows = define(
+    "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
+    _run_scatter_rows,
+    _scatter_rows_fake,
+    _scatter_setup,
+    _scatter_backward,
+)
 
 
 def gather_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
@@ -128,7 +132,7 @@ def gather_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
 
     checks.pixel_plan(plan, "plan")
     checks.dense_map(x, plan, "x")
-    return torch.ops.dynops.gather_rows(x, plan.index, plan.count)
+    return gather_rows(x, plan.index, plan.count)
 
 
 def scatter_pixels(rows: Tensor, plan: PixelPlan, base: Tensor | None = None) -> Tensor:
@@ -150,4 +154,4 @@ def scatter_pixels(rows: Tensor, plan: PixelPlan, base: Tensor | None = None) ->
     checks.packed_rows(rows, plan, "rows")
     if base is not None:
         checks.dense_map(base, plan, "base", channels=rows.shape[1], dtype=rows.dtype)
-    return torch.ops.dynops.scatter_rows(rows, plan.index, plan.count, list(plan.shape), base)
+    return scatter_rows(rows, plan.index, plan.count, list(plan.shape), base)
