@@ -68,7 +68,7 @@ class PixelPlan:
         if capacity is None and torch.compiler.is_compiling():
             capacity = shape[0] * shape[1] * shape[2]
         if capacity is None:
-            return cls(_raising(torch.ops.dynops.mask_to_index, mask), shape)
+            return cls(_raising(torch.ops.dynops.mask_to_index.default, mask), shape)
         if not is_int(capacity, 0):
             raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
         index, count = _raising(torch.ops.dynops.mask_to_index_capacity, mask, capacity)

@@ -202,6 +202,19 @@ class InputGrad {
 
 // ------------------------------------------------------------------------------ weight gradient
 
+// out[i * taps + t] = in[t][i]. The common 3x3 is unrolled: a quarter of the time of the general loop.
+void interleave_taps(const float* const* in, int64_t taps, int64_t n, float* out) {
+  if (taps == 9) {
+    for (int64_t i = 0; i < n; ++i, out += 9) {
+      for (int64_t t = 0; t < 9; ++t) out[t] = in[t][i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t t = 0; t < taps; ++t) *out++ = in[t][i];
+  }
+}
+
 // dW[t] = sum_p dy[p] x[q(p, t)]^T, in blocks of rows: a block's gradients are packed [group][o tile][row],
 // then each (tap, group, panel of input channels, share of the o tiles) is a task, which gathers its input
 // columns and adds the outer products. Threads share the rows, each with sums of its own, where the weight
@@ -209,7 +222,7 @@ class InputGrad {
 class WeightGrad {
  public:
   WeightGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-             const Source& source, Dtype dtype, int64_t in_channels, int64_t out_channels, float* dw)
+             const Source& source, Dtype dtype, int64_t in_channels, int64_t out_channels)
       : g_(g),
         grad_(grad),
         rows_(rows),
@@ -219,12 +232,46 @@ class WeightGrad {
         group_in_(in_channels / g.groups),
         group_out_(out_channels / g.groups),
         out_channels_(out_channels),
-        split_(int32_t(out_channels / g.groups)),
-        dw_(dw) {
+        line_(in_channels / g.groups * g.taps()),
+        split_(int32_t(out_channels / g.groups)) {
     panels_ = (group_in_ + kernels().panel_width - 1) / kernels().panel_width;
   }
 
-  void run() {
+  // Whether rows are so few that it is their inputs, not the sums, that are brought into the weight's order:
+  // each then is one panel of columns i * taps + t, whose sums over all rows go from registers to dW. With 20
+  // rows of 512 -> 512 channels 3x3 the sums, one by one to their places, took 600 us.
+  bool few_rows() const {
+    return rows_ > 0 && rows_ <= kFewRows && rows_ <= group_out_ && !g_.transposed &&
+           rows_ * g_.groups * line_panels() * kernels().panel_width * 4 <= kFewBytes;
+  }
+
+  void run_few(char* out) {
+    const int64_t threads = threads_for(double(rows_) * double(line_ * out_channels_), kMacsPerThread);
+    const int64_t width = kernels().panel_width, panels = g_.groups * line_panels();
+    const std::unique_ptr<float[]> x(new float[size_t(panels * rows_ * width)]);
+    parallel(threads, [&](int64_t t) {
+      interleave_rows(part(rows_, t, threads), part(rows_, t + 1, threads), x.get());
+    });
+    RowClass rows;
+    rows.all = true;
+    Work w;
+    w.grad.resize(size_t(rows_ * out_channels_));
+    w.line.resize(size_t(out_channels_));
+    w.at.resize(size_t(rows_));
+    pack(rows, 0, rows_, w);
+    shares_ = std::min<int64_t>((threads + panels - 1) / panels, split_.tiles);
+    parallel(threads, [&](int64_t t) {
+      std::vector<float> sums(dtype_ == Dtype::kFloat32 ? 0 : size_t(group_out_ * width));
+      for (int64_t i = part(panels * shares_, t, threads); i < part(panels * shares_, t + 1, threads); ++i) {
+        run_few_panel(i / shares_, i % shares_, w.grad.data(), x.get() + i / shares_ * rows_ * width, sums,
+                      out);
+      }
+    });
+  }
+
+  // All sums in `dw`, [taps][O][I].
+  void run(float* dw) {
+    dw_ = dw;
     for (const RowClass& rows : row_classes(g_, index_, rows_)) {
       const int64_t total = rows.size(rows_), taps = int64_t(rows.taps.size());
       if (total == 0 || taps == 0) {
@@ -244,6 +291,57 @@ class WeightGrad {
  private:
   static constexpr int64_t kBlock = 128;  // rows: a panel of x is 16 KB, a tile of gradients 6 KB, both in L1
   static constexpr int64_t kSmallWeight = 1 << 20;  // bytes
+  static constexpr int64_t kFewRows = 512, kFewBytes = 4 << 20;
+
+  int64_t line_panels() const { return (line_ + kernels().panel_width - 1) / kernels().panel_width; }
+
+  // x[panel][row][width]: the inputs of each row in the order of a line of the weight, i * taps + t.
+  void interleave_rows(int64_t begin, int64_t end, float* x) const {
+    const int64_t taps = g_.taps(), width = kernels().panel_width, channels = group_in_ * g_.groups;
+    std::vector<int32_t> all(static_cast<size_t>(taps));
+    std::iota(all.begin(), all.end(), 0);
+    const TapTable table(source_, all);
+    std::vector<const char*> in(static_cast<size_t>(taps));
+    std::vector<const float*> from(static_cast<size_t>(taps));
+    std::vector<float> converted(size_t(taps * channels)), line(size_t(line_panels() * width));
+    for (int64_t row = begin; row < end; ++row) {
+      table.fill(index_ + row, 1, in.data(), nullptr, true);
+      for (int64_t t = 0; t < taps; ++t) {
+        kernels().to_float(in[size_t(t)], dtype_, channels, converted.data() + t * channels);
+      }
+      for (int64_t group = 0; group < g_.groups; ++group) {
+        for (int64_t t = 0; t < taps; ++t)
+          from[size_t(t)] = converted.data() + t * channels + group * group_in_;
+        interleave_taps(from.data(), taps, group_in_, line.data());
+        for (int64_t p = 0; p < line_panels(); ++p) {
+          float* to = x + ((group * line_panels() + p) * rows_ + row) * width;
+          std::memcpy(to, line.data() + p * width, size_t(width) * 4);
+        }
+      }
+    }
+  }
+
+  // A share of the output tiles of one panel of a group's columns.
+  void run_few_panel(int64_t task, int64_t share, const float* grad, const float* x, std::vector<float>& sums,
+                     char* out) const {
+    const int64_t width = kernels().panel_width, group = task / line_panels();
+    const int64_t column = task % line_panels() * width;
+    const int32_t columns = int32_t(std::min<int64_t>(width, line_ - column));
+    const int32_t begin = int32_t(part(split_.tiles, share, shares_));
+    const int32_t end = int32_t(part(split_.tiles, share + 1, shares_));
+    char* to = out + (group * group_out_ * line_ + column) * size_of(dtype_);
+    const bool direct = dtype_ == Dtype::kFloat32;
+    kernels().outer_product({int32_t(rows_), grad + group * group_out_ * rows_, x,
+                             direct ? reinterpret_cast<float*>(to) : sums.data(), direct ? line_ : width,
+                             split_, begin, end, columns, false});
+    if (direct) return;
+    int64_t row = 0;
+    for (int32_t tile = 0; tile < end; row += split_.height(tile++)) {
+      for (int64_t i = row; tile >= begin && i < row + split_.height(tile); ++i) {
+        kernels().from_float(sums.data() + i * width, columns, dtype_, to + i * line_ * size_of(dtype_));
+      }
+    }
+  }
 
   float* tap_sums(float* dw, int64_t tap) const { return dw + tap * out_channels_ * group_in_; }
 
@@ -344,23 +442,10 @@ class WeightGrad {
   const int32_t* index_;
   const Source& source_;
   Dtype dtype_;
-  int64_t group_in_, group_out_, out_channels_, panels_, shares_ = 1;
-  TileSplit split_;  // of the group's outputs
-  float* dw_;        // [taps][O][C / groups]
+  int64_t group_in_, group_out_, out_channels_, line_, panels_, shares_ = 1;  // line_: weights of one output
+  TileSplit split_;                                                           // of the group's outputs
+  float* dw_ = nullptr;                                                       // [taps][O][C / groups]
 };
-
-// out[i * taps + t] = in[t][i]. The common 3x3 is unrolled: a quarter of the time of the general loop.
-void interleave_taps(const float* const* in, int64_t taps, int64_t n, float* out) {
-  if (taps == 9) {
-    for (int64_t i = 0; i < n; ++i, out += 9) {
-      for (int64_t t = 0; t < 9; ++t) out[t] = in[t][i];
-    }
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t t = 0; t < taps; ++t) *out++ = in[t][i];
-  }
-}
 
 // [taps][O][I] to the weight's own order: [O][I][taps], or transposed (O the inputs) [I][O][taps].
 void reorder(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype, char* out) {
@@ -572,14 +657,19 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
                       grad.dim() == 2 ? nullptr : at};
   const Source source{g,    data_of<const char>(x), row_bytes, data_of<const int32_t>(source_in), zero.data(),
                       false};
-  const int64_t weights = g.taps() * out_channels * (in_channels / g.groups);
-  const std::unique_ptr<float[]> sums(new float[size_t(weights)]);
-  if (is_depthwise(g, in_channels, out_channels)) {
-    depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.get());
+  WeightGrad weight_grad(g, from, rows, at, source, dtype, in_channels, out_channels);
+  const bool depthwise = is_depthwise(g, in_channels, out_channels);
+  if (!depthwise && weight_grad.few_rows()) {
+    weight_grad.run_few(data_of<char>(dw));
   } else {
-    WeightGrad(g, from, rows, at, source, dtype, in_channels, out_channels, sums.get()).run();
+    const std::unique_ptr<float[]> sums(new float[size_t(dw.numel())]);
+    if (depthwise) {
+      depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.get());
+    } else {
+      weight_grad.run(sums.get());
+    }
+    reorder(sums.get(), g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
   }
-  reorder(sums.get(), g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
   if (db) bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
 }
 
