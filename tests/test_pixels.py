@@ -131,8 +131,11 @@ CONVS = {
     "depthwise": Conv(c=16, o=16, groups=16, padding=1),
     "depthwise 5x5 stride 2": Conv(c=19, o=19, groups=19, kernel=5, stride=2, padding=2),
     "depthwise dilated": Conv(c=35, o=35, groups=35, padding=2, dilation=2),
+    "depthwise, 3 vectors": Conv(c=48, o=48, groups=48, padding=1),
+    "depthwise 5x5, 5 vectors": Conv(c=83, o=83, groups=83, kernel=5, padding=2, h=6, w=7),
     "depthwise multiplier": Conv(c=6, o=18, groups=6, padding=1),
     "group width 2 to 1": Conv(c=8, o=4, groups=4, padding=1),
+    "fewer rows than outputs, groups": Conv(c=8, o=80, groups=2, padding=1, n=1, h=5, w=6),
     "group width 3": Conv(c=12, o=12, groups=4, padding=1),
     "group width 8": Conv(c=32, o=32, groups=4, padding=1),
     "group width 16": Conv(c=32, o=32, groups=2, padding=1, stride=2),
@@ -718,6 +721,26 @@ def test_gradcheck_packed():
     weight, bias = random_tensor(3, 2, 3, 3, dtype=torch.float64), random_tensor(3, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *t: conv.packed_op(*t, in_plan, plan), leaves)
+
+
+def test_second_derivative_raises():
+    conv = Conv(padding=1)
+    t = conv.tensors()
+    x = t["x"].requires_grad_()
+    out = conv.op(x, t["weight"], t["bias"], PixelPlan.from_mask(random_mask(conv.out_shape(), 0.4)))
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_functional_gradient():
+    conv = Conv(padding=1)
+    t, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4)
+    plan = PixelPlan.from_mask(mask)
+    dx = torch.func.grad(lambda x: conv.op(x, t["weight"], t["bias"], plan).square().sum())(t["x"])
+    x = t["x"].requires_grad_()
+    conv.op(x, t["weight"], t["bias"], plan).square().sum().backward()
+    assert torch.equal(dx, x.grad)
 
 
 def test_names_are_exported():

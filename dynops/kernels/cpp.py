@@ -26,6 +26,8 @@ if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 
     _cpu_conv = torch.ops.dynops.cpu_conv.default
     _cpu_gather = torch.ops.dynops.cpu_gather.default
     _cpu_scatter = torch.ops.dynops.cpu_scatter.default
+    _cpu_input_grad = torch.ops.dynops.cpu_conv_input_grad.default
+    _cpu_weight_grad = torch.ops.dynops.cpu_conv_weight_grad.default
 
 
 @functools.cache
@@ -124,7 +126,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
         dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
     else:
         dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
-    torch.ops.dynops.cpu_conv_input_grad.default(_last(grad), packed, index, count, source, g, dx)
+    _cpu_input_grad(_last(grad), packed, index, count, source, g, dx)
     return dx.to(grad.dtype)
 
 
@@ -135,7 +137,7 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows
     channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
     db = grad.new_empty(channels if bias else 0)
     out = db if bias else None
-    torch.ops.dynops.cpu_conv_weight_grad.default(_last(grad), _last(x), index, count, source, g, dw, out)
+    _cpu_weight_grad(_last(grad), _last(x), index, count, source, g, dw, out)
     return dw, db
 
 

@@ -25,8 +25,11 @@ class Op:
         self.implementation, self.function = implementation, function
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return self.overload(*arguments)
+        if torch._C._are_functorch_transforms_active():  # torch.func.grad
+            run = self.overload if self.function is None else self.function.transformed.apply
+            return run(*arguments)
         needs_grad = False
         for value in arguments:
             if isinstance(value, Tensor):
@@ -60,10 +63,18 @@ def define(
 
 
 def _function(name: str, implementation, setup_context, backward) -> type[torch.autograd.Function]:
-    def forward(ctx, *inputs):  # a setup_context of its own would cost 40 us: torch binds a signature a call
+    def forward(ctx, *inputs):
         output = implementation(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
-    return type(name, (torch.autograd.Function,), methods)
+    def make(**methods):
+        methods = {key: staticmethod(method) for key, method in methods.items()}
+        return type(name, (torch.autograd.Function,), methods)
+
+    # torch.func asks for a setup_context of its own; with one, torch binds a signature at each call: 40 us
+    function = make(forward=forward, backward=once_differentiable(backward))
+    function.transformed = make(
+        forward=implementation, setup_context=setup_context, backward=once_differentiable(backward)
+    )
+    return function
