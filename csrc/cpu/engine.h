@@ -105,8 +105,8 @@ struct Kernels {
   int32_t lanes;        // floats in a vector: the width of a half panel
   bool bf16_dot;        // multiplies bfloat16 pairs, accumulating in float32
 
-  // Copies, or writes zeros where `from` is null.
-  void (*fill)(char* to, const char* from, int64_t bytes);
+  // Copies, or writes zeros where `from` is null; `stream`: past the caches.
+  void (*fill)(char* to, const char* from, int64_t bytes, bool stream);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   void (*depthwise)(const Depthwise&, const RowBlock&);
   void (*depthwise_pairs)(const DepthwisePairs&);

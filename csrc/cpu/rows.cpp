@@ -1,5 +1,8 @@
 // gather_rows and scatter_rows on the CPU: copies of whole rows, of any dtype.
 #include <cstring>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "../common/tensors.h"
 #include "engine.h"
@@ -31,23 +34,18 @@ void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, T
   if (out.size(0) > rows) std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
 }
 
-void Background::fill_inactive(int64_t begin, int64_t end) const {
+void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
+                   int64_t begin, int64_t end, bool stream) {
   const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
   while (begin < end) {
     const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
-    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes);
+    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes,
+                   stream);
     begin = stop + 1;
   }
-}
-
-// Stores in order, without gaps, need not read the line that they write: 14.5 MB at 10 % take 150 us instead
-// of 260, and at 50 % 140 instead of 280.
-void Background::fill_before(int64_t begin, int64_t end) const {
-  if (begin >= end) return;
-  const int32_t* first = std::lower_bound(index, index + rows, int32_t(begin));
-  const int64_t active = std::lower_bound(first, index + rows, int32_t(end)) - first;
-  if (base || 4 * active > 3 * (end - begin)) return fill_inactive(begin, end);
-  kernels().fill(out + begin * bytes, nullptr, (end - begin) * bytes);
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
+#endif
 }
 
 // base and out must be channels_last.
@@ -59,14 +57,11 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
   const char* below = base ? static_cast<const char*>(base->data_ptr()) : nullptr;
   char* to = static_cast<char*>(out.data_ptr());
   const int32_t* at = checked_index(index, rows, pixels);
-  const Background background{to, below, bytes, at, rows};
   const int64_t threads = threads_for(double(pixels) * bytes, kBytesPerThread);
   parallel(threads, [&](int64_t t) {
-    const int64_t begin = part(pixels, t, threads), end = part(pixels, t + 1, threads);
-    background.fill_before(begin, end);
-    const int32_t* last = std::lower_bound(at, at + rows, int32_t(end));
-    for (const int32_t* p = std::lower_bound(at, at + rows, int32_t(begin)); p < last; ++p) {
-      std::memcpy(to + *p * bytes, from + (p - at) * bytes, size_t(bytes));
+    fill_inactive(to, below, bytes, at, rows, part(pixels, t, threads), part(pixels, t + 1, threads), false);
+    for (int64_t i = part(rows, t, threads); i < part(rows, t + 1, threads); ++i) {
+      std::memcpy(to + at[i] * bytes, from + i * bytes, size_t(bytes));
     }
   });
 }
