@@ -68,13 +68,16 @@ def _function(name: str, implementation, setup_context, backward) -> type[torch.
         setup_context(ctx, inputs, output)
         return output
 
+    once = once_differentiable(backward)
+
+    def backward_once(ctx, *grads):  # what once_differentiable does is needed under create_graph only
+        return (once if torch.is_grad_enabled() else backward)(ctx, *grads)
+
     def make(**methods):
         methods = {key: staticmethod(method) for key, method in methods.items()}
         return type(name, (torch.autograd.Function,), methods)
 
     # torch.func asks for a setup_context of its own; with one, torch binds a signature at each call: 40 us
-    function = make(forward=forward, backward=once_differentiable(backward))
-    function.transformed = make(
-        forward=implementation, setup_context=setup_context, backward=once_differentiable(backward)
-    )
+    function = make(forward=forward, backward=backward_once)
+    function.transformed = make(forward=implementation, setup_context=setup_context, backward=once)
     return function
