@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dynops
 from dynops import PixelPlan, backends, ops
+from dynops.geometry import ConvGeometry
 from dynops.testing import (
     LAYOUTS,
     assert_within_budget,
@@ -126,6 +127,8 @@ CONVS = {
     "one to many": Conv(c=1, o=33, padding=1),
     "many to one": Conv(c=37, o=1, padding=1),
     "odd wide": Conv(c=70, o=101, padding=1, h=6, w=5),
+    "winograd": Conv(c=40, o=72, padding=1, h=21, w=23),
+    "winograd, padded by 2": Conv(c=33, o=37, padding=2, h=19, w=14),
     "one output pixel": Conv(kernel=(11, 13), n=1),
     "one image row": Conv(kernel=(1, 3), padding=(0, 1), h=1, w=40),
     "depthwise": Conv(c=16, o=16, groups=16, padding=1),
@@ -154,7 +157,7 @@ TRANSPOSED = {
     "T depthwise": Conv(c=16, o=16, groups=16, kernel=4, stride=2, padding=1, output_padding=0, h=4, w=5),
 }
 ALL = CONVS | TRANSPOSED
-FEW = {k: ALL[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "T 3x3 stride 2")}  # fmt: skip
+FEW = {k: ALL[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "winograd", "T 3x3 stride 2")}  # fmt: skip
 
 
 def each(cases: dict):
@@ -721,6 +724,103 @@ def test_gradcheck_packed():
     weight, bias = random_tensor(3, 2, 3, 3, dtype=torch.float64), random_tensor(3, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *t: conv.packed_op(*t, in_plan, plan), leaves)
+
+
+# ------------------------------------------------------------------------------------ Winograd
+
+cpu_kernels = pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")
+
+
+def blocky_mask(n: int, h: int, w: int, kind: str) -> Tensor:
+    """Rectangles, with ragged borders that cut tiles of 2 x 2 in half."""
+    mask = torch.zeros(n, h, w, dtype=torch.bool)
+    if kind == "full":
+        mask[:] = True
+    elif kind == "odd corner":
+        mask[:, 1 : h - 2, 3:] = True
+    elif kind == "two":
+        mask[0, : h // 2 + 1, : w // 2] = True
+        mask[-1, h // 3 :, w // 3 :] = True
+    elif kind == "holes":
+        mask[:, :-1, :-1] = True
+        mask[:, ::5, ::4] = False
+    return mask
+
+
+def quads_of(plan: PixelPlan, g) -> Tensor:
+    return torch.ops.dynops.cpu_winograd_quads(plan.index, plan.count, list(g))
+
+
+@cpu_kernels
+@pytest.mark.parametrize("kind", ["full", "odd corner", "two", "holes"])
+@pytest.mark.parametrize("size", [(2, 20, 22), (1, 31, 17), (5, 12, 13)])
+def test_quads_cover_each_row_once(size, kind):
+    mask = blocky_mask(*size, kind)
+    plan, (n, h, w) = PixelPlan.from_mask(mask), size
+    g = ConvGeometry(n, h, w, h, w, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
+    quads = quads_of(plan, g)
+    assert len(quads) >= 24
+    first, rows = quads[:, 0], quads[:, 1:]
+    y, x = first // w % h, first % w
+    assert torch.equal(rows[rows >= 0].sort().values, torch.arange(len(plan), dtype=torch.int32))
+    assert bool((y % 2 == 0).all()) and bool((x % 2 == 0).all())
+    for i, step in enumerate((0, 1, w, w + 1)):
+        active = rows[:, i] >= 0
+        assert torch.equal(plan.index[rows[active, i].long()], first[active] + step)
+
+
+@cpu_kernels
+@pytest.mark.parametrize("density", [0, 0.3, 0.6])
+def test_scattered_pixels_make_no_quads(density):
+    plan = PixelPlan.from_mask(random_mask((2, 30, 30), density))
+    g = ConvGeometry(2, 30, 30, 30, 30, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
+    assert quads_of(plan, g).shape == (0, 5)
+
+
+@cpu_kernels
+@pytest.mark.parametrize("channels", [(64, 64), (33, 95), (160, 300), (512, 128)])
+@pytest.mark.parametrize("kind", ["full", "odd corner", "two", "holes"])
+def test_winograd_with_everything(channels, kind):
+    """Small and large weights (shared by tiles, by panels), the whole epilogue, and its gradients."""
+    c, o = channels
+    conv = Conv(c=c, o=o, padding=1, n=2, h=19, w=18)
+    mask = blocky_mask(2, 19, 18, kind)
+    tensors = conv.tensors() | conv.epilogue()
+    out = check(conv, "cpp", mask, tensors, ("x", "weight"), activation="relu")
+    assert out.isfinite().all()
+    with torch.no_grad():
+        check(conv, "cpp", mask, tensors, activation="hardswish")
+        check(conv, "cpp", mask, conv.tensors())
+
+
+@cpu_kernels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_winograd_does_not_depend_on_threads(threads):
+    x, weight = random_tensor(1, 300, 24, 25), random_tensor(200, 300, 3, 3)
+    plan = PixelPlan.from_mask(blocky_mask(1, 24, 25, "odd corner"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        several = ops.sparse_conv2d(x, weight, None, plan, padding=1)
+        torch.set_num_threads(1)
+        assert torch.equal(several, ops.sparse_conv2d(x, weight, None, plan, padding=1))
+    finally:
+        torch.set_num_threads(before)
+
+
+@cpu_kernels
+def test_winograd_on_rows_and_with_a_count():
+    conv = Conv(c=48, o=32, padding=1, n=2, h=20, w=21)
+    t, mask = conv.tensors(), blocky_mask(2, 20, 21, "odd corner")
+    plan, capacity = PixelPlan.from_mask(mask), PixelPlan.from_mask(mask, 700)
+    inner = plan.needed(3, padding=1)
+    x = t["x"] * inner.mask()[:, None]
+    dense = conv.op(x, t["weight"], t["bias"], plan)
+    rows = ops.packed_conv2d(ops.gather_pixels(x, inner), t["weight"], t["bias"], inner, plan, padding=1)
+    assert torch.equal(ops.scatter_pixels(rows, plan), dense.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(conv.op(x, t["weight"], t["bias"], capacity), dense)
+    packed = conv.packed_op(x, t["weight"], t["bias"], None, capacity)
+    assert torch.equal(packed[: len(plan)], rows) and not packed[len(plan) :].any()
 
 
 def test_second_derivative_raises():

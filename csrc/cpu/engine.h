@@ -108,6 +108,10 @@ struct Kernels {
   // Copies, or writes zeros where `from` is null; `stream`: past the caches.
   void (*fill)(char* to, const char* from, int64_t bytes, bool stream);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
+  // v[position][tile][channel] = B^T d B of the 4 x 4 inputs in[tile][16]; strides in floats.
+  void (*winograd_input)(const char* const* in, int32_t tiles, int64_t channels, float* v, int64_t stride);
+  // out[tile * 4 + i] = what follows the convolution, of A^T m A; rows.out[...] null: not wanted.
+  void (*winograd_output)(const Gemm&, const RowBlock&, const float* m, int64_t stride, int64_t panel);
   void (*depthwise)(const Depthwise&, const RowBlock&);
   void (*depthwise_pairs)(const DepthwisePairs&);
   // dw[t][c] += sum_k x[k][t][c] * grad[k][c] over rows; x is [rows][segments], dw [segments][channels]

@@ -255,6 +255,71 @@ static void gemm(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end
   gemm_panels<false>(g, rows, begin, end);
 }
 
+// ------------------------------------------------------------------------------------- Winograd
+
+// F(2x2, 3x3) of Lavin and Gray (CVPR 2016): 4 outputs from 4 x 4 inputs by 16 products instead of 36.
+// B^T d of four values.
+FORCE_INLINE void winograd_rows(const Vec (&d)[4], Vec (&t)[4]) {
+  t[0] = sub(d[0], d[2]);
+  t[1] = add(d[1], d[2]);
+  t[2] = sub(d[2], d[1]);
+  t[3] = sub(d[1], d[3]);
+}
+
+static void winograd_input(const char* const* in, int32_t tiles, int64_t channels, float* v, int64_t stride) {
+  for (int i = 0; i < tiles; ++i, in += 16, v += channels) {
+    for (int64_t c = 0; c < channels; c += Vec::kLanes) {
+      const int n = int(channels - c < Vec::kLanes ? channels - c : Vec::kLanes);
+      Vec half[4][4];  // [column][row of B^T d]
+      UNROLL for (int x = 0; x < 4; ++x) {
+        Vec column[4];
+        UNROLL for (int y = 0; y < 4; ++y) column[y] = load(in[y * 4 + x] + c * 4, Dtype::kFloat32, n);
+        winograd_rows(column, half[x]);
+      }
+      UNROLL for (int y = 0; y < 4; ++y) {
+        const Vec row[4] = {half[0][y], half[1][y], half[2][y], half[3][y]};
+        Vec out[4];
+        winograd_rows(row, out);
+        UNROLL for (int x = 0; x < 4; ++x) {
+          store((char*)(v + (y * 4 + x) * stride + c), out[x], Dtype::kFloat32, n);
+        }
+      }
+    }
+  }
+}
+
+// A^T m of four values.
+FORCE_INLINE void winograd_sums(Vec m0, Vec m1, Vec m2, Vec m3, Vec& y0, Vec& y1) {
+  const Vec plus = add(m1, m2), minus = sub(m1, m2);
+  y0 = add(m0, plus);
+  y1 = sub(minus, m3);
+}
+
+static void winograd_output(const Gemm& g, const RowBlock& rows, const float* m, int64_t stride,
+                            int64_t panel) {
+  const int64_t column = panel * kPanelWidth, left = g.layout.columns - column;
+  const int width = int(left < kPanelWidth ? left : kPanelWidth);
+  for (int i = 0; i < rows.rows / 4; ++i, m += kPanelWidth) {
+    for (int v = 0; v * Vec::kLanes < width; ++v) {
+      const int n = width - v * Vec::kLanes;
+      const int64_t c = column + v * Vec::kLanes;
+      Vec half[2][4], y[2][2];
+      UNROLL for (int x = 0; x < 4; ++x) {
+        const float* from = m + x * stride + v * Vec::kLanes;
+        winograd_sums(load(from), load(from + 4 * stride), load(from + 8 * stride), load(from + 12 * stride),
+                      half[0][x], half[1][x]);
+      }
+      UNROLL for (int r = 0; r < 2; ++r) {
+        winograd_sums(half[r][0], half[r][1], half[r][2], half[r][3], y[r][0], y[r][1]);
+      }
+      const Vec scale = load(g.scale + c), shift = load(g.shift + c);
+      UNROLL for (int j = 0; j < 4; ++j) {
+        if (rows.out[i * 4 + j]) finish(g, y[j / 2][j % 2], scale, shift, rows, i * 4 + j, c * 4, n);
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------ depthwise
 
 template <Dtype kIn>
@@ -617,6 +682,8 @@ const Kernels table = {DYNOPS_ISA_NAME,
 #endif
                        fill,
                        gemm,
+                       winograd_input,
+                       winograd_output,
                        depthwise,
                        depthwise_pairs,
                        depthwise_weight_grad,

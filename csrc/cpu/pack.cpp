@@ -90,6 +90,46 @@ Tensor pack_weight(const Tensor& weight_in, int64_t groups, bool transposed, boo
   return packed;
 }
 
+// G w of three values, `step` apart.
+void winograd_weight(const float* w, int64_t step, float* out, int64_t out_step) {
+  const float sum = (w[0] + w[2 * step]) * 0.5f, middle = w[step] * 0.5f;
+  out[0] = w[0];
+  out[out_step] = sum + middle;
+  out[2 * out_step] = sum - middle;
+  out[3 * out_step] = w[2 * step];
+}
+
+// A float32 weight [O, C, 3, 3] as G w G^T: 16 packed weights of a 1x1 convolution, one after another.
+Tensor pack_winograd(const Tensor& weight_in) {
+  const Tensor weight = torch::stable::contiguous(weight_in);
+  const int64_t outputs = weight.size(0), channels = weight.size(1), pairs = outputs * channels;
+  const float* w = static_cast<const float*>(weight.data_ptr());
+  std::vector<float> transformed(size_t(16 * pairs));  // [position][O][C]
+  const int64_t threads = threads_for(double(pairs), 4e3);
+  parallel(threads, [&](int64_t t) {
+    for (int64_t i = part(pairs, t, threads); i < part(pairs, t + 1, threads); ++i) {
+      float rows[12];  // G w: [4][3]
+      for (int64_t x = 0; x < 3; ++x) winograd_weight(w + i * 9 + x, 3, rows + x, 3);
+      for (int64_t y = 0; y < 4; ++y) {
+        winograd_weight(rows + y * 3, 1, transformed.data() + y * 4 * pairs + i, pairs);
+      }
+    }
+  });
+  WeightView view(weight, 1, false, false);
+  view.taps = 1;
+  view.column_stride = channels;
+  view.channel_stride = 1;
+  const PanelLayout layout = panel_layout(outputs, 1, channels, false);
+  Tensor packed = empty({16 * layout.group_bytes}, ScalarType::Byte);
+  char* out = static_cast<char*>(packed.data_ptr());
+  parallel(16 * layout.panels, [&](int64_t i) {
+    const int64_t position = i / layout.panels, panel = i % layout.panels;
+    pack_panel(view, transformed.data() + position * pairs, layout, 1, panel, false,
+               out + position * layout.group_bytes + panel * kernels().panel_width * layout.depth * 4);
+  });
+  return packed;
+}
+
 // A depthwise weight [C, 1, kh, kw] as float32 [taps, C].
 Tensor pack_depthwise(const Tensor& weight_in) {
   const Tensor weight = torch::stable::contiguous(weight_in);
@@ -112,10 +152,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
   m.def(
       "cpu_pack_weight(Tensor weight, int groups, bool transposed, bool input_grad, bool merged, bool dot) "
       "-> Tensor");
+  m.def("cpu_pack_winograd(Tensor weight) -> Tensor");
   m.def("cpu_pack_depthwise(Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("cpu_pack_weight", TORCH_BOX(&dynops::cpu::pack_weight));
+  m.impl("cpu_pack_winograd", TORCH_BOX(&dynops::cpu::pack_winograd));
   m.impl("cpu_pack_depthwise", TORCH_BOX(&dynops::cpu::pack_depthwise));
 }

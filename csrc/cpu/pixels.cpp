@@ -5,19 +5,14 @@
 #include <cstring>
 #include <memory>
 
-#include "operands.h"
+#include "forward.h"
 #include "pack.h"
-#include "parallel.h"
-#include "rows.h"
-#include "taps.h"
+#include "winograd.h"
 
 namespace dynops::cpu {
 namespace {
 
 constexpr int64_t kMaxBlockRows = 64 * kTileRows;
-// An output as large as this is zeroed past the caches: 1x1, 8 x 64 -> 256 channels, 56 x 56, 10 %: 0.46 ms
-// instead of 0.80; 3x3, 64 channels, 400 x 700, 1 %: 1.4 instead of 2.5. At 6 MB it makes no difference.
-constexpr int64_t kStreamBytes = 8 << 20;
 // A depthwise layer asks for the rows of an input as large as this ahead of time: 158 x 158 x 128 at 50 % 6.3
 // ns a vector instead of 9.1; a smaller one, which the caches hold, is slower with it (5.5 instead of 4.6).
 constexpr int64_t kPrefetchBytes = 8 << 20;
@@ -25,51 +20,6 @@ constexpr int32_t kPrefetchRows = 12;
 constexpr int64_t kMinBlockRows = 4 * kTileRows;
 constexpr int64_t kBlockBytes = 512 * 1024;    // what the rows of a block read, half an L2 cache
 constexpr int64_t kConvertBytes = 256 * 1024;  // float32 copies of half-precision rows of a block
-
-// A vector of channels as float32, padded so that full vectors may be read past its end.
-std::vector<float> channel_vector(const OptionalTensor& t, int64_t channels, float otherwise) {
-  std::vector<float> out(size_t(channels) + 64, otherwise);
-  if (t) {
-    const Tensor whole = torch::stable::contiguous(*t);
-    kernels().to_float(data_of<const char>(whole), dtype_of(whole), channels, out.data());
-  }
-  return out;
-}
-
-// scale * (y + bias) + shift as one affine map.
-struct Affine {
-  std::vector<float> scale, shift;
-  Affine(const OptionalTensor& bias, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
-         int64_t channels)
-      : scale(channel_vector(scale_in, channels, 1.f)), shift(channel_vector(bias, channels, 0.f)) {
-    const std::vector<float> add = channel_vector(shift_in, channels, 0.f);
-    for (int64_t c = 0; c < channels; ++c)
-      shift[size_t(c)] = shift[size_t(c)] * scale[size_t(c)] + add[size_t(c)];
-  }
-};
-
-// ------------------------------------------------------------------------------------- forward
-
-struct Forward {
-  Geometry g;
-  int64_t in_channels, out_channels, rows;
-  Dtype dtype;
-  const int32_t* index;
-  Source source;
-  Affine affine;
-  Activation activation;
-  const char* weight;
-  const float* gate;     // [rows] or null
-  const char* residual;  // [rows, O] or null
-  const char* base;      // [N, H, W, O] or null
-  char* out;             // [N, H, W, O] or [rows, O]
-  bool packed_out;
-
-  bool depthwise() const { return is_depthwise(g, in_channels, out_channels); }
-  bool dot() const { return dtype == Dtype::kBFloat16 && kernels().bf16_dot && !depthwise(); }
-  bool converts() const { return dtype != Dtype::kFloat32 && !dot() && !depthwise(); }
-  int64_t out_bytes() const { return out_channels * size_of(dtype); }
-};
 
 // The working memory of one thread: the tables of one block of rows.
 struct Block {
@@ -233,15 +183,6 @@ struct Partition {
   }
 };
 
-// The part of the output that no row writes: once, in the same parallel region as the first class, so
-// that one core's stores overlap another's arithmetic.
-void fill_part(const Forward& f, int64_t t, int64_t threads) {
-  const int64_t pixels = f.g.out_pixels();
-  const bool stream = pixels * f.out_bytes() >= kStreamBytes;
-  fill_inactive(f.out, f.base, f.out_bytes(), f.index, f.rows, part(pixels, t, threads),
-                part(pixels, t + 1, threads), stream);
-}
-
 void run_forward(const Forward& f) {
   bool fills = !f.packed_out;
   const double fill_macs = fills ? double(f.g.out_pixels() - f.rows) * f.out_channels : 0;
@@ -265,7 +206,7 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
           const OptionalTensor& count, const OptionalTensor& source, IntHeaderOnlyArrayRef geometry,
           int64_t activation, const OptionalTensor& scale, const OptionalTensor& shift,
           const OptionalTensor& gate, const OptionalTensor& residual, const OptionalTensor& base, bool merged,
-          Tensor out) {
+          const OptionalTensor& quads, Tensor out) {
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), in_channels = x.size(1), out_channels = out.size(1);
   const Dtype dtype = dtype_of(x);
@@ -288,7 +229,11 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
                   data_of<const char>(base),
                   data_of<char>(out),
                   packed_out};
-  run_forward(f);
+  if (quads) {
+    run_winograd(f, *quads);
+  } else {
+    run_forward(f);
+  }
   const int64_t unused = packed_out ? out.size(0) - rows : 0;  // rows past a capacity plan's count
   if (unused) std::memset(f.out + rows * f.out_bytes(), 0, size_t(unused * f.out_bytes()));
 }
@@ -302,7 +247,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
       "geometry, "
       "int activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, Tensor? base, bool "
       "merged, "
-      "Tensor(a!) out) "
+      "Tensor? quads, Tensor(a!) out) "
       "-> ()");
 }
 

@@ -22,8 +22,14 @@ _ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "gelu_tanh":
 _MERGED_CHANNELS = 16
 
 
+# Winograd's transforms take the time of some 20 products a channel.
+_WINOGRAD_CHANNELS = 32
+_WINOGRAD_ROWS = 96
+
+
 if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 us a call
     _cpu_conv = torch.ops.dynops.cpu_conv.default
+    _cpu_quads = torch.ops.dynops.cpu_winograd_quads.default
     _cpu_gather = torch.ops.dynops.cpu_gather.default
     _cpu_scatter = torch.ops.dynops.cpu_scatter.default
     _cpu_input_grad = torch.ops.dynops.cpu_conv_input_grad.default
@@ -42,6 +48,7 @@ class _Setup(NamedTuple):
     merged: bool  # the taps of a kernel row are read as one run of the input
     depthwise: bool
     dot: bool  # bfloat16 pairs
+    winograd: bool  # may run as Winograd's F(2x2, 3x3) where active pixels lie side by side
 
 
 @functools.lru_cache(maxsize=4096)
@@ -50,7 +57,15 @@ def _setup(g: ConvGeometry, weight_shape: torch.Size, dtype: torch.dtype, packed
     merges = not packed_in and not g.transposed and g.groups == 1 and g.dil_w == 1 and g.kernel_w > 1
     depthwise = g.groups > 1 and weight_shape[0] == g.groups and weight_shape[1] == 1
     dot = dtype == torch.bfloat16 and _bf16_dot()
-    return _Setup(out_channels, merges and weight_shape[1] < _MERGED_CHANNELS, depthwise, dot)
+    winograd = takes_winograd(g, weight_shape, dtype)
+    return _Setup(out_channels, merges and weight_shape[1] < _MERGED_CHANNELS, depthwise, dot, winograd)
+
+
+def takes_winograd(g: ConvGeometry, weight_shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether this convolution runs as Winograd's F(2x2, 3x3) where active pixels lie side by side."""
+    square = g.kernel_h == g.kernel_w == 3 and g.stride_h == g.stride_w == g.dil_h == g.dil_w == 1
+    wide = min(weight_shape[0], weight_shape[1]) >= _WINOGRAD_CHANNELS
+    return square and wide and g.groups == 1 and not g.transposed and dtype == torch.float32
 
 
 def _packed_weight(weight: Tensor, g: ConvGeometry, setup: _Setup, input_grad: bool) -> Tensor:
@@ -78,7 +93,15 @@ def conv(
     """See ``ops.pixels._conv``."""
     g = as_geometry(geometry)
     setup = _setup(g, weight.shape, x.dtype, source is not None)
-    packed = _packed_weight(weight, g, setup, False)
+    quads = None
+    if setup.winograd and index.shape[0] >= _WINOGRAD_ROWS:
+        quads = _cpu_quads(index, count, g)
+    if quads is not None and quads.shape[0]:
+        packed = backends.weight_cache.get(
+            weight, "winograd", lambda: torch.ops.dynops.cpu_pack_winograd(weight)
+        )
+    else:
+        packed, quads = _packed_weight(weight, g, setup, False), None
     if rows:
         out = x.new_empty((index.shape[0], setup.out_channels))
     else:
@@ -101,6 +124,7 @@ def conv(
         None if residual is None else residual.contiguous(),
         None if base is None else _last(base),
         setup.merged,
+        quads,
         out,
     )
     return out
@@ -118,7 +142,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
             source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
         dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
         no_epilogue = (0, None, None, None, None, None)
-        _cpu_conv(_last(grad), packed, None, index, count, source, g, *no_epilogue, False, dx)
+        _cpu_conv(_last(grad), packed, None, index, count, source, g, *no_epilogue, False, None, dx)
         return dx
     if source is not None:
         dx = torch.zeros((source_rows, channels), dtype=grad.dtype if setup.depthwise else torch.float32)

@@ -344,7 +344,7 @@ def sparse_conv2d(
     """
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)
-    if backend is None and _dense_wins(plan, epilogue):
+    if backend is None and _dense_wins(plan, x, weight, g, epilogue):
         return dense_layer(x, weight, bias, g, epilogue[0])
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
@@ -375,7 +375,7 @@ def sparse_conv_transpose2d(
     """
     x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
-    if backend is None and _dense_wins(plan, epilogue):
+    if backend is None and _dense_wins(plan, x, weight, g, epilogue):
         return dense_layer(x, weight, bias, g, epilogue[0])
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
@@ -445,8 +445,9 @@ def packed_conv_transpose2d(
 _DENSE_PIXELS = 1024
 
 
-def _dense_wins(plan: PixelPlan, epilogue) -> bool:
-    return plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
+def _dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epilogue) -> bool:
+    full = plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
+    return full and not (_kernels("", x) is cpp and cpp.takes_winograd(g, weight.shape, x.dtype))
 
 
 def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, activation: str) -> Tensor:
