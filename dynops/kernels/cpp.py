@@ -82,6 +82,24 @@ def _packed_weight(weight: Tensor, g: ConvGeometry, setup: _Setup, input_grad: b
     return backends.weight_cache.get(weight, (setup, g.groups, g.transposed, input_grad), make)
 
 
+def _winograd_weight(weight: Tensor, input_grad: bool) -> Tensor:
+    """The weight as Winograd's products read it, made once for each version of the weight."""
+
+    def make():
+        turned = weight.flip(2, 3).transpose(0, 1).contiguous() if input_grad else weight
+        return torch.ops.dynops.cpu_pack_winograd(turned)
+
+    return backends.weight_cache.get(weight, ("winograd", input_grad), make)
+
+
+def _quads(index: Tensor, count: Tensor | None, g: ConvGeometry) -> Tensor | None:
+    """The tiles of 2 x 2 pixels that hold the active ones, or None where these are too few or too scattered."""
+    if index.shape[0] < _WINOGRAD_ROWS:
+        return None
+    quads = _cpu_quads(index, count, g)
+    return quads if quads.shape[0] else None
+
+
 def _last(x: Tensor) -> Tensor:
     """A map in channels_last, rows contiguous."""
     return x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x.contiguous()
@@ -93,15 +111,8 @@ def conv(
     """See ``ops.pixels._conv``."""
     g = as_geometry(geometry)
     setup = _setup(g, weight.shape, x.dtype, source is not None)
-    quads = None
-    if setup.winograd and index.shape[0] >= _WINOGRAD_ROWS:
-        quads = _cpu_quads(index, count, g)
-    if quads is not None and quads.shape[0]:
-        packed = backends.weight_cache.get(
-            weight, "winograd", lambda: torch.ops.dynops.cpu_pack_winograd(weight)
-        )
-    else:
-        packed, quads = _packed_weight(weight, g, setup, False), None
+    quads = _quads(index, count, g) if setup.winograd else None
+    packed = _packed_weight(weight, g, setup, False) if quads is None else _winograd_weight(weight, False)
     if rows:
         out = x.new_empty((index.shape[0], setup.out_channels))
     else:
@@ -135,8 +146,12 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     setup = _setup(g, weight.shape, grad.dtype, True)
-    packed = _packed_weight(weight, g, setup, True)
     shape = (g.batch, channels, g.in_h, g.in_w)
+    if setup.winograd and source is None:
+        dx = _winograd_input_grad(grad, weight, index, count, g, rows)
+        if dx is not None:
+            return dx
+    packed = _packed_weight(weight, g, setup, True)
     if g.is_pointwise and source is None:  # each input is read once: a 1x1 convolution of the gradient
         if rows and not (count is None and grad.shape[0] == g.batch * g.out_h * g.out_w):
             source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
@@ -152,6 +167,31 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
         dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
     _cpu_input_grad(_last(grad), packed, index, count, source, g, dx)
     return dx.to(grad.dtype)
+
+
+def _winograd_input_grad(grad, weight, index, count, g, rows) -> Tensor | None:
+    """The convolution of the gradient's rows with the turned kernel, at the pixels that any of them reached.
+
+    None where those are too scattered.
+    """
+    if max(g.pad_h, g.pad_w) > 2 or _quads(index, count, g) is None:
+        return None
+    back = g._replace(
+        in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w, pad_h=2 - g.pad_h, pad_w=2 - g.pad_w
+    )
+    reached = torch.ops.dynops.mask_to_index.default(torch.ops.dynops.needed_mask(index, count, g))
+    quads = _quads(reached, None, back)
+    if quads is None:
+        return None
+    source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
+    packed_grad = grad.contiguous() if rows else gather_rows(grad, index, count)
+    dx = torch.empty(
+        (g.batch, weight.shape[1], g.in_h, g.in_w), dtype=grad.dtype, memory_format=_CHANNELS_LAST
+    )
+    no_epilogue = (0, None, None, None, None, None)
+    packed = _winograd_weight(weight, True)
+    _cpu_conv(packed_grad, packed, None, reached, None, source, back, *no_epilogue, False, quads, dx)
+    return dx
 
 
 def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, bias=True):
