@@ -17,7 +17,7 @@ from .nn import (
     SparseConvTranspose2d,
 )
 from .program import Program
-from .trace import Trace, Untraceable, trace
+from .nn.trace import Trace, Untraceable, trace
 
 _SPARSE = {
     nn.Conv2d: SparseConv2d,

@@ -1,4 +1,4 @@
-"""Runs a traced module (``dynops.trace``) on packed rows, inside ``with dynops.active(mask):``.
+"""Runs a traced module (``dynops.nn.trace``) on packed rows, inside ``with dynops.active(mask):``.
 
 A value is a dense tensor or :class:`Rows`. Convolutions, norms and pools make rows at the active
 plan of their resolution; sums and activations of rows are rows; everything else gets dense tensors,
@@ -22,7 +22,7 @@ from .ops.epilogue import ACTIVATIONS
 from .ops.pixels import _pixel_conv
 from .ops.rows import gather_pixels, memory_format_of, scatter_pixels
 from .plans import PixelPlan
-from .trace import Ref, Step, Trace, find
+from .nn.trace import Ref, Step, Trace, find
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MAX_SIZES = 64  # input sizes whose geometry a step keeps

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .nn.activations import ZERO_PRESERVING, fused_name
+from .activations import ZERO_PRESERVING, fused_name
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")

@@ -1,0 +1,218 @@
+"""BlockPlan: the rectangles of one resolution that are computed, each whole or not at all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..geometry import BlockGeometry, pair
+from .masks import check_mask, raising
+from .pixels import PixelPlan
+
+REDUCES = ("any", "mean")
+
+
+class BlockPlan:
+    """The active blocks of one resolution.
+
+    Attributes:
+        index: int32 ``[B]``, ascending flat positions ``n*GH*GW + by*GW + bx`` of the active blocks in
+            the grid. In the capacity form ``[capacity]``, where entries from ``count`` on are -1.
+        geometry: the :class:`~dynops.geometry.BlockGeometry` of the grid: which pixels a block covers.
+        count: ``None`` in the compact form; in the capacity form an int32 ``[1]`` tensor on the plan's
+            device, the number of valid entries (see :class:`PixelPlan`).
+
+    Paper: Ren et al., SBNet: Sparse Blocks Network (CVPR 2018).
+    """
+
+    def __init__(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None = None):
+        if index.dtype != torch.int32 or index.dim() != 1:
+            raise TypeError(f"index: expected int32 [B], got {index.dtype} {tuple(index.shape)}")
+        self.index, self.geometry, self.count = index, geometry, count
+        self._pixels: PixelPlan | None = None
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        block_size: int | tuple[int, int],
+        reduce: str = "any",
+        threshold: float = 0.0,
+        *,
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        offset: int | tuple[int, int] = 0,
+        capacity: int | None = None,
+    ) -> BlockPlan:
+        """Builds the plan of a mask. By default blocks tile the map; the last ones may lie over its edge.
+
+        Args:
+            mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating.
+            block_size: pixels of a block, ``int`` or ``(height, width)``.
+            reduce: "any" takes the largest absolute value of a block, "mean" their mean (pixels outside
+                the map count as zero); the block is active where that exceeds ``threshold``.
+            threshold: see ``reduce``. 0 with "any": active where any pixel is nonzero.
+            stride: pixels from one block to the next; ``block_size`` by default. A smaller one makes
+                blocks overlap, as SBNet's input blocks do.
+            padding: zeros around the mask on every side.
+            offset: where the first block begins in the padded mask.
+            capacity: size of the capacity form; ``None`` builds the compact form (inside
+                ``torch.compile`` the capacity form with room for every block).
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit; a NaN in the mask (not checked where
+                checking would synchronise).
+        """
+        mask = check_mask(mask)
+        if reduce not in REDUCES:
+            raise ValueError(f"reduce: expected one of {REDUCES}, got {reduce!r}")
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or math.isnan(threshold):
+            raise ValueError(f"threshold: expected a number, got {threshold!r}")
+        geometry = _geometry(tuple(mask.shape), block_size, stride, padding, offset)
+        blocks = raising(
+            torch.ops.dynops.block_mask, mask, list(geometry), reduce == "mean", float(threshold)
+        )
+        return cls._of(blocks, geometry, capacity)
+
+    @classmethod
+    def _of(cls, blocks: Tensor, geometry: BlockGeometry, capacity: int | None) -> BlockPlan:
+        plan = PixelPlan.from_mask(blocks, capacity)  # the grid is a map of blocks
+        return cls(plan.index, geometry, plan.count)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Tensor,
+        shape: tuple[int, int, int],
+        block_size: int | tuple[int, int],
+        capacity: int | None = None,
+    ) -> BlockPlan:
+        """The plan of a mask of blocks ``[N, ceil(H / block), ceil(W / block)]`` over a map ``(N, H, W)``."""
+        blocks = check_mask(blocks)
+        geometry = _geometry(tuple(shape), block_size, None, 0, 0)
+        if tuple(blocks.shape) != geometry.grid:
+            raise ValueError(f"blocks: expected shape {geometry.grid}, got {tuple(blocks.shape)}")
+        return cls._of(blocks, geometry, capacity)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, H, W)``, the resolution that the plan is for."""
+        return self.geometry.shape
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        return self.geometry.tile_h, self.geometry.tile_w
+
+    @property
+    def num_blocks(self) -> int:
+        """Tiles of a packed tensor on this plan: the active blocks, or the capacity."""
+        return self.index.shape[0]
+
+    @property
+    def num_all(self) -> int:
+        """All blocks of the grid."""
+        n, h, w = self.geometry.grid
+        return n * h * w
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a compact plan holds every block (a capacity plan never says so)."""
+        return self.count is None and self.num_blocks == self.num_all
+
+    @property
+    def density(self) -> float:
+        """Active blocks / all blocks. Synchronises a capacity plan."""
+        active = self.num_blocks if self.count is None else int(self.count)
+        return active / max(self.num_all, 1)
+
+    def blocks(self) -> Tensor:
+        """The active blocks as a bool mask ``[N, GH, GW]``."""
+        return PixelPlan(self.index, self.geometry.grid, self.count).mask()
+
+    def mask(self) -> Tensor:
+        """The pixels that active blocks cover, bool ``[N, H, W]``."""
+        return torch.ops.dynops.block_cover(self.index, self.count, list(self.geometry))
+
+    def pixels(self) -> PixelPlan:
+        """The :class:`PixelPlan` of the pixels that active blocks cover (kept)."""
+        if self._pixels is None:
+            mask = self.mask()
+            self._pixels = PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
+        return self._pixels
+
+    def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:
+        """The output blocks of a convolution without padding of these tiles: SBNet's way from input to output.
+
+        Args:
+            kernel_size, stride, padding, dilation: as in ``nn.Conv2d``, on the whole map; ``padding`` is
+                what the plan's own blocks reach over the edge (``from_mask(..., padding=padding)``).
+
+        Raises:
+            ValueError: tiles that do not hold a whole number of outputs, or do not meet the next one's.
+        """
+        kernel, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
+        padding, dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
+        g, sizes = self.geometry, []
+        axes = ((g.height, g.step_h, g.first_h, g.tile_h), (g.width, g.step_w, g.first_w, g.tile_w))
+        for i, (size, step, first, tile) in enumerate(axes):
+            reach = dilation[i] * (kernel[i] - 1) + 1
+            if (
+                tile < reach
+                or step % stride[i]
+                or (tile - reach) % stride[i]
+                or (first + padding[i]) % stride[i]
+            ):
+                raise ValueError(
+                    f"block_size: expected blocks of kernel reach {reach} plus a multiple of stride {stride[i]}, "
+                    f"that many apart, got blocks of {tile}, {step} apart, from {first}"
+                )
+            out = (size + 2 * padding[i] - reach) // stride[i] + 1
+            sizes.append(
+                (out, step // stride[i], (first + padding[i]) // stride[i], (tile - reach) // stride[i] + 1)
+            )
+        (height, step_h, first_h, tile_h), (width, step_w, first_w, tile_w) = sizes
+        grid = (g.grid_h, g.grid_w)
+        out = BlockGeometry(g.batch, height, width, *grid, step_h, step_w, first_h, first_w, tile_h, tile_w)
+        return BlockPlan(self.index, out, self.count)
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan on another device."""
+        count = None if self.count is None else self.count.to(device)
+        return BlockPlan(self.index.to(device), self.geometry, count)
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __repr__(self) -> str:
+        form = "" if self.count is None else ", capacity form"
+        return f"BlockPlan({self.num_blocks} of {self.num_all} blocks of {self.block_size}, shape={self.shape}{form})"
+
+
+def _geometry(shape: tuple[int, int, int], block_size, stride, padding, offset) -> BlockGeometry:
+    """The grid: as many blocks as cover the padded map from the offset on."""
+    size = pair(block_size, "block_size", 1)
+    step = size if stride is None else pair(stride, "stride", 1)
+    padding, offset = pair(padding, "padding", 0), pair(offset, "offset")
+    grid = [
+        max(-(-(shape[1 + i] + 2 * padding[i] - offset[i] - size[i]) // step[i]) + 1, 0)
+        if shape[1 + i]
+        else 0
+        for i in (0, 1)
+    ]
+    first = [offset[i] - padding[i] for i in (0, 1)]
+    return BlockGeometry(*shape, *grid, *step, *first, *size)
+
+
+def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> BlockPlan:
+    """A :class:`BlockPlan` from a plan (of these blocks, if given) or a mask."""
+    if isinstance(mask_or_plan, BlockPlan):
+        return mask_or_plan
+    if isinstance(mask_or_plan, Tensor):
+        return BlockPlan.from_mask(mask_or_plan, block_size)
+    raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")
