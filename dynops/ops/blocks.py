@@ -95,7 +95,7 @@ def _scatter_tiles(
 def _kernels(x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
     name = backends.choose(None, x.device, x.dtype)
-    if name == "cpp":
+    if name == "cpp" and hasattr(cpp, "gather_tiles"):
         return cpp
     if name == "triton":
         from ..kernels import blocks
