@@ -209,6 +209,91 @@ def _geometry(shape: tuple[int, int, int], block_size, stride, padding, offset) 
     return BlockGeometry(*shape, *grid, *step, *first, *size)
 
 
+def widen_mask(mask: Tensor, block_size: int | tuple[int, int]) -> Tensor:
+    """``mask`` bool ``[N, H, W]`` with every block that holds an active pixel filled; no synchronisation."""
+    size = [min(b, max(s, 1)) for b, s in zip(pair(block_size, "block_size", 1), mask.shape[1:], strict=True)]
+    geometry = _geometry(tuple(mask.shape), size, None, 0, 0)
+    blocks = torch.ops.dynops.block_mask(mask, list(geometry), False, 0.0)
+    wide = blocks.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)
+    return wide[:, : mask.shape[1], : mask.shape[2]].contiguous()
+
+
+def changed_blocks(
+    previous: Tensor,
+    current: Tensor,
+    block_size: int | tuple[int, int],
+    tolerance: float = 0.0,
+    layer=None,
+) -> BlockPlan:
+    """The blocks where two maps differ: what a video or an edited image asks to be computed again.
+
+    With ``layer`` the plan is of the layer's output, every block that reads a changed pixel, so that
+    with ``tolerance=0`` a stream needs only what changed::
+
+        plan = changed_blocks(previous, current, layer.block_size, layer=layer)
+        output = layer(current, plan, base=output)  # layer(current), up to rounding
+
+    With a tolerance, pass as ``previous`` the pixels that the kept output was computed from: against the
+    frame before, changes below the tolerance would add up unseen.
+
+    Args:
+        previous, current: ``[N, C, H, W]`` of one shape, dtype and device.
+        block_size: pixels of a block, ``int`` or ``(height, width)``; with a layer, the layer's.
+        tolerance: a pixel has changed where any channel differs by more than this, or is NaN in either map.
+        layer: a :class:`dynops.nn.SparseBlocks` whose input the maps are.
+
+    Returns:
+        The plan of the maps' resolution, or of the layer's output. Compact (capacity form inside
+        ``torch.compile``).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was expected and what came.
+    """
+    _check_maps(previous, current)
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a number >= 0, got {tolerance!r}")
+    size = pair(block_size, "block_size", 1)
+    changed = _changed(previous.detach(), current.detach(), tolerance)
+    if layer is None:
+        return BlockPlan.from_mask(changed, size)
+    if not hasattr(layer, "affected"):
+        raise TypeError(f"layer: expected a dynops.nn.SparseBlocks, got {type(layer).__name__}")
+    plan = layer.affected(changed)
+    if plan.block_size != size:
+        raise ValueError(f"block_size: expected the layer's {plan.block_size}, got {block_size!r}")
+    return plan
+
+
+def _check_maps(previous: Tensor, current: Tensor) -> None:
+    for name, value in (("previous", previous), ("current", current)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor [N, C, H, W], got {type(value).__name__}")
+        if value.dim() != 4:
+            raise ValueError(f"{name}: expected [N, C, H, W], got shape {tuple(value.shape)}")
+    if current.shape != previous.shape:
+        raise ValueError(
+            f"current: expected the shape of previous {tuple(previous.shape)}, got {tuple(current.shape)}"
+        )
+    if current.dtype != previous.dtype:
+        raise TypeError(f"current: expected the dtype of previous {previous.dtype}, got {current.dtype}")
+    if current.device != previous.device:
+        raise ValueError(
+            f"current: expected it on the device of previous {previous.device}, got {current.device}"
+        )
+
+
+def _changed(previous: Tensor, current: Tensor, tolerance: float) -> Tensor:
+    """bool ``[N, H, W]``: where any channel differs by more than the tolerance, or is NaN."""
+    if tolerance == 0:
+        return (previous != current).any(1)
+    # unsigned integers would wrap and halves round their difference to the tolerance
+    wide = (
+        torch.promote_types(previous.dtype, torch.float32) if previous.is_floating_point() else torch.float64
+    )
+    return ~((previous.to(wide) - current.to(wide)).abs() <= tolerance).all(1)
+
+
 def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> BlockPlan:
     """A :class:`BlockPlan` from a plan (of these blocks, if given) or a mask."""
     if isinstance(mask_or_plan, BlockPlan):
