@@ -605,7 +605,7 @@ FLOORS = {
     "context": {"geometry", "plans", "ops"},
     "nn": {"geometry", "backends", "plans", "ops", "context", "nn"},
 }
-TOP = {"__init__", "convert", "program", "testing"}  # may import any floor
+TOP = {"__init__", "convert", "program", "testing", "tune"}  # may import any floor
 
 
 def floor_of(path: pathlib.Path) -> str:
