@@ -16,8 +16,8 @@ from .nn import (
     SparseConv2d,
     SparseConvTranspose2d,
 )
-from .program import Program
 from .nn.trace import Trace, Untraceable, trace
+from .program import Program
 
 _SPARSE = {
     nn.Conv2d: SparseConv2d,

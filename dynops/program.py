@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .context import active
 from .nn.norm import Fold, norm_rows, uses_batch_statistics
 from .nn.shapes import conv_geometry, conv_transpose_geometry
+from .nn.trace import Ref, Step, Trace, find
 from .ops.epilogue import ACTIVATIONS
 from .ops.pixels import _pixel_conv
 from .ops.rows import gather_pixels, memory_format_of, scatter_pixels
 from .plans import PixelPlan
-from .nn.trace import Ref, Step, Trace, find
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MAX_SIZES = 64  # input sizes whose geometry a step keeps
