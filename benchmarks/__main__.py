@@ -147,7 +147,8 @@ def run_blocks(setting: layers.Setting, quick: bool) -> report.Report:
 def run_video(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
     if "photo" in setting.mask_kinds:
-        setting = dataclasses.replace(setting, compiled=not quick)
+        if quick:
+            setting = dataclasses.replace(setting, compiled=False, budget=Budget(0.7, 5))
         result.rows = video.run(setting, count=6 if quick else video.FRAMES)
     return result
 
