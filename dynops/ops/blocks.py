@@ -19,10 +19,10 @@ from torch import Tensor
 from .. import backends
 from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
 from ..kernels import cpp
+from ..kernels.layout import memory_format_of
 from ..plans import BlockPlan
 from . import checks
 from .registry import define
-from .rows import memory_format_of
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -56,6 +56,11 @@ def _block_cover(index: Tensor, count: Tensor | None, geometry: list[int]) -> Te
     mask = torch.zeros(g.batch * g.height * g.width + 1, dtype=torch.bool, device=index.device)
     mask[_positions(index, g).reshape(-1)] = True
     return mask[:-1].view(g.shape).clone()
+
+
+def _block_pixels(index: Tensor, geometry: list[int]) -> Tensor:
+    """int32 ``[P]``: the ascending pixels that the blocks of a compact ``index`` cover."""
+    return torch.ops.dynops.mask_to_index(torch.ops.dynops.block_cover(index, None, geometry))
 
 
 def _gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
@@ -92,12 +97,12 @@ def _scatter_tiles(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _kernels(x: Tensor):
-    """The kernel module for ``x``, or None for the reference above."""
-    name = backends.choose(None, x.device, x.dtype)
-    if name == "cpp" and hasattr(cpp, "gather_tiles"):
-        return cpp
-    if name == "triton":
+def _kernels(x: Tensor, sums: bool = False):
+    """The kernel module for ``x``, or None for the reference above. On the CPU any dtype is copied."""
+    if x.device.type == "cpu":
+        fits = not sums or x.dtype in backends.FAST_DTYPES
+        return cpp if fits and backends.has_binary() else None
+    if backends.choose(None, x.device, x.dtype) == "triton":
         from ..kernels import blocks
 
         return blocks
@@ -110,21 +115,23 @@ def _run_gather_tiles(x, index, count, geometry) -> Tensor:
 
 
 def _run_scatter_tiles(tiles, index, count, geometry, base, add) -> Tensor:
-    kernels = _kernels(tiles)
+    kernels = _kernels(tiles, sums=add)
     run = _scatter_tiles if kernels is None else kernels.scatter_tiles
     return run(tiles, index, count, geometry, base, add)
 
 
 def _fake_gather_tiles(x, index, count, geometry) -> Tensor:
     g = as_block_geometry(geometry)
-    out = x.new_empty(index.shape[0], x.shape[1], g.tile_h, g.tile_w)
-    return out.contiguous(memory_format=memory_format_of(x))
+    return _empty_like(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w))
 
 
 def _fake_scatter_tiles(tiles, index, count, geometry, base, add) -> Tensor:
     g = as_block_geometry(geometry)
-    out = tiles.new_empty(g.batch, tiles.shape[1], g.height, g.width)
-    return out.contiguous(memory_format=memory_format_of(tiles))
+    return _empty_like(tiles, (g.batch, tiles.shape[1], g.height, g.width))
+
+
+def _empty_like(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def _fake_block_mask(mask, geometry, mean, threshold) -> Tensor:
@@ -133,6 +140,10 @@ def _fake_block_mask(mask, geometry, mean, threshold) -> Tensor:
 
 def _fake_block_cover(index, count, geometry) -> Tensor:
     return index.new_empty(as_block_geometry(geometry).shape, dtype=torch.bool)
+
+
+def _fake_block_pixels(index, geometry) -> Tensor:
+    return index.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
 define(
@@ -145,6 +156,7 @@ define(
     _block_cover,
     _fake_block_cover,
 )
+define("block_pixels(Tensor index, SymInt[] geometry) -> Tensor", _block_pixels, _fake_block_pixels)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -199,7 +211,7 @@ def gather_blocks(x: Tensor, plan: BlockPlan, halo=0) -> Tensor:
     """The tiles of ``x`` at the plan's blocks, with the pixels around them.
 
     Args:
-        x: ``[N, C, H, W]``, floating, at the plan's resolution, either memory format.
+        x: ``[N, C, H, W]``, any dtype, at the plan's resolution, either memory format.
         halo: pixels on each side: an int, ``(y, x)`` or ``(top, bottom, left, right)``.
 
     Returns:
