@@ -9,7 +9,7 @@ from .. import backends, context
 from ..geometry import BlockGeometry, pair
 from ..ops import checks
 from ..ops.rows import memory_format_of
-from ..plans import BlockPlan, as_block_plan
+from ..plans import BlockPlan, as_block_plan, check_mask
 from .layers import Stack, layers_of
 from .rows import run_rows
 from .tiles import Layout, layout_of, run_tiles, sizes_of
@@ -109,7 +109,7 @@ class SparseBlocks(nn.Module):
         Args:
             changed: bool mask ``[N, H, W]`` or ``[N, 1, H, W]`` at the input's resolution.
         """
-        changed = as_block_plan(changed, 1, "changed").mask() if changed.dim() != 3 else changed
+        changed = check_mask(changed)
         bound, in_shape = self._stack(), tuple(changed.shape)
         blocks = _grid(bound.output_shape(in_shape), self.block_size)
         reads = bound.layout(in_shape, blocks).maps[0]
@@ -183,7 +183,7 @@ class _Bound:
         )
 
     def check_mode(self) -> None:
-        for layer in self.stack.layers:
+        for layer in (*self.stack.layers, *self.stack.dropouts):
             layer.check()
 
     def check_rows(self) -> None:

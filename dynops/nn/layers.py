@@ -104,8 +104,7 @@ class Conv(Layer):
         reach = tuple(self._reach(i) for i in (0, 1))
         super().__init__(name, step.inputs, step.out, (reach, _SAME))
         self.fused = FusedConv(conv, norm, step.activation)
-        if self.residual and len(step.inputs) == 1:  # its own input
-            self.inputs = step.inputs * 2
+        _need_statistics(self.norm_name, norm)
 
     def _reach(self, i: int) -> Window | Transposed:
         c = self.conv
@@ -161,10 +160,14 @@ def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
 
 
 def _check_norm(name: str, norm: nn.BatchNorm2d) -> None:
+    """Raises TypeError for statistics that are those of the batch."""
     if uses_batch_statistics(norm):
-        raise TypeError(
-            f"{name}: expected a norm in eval mode with running statistics, got {norm} in training mode"
-        )
+        raise TypeError(f"{name}: expected a norm in eval mode, got {norm} in training mode")
+
+
+def _need_statistics(name: str, norm: nn.BatchNorm2d | None) -> None:
+    if norm is not None and norm.running_mean is None:
+        raise TypeError(f"{name}: expected a norm with running statistics, got {norm}")
 
 
 def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -179,8 +182,8 @@ class Norm(Layer):
     def __init__(self, step: Step, norm: nn.BatchNorm2d):
         self.norm, self.activation = norm, step.activation
         self.residual = step.residual is not None
-        inputs = step.inputs * 2 if self.residual and len(step.inputs) == 1 else step.inputs
-        super().__init__(place(step.target), inputs, step.out)
+        super().__init__(place(step.target), step.inputs, step.out)
+        _need_statistics(self.name, norm)
 
     def check(self) -> None:
         _check_norm(self.name, self.norm)
@@ -307,26 +310,17 @@ class Add(Layer):
         return inputs[0] + inputs[1]
 
 
-class Dropout(Layer):
-    """Nothing, in eval mode."""
+class Dropout:
+    """A dropout, which does nothing in eval mode and cannot run in training mode."""
 
-    rows = True
-
-    def __init__(self, step: Step, module: nn.Module):
-        super().__init__(place(step.target), step.inputs, step.out)
-        self.dropout = module.get_submodule(step.target)
+    def __init__(self, path: str, module: nn.Module):
+        self.name, self.dropout = place(path), module.get_submodule(path)
 
     def check(self) -> None:
         if self.dropout.training and self.dropout.p > 0:
             raise TypeError(
                 f"{self.name}: expected a dropout in eval mode, got {self.dropout} in training mode"
             )
-
-    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
-        return inputs[0]
-
-    def on_rows(self, inputs: list[Tensor], plan: PixelPlan) -> Tensor:
-        return inputs[0]
 
 
 class _Parameter(NamedTuple):
@@ -396,7 +390,8 @@ _CALLS = {
     }.items()
     for name in names.split()
 }
-_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square", "contiguous", "clone")
+_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
+_COPIES = ("contiguous", "clone")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
 
@@ -405,6 +400,7 @@ class Stack(NamedTuple):
     """A module as layers. Values are numbered; 0 is the input."""
 
     layers: tuple[Layer, ...]
+    dropouts: tuple[Dropout, ...]
     output: int
     multiple: tuple[int, int]  # of what blocks must lie apart, so that every value's blocks are whole pixels
 
@@ -432,9 +428,11 @@ def layers_of(module: nn.Module) -> Stack:
         steps = trace(whole, kinds, whole=True)
     except Untraceable as reason:
         raise TypeError(f"module: expected one that can be traced; {reason}") from None
-    parameters = {step.out: step.target for step in steps.steps if step.kind == "attr"}
-    layers = [_layer(step, whole, parameters) for step in steps.steps if step.kind != "attr"]
-    needed, kept = {steps.output}, []
+    steps, output = _without_copies(steps.steps, steps.output)
+    dropouts = tuple(Dropout(step.target, whole) for step in steps if step.kind == "dropout")
+    parameters = {step.out: step.target for step in steps if step.kind == "attr"}
+    layers = [_layer(step, whole, parameters) for step in steps if step.kind not in ("attr", "dropout")]
+    needed, kept = {output}, []
     for layer in reversed(layers):
         if layer.out in needed:
             needed.update(layer.inputs)
@@ -442,7 +440,33 @@ def layers_of(module: nn.Module) -> Stack:
     if 0 not in needed:
         raise TypeError("module: expected an output that is computed from the input")
     layers = tuple(reversed(kept))
-    return Stack(layers, steps.output, _multiple(layers, steps.output))
+    return Stack(layers, dropouts, output, _multiple(layers, output))
+
+
+def _without_copies(steps: tuple[Step, ...], output: int) -> tuple[list[Step], int]:
+    """The steps, where what a dropout or a copy returns is the value that it got."""
+    same: dict[int, int] = {}
+    kept = []
+    for step in steps:
+        inputs = tuple(same.get(v, v) for v in step.inputs)
+        residual = same.get(step.residual, step.residual)
+        args, kwargs = _renamed((step.args, step.kwargs), same)
+        step = step._replace(inputs=inputs, residual=residual, args=args, kwargs=kwargs)
+        copies = step.kind == "dropout" or (step.kind == "method" and step.target in _COPIES)
+        if copies:
+            same[step.out] = inputs[0]
+        if not copies or step.kind == "dropout":
+            kept.append(step)
+    return kept, same.get(output, output)
+
+
+def _renamed(value, same: dict[int, int]):
+    """Recorded arguments with other numbers of values."""
+    if type(value) is Ref:
+        return Ref(same.get(value.value, value.value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_renamed(v, same) for v in value)
+    return value
 
 
 def _multiple(layers: tuple[Layer, ...], output: int) -> tuple[int, int]:
@@ -464,8 +488,6 @@ def _layer(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer:
         return Norm(step, module.get_submodule(step.target))
     if step.kind == "act":
         return Activation(step, module)
-    if step.kind == "dropout":
-        return Dropout(step, module)
     if step.kind == "add" and not any(v in parameters for v in step.inputs):
         return Add(step)
     if step.kind == "add":

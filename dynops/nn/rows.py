@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import ConvGeometry
+from ..ops import checks
 from ..ops.epilogue import ACTIVATIONS
 from ..ops.pixels import _pixel_conv
 from ..ops.rows import gather_rows, memory_format_of, scatter_pixels
 from ..plans import PixelPlan
-from .norm import Fold, norm_rows, uses_batch_statistics
+from .norm import fold_of, norm_rows, uses_batch_statistics
 
 _NOTHING = ("", None, None, None, None)
 
@@ -23,13 +24,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:
+    """``base`` in the output's dtype, which is not that of ``x`` under autocast."""
+    checks.dense_map(base, plan, "base", channels, None if dtype != x.dtype else x.dtype)
+    return base.to(dtype)
+
+
 class FusedConv:
     """A convolution with the norm, residual sum and activation after it: one call of the op."""
 
     def __init__(self, conv: nn.Module, norm: nn.BatchNorm2d | None, activation: str):
         self.conv, self.norm, self.activation = conv, norm, activation
+        self.in_channels = conv.in_channels
         self.parameters = conv._parameters  # nn.Module.__getattr__ costs half a microsecond
-        self.fold = Fold()
+        self.fold = fold_of(norm)
 
     def __call__(
         self,
@@ -43,10 +51,8 @@ class FusedConv:
         rows: bool = True,
     ) -> Tensor:  # [P, O], or [N, O, H, W] without ``rows``
         weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if values.shape[1] != self.conv.in_channels:
-            raise ValueError(f"x: expected {self.conv.in_channels} channels, got {values.shape[1]}")
-        if values.device != weight.device:
-            raise ValueError(f"x: expected it on the weight's device {weight.device}, got {values.device}")
+        if in_plan is None or values.shape[1] != self.in_channels:
+            self.check(values)
         if autocast is not None and values.dtype != torch.float64:
             values, bias = values.to(autocast), None if bias is None else bias.to(autocast)
             weight = weight.to(autocast) if weight.requires_grad else weight
@@ -63,6 +69,14 @@ class FusedConv:
         else:
             epilogue = (self.activation, *self.fold(norm), None, residual)
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for an input of other channels, or on another device."""
+        weight = self.parameters["weight"]
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x: expected {self.in_channels} channels, got {x.shape[1]}")
+        if x.device != weight.device:
+            raise ValueError(f"x: expected it on the weight's device {weight.device}, got {x.device}")
 
 
 # ------------------------------------------------------------------------------------- stacks
@@ -88,8 +102,12 @@ def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor |
             continue
         residual = rows.at(layer.inputs[1], to) if layer.residual else None
         values, in_plan = rows.of(layer.inputs[0])
+        channels = layer.conv.out_channels
         ends = layer is last and layer.out == stack.output
-        if ends and (residual is None or residual.shape[1] == layer.conv.out_channels):
+        if ends and (residual is None or residual.shape[1] == channels):
+            if base is not None:
+                dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+                base = checked_base(base, x, to, channels, dtype)
             out = layer.fused(
                 values, in_plan, to, geometries[layer.out], autocast, residual, base, rows=False
             )
@@ -99,7 +117,9 @@ def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor |
             )
     if out is None:
         values = rows.at(stack.output, plan)
-        out = scatter_pixels(values, plan, None if base is None else base.to(values.dtype))
+        if base is not None:
+            base = checked_base(base, x, plan, values.shape[1], values.dtype)
+        out = scatter_pixels(values, plan, base)
     return out.contiguous(memory_format=memory_format_of(x))
 
 

@@ -17,6 +17,7 @@ from ..ops.blocks import _gather, _scatter
 from ..plans import BlockPlan
 from .layers import Stack, spans_of
 from .reach import Span
+from .rows import checked_base
 
 _FILLS = {"zero": 0.0, "-inf": float("-inf")}
 
@@ -115,25 +116,21 @@ def run_tiles(stack: Stack, layout: Layout, x: Tensor, plan: BlockPlan, base: Te
     """The output of a stack at the blocks of ``plan``, ``base`` (or zero) elsewhere: ``[N, O, H, W]``."""
     blocks = Blocks(plan, layout)
     env = {0: _gather(x, plan.index, plan.count, layout.maps[0])}
-    filled = {id(env[0]): "zero"}  # by tensor, as a layer may return its input; it goes with its value
-    for layer, crops, outside, last in zip(
-        stack.layers, layout.crops, layout.outside, layout.last, strict=True
-    ):
-        value = layer.inputs[0]
-        if outside and filled.get(id(env[value])) != layer.outside:
+    filled = {0: "zero"}  # for each value, what it is outside the map, where that is known
+    for i, layer in enumerate(stack.layers):
+        value, out = layer.inputs[0], layer.out
+        if layout.outside[i] and filled.get(value) != layer.outside:
             env[value] = blocks.fill(env[value], layout.maps[value], layer.outside)
-            filled[id(env[value])] = layer.outside
-        inputs = [_cropped(env[v], crop) for v, crop in zip(layer.inputs, crops, strict=True)]
-        out = layer.tiles(inputs, layout.maps[layer.out], blocks)
-        if outside and layer.outside == "-inf":  # which must not meet a zero gradient
-            out = blocks.fill(out, layout.maps[layer.out], "zero")
-            filled[id(out)] = "zero"
-        env[layer.out] = out
-        for value in last:
-            filled.pop(id(env.pop(value)), None)
+            filled[value] = layer.outside
+        inputs = [_cropped(env[v], crop) for v, crop in zip(layer.inputs, layout.crops[i], strict=True)]
+        env[out] = layer.tiles(inputs, layout.maps[out], blocks)
+        if layout.outside[i] and layer.outside == "-inf":  # which must not meet a gradient of zero
+            env[out], filled[out] = blocks.fill(env[out], layout.maps[out], "zero"), "zero"
+        for last in layout.last[i]:
+            del env[last]
     tiles = _cropped(env[stack.output], _crop(spans_of(layout.maps[stack.output]), spans_of(plan.geometry)))
     if base is not None:
-        base = base.to(tiles.dtype)
+        base = checked_base(base, x, plan, tiles.shape[1], tiles.dtype)
     return _scatter(tiles, plan.index, plan.count, plan.geometry, base, False)
 
 
@@ -167,7 +164,7 @@ class Blocks:
         lines = [_lines_outside(span, grid, size) for span, grid, size in _axes(g)]
         if not any(lines):
             return tiles
-        if tiles.device.type != "cpu" or torch.compiler.is_compiling() or tiles.requires_grad:
+        if tiles.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._filled(tiles, g, how)
         for axis, outside in enumerate(lines):
             for line, before, after in outside:
