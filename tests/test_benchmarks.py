@@ -180,7 +180,7 @@ def test_model_theory_counts_resized_masks_stem_and_head():
 # ------------------------------------------------------------------------------- blocks and video
 
 TINY_STACKS = [
-    blocks.Case("SBNet 3x3", "3x3", blocks.conv3x3, 4, 20, 12, densities=(0.5, 0.1)),
+    blocks.Case("SBNet 3x3", "3x3", blocks.conv3x3, 4, 80, 72, densities=(0.5, 0.1)),
     blocks.Case("SBNet bottleneck", "bottleneck", blocks.bottleneck, 16, 20, 12, block=4),
     blocks.Case("tiles", "3x3, pool, 3x3", blocks.pooled, 4, 20, 12, block=4, path="tiles"),
     blocks.Case("scattered", "3x3, 3x3", blocks.chain, 4, 40, 36, block=16, **blocks.SCATTERED),
