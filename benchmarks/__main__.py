@@ -38,6 +38,7 @@ QUICK_NOTE = (
     "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
     "versions. `python -m benchmarks layers` compares the forward pass of every layer with all four."
 )
+QUICK_STACKS_NOTE = "Measured without the torch.compile versions, to be quick."
 FLOAT16_NOTE = (
     "Dense float16 convolution on a CPU can be many times slower than float32, for want of instructions; a "
     "realised far over 1 measures that and not sparsity."
@@ -139,7 +140,7 @@ def run_blocks(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
     if quick or setting.backward:
         setting = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(0.7, 5))
-        result.notes.append(QUICK_NOTE)
+        result.notes.append(QUICK_STACKS_NOTE)
     result.rows = blocks.run(blocks.all_cases(quick), setting)
     return result
 
@@ -149,6 +150,7 @@ def run_video(setting: layers.Setting, quick: bool) -> report.Report:
     if "photo" in setting.mask_kinds:
         if quick:
             setting = dataclasses.replace(setting, compiled=False, budget=Budget(0.7, 5))
+            result.notes.append(QUICK_STACKS_NOTE)
         result.rows = video.run(setting, count=6 if quick else video.FRAMES)
     return result
 

@@ -111,6 +111,16 @@ def test_sizes_that_do_not_fit_are_left_out(fake):
         suggest_block_size(module, x, mask, (3, 5))
 
 
+def test_sizes_that_split_an_enlarged_pixel_are_left_out():
+    module, (x, _) = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=8)), case()
+    mask = random_mask((1, 256, 256), 0.3, "square")
+    assert suggest_block_size(module, x, mask, (4, 8, 12)) == 8
+    with pytest.raises(
+        ValueError, match=r"fits the module, got 4: block_size: expected a multiple of .*; 12: "
+    ):
+        suggest_block_size(module, x, mask, (4, 12))
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
