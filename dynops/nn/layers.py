@@ -150,8 +150,8 @@ def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """``activation(y + residual)``, in place where nothing else needs ``y``."""
     free = not (torch.is_grad_enabled() and y.requires_grad)
     if residual is not None:
-        fits = residual.shape == y.shape and residual.dtype == y.dtype
-        own = free and fits and not residual.requires_grad
+        residual = residual.to(y.dtype)  # differs under autocast only, where rows have it so too
+        own = free and residual.shape == y.shape and not residual.requires_grad
         y = y.add_(residual) if own else y + residual
         free = free and not y.requires_grad
     if activation == "relu" and free:
