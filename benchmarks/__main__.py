@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks headline|layers|models|memory|all|readme``."""
+"""The command line: ``python -m benchmarks headline|layers|models|video|memory|all|readme``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import layers, masks, memory, models, report
+from . import blocks, layers, masks, memory, models, readme, report, video
 from .timing import Budget
 
 ROOT = Path(__file__).parent
@@ -19,13 +19,26 @@ calls (each version has a turn of three calls, of which the first is not timed).
 theory: MACs of the dense layer / MACs that must be computed.   speed-up: dense ms / ours ms, where ours goes
 from the mask to the output, the plan included.   realised: speed-up / theory.   FLOPs are 2 x MACs.
 break-even: the density below which ours is faster."""
+BLOCKS_LEGEND = """\
+theory: MACs of the dense stack / MACs of the active blocks and the halo that inner layers compute around them.
+Blocks have the size that dynops.suggest_block_size chose for the stack and mask, beforehand; 32 on the tile path.
+Density is that of the mask, in pixels; the blocks that cover it can hold more, which theory counts."""
+VIDEO_LEGEND = """\
+A frame's density is the share of blocks that are computed again; ours goes from two frames and the last output to
+the output, changed_blocks included. Every frame's output was compared with the dense network's first."""
 MEMORY_LEGEND = """\
 MB (2**20 bytes) that one call holds at its peak above what was held before it, the output included; dense is the
 smaller of eager NCHW and channels_last."""
+LEGENDS = {
+    "blocks": f"{LEGEND}\n{BLOCKS_LEGEND}",
+    "video": f"{LEGEND}\n{VIDEO_LEGEND}",
+    "memory": MEMORY_LEGEND,
+}
 QUICK_NOTE = (
     "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
     "versions. `python -m benchmarks layers` compares the forward pass of every layer with all four."
 )
+QUICK_STACKS_NOTE = "Measured without the torch.compile versions, to be quick."
 FLOAT16_NOTE = (
     "Dense float16 convolution on a CPU can be many times slower than float32, for want of instructions; a "
     "realised far over 1 measures that and not sparsity."
@@ -38,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.op == "blocks" and args.command != "layers":
+        raise SystemExit(f"--op blocks: expected with the command layers, got {args.command}")
     if args.command == "readme":
         write_readme(Path("README.md"), args.out or ROOT / "results")
         return
@@ -47,16 +62,18 @@ def main(arguments: list[str] | None = None) -> None:
         _finish(headline(setting), "headline", setting, out, plot=True)
         return
     # memory first: timing keeps freed memory from then on
-    chosen = ("memory", "layers", "models") if args.command == "all" else (args.command,)
-    if setting.backward and "memory" in chosen:
-        chosen = tuple(suite for suite in chosen if suite != "memory")  # it measures the forward only
+    chosen = (args.command,) if args.op == "pixels" else (args.op,)
+    if args.command == "all":
+        chosen = ("memory", "layers", "blocks", "models", "video")
+    if setting.backward:
+        chosen = tuple(suite for suite in chosen if suite not in FORWARD_ONLY)
     for suite in chosen:
         _finish(SUITES[suite](setting, args.quick), suite, setting, out, args.plot)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = ["headline", "layers", "models", "memory", "all", "readme"]
+    commands = ["headline", "layers", "models", "video", "memory", "all", "readme"]
     parser.add_argument(
         "command", choices=commands, help="readme rewrites the README's numbers from results/"
     )
@@ -64,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1], metavar="D")
     parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
-    parser.add_argument("--op", default="pixels", choices=["pixels"], help="what is skipped")
+    parser.add_argument("--op", default="pixels", choices=["pixels", "blocks"], help="what layers skips")
     parser.add_argument("--backward", action="store_true", help="forward and backward, for both")
     parser.add_argument("--quick", action="store_true", help="fewer layers, shorter, no compiled layers")
     parser.add_argument("--plot", action="store_true", help="a PNG too: speed-up against density")
@@ -119,6 +136,25 @@ def run_layers(setting: layers.Setting, quick: bool) -> report.Report:
     return result
 
 
+def run_blocks(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    if quick or setting.backward:
+        setting = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(0.7, 5))
+        result.notes.append(QUICK_STACKS_NOTE)
+    result.rows = blocks.run(blocks.all_cases(quick), setting)
+    return result
+
+
+def run_video(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    if "photo" in setting.mask_kinds:
+        if quick:
+            setting = dataclasses.replace(setting, compiled=False, budget=Budget(0.7, 5))
+            result.notes.append(QUICK_STACKS_NOTE)
+        result.rows = video.run(setting, count=6 if quick else video.FRAMES)
+    return result
+
+
 def run_models(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
     if "photo" in setting.mask_kinds:
@@ -134,7 +170,14 @@ def run_memory(setting: layers.Setting, quick: bool) -> report.Report:
     return result
 
 
-SUITES = {"layers": run_layers, "models": run_models, "memory": run_memory}
+SUITES = {
+    "layers": run_layers,
+    "blocks": run_blocks,
+    "models": run_models,
+    "video": run_video,
+    "memory": run_memory,
+}
+FORWARD_ONLY = ("memory", "video")
 
 
 def headline(setting: layers.Setting) -> report.Report:
@@ -152,7 +195,7 @@ def headline(setting: layers.Setting) -> report.Report:
 def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Path, plot: bool) -> None:
     """Prints everything, the summary last, and writes the files."""
     info = result.machine
-    legend = LEGEND if result.rows else MEMORY_LEGEND
+    legend = LEGENDS.get(suite, LEGEND)
     print(f"\n{report.machine_line(info)}\n{setting.dtype}, {setting.mode}\n{legend}\n")
     if not info["build"]:
         print("dynops._C is not built: these are times of the plain-PyTorch reference.\n")
@@ -168,12 +211,13 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
         print(f"wrote {path}")
 
 
-def write_readme(readme: Path, results: Path) -> None:
-    reports = [report.Report.load(path) for path in sorted(results.glob("*.json"))]
+def write_readme(path: Path, results: Path) -> None:
+    reports = [report.Report.load(found) for found in sorted(results.glob("*.json"))]
     if not reports:
         raise SystemExit(f"{results}: there are no results (python -m benchmarks all --out {results})")
-    report.rewrite_readme(readme, report.readme_block(reports, layers.TARGET_GROUPS))
-    print(f"{readme}: numbers of {len(reports)} files in {results}")
+    readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))
+    readme.rewrite(path, "blocks", readme.blocks_block(reports))
+    print(f"{path}: numbers of {len(reports)} files in {results}")
 
 
 if __name__ == "__main__":

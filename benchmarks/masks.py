@@ -20,6 +20,15 @@ def random(n: int, h: int, w: int, density: float, generator: torch.Generator) -
     return mask.scatter_(1, order[:, :active], True).view(n, h, w)
 
 
+CELL = 16
+
+
+def random_blocks(n: int, h: int, w: int, density: float, generator: torch.Generator) -> Tensor:
+    """Random squares of 16 pixels, on a grid, of which the last ones may be cut off by the edge."""
+    cells = random(n, -(-h // CELL), -(-w // CELL), density, generator)
+    return cells.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)[:, :h, :w].contiguous()
+
+
 def square(n: int, h: int, w: int, density: float, generator: torch.Generator) -> Tensor:
     """One square of about ``density * H * W`` pixels at a random place in each sample."""
     area = density * h * w
@@ -49,7 +58,13 @@ def photo(n: int, h: int, w: int, density: float, generator: torch.Generator) ->
     return densest(shifted, density)
 
 
-MASKS = {"random": random, "square": square, "photo": photo, "top-left": top_left}
+MASKS = {
+    "random": random,
+    "random blocks": random_blocks,
+    "square": square,
+    "photo": photo,
+    "top-left": top_left,
+}
 
 
 def _active(h: int, w: int, density: float) -> int:

@@ -45,12 +45,16 @@ def build_resnet50(image: Tensor) -> nn.Module:
     from .resnet import resnet50
 
     torch.manual_seed(0)
-    model = resnet50()
+    return calibrated(resnet50(), torch.cat([image, image.flip(3)]))
+
+
+def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
+    """``model`` in eval mode, the statistics of its norms those of the batch ``x``."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.cat([image, image.flip(3)]))
+        model.train()(x)
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()
@@ -133,7 +137,7 @@ def measure(build, name: str, size: tuple[int, int], gates, setting: Setting) ->
             ours[kind, density] = _ours(converted, image, x, density, GATES[kind], setting)
             plans[kind, density] = macs.computed(gate(image, density, GATES[kind]), kept_dense)
     with torch.inference_mode(not setting.backward):
-        first_look, dense = best_dense(_dense(model, x, setting), setting.device)
+        first_look, dense = best_dense(dense_versions(model, x, setting), setting.device)
         beside = _frozen(model, x) if setting.compiled and not setting.backward else {}
         times = interleaved({**dense, **beside, **ours}, setting.device, setting.budget)
     best = min(dense, key=times.get)
@@ -180,10 +184,10 @@ def _ours(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: 
         with dynops.active(gate(image, density, cell)):
             return converted(x)
 
-    return _with_backward(call, converted) if setting.backward else call
+    return with_backward(call, converted) if setting.backward else call
 
 
-def _dense(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable]:
+def dense_versions(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable]:
     """{NCHW, channels_last} x {eager, torch.compile}."""
     torch._dynamo.reset()
     formats = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -195,7 +199,7 @@ def _dense(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable]
             functions["compiled"] = torch.compile(own, dynamic=False)
         for function_name, function in functions.items():
             call = _bound(function, x.contiguous(memory_format=memory_format))
-            calls[f"{format_name} {function_name}"] = _with_backward(call, own) if setting.backward else call
+            calls[f"{format_name} {function_name}"] = with_backward(call, own) if setting.backward else call
     return calls
 
 
@@ -218,6 +222,6 @@ def _bound(function, x: Tensor) -> Callable:
     return lambda: function(x)
 
 
-def _with_backward(call: Callable, model: nn.Module) -> Callable:
+def with_backward(call: Callable, model: nn.Module) -> Callable:
     parameters = list(model.parameters())
     return lambda: torch.autograd.grad(call().square().sum(), parameters)

@@ -1,4 +1,4 @@
-"""Rows, and what is made of them: tables, JSON, CSV, a plot, and the block of numbers in the README."""
+"""Rows, and what is made of them: tables, JSON, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import dynops
 class Row:
     """One measurement of ours against the best dense version, both in milliseconds, from one run."""
 
-    suite: str  # "layers" or "models"
+    suite: str  # "layers", "blocks", "models" or "video"
     group: str
     case: str
     mask: str
@@ -38,6 +38,7 @@ class Row:
     ours_ms: float
     dense_all: dict[str, float] = field(default_factory=dict)  # ms of every dense version
     break_even_only: bool = False  # a density measured to find the break-even, not the saving
+    block: int = 0  # pixels on a side of the blocks that were computed; 0 where pixels were
 
     @property
     def theory(self) -> float:
@@ -155,6 +156,11 @@ def machine(device: torch.device) -> dict:
     }
 
 
+def machine_line(info: dict) -> str:
+    isa = info["forced_isa"] or info["build"].get("cpu_isa") or info["torch_isa"]
+    return f"{info['device']}, {info['threads']} threads, {isa}, torch {info['torch']}, {info['date']}."
+
+
 def busy_share(seconds: float = 0.5) -> float:
     """The share of the processors that other programs use, watched while this one sleeps; 0 if unknown."""
 
@@ -208,12 +214,12 @@ def break_even(points: list[tuple[float, float]]) -> float:
 
 
 def break_evens(rows: list[Row]) -> dict[str, float]:
-    """Break-even density of each case that was measured up to density 1 (on random masks)."""
-    points: dict[str, list] = {}
+    """Break-even density of each case that was measured up to density 1 (random masks, SBNet's for blocks)."""
+    points: dict[tuple[str, str], list] = {}
     for row in rows:
-        if row.variant == "plain" and row.mask == "random":
-            points.setdefault(row.case, []).append((row.density, row.speedup))
-    return {case: break_even(p) for case, p in points.items() if max(p)[0] >= 1}
+        if row.variant == "plain" and row.mask in ("random", "top-left"):
+            points.setdefault((row.case, row.mask), []).append((row.density, row.speedup))
+    return {case: break_even(p) for (case, _), p in points.items() if max(p)[0] >= 1}
 
 
 @dataclass
@@ -263,7 +269,7 @@ def summaries(rows: list[Row], target_groups: tuple[str, ...] = ()) -> list[Summ
 
 # --------------------------------------------------------------------------------------- tables
 
-_HEADER = ["layer", "mask", "density", "dense ms", "best dense", "ours ms", "theory", "speed-up", "realised"]
+HEADER = ["layer", "mask", "density", "dense ms", "best dense", "ours ms", "theory", "speed-up", "realised"]
 
 
 def table(rows: list[Row]) -> str:
@@ -273,14 +279,14 @@ def table(rows: list[Row]) -> str:
         own = [row for row in rows if (row.group, row.variant) == (group, variant)]
         own.sort(key=lambda row: -row.realised)
         title = group if variant == "plain" else f"{group} ({variant})"
-        blocks.append(f"{title}\n" + aligned(_HEADER, [_cells(row) for row in own]))
+        blocks.append(f"{title}\n" + aligned(HEADER, [row_cells(row) for row in own]))
     return "\n\n".join(blocks)
 
 
-def _cells(row: Row) -> list[str]:
+def row_cells(row: Row) -> list[str]:
     return [
         row.case,
-        row.mask,
+        f"{row.mask}, {row.block}x{row.block} blocks" if row.block else row.mask,
         f"{row.density:.2f}",
         f"{row.dense_ms:.3f}",
         row.dense_name,
@@ -291,11 +297,11 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-_SUMMARY_HEADER = ["group", "rows", "realised: median", "worst", "the worst row", "break-even: median"]
-_SUMMARY_HEADER += ["lowest", "slowest at density 1"]
+SUMMARY_HEADER = ["group", "rows", "realised: median", "worst", "the worst row", "break-even: median"]
+SUMMARY_HEADER += ["lowest", "slowest at density 1"]
 
 
-def _summary_cells(s: Summary) -> list[str]:
+def summary_cells(s: Summary) -> list[str]:
     worst = f"{s.worst.case}, {s.worst.mask}, {s.worst.density:g}"
     optional = [s.break_even_median, s.break_even_lowest]
     cells = [s.name, str(s.count), f"{s.median:.2f}", f"{s.worst.realised:.2f}", worst]
@@ -304,7 +310,7 @@ def _summary_cells(s: Summary) -> list[str]:
 
 
 def summary_table(found: list[Summary]) -> str:
-    return aligned(_SUMMARY_HEADER, [_summary_cells(s) for s in found])
+    return aligned(SUMMARY_HEADER, [summary_cells(s) for s in found])
 
 
 def memory_table(rows: list[MemoryRow]) -> str:
@@ -368,53 +374,3 @@ def _plot(report: Report, path: Path) -> bool:
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
     return True
-
-
-# --------------------------------------------------------------------------------------- the README
-
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
-
-
-def readme_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
-    """The README's numbers: a summary of every report of layers, the models' rows, the range of the memory."""
-    order = {"float32": 0, "bfloat16": 1, "float16": 2}
-    summary_rows, model_rows, memory = [], [], []
-    for report in reports:
-        layers = [row for row in report.rows if row.suite == "layers"]
-        if layers:
-            prefix = [layers[0].dtype, layers[0].mode]
-            summary_rows += [prefix + _summary_cells(s) for s in summaries(layers, target_groups)]
-        model_rows += [[row.dtype, *_cells(row)] for row in report.rows if row.suite == "models"]
-        memory += [row.ratio for row in report.memory]
-    summary_rows.sort(key=lambda cells: (order[cells[0]], cells[1] != "forward"))
-    model_rows.sort(key=lambda cells: (order[cells[0]], cells[1], cells[2], -float(cells[3])))
-    parts = ["\n".join(dict.fromkeys(machine_line(report.machine) for report in reports))]
-    if summary_rows:
-        parts.append(markdown(["dtype", "pass", *_SUMMARY_HEADER], summary_rows))
-    if model_rows:
-        parts.append(markdown(["dtype", "model", *_HEADER[1:]], model_rows))
-    if memory:
-        parts.append(
-            f"One call of a sparse layer holds {min(memory):.2f} to {max(memory):.2f} times the memory that the "
-            f"dense layer's call holds at its peak ({len(memory)} rows)."
-        )
-    return "\n\n".join(parts)
-
-
-def machine_line(info: dict) -> str:
-    isa = info["forced_isa"] or info["build"].get("cpu_isa") or info["torch_isa"]
-    return f"{info['device']}, {info['threads']} threads, {isa}, torch {info['torch']}, {info['date']}."
-
-
-def rewrite_readme(path: Path, block: str) -> None:
-    """Puts ``block`` between the two markers.
-
-    Raises:
-        ValueError: the file does not have both markers.
-    """
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: expected the lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")

@@ -4,8 +4,20 @@ from . import nn, ops
 from .backends import build_info
 from .context import active
 from .convert import convert_, revert_
-from .plans import PixelPlan
+from .plans import BlockPlan, PixelPlan, changed_blocks
+from .tune import suggest_block_size
 
 __version__ = "0.1.0"
 
-__all__ = ["PixelPlan", "active", "build_info", "convert_", "nn", "ops", "revert_"]
+__all__ = [
+    "BlockPlan",
+    "PixelPlan",
+    "active",
+    "build_info",
+    "changed_blocks",
+    "convert_",
+    "nn",
+    "ops",
+    "revert_",
+    "suggest_block_size",
+]

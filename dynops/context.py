@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from .plans import PixelPlan, check_mask, resize_mask
+from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
 
 
 class _Local(threading.local):
@@ -22,30 +22,42 @@ class active:
     """Context manager: inside it, converted layers compute only the pixels of a mask.
 
     Args:
-        mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active) or a
-            :class:`PixelPlan`, at any resolution, finer or coarser than a layer's.
+        mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
+            :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
+        block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
+            the mask is first widened to whole blocks: one active pixel makes its block active.
 
     Each layer asks for the plan of its own output resolution: an output pixel is active if any mask
-    pixel under it is. Plans are built once for each resolution and shared between the layers.
+    pixel under it is; a layer at 1/s of the mask's resolution so computes blocks of ``block_size / s``.
+    Plans are built once for each resolution and shared between the layers.
 
     The context belongs to the thread that enters it. It nests (the innermost mask holds), may be
     entered again and by several threads at once, and is left when an exception passes through.
     Entered inside a compiled function, with the mask as its input, plans have the capacity form.
 
     Raises:
-        TypeError, ValueError: what is passed is neither a mask nor a plan. A layer whose batch or
-            device is not the mask's raises ValueError when it is called.
+        TypeError, ValueError: what is passed is neither a mask nor a plan, or a block size below 1. A
+            layer whose batch or device is not the mask's raises ValueError when it is called.
     """
 
-    def __init__(self, mask_or_plan: Tensor | PixelPlan):
+    def __init__(
+        self,
+        mask_or_plan: Tensor | PixelPlan | BlockPlan,
+        block_size: int | tuple[int, int] | None = None,
+    ):
         self._capacity_form = False
         self._plans: dict[tuple[int, int, int], PixelPlan] = {}
+        if isinstance(mask_or_plan, BlockPlan):
+            mask_or_plan = mask_or_plan.pixels()
         if isinstance(mask_or_plan, PixelPlan):
             self._capacity_form = mask_or_plan.count is not None
-            self._plans[mask_or_plan.shape] = mask_or_plan
             mask = mask_or_plan.mask()
+            if block_size is None:
+                self._plans[mask_or_plan.shape] = mask_or_plan
         else:
             mask = _without_nan(check_mask(mask_or_plan)) != 0
+        if block_size is not None:
+            mask = widen_mask(mask, block_size)
         self._masks = [mask]  # [N, H, W] bool: as passed, then each half that was asked for
 
     def __enter__(self) -> active:

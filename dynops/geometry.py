@@ -81,3 +81,53 @@ def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
 def is_int(value, least: int | None = None) -> bool:
     """Whether ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
     return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)
+
+
+class BlockGeometry(NamedTuple):
+    """Equal rectangles over a map, in a grid. ``list(geometry)`` is what an op's schema takes.
+
+    Block ``(by, bx)`` covers rows ``first_h + by*step_h`` to ``+ tile_h`` (and likewise columns) of the
+    map: tiles overlap where they are larger than the step, and may lie over the map's edge.
+    """
+
+    batch: int
+    height: int
+    width: int
+    grid_h: int
+    grid_w: int
+    step_h: int
+    step_w: int
+    first_h: int
+    first_w: int
+    tile_h: int
+    tile_w: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.batch, self.height, self.width
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.grid_h, self.grid_w
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a pixel may lie in more than one tile."""
+        return (self.tile_h > self.step_h and self.grid_h > 1) or (
+            self.tile_w > self.step_w and self.grid_w > 1
+        )
+
+    def widened(self, halo: tuple[int, int, int, int]) -> BlockGeometry:
+        """The same blocks with ``halo = (top, bottom, left, right)`` more pixels on each side."""
+        top, bottom, left, right = halo
+        return self._replace(
+            first_h=self.first_h - top,
+            first_w=self.first_w - left,
+            tile_h=self.tile_h + top + bottom,
+            tile_w=self.tile_w + left + right,
+        )
+
+
+def as_block_geometry(geometry) -> BlockGeometry:
+    """The geometry behind a block op's ``int[] geometry``."""
+    return geometry if type(geometry) is BlockGeometry else BlockGeometry(*geometry)

@@ -1,4 +1,4 @@
-"""Runs a traced module (``dynops.trace``) on packed rows, inside ``with dynops.active(mask):``.
+"""Runs a traced module (``dynops.nn.trace``) on packed rows, inside ``with dynops.active(mask):``.
 
 A value is a dense tensor or :class:`Rows`. Convolutions, norms and pools make rows at the active
 plan of their resolution; sums and activations of rows are rows; everything else gets dense tensors,
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import active
-from .nn.norm import Fold, norm_rows, uses_batch_statistics
+from .nn.norm import norm_rows
+from .nn.rows import FusedConv, autocast_dtype
 from .nn.shapes import conv_geometry, conv_transpose_geometry
+from .nn.trace import Ref, Step, Trace, find
 from .ops.epilogue import ACTIVATIONS
-from .ops.pixels import _pixel_conv
 from .ops.rows import gather_pixels, memory_format_of, scatter_pixels
 from .plans import PixelPlan
-from .trace import Ref, Step, Trace, find
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MAX_SIZES = 64  # input sizes whose geometry a step keeps
@@ -68,10 +68,8 @@ class _Conv:
         self.x, self.out, self.free = step.inputs[0], step.out, step.free
         self.residual, self.activation = step.residual, step.activation
         self.conv = module.get_submodule(step.target)
-        self.parameters = self.conv._parameters  # nn.Module.__getattr__ costs half a microsecond
         self.norm = None if step.norm is None else module.get_submodule(step.norm)
-        self.fold = Fold()
-        self.in_channels, self.out_channels = self.conv.in_channels, self.conv.out_channels
+        self.fused = FusedConv(self.conv, self.norm, step.activation)
         self.pads = None
         if self.conv.padding_mode != "zeros":
             self.pads = self.conv._reversed_padding_repeated_twice
@@ -79,56 +77,34 @@ class _Conv:
 
     def run(self, env: list, active: active, autocast: torch.dtype | None) -> Rows | Tensor:
         values, in_plan, shape = self._input(env)
-        weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if autocast is not None and values.dtype != torch.float64:
-            values, bias = values.to(autocast), None if bias is None else bias.to(autocast)
-            weight = weight.to(autocast) if weight.requires_grad else weight
-        elif values.dtype is not weight.dtype:
-            raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {values.dtype}")
         geometry, out_shape = self.sizes.get(shape) or self._size(shape)
         plan = active.plan(out_shape, values.device)
-        norm, residual = self.norm, None
+        residual = None
         if self.residual is not None:
-            residual = _rows_at(env[self.residual], plan, self.out_channels)
+            residual = _rows_at(env[self.residual], plan, self.conv.out_channels)
             if residual is None:
-                return self._then_broadcast(env, values, weight, bias, plan, in_plan, geometry)
-            if residual.dtype is not values.dtype:
-                residual = residual.to(values.dtype)
-        if norm is None:
-            epilogue = (self.activation, None, None, None, residual)
-        elif uses_batch_statistics(norm):
-            rows = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
-            return Rows(norm_rows(norm, rows, plan, residual, self.activation), plan)
-        else:
-            epilogue = (self.activation, *self.fold(norm), None, residual)
-        return Rows(
-            _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, None, True, None), plan
-        )
+                plain = FusedConv(self.conv, None, "")
+                rows = plain(values, in_plan, plan, geometry, autocast)
+                return self._then_broadcast(env, rows, plan)
+        return Rows(self.fused(values, in_plan, plan, geometry, autocast, residual), plan)
 
     def _input(self, env: list) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
         x = env[self.x]
         if type(x) is Rows and self.pads is None:
             values, in_plan = x
-            shape = in_plan.shape
-        else:
-            values, in_plan = _dense(x), None
-            if values.dim() != 4:
-                raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(values.shape)}")
-            if not values.is_contiguous(memory_format=torch.channels_last):
-                values = env[self.x] = values.contiguous(
-                    memory_format=torch.channels_last
-                )  # once for all readers
-            if self.pads is not None:
-                values = F.pad(values, self.pads, mode=self.conv.padding_mode)
-            shape = (values.shape[0], values.shape[2], values.shape[3])
-            if values.device != self.parameters["weight"].device:
-                raise ValueError(
-                    f"x: expected it on the weight's device {self.parameters['weight'].device}, got {values.device}"
-                )
-        if values.shape[1] != self.in_channels:
-            raise ValueError(f"x: expected {self.in_channels} channels, got {values.shape[1]}")
-        return values, in_plan, shape
+            return values, in_plan, in_plan.shape
+        values = _dense(x)
+        if values.dim() != 4:
+            raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(values.shape)}")
+        if not values.is_contiguous(memory_format=torch.channels_last):
+            values = env[self.x] = values.contiguous(
+                memory_format=torch.channels_last
+            )  # once for all readers
+        if self.pads is not None:
+            values = F.pad(values, self.pads, mode=self.conv.padding_mode)
+        self.fused.check(values)
+        return values, None, (values.shape[0], values.shape[2], values.shape[3])
 
     def _size(self, shape: tuple[int, int, int]) -> tuple:
         if isinstance(self.conv, nn.ConvTranspose2d):
@@ -142,16 +118,12 @@ class _Conv:
             self.sizes[shape] = entry
         return entry
 
-    def _then_broadcast(self, env, values, weight, bias, plan, in_plan, geometry) -> Tensor:
-        """The sum with a map of another size, which is dense."""
-        rows = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
+    def _then_broadcast(self, env, rows: Tensor, plan: PixelPlan) -> Tensor:
+        """The norm, and the sum with a map of another size, which is dense."""
         if self.norm is not None:
             rows = norm_rows(self.norm, rows, plan)
         out = scatter_pixels(rows, plan) + _dense(env[self.residual])
         return ACTIVATIONS[self.activation](out)
-
-
-_NOTHING = ("", None, None, None, None)
 
 
 class _Norm:
@@ -298,9 +270,7 @@ class Program:
 
     def run(self, x: Tensor, active: active) -> Tensor:
         """``module.forward(x)`` under the mask of ``active``."""
-        device, autocast = x.device.type, None
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            autocast = torch.get_autocast_dtype(device)
+        autocast = autocast_dtype(x)
         env: list = [None] * self.values
         env[0] = x
         for step in self.steps:

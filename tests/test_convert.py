@@ -655,10 +655,80 @@ def test_unbatched_input_goes_layer_by_layer():
     close(out[None], hold(expected, mask))
 
 
+# ----------------------------------------------------------------------------------- blocks
+
+
+def widened(mask, block_size):
+    """``mask`` with every block that holds an active pixel filled; written as loops."""
+    high, wide = block_size
+    out = torch.zeros(mask.shape, dtype=torch.bool)
+    for y in range(0, mask.shape[1], high):
+        for x in range(0, mask.shape[2], wide):
+            blocks = (slice(None), slice(y, y + high), slice(x, x + wide))
+            out[blocks] = (mask[blocks] != 0).flatten(1).any(1)[:, None, None]
+    return out
+
+
+FORMS = {
+    "mask": lambda mask: mask,
+    "float mask": lambda mask: -mask[:, None].float(),
+    "plan": dynops.PixelPlan.from_mask,
+    "capacity plan": lambda mask: dynops.PixelPlan.from_mask(mask, mask.numel()),
+    "block plan": lambda mask: dynops.BlockPlan.from_mask(mask, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("block_size", [(16, 16), (8, 20), (1, 48), (1, 1), (1000, 2)])
+def test_blocks_equal_the_widened_mask(block_size, form, inputs):
+    model, x, mask = small_resnet(), inputs[0], random_mask((2, 64, 48), 0.002)
+    dynops.convert_(model)
+    assert not widened(mask, block_size).all()
+    assert block_size == (1, 1) or not torch.equal(widened(mask, block_size), mask)
+    with torch.no_grad():
+        with dynops.active(widened(mask, block_size)):
+            expected = model(x)
+        with dynops.active(FORMS[form](mask), block_size) as context:
+            close(model(x), expected)
+    assert torch.equal(context.plan((2, 64, 48), x.device).mask(), widened(mask, block_size))
+    assert (context.plan((2, 64, 48), x.device).count is None) == (form != "capacity plan")
+
+
+def test_a_layer_computes_blocks_of_its_own_resolution(inputs):
+    context = dynops.active(random_mask((2, 64, 48), 0.002), 16)
+    for scale in (2, 4, 8):
+        mask = context.plan((2, 64 // scale, 48 // scale), inputs[0].device).mask()
+        assert mask.any() and not mask.all() and torch.equal(mask, widened(mask, (16 // scale,) * 2))
+
+
+def test_a_block_plan_is_a_mask_of_its_blocks():
+    mask = random_mask((2, 64, 48), 0.002)
+    plan = dynops.BlockPlan.from_mask(mask, 16)
+    context = dynops.active(plan)
+    assert torch.equal(context.plan((2, 64, 48), plan.device).mask(), widened(mask, (16, 16)))
+
+
+def test_empty_masks_have_no_blocks():
+    for mask in (torch.zeros(2, 9, 7), torch.ones(0, 9, 7)):
+        assert dynops.active(mask, 4).plan(tuple(mask.shape), mask.device).num_rows == 0
+
+
+@pytest.mark.parametrize("block_size", [0, -4, (4, 0), (4, 4, 4), 2.0, "8"])
+def test_block_sizes_that_are_none(block_size, inputs):
+    with pytest.raises(ValueError, match="block_size: expected an int or a pair of ints >= 1, got"):
+        dynops.active(inputs[1], block_size)
+
+
+def test_blocks_of_a_mask_with_nan():
+    with pytest.raises(ValueError, match="mask: expected numbers, got NaN"):
+        dynops.active(torch.full((1, 8, 8), torch.nan), 4)
+
+
 # ----------------------------------------------------------------------- compile and autocast
 
 
-def test_compiles_in_the_context():
+@pytest.mark.parametrize("block_size", [None, (8, 4)])
+def test_compiles_in_the_context(block_size):
     model = small_resnet(BasicBlock, torch.float32)
     x, mask = torch.randn(2, 3, 32, 32), random_mask((2, 32, 32), 0.05)
     with torch.no_grad():
@@ -667,15 +737,15 @@ def test_compiles_in_the_context():
 
         @torch.compile(fullgraph=True, backend="aot_eager")
         def run(x, mask):
-            with dynops.active(mask):
+            with dynops.active(mask, block_size):
                 return model(x)
 
         for seed in range(2):
-            mask = random_mask((2, 32, 32), 0.05, seed)
-            with dynops.active(mask):
+            mask = random_mask((2, 32, 32), 0.02, seed)
+            with dynops.active(mask, block_size):
                 expected = model(x)
             close(run(x, mask), expected, 1e-5)
-        with dynops.active(mask):  # a context around the call of a compiled (copy of a) model
+        with dynops.active(mask, block_size):  # a context around the call of a compiled (copy of a) model
             compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
             close(compiled(x), expected, 1e-5)
         close(compiled(x), dense, 1e-5)

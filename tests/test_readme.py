@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 README = Path(__file__).parent.parent / "README.md"
 
 
 def test_examples_run():
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(block, names)
     assert names["y"].shape == (2, 128, 56, 56)
+    expected = names["stack"](names["frame"])
+    torch.testing.assert_close(names["output"], expected, rtol=1e-4, atol=1e-5)
+    assert 0 < names["plan"].density < 1

@@ -70,12 +70,17 @@ def _versions(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Ten
 _folds: WeakKeyDictionary[nn.Module, Fold] = WeakKeyDictionary()
 
 
-def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The scale and shift of ``norm``, kept with it (see :class:`Fold`)."""
-    kept = _folds.get(norm) if not torch.compiler.is_compiling() else Fold()
+def fold_of(norm: nn.BatchNorm2d | None) -> Fold:
+    """The :class:`Fold` that is kept with ``norm``."""
+    kept = _folds.get(norm) if norm is not None and not torch.compiler.is_compiling() else Fold()
     if kept is None:
         kept = _folds[norm] = Fold()
-    return kept(norm)
+    return kept
+
+
+def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The scale and shift of ``norm``, kept with it (see :class:`Fold`)."""
+    return fold_of(norm)(norm)
 
 
 def _fold(eps: float, weight, bias, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops import gather_pixels, packed_conv2d, packed_conv_transpose2d, scatter_pixels
+from ..ops import gather_pixels, scatter_pixels
 from ..ops.rows import memory_format_of
 from ..plans import PixelPlan, as_pixel_plan
 from .activations import ELEMENTWISE, fused_name
 from .masked import MaskedBatchNorm2d
-from .norm import fold, norm_rows, uses_batch_statistics
+from .norm import norm_rows
 from .pixels import SparseConv2d, SparseConvTranspose2d
+from .rows import FusedConv, autocast_dtype
 from .shapes import geometry_of
 
 _CONVS = (nn.Conv2d, SparseConv2d)
@@ -85,12 +86,15 @@ class SparseSequential(nn.Sequential):
             raise ValueError(f"input: expected a tensor [N, C, H, W], got {getattr(input, 'shape', input)}")
         plan = as_pixel_plan(mask_or_plan)
         steps = _fuse(self)
-        plans = _plans(steps, plan, (input.shape[0], input.shape[2], input.shape[3]))
+        geometries = _geometries(steps, plan, (input.shape[0], input.shape[2], input.shape[3]))
+        plans, autocast = _plans(geometries, plan), autocast_dtype(input)
         value, in_plan = input, None
-        for step, out_plan in zip(steps, plans, strict=True):
-            if step.conv is None and in_plan is None:
-                value = gather_pixels(value, out_plan)
-            value = _run(step, value, in_plan, out_plan)
+        for (conv, norm, activation, other), geometry, out_plan in zip(steps, geometries, plans, strict=True):
+            if conv is not None:
+                value = FusedConv(conv, norm, activation)(value, in_plan, out_plan, geometry, autocast)
+            else:
+                value = gather_pixels(value, out_plan) if in_plan is None else value
+                value = other(value) if norm is None else norm_rows(norm, value, out_plan, None, activation)
             in_plan = out_plan
         if in_plan is None:  # an empty chain
             value = gather_pixels(value, plan)
@@ -140,8 +144,8 @@ def _fuse(chain: nn.Sequential) -> list[_Step]:
     return steps
 
 
-def _plans(steps: list[_Step], plan: PixelPlan, in_shape: tuple[int, int, int]) -> list[PixelPlan]:
-    """The plan of each step's output, from the last to the first: what the step after it reads."""
+def _geometries(steps: list[_Step], plan: PixelPlan, in_shape: tuple[int, int, int]):
+    """For each step the geometry of its convolution (or None) on this input."""
     geometries = []
     for step in steps:
         geometries.append(None if step.conv is None else geometry_of(step.conv, in_shape))
@@ -150,33 +154,14 @@ def _plans(steps: list[_Step], plan: PixelPlan, in_shape: tuple[int, int, int]) 
         raise ValueError(
             f"mask_or_plan: expected one for the output's [N, H, W] = {in_shape}, got {plan.shape}"
         )
+    return geometries
+
+
+def _plans(geometries: list, plan: PixelPlan) -> list[PixelPlan]:
+    """The plan of each step's output, from the last to the first: what the step after it reads."""
     plans = []
-    for i in range(len(steps) - 1, -1, -1):
+    for i in range(len(geometries) - 1, -1, -1):
         plans.append(plan)
         if geometries[i] is not None and i > 0:  # the first one reads the dense input
             plan = plan.needed_by(geometries[i])
     return plans[::-1]
-
-
-def _run(step: _Step, value: Tensor, in_plan: PixelPlan | None, plan: PixelPlan) -> Tensor:
-    """One step on rows ``[P, C]`` (or a dense map into a convolution, where ``in_plan`` is None)."""
-    conv, norm, activation, other = step
-    if conv is None:
-        return norm_rows(norm, value, plan, None, activation) if norm is not None else other(value)
-    folded = norm is not None and not uses_batch_statistics(norm)
-    scale, shift = fold(norm) if folded else (None, None)
-    arguments = {
-        "stride": conv.stride,
-        "padding": conv.padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-        "activation": activation if folded or norm is None else None,
-        "scale": scale,
-        "shift": shift,
-    }
-    if isinstance(conv, nn.ConvTranspose2d):
-        arguments["output_padding"] = conv.output_padding
-        rows = packed_conv_transpose2d(value, conv.weight, conv.bias, in_plan, plan, **arguments)
-    else:
-        rows = packed_conv2d(value, conv.weight, conv.bias, in_plan, plan, **arguments)
-    return rows if folded or norm is None else norm_rows(norm, rows, plan, None, activation)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .nn.activations import ZERO_PRESERVING, fused_name
+from .activations import ZERO_PRESERVING, fused_name
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
@@ -68,6 +68,7 @@ class Step(NamedTuple):
     norm: str | None = None  # conv: the path of the norm that follows
     residual: int | None = None  # conv, norm: the value that is added before the activation
     free: tuple[int, ...] = ()  # values that no later step reads
+    scope: str = ""  # the path of the module whose forward makes the call
 
 
 class Trace(NamedTuple):
@@ -85,40 +86,43 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # so that a forward that updates a buffer cannot do so while it is traced
 
-    def __init__(self, kinds: dict[nn.Module, str]):
+    def __init__(self, kinds: dict[nn.Module, str], whole: bool):
         super().__init__()
-        self.kinds = kinds
+        self.kinds, self.whole = kinds, whole
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if self.whole:  # all but torch's own
+            return module in self.kinds or super().is_leaf_module(module, qualified_name)
         return module in self.kinds or not any(m in self.kinds for m in module.modules())
 
 
-def trace(module: nn.Module, kinds: dict[nn.Module, str]) -> Trace:
+def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -> Trace:
     """The steps of ``module.forward``.
 
     Args:
         module: any module; its forward is run on fx proxies, in training and in eval mode.
         kinds: the modules inside it that are converted, each with "conv", "norm" or "pool".
+        whole: looks into every module that is not torch's own, also where it holds nothing to convert.
 
     Raises:
         Untraceable: control flow that depends on the data or on the training flag, more than one
             input or output, in-place changes, or side effects.
     """
-    recorded = [_record(module, kinds, training) for training in (False, True)]
+    recorded = [_record(module, kinds, training, whole) for training in (False, True)]
     if recorded[0] != recorded[1]:
         raise Untraceable("its forward differs between training and eval mode")
     input_name, steps, values, output = recorded[0]
-    if not any(step.kind == "conv" for step in steps):
+    if not whole and not any(step.kind == "conv" for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     return Trace(input_name, _free(_fuse(steps, output), output), values, output)
 
 
-def _record(module: nn.Module, kinds: dict[nn.Module, str], training: bool) -> tuple:
+def _record(module: nn.Module, kinds: dict[nn.Module, str], training: bool, whole: bool) -> tuple:
     before = [(m, dict(m.__dict__)) for m in module.modules()]
     try:
         for m, _ in before:
             m.__dict__["training"] = training
-        graph = _Tracer(kinds).trace(module)
+        graph = _Tracer(kinds, whole).trace(module)
         changed = [m for m, state in before if _changed(m, {**state, "training": training})]
     except Exception as error:  # user code run on proxies may raise anything
         reason = str(error).strip().splitlines()
@@ -172,7 +176,9 @@ class _Recorder:
 
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
-        self.steps.append(Step(kind, target, inputs, out, **fields))
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        scope = stack[-1][0] if stack else ""
+        self.steps.append(Step(kind, target, inputs, out, scope=scope, **fields))
         if inplace:
             old = inputs[0]
             for other, value in self.number.items():
@@ -302,18 +308,19 @@ def _fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
     for i, step in enumerate(steps):
         for value in step.inputs:
             readers.setdefault(value, []).append(i)
+    constants = {step.out for step in steps if step.kind == "attr"}
     taken: set[int] = set()
     fused: dict[int, Step] = {}
     for i, step in enumerate(steps):
         if i in taken:
             continue
         if step.kind in ("conv", "norm"):
-            step, i = _absorb(step, i, steps, readers, taken)
+            step, i = _absorb(step, i, steps, readers, constants, taken)
         fused[i] = step
     return [fused[i] for i in sorted(fused)]
 
 
-def _absorb(step: Step, i: int, steps, readers, taken: set[int]) -> tuple[Step, int]:
+def _absorb(step: Step, i: int, steps, readers, constants: set[int], taken: set[int]) -> tuple[Step, int]:
     while (
         len(readers.get(step.out, ())) == 1
         and readers[step.out][0] >= 0
@@ -325,6 +332,8 @@ def _absorb(step: Step, i: int, steps, readers, taken: set[int]) -> tuple[Step, 
             step = step._replace(norm=after.target, out=after.out)
         elif after.kind == "add" and step.residual is None and len(after.inputs) == 2:
             other = after.inputs[1] if after.inputs[0] == step.out else after.inputs[0]
+            if other in constants:
+                break
             step = step._replace(residual=other, inputs=(step.inputs[0], other), out=after.out)
         elif after.kind == "act" and after.activation:
             taken.add(j)

@@ -1,0 +1,188 @@
+"""Stacks of layers on active blocks: SBNet's table, stacks that need the tile path, scattered masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import dynops
+from dynops import BlockPlan, PixelPlan
+from dynops.nn import SparseBlocks, SparseConv2d, SparseSequential
+
+from . import masks
+from .layers import BREAK_EVEN_DENSITIES, Setting
+from .models import calibrated, dense_versions, with_backward
+from .report import Row
+from .resnet import Bottleneck
+from .theory import chain_macs, output_shape
+from .timing import best_dense, interleaved, progress
+
+PIXELS = "pixel path"  # the variant that computes the mask's pixels instead of its blocks
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack of layers, ``build(channels)``, on an input ``[n, channels, h, w]``."""
+
+    group: str
+    kind: str
+    build: Callable[[int], nn.Module]
+    channels: int
+    h: int
+    w: int
+    n: int = 1
+    mask_kinds: tuple[str, ...] = ("top-left",)
+    densities: tuple[float, ...] = (0.5, 0.2, 0.1)
+    block: int | None = None  # None: what dynops.suggest_block_size chooses for each mask
+    path: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.n},{self.channels},{self.h}x{self.w}"
+
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        return self.n, self.h, self.w
+
+    def module(self) -> nn.Module:
+        """The stack with random weights in eval mode; its norms' statistics are those of normal noise."""
+        torch.manual_seed(0)
+        size = [min(side, 64) for side in (self.h, self.w)]
+        return calibrated(self.build(self.channels), torch.randn(2, self.channels, *size))
+
+
+def conv3x3(channels: int) -> nn.Module:
+    return nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+
+def bottleneck(channels: int) -> nn.Module:
+    """1x1 down to a quarter, 3x3, 1x1 up, norms, ReLU and the residual sum."""
+    return Bottleneck(channels, channels // Bottleneck.expansion)
+
+
+def _conv_norm_relu(channels: int) -> list[nn.Module]:
+    return [conv3x3(channels), nn.BatchNorm2d(channels), nn.ReLU()]
+
+
+def chain(channels: int) -> nn.Module:
+    """Two 3x3 convolutions with norm and ReLU."""
+    return nn.Sequential(*_conv_norm_relu(channels), *_conv_norm_relu(channels))
+
+
+def pooled(channels: int) -> nn.Module:
+    """Convolution, max-pool and convolution: a stack that packed rows cannot take."""
+    return nn.Sequential(*_conv_norm_relu(channels), nn.MaxPool2d(2), *_conv_norm_relu(channels))
+
+
+# SBNet's ResNet-50 table, (H, W, K); the bottlenecks around these 3x3 layers have 4 K channels.
+SBNET = ((400, 700, 64), (200, 350, 128), (100, 175, 256), (50, 88, 512))
+SBNET_DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01)
+SCATTERED = {"mask_kinds": ("random blocks", "random", "photo"), "densities": (0.1,)}
+TILES = {"block": 32, "path": "tiles"}
+
+
+def all_cases(quick: bool = False) -> list[Case]:
+    sizes = SBNET[2:3] if quick else SBNET
+    cases = [Case("SBNet 3x3", "3x3", conv3x3, k, h, w, densities=SBNET_DENSITIES) for h, w, k in sizes]
+    cases += [Case("SBNet bottleneck", "bottleneck", bottleneck, 4 * k, h, w) for h, w, k in sizes]
+    cases += [Case("tiles", "3x3, pool, 3x3", pooled, k, h, w, **TILES) for h, w, k in sizes[:2]]
+    cases += [Case("tiles", "bottleneck", bottleneck, 4 * k, h, w, **TILES) for h, w, k in sizes[:2]]
+    cases += [Case("scattered", "3x3", conv3x3, k, h, w, **SCATTERED) for h, w, k in sizes]
+    return cases + [Case("scattered", "3x3, 3x3", chain, k, h, w, **SCATTERED) for h, w, k in sizes[:2]]
+
+
+@dataclass(frozen=True)
+class _Contender:
+    call: Callable[[], Tensor]
+    macs: float  # that must be computed, halo included
+    block: int = 0
+
+
+def run(cases: list[Case], setting: Setting) -> list[Row]:
+    rows = []
+    for case in progress(cases, "blocks", "stack"):
+        rows += measure(case, setting)
+    return rows
+
+
+def measure(case: Case, setting: Setting) -> list[Row]:
+    """The rows of one stack: every mask and density, timed in one interleaved run with the dense stack."""
+    generator = torch.Generator().manual_seed(0)
+    module = case.module().to(device=setting.device, dtype=setting.dtype)
+    x = torch.randn(case.n, case.channels, case.h, case.w, generator=generator)
+    x = x.to(device=setting.device, dtype=setting.dtype, memory_format=torch.channels_last)
+    ours = {}
+    stack = copy.deepcopy(module).to(memory_format=torch.channels_last)
+    for kind, density in _masks_to_measure(case, setting):
+        mask = masks.MASKS[kind](*output_shape(stack, case.in_shape), density, generator).to(setting.device)
+        for variant, contender in _contenders(case, setting, stack, x, mask).items():
+            ours[kind, density, variant] = contender
+    with torch.inference_mode(not setting.backward):
+        first_look, dense = best_dense(dense_versions(module, x, setting), setting.device)
+        calls = {key: contender.call for key, contender in ours.items()}
+        times = interleaved({**dense, **calls}, setting.device, setting.budget)
+    best = min(dense, key=times.get)
+    dense_all = first_look | {name: times[name] for name in dense}
+    dense_macs = chain_macs(stack, case.in_shape)
+    return [
+        _row(case, setting, key, contender, dense_macs, times[key], times[best], best, dense_all)
+        for key, contender in ours.items()
+    ]
+
+
+def _masks_to_measure(case: Case, setting: Setting) -> list[tuple[str, float]]:
+    kinds = [kind for kind in case.mask_kinds if kind != "photo" or kind in setting.mask_kinds]
+    pairs = [(kind, density) for kind in kinds for density in case.densities]
+    if setting.break_even and "top-left" in kinds:
+        pairs += [("top-left", d) for d in BREAK_EVEN_DENSITIES if d not in case.densities]
+    return pairs
+
+
+def _contenders(case: Case, setting: Setting, stack: nn.Module, x: Tensor, mask: Tensor) -> dict:
+    """{variant: contender}. "plain" is a mask and a dense map in, the active blocks out and zero elsewhere."""
+    block = case.block or dynops.suggest_block_size(stack, x, mask)
+    plan = BlockPlan.from_mask(mask, block)
+    macs = chain_macs(stack, case.in_shape, plan.pixels())
+    layer = SparseBlocks(stack, block, path=case.path)
+    found = {"plain": _Contender(lambda: layer(x, mask), macs, block)}
+    if case.build is bottleneck and setting.variants:
+        found["base=input"] = _Contender(lambda: layer(x, mask, base="input"), macs, block)
+    if case.group == "scattered":
+        by_pixel = _on_pixels(stack)
+        macs = chain_macs(stack, case.in_shape, PixelPlan.from_mask(mask))
+        found[PIXELS] = _Contender(lambda: by_pixel(x, mask), macs)
+    if setting.backward:
+        return {k: _Contender(with_backward(c.call, stack), c.macs, c.block) for k, c in found.items()}
+    return found
+
+
+def _on_pixels(stack: nn.Module) -> nn.Module:
+    """The layer that computes the pixels of a mask, on the same parameters."""
+    sparse = SparseConv2d if isinstance(stack, nn.Conv2d) else SparseSequential
+    return sparse.from_dense(stack)
+
+
+def _row(case, setting, key, contender, dense_macs, ours_ms, dense_ms, dense_name, dense_all) -> Row:
+    kind, density, variant = key
+    return Row(
+        suite="blocks",
+        group=case.group,
+        case=case.name,
+        mask=kind,
+        density=density,
+        variant=variant,
+        mode=setting.mode,
+        dtype=str(setting.dtype).removeprefix("torch."),
+        gmacs=dense_macs / 1e9,
+        computed_gmacs=contender.macs / 1e9,
+        dense_ms=dense_ms,
+        dense_name=dense_name,
+        ours_ms=ours_ms,
+        dense_all=dense_all,
+        break_even_only=density not in case.densities,
+        block=contender.block,
+    )

@@ -1,0 +1,112 @@
+"""The README's blocks of numbers, written from the committed results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .blocks import PIXELS
+from .report import (
+    HEADER,
+    SUMMARY_HEADER,
+    Report,
+    Row,
+    machine_line,
+    markdown,
+    row_cells,
+    summaries,
+    summary_cells,
+)
+
+NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
+_ORDER = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+def pixels_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
+    """A summary of every report of layers, the models' rows, the range of the memory."""
+    summary_rows, model_rows, memory, used = [], [], [], []
+    for report in reports:
+        layers = [row for row in report.rows if row.suite == "layers"]
+        models = [row for row in report.rows if row.suite == "models"]
+        if layers:
+            prefix = [layers[0].dtype, layers[0].mode]
+            summary_rows += [prefix + summary_cells(s) for s in summaries(layers, target_groups)]
+        model_rows += [[row.dtype, *row_cells(row)] for row in models]
+        memory += [row.ratio for row in report.memory]
+        used += [report] if layers or models or report.memory else []
+    summary_rows.sort(key=lambda cells: (_ORDER[cells[0]], cells[1] != "forward"))
+    model_rows.sort(key=lambda cells: (_ORDER[cells[0]], cells[1], cells[2], -float(cells[3])))
+    parts = [_machines(used)]
+    if summary_rows:
+        parts.append(markdown(["dtype", "pass", *SUMMARY_HEADER], summary_rows))
+    if model_rows:
+        parts.append(markdown(["dtype", "model", *HEADER[1:]], model_rows))
+    if memory:
+        parts.append(
+            f"One call of a sparse layer holds {min(memory):.2f} to {max(memory):.2f} times the memory that the "
+            f"dense layer's call holds at its peak ({len(memory)} rows)."
+        )
+    return "\n\n".join(parts)
+
+
+def blocks_block(reports: list[Report]) -> str:
+    """SBNet's layers over densities, scattered masks on blocks and on pixels, the video's medians."""
+    used = [r for r in reports if any(row.suite in ("blocks", "video") for row in r.rows)]
+    used.sort(key=lambda report: _ORDER[report.rows[0].dtype])
+    rows = [row for report in used for row in report.rows if row.suite == "blocks"]
+    parts = [_machines(used)]
+    if regions := [row for row in rows if row.mask == "top-left" and row.variant == "plain"]:
+        parts.append(_over_densities([row for row in regions if not row.break_even_only]))
+    if scattered := [row for row in rows if row.group == "scattered"]:
+        parts.append(_blocks_or_pixels(scattered))
+    if frames := [
+        row for report in used for row in report.rows if row.suite == "video" and row.variant != "plain"
+    ]:
+        cells = [[row.dtype, *row_cells(row), row.variant] for row in frames]
+        parts.append(markdown(["dtype", "video", *HEADER[1:], ""], cells))
+    return "\n\n".join(parts) if used else NO_BLOCKS
+
+
+def _over_densities(rows: list[Row]) -> str:
+    """One line for a stack, one column for a density: speed-up, and what was realised of the theory."""
+    densities = sorted({row.density for row in rows}, reverse=True)
+    lines: dict[tuple, dict[float, str]] = {}
+    for row in rows:
+        key = (row.dtype, row.mode, row.group, row.case)
+        lines.setdefault(key, {})[row.density] = f"{row.speedup:.2f}x ({row.realised:.2f})"
+    header = ["dtype", "pass", "group", "stack", *(f"{density:g}" for density in densities)]
+    return markdown(header, [[*key, *(at.get(d, "-") for d in densities)] for key, at in lines.items()])
+
+
+def _blocks_or_pixels(rows: list[Row]) -> str:
+    """One line for a stack and mask: the speed-up on blocks, and on the mask's pixels."""
+    lines: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        key = (row.dtype, row.mode, row.case, row.mask, f"{row.density:g}")
+        lines.setdefault(key, {})[row.variant] = row
+    cells = []
+    for key, found in lines.items():
+        blocks, pixels = found["plain"], found[PIXELS]
+        size = f"{blocks.block}x{blocks.block}"
+        numbers = [f"{value:.2f}x" for row in (blocks, pixels) for value in (row.theory, row.speedup)]
+        cells.append([*key, size, *numbers])
+    header = ["dtype", "pass", "stack", "mask", "density", "block size"]
+    header += ["blocks: theory", "speed-up", "pixels: theory", "speed-up"]
+    return markdown(header, cells)
+
+
+def _machines(reports: list[Report]) -> str:
+    return "\n".join(dict.fromkeys(machine_line(report.machine) for report in reports))
+
+
+def rewrite(path: Path, name: str, block: str) -> None:
+    """Puts ``block`` between the markers ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+
+    Raises:
+        ValueError: the file does not have both markers.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found_begin, rest = path.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{path}: expected the lines {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{block}\n{end}{after}")

@@ -1,0 +1,223 @@
+"""SparseBlocks: any stack of ordinary layers, computed on the active blocks of its output only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, context
+from ..geometry import BlockGeometry, pair
+from ..ops import checks
+from ..ops.rows import memory_format_of
+from ..plans import BlockPlan, as_block_plan, check_mask
+from .layers import Stack, layers_of
+from .rows import run_rows
+from .tiles import Layout, layout_of, run_tiles, sizes_of
+
+PATHS = (None, "rows", "tiles")
+_MAX_SIZES = 64  # input sizes whose geometry a layer keeps
+
+
+class SparseBlocks(nn.Module):
+    """Any stack of ordinary layers, computed on the active blocks of its output only.
+
+    Called as ``layer(x, mask_or_plan, base)``; without a mask, inside ``with dynops.active(mask):`` the
+    mask is the active one, resized to the output's resolution; without either it is ``module(x)``.
+
+    What a block reads is derived from the module by a receptive-field trace, so that the result is the
+    dense one, up to rounding, in every active block, also at the border of the map: a layer inside reads
+    there what it reads in the dense module (zeros, or what its padding is), not what lies in a tile.
+
+    Takes any module whose forward torch.fx can trace (one input, one output) and that holds only these:
+    Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
+    (nearest and bilinear, integer factors), elementwise activations, Dropout in eval mode, their
+    functional forms, sums, differences and products of maps, parameters of one value for each channel,
+    and cat of channels. It is traced when it is first called: hooks of inner modules are not called where
+    there is a mask, and where a module inside is replaced the layer traces anew.
+
+    Args:
+        module: the stack; its parameters are found under ``module.`` in the ``state_dict``.
+        block_size: pixels of an output block, ``int`` or ``(height, width)``; where the module enlarges
+            its input, a multiple of the factor.
+        path: "rows" runs on packed rows (``[P, C]``, the pixels that each layer needs, no halo is copied;
+            stacks of convolutions, norms, activations and sums only); "tiles" gathers the blocks of the
+            input with their halo and runs torch's own layers on them; None takes the faster.
+
+    Shape:
+        - x: ``[N, C, H, W]``, either memory format.
+        - mask_or_plan: ``[N, out_H, out_W]`` or ``[N, 1, out_H, out_W]``, a block is active where any of
+          its pixels is nonzero; or a :class:`dynops.BlockPlan`, whose own block size then holds.
+        - base: ``[N, O, out_H, out_W]``, the output at inactive blocks; None for zero, "input" for ``x``.
+        - output: ``where(block active, module(x), base)``, memory format of ``x``.
+
+    Raises:
+        TypeError: at construction, or at the call for what was changed since (a norm or dropout in
+            training mode): a layer that cannot run on blocks, by name.
+        ValueError: an argument that does not fit, with what was expected and what came.
+
+    Paper: Ren et al., SBNet: Sparse Blocks Network (CVPR 2018).
+    """
+
+    def __init__(self, module: nn.Module, block_size: int | tuple[int, int], path: str | None = None):
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+        self.module, self.block_size = module, pair(block_size, "block_size", 1)
+        if path not in PATHS:
+            raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
+        self.path = path
+        self._bound = _Bound(module)
+        self._bound.check_step(self.block_size)
+        if path == "rows":
+            self._bound.check_rows()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask_or_plan: Tensor | BlockPlan | None = None,
+        base: Tensor | str | None = None,
+    ) -> Tensor:
+        active = context.current()
+        if mask_or_plan is None and active is None:
+            if base is not None:
+                raise ValueError("base: expected a mask with it (without one the layer is the module)")
+            return self.module(x)
+        checks.tensor(x, "x", 4, "[N, C, H, W]")
+        bound = self._stack()
+        in_shape = (x.shape[0], x.shape[2], x.shape[3])
+        out_shape = bound.output_shape(in_shape)
+        if mask_or_plan is None:
+            mask_or_plan = active.plan(out_shape, x.device).mask()
+        plan = self._plan(mask_or_plan, out_shape, x)
+        bound.check_mode()
+        base = _base(base, x)
+        if plan.is_full and active is None and self.path is None:
+            return self.module(x).contiguous(memory_format=memory_format_of(x))
+        if self._on_rows(bound, x):
+            return run_rows(bound.stack, bound.geometries(in_shape), x, plan.pixels(), base)
+        layout = bound.layout(in_shape, plan.geometry)
+        out = run_tiles(bound.stack, layout, x, plan, base)
+        return out.contiguous(memory_format=memory_format_of(x))
+
+    def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """``(N, H, W)`` of the output for an input of ``in_shape = (N, H, W)``."""
+        return self._stack().output_shape(tuple(in_shape))
+
+    def affected(self, changed: Tensor) -> BlockPlan:
+        """The plan of every output block that reads a pixel of ``changed``.
+
+        Args:
+            changed: bool mask ``[N, H, W]`` or ``[N, 1, H, W]`` at the input's resolution.
+        """
+        changed = check_mask(changed)
+        bound, in_shape = self._stack(), tuple(changed.shape)
+        blocks = _grid(bound.output_shape(in_shape), self.block_size)
+        reads = bound.layout(in_shape, blocks).maps[0]
+        active = torch.ops.dynops.block_mask(changed, list(reads), False, 0.0)
+        return BlockPlan.from_blocks(active, blocks.shape, self.block_size)
+
+    def extra_repr(self) -> str:
+        return f"block_size={self.block_size}" + (f", path={self.path!r}" if self.path else "")
+
+    def __getstate__(self):
+        return {**self.__dict__, "_bound": None}  # a copy traces its own module
+
+    def _stack(self) -> _Bound:
+        if self._bound is None or not self._bound.holds(self.module):
+            self._bound = _Bound(self.module)
+        return self._bound
+
+    def _plan(self, mask_or_plan, out_shape: tuple[int, int, int], x: Tensor) -> BlockPlan:
+        plan = as_block_plan(mask_or_plan, self.block_size)
+        if plan.shape != out_shape:
+            raise ValueError(
+                f"mask_or_plan: expected one for the output's [N, H, W] = {out_shape}, got {plan.shape}"
+            )
+        if plan.device != x.device:
+            raise ValueError(f"mask_or_plan: expected it on x's device {x.device}, got {plan.device}")
+        if plan.geometry.overlaps:
+            raise ValueError("mask_or_plan: expected blocks that do not overlap")
+        return plan
+
+    def _on_rows(self, bound: _Bound, x: Tensor) -> bool:
+        if self.path == "rows":
+            bound.check_rows()
+        if self.path is not None:
+            return self.path == "rows"
+        # where only the reference runs, rows are the dense layer and a mask
+        return bound.rows and backends.choose(None, x.device, x.dtype) != "reference"
+
+
+def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeometry:
+    """Blocks side by side over a map ``(N, H, W)``."""
+    grid = [-(-shape[1 + i] // block_size[i]) for i in (0, 1)]
+    return BlockGeometry(*shape, *grid, *block_size, 0, 0, *block_size)
+
+
+def _base(base, x: Tensor) -> Tensor | None:
+    if base is None or isinstance(base, Tensor):
+        return base
+    if base == "input":
+        return x
+    raise TypeError(f"base: expected a tensor, None or 'input', got {base!r}")
+
+
+class _Bound:
+    """A module's layers, and what follows from the sizes of its input."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.stack: Stack = layers_of(module)
+        self.rows = all(layer.rows for layer in self.stack.layers)
+        self.links = tuple(
+            (parent._modules, name, child)
+            for parent in module.modules()
+            for name, child in parent._modules.items()
+        )
+        self._sizes: dict = {}
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the layers are still the module's."""
+        return module is self.module and all(
+            modules.get(name) is child for modules, name, child in self.links
+        )
+
+    def check_mode(self) -> None:
+        for layer in (*self.stack.layers, *self.stack.dropouts):
+            layer.check()
+
+    def check_rows(self) -> None:
+        for layer in self.stack.layers:
+            if not layer.rows:
+                raise ValueError(
+                    f"path: expected 'tiles' or None, as {layer.name} cannot run on rows, got 'rows'"
+                )
+
+    def check_step(self, step: tuple[int, int]) -> None:
+        if any(step[i] % self.stack.multiple[i] for i in (0, 1)):
+            raise ValueError(f"block_size: expected a multiple of {self.stack.multiple}, got {step}")
+
+    def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return self._kept(in_shape, lambda: (in_shape[0], *sizes_of(self.stack, in_shape)[self.stack.output]))
+
+    def geometries(self, in_shape: tuple[int, int, int]) -> dict:
+        """The geometry of each convolution, by the number of its output."""
+
+        def make():
+            sizes = sizes_of(self.stack, in_shape)
+            convs = (layer for layer in self.stack.layers if layer.fused is not None)
+            return {layer.out: layer.geometry((in_shape[0], *sizes[layer.inputs[0]])) for layer in convs}
+
+        return self._kept(("geometries", in_shape), make)
+
+    def layout(self, in_shape: tuple[int, int, int], blocks: BlockGeometry) -> Layout:
+        self.check_step((blocks.step_h, blocks.step_w))
+        return self._kept((in_shape, blocks), lambda: layout_of(self.stack, in_shape, blocks))
+
+    def _kept(self, key, make):
+        found = self._sizes.get(key)
+        if found is None:
+            if len(self._sizes) >= _MAX_SIZES:
+                self._sizes.clear()
+            found = self._sizes[key] = make()
+        return found

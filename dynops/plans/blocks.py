@@ -1,0 +1,327 @@
+"""BlockPlan: the rectangles of one resolution that are computed, each whole or not at all."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..geometry import BlockGeometry, is_int, pair
+from .masks import MAX_PIXELS, check_mask, raising
+from .pixels import PixelPlan
+
+REDUCES = ("any", "mean")
+
+
+class BlockPlan:
+    """The active blocks of one resolution.
+
+    Attributes:
+        index: int32 ``[B]``, ascending flat positions ``n*GH*GW + by*GW + bx`` of the active blocks in
+            the grid. In the capacity form ``[capacity]``, where entries from ``count`` on are -1.
+        geometry: the :class:`~dynops.geometry.BlockGeometry` of the grid: which pixels a block covers.
+        count: ``None`` in the compact form; in the capacity form an int32 ``[1]`` tensor on the plan's
+            device, the number of valid entries (see :class:`PixelPlan`).
+
+    Paper: Ren et al., SBNet: Sparse Blocks Network (CVPR 2018).
+    """
+
+    def __init__(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None = None):
+        if index.dtype != torch.int32 or index.dim() != 1:
+            raise TypeError(f"index: expected int32 [B], got {index.dtype} {tuple(index.shape)}")
+        self.index, self.geometry, self.count = index, geometry, count
+        self._pixels: PixelPlan | None = None
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        block_size: int | tuple[int, int],
+        reduce: str = "any",
+        threshold: float = 0.0,
+        *,
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        offset: int | tuple[int, int] = 0,
+        capacity: int | None = None,
+    ) -> BlockPlan:
+        """Builds the plan of a mask. By default blocks tile the map; the last ones may lie over its edge.
+
+        Args:
+            mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating.
+            block_size: pixels of a block, ``int`` or ``(height, width)``.
+            reduce: "any" takes the largest absolute value of a block, "mean" their mean (pixels outside
+                the map count as zero); the block is active where that exceeds ``threshold``.
+            threshold: see ``reduce``. 0 with "any": active where any pixel is nonzero.
+            stride: pixels from one block to the next; ``block_size`` by default. A smaller one makes
+                blocks overlap, as SBNet's input blocks do.
+            padding: zeros around the mask on every side.
+            offset: where the first block begins in the padded mask.
+            capacity: size of the capacity form; ``None`` builds the compact form (inside
+                ``torch.compile`` the capacity form with room for every block).
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit; a NaN in the mask (not checked where
+                checking would synchronise).
+        """
+        mask = check_mask(mask)
+        if reduce not in REDUCES:
+            raise ValueError(f"reduce: expected one of {REDUCES}, got {reduce!r}")
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or math.isnan(threshold):
+            raise ValueError(f"threshold: expected a number, got {threshold!r}")
+        geometry = _geometry(tuple(mask.shape), block_size, stride, padding, offset)
+        mean = reduce == "mean"
+        blocks = raising(torch.ops.dynops.block_mask.default, mask, geometry, mean, float(threshold))
+        return cls._of(blocks, geometry, capacity)
+
+    @classmethod
+    def _of(cls, blocks: Tensor, geometry: BlockGeometry, capacity: int | None) -> BlockPlan:
+        plan = PixelPlan.from_mask(blocks, capacity)  # the grid is a map of blocks
+        return cls(plan.index, geometry, plan.count)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        blocks: Tensor,
+        shape: tuple[int, int, int],
+        block_size: int | tuple[int, int],
+        capacity: int | None = None,
+    ) -> BlockPlan:
+        """The plan of a mask of blocks ``[N, ceil(H / block), ceil(W / block)]`` over a map ``(N, H, W)``."""
+        blocks = check_mask(blocks, "blocks")
+        if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(is_int(n, 0) for n in shape):
+            raise ValueError(f"shape: expected (N, H, W), got {shape!r}")
+        geometry = _geometry(tuple(shape), block_size, None, 0, 0)
+        if tuple(blocks.shape) != geometry.grid:
+            raise ValueError(f"blocks: expected shape {geometry.grid}, got {tuple(blocks.shape)}")
+        return cls._of(blocks, geometry, capacity)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, H, W)``, the resolution that the plan is for."""
+        return self.geometry.shape
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        return self.geometry.tile_h, self.geometry.tile_w
+
+    @property
+    def num_blocks(self) -> int:
+        """Tiles of a packed tensor on this plan: the active blocks, or the capacity."""
+        return self.index.shape[0]
+
+    @property
+    def num_all(self) -> int:
+        """All blocks of the grid."""
+        n, h, w = self.geometry.grid
+        return n * h * w
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a compact plan holds every block (a capacity plan never says so)."""
+        return self.count is None and self.num_blocks == self.num_all
+
+    @property
+    def density(self) -> float:
+        """Active blocks / all blocks. Synchronises a capacity plan."""
+        active = self.num_blocks if self.count is None else int(self.count)
+        return active / max(self.num_all, 1)
+
+    def blocks(self) -> Tensor:
+        """The active blocks as a bool mask ``[N, GH, GW]``."""
+        return PixelPlan(self.index, self.geometry.grid, self.count).mask()
+
+    def mask(self) -> Tensor:
+        """The pixels that active blocks cover, bool ``[N, H, W]``."""
+        return torch.ops.dynops.block_cover(self.index, self.count, list(self.geometry))
+
+    def pixels(self) -> PixelPlan:
+        """The :class:`PixelPlan` of the pixels that active blocks cover (kept)."""
+        if self._pixels is None:
+            if self.count is not None or torch.compiler.is_compiling():
+                mask = self.mask()
+                self._pixels = PixelPlan.from_mask(mask, mask.numel())
+            else:
+                index = torch.ops.dynops.block_pixels.default(self.index, self.geometry)
+                self._pixels = PixelPlan(index, self.shape)
+        return self._pixels
+
+    def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:
+        """The output blocks of a convolution without padding of these tiles: SBNet's way from input to output.
+
+        Args:
+            kernel_size, stride, padding, dilation: as in ``nn.Conv2d``, on the whole map; ``padding`` is
+                what the plan's own blocks reach over the edge (``from_mask(..., padding=padding)``).
+
+        Raises:
+            ValueError: tiles that do not hold a whole number of outputs, or do not meet the next one's.
+        """
+        kernel, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
+        padding, dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
+        g = self.geometry
+        axes = (
+            _Axis(g.height, g.grid_h, g.step_h, g.first_h, g.tile_h),
+            _Axis(g.width, g.grid_w, g.step_w, g.first_w, g.tile_w),
+        )
+        down, across = (axes[i].through(kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+        sizes = (size for both in zip(down, across, strict=True) for size in both)
+        return BlockPlan(self.index, BlockGeometry(g.batch, *sizes), self.count)
+
+    def to(self, device: torch.device | str) -> BlockPlan:
+        """The same plan on another device."""
+        count = None if self.count is None else self.count.to(device)
+        return BlockPlan(self.index.to(device), self.geometry, count)
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __repr__(self) -> str:
+        form = "" if self.count is None else ", capacity form"
+        return f"BlockPlan({self.num_blocks} of {self.num_all} blocks of {self.block_size}, shape={self.shape}{form})"
+
+
+class _Axis(NamedTuple):
+    """One dimension of a grid, in the order of :class:`BlockGeometry`."""
+
+    size: int
+    grid: int
+    step: int
+    first: int
+    tile: int
+
+    def through(self, kernel: int, stride: int, padding: int, dilation: int) -> _Axis:
+        """The outputs of a convolution of every tile by itself."""
+        reach, padded = dilation * (kernel - 1) + 1, self.size + 2 * padding
+        room, offset = self.tile - reach, self.first + padding
+        if reach > padded:
+            raise ValueError(f"kernel_size: expected a reach of at most {padded} pixels, got {reach}")
+        if room < 0 or room % stride:
+            raise ValueError(
+                f"block_size: expected {reach} and a multiple of stride {stride}, got {self.tile}"
+            )
+        if self.grid > 1 and self.step != room + stride:
+            raise ValueError(
+                f"stride: expected blocks {room + stride} apart for outputs that meet, got {self.step}"
+            )
+        if offset % stride:
+            raise ValueError(f"offset: expected a multiple of stride {stride}, got {offset}")
+        outputs = room // stride + 1
+        return _Axis((padded - reach) // stride + 1, self.grid, outputs, offset // stride, outputs)
+
+
+def _geometry(shape: tuple[int, int, int], block_size, stride, padding, offset) -> BlockGeometry:
+    """The grid: as many blocks as cover the padded map from the offset on."""
+    size = pair(block_size, "block_size", 1)
+    step = size if stride is None else pair(stride, "stride", 1)
+    padding, offset = pair(padding, "padding", 0), pair(offset, "offset")
+    grid = []
+    for i in (0, 1):
+        left = shape[1 + i] + 2 * padding[i] - offset[i]
+        covers = shape[1 + i] > 0 and left > 0
+        grid.append(1 + max(-(-(left - size[i]) // step[i]), 0) if covers else 0)
+    if shape[0] * max(shape[1] * shape[2], grid[0] * grid[1]) > MAX_PIXELS:
+        raise ValueError(
+            f"block_size: expected at most {MAX_PIXELS} pixels and blocks, got {shape} in {(shape[0], *grid)}"
+        )
+    first = (offset[0] - padding[0], offset[1] - padding[1])
+    return BlockGeometry(*shape, *grid, *step, *first, *size)
+
+
+def widen_mask(mask: Tensor, block_size: int | tuple[int, int]) -> Tensor:
+    """``mask`` bool ``[N, H, W]`` with every block that holds an active pixel filled; no synchronisation."""
+    size = [min(b, max(s, 1)) for b, s in zip(pair(block_size, "block_size", 1), mask.shape[1:], strict=True)]
+    geometry = _geometry(tuple(mask.shape), size, None, 0, 0)
+    blocks = torch.ops.dynops.block_mask(mask, list(geometry), False, 0.0)
+    wide = blocks.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)
+    return wide[:, : mask.shape[1], : mask.shape[2]].contiguous()
+
+
+def changed_blocks(
+    previous: Tensor,
+    current: Tensor,
+    block_size: int | tuple[int, int],
+    tolerance: float = 0.0,
+    layer=None,
+) -> BlockPlan:
+    """The blocks where two maps differ: what a video or an edited image asks to be computed again.
+
+    With ``layer`` the plan is of the layer's output, every block that reads a changed pixel, so that
+    with ``tolerance=0`` a stream needs only what changed::
+
+        plan = changed_blocks(previous, current, layer.block_size, layer=layer)
+        output = layer(current, plan, base=output)  # layer(current), up to rounding
+
+    With a tolerance, pass as ``previous`` the pixels that the kept output was computed from: against the
+    frame before, changes below the tolerance would add up unseen.
+
+    Args:
+        previous, current: ``[N, C, H, W]`` of one shape, dtype and device.
+        block_size: pixels of a block, ``int`` or ``(height, width)``; with a layer, the layer's.
+        tolerance: a pixel has changed where any channel differs by more than this, or is NaN in either map.
+        layer: a :class:`dynops.nn.SparseBlocks` whose input the maps are.
+
+    Returns:
+        The plan of the maps' resolution, or of the layer's output. Compact (capacity form inside
+        ``torch.compile``).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was expected and what came.
+    """
+    _check_maps(previous, current)
+    number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not number or not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a number >= 0, got {tolerance!r}")
+    size = pair(block_size, "block_size", 1)
+    changed = _changed(previous.detach(), current.detach(), tolerance)
+    if layer is None:
+        return BlockPlan.from_mask(changed, size)
+    if not hasattr(layer, "affected"):
+        raise TypeError(f"layer: expected a dynops.nn.SparseBlocks, got {type(layer).__name__}")
+    plan = layer.affected(changed)
+    if plan.block_size != size:
+        raise ValueError(f"block_size: expected the layer's {plan.block_size}, got {block_size!r}")
+    return plan
+
+
+def _check_maps(previous: Tensor, current: Tensor) -> None:
+    for name, value in (("previous", previous), ("current", current)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor [N, C, H, W], got {type(value).__name__}")
+        if value.dim() != 4:
+            raise ValueError(f"{name}: expected [N, C, H, W], got shape {tuple(value.shape)}")
+    if current.shape != previous.shape:
+        raise ValueError(
+            f"current: expected the shape of previous {tuple(previous.shape)}, got {tuple(current.shape)}"
+        )
+    if current.dtype != previous.dtype:
+        raise TypeError(f"current: expected the dtype of previous {previous.dtype}, got {current.dtype}")
+    if current.device != previous.device:
+        raise ValueError(
+            f"current: expected it on the device of previous {previous.device}, got {current.device}"
+        )
+
+
+def _changed(previous: Tensor, current: Tensor, tolerance: float) -> Tensor:
+    """bool ``[N, H, W]``: where any channel differs by more than the tolerance, or is NaN."""
+    if tolerance == 0:
+        return (previous != current).any(1)
+    # unsigned integers would wrap and halves round their difference to the tolerance
+    wide = (
+        torch.promote_types(previous.dtype, torch.float32) if previous.is_floating_point() else torch.float64
+    )
+    return ~((previous.to(wide) - current.to(wide)).abs() <= tolerance).all(1)
+
+
+def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> BlockPlan:
+    """A :class:`BlockPlan`: a plan as it is, whatever its blocks, or the plan of a mask."""
+    if isinstance(mask_or_plan, BlockPlan):
+        return mask_or_plan
+    if isinstance(mask_or_plan, Tensor):
+        return BlockPlan.from_mask(mask_or_plan, block_size)
+    raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")
