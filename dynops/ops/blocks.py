@@ -29,8 +29,12 @@ from .registry import define
 
 def _positions(index: Tensor, g: BlockGeometry) -> Tensor:
     """int64 ``[B, th, tw]``: where each pixel of each tile lies in the map ``[N*H*W]``; N*H*W outside."""
-    block = index.long()
-    n, by, bx = block // (g.grid_h * g.grid_w), block // g.grid_w % g.grid_h, block % g.grid_w
+    block, grid_h, grid_w = (
+        index.long(),
+        max(g.grid_h, 1),
+        max(g.grid_w, 1),
+    )  # a capacity plan has entries anyway
+    n, by, bx = block // (grid_h * grid_w), block // grid_w % grid_h, block % grid_w
     y = (g.first_h + by * g.step_h)[:, None, None] + torch.arange(g.tile_h, device=index.device)[:, None]
     x = (g.first_w + bx * g.step_w)[:, None, None] + torch.arange(g.tile_w, device=index.device)
     inside = (y >= 0) & (y < g.height) & (x >= 0) & (x < g.width) & (block >= 0)[:, None, None]
@@ -66,7 +70,7 @@ def _block_pixels(index: Tensor, geometry: list[int]) -> Tensor:
 def _gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
     """``[N, C, H, W]`` to ``[B, C, th, tw]`` in the memory format of ``x``; tiles past the count are zero."""
     g = as_block_geometry(geometry)
-    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    flat = x.permute(0, 2, 3, 1).flatten(0, 2)
     flat = torch.cat([flat, flat.new_zeros(1, x.shape[1])])
     tiles = flat[_positions(index, g)].permute(0, 3, 1, 2)
     return tiles.clone(memory_format=memory_format_of(x))
@@ -87,8 +91,8 @@ def _scatter_tiles(
     )
     flat = tiles.new_zeros(g.batch * g.height * g.width + 1, channels, dtype=dtype)
     if base is not None:
-        flat[:-1] = base.permute(0, 2, 3, 1).reshape(-1, channels)
-    at, values = _positions(index, g).reshape(-1), tiles.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
+        flat[:-1] = base.permute(0, 2, 3, 1).flatten(0, 2)
+    at, values = _positions(index, g).reshape(-1), tiles.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
     flat = flat.index_add(0, at, values) if add else flat.index_put((at,), values)
     out = flat[:-1].to(tiles.dtype).view(*g.shape, channels).permute(0, 3, 1, 2)
     return out.clone(memory_format=memory_format_of(tiles))
