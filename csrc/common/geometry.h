@@ -57,4 +57,29 @@ DYNOPS_HD int32_t input_pixel(const Geometry& g, Pixel p, int32_t r, int32_t s) 
   return y < 0 || x < 0 ? -1 : (p.n * int32_t(g.in_h) + y) * int32_t(g.in_w) + x;
 }
 
+// As dynops.geometry.BlockGeometry, in the same order; an op's schema passes it as int[11].
+struct BlockGeometry {
+  int64_t batch, height, width, grid_h, grid_w, step_h, step_w, first_h, first_w, tile_h, tile_w;
+
+  DYNOPS_HD int64_t pixels() const { return batch * height * width; }
+  DYNOPS_HD int64_t blocks() const { return batch * grid_h * grid_w; }
+  // Whether a pixel may lie in more than one tile.
+  DYNOPS_HD bool overlaps() const {
+    return (tile_h > step_h && grid_h > 1) || (tile_w > step_w && grid_w > 1);
+  }
+};
+
+struct Span {
+  int64_t begin, end;
+  DYNOPS_HD int64_t size() const { return end - begin; }
+};
+
+// The part of [first, first + size) that lies in [0, limit); where none does, an empty one inside the former.
+DYNOPS_HD Span clipped(int64_t first, int64_t size, int64_t limit) {
+  const int64_t last = first + size;
+  const int64_t begin = first >= 0 ? first : last < 0 ? last : 0;
+  const int64_t end = last <= limit ? last : limit;
+  return {begin, end > begin ? end : begin};
+}
+
 }  // namespace dynops

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "geometry.h"
@@ -19,6 +20,15 @@ using OptionalTensor = std::optional<Tensor>;
 inline Geometry geometry_of(IntHeaderOnlyArrayRef v) {
   STD_TORCH_CHECK(v.size() == 15, "geometry: expected 15 numbers, got ", v.size());
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14]};
+}
+
+inline BlockGeometry block_geometry_of(IntHeaderOnlyArrayRef v) {
+  STD_TORCH_CHECK(v.size() == 11, "geometry: expected 11 numbers, got ", v.size());
+  const BlockGeometry g{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10]};
+  const int64_t least = std::min({g.batch, g.height, g.width, g.grid_h, g.grid_w, g.step_h - 1, g.step_w - 1,
+                                  g.tile_h - 1, g.tile_w - 1});
+  STD_TORCH_CHECK(least >= 0, "geometry: expected sizes >= 0, steps and tiles >= 1, got less");
+  return g;
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {

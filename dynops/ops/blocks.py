@@ -29,8 +29,8 @@ from .rows import memory_format_of
 
 def _positions(index: Tensor, g: BlockGeometry) -> Tensor:
     """int64 ``[B, th, tw]``: where each pixel of each tile lies in the map ``[N*H*W]``; N*H*W outside."""
-    block = index.long()
-    n, by, bx = block // (g.grid_h * g.grid_w), block // g.grid_w % g.grid_h, block % g.grid_w
+    block, rows, columns = index.long(), max(g.grid_h, 1), max(g.grid_w, 1)  # of a grid without blocks: -1
+    n, by, bx = block // (rows * columns), block // columns % rows, block % columns
     y = (g.first_h + by * g.step_h)[:, None, None] + torch.arange(g.tile_h, device=index.device)[:, None]
     x = (g.first_w + bx * g.step_w)[:, None, None] + torch.arange(g.tile_w, device=index.device)
     inside = (y >= 0) & (y < g.height) & (x >= 0) & (x < g.width) & (block >= 0)[:, None, None]
