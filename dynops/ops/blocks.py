@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
-from ..kernels import cpp
+from ..kernels import cpp, cuda
 from ..plans import BlockPlan
 from . import checks
 from .registry import define
@@ -97,6 +97,8 @@ def _kernels(x: Tensor):
     name = backends.choose(None, x.device, x.dtype)
     if name == "cpp" and hasattr(cpp, "gather_tiles"):
         return cpp
+    if x.is_cuda and cuda.AVAILABLE:
+        return cuda
     if name == "triton":
         from ..kernels import blocks
 
