@@ -11,6 +11,7 @@
 
 #include "launch.h"
 #include "mask.cuh"
+#include "words.cuh"
 
 namespace dynops::cuda {
 namespace {
@@ -246,17 +247,6 @@ __global__ void scatter(const Word* values, const int32_t* index, int64_t rows, 
   }
 }
 
-// Calls f with a null pointer to the widest word that divides a row and to which both are aligned.
-template <class F>
-void visit_word(int64_t bytes, const void* a, const void* b, const F& f) {
-  const auto all = uint64_t(bytes) | reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
-  if (all % 16 == 0) return f(static_cast<uint4*>(nullptr));
-  if (all % 8 == 0) return f(static_cast<uint64_t*>(nullptr));
-  if (all % 4 == 0) return f(static_cast<uint32_t*>(nullptr));
-  if (all % 2 == 0) return f(static_cast<uint16_t*>(nullptr));
-  return f(static_cast<uint8_t*>(nullptr));
-}
-
 bool is_channels_last(const Tensor& x) {  // pixel after pixel, channels together
   return x.stride(1) == 1 && x.stride(3) == x.size(1) && x.stride(2) == x.size(3) * x.stride(3) &&
          x.stride(0) == x.size(2) * x.stride(2);
@@ -280,7 +270,8 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, const OptionalTensor&) 
   }
   const auto* in = static_cast<const int32_t*>(index.data_ptr());
   const bool whole_rows = is_channels_last(x);
-  visit_word(whole_rows ? channels * size : size, x.data_ptr(), out.data_ptr(), [&](auto* null) {
+  const uint64_t addresses = address(x.data_ptr()) | address(out.data_ptr());
+  visit_word(addresses | uint64_t(whole_rows ? channels * size : size), [&](auto* null) {
     using Word = std::remove_pointer_t<decltype(null)>;
     const auto* from = static_cast<const Word*>(x.data_ptr());
     auto* to = static_cast<Word*>(out.data_ptr());
@@ -318,7 +309,7 @@ Tensor scatter_rows(const Tensor& given, const Tensor& index, const OptionalTens
   const Tensor values = torch::stable::contiguous(given);
   const int64_t rows = values.size(0), bytes = channels * int64_t(values.element_size());
   const auto* in = static_cast<const int32_t*>(index.data_ptr());
-  visit_word(bytes, values.data_ptr(), out.data_ptr(), [&](auto* null) {
+  visit_word(uint64_t(bytes) | address(values.data_ptr()) | address(out.data_ptr()), [&](auto* null) {
     using Word = std::remove_pointer_t<decltype(null)>;
     const int64_t words = bytes / int64_t(sizeof(Word));
     const RowBlock block(rows, words);

@@ -61,7 +61,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     )
     with gemm.on_device(x):
         gather_rows_kernel[_grid(out, tile)](
-            _words(x), _words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
+            words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
         )  # fmt: skip
     return out
 
@@ -77,7 +77,7 @@ def scatter_rows(
     rows, tile = rows.contiguous(), gemm.direct_tile(rows.shape[1])
     with gemm.on_device(rows):
         scatter_rows_kernel[_grid(rows, tile)](
-            _words(rows), _words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
+            words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
 
@@ -86,7 +86,7 @@ def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
     return triton.cdiv(rows.shape[0], tile["M"]), triton.cdiv(rows.shape[1], tile["N"])
 
 
-def _words(x: Tensor) -> Tensor:
+def words(x: Tensor) -> Tensor:
     """The same memory as integers of the same size: bits are moved, values are not looked at."""
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")

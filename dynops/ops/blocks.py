@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
-from ..kernels import cpp
+from ..kernels import cpp, cuda
 from ..kernels.layout import memory_format_of
 from ..plans import BlockPlan
 from . import checks
@@ -29,12 +29,12 @@ from .registry import define
 
 def _positions(index: Tensor, g: BlockGeometry) -> Tensor:
     """int64 ``[B, th, tw]``: where each pixel of each tile lies in the map ``[N*H*W]``; N*H*W outside."""
-    block, grid_h, grid_w = (
+    block, rows, columns = (
         index.long(),
         max(g.grid_h, 1),
         max(g.grid_w, 1),
     )  # a capacity plan has entries anyway
-    n, by, bx = block // (grid_h * grid_w), block // grid_w % grid_h, block % grid_w
+    n, by, bx = block // (rows * columns), block // columns % rows, block % columns
     y = (g.first_h + by * g.step_h)[:, None, None] + torch.arange(g.tile_h, device=index.device)[:, None]
     x = (g.first_w + bx * g.step_w)[:, None, None] + torch.arange(g.tile_w, device=index.device)
     inside = (y >= 0) & (y < g.height) & (x >= 0) & (x < g.width) & (block >= 0)[:, None, None]
@@ -106,6 +106,8 @@ def _kernels(x: Tensor, sums: bool = False):
     if x.device.type == "cpu":
         fits = not sums or x.dtype in backends.FAST_DTYPES
         return cpp if fits and backends.has_binary() else None
+    if x.is_cuda and cuda.AVAILABLE:
+        return cuda
     if backends.choose(None, x.device, x.dtype) == "triton":
         from ..kernels import blocks
 

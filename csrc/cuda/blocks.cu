@@ -1,0 +1,165 @@
+// Blocks of a map on a GPU: which are active, the pixels they cover, their tiles in and out.
+//
+// Everything runs on the current stream, and nothing reads back from the device.
+#include "blocks.cuh"
+
+#include "launch.h"
+
+namespace dynops::cuda {
+namespace {
+
+// Runs a kernel of blocks.cuh with a thread for each item, up to the largest grid.
+class Threads {
+ public:
+  explicit Threads(const Launch& launch) : launch_(launch) {}
+
+  // Below it 32 bits hold every number and one stride of the largest grid more.
+  int64_t narrow() const { return int64_t(1) << 30; }
+
+  template <class Kernel, class... Arguments>
+  void operator()(const char* name, int64_t items, Kernel kernel, const Arguments&... arguments) const {
+    kernel<<<grid_for(items), kThreads, 0, launch_.stream()>>>(arguments...);
+    check_launch(name);
+  }
+
+ private:
+  const Launch& launch_;
+};
+
+// ------------------------------------------------------------------------------- tiles in and out
+
+// One of the two formats that map and tiles share; which one does not matter where they agree.
+Lines lines_of(const Tensor& map, const Tensor& tiles) {
+  const int64_t channels = map.size(1), size = int64_t(map.element_size());
+  const bool last = channels == 1 || (map.stride(1) == 1 && tiles.stride(1) == 1);
+  return last ? Lines{1, channels, size} : Lines{channels, 1, size};
+}
+
+void check_shapes(const Tensor& map, const Tensor& tiles, const BlockGeometry& g) {
+  STD_TORCH_CHECK(
+      map.dim() == 4 && map.size(0) == g.batch && map.size(2) == g.height && map.size(3) == g.width,
+      "map: expected [", g.batch, ", C, ", g.height, ", ", g.width, "], got ", map.dim(), " dimensions, ",
+      map.numel(), " elements");
+  STD_TORCH_CHECK(tiles.dim() == 4 && tiles.size(1) == map.size(1) && tiles.size(2) == g.tile_h &&
+                      tiles.size(3) == g.tile_w,
+                  "tiles: expected [B, ", map.size(1), ", ", g.tile_h, ", ", g.tile_w, "], got ", tiles.dim(),
+                  " dimensions, ", tiles.numel(), " elements");
+  STD_TORCH_CHECK(map.scalar_type() == tiles.scalar_type(), "tiles: expected the dtype of the map");
+}
+
+const int32_t* positions(const Tensor& tensor, const char* name, int64_t size) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() == size,
+                  name, ": expected ", size, " contiguous int32, got ", tensor.numel(), " elements");
+  return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
+// x and out are both channels_last or both contiguous; tiles of the index -1 become zero.
+void cuda_gather_tiles(const Tensor& x, const Tensor& index, IntHeaderOnlyArrayRef geometry, Tensor out) {
+  const BlockGeometry g = block_geometry_of(geometry);
+  check_shapes(x, out, g);
+  const int32_t* at = positions(index, "index", out.size(0));
+  if (out.numel() == 0) return;
+  const Launch launch(x);
+  if (x.numel() == 0) return launch.zero(out);  // every index is -1
+  gather_tiles(Threads(launch), g, lines_of(x, out), out.size(0), x.data_ptr(), at, out.data_ptr());
+}
+
+// tiles, base and out are all channels_last or all contiguous. `inverse` [N, GH, GW] is of inverse_index.
+void cuda_scatter_tiles(const Tensor& tiles, const Tensor& inverse, IntHeaderOnlyArrayRef geometry,
+                        const OptionalTensor& base, bool add, Tensor out) {
+  const BlockGeometry g = block_geometry_of(geometry);
+  check_shapes(out, tiles, g);
+  STD_TORCH_CHECK(!base || (base->scalar_type() == out.scalar_type() && base->numel() == out.numel()),
+                  "base: expected the dtype and shape of the output, got ", base ? base->numel() : 0,
+                  " elements for ", out.numel());
+  const int32_t* tile_of = positions(inverse, "inverse", g.blocks());
+  if (out.numel() == 0) return;
+  const Launch launch(out);
+  const auto run = [&](auto scatter) {
+    scatter(Threads(launch), g, lines_of(out, tiles), tiles.size(0), tiles.data_ptr(), tile_of,
+            base ? base->data_ptr() : nullptr, out.data_ptr());
+  };
+  if (!add || !(base || g.overlaps())) return run(replace_tiles<Threads>);  // zero and one tile: the tile
+  switch (out.scalar_type()) {
+    case ScalarType::Float:
+      return run(add_tiles<float, Threads>);
+    case ScalarType::Half:
+      return run(add_tiles<__half, Threads>);
+    case ScalarType::BFloat16:
+      return run(add_tiles<__nv_bfloat16, Threads>);
+    default:
+      STD_TORCH_CHECK(false, "tiles: expected float32, float16 or bfloat16 to add, got another dtype");
+  }
+}
+
+// ------------------------------------------------------------------ masks of blocks and of pixels
+
+template <class F>
+void visit_values(const Tensor& mask, const F& f) {
+  const void* data = mask.data_ptr();
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      return f(static_cast<const uint8_t*>(data));
+    case ScalarType::Char:
+      return f(static_cast<const int8_t*>(data));
+    case ScalarType::Short:
+      return f(static_cast<const int16_t*>(data));
+    case ScalarType::Int:
+      return f(static_cast<const int32_t*>(data));
+    case ScalarType::Long:
+      return f(static_cast<const int64_t*>(data));
+    case ScalarType::Half:
+      return f(static_cast<const __half*>(data));
+    case ScalarType::BFloat16:
+      return f(static_cast<const __nv_bfloat16*>(data));
+    case ScalarType::Float:
+      return f(static_cast<const float*>(data));
+    case ScalarType::Double:
+      return f(static_cast<const double*>(data));
+    default:
+      STD_TORCH_CHECK(false, "mask: expected a bool, integer or floating dtype");
+  }
+}
+
+Tensor block_mask(const Tensor& given, IntHeaderOnlyArrayRef geometry, bool mean, double threshold) {
+  const BlockGeometry g = block_geometry_of(geometry);
+  STD_TORCH_CHECK(given.numel() == g.pixels(), "mask: expected ", g.pixels(), " pixels, got ", given.numel());
+  const Launch launch(given);
+  const Tensor mask = torch::stable::contiguous(given);
+  const Tensor blocks = empty_on(mask, {g.batch, g.grid_h, g.grid_w}, ScalarType::Bool);
+  if (blocks.numel() == 0) return blocks;
+  auto* active = static_cast<bool*>(blocks.data_ptr());
+  visit_values(mask, [&](const auto* values) {
+    mask_blocks<32>(Threads(launch), g, values, mean, threshold, active);
+  });
+  return blocks;
+}
+
+Tensor block_cover(const Tensor& index, const OptionalTensor&, IntHeaderOnlyArrayRef geometry) {
+  const BlockGeometry g = block_geometry_of(geometry);
+  const int32_t* at = positions(index, "index", index.numel());
+  const Launch launch(index);
+  const Tensor mask = empty_on(index, {g.batch, g.height, g.width}, ScalarType::Bool);
+  launch.zero(mask);
+  if (index.numel() == 0 || mask.numel() == 0) return mask;
+  mark_blocks(Threads(launch), g, index.numel(), at, static_cast<bool*>(mask.data_ptr()));
+  return mask;
+}
+
+}  // namespace
+}  // namespace dynops::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
+  m.def("cuda_gather_tiles(Tensor x, Tensor index, int[] geometry, Tensor(a!) out) -> ()");
+  m.def(
+      "cuda_scatter_tiles(Tensor tiles, Tensor inverse, int[] geometry, Tensor? base, bool add, "
+      "Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CUDA, m) {
+  m.impl("block_mask", TORCH_BOX(&dynops::cuda::block_mask));
+  m.impl("block_cover", TORCH_BOX(&dynops::cuda::block_cover));
+  m.impl("cuda_gather_tiles", TORCH_BOX(&dynops::cuda::cuda_gather_tiles));
+  m.impl("cuda_scatter_tiles", TORCH_BOX(&dynops::cuda::cuda_scatter_tiles));
+}

@@ -1,0 +1,38 @@
+"""The CUDA C++ kernels for CUDA tensors: prepares memory for ``csrc/cuda``, where the binary has them.
+
+Same signatures as the references in ``ops/blocks.py``. Those that need no memory prepared (plan building,
+rows) the binary registers under the ops' own names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import as_block_geometry
+from .layout import memory_format_of
+
+# Asked of the dispatcher: what registers them may be another library than dynops._C.
+AVAILABLE = hasattr(torch.ops.dynops, "cuda_gather_tiles")
+
+
+def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Tensor:
+    """See ``ops.blocks._gather_tiles``."""
+    g, layout = as_block_geometry(geometry), memory_format_of(x)
+    shape = (index.shape[0], x.shape[1], g.tile_h, g.tile_w)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    torch.ops.dynops.cuda_gather_tiles(x.contiguous(memory_format=layout), index, g, out)
+    return out
+
+
+def scatter_tiles(
+    tiles: Tensor, index: Tensor, count: Tensor | None, geometry, base: Tensor | None, add: bool
+) -> Tensor:
+    """See ``ops.blocks._scatter_tiles``. Copies any dtype, adds float32, bfloat16 and float16."""
+    g, layout = as_block_geometry(geometry), memory_format_of(tiles)
+    shape = (g.batch, tiles.shape[1], g.height, g.width)
+    out = torch.empty(shape, dtype=tiles.dtype, device=tiles.device, memory_format=layout)
+    inverse = torch.ops.dynops.inverse_index(index, count, g.grid)
+    base = None if base is None else base.contiguous(memory_format=layout)
+    torch.ops.dynops.cuda_scatter_tiles(tiles.contiguous(memory_format=layout), inverse, g, base, add, out)
+    return out

@@ -1,0 +1,156 @@
+"""Values of the CUDA C++ kernels of blocks on a CPU, thread after thread; on a GPU, where there is one, there.
+
+The kernels share no memory between threads, so that a host compiler can run them as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from block_cases import CASES, Inputs, between_guards, check_gather, check_scatter, guards_are_whole, of_cases
+
+from dynops.geometry import BlockGeometry
+from dynops.kernels import cuda
+from dynops.kernels.layout import memory_format_of
+from dynops.ops import blocks as reference
+from dynops.testing import random_mask, random_tensor
+
+NVCC = shutil.which("nvcc")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.usefixtures("poisoned"),
+]
+NARROW = 2**30  # as in blocks.cu
+
+
+def pointer(x: torch.Tensor | None):
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())
+
+
+def numbers(*values: int):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+class Host:
+    """The launchers of ``csrc/cuda/blocks.cu``, as ``blocks_on_host.cpp`` has them."""
+
+    def __init__(self, library: ctypes.CDLL, limit: int = NARROW):
+        self.library, self.limit = library, ctypes.c_int64(limit)
+
+    def gather_tiles(self, x, index, count, geometry):
+        g, layout = BlockGeometry(*geometry), memory_format_of(x)
+        out = torch.empty((len(index), x.shape[1], g.tile_h, g.tile_w), dtype=x.dtype, memory_format=layout)
+        if x.numel() == 0:
+            return out.zero_()
+        lines = self.lines(x, layout)
+        self.library.gather(
+            self.limit,
+            numbers(*g),
+            lines,
+            ctypes.c_int64(len(index)),
+            pointer(x),
+            pointer(index),
+            pointer(out),
+        )
+        return out
+
+    def scatter_tiles(self, tiles, index, count, geometry, base, add):
+        g, layout = BlockGeometry(*geometry), memory_format_of(tiles)
+        out = torch.empty(
+            (g.batch, tiles.shape[1], g.height, g.width), dtype=tiles.dtype, memory_format=layout
+        )
+        inverse = torch.ops.dynops.inverse_index(index, count, list(g.grid))
+        run = getattr(self.library, f"add_{str(tiles.dtype)[6:]}" if add else "replace")
+        tensors = (pointer(t) for t in (tiles, inverse, base, out))
+        run(self.limit, numbers(*g), self.lines(tiles, layout), ctypes.c_int64(len(index)), *tensors)
+        return out
+
+    def lines(self, x, layout):
+        """csrc/cuda/blocks.cuh: planes, elements of a pixel, bytes of an element."""
+        c = x.shape[1]
+        last = layout == torch.channels_last
+        return numbers(1 if last else c, c if last else 1, x.element_size())
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    source, built = (
+        Path(__file__).parent / "blocks_on_host.cpp",
+        tmp_path_factory.mktemp("host") / "blocks.so",
+    )
+    # nvcc hands C++ to the host compiler, with its own headers
+    command = [NVCC, "-shared", "-Xcompiler", "-fPIC", "-O1", "-std=c++17", source, "-o", built]
+    build = subprocess.run(command, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    return ctypes.CDLL(str(built))
+
+
+@of_cases
+def test_gather(case, dtype, nchw, library):
+    check_gather(Host(library), case, dtype, nchw)
+
+
+@of_cases
+def test_scatter(case, dtype, nchw, library):
+    check_scatter(Host(library), case, dtype, nchw)
+
+
+@pytest.mark.parametrize("name", ["plain", "uneven-halo", "wide-halo", "capacity"])
+def test_int64_offsets(name, library):
+    for nchw in (False, True):
+        check_gather(Host(library, 0), CASES[name], torch.bfloat16, nchw)
+        check_scatter(Host(library, 0), CASES[name], torch.bfloat16, nchw)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("no-")])
+def test_cover(name, library):
+    t = Inputs(CASES[name], torch.float32, True)
+    mask = between_guards(t.g.shape, t.x[:, 0].contiguous().stride(), torch.bool, "cpu")
+    mask.fill_(False)
+    library.cover(
+        ctypes.c_int64(NARROW), numbers(*t.g), ctypes.c_int64(len(t.index)), pointer(t.index), pointer(mask)
+    )
+    assert torch.equal(mask, reference._block_cover(t.index, t.count, list(t.g))) and guards_are_whole(mask)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int16", "int64", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("no-")])
+def test_block_mask(name, dtype, library):
+    g = CASES[name].geometry
+    values = random_tensor(*g.shape) * random_mask(g.shape, 0.2)
+    mask = (values * 100).to(getattr(torch, dtype))
+    run = getattr(library, f"mask_{dtype}")
+    for mean, threshold in ((0, 0.0), (0, 60.0), (1, 0.1), (1, 9.0), (0, -1.0)):
+        active = between_guards(g.grid, torch.empty(g.grid).stride(), torch.bool, "cpu")
+        arguments = (ctypes.c_int(mean), ctypes.c_double(threshold))
+        run(ctypes.c_int64(NARROW), numbers(*g), pointer(mask), *arguments, pointer(active))
+        assert torch.equal(active, reference._block_mask(mask, list(g), bool(mean), threshold))
+        assert guards_are_whole(active)
+
+
+def test_division(library):
+    """What replaces a division is exact below 2**31, whatever the divisor below 2**30."""
+    edges = [2**k + d for k in range(31) for d in (-1, 0, 1) if 0 < 2**k + d < 2**30] + [2**30 - 1]
+    divisors = torch.cat([torch.tensor(edges), torch.randint(1, 2**30, (500,))]).int()
+    most = torch.tensor([2**31 - 1, 2**31 - 2, 0, 1])
+    near = torch.cat([divisors, divisors - 1, (2**31 - 1) // divisors * divisors]).long()
+    n = torch.cat([most, near, near.sub(1).clamp(min=0), torch.randint(0, 2**31, (1000,))]).int()
+    found = library.wrong_division(
+        pointer(n), ctypes.c_int64(len(n)), pointer(divisors), ctypes.c_int64(len(divisors))
+    )
+    assert found == -1, int(n[found])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and cuda.AVAILABLE), reason="needs a GPU and a binary with CUDA"
+)
+@of_cases
+def test_on_a_gpu(case, dtype, nchw):
+    check_gather(cuda, case, dtype, nchw, "cuda")
+    check_scatter(cuda, case, dtype, nchw, "cuda")
