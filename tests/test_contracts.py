@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynops import PixelPlan, backends, ops
-from dynops.geometry import ConvGeometry
+from dynops import BlockPlan, PixelPlan, backends, ops
+from dynops.geometry import BlockGeometry, ConvGeometry
 from dynops.testing import (
     assert_within_budget,
     available_backends,
@@ -87,10 +87,35 @@ def conv_samples(backend: str):
                     yield "pixel_conv_weight_grad", dw
 
 
+def block_samples():
+    """Both plan forms, tiles side by side and overlapping, both formats, one channel too."""
+    mask = random_mask((2, 5, 6), 0.1)
+    for given in (mask, mask.long(), mask.to(torch.bfloat16)):
+        for mean, threshold in ((False, 0.0), (True, 0.2)):
+            geometry = BlockGeometry(2, 5, 6, 2, 3, 3, 2, -1, 0, 3, 4)
+            yield "block_mask", (given, list(geometry), mean, threshold)
+    for capacity, side in ((None, 2), (7, 2), (None, 3)):
+        plan = BlockPlan.from_mask(mask, 2, capacity=capacity)
+        geometry = plan.geometry.widened((side - 2,) * 4)
+        index, count, g = plan.index, plan.count, list(geometry)
+        yield "block_cover", (index, count, g)
+        if count is None:
+            yield "block_pixels", (index, g)
+        for layout, channels in (("nchw", 4), ("channels_last", 4), ("channels_last", 1), ("strided", 4)):
+            x = in_layout(random_tensor(2, channels, 5, 6), layout)
+            yield "gather_tiles", (x.detach().requires_grad_(), index, count, g)
+            size = (len(plan), channels, geometry.tile_h, geometry.tile_w)
+            tiles = in_layout(random_tensor(*size), layout).detach().requires_grad_()
+            for base in (None, x.detach().requires_grad_()):
+                for add in (True,) if geometry.overlaps else (False, True):
+                    yield "scatter_tiles", (tiles, index, count, g, base, add)
+
+
 def samples():
     torch.manual_seed(0)
     yield from index_samples()
     yield from row_samples()
+    yield from block_samples()
     for backend in BACKENDS:
         yield from conv_samples(backend)
 
@@ -128,7 +153,7 @@ def test_fakes_have_the_strides_of_the_real_ones(name):
     """opcheck compares them only through views, torch.compile relies on them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if name == "mask_to_index":
+    if name in ("mask_to_index", "block_pixels"):
         pytest.skip("the size of its output is not known to a fake")
     for arguments in (a for n, a in SAMPLES if n == name):
         real = getattr(D, name)(*arguments)

@@ -1,6 +1,6 @@
 """The C++ kernels for CPU tensors: prepares memory for ``csrc/cpu``, and keeps packed weights.
 
-Same signatures as the references in ``ops/pixels.py`` and ``ops/rows.py``.
+Same signatures as the references in ``ops/pixels.py``, ``ops/rows.py`` and ``ops/blocks.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..geometry import ConvGeometry, as_geometry
+from ..geometry import ConvGeometry, as_block_geometry, as_geometry
+from .layout import memory_format_of
 
 _CHANNELS_LAST = torch.channels_last
 # The order of csrc/cpu/engine.h's Activation.
@@ -27,6 +28,8 @@ if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 
     _cpu_gather = torch.ops.dynops.cpu_gather.default
     _cpu_scatter = torch.ops.dynops.cpu_scatter.default
     _cpu_input_grad = torch.ops.dynops.cpu_conv_input_grad.default
+    _cpu_gather_tiles = torch.ops.dynops.cpu_gather_tiles.default
+    _cpu_scatter_tiles = torch.ops.dynops.cpu_scatter_tiles.default
     _cpu_weight_grad = torch.ops.dynops.cpu_conv_weight_grad.default
 
 
@@ -153,4 +156,25 @@ def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base:
     size = (shape[0], rows.shape[1], shape[1], shape[2])
     out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST)
     _cpu_scatter(rows.contiguous(), index, count, None if base is None else _last(base), out)
+    return out
+
+
+def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Tensor:
+    """See ``ops.blocks._gather_tiles``."""
+    g, layout = as_block_geometry(geometry), memory_format_of(x)
+    shape = (index.shape[0], x.shape[1], g.tile_h, g.tile_w)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+    _cpu_gather_tiles(x.contiguous(memory_format=layout), index, count, g, out)
+    return out
+
+
+def scatter_tiles(
+    tiles: Tensor, index: Tensor, count: Tensor | None, geometry, base: Tensor | None, add: bool
+) -> Tensor:
+    """See ``ops.blocks._scatter_tiles``. Copies any dtype, adds float32, bfloat16 and float16."""
+    g, layout = as_block_geometry(geometry), memory_format_of(tiles)
+    shape = (g.batch, tiles.shape[1], g.height, g.width)
+    out = torch.empty(shape, dtype=tiles.dtype, memory_format=layout)
+    base = None if base is None else base.contiguous(memory_format=layout)
+    _cpu_scatter_tiles(tiles.contiguous(memory_format=layout), index, count, g, base, add, out)
     return out

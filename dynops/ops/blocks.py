@@ -19,18 +19,22 @@ from torch import Tensor
 from .. import backends
 from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
 from ..kernels import cpp, cuda
+from ..kernels.layout import memory_format_of
 from ..plans import BlockPlan
 from . import checks
 from .registry import define
-from .rows import memory_format_of
 
 # ---------------------------------------------------------------------------------- reference
 
 
 def _positions(index: Tensor, g: BlockGeometry) -> Tensor:
     """int64 ``[B, th, tw]``: where each pixel of each tile lies in the map ``[N*H*W]``; N*H*W outside."""
-    block, rows, columns = index.long(), max(g.grid_h, 1), max(g.grid_w, 1)  # of a grid without blocks: -1
-    n, by, bx = block // (rows * columns), block // columns % rows, block % columns
+    block, grid_h, grid_w = (
+        index.long(),
+        max(g.grid_h, 1),
+        max(g.grid_w, 1),
+    )  # a capacity plan has entries anyway
+    n, by, bx = block // (grid_h * grid_w), block // grid_w % grid_h, block % grid_w
     y = (g.first_h + by * g.step_h)[:, None, None] + torch.arange(g.tile_h, device=index.device)[:, None]
     x = (g.first_w + bx * g.step_w)[:, None, None] + torch.arange(g.tile_w, device=index.device)
     inside = (y >= 0) & (y < g.height) & (x >= 0) & (x < g.width) & (block >= 0)[:, None, None]
@@ -58,10 +62,15 @@ def _block_cover(index: Tensor, count: Tensor | None, geometry: list[int]) -> Te
     return mask[:-1].view(g.shape).clone()
 
 
+def _block_pixels(index: Tensor, geometry: list[int]) -> Tensor:
+    """int32 ``[P]``: the ascending pixels that the blocks of a compact ``index`` cover."""
+    return torch.ops.dynops.mask_to_index(torch.ops.dynops.block_cover(index, None, geometry))
+
+
 def _gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
     """``[N, C, H, W]`` to ``[B, C, th, tw]`` in the memory format of ``x``; tiles past the count are zero."""
     g = as_block_geometry(geometry)
-    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    flat = x.permute(0, 2, 3, 1).flatten(0, 2)
     flat = torch.cat([flat, flat.new_zeros(1, x.shape[1])])
     tiles = flat[_positions(index, g)].permute(0, 3, 1, 2)
     return tiles.clone(memory_format=memory_format_of(x))
@@ -82,8 +91,8 @@ def _scatter_tiles(
     )
     flat = tiles.new_zeros(g.batch * g.height * g.width + 1, channels, dtype=dtype)
     if base is not None:
-        flat[:-1] = base.permute(0, 2, 3, 1).reshape(-1, channels)
-    at, values = _positions(index, g).reshape(-1), tiles.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
+        flat[:-1] = base.permute(0, 2, 3, 1).flatten(0, 2)
+    at, values = _positions(index, g).reshape(-1), tiles.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
     flat = flat.index_add(0, at, values) if add else flat.index_put((at,), values)
     out = flat[:-1].to(tiles.dtype).view(*g.shape, channels).permute(0, 3, 1, 2)
     return out.clone(memory_format=memory_format_of(tiles))
@@ -92,14 +101,14 @@ def _scatter_tiles(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _kernels(x: Tensor):
-    """The kernel module for ``x``, or None for the reference above."""
-    name = backends.choose(None, x.device, x.dtype)
-    if name == "cpp" and hasattr(cpp, "gather_tiles"):
-        return cpp
+def _kernels(x: Tensor, sums: bool = False):
+    """The kernel module for ``x``, or None for the reference above. The binary copies any dtype."""
+    fits = not sums or x.dtype in backends.FAST_DTYPES
+    if x.device.type == "cpu":
+        return cpp if fits and backends.has_binary() else None
     if x.is_cuda and cuda.AVAILABLE:
-        return cuda
-    if name == "triton":
+        return cuda if fits else None
+    if backends.choose(None, x.device, x.dtype) == "triton":
         from ..kernels import blocks
 
         return blocks
@@ -112,21 +121,23 @@ def _run_gather_tiles(x, index, count, geometry) -> Tensor:
 
 
 def _run_scatter_tiles(tiles, index, count, geometry, base, add) -> Tensor:
-    kernels = _kernels(tiles)
+    kernels = _kernels(tiles, sums=add)
     run = _scatter_tiles if kernels is None else kernels.scatter_tiles
     return run(tiles, index, count, geometry, base, add)
 
 
 def _fake_gather_tiles(x, index, count, geometry) -> Tensor:
     g = as_block_geometry(geometry)
-    out = x.new_empty(index.shape[0], x.shape[1], g.tile_h, g.tile_w)
-    return out.contiguous(memory_format=memory_format_of(x))
+    return _empty_like(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w))
 
 
 def _fake_scatter_tiles(tiles, index, count, geometry, base, add) -> Tensor:
     g = as_block_geometry(geometry)
-    out = tiles.new_empty(g.batch, tiles.shape[1], g.height, g.width)
-    return out.contiguous(memory_format=memory_format_of(tiles))
+    return _empty_like(tiles, (g.batch, tiles.shape[1], g.height, g.width))
+
+
+def _empty_like(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def _fake_block_mask(mask, geometry, mean, threshold) -> Tensor:
@@ -135,6 +146,10 @@ def _fake_block_mask(mask, geometry, mean, threshold) -> Tensor:
 
 def _fake_block_cover(index, count, geometry) -> Tensor:
     return index.new_empty(as_block_geometry(geometry).shape, dtype=torch.bool)
+
+
+def _fake_block_pixels(index, geometry) -> Tensor:
+    return index.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
 define(
@@ -147,6 +162,7 @@ define(
     _block_cover,
     _fake_block_cover,
 )
+define("block_pixels(Tensor index, SymInt[] geometry) -> Tensor", _block_pixels, _fake_block_pixels)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -201,7 +217,7 @@ def gather_blocks(x: Tensor, plan: BlockPlan, halo=0) -> Tensor:
     """The tiles of ``x`` at the plan's blocks, with the pixels around them.
 
     Args:
-        x: ``[N, C, H, W]``, floating, at the plan's resolution, either memory format.
+        x: ``[N, C, H, W]``, any dtype, at the plan's resolution, either memory format.
         halo: pixels on each side: an int, ``(y, x)`` or ``(top, bottom, left, right)``.
 
     Returns:

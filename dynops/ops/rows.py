@@ -10,18 +10,9 @@ from torch import Tensor
 
 from .. import backends
 from ..kernels import cpp
+from ..kernels.layout import memory_format_of as memory_format_of  # for those who import it from here
 from ..plans import PixelPlan
 from .registry import define
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """The memory format that an output in the format of ``x`` [N, C, H, W] has."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    # one channel, or one pixel, is contiguous both ways: then only the strides tell
-    if x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1]):
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 def zero_past_count(rows: Tensor, index: Tensor, count: Tensor | None) -> Tensor:

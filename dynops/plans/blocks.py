@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..geometry import BlockGeometry, pair
-from .masks import check_mask, raising
+from ..geometry import BlockGeometry, is_int, pair
+from .masks import MAX_PIXELS, check_mask, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
@@ -71,9 +72,8 @@ class BlockPlan:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or math.isnan(threshold):
             raise ValueError(f"threshold: expected a number, got {threshold!r}")
         geometry = _geometry(tuple(mask.shape), block_size, stride, padding, offset)
-        blocks = raising(
-            torch.ops.dynops.block_mask, mask, list(geometry), reduce == "mean", float(threshold)
-        )
+        mean = reduce == "mean"
+        blocks = raising(torch.ops.dynops.block_mask.default, mask, geometry, mean, float(threshold))
         return cls._of(blocks, geometry, capacity)
 
     @classmethod
@@ -90,7 +90,9 @@ class BlockPlan:
         capacity: int | None = None,
     ) -> BlockPlan:
         """The plan of a mask of blocks ``[N, ceil(H / block), ceil(W / block)]`` over a map ``(N, H, W)``."""
-        blocks = check_mask(blocks)
+        blocks = check_mask(blocks, "blocks")
+        if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(is_int(n, 0) for n in shape):
+            raise ValueError(f"shape: expected (N, H, W), got {shape!r}")
         geometry = _geometry(tuple(shape), block_size, None, 0, 0)
         if tuple(blocks.shape) != geometry.grid:
             raise ValueError(f"blocks: expected shape {geometry.grid}, got {tuple(blocks.shape)}")
@@ -142,8 +144,12 @@ class BlockPlan:
     def pixels(self) -> PixelPlan:
         """The :class:`PixelPlan` of the pixels that active blocks cover (kept)."""
         if self._pixels is None:
-            mask = self.mask()
-            self._pixels = PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
+            if self.count is not None or torch.compiler.is_compiling():
+                mask = self.mask()
+                self._pixels = PixelPlan.from_mask(mask, mask.numel())
+            else:
+                index = torch.ops.dynops.block_pixels.default(self.index, self.geometry)
+                self._pixels = PixelPlan(index, self.shape)
         return self._pixels
 
     def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:
@@ -158,28 +164,14 @@ class BlockPlan:
         """
         kernel, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
         padding, dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
-        g, sizes = self.geometry, []
-        axes = ((g.height, g.step_h, g.first_h, g.tile_h), (g.width, g.step_w, g.first_w, g.tile_w))
-        for i, (size, step, first, tile) in enumerate(axes):
-            reach = dilation[i] * (kernel[i] - 1) + 1
-            if (
-                tile < reach
-                or step % stride[i]
-                or (tile - reach) % stride[i]
-                or (first + padding[i]) % stride[i]
-            ):
-                raise ValueError(
-                    f"block_size: expected blocks of kernel reach {reach} plus a multiple of stride {stride[i]}, "
-                    f"that many apart, got blocks of {tile}, {step} apart, from {first}"
-                )
-            out = (size + 2 * padding[i] - reach) // stride[i] + 1
-            sizes.append(
-                (out, step // stride[i], (first + padding[i]) // stride[i], (tile - reach) // stride[i] + 1)
-            )
-        (height, step_h, first_h, tile_h), (width, step_w, first_w, tile_w) = sizes
-        grid = (g.grid_h, g.grid_w)
-        out = BlockGeometry(g.batch, height, width, *grid, step_h, step_w, first_h, first_w, tile_h, tile_w)
-        return BlockPlan(self.index, out, self.count)
+        g = self.geometry
+        axes = (
+            _Axis(g.height, g.grid_h, g.step_h, g.first_h, g.tile_h),
+            _Axis(g.width, g.grid_w, g.step_w, g.first_w, g.tile_w),
+        )
+        down, across = (axes[i].through(kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+        sizes = (size for both in zip(down, across, strict=True) for size in both)
+        return BlockPlan(self.index, BlockGeometry(g.batch, *sizes), self.count)
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
@@ -194,23 +186,55 @@ class BlockPlan:
         return f"BlockPlan({self.num_blocks} of {self.num_all} blocks of {self.block_size}, shape={self.shape}{form})"
 
 
+class _Axis(NamedTuple):
+    """One dimension of a grid, in the order of :class:`BlockGeometry`."""
+
+    size: int
+    grid: int
+    step: int
+    first: int
+    tile: int
+
+    def through(self, kernel: int, stride: int, padding: int, dilation: int) -> _Axis:
+        """The outputs of a convolution of every tile by itself."""
+        reach, padded = dilation * (kernel - 1) + 1, self.size + 2 * padding
+        room, offset = self.tile - reach, self.first + padding
+        if reach > padded:
+            raise ValueError(f"kernel_size: expected a reach of at most {padded} pixels, got {reach}")
+        if room < 0 or room % stride:
+            raise ValueError(
+                f"block_size: expected {reach} and a multiple of stride {stride}, got {self.tile}"
+            )
+        if self.grid > 1 and self.step != room + stride:
+            raise ValueError(
+                f"stride: expected blocks {room + stride} apart for outputs that meet, got {self.step}"
+            )
+        if offset % stride:
+            raise ValueError(f"offset: expected a multiple of stride {stride}, got {offset}")
+        outputs = room // stride + 1
+        return _Axis((padded - reach) // stride + 1, self.grid, outputs, offset // stride, outputs)
+
+
 def _geometry(shape: tuple[int, int, int], block_size, stride, padding, offset) -> BlockGeometry:
     """The grid: as many blocks as cover the padded map from the offset on."""
     size = pair(block_size, "block_size", 1)
     step = size if stride is None else pair(stride, "stride", 1)
     padding, offset = pair(padding, "padding", 0), pair(offset, "offset")
-    grid = [
-        max(-(-(shape[1 + i] + 2 * padding[i] - offset[i] - size[i]) // step[i]) + 1, 0)
-        if shape[1 + i]
-        else 0
-        for i in (0, 1)
-    ]
-    first = [offset[i] - padding[i] for i in (0, 1)]
+    grid = []
+    for i in (0, 1):
+        left = shape[1 + i] + 2 * padding[i] - offset[i]
+        covers = shape[1 + i] > 0 and left > 0
+        grid.append(1 + max(-(-(left - size[i]) // step[i]), 0) if covers else 0)
+    if shape[0] * max(shape[1] * shape[2], grid[0] * grid[1]) > MAX_PIXELS:
+        raise ValueError(
+            f"block_size: expected at most {MAX_PIXELS} pixels and blocks, got {shape} in {(shape[0], *grid)}"
+        )
+    first = (offset[0] - padding[0], offset[1] - padding[1])
     return BlockGeometry(*shape, *grid, *step, *first, *size)
 
 
 def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> BlockPlan:
-    """A :class:`BlockPlan` from a plan (of these blocks, if given) or a mask."""
+    """A :class:`BlockPlan`: a plan as it is, whatever its blocks, or the plan of a mask."""
     if isinstance(mask_or_plan, BlockPlan):
         return mask_or_plan
     if isinstance(mask_or_plan, Tensor):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MAX_PIXELS = 2**31 - 1
+MAX_PIXELS = 2**31 - 1
 _MASK_DTYPES = {
     torch.bool,
     torch.uint8,
@@ -42,18 +42,18 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_max_pool2d((mask != 0).float(), size) > 0
 
 
-def check_mask(mask: Tensor) -> Tensor:
+def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
     """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor [N, H, W] or [N, 1, H, W], got {type(mask).__name__}")
+        raise TypeError(f"{name}: expected a tensor [N, H, W] or [N, 1, H, W], got {type(mask).__name__}")
     if mask.dtype not in _MASK_DTYPES:
-        raise TypeError(f"mask: expected a bool, integer or floating dtype, got {mask.dtype}")
+        raise TypeError(f"{name}: expected a bool, integer or floating dtype, got {mask.dtype}")
     if mask.layout != torch.strided:
-        raise TypeError(f"mask: expected a dense tensor, got layout {mask.layout}")
+        raise TypeError(f"{name}: expected a dense tensor, got layout {mask.layout}")
     if mask.dim() == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if mask.dim() != 3:
-        raise ValueError(f"mask: expected [N, H, W] or [N, 1, H, W], got shape {tuple(mask.shape)}")
-    if mask.numel() > _MAX_PIXELS:
-        raise ValueError(f"mask: expected at most {_MAX_PIXELS} pixels, got {mask.numel()}")
+        raise ValueError(f"{name}: expected [N, H, W] or [N, 1, H, W], got shape {tuple(mask.shape)}")
+    if mask.numel() > MAX_PIXELS:
+        raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {mask.numel()}")
     return mask.detach()
