@@ -14,7 +14,7 @@ namespace {
 using namespace dynops;
 using namespace dynops::cuda;
 
-// More threads than items in one case, fewer in others: both ends of the loops in the kernels.
+// Threads that take several items each.
 struct Host {
   int64_t limit;
 

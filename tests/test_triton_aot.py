@@ -21,9 +21,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dynops import PixelPlan  # noqa: E402
+from dynops import BlockPlan, PixelPlan  # noqa: E402
 from dynops.geometry import ConvGeometry  # noqa: E402
-from dynops.kernels import gemm, pixels  # noqa: E402
+from dynops.kernels import blocks, gemm, pixels  # noqa: E402
 from dynops.kernels.pixels_weight import weight_grad_kernel  # noqa: E402
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -69,10 +69,11 @@ def compile_launch(kernel, args, kwargs, arch: int):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def check(launch, arch: int, tmp_path, tensor_cores: bool) -> None:
+def check(launch, arch: int, tmp_path, tensor_cores: bool, vectors: bool = False) -> None:
     kernel, args, kwargs = launch
     compiled = compile_launch(kernel, args, kwargs, arch)
-    what = f"{kernel.__name__} sm_{arch} { ({k: v for k, v in kwargs.items() if k in ('M', 'N', 'K')}) }"
+    named = ("M", "N", "K", "UNIT", "ADD", "WIDE")
+    what = f"{kernel.__name__} sm_{arch} { ({k: v for k, v in kwargs.items() if k in named}) }"
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage", cubin)))
@@ -81,6 +82,10 @@ def check(launch, arch: int, tmp_path, tensor_cores: bool) -> None:
     if tensor_cores:
         expected = TENSOR_CORES[arch] if kwargs["M"] >= 64 else "HMMA"
         assert re.search(rf"\b{expected}\b", cuobjdump("-sass", cubin)), f"{what}: no {expected}"
+    if vectors:
+        words = cuobjdump("-sass", cubin)
+        for access in (r"LDG\.E\S*\.128", r"STG\.E\S*\.128"):
+            assert re.search(access, words), f"{what}: no {access}"
 
 
 def cuobjdump(option: str, path) -> str:
@@ -119,7 +124,8 @@ def use(monkeypatch, arch: int, kind: str, tile=None) -> None:
 
 def distinct(launches) -> list:
     """One launch for each kernel and form of its arguments (a key kernel is launched again and again)."""
-    return list({(id(k), str(kw), str([type(v) for v in a])): (k, a, kw) for k, a, kw in launches}.values())
+    forms = ((k, a, kw, [getattr(v, "dtype", type(v)) for v in a]) for k, a, kw in launches)
+    return list({(id(k), str(kw), str(form)): (k, a, kw) for k, a, kw, form in forms}.values())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -155,4 +161,40 @@ def test_other_kernels(arch, launches, monkeypatch, tmp_path):
     assert {"direct_conv_kernel", "direct_weight_grad_kernel", "tap_key_kernel"} <= names
     assert {"gather_rows_kernel", "scatter_rows_kernel"} <= names
     for launch in distinct(launches):
+        check(launch, arch, tmp_path, tensor_cores=False)
+
+
+def run_blocks(dtype, c: int, layout=torch.channels_last) -> None:
+    """Gather with a halo, and scatter: replacing, onto a base, and adding tiles that overlap."""
+    x = torch.zeros(2, c, 32, 32, dtype=dtype).contiguous(memory_format=layout)
+    plan = BlockPlan.from_mask(torch.ones(2, 32, 32), 8)
+    g = plan.geometry.widened((1, 1, 1, 1))
+    tiles = blocks.gather_tiles(x, plan.index, None, list(g))
+    blocks.scatter_tiles(tiles[:, :, 1:-1, 1:-1], plan.index, None, list(plan.geometry), None, False)
+    blocks.scatter_tiles(tiles[:, :, 1:-1, 1:-1], plan.index, None, list(plan.geometry), x, False)
+    blocks.scatter_tiles(tiles, plan.index, None, list(g), None, True)
+    blocks.scatter_tiles(tiles, plan.index, None, list(g), x, True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_blocks_move_vectors(arch, launches, monkeypatch, tmp_path):
+    """Channels a multiple of 8 (of 4 in float32) are moved in words of 16 bytes."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        run_blocks(dtype, c=24)
+    monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
+    run_blocks(torch.bfloat16, c=24)
+    every = distinct(launches)
+    assert {kwargs["UNIT"] for _, _, kwargs in every} == {4, 8} and len(every) == 17
+    for launch in every:
+        check(launch, arch, tmp_path, tensor_cores=False, vectors=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_blocks_of_any_channels(arch, launches, tmp_path):
+    """NCHW with a halo, and odd channels: element by element."""
+    run_blocks(torch.bfloat16, c=24, layout=torch.contiguous_format)
+    run_blocks(torch.float32, c=13)
+    every = distinct(launches)
+    assert {kwargs["UNIT"] for _, _, kwargs in every} >= {1, 4}
+    for launch in every:
         check(launch, arch, tmp_path, tensor_cores=False)

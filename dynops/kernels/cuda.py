@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..geometry import as_block_geometry
 from .layout import memory_format_of
 
-# Asked of the dispatcher: what registers them may be another library than dynops._C.
-AVAILABLE = hasattr(torch.ops.dynops, "cuda_gather_tiles")
+AVAILABLE = backends.has_binary() and hasattr(torch.ops.dynops, "cuda_gather_tiles")
 
 
 def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Tensor:

@@ -29,11 +29,8 @@ from .registry import define
 
 def _positions(index: Tensor, g: BlockGeometry) -> Tensor:
     """int64 ``[B, th, tw]``: where each pixel of each tile lies in the map ``[N*H*W]``; N*H*W outside."""
-    block, rows, columns = (
-        index.long(),
-        max(g.grid_h, 1),
-        max(g.grid_w, 1),
-    )  # a capacity plan has entries anyway
+    rows, columns = max(g.grid_h, 1), max(g.grid_w, 1)  # a capacity plan of no blocks has entries anyway
+    block = index.long()
     n, by, bx = block // (rows * columns), block // columns % rows, block % columns
     y = (g.first_h + by * g.step_h)[:, None, None] + torch.arange(g.tile_h, device=index.device)[:, None]
     x = (g.first_w + bx * g.step_w)[:, None, None] + torch.arange(g.tile_w, device=index.device)
@@ -102,12 +99,12 @@ def _scatter_tiles(
 
 
 def _kernels(x: Tensor, sums: bool = False):
-    """The kernel module for ``x``, or None for the reference above. On the CPU any dtype is copied."""
+    """The kernel module for ``x``, or None for the reference above. The binary copies any dtype."""
+    fits = not sums or x.dtype in backends.FAST_DTYPES
     if x.device.type == "cpu":
-        fits = not sums or x.dtype in backends.FAST_DTYPES
         return cpp if fits and backends.has_binary() else None
     if x.is_cuda and cuda.AVAILABLE:
-        return cuda
+        return cuda if fits else None
     if backends.choose(None, x.device, x.dtype) == "triton":
         from ..kernels import blocks
 

@@ -56,10 +56,25 @@ def define(
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dynops::{name}", fake, lib=library)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"dynops::{name}", "CUDA"):
+        implementation = _or_binary(name, implementation)
     if backward is None:
         return Op(name, implementation, None)
     torch.library.register_autograd(f"dynops::{name}", backward, setup_context=setup_context, lib=library)
     return Op(name, implementation, _function(name, implementation, setup_context, backward))
+
+
+def _or_binary(name: str, implementation: Callable) -> Callable:
+    """``implementation``, but on a GPU the kernel that the binary registers under this op's name."""
+    overload = getattr(torch.ops.dynops, name).default
+
+    def run(*arguments):
+        if any(isinstance(value, Tensor) and value.is_cuda for value in arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*arguments)
+        return implementation(*arguments)
+
+    return run
 
 
 def _function(name: str, implementation, setup_context, backward) -> type[torch.autograd.Function]:
