@@ -92,10 +92,31 @@ void gather_tiles(const Tensor& x, const Tensor& index, const OptionalTensor& co
 
 // ------------------------------------------------------------------------------------- scatter
 
+// A line of memory of a map, and the walk to the next one without a division.
+struct Line {
+  int64_t n, plane, y, begin;  // begin: its first byte
+
+  Line(int64_t line, const BlockGeometry& g, const Layout& layout)
+      : n(line / g.height / layout.planes),
+        plane(line / g.height % layout.planes),
+        y(line % g.height),
+        begin(line * g.width * layout.bytes) {}
+
+  void next(const BlockGeometry& g, const Layout& layout) {
+    begin += g.width * layout.bytes;
+    if (++y < g.height) return;
+    y = 0;
+    if (++plane < layout.planes) return;
+    plane = 0;
+    ++n;
+  }
+};
+
 struct Scatter {
   BlockGeometry g;
   Layout layout;
   GridRows grid;
+  std::vector<Span> rows_over;  // [H]: the rows of the grid that cover a line of an image
   const char* tiles;
   const char* base;  // or null: zero
   char* out;
@@ -104,27 +125,17 @@ struct Scatter {
   int64_t line_bytes() const { return g.width * layout.bytes; }
   int64_t lines() const { return g.batch * layout.planes * g.height; }
 
-  // The rows of the grid that cover line y of an image.
-  Span rows_over(int64_t y) const {
-    const int64_t below = y - g.first_h, above = below - g.tile_h;  // of the first row's first line
-    const int64_t begin = above < 0 ? 0 : above / g.step_h + 1;
-    const int64_t end = below < 0 ? 0 : below / g.step_h + 1;
-    return {begin, std::min(end, g.grid_h)};
-  }
-
-  // Calls f(tile's run, columns) for all tiles over a line, in the order of the plan.
+  // Calls f(run of a tile, its columns) for all tiles over a line, in the order of the plan.
   template <class F>
-  void for_each_run(int64_t line, const F& f) const {
-    const int64_t plane = line / g.height, y = line % g.height;
-    const int64_t n = plane / layout.planes, p = plane % layout.planes;
-    const Span rows = rows_over(y);
+  void for_each_run(const Line& line, const F& f) const {
+    const Span rows = rows_over[size_t(line.y)];
     for (int64_t by = rows.begin; by < rows.end; ++by) {
-      const int64_t row = n * g.grid_h + by, i = y - (g.first_h + by * g.step_h);
+      const int64_t row = line.n * g.grid_h + by, i = line.y - (g.first_h + by * g.step_h);
       const Span blocks = grid.blocks_of(row);
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const Span xs = grid.columns(row, b);
         const int64_t j = xs.begin - grid.left(row, b);
-        const int64_t pixel = ((b * layout.planes + p) * g.tile_h + i) * g.tile_w + j;
+        const int64_t pixel = ((b * layout.planes + line.plane) * g.tile_h + i) * g.tile_w + j;
         if (xs.size() > 0) f(tiles + pixel * layout.bytes, xs);
       }
     }
@@ -136,13 +147,25 @@ struct Scatter {
   }
 };
 
+std::vector<Span> rows_over_lines(const BlockGeometry& g) {
+  std::vector<Span> rows;
+  rows.reserve(size_t(g.height));
+  for (int64_t y = 0; y < g.height; ++y) {
+    const int64_t from_first = y - g.first_h, past_first = from_first - g.tile_h;
+    const int64_t begin = past_first < 0 ? 0 : past_first / g.step_h + 1;
+    const int64_t end = from_first < 0 ? 0 : from_first / g.step_h + 1;
+    rows.push_back({begin, std::min(end, g.grid_h)});
+  }
+  return rows;
+}
+
 // Runs come in the order of memory: what lies between two is filled, so that every byte is written once.
 void replace_lines(const Scatter& s, int64_t begin, int64_t end) {
   int64_t done = begin * s.line_bytes();
-  for (int64_t line = begin; line < end; ++line) {
+  Line line(begin, s.g, s.layout);
+  for (int64_t i = begin; i < end; ++i, line.next(s.g, s.layout)) {
     s.for_each_run(line, [&](const char* run, Span xs) {
-      const int64_t start = line * s.line_bytes() + xs.begin * s.layout.bytes;
-      const int64_t bytes = xs.size() * s.layout.bytes;
+      const int64_t start = line.begin + xs.begin * s.layout.bytes, bytes = xs.size() * s.layout.bytes;
       s.fill(done, start);
       std::memcpy(s.out + start, run, size_t(bytes));
       done = start + bytes;
@@ -151,33 +174,35 @@ void replace_lines(const Scatter& s, int64_t begin, int64_t end) {
   s.fill(done, end * s.line_bytes());
 }
 
-// A thread owns lines of the output, and each sums its tiles in their order: no thread count changes a bit.
-void add_lines(const Scatter& s, Dtype dtype, int64_t begin, int64_t end) {
+// Base and the tiles over one line. `memory` holds the sums of a line where they cannot be in the output.
+void add_line(const Scatter& s, const Line& line, Dtype dtype, float* memory) {
   const Kernels& k = kernels();
   const int64_t pixel = s.layout.bytes, elements = s.layout.elements;
-  const bool in_place = dtype == Dtype::kFloat32;
-  std::vector<float> memory(in_place ? 0 : size_t(s.g.width * elements));
-  for (int64_t line = begin; line < end; ++line) {
-    const int64_t at = line * s.line_bytes();
-    Span covered{s.g.width, 0};
-    s.for_each_run(line, [&](const char*, Span xs) {
-      covered = {std::min(covered.begin, xs.begin), std::max(covered.end, xs.end)};
-    });
-    s.fill(at, at + covered.begin * pixel);
-    if (covered.size() < 0) continue;
-    const int64_t left = at + covered.begin * pixel, right = at + covered.end * pixel;
-    float* sums = in_place ? reinterpret_cast<float*>(s.out + left) : memory.data();
-    if (s.base) {
-      k.to_float(s.base + left, dtype, covered.size() * elements, sums);
-    } else {
-      std::fill(sums, sums + covered.size() * elements, 0.f);
-    }
-    s.for_each_run(line, [&](const char* run, Span xs) {
-      k.add_to(run, dtype, xs.size() * elements, sums + (xs.begin - covered.begin) * elements);
-    });
-    if (!in_place) k.from_float(sums, covered.size() * elements, dtype, s.out + left);
-    s.fill(right, at + s.line_bytes());
+  Span covered{s.g.width, 0};
+  s.for_each_run(line, [&](const char*, Span xs) {
+    covered = {std::min(covered.begin, xs.begin), std::max(covered.end, xs.end)};
+  });
+  const int64_t left = line.begin + covered.begin * pixel, right = line.begin + covered.end * pixel;
+  s.fill(line.begin, left);
+  if (covered.size() <= 0) return;
+  float* sums = dtype == Dtype::kFloat32 ? reinterpret_cast<float*>(s.out + left) : memory;
+  if (s.base) {
+    k.to_float(s.base + left, dtype, covered.size() * elements, sums);
+  } else {
+    std::fill(sums, sums + covered.size() * elements, 0.f);
   }
+  s.for_each_run(line, [&](const char* run, Span xs) {
+    k.add_to(run, dtype, xs.size() * elements, sums + (xs.begin - covered.begin) * elements);
+  });
+  if (sums == memory) k.from_float(sums, covered.size() * elements, dtype, s.out + left);
+  s.fill(right, line.begin + s.line_bytes());
+}
+
+// A thread owns lines of the output, and each sums its tiles in their order: no thread count changes a bit.
+void add_lines(const Scatter& s, Dtype dtype, int64_t begin, int64_t end) {
+  std::vector<float> memory(dtype == Dtype::kFloat32 ? 0 : size_t(s.g.width * s.layout.elements));
+  Line line(begin, s.g, s.layout);
+  for (int64_t i = begin; i < end; ++i, line.next(s.g, s.layout)) add_line(s, line, dtype, memory.data());
 }
 
 // tiles, base and out are all channels_last or all contiguous.
@@ -194,6 +219,7 @@ void scatter_tiles(const Tensor& tiles, const Tensor& index, const OptionalTenso
   const Scatter s{g,
                   Layout(out, tiles),
                   GridRows(index, count, g),
+                  rows_over_lines(g),
                   data_of<const char>(tiles),
                   data_of<const char>(base),
                   data_of<char>(out),
