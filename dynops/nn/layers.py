@@ -124,6 +124,7 @@ class Conv(Layer):
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         x, c = inputs[0], self.conv
+        self.fused.check(x)
         if self.transposed:
             y = self._transposed(x, out)
         else:
@@ -361,7 +362,7 @@ class Call(Layer):
         if type(value) is _Parameter:
             return attrgetter(value.path)(self.module)
         if isinstance(value, (tuple, list)):
-            return type(value)(self._filled(v, env) for v in value)
+            return [self._filled(v, env) for v in value]
         if isinstance(value, dict):
             return {k: self._filled(v, env) for k, v in value.items()}
         return value
@@ -371,8 +372,8 @@ def _with_parameters(value, parameters: dict[int, str]):
     """Recorded arguments with parameters named instead of referred to."""
     if type(value) is Ref:
         return _Parameter(parameters[value.value]) if value.value in parameters else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_with_parameters(v, parameters) for v in value)
+    if isinstance(value, (tuple, list)):  # a list of torch.fx stays behind
+        return [_with_parameters(v, parameters) for v in value]
     if isinstance(value, dict):
         return {k: _with_parameters(v, parameters) for k, v in value.items()}
     return value
@@ -465,7 +466,7 @@ def _renamed(value, same: dict[int, int]):
     if type(value) is Ref:
         return Ref(same.get(value.value, value.value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_renamed(v, same) for v in value)
+        return tuple(_renamed(v, same) for v in value)
     return value
 
 
