@@ -10,8 +10,8 @@ from ..geometry import BlockGeometry, pair
 from ..ops import checks
 from ..ops.rows import memory_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
-from .layers import Stack, layers_of
 from .rows import run_rows
+from .stack import Stack, layers_of
 from .tiles import Layout, layout_of, run_tiles, sizes_of
 
 PATHS = (None, "rows", "tiles")
