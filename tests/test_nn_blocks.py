@@ -306,6 +306,24 @@ def test_plan_with_its_own_blocks(path):
         assert (out - reference).norm() <= 1e-13 * reference.norm()
 
 
+def test_all_blocks_of_a_grid_with_gaps_are_not_the_whole_map():
+    module, x = stack("3x3"), random_tensor(1, 4, 12, 12)
+    for arguments in ({"block_size": 2, "stride": 5}, {"block_size": 4, "offset": 2}):
+        plan = BlockPlan.from_mask(torch.ones(1, 12, 12), **arguments)
+        assert plan.is_full and not plan.mask().all()
+        out = SparseBlocks(module, 4)(x, plan)
+        assert torch.equal(out != 0, plan.mask()[:, None].expand_as(out))
+
+
+@pytest.mark.parametrize(("name", "path"), [("stage", "rows"), ("stage", "tiles"), ("unet", "tiles")])
+def test_compiles_without_graph_breaks(name, path):
+    module, x = stack(name), random_tensor(1, 4, 12, 12)
+    layer, mask = SparseBlocks(module, 4, path), random_mask((1, *module(x).shape[2:]), 0.1)
+    with torch.no_grad():
+        out = torch.compile(layer, backend="eager", fullgraph=True)(x, mask)
+        assert torch.equal(out, layer(x, mask))
+
+
 # --------------------------------------------------------------------------------- gradients
 
 
@@ -454,6 +472,16 @@ def test_training_mode_raises_by_name():
         layer(x, mask)
 
 
+def test_hooks_raise_by_name():
+    layer, x, mask = SparseBlocks(stack("basic"), 4), random_tensor(1, 4, 8, 8), torch.eye(8)[None]
+    handle = layer.module.conv1.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(TypeError, match="conv1: expected no hooks"):
+        layer(x, mask)
+    assert torch.equal(layer(x), layer.module(x))
+    handle.remove()
+    layer(x, mask)
+
+
 def test_bad_arguments():
     x, mask = random_tensor(2, 4, 8, 8), torch.ones(2, 8, 8)
     layer = SparseBlocks(nn.Conv2d(4, 4, 3, padding=1), 4)
@@ -470,6 +498,9 @@ def test_bad_arguments():
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             layer(*arguments)
+    for path in ("rows", "tiles"):
+        with pytest.raises(ValueError, match="x: expected 4 channels, got 3"):
+            SparseBlocks(layer.module, 4, path)(x[:, :3], torch.eye(8).expand(2, 8, 8))
     with pytest.raises(ValueError, match=r"block_size: expected a multiple of \(2, 2\), got \(3, 4\)"):
         SparseBlocks(nn.Upsample(scale_factor=2), (3, 4))
     with pytest.raises(ValueError, match=r"block_size: expected a multiple of \(2, 2\), got \(5, 5\)"):

@@ -10,11 +10,12 @@ from ..geometry import BlockGeometry, pair
 from ..ops import checks
 from ..ops.rows import memory_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
-from .layers import Stack, layers_of
 from .rows import run_rows
+from .stack import Stack, layers_of
 from .tiles import Layout, layout_of, run_tiles, sizes_of
 
 PATHS = (None, "rows", "tiles")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MAX_SIZES = 64  # input sizes whose geometry a layer keeps
 
 
@@ -32,8 +33,7 @@ class SparseBlocks(nn.Module):
     Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
     (nearest and bilinear, integer factors), elementwise activations, Dropout in eval mode, their
     functional forms, sums, differences and products of maps, parameters of one value for each channel,
-    and cat of channels. It is traced when it is first called: hooks of inner modules are not called where
-    there is a mask, and where a module inside is replaced the layer traces anew.
+    and cat of channels. It is traced at construction, and anew where a module inside was replaced.
 
     Args:
         module: the stack; its parameters are found under ``module.`` in the ``state_dict``.
@@ -52,7 +52,7 @@ class SparseBlocks(nn.Module):
 
     Raises:
         TypeError: at construction, or at the call for what was changed since (a norm or dropout in
-            training mode): a layer that cannot run on blocks, by name.
+            training mode, a hook): a layer that cannot run on blocks, by name.
         ValueError: an argument that does not fit, with what was expected and what came.
 
     Paper: Ren et al., SBNet: Sparse Blocks Network (CVPR 2018).
@@ -91,7 +91,7 @@ class SparseBlocks(nn.Module):
         plan = self._plan(mask_or_plan, out_shape, x)
         bound.check_mode()
         base = _base(base, x)
-        if plan.is_full and active is None and self.path is None:
+        if self.path is None and active is None and plan.is_full and _covers(plan.geometry):
             return self.module(x).contiguous(memory_format=memory_format_of(x))
         if self._on_rows(bound, x):
             return run_rows(bound.stack, bound.geometries(in_shape), x, plan.pixels(), base)
@@ -120,10 +120,14 @@ class SparseBlocks(nn.Module):
         return f"block_size={self.block_size}" + (f", path={self.path!r}" if self.path else "")
 
     def __getstate__(self):
-        return {**self.__dict__, "_bound": None}  # a copy traces its own module
+        return {key: value for key, value in self.__dict__.items() if key != "_bound"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._bound = _Bound(self.module)
 
     def _stack(self) -> _Bound:
-        if self._bound is None or not self._bound.holds(self.module):
+        if not torch.compiler.is_compiling() and not self._bound.holds(self.module):
             self._bound = _Bound(self.module)
         return self._bound
 
@@ -154,6 +158,14 @@ def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeom
     return BlockGeometry(*shape, *grid, *block_size, 0, 0, *block_size)
 
 
+def _covers(g: BlockGeometry) -> bool:
+    """Whether all blocks of a grid together cover the map (they may have gaps, or begin inside it)."""
+    gaps = (g.step_h > g.tile_h and g.grid_h > 1) or (g.step_w > g.tile_w and g.grid_w > 1)
+    end_h, end_w = (g.grid_h - 1) * g.step_h + g.tile_h, (g.grid_w - 1) * g.step_w + g.tile_w
+    inside = g.first_h > 0 or g.first_w > 0 or g.first_h + end_h < g.height or g.first_w + end_w < g.width
+    return not gaps and not inside
+
+
 def _base(base, x: Tensor) -> Tensor | None:
     if base is None or isinstance(base, Tensor):
         return base
@@ -169,22 +181,23 @@ class _Bound:
         self.module = module
         self.stack: Stack = layers_of(module)
         self.rows = all(layer.rows for layer in self.stack.layers)
-        self.links = tuple(
-            (parent._modules, name, child)
-            for parent in module.modules()
-            for name, child in parent._modules.items()
-        )
+        self.children = tuple((m._modules, dict(m._modules)) for m in module.modules())
+        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in _HOOKS)
         self._sizes: dict = {}
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the layers are still the module's."""
-        return module is self.module and all(
-            modules.get(name) is child for modules, name, child in self.links
-        )
+        """Whether the modules inside are still those that were traced."""
+        return module is self.module and all(now == then for now, then in self.children)
 
     def check_mode(self) -> None:
+        """Raises TypeError, by name, for what has come since the trace."""
         for layer in (*self.stack.layers, *self.stack.dropouts):
             layer.check()
+        for name, hooks in self.hooks:
+            if hooks:
+                raise TypeError(
+                    f"{name or 'module'}: expected no hooks, as layers are not called, got {len(hooks)}"
+                )
 
     def check_rows(self) -> None:
         for layer in self.stack.layers:

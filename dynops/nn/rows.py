@@ -1,4 +1,4 @@
-"""Layers on packed rows: a convolution with all that is fused to it, and stacks of them (``nn.layers``)."""
+"""Layers on packed rows: a convolution with all that is fused to it, and stacks of them (``nn.stack``)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor |
     Every value exists at the pixels that its readers read, as rows; only the input and the output are dense.
 
     Args:
-        stack: a :class:`~dynops.nn.layers.Stack` of layers that run on rows.
+        stack: a :class:`~dynops.nn.stack.Stack` of layers that run on rows.
         geometries: for each convolution, by the number of its output, the geometry on this input.
     """
     plans = _plans(stack, geometries, plan)

@@ -1,4 +1,4 @@
-"""A stack of layers (``nn.layers``) on tiles: the input's blocks with their halo, through torch's own layers.
+"""A stack of layers (``nn.stack``) on tiles: the input's blocks with their halo, through torch's own layers.
 
 After a layer its tiles hold something wherever they lie outside the map; the dense layer that reads them
 there reads padding. So before such a layer that part is set to what padding is (zero, -inf, the nearest
@@ -15,9 +15,10 @@ from torch import Tensor
 from ..geometry import BlockGeometry
 from ..ops.blocks import _gather, _scatter
 from ..plans import BlockPlan
-from .layers import Stack, spans_of
+from .layers import spans_of
 from .reach import Span
 from .rows import checked_base
+from .stack import Stack
 
 _FILLS = {"zero": 0.0, "-inf": float("-inf")}
 
