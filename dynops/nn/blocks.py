@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import backends, context
 from ..geometry import BlockGeometry, pair
 from ..ops import checks
+from ..ops.pixels import beats_dense
 from ..ops.rows import memory_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
 from .rows import run_rows
@@ -91,7 +92,8 @@ class SparseBlocks(nn.Module):
         plan = self._plan(mask_or_plan, out_shape, x)
         bound.check_mode()
         base = _base(base, x)
-        if self.path is None and active is None and plan.is_full and _covers(plan.geometry):
+        everything = active is None and plan.is_full and _covers(plan.geometry)
+        if everything and self.path is None and not bound.beats_dense(x, in_shape):
             return self.module(x).contiguous(memory_format=memory_format_of(x))
         if self._on_rows(bound, x):
             return run_rows(bound.stack, bound.geometries(in_shape), x, plan.pixels(), base)
@@ -222,6 +224,14 @@ class _Bound:
             return {layer.out: layer.geometry((in_shape[0], *sizes[layer.inputs[0]])) for layer in convs}
 
         return self._kept(("geometries", in_shape), make)
+
+    def beats_dense(self, x: Tensor, in_shape: tuple[int, int, int]) -> bool:
+        """Whether rows are the faster way to compute every block."""
+        if not self.rows:
+            return False
+        convs = (layer for layer in self.stack.layers if layer.fused is not None)
+        geometries = self.geometries(in_shape)
+        return any(beats_dense(x, layer.conv.weight, geometries[layer.out]) for layer in convs)
 
     def layout(self, in_shape: tuple[int, int, int], blocks: BlockGeometry) -> Layout:
         self.check_step((blocks.step_h, blocks.step_w))

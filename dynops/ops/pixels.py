@@ -447,7 +447,12 @@ _DENSE_PIXELS = 1024
 
 def _dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epilogue) -> bool:
     full = plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
-    return full and not (_kernels("", x) is cpp and cpp.takes_winograd(g, weight.shape, x.dtype))
+    return full and not beats_dense(x, weight, g)
+
+
+def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether this convolution is faster than the dense layer at every density: as Winograd's is on a CPU."""
+    return _kernels("", x) is cpp and cpp.takes_winograd(g, weight.shape, x.dtype)
 
 
 def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, activation: str) -> Tensor:
