@@ -46,11 +46,14 @@ struct Forward {
   Activation activation;
   const char* weight;
   const float* gate;     // [rows] or null
-  const char* residual;  // [rows, O] or null
+  const char* residual;  // [rows, O], [N, H, W, O] or null
   const char* base;      // [N, H, W, O] or null
   char* out;             // [N, H, W, O] or [rows, O]
-  bool packed_out;
+  bool packed_out, residual_map;
 
+  const char* residual_of(int64_t row) const {
+    return residual + (residual_map ? index[row] : row) * out_bytes();
+  }
   bool depthwise() const { return is_depthwise(g, in_channels, out_channels); }
   bool dot() const { return dtype == Dtype::kBFloat16 && kernels().bf16_dot && !depthwise(); }
   bool converts() const { return dtype != Dtype::kFloat32 && !dot() && !depthwise(); }

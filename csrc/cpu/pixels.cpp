@@ -85,8 +85,7 @@ class ForwardPass {
       b.out[size_t(i)] = f_.out + (f_.packed_out ? class_.row(first + i) : at[i]) * bytes;
     if (f_.residual) {
       b.residual.resize(size_t(height));
-      for (int32_t i = 0; i < height; ++i)
-        b.residual[size_t(i)] = f_.residual + class_.row(first + i) * bytes;
+      for (int32_t i = 0; i < height; ++i) b.residual[size_t(i)] = f_.residual_of(class_.row(first + i));
     }
     if (f_.gate) {
       b.gate.resize(size_t(height));
@@ -228,7 +227,8 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
                   data_of<const char>(residual),
                   data_of<const char>(base),
                   data_of<char>(out),
-                  packed_out};
+                  packed_out,
+                  residual && residual->dim() == 4};
   if (quads) {
     run_winograd(f, *quads);
   } else {

@@ -156,7 +156,7 @@ class WinogradPass {
       w.out[size_t(i)] = nullptr;
       if (row < 0) continue;
       w.out[size_t(i)] = f_.out + (f_.packed_out ? row : f_.index[row]) * f_.out_bytes();
-      if (f_.residual) w.residual[size_t(i)] = f_.residual + row * f_.out_bytes();
+      if (f_.residual) w.residual[size_t(i)] = f_.residual_of(row);
       if (f_.gate) w.gate[size_t(i)] = f_.gate[row];
     }
   }

@@ -135,7 +135,7 @@ def conv(
         scale,
         shift,
         gate,
-        None if residual is None else residual.contiguous(),
+        None if residual is None else _last(residual),
         None if base is None else _last(base),
         setup.merged,
         quads,

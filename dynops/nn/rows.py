@@ -100,7 +100,7 @@ def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor |
         if layer.fused is None:
             rows.values[layer.out] = layer.on_rows([rows.at(v, to) for v in layer.inputs], to)
             continue
-        residual = rows.at(layer.inputs[1], to) if layer.residual else None
+        residual = rows.added(layer.inputs[1], to, layer.conv.out_channels) if layer.residual else None
         values, in_plan = rows.of(layer.inputs[0])
         channels = layer.conv.out_channels
         ends = layer is last and layer.out == stack.output
@@ -141,6 +141,11 @@ class _Rows:
     def of(self, value: int) -> tuple[Tensor, PixelPlan | None]:
         """A value as a convolution reads it: rows and their plan, or a dense map and None."""
         return (self.x, None) if value == 0 else (self.values[value], self.plans[value])
+
+    def added(self, value: int, plan: PixelPlan, channels: int) -> Tensor:
+        """A value as a convolution adds it: rows, or the input itself, which is read where it lies."""
+        whole = value == 0 and self.x.shape[1] == channels and tuple(self.x.shape[2:]) == plan.shape[1:]
+        return self.x if whole else self.at(value, plan)
 
     def at(self, value: int, plan: PixelPlan) -> Tensor:
         """The rows of a value at a plan that lies within its own."""

@@ -223,7 +223,10 @@ def conv_transpose_arguments(
 
 
 def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
-    """Checks what an op does to its result. Returns (activation, scale, shift, gate [P], residual [P, O])."""
+    """Checks what an op does to its result. Returns (activation, scale, shift, gate [P], residual).
+
+    The residual is ``[P, O]`` or ``[N, O, H, W]``.
+    """
     activation = activation or ""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)[1:]}, got {activation!r}")
@@ -239,8 +242,8 @@ def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
         residual = residual.to(x.dtype) if isinstance(residual, Tensor) else residual
         if isinstance(residual, Tensor) and residual.dim() == 4:
             dense_map(residual, plan, "residual", channels=channels)
-            residual = torch.ops.dynops.gather_rows(residual, plan.index, plan.count)
-        packed_rows(residual, plan, "residual", channels=channels)
+        else:
+            packed_rows(residual, plan, "residual", channels=channels)
     if base is not None:
         autocast = torch.is_autocast_enabled(x.device.type)  # which casts the base, as it does x
         dense_map(base, plan, "base", channels=channels, dtype=None if autocast else x.dtype)

@@ -480,7 +480,12 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         t is not None and t.requires_grad for t in (x, weight, bias, scale, shift, gate, residual, base)
     )
     plain = not needs_grad and type(x) is Tensor and not torch.compiler.is_compiling()
-    if plain and _kernels(backend, x) is cpp:  # which takes rows [P, C] for such a map too
+    direct = plain and _kernels(backend, x) is cpp  # which takes rows [P, C] for such a map too
+    if residual is not None and residual.dim() == 4:
+        # read where it lies: a copy of its rows takes a third of the time of SBNet's widest bottleneck
+        in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
+        residual = residual if in_place else gather_rows(residual, plan.index, plan.count)
+    if direct:
         out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
         if rows or source is not None:
             return out
