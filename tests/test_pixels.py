@@ -772,8 +772,8 @@ def test_quads_cover_each_row_once(size, kind):
 @cpu_kernels
 @pytest.mark.parametrize("density", [0, 0.3, 0.6])
 def test_scattered_pixels_make_no_quads(density):
-    plan = PixelPlan.from_mask(random_mask((2, 30, 30), density))
-    g = ConvGeometry(2, 30, 30, 30, 30, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
+    plan = PixelPlan.from_mask(random_mask((2, 90, 90), density))  # many: the look at them ends early
+    g = ConvGeometry(2, 90, 90, 90, 90, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
     assert quads_of(plan, g).shape == (0, 5)
 
 
@@ -791,6 +791,19 @@ def test_winograd_with_everything(channels, kind):
     with torch.no_grad():
         check(conv, "cpp", mask, tensors, activation="hardswish")
         check(conv, "cpp", mask, conv.tensors())
+
+
+@cpu_kernels
+@pytest.mark.parametrize("kind", ["odd corner", "two", "holes"])
+def test_winograd_reads_no_pixel_that_the_kernel_does_not_reach(kind):
+    conv = Conv(c=40, o=36, padding=1, n=2, h=22, w=19)
+    t, plan = conv.tensors(), PixelPlan.from_mask(blocky_mask(2, 22, 19, kind))
+    assert len(quads_of(plan, ConvGeometry(2, 22, 19, 22, 19, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0))) > 0
+    needed = plan.needed(3, padding=1).mask()[:, None]
+    poisoned = torch.where(needed, t["x"], float("nan"))
+    clean = torch.where(needed, t["x"], 0.0)
+    out = conv.op(poisoned, t["weight"], t["bias"], plan)
+    assert torch.equal(out, conv.op(clean, t["weight"], t["bias"], plan)) and out.isfinite().all()
 
 
 @cpu_kernels

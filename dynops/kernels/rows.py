@@ -91,10 +91,3 @@ def words(x: Tensor) -> Tensor:
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
     return x.view(_WORDS[x.element_size()])
-
-
-# Takes the CUDA dispatch of both ops unless the binary has it. An implementation lives as long as its library.
-_library = torch.library.Library("dynops", "IMPL", "CUDA")
-for _kernel in (gather_rows, scatter_rows):
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dynops::{_kernel.__name__}", "CUDA"):
-        _library.impl(_kernel.__name__, _kernel)

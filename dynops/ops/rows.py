@@ -52,16 +52,25 @@ def _scatter_rows_fake(rows, index, count, shape, base) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _run_gather_rows(x, index, count) -> Tensor:
+def _kernels(x: Tensor):
+    """The kernel module for ``x``, or None for the reference above (on a GPU the binary's go before: ``define``)."""
     if x.device.type == "cpu" and backends.has_binary():
-        return cpp.gather_rows(x, index, count)
-    return _gather_rows(x, index, count)
+        return cpp
+    if x.is_cuda and backends.has_triton() and x.element_size() <= 8:
+        from ..kernels import rows
+
+        return rows
+    return None
+
+
+def _run_gather_rows(x, index, count) -> Tensor:
+    kernels = _kernels(x)
+    return (_gather_rows if kernels is None else kernels.gather_rows)(x, index, count)
 
 
 def _run_scatter_rows(rows, index, count, shape, base) -> Tensor:
-    if rows.device.type == "cpu" and backends.has_binary():
-        return cpp.scatter_rows(rows, index, count, shape, base)
-    return _scatter_rows(rows, index, count, shape, base)
+    kernels = _kernels(rows)
+    return (_scatter_rows if kernels is None else kernels.scatter_rows)(rows, index, count, shape, base)
 
 
 def _gather_setup(ctx, inputs, output):
