@@ -2,6 +2,13 @@
 
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
+from .channels import (
+    channel_conv2d,
+    channel_linear,
+    gather_channels,
+    packed_channel_conv2d,
+    scatter_channels,
+)
 from .interpolate import interpolate_pixels
 from .pixels import (
     gather_pixels,
@@ -13,12 +20,17 @@ from .pixels import (
 )
 
 __all__ = [
+    "channel_conv2d",
+    "channel_linear",
     "gather_blocks",
+    "gather_channels",
     "gather_pixels",
     "interpolate_pixels",
+    "packed_channel_conv2d",
     "packed_conv2d",
     "packed_conv_transpose2d",
     "scatter_blocks",
+    "scatter_channels",
     "scatter_pixels",
     "sparse_conv2d",
     "sparse_conv_transpose2d",

@@ -67,8 +67,13 @@ def _inputs(x, weight, bias, plan, in_plan: PixelPlan | None) -> tuple[Tensor, T
         tensor(x, "x", 2, "packed rows [P, C]")
         pixel_plan(in_plan, "in_plan", x.device)
         packed_rows(x, in_plan, "x")
-    tensor(weight, "weight", 4, "[out, in, kh, kw]")
     pixel_plan(plan, "plan", x.device)
+    return conv_tensors(x, weight, bias)
+
+
+def conv_tensors(x: Tensor, weight, bias) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks the tensors of a convolution of ``x``, and casts them where autocast does."""
+    tensor(weight, "weight", 4, "[out, in, kh, kw]")
     if min(weight.shape[2:]) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if not x.is_floating_point():
@@ -114,7 +119,7 @@ def _same_padding(kernel: tuple[int, int], stride: tuple[int, int], dilation: tu
 
 
 def _fits(plan_shape, batch: int, out_size: tuple[int, int]) -> None:
-    if plan_shape != (batch, *out_size):
+    if plan_shape is not None and plan_shape != (batch, *out_size):
         raise ValueError(
             f"plan: expected one for the output's [N, H, W] = {(batch, *out_size)}, got one for {plan_shape}"
         )
@@ -188,6 +193,13 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     g, fill = _geometry(_conv_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, padding_mode)  # fmt: skip
     _bias_fits(bias, weight.shape[0])
     return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
+
+
+def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
+    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
+    g, fill = _geometry(_conv_geometry, in_shape, weight.shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    _bias_fits(bias, weight.shape[0])
+    return g, fill
 
 
 def _conv_transpose_geometry(

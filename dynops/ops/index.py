@@ -84,6 +84,35 @@ def _needed_mask_fake(index: Tensor, count: Tensor | None, geometry: list[int]) 
     return index.new_empty((geometry[0], geometry[1], geometry[2]), dtype=torch.bool)
 
 
+def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """int32 ``[S, size]``: the first ``size`` nonzeros of each row of ``mask`` ``[S, C]``, then -1; and their counts."""
+    if mask.device.type == "cpu":  # elsewhere looking would synchronise
+        _refuse_nan(mask)
+    live = mask != 0
+    count = live.sum(1, dtype=torch.int32).clamp(max=size)
+    first = (~live).to(torch.int8).argsort(dim=1, stable=True)[:, :size].to(torch.int32)
+    position = torch.arange(size, dtype=torch.int32, device=mask.device)
+    return torch.where(position < count[:, None], first, -1), count
+
+
+def _channel_index_fake(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return mask.new_empty((mask.shape[0], size), dtype=torch.int32), mask.new_empty(
+        (mask.shape[0],), dtype=torch.int32
+    )
+
+
+def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
+    """bool ``[S, channels]``: whether each channel is in the list."""
+    mask = torch.zeros(index.shape[0], channels + 1, dtype=torch.bool, device=index.device)
+    position = torch.arange(index.shape[1], device=index.device)
+    slot = torch.where(position < count[:, None], index, channels).long()
+    return mask.scatter_(1, slot, True)[:, :channels].clone()
+
+
+def _channel_mask_fake(index: Tensor, count: Tensor, channels: int) -> Tensor:
+    return index.new_empty((index.shape[0], channels), dtype=torch.bool)
+
+
 define("mask_to_index(Tensor mask) -> Tensor", _mask_to_index, _mask_to_index_fake)
 define(
     "mask_to_index_capacity(Tensor mask, SymInt capacity) -> (Tensor, Tensor)",
@@ -99,4 +128,14 @@ define(
     "needed_mask(Tensor index, Tensor? count, SymInt[] geometry) -> Tensor",
     _needed_mask,
     _needed_mask_fake,
+)
+define(
+    "channel_index(Tensor mask, SymInt size) -> (Tensor, Tensor)",
+    _channel_index,
+    _channel_index_fake,
+)
+define(
+    "channel_mask(Tensor index, Tensor count, SymInt channels) -> Tensor",
+    _channel_mask,
+    _channel_mask_fake,
 )

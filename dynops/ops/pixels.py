@@ -67,7 +67,7 @@ def dense_conv(x: Tensor, weight: Tensor, g: ConvGeometry, bias: Tensor | None =
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, g.groups)
 
 
-def _dense_conv_grads(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, wanted: list[bool]):
+def dense_conv_grads(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, wanted: list[bool]):
     """(dx, dW) of :func:`dense_conv`. Not by autograd, which is off where a dispatch mode calls an op."""
     stride, dilation = [g.stride_h, g.stride_w], [g.dil_h, g.dil_w]
     left, right, top, bottom = _margins(g)
@@ -142,7 +142,7 @@ def _conv_input_grad(
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     dense = _dense_grad(grad, index, count, g, rows)
     x = grad.new_empty(g.batch, channels, g.in_h, g.in_w)  # its values are not read
-    dx, _ = _dense_conv_grads(dense, x, weight.to(grad.dtype), g, [True, False])
+    dx, _ = dense_conv_grads(dense, x, weight.to(grad.dtype), g, [True, False])
     if source is None:
         return dx
     out = dx.new_zeros(source_rows + 1, channels)
@@ -165,7 +165,7 @@ def _conv_weight_grad(
     g = as_geometry(geometry)
     dense = _dense_grad(grad, index, count, g, rows)
     weight = grad.new_empty(weight_shape)  # its values are not read
-    _, dw = _dense_conv_grads(dense, dense_input(x, source, g), weight, g, [False, True])
+    _, dw = dense_conv_grads(dense, dense_input(x, source, g), weight, g, [False, True])
     return dw.contiguous(), dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
 
 

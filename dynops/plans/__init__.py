@@ -1,13 +1,16 @@
 """Plans: a gate's decision as indices. Built once, shared by many ops, without gradients."""
 
 from .blocks import BlockPlan, as_block_plan, changed_blocks, widen_mask
+from .channels import ChannelPlan, as_channel_plan
 from .masks import check_mask, resize_mask
 from .pixels import PixelPlan, as_pixel_plan
 
 __all__ = [
     "BlockPlan",
+    "ChannelPlan",
     "PixelPlan",
     "as_block_plan",
+    "as_channel_plan",
     "as_pixel_plan",
     "changed_blocks",
     "check_mask",

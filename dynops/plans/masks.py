@@ -42,14 +42,19 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_max_pool2d((mask != 0).float(), size) > 0
 
 
-def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it."""
+def check_mask_dtype(mask: Tensor, name: str, what: str) -> None:
+    """Whether ``mask`` is a tensor whose nonzeros can be told; ``what``: the shapes that are expected."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a tensor [N, H, W] or [N, 1, H, W], got {type(mask).__name__}")
+        raise TypeError(f"{name}: expected a tensor {what}, got {type(mask).__name__}")
     if mask.dtype not in _MASK_DTYPES:
         raise TypeError(f"{name}: expected a bool, integer or floating dtype, got {mask.dtype}")
     if mask.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {mask.layout}")
+
+
+def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
+    """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it."""
+    check_mask_dtype(mask, name, "[N, H, W] or [N, 1, H, W]")
     if mask.dim() == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if mask.dim() != 3:
