@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import blocks, layers, masks, memory, models, readme, report, video
+from . import blocks, channel_weights, channels, layers, masks, memory, models, readme, report, video
 from .timing import Budget
 
 ROOT = Path(__file__).parent
@@ -23,6 +23,10 @@ BLOCKS_LEGEND = """\
 theory: MACs of the dense stack / MACs of the active blocks and the halo that inner layers compute around them.
 Blocks have the size that dynops.suggest_block_size chose for the stack and mask, beforehand; 32 on the tile path.
 Density is that of the mask, in pixels; the blocks that cover it can hold more, which theory counts."""
+CHANNELS_LEGEND = """\
+theory: MACs of the dense layer / MACs of the live pairs of channels; density is the share of live channels on each
+side that has some. CondConv, sample weights, involution and dynamic filters save no MACs (theory 1): "best dense" is
+there the fastest of the ways to write them in PyTorch; DRConv's computes every region, CGNet's every output."""
 VIDEO_LEGEND = """\
 A frame's density is the share of blocks that are computed again; ours goes from two frames and the last output to
 the output, changed_blocks included. Every frame's output was compared with the dense network's first."""
@@ -31,6 +35,7 @@ MB (2**20 bytes) that one call holds at its peak above what was held before it, 
 smaller of eager NCHW and channels_last."""
 LEGENDS = {
     "blocks": f"{LEGEND}\n{BLOCKS_LEGEND}",
+    "channels": f"{LEGEND}\n{CHANNELS_LEGEND}",
     "video": f"{LEGEND}\n{VIDEO_LEGEND}",
     "memory": MEMORY_LEGEND,
 }
@@ -51,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.op == "blocks" and args.command != "layers":
-        raise SystemExit(f"--op blocks: expected with the command layers, got {args.command}")
+    if args.op != "pixels" and args.command != "layers":
+        raise SystemExit(f"--op {args.op}: expected with the command layers, got {args.command}")
     if args.command == "readme":
         write_readme(Path("README.md"), args.out or ROOT / "results")
         return
@@ -64,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     # memory first: timing keeps freed memory from then on
     chosen = (args.command,) if args.op == "pixels" else (args.op,)
     if args.command == "all":
-        chosen = ("memory", "layers", "blocks", "models", "video")
+        chosen = ("memory", "layers", "blocks", "channels", "models", "video")
     if setting.backward:
         chosen = tuple(suite for suite in chosen if suite not in FORWARD_ONLY)
     for suite in chosen:
@@ -81,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1], metavar="D")
     parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
-    parser.add_argument("--op", default="pixels", choices=["pixels", "blocks"], help="what layers skips")
+    parser.add_argument(
+        "--op", default="pixels", choices=["pixels", "blocks", "channels"], help="what layers skips"
+    )
     parser.add_argument("--backward", action="store_true", help="forward and backward, for both")
     parser.add_argument("--quick", action="store_true", help="fewer layers, shorter, no compiled layers")
     parser.add_argument("--plot", action="store_true", help="a PNG too: speed-up against density")
@@ -145,6 +152,17 @@ def run_blocks(setting: layers.Setting, quick: bool) -> report.Report:
     return result
 
 
+def run_channels(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    if quick or setting.backward:
+        setting = dataclasses.replace(setting, compiled=False, budget=Budget(0.7, 5))
+        result.notes.append(QUICK_STACKS_NOTE)
+    result.rows = channels.run(channels.all_cases(quick), setting)
+    if not setting.backward:
+        result.rows += channel_weights.run(channel_weights.all_cases(quick), setting)
+    return result
+
+
 def run_video(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
     if "photo" in setting.mask_kinds:
@@ -173,6 +191,7 @@ def run_memory(setting: layers.Setting, quick: bool) -> report.Report:
 SUITES = {
     "layers": run_layers,
     "blocks": run_blocks,
+    "channels": run_channels,
     "models": run_models,
     "video": run_video,
     "memory": run_memory,
@@ -186,6 +205,7 @@ def headline(setting: layers.Setting) -> report.Report:
     result.notes.append(QUICK_NOTE)
     short = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(1.0, 5))
     result.rows = layers.run(layers.headline_cases(), short)
+    result.rows += channels.run(channels.headline_cases(), short)
     if "photo" in setting.mask_kinds:
         setting = dataclasses.replace(setting, budget=Budget(8, 5))
         result.rows += models.run(setting, gates=("photo, 32x32 cells",))
@@ -217,6 +237,7 @@ def write_readme(path: Path, results: Path) -> None:
         raise SystemExit(f"{results}: there are no results (python -m benchmarks all --out {results})")
     readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))
     readme.rewrite(path, "blocks", readme.blocks_block(reports))
+    readme.rewrite(path, "channels", readme.channels_block(reports))
     print(f"{path}: numbers of {len(reports)} files in {results}")
 
 

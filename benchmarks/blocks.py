@@ -19,7 +19,7 @@ from .models import calibrated, dense_versions, with_backward
 from .report import Row
 from .resnet import Bottleneck
 from .theory import chain_macs, output_shape
-from .timing import best_dense, interleaved, progress
+from .timing import Comparison, compare, progress
 
 PIXELS = "pixel path"  # the variant that computes the mask's pixels instead of its blocks
 
@@ -122,16 +122,10 @@ def measure(case: Case, setting: Setting) -> list[Row]:
         for variant, contender in _contenders(case, setting, stack, x, mask).items():
             ours[kind, density, variant] = contender
     with torch.inference_mode(not setting.backward):
-        first_look, dense = best_dense(dense_versions(module, x, setting), setting.device)
         calls = {key: contender.call for key, contender in ours.items()}
-        times = interleaved({**dense, **calls}, setting.device, setting.budget)
-    best = min(dense, key=times.get)
-    dense_all = first_look | {name: times[name] for name in dense}
+        times = compare(dense_versions(module, x, setting), calls, setting.device, setting.budget)
     dense_macs = chain_macs(stack, case.in_shape)
-    return [
-        _row(case, setting, key, contender, dense_macs, times[key], times[best], best, dense_all)
-        for key, contender in ours.items()
-    ]
+    return [_row(case, setting, key, contender, dense_macs, times) for key, contender in ours.items()]
 
 
 def _masks_to_measure(case: Case, setting: Setting) -> list[tuple[str, float]]:
@@ -166,7 +160,7 @@ def _on_pixels(stack: nn.Module) -> nn.Module:
     return sparse.from_dense(stack)
 
 
-def _row(case, setting, key, contender, dense_macs, ours_ms, dense_ms, dense_name, dense_all) -> Row:
+def _row(case, setting, key, contender, dense_macs: float, times: Comparison) -> Row:
     kind, density, variant = key
     return Row(
         suite="blocks",
@@ -179,10 +173,10 @@ def _row(case, setting, key, contender, dense_macs, ours_ms, dense_ms, dense_nam
         dtype=str(setting.dtype).removeprefix("torch."),
         gmacs=dense_macs / 1e9,
         computed_gmacs=contender.macs / 1e9,
-        dense_ms=dense_ms,
-        dense_name=dense_name,
-        ours_ms=ours_ms,
-        dense_all=dense_all,
+        dense_ms=times.dense_ms,
+        dense_name=times.dense_name,
+        ours_ms=times.ours[key],
+        dense_all=times.dense_all,
         break_even_only=density not in case.densities,
         block=contender.block,
     )

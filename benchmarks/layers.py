@@ -12,7 +12,7 @@ from dynops import PixelPlan, ops
 
 from . import masks
 from .report import Row
-from .timing import Budget, best_dense, interleaved, progress
+from .timing import Budget, Comparison, compare, progress
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def run(cases: list[Case], setting: Setting, label: str = "layers") -> list[Row]
 def measure(case: Case, setting: Setting) -> list[Row]:
     """The rows of one layer: every mask and density, timed in one interleaved run with the dense layer."""
     generator = torch.Generator().manual_seed(0)
-    tensors = _tensors(case, setting, generator)
+    tensors = random_tensors(case, setting, generator)
     plans, ours = {}, {}
     for kind, density in _masks_to_measure(case, setting):
         mask = masks.MASKS[kind](case.n, *case.out_size, density, generator).to(setting.device)
@@ -161,17 +161,8 @@ def measure(case: Case, setting: Setting) -> list[Row]:
             plans[kind, density, variant] = plan
             ours[kind, density, variant] = call
     with torch.inference_mode(not setting.backward):
-        first_look, dense = best_dense(_dense(case, setting, tensors), setting.device)
-        times = interleaved({**dense, **ours}, setting.device, setting.budget)
-    best = min(dense, key=times.get)
-    return [
-        _row(case, setting, key, plans[key], times[best], best, times[key], first_look | _only(times, dense))
-        for key in ours
-    ]
-
-
-def _only(times: dict, names: dict) -> dict[str, float]:
-    return {name: times[name] for name in names}
+        times = compare(dense_versions(case, setting, tensors), ours, setting.device, setting.budget)
+    return [_row(case, setting, key, plans[key], times) for key in ours]
 
 
 def _masks_to_measure(case: Case, setting: Setting) -> list[tuple[str, float]]:
@@ -182,7 +173,7 @@ def _masks_to_measure(case: Case, setting: Setting) -> list[tuple[str, float]]:
     return pairs
 
 
-def _tensors(case: Case, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def random_tensors(case: Case, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """``(x [N, C, H, W], weight [O, C/groups, k, k], grad [N, O, H', W'])``, made outside inference mode
     so that the weight has a version and its packed form is kept, as a layer's is."""
     fan_in = case.c // case.groups * case.kernel**2
@@ -193,7 +184,7 @@ def _tensors(case: Case, setting: Setting, generator: torch.Generator) -> tuple[
     return x.to(**options), weight.div_(fan_in**0.5).to(**options), grad.to(**options)
 
 
-def _with_backward(call, grad: Tensor, *inputs: Tensor):
+def with_backward(call, grad: Tensor, *inputs: Tensor):
     """A call that also computes the gradients of ``inputs``."""
 
     def forward_and_backward():
@@ -202,7 +193,7 @@ def _with_backward(call, grad: Tensor, *inputs: Tensor):
     return forward_and_backward
 
 
-def _dense(case: Case, setting: Setting, tensors) -> dict:
+def dense_versions(case: Case, setting: Setting, tensors) -> dict:
     """{NCHW, channels_last} x {eager, torch.compile}; channels_last turns the weight too, as a model's."""
     arguments = {"stride": case.stride, "padding": case.padding, "groups": case.groups}
 
@@ -221,7 +212,7 @@ def _dense(case: Case, setting: Setting, tensors) -> dict:
         for function_name, function in functions.items():
             call = _bound(function, x, weight)
             name = f"{format_name} {function_name}"
-            dense[name] = _with_backward(call, grad, x, weight) if setting.backward else call
+            dense[name] = with_backward(call, grad, x, weight) if setting.backward else call
     return dense
 
 
@@ -239,7 +230,7 @@ def _ours(case: Case, setting: Setting, tensors, mask: Tensor, plan: PixelPlan, 
         return ops.sparse_conv2d(x, weight, None, PixelPlan.from_mask(mask), **arguments)
 
     if setting.backward:
-        return {"plain": _with_backward(plain, grad, x, weight)}
+        return {"plain": with_backward(plain, grad, x, weight)}
     calls = {"plain": plain}
     if with_variants:
         calls["plan reused"] = lambda: ops.sparse_conv2d(x, weight, None, plan, **arguments)
@@ -254,7 +245,7 @@ def _ours(case: Case, setting: Setting, tensors, mask: Tensor, plan: PixelPlan, 
     return calls
 
 
-def _row(case, setting, key, plan, dense_ms, dense_name, ours_ms, dense_all) -> Row:
+def _row(case: Case, setting: Setting, key, plan: PixelPlan, times: Comparison) -> Row:
     kind, density, variant = key
     computed = case.dense_macs * plan.num_rows / max(plan.num_pixels, 1)
     return Row(
@@ -269,18 +260,18 @@ def _row(case, setting, key, plan, dense_ms, dense_name, ours_ms, dense_all) -> 
         dtype=str(setting.dtype).removeprefix("torch."),
         gmacs=case.dense_macs / 1e9,
         computed_gmacs=computed / 1e9,
-        dense_ms=dense_ms,
-        dense_name=dense_name,
-        ours_ms=ours_ms,
-        dense_all=dense_all,
+        dense_ms=times.dense_ms,
+        dense_name=times.dense_name,
+        ours_ms=times.ours[key],
+        dense_all=times.dense_all,
     )
 
 
 def one_call(case: Case, setting: Setting, contender: str, kind: str, density: float):
     """A single contender, for measuring its memory: "ours" (plain) or a memory format of dense eager."""
     generator = torch.Generator().manual_seed(0)
-    tensors = _tensors(case, setting, generator)
+    tensors = random_tensors(case, setting, generator)
     if contender != "ours":
-        return _dense(case, setting, tensors)[f"{contender} eager"]
+        return dense_versions(case, setting, tensors)[f"{contender} eager"]
     mask = masks.MASKS[kind](case.n, *case.out_size, density, generator).to(setting.device)
     return _ours(case, setting, tensors, mask, PixelPlan.from_mask(mask), False)["plain"]

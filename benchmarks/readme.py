@@ -18,6 +18,9 @@ from .report import (
 )
 
 NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
+NO_CHANNELS = "No results of channels are committed yet: `python -m benchmarks layers --op channels --out benchmarks/results`."
+# Of these the README shows every row; of the other groups a line.
+CHANNEL_ROWS = ("FBS", "FBS packed", "widths of samples", "CondConv", "CGNet", "DRConv", "involution")
 _ORDER = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -64,6 +67,22 @@ def blocks_block(reports: list[Report]) -> str:
         cells = [[row.dtype, *row_cells(row), row.variant] for row in frames]
         parts.append(markdown(["dtype", "video", *HEADER[1:], ""], cells))
     return "\n\n".join(parts) if used else NO_BLOCKS
+
+
+def channels_block(reports: list[Report]) -> str:
+    """A line for each group of rows, then the rows that are shaped like a published method."""
+    used = [r for r in reports if any(row.suite == "channels" for row in r.rows)]
+    used = [r for r in used if not any(row.suite == "layers" for row in r.rows)]
+    used.sort(key=lambda report: (_ORDER[report.rows[0].dtype], report.rows[0].mode != "forward"))
+    if not used:
+        return NO_CHANNELS
+    lines, rows = [], []
+    for report in used:
+        prefix = [report.rows[0].dtype, report.rows[0].mode]
+        lines += [[*prefix, *summary_cells(s)[:5]] for s in summaries(report.rows)]
+        rows += [[row.dtype, row.group, *row_cells(row)] for row in report.rows if row.group in CHANNEL_ROWS]
+    groups = markdown(["dtype", "pass", *SUMMARY_HEADER[:5]], lines)
+    return "\n\n".join([_machines(used), groups, markdown(["dtype", "method", *HEADER], rows)])
 
 
 def _over_densities(rows: list[Row]) -> str:

@@ -23,7 +23,7 @@ import dynops
 class Row:
     """One measurement of ours against the best dense version, both in milliseconds, from one run."""
 
-    suite: str  # "layers", "blocks", "models" or "video"
+    suite: str  # "layers", "blocks", "channels", "models" or "video"
     group: str
     case: str
     mask: str

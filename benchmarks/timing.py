@@ -99,6 +99,25 @@ def best_dense(
     return first_look, {name: dense[name] for name in fastest}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against the best dense version, milliseconds from one interleaved run."""
+
+    ours: dict  # {contender: ms}
+    dense_ms: float
+    dense_name: str
+    dense_all: dict[str, float]  # every dense version; those that were not kept: of the first look
+
+
+def compare(dense: dict[str, Callable], ours: dict, device: torch.device, budget: Budget) -> Comparison:
+    """Times ``ours`` {contender: call} in turns with the fastest of the ``dense`` versions."""
+    first_look, kept = best_dense(dense, device)
+    times = interleaved({**kept, **ours}, device, budget)
+    best = min(kept, key=times.get)
+    dense_all = first_look | {name: times[name] for name in kept}
+    return Comparison({key: times[key] for key in ours}, times[best], best, dense_all)
+
+
 def progress(items: list, label: str, unit: str = "case") -> Iterator:
     """Iterates with a progress bar, or with a line for each item where tqdm is not installed."""
     try:

@@ -98,11 +98,11 @@ def test_layer_rows_count_the_pixels_that_the_plan_computes():
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_contender_computes_the_same_layer(backward):
     setting = layers.Setting(CPU, torch.float32, compiled=False, backward=backward)
-    tensors = layers._tensors(TINY, setting, torch.Generator().manual_seed(0))
+    tensors = layers.random_tensors(TINY, setting, torch.Generator().manual_seed(0))
     mask = masks.random(2, 5, 3, 0.4, torch.Generator().manual_seed(0))
     plan = layers.PixelPlan.from_mask(mask)
     ours = layers._ours(TINY, setting, tensors, mask, plan, with_variants=True)
-    dense = layers._dense(TINY, setting, tensors)
+    dense = layers.dense_versions(TINY, setting, tensors)
     if backward:
         for call in dense.values():
             for grad in call():
@@ -380,7 +380,10 @@ def test_table_puts_the_worst_row_last_and_hides_none():
     assert "(plan reused)" in lines[6] and lines[8].startswith("other")
 
 
-MARKERS = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nmiddle\n<!-- blocks:begin -->\nold\n<!-- blocks:end -->\nafter\n"
+MARKERS = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nmiddle\n" + "".join(
+    f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("blocks", "channels")
+)
+MARKERS += "after\n"
 
 
 def test_readme_blocks(tmp_path):
@@ -394,7 +397,7 @@ def test_readme_blocks(tmp_path):
         text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text and "old" not in text
     )
     assert text.count("| model |") == 1 + 1  # the column's title and the row
-    assert text.count(readme.NO_BLOCKS) == 1
+    assert text.count(readme.NO_BLOCKS) == text.count(readme.NO_CHANNELS) == 1
     path.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
         cli.write_readme(path, tmp_path / "results")
