@@ -163,6 +163,24 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
   run(from, from_stride, rows, list, base, base_stride, to, to_stride, stream);
 }
 
+// Of a part of a list, say a panel of columns: only vectors that hold one of its channels are touched.
+static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
+                       float* const* to) {
+  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int32_t at = 0; at < list.count;) {
+    const int32_t c = list.index[at] / 16 * 16;
+    const __mmask16 live = live_mask(list, at, c), reads = lanes_mask(__builtin_popcount(live));
+    const __m512i place = _mm512_maskz_expand_epi32(live, iota);
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 sums = _mm512_maskz_loadu_ps(reads, from + i * stride + at);
+      const __m512 spread = _mm512_permutexvar_ps(place, sums);
+      float* cell = to[i] + c;
+      _mm512_mask_storeu_ps(cell, live, _mm512_add_ps(spread, _mm512_maskz_loadu_ps(live, cell)));
+    }
+    at += __builtin_popcount(live);
+  }
+}
+
 // Row r of a vector of columns of a packed weight; of pairs, the 16 bits of each lane that are row r's.
 struct WeightVector {
   const char* at;
@@ -241,6 +259,13 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
                    const char* base, int64_t base_stride, char* to, int64_t to_stride, bool) {
   const auto run = dtype == Dtype::kFloat32 ? expand_of<uint32_t> : expand_of<uint16_t>;
   run(from, from_stride, rows, list, base, base_stride, to, to_stride);
+}
+
+static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
+                       float* const* to) {
+  for (int64_t i = 0; i < rows; ++i, from += stride) {
+    for (int32_t j = 0; j < list.count; ++j) to[i][list.index[j]] += from[j];
+  }
 }
 
 static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
@@ -916,6 +941,7 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        fill,
                        compress,
                        expand,
+                       expand_add,
                        pick_panel,
                        gemm,
                        winograd_input,

@@ -175,7 +175,10 @@ def _conv_weight_grad(
 
 def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
-    backends.choose(backend, x.device, x.dtype)
+    if backends.choose(backend, x.device, x.dtype) == "cpp":
+        from ..kernels import cpp_channels
+
+        return cpp_channels
     return None
 
 
@@ -195,14 +198,14 @@ def _run_scatter(packed, index, count, channels, base):
 
 def _run_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend):  # fmt: skip
     kernels = _kernels(backend, x)
-    run = _conv if kernels is None else kernels.conv
+    run = getattr(kernels, "conv", _conv)
     out = run(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width)  # fmt: skip
     return out.contiguous(memory_format=memory_format_of(x))
 
 
 def _run_input_grad(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out, backend):  # fmt: skip
     kernels = _kernels(backend, grad)
-    run = _conv_input_grad if kernels is None else kernels.conv_input_grad
+    run = getattr(kernels, "conv_input_grad", _conv_input_grad)
     dx = run(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out)
     return dx.contiguous(memory_format=memory_format_of(grad))
 
