@@ -33,12 +33,12 @@ std::tuple<Tensor, Tensor> channel_index(const Tensor& mask_in, int64_t size) {
 
 Tensor channel_mask(const Tensor& index, const Tensor& count, int64_t channels) {
   const int64_t rows = index.size(0);
-  const ChannelLists lists(index, count, rows, 1, channels);
+  const ChannelLists lists(index, count, channels, 1, 1, rows);
   Tensor mask = empty({rows, channels}, ScalarType::Bool);
   uint8_t* out = data_of<uint8_t>(mask);
   std::fill(out, out + mask.numel(), uint8_t(0));
   for (int64_t s = 0; s < rows; ++s, out += channels) {
-    const ChannelList list = lists.of(s);
+    const ChannelList list = lists.whole(s);
     for (int32_t j = 0; j < list.count; ++j) out[list.index[j]] = 1;
   }
   return mask;
@@ -77,7 +77,7 @@ struct Maps {
 
   // The list of a sample, cut to the packed width.
   ChannelList list(const ChannelLists& lists, int64_t n) const {
-    ChannelList list = lists.of(n);
+    ChannelList list = lists.whole(n);
     list.count = std::min(list.count, int32_t(width));
     return list;
   }
@@ -104,7 +104,7 @@ void zero(char* to, int64_t bytes) {
 // x and out: both channels_last (`last`) or both contiguous.
 void gather_channels(const Tensor& x, const Tensor& index, const Tensor& count, bool last, Tensor out) {
   const Maps m(x, out, last);
-  const ChannelLists lists(index, count, m.batch, 1, m.channels);
+  const ChannelLists lists(index, count, m.channels, 1, 1, m.batch);
   const Dtype dtype = dtype_of(x);
   const char* from = data_of<const char>(x);
   char* to = data_of<char>(out);
@@ -136,7 +136,7 @@ void gather_channels(const Tensor& x, const Tensor& index, const Tensor& count, 
 void scatter_channels(const Tensor& packed, const Tensor& index, const Tensor& count,
                       const OptionalTensor& base, bool last, Tensor out) {
   const Maps m(out, packed, last);
-  const ChannelLists lists(index, count, m.batch, 1, m.channels);
+  const ChannelLists lists(index, count, m.channels, 1, 1, m.batch);
   STD_TORCH_CHECK(!base || base->numel() == out.numel(), "base: expected ", out.numel(), " elements, got ",
                   base ? base->numel() : 0);
   const Dtype dtype = dtype_of(out);

@@ -42,7 +42,7 @@ class LiveMap {
   }
 
   Side side(int64_t sample, int64_t head) const {
-    ChannelList list = lists_.of(sample, head);
+    ChannelList list = lists_.whole(sample, head);
     list.count = std::min(list.count, int32_t(row_channels_));
     const int32_t* in_row = packed_ ? positions_.data() : list.index;
     return {{in_row, list.count, int32_t(row_channels_)}, list.index};
@@ -383,8 +383,8 @@ void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Option
                   " elements");
   STD_TORCH_CHECK(outputs % heads == 0 && (heads == 1 || (g.groups == 1 && !packed_in)),
                   "heads: expected a divisor of ", outputs, " without groups and packed inputs, got ", heads);
-  const ChannelLists in_lists(in_index, in_count, g.batch, heads, channels);
-  const ChannelLists out_lists(out_index, out_count, g.batch, 1, outputs);
+  const ChannelLists in_lists(in_index, in_count, channels, 1, heads, g.batch);
+  const ChannelLists out_lists(out_index, out_count, outputs, 1, 1, g.batch);
   const LiveMap grad(grad_in, out_lists, outputs, packed_out && out_index);
   const LiveMap x(x_in, in_lists, channels, packed_in && in_index);
   if (db) channel_bias_grad(grad, g.batch, outputs, data_of<char>(*db));

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kernels import cpp_channels
 from ..kernels.layout import memory_format_of
 from ..plans import ChannelPlan
 from . import channel_checks, checks
@@ -175,11 +176,7 @@ def _conv_weight_grad(
 
 def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
-    if backends.choose(backend, x.device, x.dtype) == "cpp":
-        from ..kernels import cpp_channels
-
-        return cpp_channels
-    return None
+    return cpp_channels if backends.choose(backend, x.device, x.dtype) == "cpp" else None
 
 
 def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
@@ -198,14 +195,14 @@ def _run_scatter(packed, index, count, channels, base):
 
 def _run_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend):  # fmt: skip
     kernels = _kernels(backend, x)
-    run = getattr(kernels, "conv", _conv)
+    run = _conv if kernels is None else kernels.conv
     out = run(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width)  # fmt: skip
     return out.contiguous(memory_format=memory_format_of(x))
 
 
 def _run_input_grad(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out, backend):  # fmt: skip
     kernels = _kernels(backend, grad)
-    run = getattr(kernels, "conv_input_grad", _conv_input_grad)
+    run = _conv_input_grad if kernels is None else kernels.conv_input_grad
     dx = run(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out)
     return dx.contiguous(memory_format=memory_format_of(grad))
 
