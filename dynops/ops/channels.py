@@ -370,7 +370,8 @@ def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = No
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit the plan.
     """
-    channel_checks.plan_of(plan, "plan", packed, plan.width, "packed", 1)
+    width = plan.width if isinstance(plan, ChannelPlan) else None
+    channel_checks.plan_of(plan, "plan", packed, width, "packed", 1)
     shape = (packed.shape[0], plan.channels, *packed.shape[2:])
     if base is not None:
         channel_checks.base_of(base, shape, packed)
