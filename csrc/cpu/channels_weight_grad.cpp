@@ -1,7 +1,7 @@
 // Convolution on live channels on the CPU: the gradients of the weight and the bias.
 #include <cstring>
-#include <memory>
 
+#include "channel_call.h"
 #include "channel_lists.h"
 #include "grad_rows.h"
 #include "parallel.h"
@@ -114,27 +114,31 @@ class ChannelWeightGrad {
     shares_ = units % all ? all : 1;
     shares_ = std::max(shares_, (group_out_ * group_in_ * 4 + kSlabBytes - 1) / kSlabBytes);
     shares_ = std::clamp<int64_t>(shares_, 1, std::max<int64_t>(group_out_, 1));
+    for (int64_t tap = 0; tap < g.taps(); ++tap) inputs_.push_back(inputs_of_tap(g, tap));
   }
 
   void run() {
     const int64_t sample_floats = heads_ * x_.pixels() * x_width() + grad_.pixels() * outputs_;
     const int64_t batch =
         std::clamp<int64_t>(kBatchBytes / (4 * std::max<int64_t>(sample_floats, 1)), 1, g_.batch);
-    x_maps_.reset(new float[size_t(batch * heads_ * x_.pixels() * x_width())]);
-    grad_maps_.reset(new float[size_t(batch * grad_.pixels() * outputs_)]);
+    static thread_local Buffer maps;  // kept: fresh pages cost as much as what is compacted into them
+    const int64_t x_floats = batch * heads_ * x_.pixels() * x_width();
+    x_maps_ = reinterpret_cast<float*>(maps.at_least((x_floats + batch * grad_.pixels() * outputs_) * 4));
+    grad_maps_ = x_maps_ + x_floats;
     for (int64_t first = 0; first < g_.batch; first += batch)
       run_batch(first, std::min(batch, g_.batch - first));
+    maps.shrink();
   }
 
  private:
-  static constexpr int64_t kSlabBytes = 512 * 1024;
-  static constexpr int64_t kBatchBytes = 16 << 20;  // compact maps of a batch of samples: in the L3 cache
+  static constexpr int64_t kSlabBytes = 256 * 1024;
+  static constexpr int64_t kBatchBytes = 2 << 20;  // compact maps of a batch of samples: twice an L2 cache
 
   int64_t x_width() const { return (x_.row_channels() + 15) / 16 * 16; }
   float* x_map(int64_t slot, int64_t head) const {
-    return x_maps_.get() + (slot * heads_ + head) * x_.pixels() * x_width();
+    return x_maps_ + (slot * heads_ + head) * x_.pixels() * x_width();
   }
-  float* grad_map(int64_t slot) const { return grad_maps_.get() + slot * grad_.pixels() * outputs_; }
+  float* grad_map(int64_t slot) const { return grad_maps_ + slot * grad_.pixels() * outputs_; }
 
   // The live outputs of a share of a group (or head), as a part of the sample's list.
   std::pair<int32_t, int32_t> outputs_of(const Side& side, int64_t part_index, int64_t share) const {
@@ -144,14 +148,15 @@ class ChannelWeightGrad {
   }
 
   void run_batch(int64_t first, int64_t samples) {
-    const int64_t blocks = (grad_.pixels() + kBlock - 1) / kBlock;
+    const int64_t blocks = (grad_.pixels() + kBlock - 1) / kBlock,
+                  x_blocks = (x_.pixels() + kBlock - 1) / kBlock;
     const double bytes =
         double(samples) * double(x_.pixels() * x_.row_channels() + grad_.pixels() * outputs_) * 4;
     const int64_t packers = threads_for(bytes, 64e3), tasks = g_.taps() * parts_ * shares_;
     parallel(packers, [&](int64_t t) {
-      for (int64_t i = part(samples * heads_, t, packers); i < part(samples * heads_, t + 1, packers); ++i)
-        x_.compact(first + i / heads_, x_.side(first + i / heads_, i % heads_), 0, x_.pixels(),
-                   x_map(i / heads_, i % heads_), x_width());
+      const int64_t maps = samples * heads_ * x_blocks;
+      for (int64_t i = part(maps, t, packers); i < part(maps, t + 1, packers); ++i)
+        pack_x(first, i / x_blocks / heads_, i / x_blocks % heads_, i % x_blocks * kBlock);
       std::vector<float> rows(static_cast<size_t>(kBlock * outputs_));
       for (int64_t i = part(samples * blocks, t, packers); i < part(samples * blocks, t + 1, packers); ++i)
         pack_grad(first + i / blocks, i / blocks, i % blocks, rows.data());
@@ -162,6 +167,11 @@ class ChannelWeightGrad {
     parallel(threads, [&](int64_t t) {
       run_tasks(first, samples, part(tasks, t, threads), part(tasks, t + 1, threads));
     });
+  }
+
+  void pack_x(int64_t first_sample, int64_t slot, int64_t head, int64_t row) const {
+    const int64_t rows = std::min(kBlock, x_.pixels() - row), sample = first_sample + slot;
+    x_.compact(sample, x_.side(sample, head), row, rows, x_map(slot, head) + row * x_width(), x_width());
   }
 
   // A block of a sample's gradient rows as [group][share][tile][row][height of the tile].
@@ -186,7 +196,6 @@ class ChannelWeightGrad {
 
   // What one thread works with.
   struct Work {
-    std::vector<int32_t> inputs;  // of the tap
     std::vector<const char*> in;  // rows of the compact input
     std::vector<float> x, zero, sums;
     std::vector<float*> to;
@@ -199,10 +208,17 @@ class ChannelWeightGrad {
     w.zero.resize(size_t(x_width()));
     w.sums.resize(size_t(((group_out_ + shares_ - 1) / shares_ + 1) * kernels().panel_width));
     w.to.resize(size_t(group_out_));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t share = task % shares_, group = task / shares_ % parts_, tap = task / shares_ / parts_;
-      if (task == begin || task % (shares_ * parts_) == 0) w.inputs = inputs_of_tap(g_, tap);
-      for (int64_t slot = 0; slot < samples; ++slot) run_sample(first + slot, slot, tap, group, share, w);
+    // As many tasks side by side as have their parts of dW in the L2 cache: then a sample is read once for
+    // them.
+    const int64_t task_bytes = std::max<int64_t>(group_out_ * group_in_ * 4 / shares_, 1);
+    const int64_t step = std::max<int64_t>(kSlabBytes / task_bytes, 1);
+    for (int64_t from = begin; from < end; from += step) {
+      for (int64_t slot = 0; slot < samples; ++slot) {
+        for (int64_t task = from; task < std::min(from + step, end); ++task) {
+          const int64_t share = task % shares_, group = task / shares_ % parts_;
+          run_sample(first + slot, slot, task / shares_ / parts_, group, share, w);
+        }
+      }
     }
   }
 
@@ -214,8 +230,9 @@ class ChannelWeightGrad {
     const auto [in_begin, in_end] = ins.within(in_group * group_in_, (in_group + 1) * group_in_);
     if (out_begin == out_end || in_begin == in_end) return;
     const float* map = x_map(slot, head) + in_begin;
-    for (size_t p = 0; p < w.inputs.size(); ++p) {
-      const int32_t q = w.inputs[p];
+    const std::vector<int32_t>& inputs = inputs_[size_t(tap)];
+    for (size_t p = 0; p < inputs.size(); ++p) {
+      const int32_t q = inputs[p];
       w.in[p] = reinterpret_cast<const char*>(q < 0 ? w.zero.data() : map + q * x_width());
     }
     float* dw = dw_ + tap * outputs_ * group_in_ - in_group * group_in_;
@@ -225,7 +242,7 @@ class ChannelWeightGrad {
     for (int32_t i = in_begin; i < in_end; i += panel_width) {
       const int32_t columns = std::min(panel_width, in_end - i);
       run_panel(slot, outs.count(), out_begin, out_end, i - in_begin, columns, w);
-      const ChannelList places{ins.channel + i, columns, int32_t(parts_ * group_in_)};
+      const ChannelList places{ins.channel + i, columns, g_.groups > 1 ? 0 : int32_t(group_in_)};
       kernels().expand_add(w.sums.data(), panel_width, out_end - out_begin, places, w.to.data());
     }
   }
@@ -247,7 +264,8 @@ class ChannelWeightGrad {
   const LiveMap &grad_, &x_;
   int64_t heads_, parts_, outputs_, group_out_, group_in_, shares_;  // parts_: groups, or heads
   float* dw_;                                                        // [taps][O][C / groups]
-  std::unique_ptr<float[]> x_maps_, grad_maps_;
+  std::vector<std::vector<int32_t>> inputs_;                         // [taps][output pixels of an image]
+  float *x_maps_ = nullptr, *grad_maps_ = nullptr;
 };
 
 // ------------------------------------------------------------------------------------ depthwise
@@ -389,13 +407,16 @@ void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Option
   const LiveMap x(x_in, in_lists, channels, packed_in && in_index);
   if (db) channel_bias_grad(grad, g.batch, outputs, data_of<char>(*db));
   if (dw.numel() == 0) return;
-  const std::unique_ptr<float[]> sums(new float[size_t(dw.numel())]());
+  static thread_local Buffer memory;
+  float* sums = reinterpret_cast<float*>(memory.at_least(dw.numel() * 4));
+  std::fill_n(sums, dw.numel(), 0.f);
   if (is_depthwise(g, channels, outputs)) {
-    DepthwiseWeightGrad(g, grad, x, channels, sums.get()).run();
+    DepthwiseWeightGrad(g, grad, x, channels, sums).run();
   } else if (g.batch) {
-    ChannelWeightGrad(g, grad, x, heads, outputs, dw.size(1), sums.get()).run();
+    ChannelWeightGrad(g, grad, x, heads, outputs, dw.size(1), sums).run();
   }
-  reorder_weight_grad(sums.get(), g, outputs, dw.size(1), grad.dtype(), data_of<char>(dw));
+  reorder_weight_grad(sums, g, outputs, dw.size(1), grad.dtype(), data_of<char>(dw));
+  memory.shrink();
 }
 
 }  // namespace

@@ -83,6 +83,10 @@ FORCE_INLINE void store_lanes(char* p, __m512i v, __mmask16 writes) {
   _mm256_mask_storeu_epi16(p, writes, _mm512_cvtepi32_epi16(v));
 }
 
+FORCE_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+}
+
 template <bool kWide>
 static void compress_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
                         char* to, int64_t to_stride) {
@@ -94,6 +98,7 @@ static void compress_of(const char* from, int64_t from_stride, int64_t rows, con
       const __mmask16 writes = lanes_mask(live.count);
       for (int64_t i = first; i < first + height; ++i) {
         const char* row = from + i * from_stride;
+        if (j == 0 && i + kRows < rows) prefetch_row(row + kRows * from_stride, list.channels * kElement);
         __m512i out = _mm512_setzero_si512();
         for (int s = 0; s < live.vectors; ++s) {
           const __m512i in = load_lanes<kWide>(row + live.vector[s] * (16 * kElement), live.reads[s]);
@@ -151,6 +156,29 @@ static void expand_of(const char* from, int64_t from_stride, int64_t rows, const
   }
 }
 
+// Of a part of a list, say a panel of columns: only vectors that hold one of its channels are touched.
+static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
+                       float* const* to) {
+  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int32_t at = 0; at < list.count;) {
+    const int32_t c = list.index[at] / 16 * 16;
+    const __mmask16 live = live_mask(list, at, c), reads = lanes_mask(__builtin_popcount(live));
+    const bool whole = c + 16 <= list.channels;
+    const __m512i place = _mm512_maskz_expand_epi32(live, iota);
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 sums = _mm512_maskz_loadu_ps(reads, from + i * stride + at);
+      const __m512 spread = _mm512_maskz_permutexvar_ps(live, place, sums);
+      float* cell = to[i] + c;
+      if (whole) {
+        _mm512_storeu_ps(cell, _mm512_add_ps(spread, _mm512_loadu_ps(cell)));
+      } else {
+        _mm512_mask_storeu_ps(cell, live, _mm512_add_ps(spread, _mm512_maskz_loadu_ps(live, cell)));
+      }
+    }
+    at += __builtin_popcount(live);
+  }
+}
+
 static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
                      Dtype dtype, char* to, int64_t to_stride) {
   const auto run = dtype == Dtype::kFloat32 ? compress_of<true> : compress_of<false>;
@@ -163,31 +191,29 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
   run(from, from_stride, rows, list, base, base_stride, to, to_stride, stream);
 }
 
-// Of a part of a list, say a panel of columns: only vectors that hold one of its channels are touched.
-static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
-                       float* const* to) {
-  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  for (int32_t at = 0; at < list.count;) {
-    const int32_t c = list.index[at] / 16 * 16;
-    const __mmask16 live = live_mask(list, at, c), reads = lanes_mask(__builtin_popcount(live));
-    const __m512i place = _mm512_maskz_expand_epi32(live, iota);
-    for (int64_t i = 0; i < rows; ++i) {
-      const __m512 sums = _mm512_maskz_loadu_ps(reads, from + i * stride + at);
-      const __m512 spread = _mm512_permutexvar_ps(place, sums);
-      float* cell = to[i] + c;
-      _mm512_mask_storeu_ps(cell, live, _mm512_add_ps(spread, _mm512_maskz_loadu_ps(live, cell)));
-    }
-    at += __builtin_popcount(live);
-  }
-}
-
-// Row r of a vector of columns of a packed weight; of pairs, the 16 bits of each lane that are row r's.
+// Row r of a vector of columns of a packed weight.
 struct WeightVector {
   const char* at;
   int64_t row_bytes;
   const char* row(int64_t r) const { return at + r * row_bytes; }
 };
 
+// Where the vectors that sixteen live columns come from lie in the packed weight.
+struct PickVector {
+  LiveVector live;
+  WeightVector from[16];
+
+  PickVector(const PanelPick& pick, int32_t column) : live(pick.columns, column) {
+    for (int s = 0; s < live.vectors; ++s) {
+      const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
+      const bool half = pick.layout.columns - panel <= kPanelWidth - 16;
+      from[s] = {pick.from + panel * pick.layout.depth * (pick.dot ? 2 : 4) + (first - panel) * 4,
+                 (half ? 16 : kPanelWidth) * 4};
+    }
+  }
+};
+
+// The live row j (of pairs: j and j + 1, from the halves of one or two rows of pairs).
 FORCE_INLINE __m512i weight_lanes(const WeightVector& w, const PanelPick& pick, int64_t segment_row,
                                   int32_t j) {
   if (!pick.dot) return _mm512_loadu_si512(w.row(segment_row + pick.rows.index[j]));
@@ -200,32 +226,44 @@ FORCE_INLINE __m512i weight_lanes(const WeightVector& w, const PanelPick& pick, 
   return _mm512_mask_blend_epi16(0xaaaaaaaau, a_low, high % 2 ? b : _mm512_slli_epi32(b, 16));
 }
 
-static void pick_vector(const PanelPick& pick, int32_t column, int64_t width, char* to) {
-  const LiveVector live(pick.columns, column);
-  WeightVector from[16];
-  for (int s = 0; s < live.vectors; ++s) {
-    const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
-    const bool half = pick.layout.columns - panel <= kPanelWidth - 16;
-    from[s] = {pick.from + panel * pick.layout.depth * (pick.dot ? 2 : 4) + (first - panel) * 4,
-               (half ? 16 : kPanelWidth) * 4};
+FORCE_INLINE __m512i picked(const PickVector& v, const PanelPick& pick, int64_t segment_row, int32_t j) {
+  __m512i out = _mm512_setzero_si512();
+  for (int s = 0; s < v.live.vectors; ++s) {
+    out = _mm512_mask_permutexvar_epi32(out, v.live.takes[s], v.live.lane,
+                                        weight_lanes(v.from[s], pick, segment_row, j));
   }
+  return out;
+}
+
+// The weight comes from the L3 cache, and a stride of live rows is nothing that the hardware foresees.
+FORCE_INLINE void prefetch_picked(const PickVector& v, const PanelPick& pick, int64_t segment_row,
+                                  int32_t j) {
+  constexpr int32_t kAhead = 16;
+  if (j + kAhead >= pick.rows.count) return;
+  const int64_t row = (segment_row + pick.rows.index[j + kAhead]) / (pick.dot ? 2 : 1);
+  for (int s = 0; s < v.live.vectors; ++s) __builtin_prefetch(v.from[s].row(row), 0, 2);
+}
+
+template <int NV>
+static void pick_columns(const PanelPick& pick, int32_t first, char* to) {
+  const PickVector a(pick, first), b(pick, NV == 2 ? first + 16 : first);
   const int64_t segment_depth = pick.layout.depth / pick.segments;
+  const int32_t step = pick.dot ? 2 : 1;
   for (int64_t segment = 0; segment < pick.segments; ++segment) {
-    for (int32_t j = 0; j < pick.rows.count; j += pick.dot ? 2 : 1, to += width * 4) {
-      __m512i out = _mm512_setzero_si512();
-      for (int s = 0; s < live.vectors; ++s) {
-        const __m512i in = weight_lanes(from[s], pick, segment * segment_depth, j);
-        out = _mm512_mask_permutexvar_epi32(out, live.takes[s], live.lane, in);
-      }
-      _mm512_storeu_si512(to, out);
+    const int64_t row = segment * segment_depth;
+    for (int32_t j = 0; j < pick.rows.count; j += step, to += NV * 64) {
+      prefetch_picked(a, pick, row, j);
+      _mm512_storeu_si512(to, picked(a, pick, row, j));
+      if (NV == 1) continue;
+      prefetch_picked(b, pick, row, j);
+      _mm512_storeu_si512(to + 64, picked(b, pick, row, j));
     }
   }
 }
 
 static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
-  const int32_t first = int32_t(panel) * kPanelWidth, left = pick.columns.count - first;
-  pick_vector(pick, first, left > 16 ? kPanelWidth : 16, to);
-  if (left > 16) pick_vector(pick, first + 16, kPanelWidth, to + 64);
+  const int32_t first = int32_t(panel) * kPanelWidth;
+  (pick.columns.count - first > 16 ? pick_columns<2> : pick_columns<1>)(pick, first, to);
 }
 
 #else  // without permutations by a variable: channel by channel
