@@ -99,6 +99,27 @@ struct OuterProduct {
   bool add;         // to dw, rather than overwrite it
 };
 
+// The live channels of one sample (or head, or group).
+struct ChannelList {
+  const int32_t* index;     // [count], strictly ascending in [0, channels)
+  int32_t count, channels;  // channels: of a whole row
+
+  bool prefix() const { return count == 0 || index[count - 1] == count - 1; }
+  bool full() const { return count == channels; }
+};
+
+// The live rows and columns of the packed weight of one group, as a packed weight of their own.
+struct PanelPick {
+  const char* from;
+  PanelLayout layout;  // of `from`
+  int64_t segments;    // in which the depth falls, each with all rows
+  ChannelList rows;    // of a segment
+  ChannelList columns;
+  bool dot;  // bfloat16 pairs
+
+  int64_t depth() const { return dot ? (rows.count + 1) / 2 * 2 : rows.count; }  // of a segment picked
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -107,6 +128,17 @@ struct Kernels {
 
   // Copies, or writes zeros where `from` is null; `stream`: past the caches.
   void (*fill)(char* to, const char* from, int64_t bytes, bool stream);
+  // to[i][j] = from[i][index[j]], rows in steps of bytes; writes nothing past the count.
+  void (*compress)(const char* from, int64_t from_stride, int64_t rows, const ChannelList&, Dtype, char* to,
+                   int64_t to_stride);
+  // to[i][index[j]] = from[i][j], and `base` or zero (null) at every other channel; `stream`: past the
+  // caches, which the caller ends with a fence.
+  void (*expand)(const char* from, int64_t from_stride, int64_t rows, const ChannelList&, Dtype,
+                 const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream);
+  // to[i][index[j]] += from[i * stride + j]; zero may be added to other channels in [0, channels).
+  void (*expand_add)(const float* from, int64_t stride, int64_t rows, const ChannelList&, float* const* to);
+  // One panel of live columns: to[segment][live row][column], zero past the last column.
+  void (*pick_panel)(const PanelPick&, int64_t panel, char* to);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   // v[position][tile][channel] = B^T d B of the 4 x 4 inputs in[tile][16]; strides in floats.
   void (*winograd_input)(const char* const* in, int32_t tiles, int64_t channels, float* v, int64_t stride);

@@ -22,10 +22,12 @@ list, zero past the list's end. ``_conv``, ``_conv_input_grad``, ``_conv_weight_
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kernels import cpp_channels
 from ..kernels.layout import memory_format_of
 from ..plans import ChannelPlan
 from . import channel_checks, checks
@@ -73,9 +75,12 @@ def _dense_input(x, index, count, channels: int, heads: int, packed: bool) -> Te
     if packed:
         x = _scatter(x, index, count, channels, None)
     live = _live(index, count, channels, heads)
-    if live is None:
-        return x.repeat(1, heads, 1, 1)
-    return x[:, None].masked_fill(~live, 0).flatten(1, 2)
+    if heads == 1:
+        return (
+            x if live is None else torch.where(live[:, 0], x, 0)
+        )  # keeps the format, as masked_fill does not
+    headed = torch.where(live, x[:, None], 0).flatten(1, 2)
+    return headed.contiguous(memory_format=memory_format_of(x))
 
 
 def _dense_grad(grad: Tensor, index, count, channels: int, packed: bool) -> Tensor:
@@ -83,7 +88,7 @@ def _dense_grad(grad: Tensor, index, count, channels: int, packed: bool) -> Tens
     if packed:
         return _scatter(grad, index, count, channels, None)
     live = _live(index, count, channels)
-    return grad if live is None else grad.masked_fill(~live[:, 0], 0)
+    return grad if live is None else torch.where(live[:, 0], grad, 0)
 
 
 def _headed(g: ConvGeometry, heads: int) -> ConvGeometry:
@@ -171,8 +176,7 @@ def _conv_weight_grad(
 
 def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
-    backends.choose(backend, x.device, x.dtype)
-    return None
+    return cpp_channels if backends.choose(backend, x.device, x.dtype) == "cpp" else None
 
 
 def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
@@ -349,7 +353,8 @@ def gather_channels(x: Tensor, plan: ChannelPlan) -> Tensor:
         TypeError, ValueError: ``x`` does not fit the plan.
     """
     channel_checks.plan_of(plan, "plan", x, None, "x", 1)
-    return _gather_op(_as_map(x), plan.index, plan.count, plan.width).view(x.shape[0], -1, *x.shape[2:])
+    shape = (x.shape[0], plan.width, *x.shape[2:])
+    return _gather_op(_as_map(x), plan.index, plan.count, plan.width).view(shape)
 
 
 def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = None) -> Tensor:
@@ -365,7 +370,8 @@ def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = No
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit the plan.
     """
-    channel_checks.plan_of(plan, "plan", packed, plan.width, "packed", 1)
+    width = plan.width if isinstance(plan, ChannelPlan) else None
+    channel_checks.plan_of(plan, "plan", packed, width, "packed", 1)
     shape = (packed.shape[0], plan.channels, *packed.shape[2:])
     if base is not None:
         channel_checks.base_of(base, shape, packed)
@@ -500,6 +506,8 @@ def channel_linear(
     if base is not None:
         channel_checks.base_of(base, (*x.shape[:-1], weight.shape[0]), x)
         base = base.reshape(x.shape[0], 1, rows, weight.shape[0]).permute(0, 3, 1, 2)
+    if rows == 0:  # a convolution takes no empty map
+        return F.linear(x, weight, bias)
     as_map = x.reshape(x.shape[0], 1, rows, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last, no copy
     out = _channel_conv(as_map, weight[:, :, None, None], bias, in_plan, out_plan, False, False, (1, 0, 1, 1, "zeros"), activation, scale, base, backend)  # fmt: skip
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
