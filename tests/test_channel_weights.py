@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -109,7 +109,7 @@ CONVS = {
     "reflect": Conv(padding=2, padding_mode="reflect", kernel=5),
     "circular, same": Conv(padding="same", padding_mode="circular", kernel=(4, 3)),
     "one channel": Conv(c=1, o=1, padding=1),
-    "one to many": Conv(c=1, o=33, padding=1),
+    "one to many": Conv(c=1, o=19, padding=1),
     "many to one": Conv(c=37, o=1, padding=1),
     "odd wide": Conv(c=70, o=101, padding=1, h=6, w=5),
     "winograd": Conv(c=40, o=72, padding=1, h=21, w=23),
@@ -415,15 +415,34 @@ def test_threads(threads, n, backend):
 @given(
     n=st.integers(1, 4), c=st.integers(1, 40), o=st.integers(1, 70), kernel=st.integers(1, 4),
     stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2), groups=st.integers(1, 3),
-    size=st.integers(1, 14), regions=st.integers(1, 4), dtype=st.sampled_from(DTYPES),
+    size=st.integers(1, 14), regions=st.integers(1, 4),
 )  # fmt: skip
-@settings(deadline=None, max_examples=40)
-def test_properties(backend, n, c, o, kernel, stride, padding, dilation, groups, size, regions, dtype):
+@settings(
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_properties(backend, n, c, o, kernel, stride, padding, dilation, groups, size, regions):
+    """A relative norm decides: an output of a few numbers is exact in the dense op by luck."""
     size = max(size, dilation * (kernel - 1) + 1 - 2 * padding)
     conv = Conv(c * groups, o * groups, kernel, stride, padding, dilation, groups, n=n, h=size, w=size + 1)
-    check_sample(conv, backend, sample_tensors(conv, dtype))
-    check_region(conv, backend, region_tensors(conv, regions, dtype=dtype), conv.region(regions))
-    check_mixed(conv, backend, mixed_tensors(conv, regions, dtype=dtype), ())
+    arguments, region = conv.arguments | {"backend": backend}, conv.region(regions)
+    for ours, oracle, tensors in (
+        (lambda **t: ops.sample_conv2d(**t, **arguments), conv.sample_oracle, sample_tensors(conv)),
+        (
+            lambda **t: ops.region_conv2d(**t, region=region, **arguments),
+            lambda **t: conv.region_oracle(**t, region=region),
+            region_tensors(conv, regions),
+        ),
+        (lambda **t: ops.mixed_conv2d(**t, **arguments), conv.mixed_oracle, mixed_tensors(conv, regions)),
+    ):
+        dy = []
+        exact, exact_grads = run(oracle, tensors, tuple(tensors), dy, torch.float64)
+        actual, grads = run(ours, tensors, tuple(tensors), dy)
+        for a, e in zip((actual, *grads), (exact, *exact_grads), strict=True):
+            assert (a.double() - e).norm() <= 1e-5 * max(e.norm(), 1)
 
 
 @backends

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kernels import cpp_channel_weights
 from ..kernels.layout import memory_format_of
 from . import channel_weight_checks as checks
 from .epilogue import ACTIVATIONS
@@ -135,7 +136,7 @@ def _kernels(backend: str, x: Tensor):
     name = backends.choose(backend, x.device, x.dtype)
     if name == "triton" and backend:
         raise RuntimeError("backend='triton': per-sample weights have no Triton kernel")
-    return None
+    return cpp_channel_weights if name == "cpp" else None
 
 
 def _run_conv(x, weight, bias, region, geometry, activation, backend):
