@@ -2,7 +2,7 @@
 //
 // The pixels of one weight are a job: its weight is packed (or mixed from packed ones) a few panels at a
 // time, so that they are still in the L2 cache when the job's rows meet them.
-#include <functional>
+#include "channel_weights.h"
 
 #include "forward_pass.h"
 #include "weight_jobs.h"
@@ -155,7 +155,18 @@ void weighted_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   check_region(region, g);
   const ZeroRow zero(x.size(1) * size_of(dtype_of(x)));
   const Forward f = forward_of(g, x, activation, merged, zero.data(), out);
-  const Jobs jobs(g.batch, g.out_h * g.out_w, regions, weight.size(0) == 1, data_of<const int32_t>(region));
+  const bool shared = weight.size(0) == 1;
+  STD_TORCH_CHECK(!bias || !shared || bias->size(0) == 1,
+                  "bias: expected one for all samples, as the weight");
+  const PanelLayout panels = panel_layout(f.out_channels, 1, f.in_channels, false);
+  if (!region && !shared && takes_winograd(f)) {
+    const float* from = data_of<const float>(weight);
+    const MakeWinograd make = [&](int64_t n, int64_t panel, char* to, int64_t position_bytes) {
+      pack_winograd(from + n * f.out_channels * f.in_channels * taps, panels, panel, to, position_bytes);
+    };
+    return run_winograd_samples(f, floats_of(bias), make);
+  }
+  const Jobs jobs(g.batch, g.out_h * g.out_w, regions, shared, data_of<const int32_t>(region));
   const WeightView view(weight.size(2) / g.groups, weight.size(3), taps, false, false);
   const Packer packer(view, merged ? g.kernel_w : 1, f.dot());
   const int64_t weight_bytes = view.group_stride * g.groups * size_of(f.dtype);
@@ -174,25 +185,41 @@ void weighted_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   WeightedPass(f, jobs, pieces, pack, floats_of(bias), false).run();
 }
 
-// weight: [E, bytes], each as pack_weight or pack_depthwise makes it; mix: contiguous float32 [N, E].
+// weight: [E, bytes], each as pack_weight or pack_depthwise makes it, or pack_winograd (takes_winograd); mix:
+// contiguous float32 [N, E].
 void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const OptionalTensor& bias,
                 IntHeaderOnlyArrayRef geometry, int64_t activation, bool merged, Tensor out) {
   const Geometry g = geometry_of(geometry);
   const int64_t experts = weight.size(0), stride = weight.numel() / experts * int64_t(weight.element_size());
   const ZeroRow zero(x.size(1) * size_of(dtype_of(x)));
   const Forward f = forward_of(g, x, activation, merged, zero.data(), out);
+  STD_TORCH_CHECK(mix.numel() == g.batch * experts, "mix: expected ", g.batch, " x ", experts, ", got ",
+                  mix.numel());
+  const char* from = data_of<const char>(weight);
+  const float* share = data_of<const float>(mix);
+  if (takes_winograd(f)) {
+    const PanelLayout panels = panel_layout(f.out_channels, 1, f.in_channels, false);
+    STD_TORCH_CHECK(stride == 16 * panels.group_bytes, "weight: expected ", 16 * panels.group_bytes,
+                    " bytes each, got ", stride);
+    const MakeWinograd make = [&](int64_t n, int64_t panel, char* to, int64_t position_bytes) {
+      const int64_t first = panel * kernels().panel_width * panels.depth * 4;
+      const int64_t bytes = std::min(kernels().panel_width * panels.depth * 4, panels.group_bytes - first);
+      for (int64_t position = 0; position < 16; ++position) {
+        kernels().mix(from + position * panels.group_bytes + first, stride, experts, share + n * experts,
+                      Dtype::kFloat32, bytes / 4, to + position * position_bytes);
+      }
+    };
+    return run_winograd_samples(f, floats_of(bias), make);
+  }
   const Jobs jobs(g.batch, g.out_h * g.out_w, 1, false, nullptr);
   const int64_t merged_taps = merged ? g.kernel_w : 1, depth = f.in_channels / g.groups * merged_taps;
   const PanelLayout layout = panel_layout(f.out_channels / g.groups, g.taps() / merged_taps, depth, f.dot());
   const Pieces pieces(f, layout);
   STD_TORCH_CHECK(pieces.bytes == stride, "weight: expected ", pieces.bytes, " bytes each, got ", stride);
-  STD_TORCH_CHECK(mix.numel() == g.batch * experts, "mix: expected ", g.batch, " x ", experts, ", got ",
-                  mix.numel());
   const Dtype element = f.dot() ? Dtype::kBFloat16 : Dtype::kFloat32;
   const MakeWeight make = [&](int64_t n, int64_t begin, int64_t end, float*, char* to) {
     const int64_t first = pieces.begin_of(begin), bytes = pieces.end_of(end) - first;
-    kernels().mix(data_of<const char>(weight) + first, stride, experts,
-                  data_of<const float>(mix) + n * experts, element, bytes / size_of(element), to);
+    kernels().mix(from + first, stride, experts, share + n * experts, element, bytes / size_of(element), to);
   };
   WeightedPass(f, jobs, pieces, make, floats_of(bias), true).run();
 }

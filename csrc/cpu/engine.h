@@ -99,6 +99,27 @@ struct OuterProduct {
   bool add;         // to dw, rather than overwrite it
 };
 
+// The live channels of one sample (or head, or group).
+struct ChannelList {
+  const int32_t* index;     // [count], strictly ascending in [0, channels)
+  int32_t count, channels;  // channels: of a whole row
+
+  bool prefix() const { return count == 0 || index[count - 1] == count - 1; }
+  bool full() const { return count == channels; }
+};
+
+// The live rows and columns of the packed weight of one group, as a packed weight of their own.
+struct PanelPick {
+  const char* from;
+  PanelLayout layout;  // of `from`
+  int64_t segments;    // in which the depth falls, each with all rows
+  ChannelList rows;    // of a segment
+  ChannelList columns;
+  bool dot;  // bfloat16 pairs
+
+  int64_t depth() const { return dot ? (rows.count + 1) / 2 * 2 : rows.count; }  // of a segment picked
+};
+
 // Columns of a weight in the order of a packed panel: to[row[d]][c] = from[c * step + d] as float32.
 struct PackColumns {
   const char* from;
@@ -110,6 +131,15 @@ struct PackColumns {
   float* to;               // [rows][width]
 };
 
+// The same of G w G^T (winograd.cpp) of a float32 3x3 weight: to[position][channel][c].
+struct PackWinograd {
+  const float* from;  // [column][channel][9]
+  int64_t channels;
+  int32_t columns, width;
+  float* to;
+  int64_t position_stride;  // floats
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -118,6 +148,15 @@ struct Kernels {
 
   // Copies, or writes zeros where `from` is null; `stream`: past the caches.
   void (*fill)(char* to, const char* from, int64_t bytes, bool stream);
+  // to[i][j] = from[i][index[j]], rows in steps of bytes; writes nothing past the count.
+  void (*compress)(const char* from, int64_t from_stride, int64_t rows, const ChannelList&, Dtype, char* to,
+                   int64_t to_stride);
+  // to[i][index[j]] = from[i][j], and `base` or zero (null) at every other channel; `stream`: past the
+  // caches, which the caller ends with a fence.
+  void (*expand)(const char* from, int64_t from_stride, int64_t rows, const ChannelList&, Dtype,
+                 const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream);
+  // One panel of live columns: to[segment][live row][column], zero past the last column.
+  void (*pick_panel)(const PanelPick&, int64_t panel, char* to);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   // v[position][tile][channel] = B^T d B of the 4 x 4 inputs in[tile][16]; strides in floats.
   void (*winograd_input)(const char* const* in, int32_t tiles, int64_t channels, float* v, int64_t stride);
@@ -136,6 +175,7 @@ struct Kernels {
   void (*from_float)(const float* from, int64_t n, Dtype, char* to);
   void (*add_to)(const char* from, Dtype, int64_t n, float* to);  // to[i] += from[i]
   void (*pack_columns)(const PackColumns&);
+  void (*pack_winograd)(const PackWinograd&);
   // bfloat16 pairs: to[i][c] = from[2 i][c], from[2 i + 1][c]
   void (*pack_pairs)(const float* from, int64_t pairs, int64_t width, char* to);
   // to[i] = sum_e mix[e] * from[e * stride bytes][i]

@@ -27,6 +27,7 @@ inline std::vector<float> channel_vector(const OptionalTensor& t, int64_t channe
 // scale * (y + bias) + shift as one affine map.
 struct Affine {
   std::vector<float> scale, shift;
+  Affine() = default;
   // + bias: `channels` values, or null for none.
   Affine(const float* bias, int64_t channels) : scale(size_t(channels) + 64, 1.f), shift(scale.size(), 0.f) {
     if (bias) std::copy_n(bias, channels, shift.begin());
@@ -54,14 +55,18 @@ struct Forward {
   const char* base;      // [N, H, W, O] or null
   char* out;             // [N, H, W, O] or [rows, O]
   bool packed_out, residual_map;
+  int64_t out_stride = 0;              // bytes from an output row to the next, 0: they are contiguous
+  const PanelLayout* whole = nullptr;  // of a weight that has more channels and columns than are computed
+  bool turned = false;                 // the taps meet the weight's in reverse: a gradient with stride 1
+  bool each = false;                   // depthwise, though of one channel
 
   const char* residual_of(int64_t row) const {
     return residual + (residual_map ? index[row] : row) * out_bytes();
   }
-  bool depthwise() const { return is_depthwise(g, in_channels, out_channels); }
+  bool depthwise() const { return each || is_depthwise(g, in_channels, out_channels); }
   bool dot() const { return dtype == Dtype::kBFloat16 && kernels().bf16_dot && !depthwise(); }
   bool converts() const { return dtype != Dtype::kFloat32 && !dot() && !depthwise(); }
-  int64_t out_bytes() const { return out_channels * size_of(dtype); }
+  int64_t out_bytes() const { return out_stride ? out_stride : out_channels * size_of(dtype); }
 };
 
 // The part of the output that no row writes: once, in the same parallel region as the first class, so

@@ -38,8 +38,13 @@ class ForwardPass {
     depth_ = segment_taps * f.in_channels / f.g.groups;
     const int64_t all_segments = f.g.taps() / segment_taps;
     layout_ = panel_layout(f.out_channels / f.g.groups, all_segments, depth_, f.dot());
+    if (f.whole) {
+      layout_.depth = f.whole->depth;
+      layout_.group_bytes = f.whole->group_bytes;
+    }
     for (int64_t s = 0; s < segments_; ++s) {
-      const int64_t segment = f.source.merged ? s : rows.taps[size_t(s)];
+      const int64_t tap = f.source.merged ? s : rows.taps[size_t(s)];
+      const int64_t segment = f.turned ? all_segments - 1 - tap : tap;
       weight_start_.push_back(segment * (layout_.depth / all_segments));
       taps_.push_back(segment);
     }
@@ -56,26 +61,25 @@ class ForwardPass {
 
   // Computes the rows [begin, end) of the class and the panels [panel_begin, panel_end) of each group.
   void run(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) const {
+    Block b;
+    run(b, begin, end, panel_begin, panel_end);
+  }
+
+  // The same with the caller's working memory.
+  void run(Block& b, int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) const {
     if (begin >= end) return;
     // Blocks of equal size: a last block of a few rows would read every weight for little work.
     const int64_t blocks = (end - begin + block_rows_ - 1) / block_rows_;
-    Block b;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t from = begin + part(end - begin, i, blocks, kTileRows);
       const int64_t to = begin + part(end - begin, i + 1, blocks, kTileRows);
-      if (from < to) run_block(b, from, int32_t(to - from), panel_begin, panel_end);
+      if (from >= to) continue;
+      prepare(b, from, int32_t(to - from));
+      multiply(b, int32_t(to - from), panel_begin, panel_end);
     }
   }
 
- private:
-  // The output pixels of rows [first, first + height).
-  const int32_t* pixels_of(Block& b, int64_t first, int32_t height) const {
-    if (class_.all) return f_.index + first;
-    b.at.resize(size_t(height));
-    for (int32_t i = 0; i < height; ++i) b.at[size_t(i)] = f_.index[class_.row(first + i)];
-    return b.at.data();
-  }
-
+  // The two halves of `run` for one block, so that a caller may bring the weight panel by panel.
   void prepare(Block& b, int64_t first, int32_t height) const {
     const int32_t* at = pixels_of(b, first, height);
     b.out.resize(size_t(height));
@@ -102,20 +106,7 @@ class ForwardPass {
     }
   }
 
-  // The group's channels of every row as float32, and a table of pointers to them.
-  void convert(Block& b, int32_t height, int64_t in_offset) const {
-    const int64_t runs = height * segments_;
-    b.converted.resize(size_t(runs * depth_));
-    b.converted_in.resize(size_t(runs));
-    for (int64_t i = 0; i < runs; ++i) {
-      float* to = b.converted.data() + i * depth_;
-      kernels().to_float(b.in[size_t(i)] + in_offset, f_.dtype, depth_, to);
-      b.converted_in[size_t(i)] = reinterpret_cast<const char*>(to);
-    }
-  }
-
-  void run_block(Block& b, int64_t first, int32_t height, int64_t panel_begin, int64_t panel_end) const {
-    prepare(b, first, height);
+  void multiply(Block& b, int32_t height, int64_t panel_begin, int64_t panel_end) const {
     RowBlock rows{height, b.in.data(), b.out.data(), f_.residual ? b.residual.data() : nullptr,
                   f_.gate ? b.gate.data() : nullptr};
     if (f_.depthwise()) {
@@ -154,6 +145,27 @@ class ForwardPass {
         gemm.in_offset = 0;
       }
       kernels().gemm(gemm, rows, panel_begin, panel_end);
+    }
+  }
+
+ private:
+  // The output pixels of rows [first, first + height).
+  const int32_t* pixels_of(Block& b, int64_t first, int32_t height) const {
+    if (class_.all) return f_.index + first;
+    b.at.resize(size_t(height));
+    for (int32_t i = 0; i < height; ++i) b.at[size_t(i)] = f_.index[class_.row(first + i)];
+    return b.at.data();
+  }
+
+  // The group's channels of every row as float32, and a table of pointers to them.
+  void convert(Block& b, int32_t height, int64_t in_offset) const {
+    const int64_t runs = height * segments_;
+    b.converted.resize(size_t(runs * depth_));
+    b.converted_in.resize(size_t(runs));
+    for (int64_t i = 0; i < runs; ++i) {
+      float* to = b.converted.data() + i * depth_;
+      kernels().to_float(b.in[size_t(i)] + in_offset, f_.dtype, depth_, to);
+      b.converted_in[size_t(i)] = reinterpret_cast<const char*>(to);
     }
   }
 

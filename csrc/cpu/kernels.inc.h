@@ -42,6 +42,232 @@ static void fill(char* to, const char* from, int64_t bytes, bool stream) {
   store((float*)(to + last), zero());
 }
 
+// -------------------------------------------------------------------------------------- channels
+
+#if defined(DYNOPS_ISA_AVX512)
+
+// Sixteen live channels and the vectors of sixteen channels that hold them: two or three where half are live.
+// Each lane takes one channel of one vector, by a permutation: vpcompressd into unaligned, overlapping stores
+// would write twice as often.
+struct LiveVector {
+  __m512i lane;  // vpermd reads the low four bits: the channel's place in its vector
+  int count, vectors;
+  int32_t vector[16];
+  __mmask16 takes[16], reads[16];  // reads: not past the row's end
+
+  LiveVector(const ChannelList& list, int32_t first) {
+    count = list.count - first < 16 ? list.count - first : 16;
+    const __mmask16 valid = lanes_mask(count);
+    lane = _mm512_maskz_loadu_epi32(valid, list.index + first);
+    const __m512i home = _mm512_srli_epi32(lane, 4);
+    vectors = 0;
+    for (int32_t v = list.index[first] / 16, last = list.index[first + count - 1] / 16; v <= last; ++v) {
+      const __mmask16 takes_v = _mm512_mask_cmpeq_epi32_mask(valid, home, _mm512_set1_epi32(v));
+      if (!takes_v) continue;
+      vector[vectors] = v;
+      takes[vectors] = takes_v;
+      reads[vectors++] = lanes_mask(list.channels - v * 16);
+    }
+  }
+};
+
+template <bool kWide>
+FORCE_INLINE __m512i load_lanes(const char* p, __mmask16 reads) {
+  if constexpr (kWide) return _mm512_maskz_loadu_epi32(reads, p);
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(reads, p));
+}
+
+template <bool kWide>
+FORCE_INLINE void store_lanes(char* p, __m512i v, __mmask16 writes) {
+  if constexpr (kWide) return _mm512_mask_storeu_epi32(p, writes, v);
+  _mm256_mask_storeu_epi16(p, writes, _mm512_cvtepi32_epi16(v));
+}
+
+template <bool kWide>
+static void compress_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                        char* to, int64_t to_stride) {
+  constexpr int64_t kElement = kWide ? 4 : 2, kRows = 32;  // 32 rows stay in the L1 cache
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t height = rows - first < kRows ? rows - first : kRows;
+    for (int32_t j = 0; j < list.count; j += 16) {
+      const LiveVector live(list, j);
+      const __mmask16 writes = lanes_mask(live.count);
+      for (int64_t i = first; i < first + height; ++i) {
+        const char* row = from + i * from_stride;
+        __m512i out = _mm512_setzero_si512();
+        for (int s = 0; s < live.vectors; ++s) {
+          const __m512i in = load_lanes<kWide>(row + live.vector[s] * (16 * kElement), live.reads[s]);
+          out = _mm512_mask_permutexvar_epi32(out, live.takes[s], live.lane, in);
+        }
+        store_lanes<kWide>(to + i * to_stride + j * kElement, out, writes);
+      }
+    }
+  }
+}
+
+// The live ones of sixteen channels, from `list.index[at]` on.
+FORCE_INLINE __mmask16 live_mask(const ChannelList& list, int32_t at, int32_t channel) {
+  const __mmask16 valid = lanes_mask(list.count - at);
+  const __m512i place =
+      _mm512_sub_epi32(_mm512_maskz_loadu_epi32(valid, list.index + at), _mm512_set1_epi32(channel));
+  const __mmask16 inside = _mm512_mask_cmplt_epi32_mask(valid, place, _mm512_set1_epi32(16));
+  return __mmask16(_mm512_mask_reduce_or_epi32(inside, _mm512_sllv_epi32(_mm512_set1_epi32(1), place)));
+}
+
+// Sixteen channels of one row: a live one is lane `place` of what lies at `from`.
+template <bool kWide>
+FORCE_INLINE __m512i expanded(const char* from, __mmask16 reads, __m512i place, __mmask16 live,
+                              const char* base, __mmask16 writes) {
+  const __m512i other = base ? load_lanes<kWide>(base, writes) : _mm512_setzero_si512();
+  return _mm512_mask_permutexvar_epi32(other, live, place, load_lanes<kWide>(from, reads));
+}
+
+template <bool kWide>
+static void expand_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                      const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream) {
+  constexpr int64_t kElement = kWide ? 4 : 2, kRows = 32;
+  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const bool lines = kWide && stream && to_stride % 64 == 0 && (uintptr_t)to % 64 == 0;
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t end = rows - first < kRows ? rows : first + kRows;
+    for (int32_t c = 0, at = 0; c < list.channels; c += 16) {
+      const __mmask16 live = live_mask(list, at, c), writes = lanes_mask(list.channels - c);
+      const int taken = __builtin_popcount(live);
+      const __mmask16 reads = lanes_mask(taken);
+      const __m512i place = _mm512_maskz_expand_epi32(live, iota);
+      for (int64_t i = first; i < end; ++i) {
+        const char* below = base ? base + i * base_stride + c * kElement : nullptr;
+        const __m512i out =
+            expanded<kWide>(from + i * from_stride + at * kElement, reads, place, live, below, writes);
+        char* cell = to + i * to_stride + c * kElement;
+        if (lines) {
+          _mm512_stream_si512((__m512i*)cell, out);
+        } else {
+          store_lanes<kWide>(cell, out, writes);
+        }
+      }
+      at += taken;
+    }
+  }
+}
+
+static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                     Dtype dtype, char* to, int64_t to_stride) {
+  const auto run = dtype == Dtype::kFloat32 ? compress_of<true> : compress_of<false>;
+  run(from, from_stride, rows, list, to, to_stride);
+}
+
+static void expand(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list, Dtype dtype,
+                   const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream) {
+  const auto run = dtype == Dtype::kFloat32 ? expand_of<true> : expand_of<false>;
+  run(from, from_stride, rows, list, base, base_stride, to, to_stride, stream);
+}
+
+// Row r of a vector of columns of a packed weight; of pairs, the 16 bits of each lane that are row r's.
+struct WeightVector {
+  const char* at;
+  int64_t row_bytes;
+  const char* row(int64_t r) const { return at + r * row_bytes; }
+};
+
+FORCE_INLINE __m512i weight_lanes(const WeightVector& w, const PanelPick& pick, int64_t segment_row,
+                                  int32_t j) {
+  if (!pick.dot) return _mm512_loadu_si512(w.row(segment_row + pick.rows.index[j]));
+  const int32_t low = pick.rows.index[j];
+  const __m512i a = _mm512_loadu_si512(w.row((segment_row + low) / 2));
+  const __m512i a_low = low % 2 ? _mm512_srli_epi32(a, 16) : _mm512_and_epi32(a, _mm512_set1_epi32(0xffff));
+  if (j + 1 == pick.rows.count) return a_low;
+  const int32_t high = pick.rows.index[j + 1];
+  const __m512i b = _mm512_loadu_si512(w.row((segment_row + high) / 2));
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, a_low, high % 2 ? b : _mm512_slli_epi32(b, 16));
+}
+
+static void pick_vector(const PanelPick& pick, int32_t column, int64_t width, char* to) {
+  const LiveVector live(pick.columns, column);
+  WeightVector from[16];
+  for (int s = 0; s < live.vectors; ++s) {
+    const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
+    const bool half = pick.layout.columns - panel <= kPanelWidth - 16;
+    from[s] = {pick.from + panel * pick.layout.depth * (pick.dot ? 2 : 4) + (first - panel) * 4,
+               (half ? 16 : kPanelWidth) * 4};
+  }
+  const int64_t segment_depth = pick.layout.depth / pick.segments;
+  for (int64_t segment = 0; segment < pick.segments; ++segment) {
+    for (int32_t j = 0; j < pick.rows.count; j += pick.dot ? 2 : 1, to += width * 4) {
+      __m512i out = _mm512_setzero_si512();
+      for (int s = 0; s < live.vectors; ++s) {
+        const __m512i in = weight_lanes(from[s], pick, segment * segment_depth, j);
+        out = _mm512_mask_permutexvar_epi32(out, live.takes[s], live.lane, in);
+      }
+      _mm512_storeu_si512(to, out);
+    }
+  }
+}
+
+static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
+  const int32_t first = int32_t(panel) * kPanelWidth, left = pick.columns.count - first;
+  pick_vector(pick, first, left > 16 ? kPanelWidth : 16, to);
+  if (left > 16) pick_vector(pick, first + 16, kPanelWidth, to + 64);
+}
+
+#else  // without permutations by a variable: channel by channel
+
+template <class T>
+static void compress_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                        char* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
+    for (int32_t j = 0; j < list.count; ++j) ((T*)to)[j] = ((const T*)from)[list.index[j]];
+  }
+}
+
+template <class T>
+static void expand_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                      const char* base, int64_t base_stride, char* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = (const T*)(from + i * from_stride);
+    T* out = (T*)(to + i * to_stride);
+    fill((char*)out, base ? base + i * base_stride : nullptr, list.channels * int64_t(sizeof(T)), false);
+    for (int32_t j = 0; j < list.count; ++j) out[list.index[j]] = row[j];
+  }
+}
+
+static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                     Dtype dtype, char* to, int64_t to_stride) {
+  const auto run = dtype == Dtype::kFloat32 ? compress_of<uint32_t> : compress_of<uint16_t>;
+  run(from, from_stride, rows, list, to, to_stride);
+}
+
+static void expand(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list, Dtype dtype,
+                   const char* base, int64_t base_stride, char* to, int64_t to_stride, bool) {
+  const auto run = dtype == Dtype::kFloat32 ? expand_of<uint32_t> : expand_of<uint16_t>;
+  run(from, from_stride, rows, list, base, base_stride, to, to_stride);
+}
+
+static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
+  const int64_t first = panel * kPanelWidth, left = pick.columns.count - first;
+  const int64_t width =
+      left > kPanelWidth - Vec::kLanes ? kPanelWidth : (left + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+  const int64_t segment_depth = pick.layout.depth / pick.segments;
+  float* out = (float*)to;
+  for (int64_t segment = 0; segment < pick.segments; ++segment) {
+    for (int32_t j = 0; j < pick.rows.count; ++j, out += width) {
+      const int64_t row = segment * segment_depth + pick.rows.index[j];
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t column = i < left ? pick.columns.index[first + i] : 0,
+                      home = column / kPanelWidth * kPanelWidth;
+        const int64_t columns = pick.layout.columns - home;
+        const int64_t stored = columns > kPanelWidth - Vec::kLanes
+                                   ? kPanelWidth
+                                   : (columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+        const float* from = (const float*)pick.from + home * pick.layout.depth + row * stored + column - home;
+        out[i] = i < left ? *from : 0.f;
+      }
+    }
+  }
+}
+
+#endif
+
 // ------------------------------------------------------------------------------------- the GEMM
 
 template <int MR, int NV>
@@ -707,6 +933,41 @@ static void pack_columns(const PackColumns& p) {
   pack_columns_of<Dtype::kFloat16>(p);
 }
 
+// G w of three values.
+FORCE_INLINE void winograd_weights(Vec w0, Vec w1, Vec w2, Vec (&out)[4]) {
+  const Vec half = broadcast(0.5f), sum = mul(add(w0, w2), half), middle = mul(w1, half);
+  out[0] = w0;
+  out[1] = add(sum, middle);
+  out[2] = sub(sum, middle);
+  out[3] = w2;
+}
+
+static void pack_winograd(const PackWinograd& p) {
+  constexpr int kLanes = Vec::kLanes, kTaps = 9;
+  for (int32_t c = 0; c < p.width; c += kLanes) {
+    for (int64_t channel = 0; channel < p.channels; ++channel) {
+      Vec w[(kTaps + kLanes - 1) / kLanes * kLanes];  // [tap], a column in each lane
+      for (int t = 0; t < kTaps; t += kLanes) {
+        Vec m[kLanes];
+        UNROLL for (int i = 0; i < kLanes; ++i) {
+          const float* from = p.from + ((c + i) * p.channels + channel) * kTaps + t;
+          m[i] = c + i < p.columns ? load((const char*)from, Dtype::kFloat32, left_of(kTaps, t)) : zero();
+        }
+        transpose(m);
+        UNROLL for (int i = 0; i < kLanes; ++i) w[t + i] = m[i];
+      }
+      Vec rows[3][4];  // [x][y] of G w
+      UNROLL for (int x = 0; x < 3; ++x) winograd_weights(w[x], w[3 + x], w[6 + x], rows[x]);
+      float* to = p.to + channel * p.width + c;
+      UNROLL for (int y = 0; y < 4; ++y) {
+        Vec out[4];
+        winograd_weights(rows[0][y], rows[1][y], rows[2][y], out);
+        UNROLL for (int x = 0; x < 4; ++x) store(to + (y * 4 + x) * p.position_stride, out[x]);
+      }
+    }
+  }
+}
+
 static void pack_pairs(const float* from, int64_t pairs, int64_t width, char* to) {
   for (int64_t i = 0; i < pairs; ++i, from += 2 * width) {
     for (int64_t c = 0; c < width; c += Vec::kLanes, to += Vec::kLanes * 4) {
@@ -760,6 +1021,9 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        false,
 #endif
                        fill,
+                       compress,
+                       expand,
+                       pick_panel,
                        gemm,
                        winograd_input,
                        winograd_output,
@@ -772,5 +1036,6 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        from_float,
                        add_to,
                        pack_columns,
+                       pack_winograd,
                        pack_pairs,
                        mix};

@@ -68,6 +68,15 @@ void pack_depthwise(const char* weight, Dtype dtype, int64_t channels, int64_t t
   }
 }
 
+void pack_winograd(const float* weight, const PanelLayout& layout, int64_t panel, char* to,
+                   int64_t position_bytes) {
+  const int64_t width = kernels().panel_width, lanes = kernels().lanes, first = panel * width;
+  const int64_t left = std::min(layout.columns - first, width);
+  kernels().pack_winograd({weight + first * layout.depth * 9, layout.depth, int32_t(left),
+                           int32_t(left > width - lanes ? width : (left + lanes - 1) / lanes * lanes),
+                           reinterpret_cast<float*>(to), position_bytes / 4});
+}
+
 namespace {
 
 // Packs a weight for the forward product or for the input gradient. `merged`: the taps of a kernel row
@@ -92,39 +101,14 @@ Tensor pack_weight(const Tensor& weight_in, int64_t groups, bool transposed, boo
   return packed;
 }
 
-// G w of three values, `step` apart.
-void winograd_weight(const float* w, int64_t step, float* out, int64_t out_step) {
-  const float sum = (w[0] + w[2 * step]) * 0.5f, middle = w[step] * 0.5f;
-  out[0] = w[0];
-  out[out_step] = sum + middle;
-  out[2 * out_step] = sum - middle;
-  out[3 * out_step] = w[2 * step];
-}
-
 // A float32 weight [O, C, 3, 3] as G w G^T: 16 packed weights of a 1x1 convolution, one after another.
-Tensor pack_winograd(const Tensor& weight_in) {
+Tensor packed_winograd(const Tensor& weight_in) {
   const Tensor weight = torch::stable::contiguous(weight_in);
-  const int64_t outputs = weight.size(0), channels = weight.size(1), pairs = outputs * channels;
-  const float* w = static_cast<const float*>(weight.data_ptr());
-  std::vector<float> transformed(size_t(16 * pairs));  // [position][O][C]
-  const int64_t threads = threads_for(double(pairs), 4e3);
-  parallel(threads, [&](int64_t t) {
-    for (int64_t i = part(pairs, t, threads); i < part(pairs, t + 1, threads); ++i) {
-      float rows[12];  // G w: [4][3]
-      for (int64_t x = 0; x < 3; ++x) winograd_weight(w + i * 9 + x, 3, rows + x, 3);
-      for (int64_t y = 0; y < 4; ++y) {
-        winograd_weight(rows + y * 3, 1, transformed.data() + y * 4 * pairs + i, pairs);
-      }
-    }
-  });
-  const Packer packer(WeightView(outputs, channels, 1, false, false), 1, false);
-  const PanelLayout& layout = packer.layout();
+  const PanelLayout layout = panel_layout(weight.size(0), 1, weight.size(1), false);
   Tensor packed = empty({16 * layout.group_bytes}, ScalarType::Byte);
-  char* out = static_cast<char*>(packed.data_ptr());
-  parallel(16 * layout.panels, [&](int64_t i) {
-    const int64_t position = i / layout.panels, panel = i % layout.panels;
-    packer.pack(reinterpret_cast<const char*>(transformed.data() + position * pairs), Dtype::kFloat32, panel,
-                nullptr, out + position * layout.group_bytes + panel * packer.panel_bytes());
+  parallel(layout.panels, [&](int64_t panel) {
+    char* to = data_of<char>(packed) + panel * kernels().panel_width * layout.depth * 4;
+    pack_winograd(data_of<const float>(weight), layout, panel, to, layout.group_bytes);
   });
   return packed;
 }
@@ -151,6 +135,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("cpu_pack_weight", TORCH_BOX(&dynops::cpu::pack_weight));
-  m.impl("cpu_pack_winograd", TORCH_BOX(&dynops::cpu::pack_winograd));
+  m.impl("cpu_pack_winograd", TORCH_BOX(&dynops::cpu::packed_winograd));
   m.impl("cpu_pack_depthwise", TORCH_BOX(&dynops::cpu::packed_depthwise));
 }

@@ -50,6 +50,11 @@ class Packer {
   std::vector<int32_t> row_;  // of the elements that lie side by side in a column
 };
 
+// A panel of the transformed weight of a float32 3x3 convolution [columns, depth, 9] for Winograd's F(2x2,
+// 3x3): 16 of them, `position_bytes` apart. `layout` is that of one.
+void pack_winograd(const float* weight, const PanelLayout& layout, int64_t panel, char* to,
+                   int64_t position_bytes);
+
 // A depthwise weight [C, taps] as float32 [taps, C].
 void pack_depthwise(const char* weight, Dtype dtype, int64_t channels, int64_t taps, float* to);
 

@@ -19,6 +19,14 @@ if backends.has_binary():
     _cpu_mixed_conv = torch.ops.dynops.cpu_mixed_conv.default
 
 
+# As csrc/cpu/channel_weights.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct.
+_WINOGRAD_TILES = 49
+
+
+def _tiles(g: ConvGeometry) -> int:
+    return (g.out_h + 1) // 2 * ((g.out_w + 1) // 2)
+
+
 def _out_map(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
     shape = (g.batch, channels, g.out_h, g.out_w)
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
@@ -66,14 +74,17 @@ def conv_weight_grad(grad, x, region, weight_shape, geometry, bias) -> tuple[Ten
 def _packed(weight: Tensor, g: ConvGeometry, x: Tensor) -> Tensor:
     """``[E, bytes]``: each weight as the GEMM reads it, made once for each version of all."""
     setup = cpp._setup(g, weight.shape[1:], x.dtype, False)
+    winograd = setup.winograd and _tiles(g) >= _WINOGRAD_TILES
 
     def make():
+        if winograd:
+            return torch.stack([torch.ops.dynops.cpu_pack_winograd(w) for w in weight])
         if setup.depthwise:
             return torch.stack([torch.ops.dynops.cpu_pack_depthwise(w) for w in weight])
         pack = torch.ops.dynops.cpu_pack_weight
         return torch.stack([pack(w, g.groups, False, False, setup.merged, setup.dot) for w in weight])
 
-    return backends.weight_cache.get(weight, ("mixed", setup, g.groups), make)
+    return backends.weight_cache.get(weight, ("mixed", winograd, setup, g.groups), make)
 
 
 def mixed_conv(x, weight, mix, bias, geometry, activation) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kernels import cpp_channels
 from ..kernels.layout import memory_format_of
 from ..plans import ChannelPlan
 from . import channel_checks, checks
@@ -171,8 +172,7 @@ def _conv_weight_grad(
 
 def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
-    backends.choose(backend, x.device, x.dtype)
-    return None
+    return cpp_channels if backends.choose(backend, x.device, x.dtype) == "cpp" else None
 
 
 def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
@@ -181,12 +181,12 @@ def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
 
 def _run_gather(x, index, count, width):
     kernels = _kernels("", x)
-    return (_gather if kernels is None else kernels.gather)(x, index, count, width)
+    return getattr(kernels, "gather", _gather)(x, index, count, width)
 
 
 def _run_scatter(packed, index, count, channels, base):
     kernels = _kernels("", packed)
-    return (_scatter if kernels is None else kernels.scatter)(packed, index, count, channels, base)
+    return getattr(kernels, "scatter", _scatter)(packed, index, count, channels, base)
 
 
 def _run_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend):  # fmt: skip
@@ -205,7 +205,7 @@ def _run_input_grad(grad, weight, in_index, in_count, out_index, out_count, geom
 
 def _run_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias, backend):  # fmt: skip
     kernels = _kernels(backend, grad)
-    run = _conv_weight_grad if kernels is None else kernels.conv_weight_grad
+    run = getattr(kernels, "conv_weight_grad", _conv_weight_grad)
     return run(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias)  # fmt: skip
 
 

@@ -1,0 +1,128 @@
+"""The C++ kernels of the channel ops: prepares memory for ``csrc/cpu/channels.cpp``.
+
+Same signatures as the references in ``ops/channels.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry, as_geometry
+from . import cpp
+from .cpp import _last
+
+if backends.has_binary():
+    _cpu_conv = torch.ops.dynops.cpu_channel_conv.default
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_geometry(g: ConvGeometry) -> tuple[ConvGeometry, bool]:
+    """The input gradient as a convolution of the output's, and whether the taps meet the weight in reverse.
+
+    With stride 1 it is one; else it is a transposed one.
+    """
+    back = g._replace(in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w)
+    if g.stride_h > 1 or g.stride_w > 1:
+        return back._replace(transposed=1), False
+    pads = {"pad_h": g.dil_h * (g.kernel_h - 1) - g.pad_h, "pad_w": g.dil_w * (g.kernel_w - 1) - g.pad_w}
+    return back._replace(**pads), True
+
+
+def _live(count: Tensor | None, channels: int) -> float:
+    """The mean number of live channels of a list."""
+    return channels if count is None else int(count.sum()) / max(count.numel(), 1)
+
+
+def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, live_in: float, live_out: float) -> bool:
+    return (
+        heads == 1
+        and cpp.takes_winograd(g, weight.shape, weight.dtype)
+        and min(live_in, live_out) >= cpp._WINOGRAD_CHANNELS
+        and g.out_h * g.out_w >= 100
+    )
+
+
+def conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width):  # fmt: skip
+    """See ``ops.channels._conv``."""
+    g = as_geometry(geometry)
+    outputs, channels = weight.shape[0], weight.shape[1] * g.groups
+    setup = cpp._setup(g, weight.shape, x.dtype, in_index is not None)
+    winograd = _takes_winograd(g, weight, heads, _live(in_count, channels), _live(out_count, outputs))
+    headed = g if heads == 1 else g._replace(groups=heads)
+    packed = (
+        cpp._winograd_weight(weight, False) if winograd else cpp._packed_weight(weight, headed, setup, False)
+    )
+    shape = (g.batch, outputs if out_width < 0 else out_width, g.out_h, g.out_w)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    _cpu_conv(
+        _last(x),
+        packed,
+        bias,
+        in_index,
+        in_count,
+        out_index,
+        out_count,
+        g,
+        channels,
+        outputs,
+        heads,
+        False,
+        cpp._ACTIVATIONS[activation],
+        None if scale is None else scale.to(torch.float32).contiguous(),
+        None if base is None else _last(base),
+        packed_in,
+        out_width >= 0,
+        setup.merged and not winograd,
+        False,
+        winograd,
+        out,
+    )
+    return out
+
+
+def conv_input_grad(
+    grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out
+):
+    """See ``ops.channels._conv_input_grad``."""
+    g = as_geometry(geometry)
+    if heads > 1 and grad.dtype != torch.float32:  # heads are summed: in float32
+        arguments = (in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out)
+        return conv_input_grad(grad.float(), weight.float(), *arguments).to(grad.dtype)
+    outputs, channels = weight.shape[0], weight.shape[1] * g.groups
+    setup = cpp._setup(g, weight.shape, grad.dtype, True)
+    back, turned = _backward_geometry(g)
+    winograd = _takes_winograd(back, weight, heads, _live(out_count, outputs), _live(in_count, channels))
+    headed = g if heads == 1 else g._replace(groups=heads)
+    packed = (
+        cpp._winograd_weight(weight, True) if winograd else cpp._packed_weight(weight, headed, setup, True)
+    )
+    shape = (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
+    dx = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+    _cpu_conv(
+        _last(grad),
+        packed,
+        None,
+        out_index,
+        out_count,
+        in_index,
+        in_count,
+        back,
+        outputs,
+        channels,
+        heads,
+        True,
+        0,
+        None,
+        None,
+        packed_out,
+        in_width >= 0,
+        False,
+        turned and not winograd,
+        winograd,
+        dx,
+    )
+    return dx
