@@ -120,6 +120,26 @@ struct PanelPick {
   int64_t depth() const { return dot ? (rows.count + 1) / 2 * 2 : rows.count; }  // of a segment picked
 };
 
+// Columns of a weight in the order of a packed panel: to[row[d]][c] = from[c * step + d] as float32.
+struct PackColumns {
+  const char* from;
+  Dtype dtype;
+  int64_t step;            // elements from one column to the next
+  int32_t columns, width;  // width: of the panel, whole vectors, zero past the columns
+  int32_t count;           // elements of a column
+  const int32_t* row;      // [count]
+  float* to;               // [rows][width]
+};
+
+// The same of G w G^T (winograd.cpp) of a float32 3x3 weight: to[position][channel][c].
+struct PackWinograd {
+  const float* from;  // [column][channel][9]
+  int64_t channels;
+  int32_t columns, width;
+  float* to;
+  int64_t position_stride;  // floats
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -156,6 +176,12 @@ struct Kernels {
   void (*to_float)(const char* from, Dtype, int64_t n, float* to);
   void (*from_float)(const float* from, int64_t n, Dtype, char* to);
   void (*add_to)(const char* from, Dtype, int64_t n, float* to);  // to[i] += from[i]
+  void (*pack_columns)(const PackColumns&);
+  void (*pack_winograd)(const PackWinograd&);
+  // bfloat16 pairs: to[i][c] = from[2 i][c], from[2 i + 1][c]
+  void (*pack_pairs)(const float* from, int64_t pairs, int64_t width, char* to);
+  // to[i] = sum_e mix[e] * from[e * stride bytes][i]
+  void (*mix)(const char* from, int64_t stride, int64_t terms, const float* mix, Dtype, int64_t n, char* to);
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

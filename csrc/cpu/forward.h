@@ -28,6 +28,10 @@ inline std::vector<float> channel_vector(const OptionalTensor& t, int64_t channe
 struct Affine {
   std::vector<float> scale, shift;
   Affine() = default;
+  // + bias: `channels` values, or null for none.
+  Affine(const float* bias, int64_t channels) : scale(size_t(channels) + 64, 1.f), shift(scale.size(), 0.f) {
+    if (bias) std::copy_n(bias, channels, shift.begin());
+  }
   Affine(const OptionalTensor& bias, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
          int64_t channels)
       : scale(channel_vector(scale_in, channels, 1.f)), shift(channel_vector(bias, channels, 0.f)) {

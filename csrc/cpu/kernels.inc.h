@@ -967,6 +967,113 @@ static void add_to(const char* from, Dtype dtype, int64_t n, float* to) {
   }
 }
 
+// --------------------------------------------------------------------------------------- packing
+
+template <Dtype kIn>
+static void pack_columns_of(const PackColumns& p) {
+  constexpr int kLanes = Vec::kLanes;
+  constexpr int64_t kElement = kIn == Dtype::kFloat32 ? 4 : 2;
+  for (int32_t first = 0; first < p.count; first += kLanes) {
+    const int n = left_of(p.count, first);
+    for (int32_t c = 0; c < p.width; c += kLanes) {
+      const char* from = p.from + (c * p.step + first) * kElement;
+      const int columns = p.columns - c;
+      Vec m[kLanes];
+      UNROLL for (int i = 0; i < kLanes; ++i) {
+        m[i] = i < columns ? load(from + i * p.step * kElement, kIn, n) : zero();
+      }
+      transpose(m);
+      UNROLL for (int i = 0; i < kLanes; ++i) {
+        if (i < n) store(p.to + int64_t(p.row[first + i]) * p.width + c, m[i]);
+      }
+    }
+  }
+}
+
+static void pack_columns(const PackColumns& p) {
+  if (p.dtype == Dtype::kFloat32) return pack_columns_of<Dtype::kFloat32>(p);
+  if (p.dtype == Dtype::kBFloat16) return pack_columns_of<Dtype::kBFloat16>(p);
+  pack_columns_of<Dtype::kFloat16>(p);
+}
+
+// G w of three values.
+FORCE_INLINE void winograd_weights(Vec w0, Vec w1, Vec w2, Vec (&out)[4]) {
+  const Vec half = broadcast(0.5f), sum = mul(add(w0, w2), half), middle = mul(w1, half);
+  out[0] = w0;
+  out[1] = add(sum, middle);
+  out[2] = sub(sum, middle);
+  out[3] = w2;
+}
+
+static void pack_winograd(const PackWinograd& p) {
+  constexpr int kLanes = Vec::kLanes, kTaps = 9;
+  for (int32_t c = 0; c < p.width; c += kLanes) {
+    for (int64_t channel = 0; channel < p.channels; ++channel) {
+      Vec w[(kTaps + kLanes - 1) / kLanes * kLanes];  // [tap], a column in each lane
+      for (int t = 0; t < kTaps; t += kLanes) {
+        Vec m[kLanes];
+        UNROLL for (int i = 0; i < kLanes; ++i) {
+          const float* from = p.from + ((c + i) * p.channels + channel) * kTaps + t;
+          m[i] = c + i < p.columns ? load((const char*)from, Dtype::kFloat32, left_of(kTaps, t)) : zero();
+        }
+        transpose(m);
+        UNROLL for (int i = 0; i < kLanes; ++i) w[t + i] = m[i];
+      }
+      Vec rows[3][4];  // [x][y] of G w
+      UNROLL for (int x = 0; x < 3; ++x) winograd_weights(w[x], w[3 + x], w[6 + x], rows[x]);
+      float* to = p.to + channel * p.width + c;
+      UNROLL for (int y = 0; y < 4; ++y) {
+        Vec out[4];
+        winograd_weights(rows[0][y], rows[1][y], rows[2][y], out);
+        UNROLL for (int x = 0; x < 4; ++x) store(to + (y * 4 + x) * p.position_stride, out[x]);
+      }
+    }
+  }
+}
+
+static void pack_pairs(const float* from, int64_t pairs, int64_t width, char* to) {
+  for (int64_t i = 0; i < pairs; ++i, from += 2 * width) {
+    for (int64_t c = 0; c < width; c += Vec::kLanes, to += Vec::kLanes * 4) {
+      Vec low, high;
+      interleave(load(from + c), load(from + width + c), low, high);
+      store_bf16(to, low);
+      store_bf16(to + Vec::kLanes * 2, high);
+    }
+  }
+}
+
+// Four vectors at a time: as many loads in flight for each coefficient.
+template <Dtype kType>
+static void mix_of(const char* from, int64_t stride, int64_t terms, const float* mix, int64_t n, char* to) {
+  constexpr int kLanes = Vec::kLanes, kVectors = 4;
+  constexpr int64_t kElement = kType == Dtype::kFloat32 ? 4 : 2, kVector = kLanes * kElement;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= n; i += kVectors * kLanes) {
+    Vec sum[kVectors];
+    UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = zero();
+    for (int64_t e = 0; e < terms; ++e) {
+      const char* at = from + e * stride + i * kElement;
+      const Vec m = broadcast(mix[e]);
+      UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = fma(m, load_as<kType>(at + v * kVector), sum[v]);
+    }
+    UNROLL for (int v = 0; v < kVectors; ++v) store_as<kType>(to + i * kElement + v * kVector, sum[v]);
+  }
+  for (; i < n; i += kLanes) {
+    const int left = left_of(n, i);
+    Vec sum = zero();
+    for (int64_t e = 0; e < terms; ++e) {
+      sum = fma(broadcast(mix[e]), load(from + e * stride + i * kElement, kType, left), sum);
+    }
+    store(to + i * kElement, sum, kType, left);
+  }
+}
+
+static void mix(const char* from, int64_t stride, int64_t terms, const float* mix, Dtype dtype, int64_t n,
+                char* to) {
+  if (dtype == Dtype::kFloat32) return mix_of<Dtype::kFloat32>(from, stride, terms, mix, n, to);
+  mix_of<Dtype::kBFloat16>(from, stride, terms, mix, n, to);
+}
+
 extern const Kernels table;
 const Kernels table = {DYNOPS_ISA_NAME,
                        kPanelWidth,
@@ -991,4 +1098,8 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        gather_columns,
                        to_float,
                        from_float,
-                       add_to};
+                       add_to,
+                       pack_columns,
+                       pack_winograd,
+                       pack_pairs,
+                       mix};

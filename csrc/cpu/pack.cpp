@@ -1,5 +1,6 @@
 // Weights in the order in which the GEMM reads them: [group][panel][tap * channel][column].
-#include <cstring>
+#include <algorithm>
+#include <memory>
 
 #include "operands.h"
 #include "pack.h"
@@ -17,131 +18,107 @@ PanelLayout panel_layout(int64_t columns, int64_t segments, int64_t depth, bool 
   return {columns, rounded, panels, columns ? floats * (dot ? 2 : 4) : 0};
 }
 
-namespace {
-
-// Where the weight of (group, column, depth channel, tap) lies in a contiguous weight tensor.
-struct WeightView {
-  int64_t groups, columns, channels, taps;
-  int64_t group_stride, column_stride, channel_stride;
-
-  WeightView(const Tensor& w, int64_t groups_, bool transposed, bool input_grad) : groups(groups_) {
-    taps = w.size(2) * w.size(3);
-    const int64_t outer = w.size(0) / groups, inner = w.size(1);
-    group_stride = outer * inner * taps;
-    // A convolution's weight is [out, in, taps], a transposed one's [in, out, taps]; the columns of
-    // the product are the outputs, or in the input gradient the inputs.
-    const bool columns_outer = transposed == input_grad;
-    columns = columns_outer ? outer : inner;
-    channels = columns_outer ? inner : outer;
-    column_stride = columns_outer ? inner * taps : taps;
-    channel_stride = columns_outer ? taps : inner * taps;
-  }
-};
-
-void pack_panel(const WeightView& view, const float* weight, const PanelLayout& layout, int64_t segment_taps,
-                int64_t panel, bool dot, char* out) {
-  const Kernels& k = kernels();
-  const int64_t first = panel * k.panel_width, left = layout.columns - first;
-  const int64_t width =
-      left > k.panel_width - k.lanes ? k.panel_width : (left + k.lanes - 1) / k.lanes * k.lanes;
-  const int64_t segments = view.taps / segment_taps, depth = layout.depth / segments;
-  std::vector<float> line(static_cast<size_t>(width * 2));
-  for (int64_t s = 0; s < segments; ++s) {
-    for (int64_t d = 0; d < depth; ++d) {
-      const int64_t tap = s * segment_taps + d / view.channels, channel = d % view.channels;
-      const bool inside = d < segment_taps * view.channels;
-      for (int64_t c = 0; c < width; ++c) {
-        const bool live = inside && c < left;
-        const float value =
-            live ? weight[(first + c) * view.column_stride + channel * view.channel_stride + tap] : 0.f;
-        line[size_t(dot ? c * 2 + d % 2 : c)] = value;
-      }
-      if (dot) {
-        if (d % 2 == 0) continue;
-        k.from_float(line.data(), width * 2, Dtype::kBFloat16, out);
-      } else {
-        std::memcpy(out, line.data(), size_t(width) * 4);
-      }
-      out += width * 4;
-    }
+Packer::Packer(const WeightView& view, int64_t merged_taps, bool dot)
+    : view_(view),
+      segments_(view.taps / merged_taps),
+      dot_(dot),
+      layout_(panel_layout(view.columns, segments_, merged_taps * view.channels, dot)) {
+  segment_depth_ = layout_.depth / segments_;
+  const bool whole = view.channel_stride == view.taps;  // a column's channels follow each other
+  for (int64_t d = 0; d < (whole ? view.channels : 1) * view.taps; ++d) {
+    const int64_t tap = d % view.taps, channel = d / view.taps;
+    row_.push_back(int32_t(tap / merged_taps * segment_depth_ + tap % merged_taps * view.channels + channel));
   }
 }
+
+int64_t Packer::panel_bytes() const { return kernels().panel_width * layout_.depth * (dot_ ? 2 : 4); }
+
+void Packer::pack(const char* weight, Dtype dtype, int64_t panel, float* scratch, char* to) const {
+  const Kernels& k = kernels();
+  const int64_t first = panel * k.panel_width, left = layout_.columns - first, lanes = k.lanes;
+  const int64_t width = left > k.panel_width - lanes ? k.panel_width : (left + lanes - 1) / lanes * lanes;
+  float* out = dot_ ? scratch : reinterpret_cast<float*>(to);
+  const int64_t filled = view_.taps / segments_ * view_.channels;
+  for (int64_t s = 0; filled < segment_depth_ && s < segments_; ++s) {  // the odd one of the last pair
+    std::fill_n(out + (s * segment_depth_ + filled) * width, width, 0.f);
+  }
+  const char* from = weight + first * view_.column_stride * size_of(dtype);
+  const int64_t runs = view_.channel_stride == view_.taps ? 1 : view_.channels;
+  for (int64_t i = 0; i < runs; ++i) {
+    k.pack_columns({from + i * view_.channel_stride * size_of(dtype), dtype, view_.column_stride,
+                    int32_t(std::min(left, width)), int32_t(width), int32_t(row_.size()), row_.data(),
+                    out + i * width});
+  }
+  if (dot_) k.pack_pairs(out, layout_.depth / 2, width, to);
+}
+
+void Packer::pack_groups(const char* weight, Dtype dtype, int64_t groups, float* scratch, char* to) const {
+  for (int64_t i = 0; i < groups * layout_.panels; ++i) {
+    const int64_t group = i / layout_.panels, panel = i % layout_.panels;
+    pack(weight + group * view_.group_stride * size_of(dtype), dtype, panel, scratch,
+         to + group * layout_.group_bytes + panel * panel_bytes());
+  }
+}
+
+void pack_depthwise(const char* weight, Dtype dtype, int64_t channels, int64_t taps, float* to) {
+  std::vector<float> floats(static_cast<size_t>(channels * taps));
+  kernels().to_float(weight, dtype, channels * taps, floats.data());
+  for (int64_t t = 0; t < taps; ++t) {
+    for (int64_t c = 0; c < channels; ++c) to[t * channels + c] = floats[size_t(c * taps + t)];
+  }
+}
+
+void pack_winograd(const float* weight, const PanelLayout& layout, int64_t panel, char* to,
+                   int64_t position_bytes) {
+  const int64_t width = kernels().panel_width, lanes = kernels().lanes, first = panel * width;
+  const int64_t left = std::min(layout.columns - first, width);
+  kernels().pack_winograd({weight + first * layout.depth * 9, layout.depth, int32_t(left),
+                           int32_t(left > width - lanes ? width : (left + lanes - 1) / lanes * lanes),
+                           reinterpret_cast<float*>(to), position_bytes / 4});
+}
+
+namespace {
 
 // Packs a weight for the forward product or for the input gradient. `merged`: the taps of a kernel row
 // are one segment. `dot`: bfloat16 pairs. Returns bytes.
 Tensor pack_weight(const Tensor& weight_in, int64_t groups, bool transposed, bool input_grad, bool merged,
                    bool dot) {
   const Tensor weight = torch::stable::contiguous(weight_in);
-  const WeightView view(weight, groups, transposed, input_grad);
-  const int64_t segment_taps = merged ? weight.size(3) : 1;
-  const PanelLayout layout =
-      panel_layout(view.columns, view.taps / segment_taps, segment_taps * view.channels, dot);
-  std::vector<float> floats(static_cast<size_t>(weight.numel()));
-  kernels().to_float(static_cast<const char*>(weight.data_ptr()), dtype_of(weight), weight.numel(),
-                     floats.data());
+  const WeightView view(weight.size(0) / groups, weight.size(1), weight.size(2) * weight.size(3), transposed,
+                        input_grad);
+  const Packer packer(view, merged ? weight.size(3) : 1, dot);
+  const PanelLayout& layout = packer.layout();
+  const Dtype dtype = dtype_of(weight);
   Tensor packed = empty({groups * layout.group_bytes}, ScalarType::Byte);
-  char* out = static_cast<char*>(packed.data_ptr());
+  const char* from = data_of<const char>(weight);
+  char* out = data_of<char>(packed);
   parallel(groups * layout.panels, [&](int64_t i) {
     const int64_t group = i / layout.panels, panel = i % layout.panels;
-    const int64_t before = panel * kernels().panel_width * layout.depth * (dot ? 2 : 4);
-    pack_panel(view, floats.data() + group * view.group_stride, layout, segment_taps, panel, dot,
-               out + group * layout.group_bytes + before);
+    const std::unique_ptr<float[]> scratch(dot ? new float[size_t(packer.panel_bytes() / 2)] : nullptr);
+    packer.pack(from + group * view.group_stride * size_of(dtype), dtype, panel, scratch.get(),
+                out + group * layout.group_bytes + panel * packer.panel_bytes());
   });
   return packed;
 }
 
-// G w of three values, `step` apart.
-void winograd_weight(const float* w, int64_t step, float* out, int64_t out_step) {
-  const float sum = (w[0] + w[2 * step]) * 0.5f, middle = w[step] * 0.5f;
-  out[0] = w[0];
-  out[out_step] = sum + middle;
-  out[2 * out_step] = sum - middle;
-  out[3 * out_step] = w[2 * step];
-}
-
 // A float32 weight [O, C, 3, 3] as G w G^T: 16 packed weights of a 1x1 convolution, one after another.
-Tensor pack_winograd(const Tensor& weight_in) {
+Tensor packed_winograd(const Tensor& weight_in) {
   const Tensor weight = torch::stable::contiguous(weight_in);
-  const int64_t outputs = weight.size(0), channels = weight.size(1), pairs = outputs * channels;
-  const float* w = static_cast<const float*>(weight.data_ptr());
-  std::vector<float> transformed(size_t(16 * pairs));  // [position][O][C]
-  const int64_t threads = threads_for(double(pairs), 4e3);
-  parallel(threads, [&](int64_t t) {
-    for (int64_t i = part(pairs, t, threads); i < part(pairs, t + 1, threads); ++i) {
-      float rows[12];  // G w: [4][3]
-      for (int64_t x = 0; x < 3; ++x) winograd_weight(w + i * 9 + x, 3, rows + x, 3);
-      for (int64_t y = 0; y < 4; ++y) {
-        winograd_weight(rows + y * 3, 1, transformed.data() + y * 4 * pairs + i, pairs);
-      }
-    }
-  });
-  WeightView view(weight, 1, false, false);
-  view.taps = 1;
-  view.column_stride = channels;
-  view.channel_stride = 1;
-  const PanelLayout layout = panel_layout(outputs, 1, channels, false);
+  const PanelLayout layout = panel_layout(weight.size(0), 1, weight.size(1), false);
   Tensor packed = empty({16 * layout.group_bytes}, ScalarType::Byte);
-  char* out = static_cast<char*>(packed.data_ptr());
-  parallel(16 * layout.panels, [&](int64_t i) {
-    const int64_t position = i / layout.panels, panel = i % layout.panels;
-    pack_panel(view, transformed.data() + position * pairs, layout, 1, panel, false,
-               out + position * layout.group_bytes + panel * kernels().panel_width * layout.depth * 4);
+  parallel(layout.panels, [&](int64_t panel) {
+    char* to = data_of<char>(packed) + panel * kernels().panel_width * layout.depth * 4;
+    pack_winograd(data_of<const float>(weight), layout, panel, to, layout.group_bytes);
   });
   return packed;
 }
 
 // A depthwise weight [C, 1, kh, kw] as float32 [taps, C].
-Tensor pack_depthwise(const Tensor& weight_in) {
+Tensor packed_depthwise(const Tensor& weight_in) {
   const Tensor weight = torch::stable::contiguous(weight_in);
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
-  std::vector<float> floats(static_cast<size_t>(weight.numel()));
-  kernels().to_float(static_cast<const char*>(weight.data_ptr()), dtype_of(weight), weight.numel(),
-                     floats.data());
   Tensor packed = empty({taps, channels}, ScalarType::Float);
-  float* out = static_cast<float*>(packed.data_ptr());
-  for (int64_t t = 0; t < taps; ++t) {
-    for (int64_t c = 0; c < channels; ++c) out[t * channels + c] = floats[size_t(c * taps + t)];
-  }
+  pack_depthwise(data_of<const char>(weight), dtype_of(weight), channels, taps, data_of<float>(packed));
   return packed;
 }
 
@@ -158,6 +135,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("cpu_pack_weight", TORCH_BOX(&dynops::cpu::pack_weight));
-  m.impl("cpu_pack_winograd", TORCH_BOX(&dynops::cpu::pack_winograd));
-  m.impl("cpu_pack_depthwise", TORCH_BOX(&dynops::cpu::pack_depthwise));
+  m.impl("cpu_pack_winograd", TORCH_BOX(&dynops::cpu::packed_winograd));
+  m.impl("cpu_pack_depthwise", TORCH_BOX(&dynops::cpu::packed_depthwise));
 }

@@ -72,6 +72,8 @@ class InputGrad {
     ones_.assign(size_t(in_channels / g.groups) + 64, 1.f);
   }
 
+  int64_t panels() const { return layout_.panels; }
+
   void run() const {
     const double macs = double(rows_) * double(g_.taps() * in_channels_ / g_.groups * out_channels_);
     const int64_t threads = threads_for(macs, kMacsPerThread);
@@ -86,17 +88,7 @@ class InputGrad {
     });
   }
 
- private:
-  static constexpr int64_t kBlockRows = 16 * kTileRows;
-
-  struct Pairs {
-    int32_t size;
-    const char* from[kBlockRows];
-    char* to[kBlockRows];
-    std::vector<float> converted;
-    const char* converted_from[kBlockRows];
-  };
-
+  // The gradient of the input pixels [begin, end) and of the channels of the panels, on this thread.
   void run_part(int32_t begin, int32_t end, int64_t panel_begin, int64_t panel_end) const {
     Pairs pairs;
     if (begin >= end) return;
@@ -110,6 +102,17 @@ class InputGrad {
       }
     }
   }
+
+ private:
+  static constexpr int64_t kBlockRows = 16 * kTileRows;
+
+  struct Pairs {
+    int32_t size;
+    const char* from[kBlockRows];
+    char* to[kBlockRows];
+    std::vector<float> converted;
+    const char* converted_from[kBlockRows];
+  };
 
   // Rows of the index in which every row that reads an input pixel of [begin, end) lies: those whose lines
   // y * stride - pad + [0, reach] may meet the lines of the range.
@@ -194,13 +197,15 @@ class InputGrad {
 class DepthwiseInputGrad {
  public:
   DepthwiseInputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-                     const int32_t* inverse, const float* weight, Dtype dtype, int64_t channels, char* dx)
+                     const int32_t* inverse, const float* weight, const int32_t* weight_of, Dtype dtype,
+                     int64_t channels, char* dx)
       : g_(g),
         grad_(grad),
         rows_(rows),
         index_(index),
         inverse_(inverse),
         weight_(weight),
+        weight_of_(weight_of),
         dtype_(dtype),
         channels_(channels),
         dx_(dx),
@@ -255,13 +260,14 @@ class DepthwiseInputGrad {
     for (int64_t row = line_start_[size_t(out_line)]; row < line_start_[size_t(out_line + 1)]; ++row) {
       const int32_t out_x = int32_t(index_[row] - out_line * g_.out_w);
       const char* from = grad_[row];
+      const int32_t first = (weight_of_ ? weight_of_[index_[row]] : 0) * int32_t(taps);
       for (int32_t s = 0; s < g_.kernel_w; ++s) {
         const int32_t x = input_coordinate(out_x, s, int32_t(g_.in_w), int32_t(g_.stride_w),
                                            int32_t(g_.pad_w), int32_t(g_.dil_w), g_.transposed);
         if (x < 0) continue;
         const size_t slot = size_t(x * taps + line.pairs[size_t(x)]++);
         line.in[slot] = from;
-        line.tap[slot] = r * int32_t(g_.kernel_w) + s;
+        line.tap[slot] = first + r * int32_t(g_.kernel_w) + s;
       }
     }
   }
@@ -271,6 +277,7 @@ class DepthwiseInputGrad {
   int64_t rows_;
   const int32_t *index_, *inverse_;
   const float* weight_;
+  const int32_t* weight_of_;  // [output pixels]: which weight, or null
   Dtype dtype_;
   int64_t channels_;
   char* dx_;
@@ -292,8 +299,8 @@ void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& ind
                       grad.dim() == 2 ? nullptr : at};
   const int32_t* inverse = data_of<const int32_t>(source);
   if (is_depthwise(g, in_channels, out_channels)) {
-    return DepthwiseInputGrad(g, from, rows, at, inverse, data_of<const float>(weight), dtype, in_channels,
-                              data_of<char>(dx))
+    return DepthwiseInputGrad(g, from, rows, at, inverse, data_of<const float>(weight), nullptr, dtype,
+                              in_channels, data_of<char>(dx))
         .run();
   }
   InputGrad(g, from, rows, at, inverse, data_of<const char>(weight), dtype, in_channels, out_channels,
@@ -302,6 +309,19 @@ void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& ind
 }
 
 }  // namespace
+
+void add_input_grad(const GradJob& job, const char* weight, int32_t begin, int32_t end, float* dx) {
+  const InputGrad grad(job.g, job.grad, job.rows, job.index, nullptr, weight, job.dtype, job.in_channels,
+                       job.out_channels, dx);
+  grad.run_part(begin, end, 0, grad.panels());
+}
+
+void depthwise_input_grad(const GradJob& job, const float* weight, const int32_t* weight_of, char* dx) {
+  DepthwiseInputGrad(job.g, job.grad, job.rows, job.index, nullptr, weight, weight_of, job.dtype,
+                     job.in_channels, dx)
+      .run();
+}
+
 }  // namespace dynops::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {

@@ -31,7 +31,8 @@ void interleave_taps(const float* const* in, int64_t taps, int64_t n, float* out
 class WeightGrad {
  public:
   WeightGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-             const Source& source, Dtype dtype, int64_t in_channels, int64_t out_channels)
+             const Source& source, Dtype dtype, int64_t in_channels, int64_t out_channels,
+             int64_t max_threads)
       : g_(g),
         grad_(grad),
         rows_(rows),
@@ -42,6 +43,7 @@ class WeightGrad {
         group_out_(out_channels / g.groups),
         out_channels_(out_channels),
         line_(in_channels / g.groups * g.taps()),
+        max_threads_(max_threads),
         split_(int32_t(out_channels / g.groups)) {
     panels_ = (group_in_ + kernels().panel_width - 1) / kernels().panel_width;
   }
@@ -55,7 +57,7 @@ class WeightGrad {
   }
 
   void run_few(char* out) {
-    const int64_t threads = threads_for(double(rows_) * double(line_ * out_channels_), kMacsPerThread);
+    const int64_t threads = threads_of(double(rows_) * double(line_ * out_channels_));
     const int64_t width = kernels().panel_width, panels = g_.groups * line_panels();
     const std::unique_ptr<float[]> x(new float[size_t(panels * rows_ * width)]);
     parallel(threads, [&](int64_t t) {
@@ -88,7 +90,7 @@ class WeightGrad {
         continue;
       }
       const double macs = double(total) * double(taps * group_in_ * out_channels_);
-      const int64_t threads = threads_for(macs, kMacsPerThread);
+      const int64_t threads = threads_of(macs);
       if (g_.taps() * out_channels_ * group_in_ * 4 <= kSmallWeight && total >= threads * 4 * kBlock) {
         share_rows(rows, total, threads);
       } else {
@@ -101,6 +103,8 @@ class WeightGrad {
   static constexpr int64_t kBlock = 128;  // rows: a panel of x is 16 KB, a tile of gradients 6 KB, both in L1
   static constexpr int64_t kSmallWeight = 1 << 20;  // bytes
   static constexpr int64_t kFewRows = 512, kFewBytes = 4 << 20;
+
+  int64_t threads_of(double macs) const { return std::min(threads_for(macs, kMacsPerThread), max_threads_); }
 
   int64_t line_panels() const { return (line_ + kernels().panel_width - 1) / kernels().panel_width; }
 
@@ -252,18 +256,19 @@ class WeightGrad {
   const Source& source_;
   Dtype dtype_;
   int64_t group_in_, group_out_, out_channels_, line_, panels_, shares_ = 1;  // line_: weights of one output
-  TileSplit split_;                                                           // of the group's outputs
-  float* dw_ = nullptr;                                                       // [taps][O][C / groups]
+  int64_t max_threads_;
+  TileSplit split_;      // of the group's outputs
+  float* dw_ = nullptr;  // [taps][O][C / groups]
 };
 
 }  // namespace
 
 void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype,
-                         char* out) {
+                         int64_t max_threads, char* out) {
   const int64_t taps = g.taps(), group_out = outputs / g.groups, element = size_of(dtype);
   const int64_t lines = g.transposed ? g.groups * inputs : outputs;  // first dimension of the weight
   const int64_t inner = g.transposed ? group_out : inputs;           // second
-  const int64_t threads = threads_for(double(taps * outputs * inputs), 64e3);
+  const int64_t threads = std::min(threads_for(double(taps * outputs * inputs), 64e3), max_threads);
   parallel(threads, [&](int64_t t) {
     std::vector<float> line(static_cast<size_t>(inner * taps)), column(static_cast<size_t>(inner * taps));
     std::vector<const float*> in(static_cast<size_t>(taps));
@@ -287,11 +292,12 @@ namespace {
 
 // The sum of the gradient rows: float32 over 16 rows, then float64, as exact as a tree of sums. In blocks
 // that do not depend on the number of threads, so that neither does the result.
-void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype, char* out) {
+void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype, int64_t max_threads,
+               char* out) {
   constexpr int64_t kBlock = 512;
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
   std::vector<double> sums(size_t(blocks * channels), 0.);
-  const int64_t threads = threads_for(double(rows * channels), 256e3);
+  const int64_t threads = std::min(threads_for(double(rows * channels), 256e3), max_threads);
   parallel(threads, [&](int64_t t) {
     std::vector<float> few(static_cast<size_t>(channels));
     for (int64_t first = part(blocks, t, threads) * kBlock; first < part(blocks, t + 1, threads) * kBlock;
@@ -318,10 +324,12 @@ void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype
 
 // Threads share the rows, each with sums of its own: a depthwise weight is small.
 void depthwise_weight_grad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-                           const Source& source, Dtype dtype, int64_t channels, float* dw) {
+                           const Source& source, Dtype dtype, int64_t channels, int64_t max_threads,
+                           float* dw) {
   constexpr int64_t kBlock = 64;  // rows: their taps and gradients stay in the L2 cache
   const int64_t taps = g.taps(), weights = taps * channels;
-  const int64_t threads = threads_for(double(rows) * double(weights), kMacsPerThread / 8);
+  const int64_t threads =
+      std::min(threads_for(double(rows) * double(weights), kMacsPerThread / 8), max_threads);
   std::vector<int32_t> all(static_cast<size_t>(taps));
   std::iota(all.begin(), all.end(), 0);
   const TapTable table(source, all);
@@ -347,9 +355,9 @@ void depthwise_weight_grad(const Geometry& g, const GradRows& grad, int64_t rows
 // ------------------------------------------------------------------------------------------- op
 
 // dw: the weight's shape, contiguous; db: [O], or none where nobody asks; of the gradient's dtype.
-void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
-                      const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw,
-                      const OptionalTensor& db) {
+void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
+                 const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw,
+                 const OptionalTensor& db) {
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), in_channels = x.size(1), out_channels = grad.size(1);
   const Dtype dtype = dtype_of(grad);
@@ -360,23 +368,32 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
                       grad.dim() == 2 ? nullptr : at};
   const Source source{g,    data_of<const char>(x), row_bytes, data_of<const int32_t>(source_in), zero.data(),
                       false};
-  WeightGrad weight_grad(g, from, rows, at, source, dtype, in_channels, out_channels);
-  const bool depthwise = is_depthwise(g, in_channels, out_channels);
-  if (!depthwise && weight_grad.few_rows()) {
-    weight_grad.run_few(data_of<char>(dw));
-  } else {
-    const std::unique_ptr<float[]> sums(new float[size_t(dw.numel())]);
-    if (depthwise) {
-      depthwise_weight_grad(g, from, rows, at, source, dtype, in_channels, sums.get());
-    } else {
-      weight_grad.run(sums.get());
-    }
-    reorder_weight_grad(sums.get(), g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
-  }
-  if (db) bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
+  conv_weight_grad({g, from, rows, at, dtype, in_channels, out_channels}, source,
+                   int64_t(torch::stable::get_num_threads()), data_of<char>(dw), data_of<char>(db));
 }
 
 }  // namespace
+
+void conv_weight_grad(const GradJob& job, const Source& source, int64_t threads, char* dw, char* db) {
+  const Geometry& g = job.g;
+  const int64_t inputs = job.in_channels / g.groups;
+  WeightGrad weight_grad(g, job.grad, job.rows, job.index, source, job.dtype, job.in_channels,
+                         job.out_channels, threads);
+  if (!job.depthwise() && weight_grad.few_rows()) {
+    weight_grad.run_few(dw);
+  } else {
+    const std::unique_ptr<float[]> sums(new float[size_t(g.taps() * job.out_channels * inputs)]);
+    if (job.depthwise()) {
+      depthwise_weight_grad(g, job.grad, job.rows, job.index, source, job.dtype, job.in_channels, threads,
+                            sums.get());
+    } else {
+      weight_grad.run(sums.get());
+    }
+    reorder_weight_grad(sums.get(), g, job.out_channels, inputs, job.dtype, threads, dw);
+  }
+  if (db) bias_grad(job.grad, job.rows, job.out_channels, job.dtype, threads, db);
+}
+
 }  // namespace dynops::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
@@ -386,5 +403,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_conv_weight_grad", TORCH_BOX(&dynops::cpu::conv_weight_grad));
+  m.impl("cpu_conv_weight_grad", TORCH_BOX(&dynops::cpu::weight_grad));
 }

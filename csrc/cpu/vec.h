@@ -228,6 +228,35 @@ FORCE_INLINE void store_f16(char* p, Vec a, int n) {
 }
 #endif
 
+// ----------------------------------------------------------------------------------- shuffles
+
+// low = a0 b0 a1 b1 …, high = what of both is left.
+FORCE_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+#if defined(DYNOPS_ISA_AVX512)
+  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i last = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+  low = {_mm512_permutex2var_ps(a.v, first, b.v)};
+  high = {_mm512_permutex2var_ps(a.v, last, b.v)};
+#elif defined(DYNOPS_ISA_AVX2)
+  const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);
+  low = {_mm256_permute2f128_ps(even, odd, 0x20)};
+  high = {_mm256_permute2f128_ps(even, odd, 0x31)};
+#else
+  low = {Float4{a.v[0], b.v[0], a.v[1], b.v[1]}};
+  high = {Float4{a.v[2], b.v[2], a.v[3], b.v[3]}};
+#endif
+}
+
+// Row i, lane j of a square becomes row j, lane i: log2(lanes) rounds of perfect shuffles.
+FORCE_INLINE void transpose(Vec (&m)[Vec::kLanes]) {
+  constexpr int kHalf = Vec::kLanes / 2;
+  UNROLL for (int round = 1; round < Vec::kLanes; round *= 2) {
+    Vec next[Vec::kLanes];
+    UNROLL for (int i = 0; i < kHalf; ++i) interleave(m[i], m[i + kHalf], next[2 * i], next[2 * i + 1]);
+    UNROLL for (int i = 0; i < Vec::kLanes; ++i) m[i] = next[i];
+  }
+}
+
 // ------------------------------------------------------------------ any dtype, full or ragged
 
 FORCE_INLINE Vec load(const char* p, Dtype dtype, int n) {

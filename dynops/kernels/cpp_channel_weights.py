@@ -1,0 +1,98 @@
+"""The C++ kernels of convolutions with weights of their own for samples and regions, or mixed from a few.
+
+Same signatures as the references in ``ops/channel_weights.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry, as_geometry
+from . import cpp
+
+if backends.has_binary():
+    _cpu_weighted_conv = torch.ops.dynops.cpu_weighted_conv.default
+    _cpu_weight_grad = torch.ops.dynops.cpu_weighted_weight_grad.default
+    _cpu_input_grad = torch.ops.dynops.cpu_weighted_input_grad.default
+    _cpu_mixed_conv = torch.ops.dynops.cpu_mixed_conv.default
+
+
+# As csrc/cpu/channel_weights.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct.
+_WINOGRAD_TILES = 49
+
+
+def _tiles(g: ConvGeometry) -> int:
+    return (g.out_h + 1) // 2 * ((g.out_w + 1) // 2)
+
+
+def _out_map(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
+    shape = (g.batch, channels, g.out_h, g.out_w)
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _merged(g: ConvGeometry, weight: Tensor, x: Tensor) -> bool:
+    return cpp._setup(g, weight.shape[-4:], x.dtype, False).merged
+
+
+def conv(x, weight, bias, region, geometry, activation) -> Tensor:
+    """See ``ops.channel_weights._conv``."""
+    g = as_geometry(geometry)
+    out = _out_map(x, weight.shape[2], g)
+    merged = _merged(g, weight, x)
+    _cpu_weighted_conv(cpp._last(x), weight.contiguous(), _contiguous(bias), _contiguous(region), g, cpp._ACTIVATIONS[activation], merged, out)  # fmt: skip
+    return out
+
+
+def conv_input_grad(grad, weight, region, geometry) -> Tensor:
+    """See ``ops.channel_weights._conv_input_grad``. Accumulates in float32, whatever the dtype."""
+    g = as_geometry(geometry)
+    shape = (g.batch, weight.shape[3] * g.groups, g.in_h, g.in_w)
+    depthwise = cpp._setup(g, weight.shape[2:], grad.dtype, False).depthwise
+    dtype = grad.dtype if depthwise else torch.float32
+    dx = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    if not depthwise:  # whose kernel writes every pixel once
+        dx.zero_()
+    _cpu_input_grad(cpp._last(grad), weight.contiguous(), _contiguous(region), g, dx)
+    return dx.to(grad.dtype)
+
+
+def conv_weight_grad(grad, x, region, weight_shape, geometry, bias) -> tuple[Tensor, Tensor]:
+    """See ``ops.channel_weights._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
+    g = as_geometry(geometry)
+    dw = grad.new_empty(weight_shape)
+    db = grad.new_empty(weight_shape[:3] if bias else 0)
+    _cpu_weight_grad(cpp._last(grad), cpp._last(x), _contiguous(region), g, dw, db if bias else None)
+    return dw, db
+
+
+def _packed(weight: Tensor, g: ConvGeometry, x: Tensor) -> Tensor:
+    """``[E, bytes]``: each weight as the GEMM reads it, made once for each version of all."""
+    setup = cpp._setup(g, weight.shape[1:], x.dtype, False)
+    winograd = setup.winograd and _tiles(g) >= _WINOGRAD_TILES
+
+    def make():
+        if winograd:
+            return torch.stack([torch.ops.dynops.cpu_pack_winograd(w) for w in weight])
+        if setup.depthwise:
+            return torch.stack([torch.ops.dynops.cpu_pack_depthwise(w) for w in weight])
+        pack = torch.ops.dynops.cpu_pack_weight
+        return torch.stack([pack(w, g.groups, False, False, setup.merged, setup.dot) for w in weight])
+
+    return backends.weight_cache.get(weight, ("mixed", winograd, setup, g.groups), make)
+
+
+def mixed_conv(x, weight, mix, bias, geometry, activation) -> Tensor:
+    """See ``ops.channel_weights._mixed_conv``. Mixes in float32, whatever the dtype."""
+    g = as_geometry(geometry)
+    out = _out_map(x, weight.shape[1], g)
+    packed = _packed(weight, g, x)
+    mix = mix.to(torch.float32).contiguous()
+    merged = _merged(g, weight, x)
+    _cpu_mixed_conv(cpp._last(x), packed, mix, _contiguous(bias), g, cpp._ACTIVATIONS[activation], merged, out)  # fmt: skip
+    return out
