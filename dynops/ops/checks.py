@@ -195,11 +195,15 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
 
 
-def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
+def conv_geometry(in_shape, weight_shape, stride, padding, dilation, groups, padding_mode):
     """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
-    g, fill = _geometry(_conv_geometry, in_shape, weight.shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    return _geometry(_conv_geometry, in_shape, weight_shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+
+
+def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
+    """As :func:`conv_geometry`, and whether the bias fits."""
     _bias_fits(bias, weight.shape[0])
-    return g, fill
+    return conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
 
 
 def _conv_transpose_geometry(
