@@ -144,7 +144,8 @@ void kernel_grad(const LocalConv& c, const char* grad, const char* x, char* out)
   const int64_t taps = g.taps(), depth = c.channels / g.groups, group_bytes = depth * size_of(c.dtype);
   for_each_line(c, c.out_h(), [&] {
     return [&, rows = std::vector<const char*>(size_t(taps)),
-            sums = std::vector<float>(size_t(c.filter_row()))](int64_t n, int64_t line) mutable {
+            sums = std::vector<float>(size_t(c.filter_row() + kDotsPadding))](int64_t n,
+                                                                              int64_t line) mutable {
       const int64_t y0 = line / c.upsample * g.stride_h - g.pad_h;
       for (int64_t column = 0; column < c.out_w(); ++column) {
         const int64_t x0 = column / c.upsample * g.stride_w - g.pad_w;

@@ -12,7 +12,7 @@ namespace dynops::cpu {
 namespace {
 
 constexpr int64_t kSide = 8;                 // output pixels of a block, each way: its mask is 64 bits
-constexpr int64_t kTileBytes = 32 << 10;     // of the input under a block: two thirds of an L1 cache
+constexpr int64_t kTileBytes = 42 << 10;     // of the input under a block: most of an L1 cache
 constexpr int64_t kWeightBytes = 512 << 10;  // of the outputs that a block computes: half an L2 cache
 
 struct MaskedConv {
@@ -73,7 +73,8 @@ class Worker {
         tile_(size_t(cut.in_height * cut.in_width * c.row_bytes()) + 64),
         bits_(size_t(cut.panel)),
         sums_(size_t(c.chunks > 1 ? cut.panel * kSide * kSide : 0)),
-        rows_(size_t(cut.panel * kSide * kSide)) {
+        row_step_((cut.panel + 15) / 16 * 16 + 16),
+        rows_(size_t(row_step_ * kSide * kSide)) {
     for (int64_t r = 0; r < c.g.kernel_h; ++r) {
       for (int64_t s = 0; s < c.g.kernel_w; ++s) taps_.push_back(offset(r * c.g.dil_h, s * c.g.dil_w));
     }
@@ -107,23 +108,38 @@ class Worker {
   // bits_[o]: which pixels of the block channel o computes. Returns whether any does.
   bool read_mask() {
     const auto& stride = c_.mask_stride;
+    const uint8_t* from = c_.mask + n_ * stride[0] + begin_ * stride[1] + y_ * stride[2] + x_ * stride[3];
     std::fill(bits_.begin(), bits_.end(), 0);
-    for (int64_t i = 0, pixel = 0; i < height_; ++i) {
-      for (int64_t j = 0; j < width_; ++j, ++pixel) {
-        const uint8_t* from =
-            c_.mask + n_ * stride[0] + begin_ * stride[1] + (y_ + i) * stride[2] + (x_ + j) * stride[3];
-        uint64_t* bits = bits_.data();
-        const int64_t count = end_ - begin_, step = stride[1];
-        if (step == 1) {
-          for (int64_t o = 0; o < count; ++o) bits[o] |= uint64_t(from[o] != 0) << pixel;
-        } else {
-          for (int64_t o = 0; o < count; ++o) bits[o] |= uint64_t(from[o * step] != 0) << pixel;
-        }
-      }
+    for (int64_t i = 0; i < height_; ++i) {
+      for (int64_t o = 0; o < end_ - begin_;) o += read_line(from + i * stride[2] + o * stride[1], i, o);
     }
     uint64_t any = 0;
     for (uint64_t bits : bits_) any |= bits;
     return any != 0;
+  }
+
+  // Line i of the block (at most 8 pixels) for channel o, or for 8 of them where these lie side by side.
+  // A bool is a byte of 0 or 1. Returns how many channels.
+  int64_t read_line(const uint8_t* from, int64_t i, int64_t o) {
+    const int64_t of_channel = c_.mask_stride[1], of_pixel = c_.mask_stride[3];
+    if (of_channel == 1 && end_ - begin_ - o >= 8) {
+      uint64_t line = 0, bytes;  // in byte k the pixels of channel o + k
+      for (int64_t j = 0; j < width_; ++j) {
+        std::memcpy(&bytes, from + j * of_pixel, 8);
+        line |= bytes << j;
+      }
+      for (int64_t k = 0; k < 8; ++k) bits_[size_t(o + k)] |= (line >> (8 * k) & 0xff) << (i * width_);
+      return 8;
+    }
+    uint64_t line = 0;
+    if (of_pixel == 1 && width_ == 8) {
+      std::memcpy(&line, from, 8);
+      line = line * 0x0102040810204080 >> 56;  // the lowest bit of each byte, side by side
+    } else {
+      for (int64_t j = 0; j < width_; ++j) line |= uint64_t(from[j * of_pixel] != 0) << j;
+    }
+    bits_[size_t(o)] |= line << (i * width_);
+    return 1;
   }
 
   // The input under the block, of one chunk of channels.
@@ -167,7 +183,7 @@ class Worker {
       uint64_t bits = bits_[size_t(o - begin_)];
       if (!bits) continue;
       const char* x[kSide * kSide];
-      float sums[kSide * kSide];
+      float sums[kSide * kSide + kDotsPadding];
       int32_t pixel[kSide * kSide], live = 0;
       for (; bits; bits &= bits - 1, ++live) {
         pixel[live] = int32_t(__builtin_ctzll(bits));
@@ -182,7 +198,7 @@ class Worker {
       }
       if (chunk + 1 < c_.chunks) continue;
       float* row = rows_.data() + (o - begin_);
-      for (int32_t i = 0; i < live; ++i) row[pixel[i] * cut_.panel] = sums[i] + c_.bias[o];
+      for (int32_t i = 0; i < live; ++i) row[pixel[i] * row_step_] = sums[i] + c_.bias[o];
     }
   }
 
@@ -190,7 +206,7 @@ class Worker {
     const int64_t element = size_of(c_.dtype), count = end_ - begin_;
     float* row = rows_.data();
     for (int64_t i = 0; i < height_; ++i) {
-      for (int64_t j = 0; j < width_; ++j, row += cut_.panel) {
+      for (int64_t j = 0; j < width_; ++j, row += row_step_) {
         const int64_t at =
             (((n_ * c_.g.out_h + y_ + i) * c_.g.out_w + x_ + j) * c_.outputs + begin_) * element;
         if (c_.partial) kernels().add_to(c_.partial + at, c_.dtype, count, row);
@@ -205,7 +221,8 @@ class Worker {
   std::vector<int64_t> taps_;
   std::vector<uint64_t> bits_;
   std::vector<float> sums_;  // of the chunks so far: the selected pixels of one channel after another
-  std::vector<float> rows_;  // [pixels][panel]: the result
+  int64_t row_step_;         // a line of the cache more than a panel: pixels fall into different sets
+  std::vector<float> rows_;  // [pixels][row_step_]: the result
   int64_t group_ = 0, begin_ = 0, end_ = 0, n_ = 0, y_ = 0, x_ = 0, height_ = 0, width_ = 0;
 };
 

@@ -100,13 +100,14 @@ struct OuterProduct {
 };
 
 // sums[i] = sum_(s, k) weight[s][k] * (x[i] + segment[s])[k]: outputs that share a row of weights.
+constexpr int kDotsPadding = 7;
 struct Dots {
   int32_t rows, segments, depth;  // depth: elements of a segment
   const int64_t* segment;         // [segments]: bytes
   const char* const* x;           // [rows]
   const char* weight;             // [segments][depth]
   Dtype dtype;                    // of x and weight
-  float* sums;                    // [rows]
+  float* sums;                    // [rows + kDotsPadding], the last ones undefined
 };
 
 // out[c] = sum_j filter[filter_at[j] + c / group * filter_step] * (in + in_at[j])[c]: a pixel's own filter.

@@ -657,7 +657,8 @@ constexpr int kDotRows = 8;  // 8 chains hide the FMA's latency: two of four cyc
 // Loads along the depth: floats, or pairs of bfloat16 where there is an instruction for them.
 template <Dtype kType>
 struct DepthVector {
-  static constexpr int kLanes = Vec::kLanes, kBytes = kLanes * (kType == Dtype::kFloat32 ? 4 : 2);
+  static constexpr int kElement = kType == Dtype::kFloat32 ? 4 : 2;
+  static constexpr int kLanes = Vec::kLanes, kBytes = kLanes * kElement;
   Vec v;
   FORCE_INLINE DepthVector whole(const char* p) { return {load_as<kType>(p)}; }
   FORCE_INLINE DepthVector part(const char* p, int n) { return {load(p, kType, n)}; }
@@ -667,7 +668,7 @@ struct DepthVector {
 #if defined(DYNOPS_ISA_BF16)
 template <>
 struct DepthVector<Dtype::kBFloat16> {
-  static constexpr int kLanes = 32, kBytes = 64;
+  static constexpr int kElement = 2, kLanes = 32, kBytes = 64;
   __m512i v;
   FORCE_INLINE DepthVector whole(const char* p) { return {_mm512_loadu_si512(p)}; }
   FORCE_INLINE DepthVector part(const char* p, int n) {
@@ -710,33 +711,36 @@ FORCE_INLINE void lane_sums(const Vec (&a)[kDotRows], float* sums) {
 }
 #endif
 
-// MR rows at once share the loads of the weights; few rows take kChains sums each, to hide the latency.
+// MR rows at once share the loads of the weights, with kChains sums each to hide the latency.
 template <Dtype kType, int MR, int kChains>
 static __attribute__((noinline)) void dots_tile(const Dots& d, const char* const* rows, float* sums) {
   using Depth = DepthVector<kType>;
-  constexpr int kElement = kType == Dtype::kFloat32 ? 4 : 2;
+  const char* x[MR];
+  UNROLL for (int i = 0; i < MR; ++i) x[i] = rows[i];
   Vec acc[MR][kChains];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int u = 0; u < kChains; ++u) acc[i][u] = zero(); }
   const char* weight = d.weight;
-  for (int s = 0; s < d.segments; ++s, weight += int64_t(d.depth) * kElement) {
-    const char* x[MR];
-    UNROLL for (int i = 0; i < MR; ++i) x[i] = rows[i] + d.segment[s];
-    int64_t k = 0, byte = 0;
-    for (; k + kChains * Depth::kLanes <= d.depth;
-         k += kChains * Depth::kLanes, byte += kChains * Depth::kBytes) {
+  for (int s = 0; s < d.segments; ++s) {
+    int64_t at = d.segment[s];
+    int k = 0;
+    for (; k + kChains * Depth::kLanes <= d.depth; k += kChains * Depth::kLanes) {
+#if defined(__x86_64__)
+      asm("" : "+r"(at));  // else GCC steps MR pointers instead of one offset, and spills them at each tap
+#endif
       UNROLL for (int u = 0; u < kChains; ++u) {
-        const int64_t at = byte + u * Depth::kBytes;
-        const Depth w = Depth::whole(weight + at);
-        UNROLL for (int i = 0; i < MR; ++i) acc[i][u] =
-            Depth::multiply(Depth::whole(x[i] + at), w, acc[i][u]);
+        const Depth w = Depth::whole(weight + u * Depth::kBytes);
+        UNROLL for (int i = 0; i < MR; ++i) {
+          acc[i][u] = Depth::multiply(Depth::whole(x[i] + at + u * Depth::kBytes), w, acc[i][u]);
+        }
       }
+      at += kChains * Depth::kBytes, weight += kChains * Depth::kBytes;
     }
-    for (; k < d.depth; k += Depth::kLanes, byte += Depth::kBytes) {
-      const int n = int(d.depth - k < Depth::kLanes ? d.depth - k : Depth::kLanes);
-      const Depth w = Depth::part(weight + byte, n);
-      UNROLL for (int i = 0; i < MR; ++i) {
-        acc[i][0] = Depth::multiply(Depth::part(x[i] + byte, n), w, acc[i][0]);
-      }
+    for (; k < d.depth; k += Depth::kLanes) {
+      const int n = d.depth - k < Depth::kLanes ? d.depth - k : Depth::kLanes;
+      const Depth w = Depth::part(weight, n);
+      UNROLL for (int i = 0; i < MR; ++i) acc[i][0] =
+          Depth::multiply(Depth::part(x[i] + at, n), w, acc[i][0]);
+      at += n * Depth::kElement, weight += n * Depth::kElement;
     }
   }
   Vec total[kDotRows];
@@ -750,15 +754,14 @@ static __attribute__((noinline)) void dots_tile(const Dots& d, const char* const
 template <Dtype kType>
 static void dots_typed(const Dots& d) {
   using Tile = void (*)(const Dots&, const char* const*, float*);
+  constexpr int kWide = kPanelVectors;  // two chains of 7 or 8 rows need more than 16 registers
   static constexpr Tile tile[kDotRows] = {
-      dots_tile<kType, 1, 4>, dots_tile<kType, 2, 4>, dots_tile<kType, 3, 2>, dots_tile<kType, 4, 2>,
-      dots_tile<kType, 5, 1>, dots_tile<kType, 6, 1>, dots_tile<kType, 7, 1>, dots_tile<kType, 8, 1>};
+      dots_tile<kType, 1, 4>, dots_tile<kType, 2, 4>, dots_tile<kType, 3, 2>,     dots_tile<kType, 4, 2>,
+      dots_tile<kType, 5, 2>, dots_tile<kType, 6, 2>, dots_tile<kType, 7, kWide>, dots_tile<kType, 8, kWide>};
   const int tiles = (d.rows + kDotRows - 1) / kDotRows;
   for (int i = 0, row = 0; i < tiles; ++i) {  // of nearly equal height
     const int height = d.rows / tiles + (i < d.rows % tiles);
-    float sums[kDotRows];
-    tile[height - 1](d, d.x + row, sums);
-    __builtin_memcpy(d.sums + row, sums, size_t(height) * 4);
+    tile[height - 1](d, d.x + row, d.sums + row);  // the next tile overwrites what is past this one's height
     row += height;
   }
 }

@@ -53,10 +53,9 @@ def _conv(
 
 def _run_conv(x, weight, bias, mask, partial, begin, geometry, backend):
     run = _conv
-    if backends.choose(backend, x.device, x.dtype) == "cpp":
-        # unnamed, the dense convolution where it is faster
-        if backend or cpp_channel_outputs.wins(weight, mask, as_geometry(geometry)):
-            run = cpp_channel_outputs.conv
+    has_kernel = backends.choose(backend, x.device, x.dtype) == "cpp"
+    if has_kernel and (backend or cpp_channel_outputs.wins(weight, mask, as_geometry(geometry))):
+        run = cpp_channel_outputs.conv  # unnamed, not where the dense convolution is faster
     out = run(x, weight, bias, mask, partial, begin, geometry)
     return out.contiguous(memory_format=memory_format_of(x))
 
