@@ -17,9 +17,11 @@ struct LocalConv {
   Geometry g;  // of the output before it is upsampled
   int64_t upsample, channels;
   Dtype dtype;
+  std::vector<int32_t> spread;  // [channels]: where the filter of a channel's group begins
 
   int64_t out_h() const { return g.out_h * upsample; }
   int64_t out_w() const { return g.out_w * upsample; }
+  int64_t group() const { return channels / g.groups; }
   int64_t row_bytes() const { return channels * size_of(dtype); }
   int64_t filter_row() const { return g.groups * g.taps(); }
   double macs() const { return double(g.batch) * out_h() * out_w() * g.taps() * channels; }
@@ -85,7 +87,7 @@ void forward(const LocalConv& c, const char* x, const float* filters, char* out)
         kernels().local_filter({int32_t(pairs.in_at.size()),
                                 x + ((n * g.in_h + y0) * g.in_w + x0) * c.row_bytes(), pairs.in_at.data(),
                                 filters + at * c.filter_row(), pairs.filter_at.data(), g.taps(), g.groups,
-                                c.channels / g.groups, c.dtype, out + at * c.row_bytes()});
+                                c.group(), c.spread.data(), c.dtype, out + at * c.row_bytes()});
       }
     };
   });
@@ -129,7 +131,7 @@ void input_grad(const LocalConv& c, const char* grad, const float* filters, char
         const int64_t at = (n * c.out_h() + line) * c.out_w() + column;
         kernels().local_filter({int32_t(pairs.in_at.size()), grad + at * c.row_bytes(), pairs.in_at.data(),
                                 filters + at * c.filter_row(), pairs.filter_at.data(), g.taps(), g.groups,
-                                c.channels / g.groups, c.dtype,
+                                c.group(), c.spread.data(), c.dtype,
                                 dx + ((n * g.in_h + y) * g.in_w + x) * c.row_bytes()});
       }
     };
@@ -138,30 +140,74 @@ void input_grad(const LocalConv& c, const char* grad, const float* filters, char
 
 // ----------------------------------------------------------------------------- kernel gradient
 
+constexpr int64_t kDotGroup = 16;  // channels from which a group's sums are dot products
+
+// The gradients of one pixel's filters at a time.
+class KernelGrad {
+ public:
+  KernelGrad(const LocalConv& c, const char* zero)
+      : c_(c),
+        zero_(zero),
+        rows_(size_t(c.g.taps())),
+        sums_(size_t(c.filter_row() + kDotsPadding)),
+        wide_(size_t(2 * c.channels)) {}
+
+  // sums[group][tap] = sum of dy * x over the group's channels, `x` an image and (y0, x0) the first tap in
+  // it.
+  const float* run(const char* dy, const char* x, int64_t y0, int64_t x0) {
+    const Geometry& g = c_.g;
+    for (int64_t t = 0; t < g.taps(); ++t) {
+      const int64_t in_y = y0 + t / g.kernel_w * g.dil_h, in_x = x0 + t % g.kernel_w * g.dil_w;
+      const bool inside = in_y >= 0 && in_y < g.in_h && in_x >= 0 && in_x < g.in_w;
+      rows_[size_t(t)] = inside ? x + (in_y * g.in_w + in_x) * c_.row_bytes() : zero_;
+    }
+    c_.group() >= kDotGroup || g.groups == 1 ? dot_products(dy) : few_channels(dy);
+    return sums_.data();
+  }
+
+ private:
+  void dot_products(const char* dy) {
+    const int64_t taps = c_.g.taps(), group_bytes = c_.group() * size_of(c_.dtype);
+    for (int64_t group = 0; group < c_.g.groups; ++group) {
+      const int64_t byte = group * group_bytes;
+      kernels().dots({int32_t(taps), 1, int32_t(c_.group()), &byte, rows_.data(), dy + byte, c_.dtype,
+                      sums_.data() + group * taps});
+    }
+  }
+
+  void few_channels(const char* dy) {
+    float *wide_dy = wide_.data(), *wide_x = wide_dy + c_.channels;
+    kernels().to_float(dy, c_.dtype, c_.channels, wide_dy);
+    const int64_t taps = c_.g.taps(), group = c_.group();
+    for (int64_t t = 0; t < taps; ++t) {
+      kernels().to_float(rows_[size_t(t)], c_.dtype, c_.channels, wide_x);
+      for (int64_t i = 0, c = 0; i < c_.g.groups; ++i) {
+        float sum = 0;
+        for (int64_t end = c + group; c < end; ++c) sum += wide_dy[c] * wide_x[c];
+        sums_[size_t(i * taps + t)] = sum;
+      }
+    }
+  }
+
+  const LocalConv& c_;
+  const char* zero_;
+  std::vector<const char*> rows_;  // [taps]
+  std::vector<float> sums_;        // [groups][taps]
+  std::vector<float> wide_;        // a row of dy and one of x, float32
+};
+
 void kernel_grad(const LocalConv& c, const char* grad, const char* x, char* out) {
   const Geometry& g = c.g;
   const ZeroRow zero(c.row_bytes());
-  const int64_t taps = g.taps(), depth = c.channels / g.groups, group_bytes = depth * size_of(c.dtype);
   for_each_line(c, c.out_h(), [&] {
-    return [&, rows = std::vector<const char*>(size_t(taps)),
-            sums = std::vector<float>(size_t(c.filter_row() + kDotsPadding))](int64_t n,
-                                                                              int64_t line) mutable {
+    return [&, pixel = KernelGrad(c, zero.data())](int64_t n, int64_t line) mutable {
+      const char* image = x + n * g.in_h * g.in_w * c.row_bytes();
       const int64_t y0 = line / c.upsample * g.stride_h - g.pad_h;
       for (int64_t column = 0; column < c.out_w(); ++column) {
         const int64_t x0 = column / c.upsample * g.stride_w - g.pad_w;
-        for (int64_t t = 0; t < taps; ++t) {
-          const int64_t in_y = y0 + t / g.kernel_w * g.dil_h, in_x = x0 + t % g.kernel_w * g.dil_w;
-          const bool inside = in_y >= 0 && in_y < g.in_h && in_x >= 0 && in_x < g.in_w;
-          rows[size_t(t)] = inside ? x + ((n * g.in_h + in_y) * g.in_w + in_x) * c.row_bytes() : zero.data();
-        }
         const int64_t at = (n * c.out_h() + line) * c.out_w() + column;
-        for (int64_t group = 0; group < g.groups; ++group) {
-          const int64_t byte = group * group_bytes;
-          kernels().dots({int32_t(taps), 1, int32_t(depth), &byte, rows.data(),
-                          grad + at * c.row_bytes() + byte, c.dtype, sums.data() + group * taps});
-        }
-        kernels().from_float(sums.data(), c.filter_row(), c.dtype,
-                             out + at * c.filter_row() * size_of(c.dtype));
+        const float* sums = pixel.run(grad + at * c.row_bytes(), image, y0, x0);
+        kernels().from_float(sums, c.filter_row(), c.dtype, out + at * c.filter_row() * size_of(c.dtype));
       }
     };
   });
@@ -171,7 +217,7 @@ void kernel_grad(const LocalConv& c, const char* grad, const char* x, char* out)
 
 LocalConv local_of(const Tensor& inner, const Tensor& outer, const Tensor& filters, int64_t upsample,
                    IntHeaderOnlyArrayRef geometry) {
-  const LocalConv c{geometry_of(geometry), upsample, inner.size(1), dtype_of(inner)};
+  LocalConv c{geometry_of(geometry), upsample, inner.size(1), dtype_of(inner), {}};
   const Geometry& g = c.g;
   STD_TORCH_CHECK(upsample >= 1 && !g.transposed && g.groups >= 1 && c.channels % g.groups == 0 &&
                       outer.size(1) == c.channels && inner.size(0) == g.batch && inner.size(2) == g.in_h &&
@@ -183,6 +229,7 @@ LocalConv local_of(const Tensor& inner, const Tensor& outer, const Tensor& filte
                       filters.size(2) == c.out_h() && filters.size(3) == c.out_w(),
                   "kernels: expected ", c.filter_row(), " channels at the output's pixels, got ",
                   filters.size(1));
+  for (int64_t i = 0; i < c.channels; ++i) c.spread.push_back(int32_t(i / c.group() * g.taps()));
   return c;
 }
 
