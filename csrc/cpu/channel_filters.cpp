@@ -17,11 +17,11 @@ struct LocalConv {
   Geometry g;  // of the output before it is upsampled
   int64_t upsample, channels;
   Dtype dtype;
-  std::vector<int32_t> spread;  // [channels]: where the filter of a channel's group begins
 
   int64_t out_h() const { return g.out_h * upsample; }
   int64_t out_w() const { return g.out_w * upsample; }
   int64_t group() const { return channels / g.groups; }
+  bool few_channels() const { return g.groups > 1 && group() < 16; }  // of a group: less than a vector
   int64_t row_bytes() const { return channels * size_of(dtype); }
   int64_t filter_row() const { return g.groups * g.taps(); }
   double macs() const { return double(g.batch) * out_h() * out_w() * g.taps() * channels; }
@@ -33,6 +33,31 @@ struct Pairs {
 
   void clear() { in_at.clear(), filter_at.clear(); }
   void add(int64_t in, int64_t filter) { in_at.push_back(in), filter_at.push_back(filter); }
+};
+
+// The filters of a pixel with a value for each channel, where a vector of channels meets several groups.
+class WideFilters {
+ public:
+  explicit WideFilters(const LocalConv& c) : c_(c) {}
+
+  // [pairs][channels], or null: the kernel broadcasts a group's value itself.
+  const float* of(const Pairs& pairs, const float* filter) {
+    if (!c_.few_channels()) return nullptr;
+    const int64_t group = c_.group(), taps = c_.g.taps();
+    values_.resize(pairs.in_at.size() * size_t(c_.channels));
+    float* to = values_.data();
+    for (int64_t at : pairs.filter_at) {
+      for (int64_t g = 0; g < c_.g.groups; ++g) {
+        const float value = filter[at + g * taps];
+        for (int64_t i = 0; i < group; ++i) *to++ = value;
+      }
+    }
+    return values_.data();
+  }
+
+ private:
+  const LocalConv& c_;
+  std::vector<float> values_;
 };
 
 // Calls f(n, y, x) for the pixels of an [N, height, width] map, line by line, on all threads worth starting.
@@ -76,7 +101,7 @@ void forward(const LocalConv& c, const char* x, const float* filters, char* out)
   Pairs inner;
   forward_pairs(c, 0, 0, true, inner);
   for_each_line(c, c.out_h(), [&] {
-    return [&, border = Pairs()](int64_t n, int64_t line) mutable {
+    return [&, border = Pairs(), wide = WideFilters(c)](int64_t n, int64_t line) mutable {
       const int64_t y = line / c.upsample, y0 = y * g.stride_h - g.pad_h;
       for (int64_t column = 0; column < c.out_w(); ++column) {
         const int64_t x_out = column / c.upsample, x0 = x_out * g.stride_w - g.pad_w;
@@ -84,10 +109,11 @@ void forward(const LocalConv& c, const char* x, const float* filters, char* out)
         if (!whole && column % c.upsample == 0) forward_pairs(c, y0, x0, false, border);
         const Pairs& pairs = whole ? inner : border;
         const int64_t at = (n * c.out_h() + line) * c.out_w() + column;
+        const float* filter = filters + at * c.filter_row();
         kernels().local_filter({int32_t(pairs.in_at.size()),
                                 x + ((n * g.in_h + y0) * g.in_w + x0) * c.row_bytes(), pairs.in_at.data(),
-                                filters + at * c.filter_row(), pairs.filter_at.data(), g.taps(), g.groups,
-                                c.group(), c.spread.data(), c.dtype, out + at * c.row_bytes()});
+                                filter, pairs.filter_at.data(), g.taps(), g.groups, c.group(),
+                                wide.of(pairs, filter), c.dtype, out + at * c.row_bytes()});
       }
     };
   });
@@ -122,16 +148,17 @@ void input_grad(const LocalConv& c, const char* grad, const float* filters, char
   const Span inner_y{reach_y - g.pad_h, repeats ? g.out_h - g.pad_h : 0};
   const Span inner_x{reach_x - g.pad_w, repeats ? g.out_w - g.pad_w : 0};
   for_each_line(c, g.in_h, [&] {
-    return [&, inner = Pairs(), border = Pairs()](int64_t n, int64_t y) mutable {
+    return [&, inner = Pairs(), border = Pairs(), wide = WideFilters(c)](int64_t n, int64_t y) mutable {
       for (int64_t x = 0; x < g.in_w; ++x) {
         const bool whole = holds(inner_y, y) && holds(inner_x, x);
         const int64_t line = y * c.upsample, column = x * c.upsample;
         Pairs& pairs = whole ? inner : border;
         if (!whole || inner.in_at.empty()) backward_pairs(c, y, x, line, column, pairs);
         const int64_t at = (n * c.out_h() + line) * c.out_w() + column;
+        const float* filter = filters + at * c.filter_row();
         kernels().local_filter({int32_t(pairs.in_at.size()), grad + at * c.row_bytes(), pairs.in_at.data(),
-                                filters + at * c.filter_row(), pairs.filter_at.data(), g.taps(), g.groups,
-                                c.group(), c.spread.data(), c.dtype,
+                                filter, pairs.filter_at.data(), g.taps(), g.groups, c.group(),
+                                wide.of(pairs, filter), c.dtype,
                                 dx + ((n * g.in_h + y) * g.in_w + x) * c.row_bytes()});
       }
     };
@@ -139,8 +166,6 @@ void input_grad(const LocalConv& c, const char* grad, const float* filters, char
 }
 
 // ----------------------------------------------------------------------------- kernel gradient
-
-constexpr int64_t kDotGroup = 16;  // channels from which a group's sums are dot products
 
 // The gradients of one pixel's filters at a time.
 class KernelGrad {
@@ -161,7 +186,7 @@ class KernelGrad {
       const bool inside = in_y >= 0 && in_y < g.in_h && in_x >= 0 && in_x < g.in_w;
       rows_[size_t(t)] = inside ? x + (in_y * g.in_w + in_x) * c_.row_bytes() : zero_;
     }
-    c_.group() >= kDotGroup || g.groups == 1 ? dot_products(dy) : few_channels(dy);
+    c_.few_channels() ? few_channels(dy) : dot_products(dy);
     return sums_.data();
   }
 
@@ -217,7 +242,7 @@ void kernel_grad(const LocalConv& c, const char* grad, const char* x, char* out)
 
 LocalConv local_of(const Tensor& inner, const Tensor& outer, const Tensor& filters, int64_t upsample,
                    IntHeaderOnlyArrayRef geometry) {
-  LocalConv c{geometry_of(geometry), upsample, inner.size(1), dtype_of(inner), {}};
+  const LocalConv c{geometry_of(geometry), upsample, inner.size(1), dtype_of(inner)};
   const Geometry& g = c.g;
   STD_TORCH_CHECK(upsample >= 1 && !g.transposed && g.groups >= 1 && c.channels % g.groups == 0 &&
                       outer.size(1) == c.channels && inner.size(0) == g.batch && inner.size(2) == g.in_h &&
@@ -229,7 +254,6 @@ LocalConv local_of(const Tensor& inner, const Tensor& outer, const Tensor& filte
                       filters.size(2) == c.out_h() && filters.size(3) == c.out_w(),
                   "kernels: expected ", c.filter_row(), " channels at the output's pixels, got ",
                   filters.size(1));
-  for (int64_t i = 0; i < c.channels; ++i) c.spread.push_back(int32_t(i / c.group() * g.taps()));
   return c;
 }
 

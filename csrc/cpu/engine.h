@@ -119,7 +119,7 @@ struct LocalFilter {
   const int64_t* filter_at;  // [pairs]
   int64_t filter_step;       // to the next group's
   int64_t groups, group;     // group: channels that share a filter
-  const int32_t* spread;     // [groups * group]: c / group * filter_step
+  const float* wide;         // [pairs][groups * group]: the filters channel by channel, or null
   Dtype dtype;               // of in and out
   char* out;
 };

@@ -797,27 +797,38 @@ FORCE_INLINE void local_columns(const LocalFilter& f, int64_t group, int64_t cha
   }
 }
 
-// Less than a vector of a group, its last channels, or channels of several groups.
-template <Dtype kType, bool kOneGroup>
-FORCE_INLINE void local_ragged(const LocalFilter& f, int64_t channel, int n) {
+// Less than a vector of a group.
+template <Dtype kType>
+FORCE_INLINE void local_ragged(const LocalFilter& f, int64_t group, int64_t channel, int n) {
   const int64_t byte = channel * size_of(kType);
   Vec acc = zero();
   for (int j = 0; j < f.pairs; ++j) {
-    const float* filter = f.filter + f.filter_at[j];
-    const Vec k = kOneGroup ? broadcast(filter[f.spread[channel]]) : load_at(filter, f.spread + channel, n);
+    const Vec k = broadcast(f.filter[f.filter_at[j] + group * f.filter_step]);
     acc = fma(k, load(f.in + f.in_at[j] + byte, kType, n), acc);
   }
   store(f.out + byte, acc, kType, n);
 }
 
+// Channels of several groups.
+template <Dtype kType>
+static void local_wide(const LocalFilter& f) {
+  const int64_t channels = f.groups * f.group;
+  for (int64_t c = 0; c < channels; c += Vec::kLanes) {
+    const int n = left_of(channels, c);
+    const int64_t byte = c * size_of(kType);
+    Vec acc = zero();
+    for (int j = 0; j < f.pairs; ++j) {
+      const Vec k = load((const char*)(f.wide + j * channels + c), Dtype::kFloat32, n);
+      acc = fma(k, load(f.in + f.in_at[j] + byte, kType, n), acc);
+    }
+    store(f.out + byte, acc, kType, n);
+  }
+}
+
 template <Dtype kType>
 static void local_filter_typed(const LocalFilter& f) {
   constexpr int kLanes = Vec::kLanes;
-  const int64_t channels = f.groups * f.group;
-  if (f.group < kLanes && f.groups > 1) {
-    for (int64_t c = 0; c < channels; c += kLanes) local_ragged<kType, false>(f, c, left_of(channels, c));
-    return;
-  }
+  if (f.wide) return local_wide<kType>(f);
   int64_t group = 0;
   for (; f.group == kLanes && group + 4 <= f.groups; group += 4) {
     local_columns<kType, 4, 1>(f, group, group * f.group);
@@ -831,7 +842,7 @@ static void local_filter_typed(const LocalFilter& f) {
     for (; c + 8 * kLanes <= end; c += 8 * kLanes) local_columns<kType, 1, 8>(f, group, c);
     for (; c + 4 * kLanes <= end; c += 4 * kLanes) local_columns<kType, 1, 4>(f, group, c);
     for (; c + kLanes <= end; c += kLanes) local_columns<kType, 1, 1>(f, group, c);
-    if (c < end) local_ragged<kType, true>(f, c, left_of(end, c));
+    if (c < end) local_ragged<kType>(f, group, c, left_of(end, c));
   }
 }
 

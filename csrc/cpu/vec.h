@@ -16,11 +16,6 @@ FORCE_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FORCE_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_mask(n), p)}; }
 FORCE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 FORCE_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
-FORCE_INLINE Vec load_at(const float* p, const int32_t* index, int n) {
-  const __mmask16 mask = lanes_mask(n);
-  const __m512i at = _mm512_maskz_loadu_epi32(mask, index);
-  return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, at, p, 4)};
-}
 FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FORCE_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 FORCE_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -201,11 +196,6 @@ FORCE_INLINE void store_f16(char* p, Vec a) {
 #endif
 
 #if !defined(DYNOPS_ISA_AVX512)  // no masked access: the ragged end goes through a small buffer
-FORCE_INLINE Vec load_at(const float* p, const int32_t* index, int n) {
-  float buffer[Vec::kLanes] = {};
-  for (int i = 0; i < n && i < Vec::kLanes; ++i) buffer[i] = p[index[i]];
-  return load(buffer);
-}
 FORCE_INLINE Vec load(const float* p, int n) {
   float buffer[Vec::kLanes] = {};
   __builtin_memcpy(buffer, p, size_t(n) * 4);
