@@ -21,10 +21,11 @@ _CHANNELS_LAST = torch.channels_last
 _DEPTH_BYTES = 512
 # Below this many channels a dot product has nothing to run along.
 _MIN_CHANNELS = 16
-# The share of the outputs from which the dense convolution is faster: measured 0.5 to 0.8 in float32, and in
-# bfloat16 0.5 for 1152 products an output, 0.35 for 576, 0.2 for 256.
+# The share of the outputs from which the dense convolution is faster, and the products of an output below which
+# that share shrinks. Measured: float32 0.22 for 64 products, 0.34 for 288, 0.5 to 0.9 from 576 on; bfloat16
+# (where it has an instruction) 0.2 for 256, 0.35 for 576, 0.5 for 1152.
 _BREAK_EVEN = 0.5
-_BF16_PRODUCTS = 800
+_FEW_PRODUCTS = {torch.float32: 400, torch.bfloat16: 800, torch.float16: 1}
 
 
 # -------------------------------------------------------------------------------- output masks
@@ -34,10 +35,8 @@ def wins(weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
     """Whether computing the selected outputs alone takes less time than the dense convolution."""
     if weight.shape[1] < _MIN_CHANNELS:
         return False
-    most = _BREAK_EVEN
-    if weight.dtype == torch.bfloat16:
-        most *= min(1.0, weight.shape[1] * g.taps / _BF16_PRODUCTS)
-    return torch.ops.dynops.cpu_count_selected(_dense(mask)) < most * mask.numel()
+    share = _BREAK_EVEN * min(1.0, weight.shape[1] * g.taps / _FEW_PRODUCTS[weight.dtype])
+    return torch.ops.dynops.cpu_count_selected(_dense(mask)) < share * mask.numel()
 
 
 def _dense(mask: Tensor) -> Tensor:
