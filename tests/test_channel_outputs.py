@@ -199,6 +199,7 @@ def test_half_precision_leaves_the_kernel_earlier():
     assert not cpp_channel_outputs.wins(weight[:, :8], mask, g)
 
 
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")
 def test_the_result_does_not_depend_on_the_threads():
     x, weight, mask, partial, bias, arguments = make("1x1, several panels and blocks")
     results = []
@@ -206,17 +207,20 @@ def test_the_result_does_not_depend_on_the_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments))
+            results.append(
+                ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments, backend="cpp")
+            )
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")
 def test_a_changed_weight_is_packed_again():
     x, weight, mask, *_, arguments = make("3x3")
-    first = ops.masked_output_conv2d(x, weight, mask, **arguments)
+    first = ops.masked_output_conv2d(x, weight, mask, **arguments, backend="cpp")
     weight.mul_(2)
-    assert torch.equal(ops.masked_output_conv2d(x, weight, mask, **arguments), 2 * first)
+    assert torch.equal(ops.masked_output_conv2d(x, weight, mask, **arguments, backend="cpp"), 2 * first)
 
 
 def test_gradcheck():
