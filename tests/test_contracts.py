@@ -176,6 +176,35 @@ def weighted_samples(backend: str):
                 yield "weighted_conv_weight_grad", (dy, x, at, list(weight.shape), g, wanted, backend)
 
 
+def output_mask_samples(backend: str):
+    """With and without a bias and a partial, a part of the input's channels, both formats."""
+    g = list(ConvGeometry(2, 6, 7, 6, 4, 3, 3, 1, 2, 1, 1, 1, 1, 2, 0))
+    mask, weight = torch.rand(2, 6, 6, 4) < 0.4, random_tensor(6, 2, 3, 3)
+    for layout in ("nchw", "channels_last", "strided"):
+        x, partial = (in_layout(random_tensor(2, c, h, w), layout) for c, h, w in ((7, 6, 7), (6, 6, 4)))
+        tensors = [t.detach().requires_grad_() for t in (x, weight, random_tensor(6), partial)]
+        yield "masked_output_conv", (*tensors[:3], in_layout(mask, layout), tensors[3], 2, g, backend)
+        yield "masked_output_conv", (tensors[0], weight, None, mask, None, 0, g, backend)
+
+
+def local_samples(backend: str):
+    """With a stride, upsampled, both formats."""
+    for geometry in (
+        ConvGeometry(2, 6, 7, 3, 4, 3, 3, 2, 2, 1, 1, 1, 1, 2, 0),
+        ConvGeometry(2, 6, 7, 4, 7, 3, 1, 1, 1, 0, 0, 1, 1, 2, 0),
+    ):
+        for layout, upsample in (("nchw", 1), ("channels_last", 2), ("strided", 1)):
+            size, g = (geometry.out_h * upsample, geometry.out_w * upsample), list(geometry)
+            x, kernels, dy = (
+                in_layout(random_tensor(2, *shape), layout)
+                for shape in ((4, 6, 7), (2 * geometry.taps, *size), (4, *size))
+            )
+            leaves = [t.detach().requires_grad_() for t in (x, kernels)]
+            yield "local_conv", (*leaves, g, upsample, backend)
+            yield "local_conv_input_grad", (dy, kernels, g, upsample, backend)
+            yield "local_conv_kernel_grad", (dy, x, g, upsample, backend)
+
+
 def samples():
     torch.manual_seed(0)
     yield from index_samples()
@@ -186,6 +215,8 @@ def samples():
         yield from conv_samples(backend)
         yield from channel_samples(backend)
         yield from weighted_samples(backend)
+        yield from output_mask_samples(backend)
+        yield from local_samples(backend)
 
 
 SAMPLES = list(samples())
