@@ -171,7 +171,11 @@ def _conv_weight_grad(
 
 def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
-    backends.choose(backend, x.device, x.dtype)
+    name = backends.choose(backend, x.device, x.dtype)
+    if name == "triton":
+        from ..kernels import channels
+
+        return channels
     return None
 
 
