@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
 
-import interpreter  # noqa: F401 (mends the interpreter)
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
 from dynops.kernels import gemm, pixels

@@ -109,20 +109,20 @@ def add_copies_kernel(
     acc = tl.zeros([N], tl.float32)
     if ADD:
         acc = tl.load(at, mask=inside, other=0.0)
-    for job in range(first_job, first_job + jobs):
+    first = first_job.to(tl.int64)
+    for job in range(jobs):
+        row = first + job
         i = output - group * n_size
         if out_slots is not None:
-            i = tl.load(out_slots + job.to(tl.int64) * out_lists * groups * n_size + output)
+            i = tl.load(out_slots + row * out_lists * groups * n_size + output)
         if i >= 0:
             j = k
             if in_slots is not None:
-                j = tl.load(in_slots + (job.to(tl.int64) * in_lists * groups + group) * k_size + k, mask=inside, other=-1)  # fmt: skip
-            copy = (job - first_job).to(tl.int64) * slices
+                j = tl.load(in_slots + (row * in_lists * groups + group) * k_size + k, mask=inside, other=-1)
+            copy = (row - first) * slices * groups + group
             for part in range(slices):
-                at_copy = ((copy + part) * groups + group) * n_capacity + i
-                acc += tl.load(
-                    copies + (at_copy * TAPS + tap) * k_capacity + j, mask=inside & (j >= 0), other=0.0
-                )
+                copy_at = (((copy + part * groups) * n_capacity + i) * TAPS + tap) * k_capacity + j
+                acc += tl.load(copies + copy_at, mask=inside & (j >= 0), other=0.0)
     tl.store(at, acc, mask=inside)
 
 
@@ -270,7 +270,7 @@ def _direct(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, j
     slices = triton.cdiv(rows, chunk)
     dw = torch.empty((jobs * slices, whole[1].size, g.taps, ins.size), dtype=torch.float32, device=x.device)
     with gemm.on_device(x):
-        direct_weight_grad_kernel[jobs * slices, *grid](
+        direct_weight_grad_kernel[(jobs * slices, *grid)](
             grad, x, dw, *map(channel_lists.slots, whole), rows=rows, slices=slices, chunk=chunk, k_size=ins.size,
             n_size=outs.size, channels_in=whole[0].size, channels_out=whole[1].size, in_channels=x.shape[1],
             out_channels=grad.shape[1], in_lists=ins.per_sample, out_lists=outs.per_sample,
