@@ -70,6 +70,24 @@ def sides(
     return ins, Lists(out_index, out_count, g.batch, groups, weight_shape[0] // groups, False, packed_out)
 
 
+def choose(
+    x: Tensor, rows: int, n: int, k: int, batch: int, single: bool, base: bool = False
+) -> tuple[dict, str]:
+    """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``, as :func:`gemm.choose`.
+
+    Args:
+        single: channels are loaded one by one: of a list, or of rows that are not aligned.
+        base: the epilogue reads one.
+    """
+    most = {
+        "half": 64 * 64 if base else 128 * 128,
+        "tf32": 64 * 64 if base or single else 128 * 64,
+        "ieee": 64 * 32 if base or single else 64 * 64,
+    }
+    tile, kind = gemm.choose(x, rows, n, k, batch, indirect=single, largest=most)
+    return (tile | {"K": min(tile["K"], 32)} if single else tile), kind  # a deeper block spills
+
+
 # --------------------------------------------------------------------------- device functions
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from . import channel_lists, gemm
-from .channel_lists import Lists, all_channels, gather, list_part, listed, scatter, sides
+from .channel_lists import Lists, all_channels, choose, gather, list_part, listed, scatter, sides
 from .channels_weight import conv_weight_grad
 from .gemm import finish, source_row
 
@@ -139,12 +139,15 @@ def conv_kernel(
             target = tl.where(n_mask, target, total + group * n_size - n_before + slot - n_live)
         stored &= target < out_channels
     at = pixel[:, None] * out_channels + target[None, :]
-    if out_index is not None:
-        z = tl.where(n_mask[None, :], z, 0.0)
-        if base is not None:
-            other = tl.load(base + at, mask=inside[:, None] & (stored & ~n_mask)[None, :], other=0.0)
-            z += other.to(tl.float32)
-    tl.store(out + at, z.to(out.dtype.element_ty), mask=inside[:, None] & stored[None, :])
+    if base is None:
+        if out_index is not None:
+            z = tl.where(n_mask[None, :], z, 0.0)
+        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside[:, None] & stored[None, :])
+    else:
+        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside[:, None] & n_mask[None, :])
+        if first + N > n_live:
+            other = inside[:, None] & (stored & ~n_mask)[None, :]
+            tl.store(out + at, tl.load(base + at, mask=other), mask=other)
 
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
@@ -293,35 +296,39 @@ def _conv(
     if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g) and not (ins.heads or outs.heads):
         _direct(x, w, out, ins, outs, g, jobs, rows, (*epilogue, base), activation)
         return
-    inner, lead = (outs, ins) if g.transposed else (ins, outs)
-    reads = "slots" if ins.index is None else "packed" if ins.packed else "listed"
-    k_part = 0 if ins.heads else ins.size
-    with_entries = inner.capacity and lead.capacity
-    packs = inner.index is not None and with_entries and jobs * w.numel() <= 2 * maps
-    if packs:
-        w = channel_lists.pack_weight(w, inner, lead, jobs)
-        weights = {"inner": w.shape[4], "w_group": w.stride(1), "w_job": w.stride(0)}
-    else:
-        weights = {"inner": w.shape[2], "w_group": lead.size * w.stride(0), "w_job": 0}
-    if ins.index is not None and with_entries and g.taps > 1:
-        x, reads, k_part = channel_lists.compact(x, ins), "slots", channel_lists.padded(ins.capacity)
-    single = reads != "slots" or (inner.index is not None and not packs)  # loads of single channels
-    sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "in_channels": x.shape[1], "out_channels": out.shape[1]}  # fmt: skip
+    x, w, operands, constants, single = _operands(x, w, ins, outs, g, jobs, maps)
     n = (
         outs.size if outs.index is None else max(16, outs.size // 2)
-    )  # tiles past the live channels cost nothing
-    tile, precision = gemm.choose(
-        x, rows, n, ins.capacity, jobs * g.groups,
-        indirect=single, ragged=single or gemm.is_ragged(sizes | weights), residual=base is not None,
-    )  # fmt: skip
+    )  # a tile past the live channels costs little
+    tile, precision = choose(x, rows, n, ins.capacity, jobs * g.groups, single, base is not None)
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups)
     with gemm.on_device(x):
         conv_kernel[grid](
             x, w, out, bias=epilogue[0], scale=epilogue[1], base=base, rows=rows,
-            **ins.arguments("in"), **outs.arguments("out"), **sizes, **weights, **gemm.geometry_arguments(g),
-            X_READS=reads, W_PACKED=packs, PACKED_OUT=outs.packed, ACTIVATION=activation, PRECISION=precision,
-            WIDE=gemm.is_wide(x, out), **tile,
+            k_size=ins.size, n_size=outs.size, out_channels=out.shape[1], **ins.arguments("in"),
+            **outs.arguments("out"), **operands, **constants, **gemm.geometry_arguments(g), PACKED_OUT=outs.packed,
+            ACTIVATION=activation, PRECISION=precision, WIDE=gemm.is_wide(x, out), **tile,
         )  # fmt: skip
+
+
+def _operands(x: Tensor, w: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, maps: int) -> tuple:
+    """x and the weight as the kernel reads them, compacted where that pays; the kernel's arguments for them; and
+    whether it loads single channels. ``maps``: the elements of input and output."""
+    inner, lead = (outs, ins) if g.transposed else (ins, outs)
+    reads = "slots" if ins.index is None else "packed" if ins.packed else "listed"
+    k_part = 0 if ins.heads else ins.size
+    has_entries = min(ins.capacity, outs.capacity) > 0
+    packs = has_entries and inner.index is not None and jobs * w.numel() <= 2 * maps
+    if packs:
+        w = channel_lists.pack_weight(w, inner, lead, jobs)
+        operands = {"inner": w.shape[4], "w_group": w.stride(1), "w_job": w.stride(0)}
+    else:
+        operands = {"inner": w.shape[2], "w_group": lead.size * w.stride(0), "w_job": 0}
+    if has_entries and ins.index is not None and g.taps > 1:
+        x, reads, k_part = channel_lists.compact(x, ins), "slots", channel_lists.padded(ins.capacity)
+    operands |= {"k_part": k_part, "in_channels": x.shape[1]}
+    single = reads != "slots" or gemm.is_ragged(operands) or (inner.index is not None and not packs)
+    return x, w, operands, {"X_READS": reads, "W_PACKED": packs}, single
 
 
 def _direct(x, w, out, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from . import channel_lists, gemm
-from .channel_lists import Lists, list_part, listed, sides
+from .channel_lists import Lists, choose, list_part, listed, sides
 from .gemm import source_row
 from .pixels_weight import chunk_rows
 
@@ -222,11 +222,9 @@ def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry,
     grad, n_part, grad_reads = _readable(grad, outs, g.taps)
     sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "n_part": n_part, "in_channels": x.shape[1], "out_channels": grad.shape[1]}  # fmt: skip
     capacities = {"k_capacity": ins.capacity, "n_capacity": outs.capacity}
-    single = any(side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads)))  # fmt: skip
-    tile, precision = gemm.choose(
-        x, outs.capacity, ins.capacity, rows, jobs * g.groups * g.taps,
-        indirect=False, ragged=single or gemm.is_ragged(sizes),
-    )  # fmt: skip
+    listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
+    single = any(listed_reads) or gemm.is_ragged(sizes)
+    tile, precision = choose(x, outs.capacity, ins.capacity, rows, jobs * g.groups * g.taps, single)
     tiles = triton.cdiv(outs.capacity, tile["M"]) * triton.cdiv(ins.capacity, tile["N"])
     chunk = chunk_rows(rows, jobs * tiles * g.taps * g.groups, tile["K"], x.device)
     slices = triton.cdiv(rows, chunk)
