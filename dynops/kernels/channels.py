@@ -297,9 +297,8 @@ def _conv(
         _direct(x, w, out, ins, outs, g, jobs, rows, (*epilogue, base), activation)
         return
     x, w, operands, constants, single = _operands(x, w, ins, outs, g, jobs, maps)
-    n = (
-        outs.size if outs.index is None else max(16, outs.size // 2)
-    )  # a tile past the live channels costs little
+    # two tiles at least, where only some channels are live: one past those costs little
+    n = outs.size if outs.index is None else max(16, outs.size // 2)
     tile, precision = choose(x, rows, n, ins.capacity, jobs * g.groups, single, base is not None)
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups)
     with gemm.on_device(x):
