@@ -86,18 +86,18 @@ CASES = {
     "uneven": Case(kernel=(3, 2), stride=(2, 1), pad=(0, 1), dil=(1, 2)),
     "dilation": Case(dil=(2, 2), pad=(2, 2)),
     "5x5": Case(kernel=(5, 5), pad=(2, 2)),
-    "wide": Case(c=70, o=130, h=4, w=4),
-    "aligned": Case(c=64, o=64, n=2, h=12, w=12),  # maps so large that the weight is packed
-    "aligned-in": Case(c=64, o=64, n=2, h=12, w=12, outs=None),
-    "groups": Case(c=40, o=48, groups=2),
-    "groups-in": Case(c=40, o=48, groups=2, outs=None),
-    "groups-out": Case(c=40, o=48, groups=2, ins=None),
-    "groups-packed": Case(c=40, o=48, groups=2, packed_in=True, packed_out=True),
+    "wide": Case(c=36, o=70, h=3, w=3),
+    "aligned": Case(c=32, o=32, n=2, h=9, w=9),  # maps so large that the weight is packed
+    "aligned-in": Case(c=32, o=32, n=2, h=9, w=9, outs=None),
+    "groups": Case(c=34, o=36, groups=2),
+    "groups-in": Case(c=34, o=36, groups=2, outs=None),
+    "groups-out": Case(c=34, o=36, groups=2, ins=None),
+    "groups-packed": Case(c=34, o=36, groups=2, packed_in=True, packed_out=True),
     "groups-packed-1x1": Case(
-        c=40, o=48, groups=2, packed_in=True, packed_out=True, kernel=(1, 1), pad=(0, 0)
+        c=34, o=36, groups=2, packed_in=True, packed_out=True, kernel=(1, 1), pad=(0, 0)
     ),
-    "groups-large": Case(c=32, o=32, groups=2, h=12, w=12),
-    "groups-ends": Case(c=40, o=48, groups=2, ins="ends", outs="ends", packed_out=True),
+    "groups-large": Case(c=32, o=32, groups=2, h=8, w=8),
+    "groups-ends": Case(c=34, o=36, groups=2, ins="ends", outs="ends", packed_out=True),
     "narrow-groups": Case(c=12, o=18, groups=6),
     "narrow-groups-packed": Case(c=12, o=18, groups=6, packed_in=True, packed_out=True),
     "depthwise": Case(c=21, o=21, groups=21),
@@ -108,8 +108,8 @@ CASES = {
     "depthwise-packed": Case(c=21, o=21, groups=21, packed_in=True, packed_out=True),
     "heads": Case(heads=3),
     "heads-1x1": Case(heads=3, kernel=(1, 1), pad=(0, 0), outs=None),
-    "heads-large": Case(heads=2, h=12, w=12),
-    "heads-narrow": Case(heads=12, stride=(2, 2)),
+    "heads-large": Case(heads=2, h=8, w=8),
+    "heads-narrow": Case(heads=6, stride=(2, 2)),
     "heads-packed-out": Case(heads=3, packed_out=True),
     "heads-ends": Case(heads=3, ins="ends", outs="ends"),
     "packed-in": Case(packed_in=True, outs=None),
@@ -123,7 +123,7 @@ CASES = {
     "capacity-none-packed": Case(capacity=0, packed_in=True, outs=None),
     "shared": Case(ins="shared", outs="shared"),
     "shared-in": Case(ins="shared"),
-    "shared-out": Case(outs="shared", h=12, w=12),
+    "shared-out": Case(outs="shared", h=8, w=8),
     "prefix": Case(ins="prefix", outs="prefix"),
     "empty": Case(ins="empty", outs="empty"),
     "empty-in": Case(ins="empty"),
@@ -217,9 +217,9 @@ def test_weight_grad(name, dtype):
     check(inputs.weight_grad, channels.conv_weight_grad, reference._conv_weight_grad)
 
 
-@pytest.mark.parametrize("activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"])
 @pytest.mark.parametrize("name", ["3x3", "groups", "depthwise", "packed", "shared", "3x3-all"])
-def test_epilogue(name, activation):
+def test_epilogue(name):
+    """Every activation is in ``interpreted_pixels.py``: the kernels share them."""
     for dtype in DTYPES if name == "3x3" else DTYPES[:1]:
         inputs, case = Inputs(CASES[name], dtype), CASES[name]
         changes = {"bias": random_tensor(case.o, dtype=dtype).to(DEVICE)}
@@ -232,7 +232,7 @@ def test_epilogue(name, activation):
                 else inputs.outs.mask()
             )
             changes["base"] = base.masked_fill(live.expand(case.n, -1)[:, :, None, None], float("nan"))
-        check(inputs.conv, channels.conv, reference._conv, activation=activation, **changes)
+        check(inputs.conv, channels.conv, reference._conv, activation="silu", **changes)
 
 
 @pytest.mark.parametrize("name", ["3x3", "aligned", "packed", "depthwise", "heads", "groups"])
@@ -251,7 +251,9 @@ def test_weight_grad_in_slices_and_chunks(name, monkeypatch):
     """Pixels split among programs, and samples taken one after another."""
     monkeypatch.setattr(gemm, "device_facts", lambda device: (90, 64))
     monkeypatch.setattr(channels_weight, "_COPIES", 1)
-    inputs = Inputs(replace(CASES[name], h=20, w=20), torch.float32)
+    case = replace(CASES[name], n=2, h=20, w=20)
+    case = case if case.groups > 1 else replace(case, c=6, o=6)
+    inputs = Inputs(case, torch.float32)
     check(inputs.weight_grad, channels.conv_weight_grad, reference._conv_weight_grad)
 
 
