@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
-from triton.runtime.interpreter import InterpreterBuilder, tl
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
 from dynops.kernels import gemm, pixels
 from dynops.ops import pixels as reference
 from dynops.testing import assert_within_budget, random_mask, random_tensor
-
-_dot = InterpreterBuilder.create_dot
-
-
-def _dot_of_values(self, a, b, *others):
-    """The interpreter keeps bfloat16 as uint16, and its own product multiplies those integers."""
-    a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-    return _dot(self, a, b, *others)
-
-
-InterpreterBuilder.create_dot = _dot_of_values
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

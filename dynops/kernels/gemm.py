@@ -219,8 +219,9 @@ TILES = {
 
 
 def choose(
-    x: Tensor, rows: int, n: int, k: int, batch: int, *, indirect: bool, ragged: bool, residual: bool = False
-) -> tuple[dict, str]:
+    x: Tensor, rows: int, n: int, k: int, batch: int, *,
+    indirect: bool, ragged: bool = False, residual: bool = False, largest: dict | None = None,
+) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
     The largest tile that is not wider than ``n``, does not spill and still gives every SM one;
@@ -230,12 +231,13 @@ def choose(
         indirect: the addresses of a step are themselves loaded in the step.
         ragged: channels are not a multiple of 16, so that loads are not vectors.
         residual: the epilogue reads one.
+        largest: the elements of the largest tile of each kind, where they do not follow from these two.
     """
     kind = precision(x.dtype)
     arch, processors = device_facts(x.device)
     widest = max(16, triton.next_power_of_2(n))
-    largest = _largest(kind, ragged, residual)
-    tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest and tile.m * tile.n <= largest]
+    most = _largest(kind, ragged, residual) if largest is None else largest[kind]
+    tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest and tile.m * tile.n <= most]
     fills = (t for t in tiles if batch * triton.cdiv(rows, t.m) * triton.cdiv(n, t.n) >= processors)
     return tile_arguments(next(fills, tiles[-1]), k, indirect), "ieee" if kind == "half" else kind
 

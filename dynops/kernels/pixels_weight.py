@@ -182,7 +182,7 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
         )  # fmt: skip
         tiles = triton.cdiv(sizes["n_size"], tile["M"]) * triton.cdiv(sizes["k_size"], tile["N"])
         grid = (tiles, g.taps * g.groups)
-    chunk = _chunk_rows(rows, grid[0] * grid[1], tile["M"] if narrow else tile["K"], x.device)
+    chunk = chunk_rows(rows, grid[0] * grid[1], tile["M"] if narrow else tile["K"], x.device)
     grid = (*grid, triton.cdiv(rows, chunk))
     dw = torch.empty((grid[2], *shape), dtype=torch.float32, device=x.device)
     with gemm.on_device(x):
@@ -199,7 +199,7 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
     return dw
 
 
-def _chunk_rows(rows: int, programs: int, block: int, device: torch.device) -> int:
+def chunk_rows(rows: int, programs: int, block: int, device: torch.device) -> int:
     """Rows of a slice: so many slices that about four programs reach each SM, of 8 blocks at least."""
     slices = max(1, 4 * gemm.device_facts(device)[1] // programs)
     return block * max(8, triton.cdiv(triton.cdiv(rows, slices), block))

@@ -176,7 +176,14 @@ def _conv_weight_grad(
 
 def _kernels(backend: str, x: Tensor):
     """The kernel module for ``x``, or None for the reference above."""
-    return cpp_channels if backends.choose(backend, x.device, x.dtype) == "cpp" else None
+    name = backends.choose(backend, x.device, x.dtype)
+    if name == "cpp":
+        return cpp_channels
+    if name == "triton":
+        from ..kernels import channels
+
+        return channels
+    return None
 
 
 def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
