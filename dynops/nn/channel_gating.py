@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.layout import memory_format_of
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..plans import ChannelPlan
 
@@ -148,18 +149,14 @@ class GroupedDynamicConv2d(nn.Module):
                     dilation=self.dilation,
                 )
             )
-        return self._interleaved(outs), lasso
-
-    def _interleaved(self, outs: list[Tensor]) -> Tensor:
-        """Channel c of each head side by side."""
-        if outs[0].is_contiguous():
-            return torch.stack(outs, 2).flatten(1, 2)
+        if memory_format_of(input) == torch.contiguous_format:
+            return torch.stack(outs, 2).flatten(1, 2), lasso
         rows = torch.stack([out.permute(0, 2, 3, 1) for out in outs], -1)  # [N, H, W, O / heads, heads]
-        return rows.flatten(3).permute(0, 3, 1, 2)
+        return rows.flatten(3).permute(0, 3, 1, 2), lasso
 
 
 class ChannelGatedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` that reads the first 1/p of its input channels everywhere, and the rest where it matters.
+    """A convolution that reads the first 1/p of its input channels everywhere, and the rest where it matters.
 
     The sum over the first channels, normalised, is compared with a learned threshold for each output channel: where it
     is over it, the rest of the input channels is added. ``state_dict`` is that of the published ``CGConv2d``:
@@ -168,8 +165,8 @@ class ChannelGatedConv2d(nn.Conv2d):
 
     Args:
         in_channels to padding_mode: as in ``nn.Conv2d``, but ``bias=False``.
-        sparse_bp: in training, compute the rest only where the gate is open, and give the gate a gradient only there.
-            Without it training computes the rest everywhere, as the gradient of a closed gate needs it.
+        sparse_bp: with gradients too, compute the rest only where the gate is open, and give the gate a gradient only
+            there. Without it a call with gradients computes the rest everywhere, as a closed gate's gradient needs it.
         use_group: the first sum is a convolution of p groups instead: output chunk i reads input chunk i.
         shuffle: shuffle the input channels between p groups first.
         p: partitions of the input channels.
@@ -241,9 +238,9 @@ class ChannelGatedConv2d(nn.Conv2d):
         if not self.use_group:
             mask[:, : self.base_channels] = 1
             return mask
-        for outputs, inputs in zip(range(self.p), range(self.p), strict=True):
-            o, c = self.out_channels // self.p, self.base_channels
-            mask[outputs * o : (outputs + 1) * o, inputs * c : (inputs + 1) * c] = 1
+        o, c = self.out_channels // self.p, self.base_channels
+        for i in range(self.p):
+            mask[i * o : (i + 1) * o, i * c : (i + 1) * c] = 1
         return mask
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -264,7 +261,7 @@ class ChannelGatedConv2d(nn.Conv2d):
         gate = excess > 0
         if not torch.compiler.is_compiling():
             self._open = gate
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and excess.requires_grad):
             return self._finish(input, gate, partial)
         soft = torch.sigmoid(excess)
         surrogate = soft - soft.detach()  # zero, with the gradient of soft

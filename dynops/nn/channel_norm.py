@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import gather_channels, scatter_channels
+from ..ops import channel_checks, gather_channels, scatter_channels
 from ..ops.epilogue import ACTIVATIONS
 from ..plans import ChannelPlan, as_channel_plan
+from .dense import FromDense
 from .norm import fold, uses_batch_statistics
 
 
-class ChannelBatchNorm2d(nn.BatchNorm2d):
+class ChannelBatchNorm2d(FromDense, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that norms the live channels of each sample and is zero at the others.
 
     Constructor, parameters and ``state_dict`` are those of ``nn.BatchNorm2d``; so is the result where there is
@@ -32,6 +33,8 @@ class ChannelBatchNorm2d(nn.BatchNorm2d):
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
     """
+
+    _dense = nn.BatchNorm2d
 
     def forward(
         self,
@@ -79,13 +82,12 @@ def norm_channels(
 
 def _check(norm, x: Tensor, plan: ChannelPlan | None, scale, activation, packed: bool) -> None:
     channels = norm.num_features
-    if plan is not None and plan.channels != channels:
-        raise ValueError(f"plan: expected one of the norm's {channels} channels, got {plan.channels}")
-    if packed and plan is None:
+    if plan is not None:
+        channel_checks.plan_of(plan, "plan", x, plan.width if packed else None, "input", 1)
+        if plan.channels != channels:
+            raise ValueError(f"plan: expected one of the norm's {channels} channels, got {plan.channels}")
+    elif packed:
         raise ValueError("plan: expected one with packed=True, got None")
-    expected = plan.width if packed else channels
-    if x.shape[1] != expected:
-        raise ValueError(f"input: expected {expected} channels, got shape {tuple(x.shape)}")
     if scale is not None and tuple(scale.shape) != (x.shape[0], channels):
         raise ValueError(f"scale: expected shape {(x.shape[0], channels)}, got {tuple(scale.shape)}")
     if (activation or "") not in ACTIVATIONS:
@@ -128,7 +130,7 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, enough: Tensor) -> N
     norm.num_batches_tracked.add_(1)
     momentum = norm.momentum
     if momentum is None:
-        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-    momentum = (enough * momentum).to(norm.running_mean.dtype)
+        momentum = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    momentum = enough.to(norm.running_mean.dtype) * momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)

@@ -86,8 +86,8 @@ class CondConv2d(nn.Module):
     def reset_parameters(self) -> None:
         """Each kernel as ``nn.Conv2d`` has its weight and bias."""
         bound = 1 / math.sqrt(max(math.prod(self.weight_shape[1:]), 1))
-        for kernel in self.weight:
-            nn.init.kaiming_uniform_(kernel.view(self.weight_shape), a=math.sqrt(5))
+        for i in range(self.num_experts):
+            nn.init.kaiming_uniform_(self.weight[i].view(self.weight_shape), a=math.sqrt(5))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
@@ -204,8 +204,8 @@ class DynamicConv2d(nn.Module):
     def reset_parameters(self) -> None:
         """Kaiming's initialisation of each kernel and of the attention."""
         self.attention.reset_parameters()
-        for kernel in self.weight:
-            nn.init.kaiming_uniform_(kernel)
+        for i in range(self.K):
+            nn.init.kaiming_uniform_(self.weight[i])
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -105,7 +105,7 @@ class ChannelConv2d(FromDense, nn.Conv2d):
         factor = torch.where(factor.abs() < 1e-20, 1e-20, factor)
         bias = shift / factor
         bias = (bias if self.bias is None else bias + self.bias).to(self.weight.dtype)
-        return (factor.expand(len(x), -1) if scale is None else factor * scale), bias
+        return (factor.repeat(len(x), 1) if scale is None else factor * scale), bias
 
 
 def _nothing(*arguments) -> bool:
@@ -118,8 +118,11 @@ def _plan(mask_or_plan, name: str) -> ChannelPlan | None:
 
 def _folds(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether the convolution's scale and bias can take the norm: no gradient, and a range that holds shift / factor."""
-    no_grad = not torch.is_grad_enabled()
-    return no_grad and not uses_batch_statistics(norm) and x.dtype in (torch.float32, torch.bfloat16)
+    if torch.is_grad_enabled() or uses_batch_statistics(norm):
+        return False
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return dtype != torch.float16
 
 
 class ChannelLinear(FromDense, nn.Linear):
