@@ -1,7 +1,6 @@
 """The ops: functions with gradients, dense tensors (or packed rows) and a plan in, tensors out."""
 
 from . import index  # noqa: F401  registers the plan-building ops
-from ._pending import masked_output_conv2d, mixed_conv2d
 from .blocks import gather_blocks, scatter_blocks
 from .channels import (
     channel_conv2d,
