@@ -111,6 +111,25 @@ def block_samples():
                     yield "scatter_tiles", (tiles, index, count, g, base, add)
 
 
+def weighted_samples(backend: str):
+    """Weights of each sample, of regions and mixed ones, both formats, with gradients and an activation."""
+    g = list(ConvGeometry(2, 6, 7, 5, 6, 2, 2, 1, 1, 0, 0, 1, 1, 2, 0))
+    region = torch.randint(0, 3, (2, 5, 6), dtype=torch.int32)
+    for layout in ("nchw", "channels_last"):
+        x, dy = (in_layout(random_tensor(2, *size), layout) for size in ((4, 6, 7), (6, 5, 6)))
+        mixed = x, random_tensor(3, 6, 2, 2, 2), random_tensor(2, 3), random_tensor(2, 1, 6)
+        yield "mixed_conv", (*(t.clone().requires_grad_() for t in mixed), g, "", backend)
+        yield "mixed_conv", (*mixed, g, "silu", backend)
+        for batch, regions, at in ((2, 1, None), (1, 1, None), (2, 3, region), (1, 3, region)):
+            weight, bias = random_tensor(batch, regions, 6, 2, 2, 2), random_tensor(batch, regions, 6)
+            leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+            yield "weighted_conv", (*leaves, at, g, "", backend)
+            yield "weighted_conv", (x, weight, None, at, g, "relu", backend)
+            yield "weighted_conv_input_grad", (dy, weight, at, g, backend)
+            for wanted in (True, False):
+                yield "weighted_conv_weight_grad", (dy, x, at, list(weight.shape), g, wanted, backend)
+
+
 def samples():
     torch.manual_seed(0)
     yield from index_samples()
@@ -118,6 +137,7 @@ def samples():
     yield from block_samples()
     for backend in BACKENDS:
         yield from conv_samples(backend)
+        yield from weighted_samples(backend)
 
 
 SAMPLES = list(samples())

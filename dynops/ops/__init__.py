@@ -2,6 +2,7 @@
 
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
+from .channel_weights import mixed_conv2d, region_conv2d, sample_conv2d
 from .channels import (
     channel_conv2d,
     channel_linear,
@@ -26,9 +27,12 @@ __all__ = [
     "gather_channels",
     "gather_pixels",
     "interpolate_pixels",
+    "mixed_conv2d",
     "packed_channel_conv2d",
     "packed_conv2d",
     "packed_conv_transpose2d",
+    "region_conv2d",
+    "sample_conv2d",
     "scatter_blocks",
     "scatter_channels",
     "scatter_pixels",

@@ -195,9 +195,14 @@ def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, pad
     return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
 
 
+def conv_geometry(in_shape, weight_shape, stride, padding, dilation, groups, padding_mode):
+    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
+    return _geometry(_conv_geometry, in_shape, weight_shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+
+
 def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
     """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
-    g, fill = _geometry(_conv_geometry, in_shape, weight.shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    g, fill = conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
     _bias_fits(bias, weight.shape[0])
     return g, fill
 
