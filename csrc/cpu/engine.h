@@ -99,6 +99,29 @@ struct OuterProduct {
   bool add;         // to dw, rather than overwrite it
 };
 
+// sums[i] = sum_(s, k) weight[s][k] * (x[i] + segment[s])[k]: outputs that share a row of weights.
+struct Dots {
+  int32_t rows, segments, depth;  // depth: elements of a segment
+  const int64_t* segment;         // [segments]: bytes
+  const char* const* x;           // [rows]
+  const char* weight;             // [segments][depth]
+  Dtype dtype;                    // of x and weight
+  float* sums;                    // [rows]
+};
+
+// out[c] = sum_j filter[filter_at[j] + c / group * filter_step] * (in + in_at[j])[c]: a pixel's own filter.
+struct LocalFilter {
+  int32_t pairs;
+  const char* in;
+  const int64_t* in_at;  // [pairs]: bytes
+  const float* filter;
+  const int64_t* filter_at;  // [pairs]
+  int64_t filter_step;       // to the next group's
+  int64_t groups, group;     // group: channels that share a filter
+  Dtype dtype;               // of in and out
+  char* out;
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -121,6 +144,8 @@ struct Kernels {
   // to[i][panel width] = `columns` elements at in[i] + offset bytes, as float32
   void (*gather_columns)(const char* const* in, int32_t rows, int64_t offset, Dtype dtype, int32_t columns,
                          float* to);
+  void (*dots)(const Dots&);
+  void (*local_filter)(const LocalFilter&);
   void (*to_float)(const char* from, Dtype, int64_t n, float* to);
   void (*from_float)(const float* from, int64_t n, Dtype, char* to);
   void (*add_to)(const char* from, Dtype, int64_t n, float* to);  // to[i] += from[i]

@@ -103,7 +103,7 @@ def _batch_fold(norm: nn.BatchNorm2d, x: Tensor, plan: ChannelPlan, packed: bool
     """The factor and shift ``[C]`` of a norm with the statistics of the live channels; updates the running ones."""
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     live = plan.mask().expand(len(x), -1)
-    n = live.sum(0) * x.shape[2:].numel()
+    n = live.sum(0).to(values.dtype) * x.shape[2:].numel()
     enough = n > 1
     mean = _live_sum(values, plan, live, packed) / n.clamp(min=1)
     at = gather_channels(mean.expand(len(x), -1).contiguous(), plan) if packed else mean

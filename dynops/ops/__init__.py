@@ -2,6 +2,8 @@
 
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
+from .channel_filters import local_conv2d
+from .channel_outputs import masked_output_conv2d
 from .channel_weights import mixed_conv2d, region_conv2d, sample_conv2d
 from .channels import (
     channel_conv2d,
@@ -27,6 +29,8 @@ __all__ = [
     "gather_channels",
     "gather_pixels",
     "interpolate_pixels",
+    "local_conv2d",
+    "masked_output_conv2d",
     "mixed_conv2d",
     "packed_channel_conv2d",
     "packed_conv2d",

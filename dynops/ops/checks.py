@@ -201,10 +201,9 @@ def conv_geometry(in_shape, weight_shape, stride, padding, dilation, groups, pad
 
 
 def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
-    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
-    g, fill = conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
+    """As :func:`conv_geometry`, and whether the bias fits."""
     _bias_fits(bias, weight.shape[0])
-    return g, fill
+    return conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
 
 
 def _conv_transpose_geometry(

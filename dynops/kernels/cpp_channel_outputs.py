@@ -1,0 +1,100 @@
+"""The C++ kernels of output masks and local filters: prepares memory for ``csrc/cpu/channel_*.cpp``.
+
+Same signatures as the references in ``ops/channel_outputs.py`` and ``ops/channel_filters.py``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry, as_geometry
+from .cpp import _bf16_dot, _last
+
+_CHANNELS_LAST = torch.channels_last
+# Channels of the input that lie in the cache at once; 100 pixels under a block of 64 outputs of 3x3.
+_DEPTH_BYTES = 256
+# Below this many channels a dot product has nothing to run along.
+_MIN_CHANNELS = 16
+_BREAK_EVEN = 0.4
+
+
+# -------------------------------------------------------------------------------- output masks
+
+
+def wins(weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
+    """Whether computing the selected outputs alone takes less time than the dense convolution."""
+    if weight.shape[1] < _MIN_CHANNELS:
+        return False
+    return torch.ops.dynops.cpu_count_selected(_dense(mask)) < _BREAK_EVEN * mask.numel()
+
+
+def _dense(mask: Tensor) -> Tensor:
+    """A mask whose elements lie side by side, in either memory format."""
+    return mask if mask.is_contiguous(memory_format=_CHANNELS_LAST) else mask.contiguous()
+
+
+def _packed_weight(weight: Tensor, dtype: torch.dtype, step: int) -> Tensor:
+    """``[chunks, O, taps, depth]``: the input channels in nearly equal runs, padded with zeros."""
+
+    def make():
+        outputs, inputs, *kernel = weight.shape
+        most = _DEPTH_BYTES // dtype.itemsize * (2 if math.prod(kernel) == 1 else 1)
+        chunks = math.ceil(inputs / most)
+        depth = math.ceil(math.ceil(inputs / chunks) / step) * step
+        chunks = math.ceil(inputs / depth)
+        padded = F.pad(weight.detach().to(dtype), (0, 0, 0, 0, 0, chunks * depth - inputs))
+        return padded.view(outputs, chunks, depth, -1).permute(1, 0, 3, 2).contiguous()
+
+    return backends.weight_cache.get(weight, ("masked_output", dtype), make)
+
+
+def conv(x, weight, bias, mask, partial, begin, geometry):
+    """See ``ops.channel_outputs._conv``. Accumulates in float32, whatever the dtype."""
+    dot = x.dtype == torch.bfloat16 and _bf16_dot()
+    packed = _packed_weight(weight, torch.bfloat16 if dot else torch.float32, 32 if dot else 16)
+    out = torch.empty(mask.shape, dtype=x.dtype, memory_format=_CHANNELS_LAST)
+    partial = None if partial is None else _last(partial)
+    torch.ops.dynops.cpu_masked_conv(
+        _last(x), packed, bias, mask, partial, begin, weight.shape[1], geometry, out
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------- local filters
+
+
+def _filters(kernels: Tensor) -> Tensor:
+    """float32, the filters of a pixel side by side."""
+    return kernels.to(torch.float32).contiguous(memory_format=_CHANNELS_LAST)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, memory_format=_CHANNELS_LAST)
+
+
+def local_conv(x, kernels, geometry, upsample):
+    """See ``ops.channel_filters._conv``."""
+    out = _empty(x, *x.shape[:2], *kernels.shape[2:])
+    torch.ops.dynops.cpu_local_conv(_last(x), _filters(kernels), upsample, geometry, out)
+    return out
+
+
+def local_conv_input_grad(grad, kernels, geometry, upsample):
+    """See ``ops.channel_filters._conv_input_grad``."""
+    g = as_geometry(geometry)
+    dx = _empty(grad, *grad.shape[:2], g.in_h, g.in_w)
+    torch.ops.dynops.cpu_local_conv_input_grad(_last(grad), _filters(kernels), upsample, geometry, dx)
+    return dx
+
+
+def local_conv_kernel_grad(grad, x, geometry, upsample):
+    """See ``ops.channel_filters._conv_kernel_grad``."""
+    g = as_geometry(geometry)
+    out = _empty(grad, grad.shape[0], g.groups * g.taps, *grad.shape[2:])
+    torch.ops.dynops.cpu_local_conv_kernel_grad(_last(grad), _last(x), upsample, geometry, out)
+    return out
