@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..kernels.layout import memory_format_of
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..plans import ChannelPlan
+from .dense import kept
 
 
 class SaliencyHead(nn.Module):
@@ -32,10 +33,10 @@ class SaliencyHead(nn.Module):
         saliency, which contribute nothing.
         """
         saliency = F.relu(self.fc2(F.relu(self.fc1(pooled))))
-        kept = saliency > 0
+        mask = saliency > 0
         if inactive > 0:
-            kept = saliency > saliency.kthvalue(inactive, 1, keepdim=True).values
-        return saliency, ChannelPlan.from_mask(kept, capacity=saliency.shape[1] - inactive)
+            mask = saliency > saliency.kthvalue(inactive, 1, keepdim=True).values
+        return saliency, ChannelPlan.from_mask(mask, capacity=saliency.shape[1] - inactive)
 
 
 class GroupedDynamicConv2d(nn.Module):
@@ -137,10 +138,10 @@ class GroupedDynamicConv2d(nn.Module):
             head = getattr(self, f"headconv_{i}")
             saliency, plan = head(pooled, self._inactive)
             lasso = lasso + saliency.mean()
-            kept = gather_channels(x, plan) * gather_channels(saliency, plan)[:, :, None, None]
+            x_kept = gather_channels(x, plan) * gather_channels(saliency, plan)[:, :, None, None]
             outs.append(
                 packed_channel_conv2d(
-                    kept,
+                    x_kept,
                     head.conv.weight,
                     None,
                     plan,
@@ -275,8 +276,10 @@ class ChannelGatedConv2d(nn.Conv2d):
         c = self.base_channels
         if self.use_group:
             o = self.out_channels // self.p
-            blocks = [self.weight[i * o : (i + 1) * o, i * c : (i + 1) * c] for i in range(self.p)]
-            return self._dense(input, torch.cat(blocks), self.bias, self.p)
+            weight = kept(self.weight, "first", lambda weight: torch.cat(
+                [weight[i * o : (i + 1) * o, i * c : (i + 1) * c] for i in range(self.p)]
+            ))  # fmt: skip
+            return self._dense(input, weight, self.bias, self.p)
         first = input[:, :c] if self.groups == 1 else self._of_groups(input, 0, c)
         return self._dense(first, self.weight[:, :c], self.bias, self.groups)
 
@@ -288,10 +291,13 @@ class ChannelGatedConv2d(nn.Conv2d):
         """Input, weight and the range of the input's channels of the second sum."""
         c, inputs = self.base_channels, self.in_channels // self.groups
         if self.use_group:
-            return input, self.weight * (1 - self.mask), None
-        if self.groups == 1:
-            return input, self.weight[:, c:], (c, inputs)
-        return self._of_groups(input, c, inputs), self.weight[:, c:], None
+            return input, kept(self.weight, "rest", lambda weight: weight * (1 - self.mask)), None
+        weight = kept(self.weight, "rest", lambda weight: weight[:, c:])
+        return (
+            (input, weight, (c, inputs))
+            if self.groups == 1
+            else (self._of_groups(input, c, inputs), weight, None)
+        )
 
     def _finish(self, input: Tensor, gate: Tensor, partial: Tensor) -> Tensor:
         if self.p == 1:

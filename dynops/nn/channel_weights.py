@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..geometry import pair
 from ..ops import mixed_conv2d
+from .dense import kept
 
 
 class CondConv2d(nn.Module):
@@ -101,7 +102,7 @@ class CondConv2d(nn.Module):
             x = self._pad_same(x)
         return mixed_conv2d(
             x,
-            self.weight.view(self.num_experts, *self.weight_shape),
+            kept(self.weight, "kernels", lambda weight: weight.view(-1, *self.weight_shape)),
             routing_weights,
             self.bias,
             stride=self.stride,
