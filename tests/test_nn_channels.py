@@ -880,3 +880,76 @@ def test_channel_gating_refuses():
             ChannelGatedConv2d(8, 16, 3, **arguments)
     with pytest.raises(RuntimeError, match="mask: expected the mask of p=4"):
         ChannelGatedConv2d(8, 16, 3).load_state_dict(ChannelGatedConv2d(8, 16, 3, p=2).state_dict())
+
+
+# --------------------------------------------------------------------------------- all, on kernels
+
+
+def on_kernels(name):
+    """A layer in float32, its dense form, and what both are called with."""
+    x, routing = random_tensor(2, 32, 12, 12), torch.rand(2, 4)
+    if name == "gated":
+        dense = randomised(PublishedCGConv(32, 48, 3, bias=True)).eval()
+        dense.threshold.data += 0.7  # about a quarter of the gates open
+        return ChannelGatedConv2d(32, 48, 3, bias=True).eval(), dense, (x,)
+    if name == "grouped":
+        dense = randomised(PublishedDGC(32, 48, 3)).eval()
+        dense._inactive_channels.fill_(16)
+        return GroupedDynamicConv2d(32, 48, 3).eval(), dense, (x,)
+    if name == "dynamic":
+        return DynamicConv2d(32, 48, 3), PublishedDynamicConv(32, 48, 3), (x, 34)
+    layer = CondConv2d(32, 48, 3, padding=0, bias=True)
+
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = copy.deepcopy(layer.weight), copy.deepcopy(layer.bias)
+
+        def forward(self, x, routing):
+            weight = (routing @ self.weight).view(2, 48, 32, 3, 3)
+            return grouped_trick(x, weight, routing @ self.bias)
+
+    return layer, Dense(), (x, routing)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["gated", "grouped", "dynamic", "cond"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_on_kernels(name, format, mode):
+    layer, dense, (x, *rest) = on_kernels(name)
+    layer.load_state_dict(dense.state_dict())
+    x = x.contiguous(memory_format=format)
+    with mode():
+        outs = [
+            layer(x, *([] if name == "dynamic" else rest)) for _ in range(2)
+        ]  # the second finds its weights packed
+        others = [dense(x, *rest), dense.double()(x.double(), *(r.double() if isinstance(r, torch.Tensor) else r for r in rest))]  # fmt: skip
+    actual, again, yardstick, exact = (out[0] if isinstance(out, tuple) else out for out in (*outs, *others))
+    assert torch.equal(actual, again) and actual.is_contiguous(memory_format=format)
+    assert_within_budget(actual, exact, yardstick)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_was_packed_follows_the_weight(mode):
+    gated, cond = ChannelGatedConv2d(32, 48, 3, th=0.5).eval(), CondConv2d(32, 48, 3)
+    grouped, linear = ChannelGatedConv2d(32, 48, 3, use_group=True, th=0.5).eval(), ChannelLinear(32, 48)
+    x, plan = random_tensor(2, 32, 12, 12), ChannelPlan.from_mask(torch.rand(2, 32) < 0.5)
+    calls = (
+        (gated, lambda: gated(x)),
+        (grouped, lambda: grouped(x)),
+        (cond, lambda: cond(x, torch.ones(2, 4))),
+        (linear, lambda: linear(random_tensor(2, 7, plan.width).fill_(1), plan, packed=True)),
+    )
+    for layer, call in calls:
+        with mode():
+            before = call()
+        with torch.no_grad():
+            layer.weight *= -1
+        with mode():
+            after = call()
+            fresh = copy.deepcopy(layer)
+        assert not torch.equal(before, after)
+        layer.weight.data = layer.weight.data.clone()
+        with mode():
+            assert torch.equal(call(), after)
+        assert torch.equal(fresh.weight, layer.weight)

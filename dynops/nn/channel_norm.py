@@ -76,7 +76,7 @@ def norm_channels(
         factor, shift = (gather_channels(t.expand(len(x), -1).contiguous(), plan) for t in (factor, shift))
     out = torch.addcmul(_as_map(shift), x, _as_map(factor))  # in float32 where x is in half precision
     if not packed:
-        out = out.masked_fill(~_as_map(plan.mask()), 0)
+        out = torch.where(_as_map(plan.mask()), out, 0)  # masked_fill would leave channels_last
     return ACTIVATIONS[activation or ""](out).to(x.dtype)
 
 

@@ -343,5 +343,5 @@ class SwitchableBatchNorm2d(nn.Module):
         out = torch.addcmul(shift[:, :, None, None], input, factor[:, :, None, None])
         channel = torch.arange(self.num_features, device=input.device)
         if isinstance(features, Tensor):
-            out = out.masked_fill((channel >= features[:, None])[:, :, None, None], 0)
+            out = torch.where((channel < features[:, None])[:, :, None, None], out, 0)
         return out.to(input.dtype)
