@@ -23,6 +23,7 @@ from dynops.nn import (
     SlimmableConv2d,
     SlimmableLinear,
     SwitchableBatchNorm2d,
+    UniversalBatchNorm2d,
     set_width,
 )
 from dynops.testing import assert_within_budget, random_tensor
@@ -482,6 +483,52 @@ def test_switchable_norm(training):
     x = double(2, 16, 4, 4)
     assert torch.equal(copy.deepcopy(norm)(x), copy.deepcopy(norm).bn[2](x))
     assert torch.equal(copy.deepcopy(set_width(norm, 0))(x[:, :6]), copy.deepcopy(norm).bn[0](x[:, :6]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_universal_norm(training):
+    widths = [0.25, 0.5, 1.0]
+    norm = randomised(UniversalBatchNorm2d(40, widths)).double().train(training)
+    statistics = [
+        f"bn.{i}.{key}" for i in range(3) for key in ("running_mean", "running_var", "num_batches_tracked")
+    ]
+    assert list(norm.state_dict()) == ["weight", "bias", *statistics]
+    before, x = copy.deepcopy(norm), double(6, 40, 4, 4)
+
+    def expected(values, i):
+        c = [16, 24, 40][i]
+        mean, var = (t.clone() for t in (before.bn[i].running_mean, before.bn[i].running_var))
+        return F.batch_norm(values, mean, var, norm.weight[:c], norm.bias[:c], training), mean
+
+    width = torch.tensor([1.0, 0.25, 0.5, 0.5, 0.25, 1.0])
+    x[1, 16:] = float("nan")
+    out = norm(x, width)
+    for i, (w, c) in enumerate(zip(widths, (16, 24, 40), strict=True)):
+        normed, mean = expected(x[width == w, :c], i)
+        close(out[width == w, :c], normed)
+        close(norm.bn[i].running_mean, mean)
+        assert out[width == w, c:].count_nonzero() == 0
+    x = double(3, 40, 4, 4)
+    assert torch.equal(copy.deepcopy(before)(x[:, :24], 0.5), expected(x[:, :24], 1)[0])
+    assert torch.equal(copy.deepcopy(before)(x), expected(x, 2)[0])
+    if training:
+        close(
+            before(x[:, :32], 0.75),
+            F.batch_norm(x[:, :32], None, None, norm.weight[:32], norm.bias[:32], True),
+        )
+    else:
+        with pytest.raises(
+            ValueError, match=r"width: expected one of \[0.25, 0.5, 1.0\] in eval mode, got 0.75"
+        ):
+            norm(x[:, :32], 0.75)
+
+
+def test_a_width_in_float32_is_that_of_the_float():
+    layer, x = (
+        SlimmableConv2d(40, 40, 1, bias=False).double(),
+        double(1, 40, 3, 3),
+    )  # 0.9 of 40 rounds up to 40
+    close(layer(x, torch.tensor([0.9])), layer(x, 0.9))
 
 
 def test_slimmable_model_of_the_published_layout():

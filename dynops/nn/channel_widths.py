@@ -22,7 +22,7 @@ def set_width(module: nn.Module, width: Width | None) -> nn.Module:
             tensor ``[N]`` of either; None: the widest. A layer that cannot have it raises when it is called.
     """
     for layer in module.modules():
-        if isinstance(layer, (SlimmableConv2d, SlimmableLinear, SwitchableBatchNorm2d)):
+        if isinstance(layer, (SlimmableConv2d, SlimmableLinear, SwitchableBatchNorm2d, UniversalBatchNorm2d)):
             layer.width = width
     return module
 
@@ -60,7 +60,10 @@ class _Side:
     def _scaled(self, width: Width) -> int | Tensor:
         if isinstance(width, Tensor):
             _of_samples(width, torch.float32, "a multiplier in (0, 1]")
-            return _divisible(width.double() * self.most / self.ratio, self.ratio, self.most)
+            # float32 has 0.9 as 0.89999998: rounded, so that it is the width that 0.9 is
+            return _divisible(
+                width.double().round(decimals=6) * self.most / self.ratio, self.ratio, self.most
+            )
         if isinstance(width, bool) or not isinstance(width, (int, float)):
             raise TypeError(f"width: expected a multiplier in (0, 1], got {width!r}")
         if not 0 < width <= 1:
@@ -345,3 +348,79 @@ class SwitchableBatchNorm2d(nn.Module):
         if isinstance(features, Tensor):
             out = torch.where((channel < features[:, None])[:, :, None, None], out, 0)
         return out.to(input.dtype)
+
+
+class UniversalBatchNorm2d(nn.BatchNorm2d):
+    """The norm of a universally slimmable network: affine parameters shared by all widths, statistics for some.
+
+    The parameters and ``state_dict`` are those of the published ``USBatchNorm2d``: ``weight`` and ``bias`` ``[C]``, and
+    ``bn.{i}.running_mean`` and the like of the i-th width of ``width_mult_list``.
+
+    Args:
+        num_features: C.
+        width_mult_list: the multipliers that have running statistics.
+        ratio: channels of a width are a multiple of it.
+        eps, momentum, device, dtype: as in ``nn.BatchNorm2d``.
+
+    Shape:
+        - width: a multiplier in (0, 1] for the whole batch, or a tensor ``[N]``, one for each sample; None as in
+          :class:`SlimmableConv2d`. In eval mode one of ``width_mult_list``; in training any, the statistics being
+          those of the samples of a width.
+        - input, output: for the whole batch ``[N, channels of the width, H, W]``; for each sample ``[N, C, H, W]``, of
+          which channels past its width are not read, and zero in the output. Which samples have which width is read
+          on the host.
+
+    Paper: Yu and Huang, Universally Slimmable Networks (ICCV 2019).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        width_mult_list: list[float] = (1.0,),
+        ratio: int = 1,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(num_features, eps, momentum, True, False, device, dtype)
+        self._features = _Side(num_features, "num_features", True, ratio)
+        self.width_mult_list, self.ratio = list(width_mult_list), ratio
+        self.width: Width | None = None
+        self.bn = nn.ModuleList(
+            nn.BatchNorm2d(self._features.of(width), eps, momentum, False, True, device, dtype)
+            for width in self.width_mult_list
+        )
+
+    def forward(self, input: Tensor, width: Width | None = None) -> Tensor:
+        width = self.width if width is None else width
+        if not isinstance(width, Tensor):
+            return self._norm(input, 1.0 if width is None else width)
+        if input.dim() != 4 or tuple(input.shape[:2]) != (len(width), self.num_features):
+            raise ValueError(
+                f"input: expected {len(width)} samples, one for each width, of {self.num_features} channels, "
+                f"[N, C, H, W], got shape {tuple(input.shape)}"
+            )
+        out = torch.zeros_like(input)
+        for one in width.unique().tolist():
+            samples = (width == one).nonzero()[:, 0]
+            multiplier = round(one, 6)
+            channels = self._features.of(multiplier)
+            normed = self._norm(input[samples, :channels], multiplier)
+            out = out.index_copy(0, samples, F.pad(normed, (0, 0, 0, 0, 0, self.num_features - channels)))
+        return out
+
+    def _norm(self, input: Tensor, width: float) -> Tensor:
+        channels = self._features.of(width)
+        if input.dim() != 4 or input.shape[1] != channels:
+            raise ValueError(
+                f"input: expected {channels} channels at this width, got shape {tuple(input.shape)}"
+            )
+        mean = var = None
+        if width in self.width_mult_list:
+            norm = self.bn[self.width_mult_list.index(width)]
+            mean, var = norm.running_mean, norm.running_var
+        elif not self.training:
+            raise ValueError(f"width: expected one of {self.width_mult_list} in eval mode, got {width}")
+        weight, bias = self.weight[:channels], self.bias[:channels]
+        return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
