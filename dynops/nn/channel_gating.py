@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import kept
 from ..kernels.layout import memory_format_of
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..plans import ChannelPlan
-from .dense import kept
 
 
 class SaliencyHead(nn.Module):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import kept
 from ..geometry import pair
 from ..ops import mixed_conv2d
-from .dense import kept
 
 
 class CondConv2d(nn.Module):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..backends import kept
 from ..ops import channel_conv2d, channel_linear, packed_channel_conv2d
 from ..plans import ChannelPlan, as_channel_plan
 from .channel_norm import norm_channels
-from .dense import FromDense, kept, with_batch
+from .dense import FromDense, with_batch
 from .norm import fold, uses_batch_statistics
 
 

@@ -1,14 +1,10 @@
-"""What the layers that take the place of a dense one share: ``from_dense``, input without a batch, kept views."""
+"""What the layers that take the place of a dense one share: ``from_dense`` and input without a batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-
-from .. import backends
 
 
 class FromDense:
@@ -40,19 +36,3 @@ def with_batch(input) -> tuple[Tensor, bool]:
     if input.dim() not in (3, 4):
         raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
     return (input, True) if input.dim() == 4 else (input[None], False)
-
-
-def kept(weight: Tensor, key: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """``make(weight)``, a view or a function of a weight; where no gradient is needed the same tensor every time.
-
-    What kernels pack is found by the identity of the weight that they get: a new view at each call would be packed
-    at each call.
-    """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
-        return make(weight)
-
-    def detached() -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return make(weight.detach())
-
-    return backends.weight_cache.get(weight, ("kept", key), detached)
