@@ -1000,3 +1000,24 @@ def test_what_was_packed_follows_the_weight(mode):
         with mode():
             assert torch.equal(call(), after)
         assert torch.equal(fresh.weight, layer.weight)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["conv", "linear", "slimmable", "gated", "grouped", "dynamic", "cond"])
+def test_no_samples(name, grad):
+    x, rows = torch.empty(0, 8, 7, 6), torch.empty(0, 8)
+    scale, width = torch.empty(0, 16), torch.empty(0, dtype=torch.int64)
+    call = {
+        "conv": lambda: ChannelConv2d(8, 16, 3)(x, rows, scale, scale=scale, norm=nn.BatchNorm2d(16)),
+        "linear": lambda: ChannelLinear(8, 16)(rows, rows, scale, scale=scale),
+        "slimmable": lambda: SlimmableConv2d([4, 8], [8, 16], 3)(x, width),
+        "gated": lambda: ChannelGatedConv2d(8, 16, 3).eval()(x),
+        "grouped": lambda: GroupedDynamicConv2d(8, 16, 3).eval()(x)[0],
+        "dynamic": lambda: DynamicConv2d(8, 16, 3)(x),
+        "cond": lambda: CondConv2d(8, 16, 3, padding=0, routing=True)(x),
+    }[name]
+    with torch.set_grad_enabled(grad):
+        out = call()
+    assert out.shape == ((0, 16) if name == "linear" else (0, 16, 5, 4))
+    if grad:
+        out.sum().backward()
