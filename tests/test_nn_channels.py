@@ -917,6 +917,7 @@ def test_channel_gating_conv_arguments(arguments, sparse):
 
 def test_channel_gating_refuses():
     for arguments, message in (
+        ({"alpha": 0}, "alpha: expected it above 0"),
         ({"p": 0}, "p: expected 1 to 8"),
         ({"p": 9}, "p: expected 1 to 8"),
         ({"p": 3, "use_group": True}, "p: expected a divisor of 8 input and 16 output"),

@@ -10,6 +10,7 @@ from ..backends import kept
 from ..kernels.layout import memory_format_of
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..plans import ChannelPlan
+from .norm import fold, uses_batch_statistics
 
 
 class SaliencyHead(nn.Module):
@@ -221,6 +222,8 @@ class ChannelGatedConv2d(nn.Conv2d):
 
     def _check(self) -> None:
         inputs = self.in_channels // self.groups
+        if not self.alpha > 0:
+            raise ValueError(f"alpha: expected it above 0, got {self.alpha!r}")
         if not 1 <= self.p <= inputs:
             raise ValueError(f"p: expected 1 to {inputs}, the input channels of a group, got {self.p}")
         if self.use_group and self.groups != 1:
@@ -258,13 +261,18 @@ class ChannelGatedConv2d(nn.Conv2d):
         if self.shuffle:
             input = input.unflatten(1, (self.p, -1)).transpose(1, 2).flatten(1, 2)
         partial = self._partial(input)
-        excess = self.alpha * (self.bn(partial) - self.threshold)
-        gate = excess > 0
+        needs_grad = torch.is_grad_enabled() and (partial.requires_grad or self.threshold.requires_grad)
+        if needs_grad or uses_batch_statistics(self.bn):
+            excess = self.bn(partial) - self.threshold
+            gate = excess > 0
+        else:  # the same in one pass: factor * partial + shift > threshold
+            factor, shift = fold(self.bn)
+            gate = partial > (self.threshold - shift.view(1, -1, 1, 1)) / factor.view(1, -1, 1, 1)
         if not torch.compiler.is_compiling():
             self._open = gate
-        if not (torch.is_grad_enabled() and excess.requires_grad):
+        if not needs_grad:
             return self._finish(input, gate, partial)
-        soft = torch.sigmoid(excess)
+        soft = torch.sigmoid(self.alpha * excess)
         surrogate = soft - soft.detach()  # zero, with the gradient of soft
         if self.sparse_bp:
             out = self._finish(input, gate, partial)
@@ -293,11 +301,9 @@ class ChannelGatedConv2d(nn.Conv2d):
         if self.use_group:
             return input, kept(self.weight, "rest", lambda weight: weight * (1 - self.mask)), None
         weight = kept(self.weight, "rest", lambda weight: weight[:, c:])
-        return (
-            (input, weight, (c, inputs))
-            if self.groups == 1
-            else (self._of_groups(input, c, inputs), weight, None)
-        )
+        if self.groups == 1:
+            return input, weight, (c, inputs)
+        return self._of_groups(input, c, inputs), weight, None
 
     def _finish(self, input: Tensor, gate: Tensor, partial: Tensor) -> Tensor:
         if self.p == 1:
