@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -152,6 +153,23 @@ class _Entry:
 
 
 weight_cache = WeightCache()
+
+
+def kept(weight: Tensor, key: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """``make(weight)``, a view or a function of a weight; where no gradient is needed the same tensor every time.
+
+    What kernels pack is found by the identity of the weight that they get: a new view at each call would be packed
+    at each call.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or (torch.is_grad_enabled() and weight.requires_grad):
+        return make(weight)
+
+    def detached() -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(weight.detach())
+
+    return weight_cache.get(weight, ("kept", key), detached)
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here

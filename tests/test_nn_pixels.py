@@ -133,7 +133,7 @@ def test_from_dense_shares_everything():
     assert list(layer.state_dict()) == list(dense.state_dict())
     layer.register_parameter("extra", nn.Parameter(torch.ones(1)))
     assert not hasattr(dense, "extra")
-    with pytest.raises(TypeError, match=r"conv: expected nn.Conv2d, got ConvTranspose2d"):
+    with pytest.raises(TypeError, match=r"layer: expected nn.Conv2d, got ConvTranspose2d"):
         SparseConv2d.from_dense(nn.ConvTranspose2d(3, 4, 3))
 
 

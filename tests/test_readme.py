@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_examples_run():
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 9
     names: dict = {}
     for block in blocks:
         exec(block, names)
@@ -20,3 +20,6 @@ def test_examples_run():
     expected = names["stack"](names["frame"])
     torch.testing.assert_close(names["output"], expected, rtol=1e-4, atol=1e-5)
     assert 0 < names["plan"].density < 1
+    assert names["packed"].shape == (2, 64, 56, 56) and names["h"].shape == (2, 128, 56, 56)
+    torch.testing.assert_close(names["mixed"][0, :32], names["narrow"][0], rtol=1e-4, atol=1e-5)
+    assert names["mixed"][0, 32:].count_nonzero() == 0

@@ -1,16 +1,34 @@
 """Layers: each takes the place of an ordinary one, with its constructor, parameters and keys."""
 
 from .blocks import SparseBlocks
+from .channel_gating import ChannelGatedConv2d, GroupedDynamicConv2d
+from .channel_norm import ChannelBatchNorm2d
+from .channel_weights import CondConv2d, DynamicConv2d
+from .channel_width_norms import SwitchableBatchNorm2d, UniversalBatchNorm2d
+from .channel_widths import SlimmableConv2d, SlimmableLinear, set_width
+from .channels import ChannelConv2d, ChannelLinear
 from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
 from .pixels import SparseConv2d, SparseConvTranspose2d
 from .sequential import SparseSequential
 
 __all__ = [
+    "ChannelBatchNorm2d",
+    "ChannelConv2d",
+    "ChannelGatedConv2d",
+    "ChannelLinear",
+    "CondConv2d",
+    "DynamicConv2d",
+    "GroupedDynamicConv2d",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
     "MaskedMaxPool2d",
+    "SlimmableConv2d",
+    "SlimmableLinear",
     "SparseBlocks",
     "SparseConv2d",
     "SparseConvTranspose2d",
     "SparseSequential",
+    "SwitchableBatchNorm2d",
+    "UniversalBatchNorm2d",
+    "set_width",
 ]

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from .. import context
 from ..ops import sparse_conv2d, sparse_conv_transpose2d
 from ..plans import PixelPlan, as_pixel_plan
+from .dense import FromDense, with_batch
 from .shapes import conv_geometry, conv_transpose_geometry
 
 
-class _SparseConv:
-    """What the two layers share: the mask, the unbatched form, ``from_dense``."""
-
-    _dense: type[nn.Module]
-
-    @classmethod
-    def from_dense(cls, conv: nn.Module) -> nn.Module:
-        """A sparse layer on the parameters of ``conv``: the same Parameter objects, flags and hooks.
-
-        Raises:
-            TypeError: ``conv`` is not exactly the dense class (a subclass may compute something else).
-        """
-        if type(conv) not in (cls._dense, cls):
-            raise TypeError(f"conv: expected nn.{cls._dense.__name__}, got {type(conv).__name__}")
-        layer = cls.__new__(cls)
-        layer.__dict__ = {
-            key: copy.copy(value) if isinstance(value, (dict, set)) else value
-            for key, value in conv.__dict__.items()
-        }
-        return layer
+class _SparseConv(FromDense):
+    """What the two layers share: the mask, ``from_dense``."""
 
     def _plan(self, x: Tensor, mask_or_plan, batched: bool, output_padding=None) -> PixelPlan | None:
         """The plan that a call is for: the one passed, else that of ``dynops.active``, else None."""
@@ -49,15 +30,6 @@ class _SparseConv:
         else:
             geometry = conv_geometry(self, in_shape)
         return active.plan(geometry.out_shape, x.device)
-
-
-def _batched(input) -> tuple[Tensor, bool]:
-    """``input`` as ``[N, C, H, W]``, and whether it had its batch."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a tensor [N, C, H, W] or [C, H, W], got {type(input).__name__}")
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
-    return (input, True) if input.dim() == 4 else (input[None], False)
 
 
 def _epilogue(batched: bool, gate, residual, base) -> dict:
@@ -113,7 +85,7 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
         if mask_or_plan is None and context.current() is None:
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.Conv2d.forward(self, input)
-        x, batched = _batched(input)
+        x, batched = with_batch(input)
         out = sparse_conv2d(
             x,
             self.weight,
@@ -153,7 +125,7 @@ class SparseConvTranspose2d(_SparseConv, nn.ConvTranspose2d):
         if mask_or_plan is None and context.current() is None:
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.ConvTranspose2d.forward(self, input, output_size)
-        x, batched = _batched(input)
+        x, batched = with_batch(input)
         output_padding = tuple(
             self._output_padding(
                 input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
