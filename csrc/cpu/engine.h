@@ -116,8 +116,6 @@ struct PanelPick {
   ChannelList rows;    // of a segment
   ChannelList columns;
   bool dot;  // bfloat16 pairs
-
-  int64_t depth() const { return dot ? (rows.count + 1) / 2 * 2 : rows.count; }  // of a segment picked
 };
 
 struct Kernels {
@@ -135,8 +133,8 @@ struct Kernels {
   // caches, which the caller ends with a fence.
   void (*expand)(const char* from, int64_t from_stride, int64_t rows, const ChannelList&, Dtype,
                  const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream);
-  // One panel of live columns: to[segment][live row][column], zero past the last column.
-  void (*pick_panel)(const PanelPick&, int64_t panel, char* to);
+  // One panel of live columns, of a segment: to[live row][column], zero past the last column.
+  void (*pick_panel)(const PanelPick&, int64_t panel, int64_t segment, char* to);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   // v[position][tile][channel] = B^T d B of the 4 x 4 inputs in[tile][16]; strides in floats.
   void (*winograd_input)(const char* const* in, int32_t tiles, int64_t channels, float* v, int64_t stride);

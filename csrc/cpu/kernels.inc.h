@@ -222,25 +222,21 @@ FORCE_INLINE void prefetch_picked(const PickVector& v, const PanelPick& pick, in
 }
 
 template <int NV>
-static void pick_columns(const PanelPick& pick, int32_t first, char* to) {
+static void pick_columns(const PanelPick& pick, int32_t first, int64_t segment, char* to) {
   const PickVector a(pick, first), b(pick, NV == 2 ? first + 16 : first);
-  const int64_t segment_depth = pick.layout.depth / pick.segments;
-  const int32_t step = pick.dot ? 2 : 1;
-  for (int64_t segment = 0; segment < pick.segments; ++segment) {
-    const int64_t row = segment * segment_depth;
-    for (int32_t j = 0; j < pick.rows.count; j += step, to += NV * 64) {
-      prefetch_picked(a, pick, row, j);
-      _mm512_storeu_si512(to, picked(a, pick, row, j));
-      if (NV == 1) continue;
-      prefetch_picked(b, pick, row, j);
-      _mm512_storeu_si512(to + 64, picked(b, pick, row, j));
-    }
+  const int64_t row = segment * (pick.layout.depth / pick.segments);
+  for (int32_t j = 0; j < pick.rows.count; j += pick.dot ? 2 : 1, to += NV * 64) {
+    prefetch_picked(a, pick, row, j);
+    _mm512_storeu_si512(to, picked(a, pick, row, j));
+    if (NV == 1) continue;
+    prefetch_picked(b, pick, row, j);
+    _mm512_storeu_si512(to + 64, picked(b, pick, row, j));
   }
 }
 
-static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
+static void pick_panel(const PanelPick& pick, int64_t panel, int64_t segment, char* to) {
   const int32_t first = int32_t(panel) * kPanelWidth;
-  (pick.columns.count - first > 16 ? pick_columns<2> : pick_columns<1>)(pick, first, to);
+  (pick.columns.count - first > 16 ? pick_columns<2> : pick_columns<1>)(pick, first, segment, to);
 }
 
 #else  // without permutations by a variable: channel by channel
@@ -276,26 +272,24 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
   run(from, from_stride, rows, list, base, base_stride, to, to_stride);
 }
 
-static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
-  const int64_t first = panel * kPanelWidth, left = pick.columns.count - first;
-  const int64_t width =
-      left > kPanelWidth - Vec::kLanes ? kPanelWidth : (left + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-  const int64_t segment_depth = pick.layout.depth / pick.segments;
+// Columns that a panel has room for, `left` columns before the last one's end.
+static int64_t stored_width(int64_t left) {
+  return left > kPanelWidth - Vec::kLanes ? kPanelWidth
+                                          : (left + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+}
+
+static void pick_panel(const PanelPick& pick, int64_t panel, int64_t segment, char* to) {
+  const int64_t first = panel * kPanelWidth, left = pick.columns.count - first, width = stored_width(left);
+  const int64_t segment_row = segment * (pick.layout.depth / pick.segments);
   float* out = (float*)to;
-  for (int64_t segment = 0; segment < pick.segments; ++segment) {
-    for (int32_t j = 0; j < pick.rows.count; ++j, out += width) {
-      const int64_t row = segment * segment_depth + pick.rows.index[j];
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t column = i < left ? pick.columns.index[first + i] : 0,
-                      home = column / kPanelWidth * kPanelWidth;
-        const int64_t columns = pick.layout.columns - home;
-        const int64_t stored = columns > kPanelWidth - Vec::kLanes
-                                   ? kPanelWidth
-                                   : (columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-        const float* from = (const float*)pick.from + home * pick.layout.depth + row * stored + column - home;
-        out[i] = i < left ? *from : 0.f;
-      }
-    }
+  for (int64_t i = 0; i < width; ++i) {
+    const int64_t column = i < left ? pick.columns.index[first + i] : 0,
+                  home = column / kPanelWidth * kPanelWidth;
+    const int64_t stored = stored_width(pick.layout.columns - home);
+    const float* from =
+        (const float*)pick.from + home * pick.layout.depth + segment_row * stored + column - home;
+    for (int32_t j = 0; j < pick.rows.count; ++j)
+      out[j * width + i] = i < left ? from[pick.rows.index[j] * stored] : 0.f;
   }
 }
 
