@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynops import BlockPlan, PixelPlan, backends, ops
+from dynops import BlockPlan, ChannelPlan, PixelPlan, backends, ops
 from dynops.geometry import BlockGeometry, ConvGeometry
 from dynops.testing import (
     assert_within_budget,
@@ -111,13 +111,61 @@ def block_samples():
                     yield "scatter_tiles", (tiles, index, count, g, base, add)
 
 
+def channel_copy_samples():
+    for plan in (ChannelPlan.from_mask(torch.rand(2, 5) < 0.5, 3), ChannelPlan.prefix(2, 5)):
+        yield "channel_mask", (plan.index, plan.count, 5)
+        for layout in ("nchw", "channels_last", "strided"):
+            x = in_layout(random_tensor(2, 5, 3, 4), layout)
+            yield "gather_channels", (x.detach().requires_grad_(), plan.index, plan.count, plan.width)
+            rows = in_layout(random_tensor(2, plan.width, 3, 4), layout).detach().requires_grad_()
+            for base in (None, x.detach().requires_grad_()):
+                yield "scatter_channels", (rows, plan.index, plan.count, 5, base)
+    for dtype in (torch.bool, torch.float32):
+        for size in (5, 3):
+            yield "channel_index", ((torch.rand(2, 5) < 0.5).to(dtype), size)
+
+
+def channel_samples(backend: str):
+    """Dense and packed on either side, shared lists and heads, with gradients and with an epilogue."""
+    g = list(ConvGeometry(2, 6, 7, 5, 6, 2, 2, 1, 1, 0, 0, 1, 1, 1, 0))
+    weight, bias = random_tensor(6, 4, 2, 2), random_tensor(6)
+    ins = ChannelPlan.from_mask(torch.rand(2, 4) < 0.5, 3)
+    headed = ChannelPlan.from_mask(torch.rand(2, 2, 4) < 0.5)
+    outs, shared = ChannelPlan.from_mask(torch.rand(2, 6) < 0.5, 4), ChannelPlan.prefix(3, 6)
+    for plan, out, packed, layout in (
+        (ins, outs, False, "nchw"), (ins, outs, True, "channels_last"), (None, shared, False, "channels_last"),
+        (headed, None, False, "strided"), (None, shared, True, "nchw"),
+    ):  # fmt: skip
+        heads, packed_in = (1 if plan is None else plan.heads), packed and plan is not None
+        width = out.width if packed else -1
+        lists = (*(_lists(plan)), *(_lists(out)))
+        x = in_layout(random_tensor(2, plan.width if packed_in else 4, 6, 7), layout)
+        base = None if packed else random_tensor(2, 6, 5, 6)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        yield "channel_conv", (*leaves, *lists, g, heads, "", None, base, packed_in, width, backend)
+        full = ("silu", random_tensor(2, 6), base)
+        yield "channel_conv", (x, weight, None, *lists, g, heads, *full, packed_in, width, backend)
+        dy = in_layout(random_tensor(2, width if packed else 6, 5, 6), layout)
+        in_width = plan.width if packed_in else -1
+        yield "channel_conv_input_grad", (dy, weight, *lists, g, heads, in_width, packed, backend)
+        for wanted in (True, False):
+            dw = (dy, x, *lists, [6, 4, 2, 2], g, heads, packed_in, packed, wanted, backend)
+            yield "channel_conv_weight_grad", dw
+
+
+def _lists(plan):
+    return (None, None) if plan is None else (plan.index, plan.count)
+
+
 def samples():
     torch.manual_seed(0)
     yield from index_samples()
     yield from row_samples()
     yield from block_samples()
+    yield from channel_copy_samples()
     for backend in BACKENDS:
         yield from conv_samples(backend)
+        yield from channel_samples(backend)
 
 
 SAMPLES = list(samples())

@@ -133,6 +133,8 @@ struct Kernels {
   // caches, which the caller ends with a fence.
   void (*expand)(const char* from, int64_t from_stride, int64_t rows, const ChannelList&, Dtype,
                  const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream);
+  // to[i][index[j]] += from[i * stride + j]; zero may be added to other channels in [0, channels).
+  void (*expand_add)(const float* from, int64_t stride, int64_t rows, const ChannelList&, float* const* to);
   // One panel of live columns, of a segment: to[live row][column], zero past the last column.
   void (*pick_panel)(const PanelPick&, int64_t panel, int64_t segment, char* to);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);

@@ -1,7 +1,10 @@
-// What both gradients of a convolution read.
+// What the gradients of a convolution share.
 #pragma once
 
 #include <cstdint>
+
+#include "../common/geometry.h"
+#include "engine.h"
 
 namespace dynops::cpu {
 
@@ -12,5 +15,9 @@ struct GradRows {
   const int32_t* index;  // null where packed
   const char* operator[](int64_t row) const { return data + (index ? index[row] : row) * bytes; }
 };
+
+// [taps][O][I] to the weight's own order: [O][I][taps], or transposed (O the inputs) [I][O][taps].
+void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype,
+                         char* out);
 
 }  // namespace dynops::cpu

@@ -4,21 +4,6 @@
 #include "mask.h"
 
 namespace dynops::cpu {
-namespace {
-
-// Writes up to `capacity` positions, without a branch a pixel; returns how many.
-template <class T>
-int64_t write_index(const T* mask, T value_bits, int64_t n, int32_t* index, int64_t capacity) {
-  int64_t used = 0, i = 0;
-  for (; i < n && used < capacity; ++i) {
-    index[used] = int32_t(i);
-    used += (mask[i] & value_bits) != 0;
-  }
-  return used;
-}
-
-}  // namespace
-
 Tensor mask_to_index(const Tensor& mask_in) {
   const Tensor mask = torch::stable::contiguous(mask_in);
   const int64_t n = mask.numel();

@@ -156,6 +156,29 @@ static void expand_of(const char* from, int64_t from_stride, int64_t rows, const
   }
 }
 
+// Of a part of a list, say a panel of columns: only vectors that hold one of its channels are touched.
+static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
+                       float* const* to) {
+  const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int32_t at = 0; at < list.count;) {
+    const int32_t c = list.index[at] / 16 * 16;
+    const __mmask16 live = live_mask(list, at, c), reads = lanes_mask(__builtin_popcount(live));
+    const bool whole = c + 16 <= list.channels;
+    const __m512i place = _mm512_maskz_expand_epi32(live, iota);
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 sums = _mm512_maskz_loadu_ps(reads, from + i * stride + at);
+      const __m512 spread = _mm512_maskz_permutexvar_ps(live, place, sums);
+      float* cell = to[i] + c;
+      if (whole) {
+        _mm512_storeu_ps(cell, _mm512_add_ps(spread, _mm512_loadu_ps(cell)));
+      } else {
+        _mm512_mask_storeu_ps(cell, live, _mm512_add_ps(spread, _mm512_maskz_loadu_ps(live, cell)));
+      }
+    }
+    at += __builtin_popcount(live);
+  }
+}
+
 static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
                      Dtype dtype, char* to, int64_t to_stride) {
   const auto run = dtype == Dtype::kFloat32 ? compress_of<true> : compress_of<false>;
@@ -185,7 +208,7 @@ FORCE_INLINE __m512i weight_lanes(const char* at, int64_t row_bytes, const Chann
 template <int kVectors, bool kDot>
 static void pick_sixteen(const PanelPick& pick, const LiveVector& live, int64_t segment, char* to,
                          int64_t step) {
-  constexpr int32_t kRows = kDot ? 2 : 1, kAhead = 16;
+  constexpr int32_t kRows = kDot ? 2 : 1, kAhead = 64;
   const int vectors = kVectors ? kVectors : live.vectors;
   const int64_t depth = pick.layout.depth, first_row = segment * (depth / pick.segments) / kRows;
   const char* from[16];
@@ -197,7 +220,10 @@ static void pick_sixteen(const PanelPick& pick, const LiveVector& live, int64_t 
   }
   for (int32_t j = 0; j < pick.rows.count; j += kRows, to += step) {
     // the weight comes from the L3 cache, and the hardware does not foresee which rows are live
-    const int64_t ahead = pick.rows.index[j + kAhead < pick.rows.count ? j + kAhead : j] / kRows;
+    const int32_t later = j + kAhead, over = later < pick.rows.count ? 0 : pick.rows.count;
+    const bool none = later - over >= pick.rows.count || (over && segment + 1 == pick.segments);
+    const int64_t ahead =
+        none ? 0 : (pick.rows.index[later - over] + (over ? depth / pick.segments : 0)) / kRows;
     __m512i out = _mm512_setzero_si512();
     UNROLL for (int s = 0; s < vectors; ++s) {
       __builtin_prefetch(from[s] + ahead * row_bytes[s], 0, 2);
@@ -256,6 +282,13 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
                    const char* base, int64_t base_stride, char* to, int64_t to_stride, bool) {
   const auto run = dtype == Dtype::kFloat32 ? expand_of<uint32_t> : expand_of<uint16_t>;
   run(from, from_stride, rows, list, base, base_stride, to, to_stride);
+}
+
+static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
+                       float* const* to) {
+  for (int64_t i = 0; i < rows; ++i, from += stride) {
+    for (int32_t j = 0; j < list.count; ++j) to[i][list.index[j]] += from[j];
+  }
 }
 
 // Columns that a panel has room for, `left` columns before the last one's end.
@@ -929,6 +962,7 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        fill,
                        compress,
                        expand,
+                       expand_add,
                        pick_panel,
                        gemm,
                        winograd_input,

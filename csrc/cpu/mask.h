@@ -52,6 +52,17 @@ Count count_active(const T* mask, T value_bits, T largest, int64_t n) {
   return {active, worst > largest};
 }
 
+// Writes up to `capacity` positions of nonzeros, without a branch an element; returns how many.
+template <class T>
+int64_t write_index(const T* mask, T value_bits, int64_t n, int32_t* index, int64_t capacity) {
+  int64_t used = 0, i = 0;
+  for (; i < n && used < capacity; ++i) {
+    index[used] = int32_t(i);
+    used += (mask[i] & value_bits) != 0;
+  }
+  return used;
+}
+
 // int32 [P]: the ascending flat positions of the nonzeros.
 Tensor mask_to_index(const Tensor& mask);
 

@@ -256,8 +256,10 @@ class WeightGrad {
   float* dw_ = nullptr;                                                       // [taps][O][C / groups]
 };
 
-// [taps][O][I] to the weight's own order: [O][I][taps], or transposed (O the inputs) [I][O][taps].
-void reorder(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype, char* out) {
+}  // namespace
+
+void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs, Dtype dtype,
+                         char* out) {
   const int64_t taps = g.taps(), group_out = outputs / g.groups, element = size_of(dtype);
   const int64_t lines = g.transposed ? g.groups * inputs : outputs;  // first dimension of the weight
   const int64_t inner = g.transposed ? group_out : inputs;           // second
@@ -280,6 +282,8 @@ void reorder(const float* dw, const Geometry& g, int64_t outputs, int64_t inputs
     }
   });
 }
+
+namespace {
 
 // The sum of the gradient rows: float32 over 16 rows, then float64, as exact as a tree of sums. In blocks
 // that do not depend on the number of threads, so that neither does the result.
@@ -367,7 +371,7 @@ void conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, 
     } else {
       weight_grad.run(sums.get());
     }
-    reorder(sums.get(), g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
+    reorder_weight_grad(sums.get(), g, out_channels, in_channels / g.groups, dtype, data_of<char>(dw));
   }
   if (db) bias_grad(from, rows, out_channels, dtype, data_of<char>(db));
 }

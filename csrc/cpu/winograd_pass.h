@@ -103,7 +103,7 @@ class WinogradPass {
     gemm.layout.columns = (layout_.columns + kernels().lanes - 1) / kernels().lanes * kernels().lanes;
     const RowBlock products{int32_t(tiles), w.in.data(), w.to.data(), nullptr, nullptr};
     Gemm last = gemm;
-    last.layout = layout_;
+    last.layout = layout_;  // outputs may lie in rows without that room
     last.scale = f_.affine.scale.data();
     last.shift = f_.affine.shift.data();
     last.activation = f_.activation;

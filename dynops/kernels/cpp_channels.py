@@ -1,4 +1,4 @@
-"""The C++ kernels of the channel ops: prepares memory for ``csrc/cpu/channels.cpp``.
+"""The C++ kernels of the channel ops: prepares memory for ``csrc/cpu/channel*.cpp``.
 
 Same signatures as the references in ``ops/channels.py``.
 """
@@ -14,9 +14,13 @@ from .. import backends
 from ..geometry import ConvGeometry, as_geometry
 from . import cpp
 from .cpp import _last
+from .layout import memory_format_of
 
 if backends.has_binary():
     _cpu_conv = torch.ops.dynops.cpu_channel_conv.default
+    _cpu_weight_grad = torch.ops.dynops.cpu_channel_weight_grad.default
+    _cpu_gather = torch.ops.dynops.cpu_gather_channels.default
+    _cpu_scatter = torch.ops.dynops.cpu_scatter_channels.default
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,3 +130,35 @@ def conv_input_grad(
         dx,
     )
     return dx
+
+
+def conv_weight_grad(
+    grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias
+):  # fmt: skip
+    """See ``ops.channels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
+    dw = grad.new_empty(weight_shape)
+    db = grad.new_empty(weight_shape[0] if bias else 0)
+    lists = (in_index, in_count, out_index, out_count)
+    g = as_geometry(geometry)
+    _cpu_weight_grad(_last(grad), _last(x), *lists, g, heads, packed_in, packed_out, dw, db if bias else None)
+    return dw, db
+
+
+def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
+    """See ``ops.channels._gather``."""
+    layout = memory_format_of(x)
+    out = torch.empty((x.shape[0], width, *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+    _cpu_gather(x.contiguous(memory_format=layout), index, count, layout == torch.channels_last, out)
+    return out
+
+
+def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: Tensor | None) -> Tensor:
+    """See ``ops.channels._scatter``."""
+    layout = memory_format_of(packed)
+    out = torch.empty(
+        (packed.shape[0], channels, *packed.shape[2:]), dtype=packed.dtype, memory_format=layout
+    )
+    base = None if base is None else base.contiguous(memory_format=layout)
+    packed = packed.contiguous(memory_format=layout)
+    _cpu_scatter(packed, index, count, base, layout == torch.channels_last, out)
+    return out

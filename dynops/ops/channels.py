@@ -22,6 +22,7 @@ list, zero past the list's end. ``_conv``, ``_conv_input_grad``, ``_conv_weight_
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
@@ -74,9 +75,12 @@ def _dense_input(x, index, count, channels: int, heads: int, packed: bool) -> Te
     if packed:
         x = _scatter(x, index, count, channels, None)
     live = _live(index, count, channels, heads)
-    if live is None:
-        return x.repeat(1, heads, 1, 1)
-    return x[:, None].masked_fill(~live, 0).flatten(1, 2)
+    if heads == 1:
+        return (
+            x if live is None else torch.where(live[:, 0], x, 0)
+        )  # keeps the format, as masked_fill does not
+    headed = torch.where(live, x[:, None], 0).flatten(1, 2)
+    return headed.contiguous(memory_format=memory_format_of(x))
 
 
 def _dense_grad(grad: Tensor, index, count, channels: int, packed: bool) -> Tensor:
@@ -84,7 +88,7 @@ def _dense_grad(grad: Tensor, index, count, channels: int, packed: bool) -> Tens
     if packed:
         return _scatter(grad, index, count, channels, None)
     live = _live(index, count, channels)
-    return grad if live is None else grad.masked_fill(~live[:, 0], 0)
+    return grad if live is None else torch.where(live[:, 0], grad, 0)
 
 
 def _headed(g: ConvGeometry, heads: int) -> ConvGeometry:
@@ -181,12 +185,12 @@ def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
 
 def _run_gather(x, index, count, width):
     kernels = _kernels("", x)
-    return getattr(kernels, "gather", _gather)(x, index, count, width)
+    return (_gather if kernels is None else kernels.gather)(x, index, count, width)
 
 
 def _run_scatter(packed, index, count, channels, base):
     kernels = _kernels("", packed)
-    return getattr(kernels, "scatter", _scatter)(packed, index, count, channels, base)
+    return (_scatter if kernels is None else kernels.scatter)(packed, index, count, channels, base)
 
 
 def _run_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend):  # fmt: skip
@@ -205,7 +209,7 @@ def _run_input_grad(grad, weight, in_index, in_count, out_index, out_count, geom
 
 def _run_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias, backend):  # fmt: skip
     kernels = _kernels(backend, grad)
-    run = getattr(kernels, "conv_weight_grad", _conv_weight_grad)
+    run = _conv_weight_grad if kernels is None else kernels.conv_weight_grad
     return run(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias)  # fmt: skip
 
 
@@ -349,7 +353,8 @@ def gather_channels(x: Tensor, plan: ChannelPlan) -> Tensor:
         TypeError, ValueError: ``x`` does not fit the plan.
     """
     channel_checks.plan_of(plan, "plan", x, None, "x", 1)
-    return _gather_op(_as_map(x), plan.index, plan.count, plan.width).view(x.shape[0], -1, *x.shape[2:])
+    shape = (x.shape[0], plan.width, *x.shape[2:])
+    return _gather_op(_as_map(x), plan.index, plan.count, plan.width).view(shape)
 
 
 def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = None) -> Tensor:
@@ -365,7 +370,8 @@ def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = No
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit the plan.
     """
-    channel_checks.plan_of(plan, "plan", packed, plan.width, "packed", 1)
+    width = plan.width if isinstance(plan, ChannelPlan) else None
+    channel_checks.plan_of(plan, "plan", packed, width, "packed", 1)
     shape = (packed.shape[0], plan.channels, *packed.shape[2:])
     if base is not None:
         channel_checks.base_of(base, shape, packed)
@@ -500,6 +506,8 @@ def channel_linear(
     if base is not None:
         channel_checks.base_of(base, (*x.shape[:-1], weight.shape[0]), x)
         base = base.reshape(x.shape[0], 1, rows, weight.shape[0]).permute(0, 3, 1, 2)
+    if rows == 0:  # a convolution takes no empty map
+        return F.linear(x, weight, bias)
     as_map = x.reshape(x.shape[0], 1, rows, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last, no copy
     out = _channel_conv(as_map, weight[:, :, None, None], bias, in_plan, out_plan, False, False, (1, 0, 1, 1, "zeros"), activation, scale, base, backend)  # fmt: skip
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])

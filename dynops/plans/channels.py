@@ -110,7 +110,7 @@ class ChannelPlan:
         shared = index.dim() == 1
         rows = index.view(1, -1) if shared else index
         if count is None:
-            count = (rows >= 0).to(torch.int32).cumprod(1).sum(1)
+            count = (rows != -1).flip(1).cumsum(1).gt(0).sum(1)  # up to the last: -1 before it is an error
         if tuple(count.shape) != (rows.shape[0],):
             raise ValueError(f"count: expected shape ({rows.shape[0]},), got {tuple(count.shape)}")
         rows, count = _checked_lists(rows.long(), count.to(rows.device), channels)
@@ -136,7 +136,7 @@ class ChannelPlan:
             widths = width.to(device=device)
         else:
             widths = torch.tensor([width] if is_int(width) else list(width), device=device)
-            if widths.is_floating_point():
+            if widths.is_floating_point() and widths.numel():
                 raise TypeError(f"width: expected an int or ints [N], got {width!r}")
         looks = not widths.is_cuda or not isinstance(width, Tensor)
         if looks and not torch.compiler.is_compiling() and widths.numel():
