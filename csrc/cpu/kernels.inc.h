@@ -211,24 +211,27 @@ static void pick_sixteen(const PanelPick& pick, const LiveVector& live, int64_t 
   constexpr int32_t kRows = kDot ? 2 : 1, kAhead = 64;
   const int vectors = kVectors ? kVectors : live.vectors;
   const int64_t depth = pick.layout.depth, first_row = segment * (depth / pick.segments) / kRows;
+  const ChannelList rows = pick.rows;  // copies: stores of char could change what lies behind a reference
+  const __m512i lane = live.lane;
+  __mmask16 takes[16];
   const char* from[16];
   int64_t row_bytes[16];
   for (int s = 0; s < vectors; ++s) {
     const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
+    takes[s] = live.takes[s];
     row_bytes[s] = pick.layout.columns - panel <= kPanelWidth - 16 ? 64 : kPanelWidth * 4;
     from[s] = pick.from + panel * depth * (4 / kRows) + (first - panel) * 4 + first_row * row_bytes[s];
   }
-  for (int32_t j = 0; j < pick.rows.count; j += kRows, to += step) {
+  for (int32_t j = 0; j < rows.count; j += kRows, to += step) {
     // the weight comes from the L3 cache, and the hardware does not foresee which rows are live
-    const int32_t later = j + kAhead, over = later < pick.rows.count ? 0 : pick.rows.count;
-    const bool none = later - over >= pick.rows.count || (over && segment + 1 == pick.segments);
-    const int64_t ahead =
-        none ? 0 : (pick.rows.index[later - over] + (over ? depth / pick.segments : 0)) / kRows;
+    const int32_t later = j + kAhead, over = later < rows.count ? 0 : rows.count;
+    const bool none = later - over >= rows.count || (over && segment + 1 == pick.segments);
+    const int64_t ahead = none ? 0 : (rows.index[later - over] + (over ? depth / pick.segments : 0)) / kRows;
     __m512i out = _mm512_setzero_si512();
     UNROLL for (int s = 0; s < vectors; ++s) {
       __builtin_prefetch(from[s] + ahead * row_bytes[s], 0, 2);
-      out = _mm512_mask_permutexvar_epi32(out, live.takes[s], live.lane,
-                                          weight_lanes<kDot>(from[s], row_bytes[s], pick.rows, j));
+      out = _mm512_mask_permutexvar_epi32(out, takes[s], lane,
+                                          weight_lanes<kDot>(from[s], row_bytes[s], rows, j));
     }
     _mm512_storeu_si512(to, out);
   }
