@@ -69,9 +69,10 @@ struct Call {
   const float* scale;       // [N, O] or null
   Activation activation;
   std::vector<RowClass> classes = {};
+  std::vector<RowClass> tap_groups = {};  // what a panel of a large weight is brought and multiplied by
   std::vector<int32_t> pixels = {}, quads = {}, run = {};  // run: the inputs of merged taps
-  std::vector<char> compact = {};                // the weight, where all samples share it; else empty
-  std::vector<int64_t> compact_of = {};          // [parts]: where a part's begins
+  std::vector<char> compact = {};        // the weight, where all samples share it; else empty
+  std::vector<int64_t> compact_of = {};  // [parts]: where a part's begins
   const char* zero = nullptr;
 
   int64_t element() const { return size_of(dtype); }
@@ -109,10 +110,13 @@ struct Call {
   }
 };
 
-// A part of the work of one sample: units of the output, and panels of its live channels (of a single part).
+// Samples that take a large weight in turn.
+inline constexpr int64_t kSampleGroup = 4;
+
+// The work of some samples, or a part of it: units of the output, and panels of live channels (of a single
+// part).
 struct JobRange {
-  int64_t sample;
-  Range units, panels;
+  Range samples, units, panels;
 };
 
 // The lines of the input that these lines of the output read.

@@ -36,8 +36,8 @@ class DepthwiseJob {
   DepthwiseJob(const Call& c, const JobRange& range)
       : c_(c),
         range_(range),
-        in_(c.in.whole(range.sample)),
-        out_(c.out.whole(range.sample)),
+        in_(c.in.whole(range.samples.begin)),
+        out_(c.out.whole(range.samples.begin)),
         overlap_(in_, out_) {}
 
   void run();
@@ -47,7 +47,7 @@ class DepthwiseJob {
   const char* weight();
   Affine affine() const;
   void write(Range rows, const RowsAt& computed, bool in_place);
-  int64_t sample_rows(int64_t pixels) const { return c_.samples > 1 ? range_.sample * pixels : 0; }
+  int64_t sample_rows(int64_t pixels) const { return c_.samples > 1 ? range_.samples.begin * pixels : 0; }
 
   const Call& c_;
   const JobRange range_;
@@ -89,7 +89,7 @@ Affine DepthwiseJob::affine() const {
   affine.shift.assign(size_t(out_.count) + 64, 0.f);
   for (int32_t j = 0; j < out_.count; ++j) {
     const int64_t channel = out_.index[j];
-    const float scale = c_.scale ? c_.scale[range_.sample * c_.outputs() + channel] : 1.f;
+    const float scale = c_.scale ? c_.scale[range_.samples.begin * c_.outputs() + channel] : 1.f;
     affine.scale[size_t(j)] = scale;
     if (!c_.bias.empty()) affine.shift[size_t(j)] = scale * c_.bias[size_t(channel)];
   }

@@ -15,9 +15,9 @@ namespace {
 struct Scratch {
   Buffer x, y, weight, transformed;
   WinogradPass::Work work;
-  static Scratch& mine() {
-    static thread_local Scratch scratch;
-    return scratch;
+  static Scratch& mine(int slot) {
+    static thread_local Scratch scratch[kSampleGroup];
+    return scratch[slot];
   }
   void shrink() {
     for (Buffer* b : {&x, &y, &weight, &transformed}) b->shrink();
@@ -49,18 +49,41 @@ struct LiveWeight {
   int64_t bytes() const { return positions * layout.group_bytes; }
   int64_t panel_bytes() const { return kernels().panel_width * layout.depth * (pick.dot ? 2 : 4); }
 
+  int64_t width(int64_t panel) const {
+    const int64_t left = pick.columns.count - panel * kernels().panel_width;
+    return left > kernels().panel_width - kernels().lanes ? kernels().panel_width
+                                                          : round_up(left, kernels().lanes);
+  }
+
+  // One segment of a panel of a direct convolution, to its place in the panel.
+  void bring_segment(int64_t panel, int64_t segment, char* to) const {
+    const int64_t depth = layout.depth / pick.segments;
+    kernels().pick_panel(pick, panel, segment, to + segment * depth * width(panel) * (pick.dot ? 2 : 4));
+  }
   // One panel of every position, `position_bytes` apart.
   void bring(int64_t panel, char* to, int64_t position_bytes) const {
-    PanelPick one = pick;
-    for (int64_t i = 0; i < positions; ++i, one.from += pick.layout.group_bytes, to += position_bytes)
-      kernels().pick_panel(one, panel, to);
+    LiveWeight one = *this;
+    for (int64_t i = 0; i < positions; ++i, one.pick.from += pick.layout.group_bytes, to += position_bytes)
+      for (int64_t segment = 0; segment < pick.segments; ++segment) one.bring_segment(panel, segment, to);
   }
 };
 
 class Job {
  public:
-  Job(const Call& c, const JobRange& range);
+  // `slot`: of the thread's scratch memory.
+  Job(const Call& c, const JobRange& range, int64_t sample, int slot);
   void run();
+
+  // A direct convolution in steps, for samples that take a large weight in turn; only where `in_steps()`.
+  bool in_steps() const { return by_panel_ && !c_.winograd; }
+  int64_t panels() const { return parts_[0].live.layout.panels; }
+  void start();
+  void bring(int64_t panel, int32_t tap) {
+    const int64_t segment = c_.turned ? c_.g.taps() - 1 - tap : tap;
+    parts_[0].live.bring_segment(panel, segment, panel_);
+  }
+  void multiply(int64_t panel, size_t taps);
+  void finish();
 
  private:
   struct Part {
@@ -79,14 +102,23 @@ class Job {
   void compute(Part& part, Range units, Range rows);
   void compute_direct(Part& part, Range rows);
   void compute_winograd(Part& part, Range units);
+  RowsAt outputs_at(Range rows, int64_t most);
+  void write(Range rows, const RowsAt& computed);
 
   // Memory of the sample in the output, and at the job's first channel.
-  int64_t sample_rows(int64_t pixels) const { return c_.samples > 1 ? range_.sample * pixels : 0; }
+  int64_t sample_rows(int64_t pixels) const { return c_.samples > 1 ? sample_ * pixels : 0; }
 
   const Call& c_;
   const JobRange range_;
+  const int64_t sample_;
   Scratch& s_;
   Block block_;
+  // of the steps: a pass and a table of rows for each group of taps
+  std::vector<ForwardPass> passes_;
+  std::vector<Block> tap_blocks_;
+  std::vector<float> no_shift_;
+  Range rows_{0, 0};
+  RowsAt computed_{0, 0};
   std::vector<Part> parts_;
   ChannelList out_{};              // the job's live outputs, counted from channel first_
   std::vector<int32_t> relative_;  // its index, where first_ > 0
@@ -98,13 +130,14 @@ class Job {
   char* panel_ = nullptr;
 };
 
-Job::Job(const Call& c, const JobRange& range) : c_(c), range_(range), s_(Scratch::mine()) {
+Job::Job(const Call& c, const JobRange& range, int64_t sample, int slot)
+    : c_(c), range_(range), sample_(sample), s_(Scratch::mine(slot)) {
   choose_outputs();
   if (empty_) return;
   parts_.reserve(size_t(c.parts));
   for (int64_t p = 0; p < c.parts; ++p) {
-    const ListPart in = c.in_part(range.sample, p);
-    ListPart out = c.out_part(range.sample, p);
+    const ListPart in = c.in_part(sample, p);
+    ListPart out = c.out_part(sample, p);
     if (c.parts == 1) {
       out.list.index += before_;
       out.list.count = out_.count;
@@ -115,7 +148,7 @@ Job::Job(const Call& c, const JobRange& range) : c_(c), range_(range), s_(Scratc
 }
 
 void Job::choose_outputs() {
-  out_ = c_.out.whole(range_.sample);
+  out_ = c_.out.whole(sample_);
   const int64_t width = kernels().panel_width, all = out_.count, channels = out_.channels;
   if (c_.parts == 1) {
     empty_ = range_.panels.begin > 0 && range_.panels.begin * width >= all;
@@ -141,7 +174,7 @@ Forward Job::forward_of(const ListPart& in, const ListPart& out) const {
   affine.shift.assign(size_t(columns) + 64, 0.f);
   for (int32_t j = 0; j < out.list.count; ++j) {
     const int64_t channel = out.first + out.list.index[j];
-    const float scale = c_.scale ? c_.scale[range_.sample * c_.outputs() + channel] : 1.f;
+    const float scale = c_.scale ? c_.scale[sample_ * c_.outputs() + channel] : 1.f;
     affine.scale[size_t(j)] = scale;
     if (!c_.bias.empty()) affine.shift[size_t(j)] = scale * c_.bias[size_t(channel)];
   }
@@ -178,7 +211,7 @@ void Job::place_weights() {
       part.f.whole = &c_.layout;
       part.position_bytes = c_.layout.group_bytes;
     } else if (!c_.compact.empty()) {
-      const ListPart all = c_.out_part(range_.sample, int64_t(p));
+      const ListPart all = c_.out_part(sample_, int64_t(p));
       part.position_bytes = LiveWeight(c_, int64_t(p), part.in.list, all.list).layout.group_bytes;
       part.f.weight =
           c_.compact.data() + c_.compact_of[p] + before_ / kernels().panel_width * part.live.panel_bytes();
@@ -217,6 +250,16 @@ int64_t Job::chunk_units() const {
 
 void Job::run() {
   if (empty_) return;
+  if (in_steps()) {
+    start();
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      for (size_t taps = 0; taps < c_.tap_groups.size(); ++taps) {
+        for (int32_t tap : c_.tap_groups[taps].taps) bring(panel, tap);
+        multiply(panel, taps);
+      }
+    }
+    return finish();
+  }
   const int64_t first = range_.units.begin, units = range_.units.size();
   const int64_t chunks = (units + chunk_units() - 1) / chunk_units();
   for (int64_t i = 0; i < chunks; ++i)
@@ -231,11 +274,9 @@ void Job::run_chunk(Range units) {
   int64_t most = out_.count;
   if (c_.accumulates())
     for (const Part& part : parts_) most = std::max<int64_t>(most, part.out.list.count);
-  const int64_t stride = round_up(round_up(most, kernels().lanes) * c_.element(), 64);
   char* const y = c_.y.data + sample_rows(c_.g.out_pixels()) * c_.y.stride;
-  const RowsAt computed =
-      in_place_ ? RowsAt::from(y + (c_.y.packed ? before_ : first_) * c_.element(), c_.y.stride, 0)
-                : RowsAt::from(s_.y.at_least(rows.size() * stride), stride, rows.begin);
+  const RowsAt computed = outputs_at(rows, most);
+  const int64_t stride = computed.stride;
   for (Part& part : parts_) {
     const bool adds = c_.accumulates() && &part != parts_.data();
     if (c_.accumulates()) out_ = part.out.list;
@@ -255,9 +296,57 @@ void Job::run_chunk(Range units) {
                        adds ? y + rows.begin * c_.y.stride : nullptr, c_.y.stride,
                        y + rows.begin * c_.y.stride, c_.y.stride, false);
   }
-  if (!c_.accumulates())
-    write_rows(c_, out_, sample_rows(c_.g.out_pixels()) + rows.begin, rows.size(), computed.row(rows.begin),
-               in_place_ ? 0 : stride, c_.y.packed ? before_ : first_, last_);
+  if (!c_.accumulates()) write(rows, computed);
+}
+
+// Where the rows' outputs are computed, up to `most` of a row.
+RowsAt Job::outputs_at(Range rows, int64_t most) {
+  if (in_place_) {
+    char* const y = c_.y.data + sample_rows(c_.g.out_pixels()) * c_.y.stride;
+    return RowsAt::from(y + (c_.y.packed ? before_ : first_) * c_.element(), c_.y.stride, 0);
+  }
+  const int64_t stride = round_up(round_up(most, kernels().lanes) * c_.element(), 64);
+  return RowsAt::from(s_.y.at_least(rows.size() * stride), stride, rows.begin);
+}
+
+void Job::write(Range rows, const RowsAt& computed) {
+  write_rows(c_, out_, sample_rows(c_.g.out_pixels()) + rows.begin, rows.size(), computed.row(rows.begin),
+             in_place_ ? 0 : computed.stride, c_.y.packed ? before_ : first_, last_);
+}
+
+void Job::start() {
+  Part& part = parts_[0];
+  const Range lines{c_.line_of(range_.units.begin), c_.line_of(range_.units.end)};
+  rows_ = {lines.begin * c_.g.out_w, lines.end * c_.g.out_w};
+  read(part, input_lines(c_.g, lines));
+  computed_ = outputs_at(rows_, out_.count);
+  part.f.out_stride = computed_.stride;
+  part.f.out = computed_.row(0);
+  no_shift_.assign(part.f.affine.shift.size(), 0.f);
+  tap_blocks_.resize(c_.tap_groups.size());
+  passes_.reserve(c_.tap_groups.size());
+  for (size_t i = 0; i < c_.tap_groups.size(); ++i) {
+    passes_.emplace_back(part.f, c_.tap_groups[i]);
+    part.f.residual = i ? part.f.out : nullptr;
+    passes_[i].prepare(tap_blocks_[i], rows_.begin, int32_t(rows_.size()));
+  }
+}
+
+// Adds the products of a group of taps; the first brings the bias, the last the activation.
+void Job::multiply(int64_t panel, size_t taps) {
+  Forward& f = parts_[0].f;
+  const bool first = taps == 0, last = taps + 1 == c_.tap_groups.size();
+  if (!first) std::swap(f.affine.shift, no_shift_);
+  f.activation = last ? c_.activation : Activation::kNone;
+  f.residual = first ? nullptr : f.out;
+  f.weight = RowsAt::from(panel_, parts_[0].live.panel_bytes(), panel).row(0);
+  passes_[taps].multiply(tap_blocks_[taps], int32_t(rows_.size()), panel, panel + 1);
+  if (!first) std::swap(f.affine.shift, no_shift_);
+}
+
+void Job::finish() {
+  write(rows_, computed_);
+  s_.shrink();
 }
 
 // Sets where the part's live channels of the input lie side by side; compacts them if they do not.
@@ -286,16 +375,7 @@ void Job::compute_direct(Part& part, Range rows) {
   for (const RowClass& rows_of : c_.classes) {
     const Range range = c_.of_class(rows_of, rows);
     const ForwardPass pass(part.f, rows_of);
-    if (!by_panel_) {
-      pass.run(block_, range.begin, range.end, 0, pass.panels());
-      continue;
-    }
-    pass.prepare(block_, range.begin, int32_t(range.size()));
-    for (int64_t panel = 0; panel < pass.panels(); ++panel) {
-      part.live.bring(panel, panel_, part.position_bytes);
-      part.f.weight = RowsAt::from(panel_, part.live.panel_bytes(), panel).row(0);
-      pass.multiply(block_, int32_t(range.size()), panel, panel + 1);
-    }
+    pass.run(block_, range.begin, range.end, 0, pass.panels());
   }
 }
 
@@ -316,7 +396,37 @@ void Job::compute_winograd(Part& part, Range units) {
 
 }  // namespace
 
-void run_channel_job(const Call& c, const JobRange& range) { Job(c, range).run(); }
+void run_channel_job(const Call& c, const JobRange& range) {
+  if (range.samples.size() == 1) return Job(c, range, range.samples.begin, 0).run();
+  std::vector<Job> jobs;
+  jobs.reserve(size_t(range.samples.size()));
+  int64_t panels = 0;
+  for (int64_t sample = range.samples.begin; sample < range.samples.end; ++sample) {
+    jobs.emplace_back(c, range, sample, int(jobs.size()));
+    if (!jobs.back().in_steps()) {
+      jobs.back().run();
+      jobs.pop_back();
+      continue;
+    }
+    jobs.back().start();
+    panels = std::max(panels, jobs.back().panels());
+  }
+  // The samples take their panels out of the same lines of the weight, one tap at a time, while these are in
+  // the L2 cache.
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for (size_t taps = 0; taps < c.tap_groups.size(); ++taps) {
+      for (int32_t tap : c.tap_groups[taps].taps) {
+        for (Job& job : jobs) {
+          if (panel < job.panels()) job.bring(panel, tap);
+        }
+      }
+      for (Job& job : jobs) {
+        if (panel < job.panels()) job.multiply(panel, taps);
+      }
+    }
+  }
+  for (Job& job : jobs) job.finish();
+}
 
 void compact_weights(Call& c) {
   std::vector<LiveWeight> parts;

@@ -31,8 +31,9 @@ namespace {
 
 // How a call falls into jobs.
 struct Jobs {
-  int64_t samples, row_parts = 1, panel_parts = 1;
-  int64_t size() const { return samples * row_parts * panel_parts; }
+  int64_t groups;  // of samples
+  int64_t row_parts = 1, panel_parts = 1;
+  int64_t size() const { return groups * row_parts * panel_parts; }
 };
 
 int64_t live_panels(const Call& c) {
@@ -44,11 +45,20 @@ double macs_of(const Call& c) {
   return pairs * double(c.g.out_pixels() * c.samples * c.g.taps()) / double(c.parts);
 }
 
+// Whether samples take the weight in turn: it is large, and a map's rows are too few to hide how it comes
+// from the L3 cache.
+bool shares_weight(const Call& c) {
+  constexpr int64_t kLargeWeight = 1 << 20, kFewRows = 128;
+  return c.parts == 1 && !c.winograd && !c.depthwise && c.layout.group_bytes > kLargeWeight &&
+         c.g.out_pixels() <= kFewRows;
+}
+
 // A sample is one job where samples are many. Else it is cut by rows, each part compacting the weight for
 // itself; by channels, each part compacting the input, where rows are few or the weight is large.
 Jobs jobs_of(const Call& c, int64_t threads) {
-  Jobs jobs{c.samples};
-  if (c.samples % threads == 0 || c.samples >= 4 * threads) return jobs;
+  const int64_t group = shares_weight(c) ? std::clamp<int64_t>(c.samples / threads, 1, kSampleGroup) : 1;
+  Jobs jobs{(c.samples + group - 1) / group};
+  if (jobs.groups % threads == 0 || jobs.groups >= 4 * threads) return jobs;
   const int64_t rows = c.g.out_pixels(), weight_bytes = c.positions() * c.layout.group_bytes / 2;
   const bool few_rows = rows < threads * 4 * kTileRows;
   const bool large_weight = weight_bytes > (1 << 20) && rows < threads * kMaxBlockRows;
@@ -69,7 +79,8 @@ void run(const Call& c, const Jobs& jobs, int64_t threads) {
       const auto range = [](int64_t size, int64_t at, int64_t parts) {
         return Range{part(size, at, parts), part(size, at + 1, parts)};
       };
-      const JobRange job{i / (jobs.panel_parts * jobs.row_parts), range(c.units(), r, jobs.row_parts),
+      const int64_t group = i / (jobs.panel_parts * jobs.row_parts);
+      const JobRange job{range(c.samples, group, jobs.groups), range(c.units(), r, jobs.row_parts),
                          range(panels, p, jobs.panel_parts)};
       c.depthwise ? run_depthwise_job(c, job) : run_channel_job(c, job);
     }
@@ -102,6 +113,12 @@ void prepare(Call& c) {
   c.pixels.resize(size_t(c.g.out_pixels()));
   std::iota(c.pixels.begin(), c.pixels.end(), 0);
   c.classes = row_classes(c.g, c.pixels.data(), c.g.out_pixels());
+  c.tap_groups = {c.classes[0]};
+  if (c.dtype == Dtype::kFloat32 && shares_weight(c)) {
+    c.tap_groups.assign(size_t(c.g.kernel_h), RowClass{{}, {}, true});
+    for (int32_t tap = 0; tap < c.g.taps(); ++tap)
+      c.tap_groups[size_t(tap / c.g.kernel_w)].taps.push_back(tap);
+  }
   if (c.winograd) c.quads = all_quads(c.g);
   if (c.merged) {
     c.run.resize(size_t(c.g.kernel_w * c.in.channels()));

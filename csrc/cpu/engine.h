@@ -116,8 +116,6 @@ struct PanelPick {
   ChannelList rows;    // of a segment
   ChannelList columns;
   bool dot;  // bfloat16 pairs
-
-  int64_t depth() const { return dot ? (rows.count + 1) / 2 * 2 : rows.count; }  // of a segment picked
 };
 
 // Columns of a weight in the order of a packed panel: to[row[d]][c] = from[c * step + d] as float32.
@@ -182,8 +180,8 @@ struct Kernels {
                  const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream);
   // to[i][index[j]] += from[i * stride + j]; zero may be added to other channels in [0, channels).
   void (*expand_add)(const float* from, int64_t stride, int64_t rows, const ChannelList&, float* const* to);
-  // One panel of live columns: to[segment][live row][column], zero past the last column.
-  void (*pick_panel)(const PanelPick&, int64_t panel, char* to);
+  // One panel of live columns, of a segment: to[live row][column], zero past the last column.
+  void (*pick_panel)(const PanelPick&, int64_t panel, int64_t segment, char* to);
   void (*gemm)(const Gemm&, const RowBlock&, int64_t panel_begin, int64_t panel_end);
   // v[position][tile][channel] = B^T d B of the 4 x 4 inputs in[tile][16]; strides in floats.
   void (*winograd_input)(const char* const* in, int32_t tiles, int64_t channels, float* v, int64_t stride);

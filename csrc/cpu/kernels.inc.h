@@ -191,79 +191,67 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
   run(from, from_stride, rows, list, base, base_stride, to, to_stride, stream);
 }
 
-// Row r of a vector of columns of a packed weight.
-struct WeightVector {
-  const char* at;
-  int64_t row_bytes;
-  const char* row(int64_t r) const { return at + r * row_bytes; }
-};
+// The live row j of a vector of columns (of pairs: j and j + 1, from the halves of one or two rows of pairs).
+template <bool kDot>
+FORCE_INLINE __m512i weight_lanes(const char* at, int64_t row_bytes, const ChannelList& rows, int32_t j) {
+  const int64_t low = rows.index[j];
+  if constexpr (!kDot) return _mm512_loadu_si512(at + low * row_bytes);
+  const __m512i a = _mm512_loadu_si512(at + (low >> 1) * row_bytes);
+  const __m512i a_low = low & 1 ? _mm512_srli_epi32(a, 16) : _mm512_and_epi32(a, _mm512_set1_epi32(0xffff));
+  if (j + 1 == rows.count) return a_low;
+  const int64_t high = rows.index[j + 1];
+  const __m512i b = _mm512_loadu_si512(at + (high >> 1) * row_bytes);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, a_low, high & 1 ? b : _mm512_slli_epi32(b, 16));
+}
 
-// Where the vectors that sixteen live columns come from lie in the packed weight.
-struct PickVector {
-  LiveVector live;
-  WeightVector from[16];
-
-  PickVector(const PanelPick& pick, int32_t column) : live(pick.columns, column) {
-    for (int s = 0; s < live.vectors; ++s) {
-      const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
-      const bool half = pick.layout.columns - panel <= kPanelWidth - 16;
-      from[s] = {pick.from + panel * pick.layout.depth * (pick.dot ? 2 : 4) + (first - panel) * 4,
-                 (half ? 16 : kPanelWidth) * 4};
+// Sixteen live columns of a segment, from kVectors vectors of columns; 0: any number.
+template <int kVectors, bool kDot>
+static void pick_sixteen(const PanelPick& pick, const LiveVector& live, int64_t segment, char* to,
+                         int64_t step) {
+  constexpr int32_t kRows = kDot ? 2 : 1, kAhead = 64;
+  const int vectors = kVectors ? kVectors : live.vectors;
+  const int64_t depth = pick.layout.depth, first_row = segment * (depth / pick.segments) / kRows;
+  const ChannelList rows = pick.rows;  // copies: stores of char could change what lies behind a reference
+  const __m512i lane = live.lane;
+  __mmask16 takes[16];
+  const char* from[16];
+  int64_t row_bytes[16];
+  for (int s = 0; s < vectors; ++s) {
+    const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
+    takes[s] = live.takes[s];
+    row_bytes[s] = pick.layout.columns - panel <= kPanelWidth - 16 ? 64 : kPanelWidth * 4;
+    from[s] = pick.from + panel * depth * (4 / kRows) + (first - panel) * 4 + first_row * row_bytes[s];
+  }
+  for (int32_t j = 0; j < rows.count; j += kRows, to += step) {
+    // the weight comes from the L3 cache, and the hardware does not foresee which rows are live
+    const int32_t later = j + kAhead, over = later < rows.count ? 0 : rows.count;
+    const bool none = later - over >= rows.count || (over && segment + 1 == pick.segments);
+    const int64_t ahead = none ? 0 : (rows.index[later - over] + (over ? depth / pick.segments : 0)) / kRows;
+    __m512i out = _mm512_setzero_si512();
+    UNROLL for (int s = 0; s < vectors; ++s) {
+      __builtin_prefetch(from[s] + ahead * row_bytes[s], 0, 2);
+      out = _mm512_mask_permutexvar_epi32(out, takes[s], lane,
+                                          weight_lanes<kDot>(from[s], row_bytes[s], rows, j));
     }
-  }
-};
-
-// The live row j (of pairs: j and j + 1, from the halves of one or two rows of pairs).
-FORCE_INLINE __m512i weight_lanes(const WeightVector& w, const PanelPick& pick, int64_t segment_row,
-                                  int32_t j) {
-  if (!pick.dot) return _mm512_loadu_si512(w.row(segment_row + pick.rows.index[j]));
-  const int32_t low = pick.rows.index[j];
-  const __m512i a = _mm512_loadu_si512(w.row((segment_row + low) / 2));
-  const __m512i a_low = low % 2 ? _mm512_srli_epi32(a, 16) : _mm512_and_epi32(a, _mm512_set1_epi32(0xffff));
-  if (j + 1 == pick.rows.count) return a_low;
-  const int32_t high = pick.rows.index[j + 1];
-  const __m512i b = _mm512_loadu_si512(w.row((segment_row + high) / 2));
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, a_low, high % 2 ? b : _mm512_slli_epi32(b, 16));
-}
-
-FORCE_INLINE __m512i picked(const PickVector& v, const PanelPick& pick, int64_t segment_row, int32_t j) {
-  __m512i out = _mm512_setzero_si512();
-  for (int s = 0; s < v.live.vectors; ++s) {
-    out = _mm512_mask_permutexvar_epi32(out, v.live.takes[s], v.live.lane,
-                                        weight_lanes(v.from[s], pick, segment_row, j));
-  }
-  return out;
-}
-
-// The weight comes from the L3 cache, and a stride of live rows is nothing that the hardware foresees.
-FORCE_INLINE void prefetch_picked(const PickVector& v, const PanelPick& pick, int64_t segment_row,
-                                  int32_t j) {
-  constexpr int32_t kAhead = 16;
-  if (j + kAhead >= pick.rows.count) return;
-  const int64_t row = (segment_row + pick.rows.index[j + kAhead]) / (pick.dot ? 2 : 1);
-  for (int s = 0; s < v.live.vectors; ++s) __builtin_prefetch(v.from[s].row(row), 0, 2);
-}
-
-template <int NV>
-static void pick_columns(const PanelPick& pick, int32_t first, char* to) {
-  const PickVector a(pick, first), b(pick, NV == 2 ? first + 16 : first);
-  const int64_t segment_depth = pick.layout.depth / pick.segments;
-  const int32_t step = pick.dot ? 2 : 1;
-  for (int64_t segment = 0; segment < pick.segments; ++segment) {
-    const int64_t row = segment * segment_depth;
-    for (int32_t j = 0; j < pick.rows.count; j += step, to += NV * 64) {
-      prefetch_picked(a, pick, row, j);
-      _mm512_storeu_si512(to, picked(a, pick, row, j));
-      if (NV == 1) continue;
-      prefetch_picked(b, pick, row, j);
-      _mm512_storeu_si512(to + 64, picked(b, pick, row, j));
-    }
+    _mm512_storeu_si512(to, out);
   }
 }
 
-static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
+template <bool kDot>
+static void pick_columns(const PanelPick& pick, int32_t first, int64_t segment, char* to, int64_t step) {
+  static constexpr decltype(&pick_sixteen<0, kDot>) kPick[] = {pick_sixteen<0, kDot>, pick_sixteen<1, kDot>,
+                                                               pick_sixteen<2, kDot>, pick_sixteen<3, kDot>,
+                                                               pick_sixteen<4, kDot>};
+  const LiveVector live(pick.columns, first);
+  kPick[live.vectors <= 4 ? live.vectors : 0](pick, live, segment, to, step);
+}
+
+static void pick_panel(const PanelPick& pick, int64_t panel, int64_t segment, char* to) {
   const int32_t first = int32_t(panel) * kPanelWidth;
-  (pick.columns.count - first > 16 ? pick_columns<2> : pick_columns<1>)(pick, first, to);
+  const bool two = pick.columns.count - first > 16;
+  const auto run = pick.dot ? pick_columns<true> : pick_columns<false>;
+  run(pick, first, segment, to, two ? 128 : 64);
+  if (two) run(pick, first + 16, segment, to + 64, 128);
 }
 
 #else  // without permutations by a variable: channel by channel
@@ -306,26 +294,24 @@ static void expand_add(const float* from, int64_t stride, int64_t rows, const Ch
   }
 }
 
-static void pick_panel(const PanelPick& pick, int64_t panel, char* to) {
-  const int64_t first = panel * kPanelWidth, left = pick.columns.count - first;
-  const int64_t width =
-      left > kPanelWidth - Vec::kLanes ? kPanelWidth : (left + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-  const int64_t segment_depth = pick.layout.depth / pick.segments;
+// Columns that a panel has room for, `left` columns before the last one's end.
+static int64_t stored_width(int64_t left) {
+  return left > kPanelWidth - Vec::kLanes ? kPanelWidth
+                                          : (left + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
+}
+
+static void pick_panel(const PanelPick& pick, int64_t panel, int64_t segment, char* to) {
+  const int64_t first = panel * kPanelWidth, left = pick.columns.count - first, width = stored_width(left);
+  const int64_t segment_row = segment * (pick.layout.depth / pick.segments);
   float* out = (float*)to;
-  for (int64_t segment = 0; segment < pick.segments; ++segment) {
-    for (int32_t j = 0; j < pick.rows.count; ++j, out += width) {
-      const int64_t row = segment * segment_depth + pick.rows.index[j];
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t column = i < left ? pick.columns.index[first + i] : 0,
-                      home = column / kPanelWidth * kPanelWidth;
-        const int64_t columns = pick.layout.columns - home;
-        const int64_t stored = columns > kPanelWidth - Vec::kLanes
-                                   ? kPanelWidth
-                                   : (columns + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes;
-        const float* from = (const float*)pick.from + home * pick.layout.depth + row * stored + column - home;
-        out[i] = i < left ? *from : 0.f;
-      }
-    }
+  for (int64_t i = 0; i < width; ++i) {
+    const int64_t column = i < left ? pick.columns.index[first + i] : 0,
+                  home = column / kPanelWidth * kPanelWidth;
+    const int64_t stored = stored_width(pick.layout.columns - home);
+    const float* from =
+        (const float*)pick.from + home * pick.layout.depth + segment_row * stored + column - home;
+    for (int32_t j = 0; j < pick.rows.count; ++j)
+      out[j * width + i] = i < left ? from[pick.rows.index[j] * stored] : 0.f;
   }
 }
 
