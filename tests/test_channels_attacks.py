@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 import torch
 from channel_cases import KINDS, at_channels, channels_of, masked_channel_conv2d, packed, unpacked
@@ -9,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_pixels import Conv, compare
 from test_pixels_properties import SETTINGS, activations, close_to_dense, convs, layouts, seeds
+from test_robustness import all_isas, run_script
 
 from dynops import ChannelPlan, ops
 from dynops.testing import available_backends, in_layout, random_tensor
@@ -126,6 +129,34 @@ def test_the_number_of_threads_changes_no_gradient_of_a_weight(conv, backend):
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
         if backend == "cpp":
             assert torch.equal(result[2], results[0][2]) and torch.equal(result[3], results[0][3])
+
+
+ISA_SCRIPT = """
+    import os, sys
+    sys.path.insert(0, os.environ["TESTS"])
+    import torch
+    from channel_cases import channels_of
+    from test_channels import check
+    from test_pixels import CONVS
+    import dynops
+
+    torch.set_num_threads(2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name in ("3x3", "1x1", "depthwise", "group width 3", "odd wide", "winograd"):
+            conv = CONVS[name]
+            for kind in ("random", "prefix"):
+                ins, outs = channels_of(kind, conv.n, conv.c), channels_of(kind, conv.n, conv.o)
+                check(conv, "cpp", ins, outs, conv.tensors(dtype), ("x", "weight", "bias"))
+    print(dynops.build_info()["cpu_isa"])
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(isa):
+    if isa not in all_isas():
+        pytest.skip(f"{isa}: not built, or not on this CPU")
+    tests = str(pathlib.Path(__file__).parent)
+    assert run_script(ISA_SCRIPT, TESTS=tests, DYNOPS_CPU_ISA=isa).split() == [isa]
 
 
 # ------------------------------------------------------------------------------- compilers, functorch

@@ -387,6 +387,10 @@ void channel_bias_grad(const LiveMap& grad, int64_t batch, int64_t outputs, char
 
 // ------------------------------------------------------------------------------------------- op
 
+// Sums up to this size stay: 512 -> 512 channels 3x3, 8 maps of 7 x 7, 6.2 ms instead of 10.6 with fresh
+// pages.
+constexpr int64_t kKeptSums = 16 << 20;
+
 // grad and x channels_last, dense or packed; dw: the weight's shape, contiguous; db: [O], or none where
 // nobody asks.
 void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& in_index,
@@ -417,7 +421,7 @@ void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Option
   }
   reorder_weight_grad(sums, g, outputs, dw.size(1), grad.dtype(),
                       int64_t(torch::stable::get_num_threads()), data_of<char>(dw));
-  memory.shrink();
+  if (dw.numel() * 4 > kKeptSums) memory.shrink();
 }
 
 }  // namespace
