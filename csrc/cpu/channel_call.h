@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "channel_lists.h"
-#include "taps.h"
+#include "forward.h"
 
 namespace dynops::cpu {
 
@@ -78,6 +78,8 @@ struct Call {
   int64_t element() const { return size_of(dtype); }
   int64_t outputs() const { return out.channels(); }
   int64_t positions() const { return winograd ? 16 : 1; }
+  // Whether the output is written past the caches.
+  bool streams() const { return !y.packed && samples * g.out_pixels() * y.stride >= kStreamBytes; }
   // Heads of the output each add to it.
   bool accumulates() const { return out.heads() > 1; }
 

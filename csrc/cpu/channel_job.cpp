@@ -55,16 +55,15 @@ struct LiveWeight {
                                                           : round_up(left, kernels().lanes);
   }
 
-  // One segment of a panel of a direct convolution, to its place in the panel.
-  void bring_segment(int64_t panel, int64_t segment, char* to) const {
-    const int64_t depth = layout.depth / pick.segments;
-    kernels().pick_panel(pick, panel, segment, to + segment * depth * width(panel) * (pick.dot ? 2 : 4));
+  int64_t segment_bytes(int64_t panel) const {
+    return layout.depth / pick.segments * width(panel) * (pick.dot ? 2 : 4);
   }
   // One panel of every position, `position_bytes` apart.
   void bring(int64_t panel, char* to, int64_t position_bytes) const {
     LiveWeight one = *this;
     for (int64_t i = 0; i < positions; ++i, one.pick.from += pick.layout.group_bytes, to += position_bytes)
-      for (int64_t segment = 0; segment < pick.segments; ++segment) one.bring_segment(panel, segment, to);
+      for (int64_t segment = 0; segment < pick.segments; ++segment)
+        kernels().pick_panel(one.pick, panel, segment, to + segment * segment_bytes(panel));
   }
 };
 
@@ -78,10 +77,7 @@ class Job {
   bool in_steps() const { return by_panel_ && !c_.winograd; }
   int64_t panels() const { return parts_[0].live.layout.panels; }
   void start();
-  void bring(int64_t panel, int32_t tap) {
-    const int64_t segment = c_.turned ? c_.g.taps() - 1 - tap : tap;
-    parts_[0].live.bring_segment(panel, segment, panel_);
-  }
+  void bring(int64_t panel, size_t taps);
   void multiply(int64_t panel, size_t taps);
   void finish();
 
@@ -128,6 +124,7 @@ class Job {
   bool in_place_ = false;  // outputs are computed where they lie
   bool by_panel_ = false;  // the weight comes panel by panel, to panel_
   char* panel_ = nullptr;
+  RowsAt weight_{0, 0};  // of the steps: where segment 0 would lie
 };
 
 Job::Job(const Call& c, const JobRange& range, int64_t sample, int slot)
@@ -162,7 +159,9 @@ void Job::choose_outputs() {
     out_ = {relative_.data(), int32_t(stop - before_),
             int32_t((last_ ? channels : out_.index[stop]) - first_)};
   }
-  in_place_ = !c_.accumulates() && (c_.y.packed || out_.full() || (c_.parts == 1 && out_.prefix()));
+  // whole lines past the caches, zeros and all, are the quicker where the output is large
+  const bool prefix = c_.parts == 1 && out_.prefix() && !c_.streams();
+  in_place_ = !c_.accumulates() && (c_.y.packed || out_.full() || prefix);
 }
 
 Forward Job::forward_of(const ListPart& in, const ListPart& out) const {
@@ -224,7 +223,7 @@ void Job::place_weights() {
               !parts_[0].f.converts() && !c_.merged;
   if (by_panel_) {
     parts_[0].position_bytes = parts_[0].live.panel_bytes();
-    panel_ = s_.weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
+    panel_ = Scratch::mine(0).weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
     return;
   }
   char* at = s_.weight.at_least(bytes);
@@ -254,7 +253,7 @@ void Job::run() {
     start();
     for (int64_t panel = 0; panel < panels(); ++panel) {
       for (size_t taps = 0; taps < c_.tap_groups.size(); ++taps) {
-        for (int32_t tap : c_.tap_groups[taps].taps) bring(panel, tap);
+        bring(panel, taps);
         multiply(panel, taps);
       }
     }
@@ -332,6 +331,20 @@ void Job::start() {
   }
 }
 
+// The weight of a group of taps, to the place of the first of its segments.
+void Job::bring(int64_t panel, size_t taps) {
+  const LiveWeight& live = parts_[0].live;
+  const auto segment_of = [&](int32_t tap) { return c_.turned ? c_.g.taps() - 1 - tap : int64_t(tap); };
+  int64_t first = c_.g.taps();
+  for (int32_t tap : c_.tap_groups[taps].taps) first = std::min(first, segment_of(tap));
+  const int64_t bytes = live.segment_bytes(panel);
+  weight_ = RowsAt::from(panel_, bytes, first);
+  for (int32_t tap : c_.tap_groups[taps].taps) {
+    const int64_t segment = segment_of(tap);
+    kernels().pick_panel(live.pick, panel, segment, weight_.row(segment));
+  }
+}
+
 // Adds the products of a group of taps; the first brings the bias, the last the activation.
 void Job::multiply(int64_t panel, size_t taps) {
   Forward& f = parts_[0].f;
@@ -339,7 +352,7 @@ void Job::multiply(int64_t panel, size_t taps) {
   if (!first) std::swap(f.affine.shift, no_shift_);
   f.activation = last ? c_.activation : Activation::kNone;
   f.residual = first ? nullptr : f.out;
-  f.weight = RowsAt::from(panel_, parts_[0].live.panel_bytes(), panel).row(0);
+  f.weight = RowsAt::from(weight_.row(0), parts_[0].live.panel_bytes(), panel).row(0);
   passes_[taps].multiply(tap_blocks_[taps], int32_t(rows_.size()), panel, panel + 1);
   if (!first) std::swap(f.affine.shift, no_shift_);
 }
@@ -365,6 +378,7 @@ void Job::read(Part& part, Range lines) {
                      part.in.list, c_.dtype, to, stride);
   source.x = RowsAt::from(to, stride, first).row(0);
   source.row_bytes = stride;
+  part.f.near = true;
 }
 
 void Job::compute(Part& part, Range units, Range rows) {
@@ -411,17 +425,14 @@ void run_channel_job(const Call& c, const JobRange& range) {
     jobs.back().start();
     panels = std::max(panels, jobs.back().panels());
   }
-  // The samples take their panels out of the same lines of the weight, one tap at a time, while these are in
-  // the L2 cache.
+  // The samples take their panels out of the same lines of the weight, a group of taps at a time, while these
+  // are in the L2 cache, and multiply by what they took while it is in the L1 cache.
   for (int64_t panel = 0; panel < panels; ++panel) {
     for (size_t taps = 0; taps < c.tap_groups.size(); ++taps) {
-      for (int32_t tap : c.tap_groups[taps].taps) {
-        for (Job& job : jobs) {
-          if (panel < job.panels()) job.bring(panel, tap);
-        }
-      }
       for (Job& job : jobs) {
-        if (panel < job.panels()) job.multiply(panel, taps);
+        if (panel >= job.panels()) continue;
+        job.bring(panel, taps);
+        job.multiply(panel, taps);
       }
     }
   }

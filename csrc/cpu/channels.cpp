@@ -15,8 +15,7 @@ void write_rows(const Call& c, const ChannelList& live, int64_t first, int64_t r
   char* const to = c.y.data + offset;
   const char* const base = c.base ? c.base + offset : nullptr;
   if (stride) {
-    const bool stream = c.samples * c.g.out_pixels() * pitch >= kStreamBytes;
-    return kernels().expand(computed, stride, rows, live, c.dtype, base, pitch, to, pitch, stream);
+    return kernels().expand(computed, stride, rows, live, c.dtype, base, pitch, to, pitch, c.streams());
   }
   const int64_t written = live.count * c.element();
   const int64_t wanted = !c.y.packed ? live.channels * c.element()
@@ -115,9 +114,8 @@ void prepare(Call& c) {
   c.classes = row_classes(c.g, c.pixels.data(), c.g.out_pixels());
   c.tap_groups = {c.classes[0]};
   if (c.dtype == Dtype::kFloat32 && shares_weight(c)) {
-    c.tap_groups.assign(size_t(c.g.kernel_h), RowClass{{}, {}, true});
-    for (int32_t tap = 0; tap < c.g.taps(); ++tap)
-      c.tap_groups[size_t(tap / c.g.kernel_w)].taps.push_back(tap);
+    c.tap_groups.clear();
+    for (int32_t tap = 0; tap < c.g.taps(); ++tap) c.tap_groups.push_back({{tap}, {}, true});
   }
   if (c.winograd) c.quads = all_quads(c.g);
   if (c.merged) {

@@ -419,8 +419,8 @@ void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Option
   } else if (g.batch) {
     ChannelWeightGrad(g, grad, x, heads, outputs, dw.size(1), sums).run();
   }
-  reorder_weight_grad(sums, g, outputs, dw.size(1), grad.dtype(),
-                      int64_t(torch::stable::get_num_threads()), data_of<char>(dw));
+  reorder_weight_grad(sums, g, outputs, dw.size(1), grad.dtype(), int64_t(torch::stable::get_num_threads()),
+                      data_of<char>(dw));
   if (dw.numel() * 4 > kKeptSums) memory.shrink();
 }
 

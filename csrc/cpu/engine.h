@@ -48,6 +48,7 @@ struct RowBlock {
   char* const* out;       // [rows]
   const char* const* residual;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
   const float* gate;            // [rows] or null
+  bool near = false;            // whether `in` lies in the caches already: nothing is asked for ahead
 };
 
 // Rows are split into tiles of nearly equal height: 39 rows run as 10 + 10 + 10 + 9, all at full rate.

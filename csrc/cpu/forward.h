@@ -58,6 +58,7 @@ struct Forward {
   int64_t out_stride = 0;              // bytes from an output row to the next, 0: they are contiguous
   const PanelLayout* whole = nullptr;  // of a weight that has more channels and columns than are computed
   bool turned = false;                 // the taps meet the weight's in reverse: a gradient with stride 1
+  bool near = false;                   // the input was written just now, and lies in the caches
   bool each = false;                   // depthwise, though of one channel
 
   const char* residual_of(int64_t row) const {

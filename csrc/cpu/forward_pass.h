@@ -107,8 +107,12 @@ class ForwardPass {
   }
 
   void multiply(Block& b, int32_t height, int64_t panel_begin, int64_t panel_end) const {
-    RowBlock rows{height, b.in.data(), b.out.data(), f_.residual ? b.residual.data() : nullptr,
-                  f_.gate ? b.gate.data() : nullptr};
+    RowBlock rows{height,
+                  b.in.data(),
+                  b.out.data(),
+                  f_.residual ? b.residual.data() : nullptr,
+                  f_.gate ? b.gate.data() : nullptr,
+                  f_.near};
     if (f_.depthwise()) {
       const int64_t map_bytes = f_.g.in_pixels() * f_.in_channels * size_of(f_.dtype);
       const Depthwise d{int32_t(segments_),

@@ -193,65 +193,74 @@ static void expand(const char* from, int64_t from_stride, int64_t rows, const Ch
 
 // The live row j of a vector of columns (of pairs: j and j + 1, from the halves of one or two rows of pairs).
 template <bool kDot>
-FORCE_INLINE __m512i weight_lanes(const char* at, int64_t row_bytes, const ChannelList& rows, int32_t j) {
+FORCE_INLINE __m512i weight_lanes(const char* at, int shift, const ChannelList& rows, int32_t j) {
   const int64_t low = rows.index[j];
-  if constexpr (!kDot) return _mm512_loadu_si512(at + low * row_bytes);
-  const __m512i a = _mm512_loadu_si512(at + (low >> 1) * row_bytes);
+  if constexpr (!kDot) return _mm512_loadu_si512(at + (low << shift));
+  const __m512i a = _mm512_loadu_si512(at + (low >> 1 << shift));
   const __m512i a_low = low & 1 ? _mm512_srli_epi32(a, 16) : _mm512_and_epi32(a, _mm512_set1_epi32(0xffff));
   if (j + 1 == rows.count) return a_low;
   const int64_t high = rows.index[j + 1];
-  const __m512i b = _mm512_loadu_si512(at + (high >> 1) * row_bytes);
+  const __m512i b = _mm512_loadu_si512(at + (high >> 1 << shift));
   return _mm512_mask_blend_epi16(0xaaaaaaaau, a_low, high & 1 ? b : _mm512_slli_epi32(b, 16));
 }
 
-// Sixteen live columns of a segment, from kVectors vectors of columns; 0: any number.
-template <int kVectors, bool kDot>
-static void pick_sixteen(const PanelPick& pick, const LiveVector& live, int64_t segment, char* to,
-                         int64_t step) {
-  constexpr int32_t kRows = kDot ? 2 : 1, kAhead = 64;
-  const int vectors = kVectors ? kVectors : live.vectors;
-  const int64_t depth = pick.layout.depth, first_row = segment * (depth / pick.segments) / kRows;
-  const ChannelList rows = pick.rows;  // copies: stores of char could change what lies behind a reference
-  const __m512i lane = live.lane;
-  __mmask16 takes[16];
+// Where sixteen live columns of a segment come from.
+struct LiveColumns {
+  LiveVector live;
   const char* from[16];
-  int64_t row_bytes[16];
-  for (int s = 0; s < vectors; ++s) {
-    const int64_t first = int64_t(live.vector[s]) * 16, panel = first / kPanelWidth * kPanelWidth;
-    takes[s] = live.takes[s];
-    row_bytes[s] = pick.layout.columns - panel <= kPanelWidth - 16 ? 64 : kPanelWidth * 4;
-    from[s] = pick.from + panel * depth * (4 / kRows) + (first - panel) * 4 + first_row * row_bytes[s];
-  }
-  for (int32_t j = 0; j < rows.count; j += kRows, to += step) {
-    // the weight comes from the L3 cache, and the hardware does not foresee which rows are live
-    const int32_t later = j + kAhead, over = later < rows.count ? 0 : rows.count;
-    const bool none = later - over >= rows.count || (over && segment + 1 == pick.segments);
-    const int64_t ahead = none ? 0 : (rows.index[later - over] + (over ? depth / pick.segments : 0)) / kRows;
-    __m512i out = _mm512_setzero_si512();
-    UNROLL for (int s = 0; s < vectors; ++s) {
-      __builtin_prefetch(from[s] + ahead * row_bytes[s], 0, 2);
-      out = _mm512_mask_permutexvar_epi32(out, takes[s], lane,
-                                          weight_lanes<kDot>(from[s], row_bytes[s], rows, j));
+  int shift[16];     // a row of a panel is 2^shift bytes
+  bool wide = true;  // all of full panels
+
+  LiveColumns(const PanelPick& pick, int32_t first, int64_t first_row) : live(pick.columns, first) {
+    for (int s = 0; s < live.vectors; ++s) {
+      const int64_t column = int64_t(live.vector[s]) * 16, panel = column / kPanelWidth * kPanelWidth;
+      const bool half = pick.layout.columns - panel <= kPanelWidth - 16;  // the last panel may be
+      wide &= !half;
+      shift[s] = half ? 6 : 7;
+      from[s] = pick.from + panel * pick.layout.depth * (pick.dot ? 2 : 4) + (column - panel) * 4 +
+                (first_row << shift[s]);
     }
-    _mm512_storeu_si512(to, out);
+  }
+};
+
+// The rows of a segment: 16 columns, or 32 (kTwo) whose sources, kA and kB vectors (0: any number), share
+// lines of the weight.
+template <int kA, int kB, bool kDot>
+static void pick_rows(const ChannelList rows, const LiveColumns* columns, char* to, int64_t step) {
+  constexpr int kNumber[2] = {kA, kB};
+  const LiveColumns c[2] = {columns[0], columns[kB < 0 ? 0 : 1]};  // copies: stores of char could change them
+  for (int32_t j = 0; j < rows.count; j += kDot ? 2 : 1, to += step) {
+    UNROLL for (int half = 0; half < (kB < 0 ? 1 : 2); ++half) {
+      const int vectors = kNumber[half] ? kNumber[half] : c[half].live.vectors;
+      __m512i out = _mm512_setzero_si512();
+      UNROLL for (int s = 0; s < vectors; ++s) {
+        const int shift = kNumber[half] ? 7 : c[half].shift[s];
+        const __m512i in = weight_lanes<kDot>(c[half].from[s], shift, rows, j);
+        out = _mm512_mask_permutexvar_epi32(out, c[half].live.takes[s], c[half].live.lane, in);
+      }
+      _mm512_storeu_si512(to + half * 64, out);
+    }
   }
 }
 
 template <bool kDot>
-static void pick_columns(const PanelPick& pick, int32_t first, int64_t segment, char* to, int64_t step) {
-  static constexpr decltype(&pick_sixteen<0, kDot>) kPick[] = {pick_sixteen<0, kDot>, pick_sixteen<1, kDot>,
-                                                               pick_sixteen<2, kDot>, pick_sixteen<3, kDot>,
-                                                               pick_sixteen<4, kDot>};
-  const LiveVector live(pick.columns, first);
-  kPick[live.vectors <= 4 ? live.vectors : 0](pick, live, segment, to, step);
+static void pick_columns(const PanelPick& pick, int32_t first, int64_t first_row, char* to) {
+  const bool two = pick.columns.count - first > 16;
+  const LiveColumns columns[2] = {{pick, first, first_row}, {pick, two ? first + 16 : first, first_row}};
+  if (!two) return pick_rows<0, -1, kDot>(pick.rows, columns, to, 64);
+  using Pick = decltype(&pick_rows<0, 0, kDot>);
+  static constexpr Pick kPick[3][3] = {{pick_rows<2, 2, kDot>, pick_rows<2, 3, kDot>, pick_rows<2, 4, kDot>},
+                                       {pick_rows<3, 2, kDot>, pick_rows<3, 3, kDot>, pick_rows<3, 4, kDot>},
+                                       {pick_rows<4, 2, kDot>, pick_rows<4, 3, kDot>, pick_rows<4, 4, kDot>}};
+  const int a = columns[0].live.vectors - 2, b = columns[1].live.vectors - 2;
+  const bool usual = a >= 0 && a < 3 && b >= 0 && b < 3 && columns[0].wide && columns[1].wide;
+  (usual ? kPick[a][b] : pick_rows<0, 0, kDot>)(pick.rows, columns, to, 128);
 }
 
 static void pick_panel(const PanelPick& pick, int64_t panel, int64_t segment, char* to) {
+  const int64_t row = segment * (pick.layout.depth / pick.segments);
   const int32_t first = int32_t(panel) * kPanelWidth;
-  const bool two = pick.columns.count - first > 16;
-  const auto run = pick.dot ? pick_columns<true> : pick_columns<false>;
-  run(pick, first, segment, to, two ? 128 : 64);
-  if (two) run(pick, first + 16, segment, to + 64, 128);
+  pick.dot ? pick_columns<true>(pick, first, row / 2, to) : pick_columns<false>(pick, first, row, to);
 }
 
 #else  // without permutations by a variable: channel by channel
@@ -520,7 +529,7 @@ static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int6
       const TileFunction run = width > (kPanelVectors - 1) * Vec::kLanes
                                    ? tile_function<kPanelVectors, kDot>(height)
                                    : tile_function<1, kDot>(height);
-      const bool more = p == begin && tile + 1 < split.tiles;
+      const bool more = !rows.near && p == begin && tile + 1 < split.tiles;
       const NextTile next{more ? in + int64_t(height) * g.segments : nullptr,
                           more ? split.height(tile + 1) : 0};
       run(g, rows, in, row, panel, column, width, next);
