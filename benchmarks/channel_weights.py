@@ -190,7 +190,7 @@ def local_filters(setting: Setting, generator, n, c, o, h, share, kernel) -> Pro
 
     def unfolded(x):
         patches = F.unfold(x, kernel, padding=kernel // 2).view(n, groups, share, taps, h * h)
-        return torch.einsum("ngctp,ngtp->ngcp", patches, kernels.view(n, groups, taps, -1)).view(n, c, h, h)
+        return torch.einsum("ngctp,ngtp->ngcp", patches, kernels.view(n, groups, taps, -1)).reshape(n, c, h, h)
 
     def shifted(x):
         wide = F.pad(x, (kernel // 2,) * 4).view(n, groups, share, h + kernel - 1, h + kernel - 1)
@@ -198,7 +198,7 @@ def local_filters(setting: Setting, generator, n, c, o, h, share, kernel) -> Pro
         out = 0
         for t in range(taps):
             out = out + taps_of[:, :, :, t] * wide[..., t // kernel :, t % kernel :][..., :h, :h]
-        return out.view(n, c, h, h)
+        return out.reshape(n, c, h, h)
 
     last = [t.contiguous(memory_format=torch.channels_last) for t in (x, kernels)]
     macs = n * h * h * float(taps * c)
@@ -219,8 +219,9 @@ def run(cases: list[Case], setting: Setting) -> list[Row]:
 
 def measure(case: Case, setting: Setting) -> list[Row]:
     """The rows of one layer, timed in one interleaved run with the versions that exist."""
+    # made outside inference mode, so that the weights have a version and their packed forms are kept
+    problem = case.build(setting, torch.Generator().manual_seed(0), *case.size)
     with torch.inference_mode():
-        problem = case.build(setting, torch.Generator().manual_seed(0), *case.size)
         times = compare(problem.dense, problem.ours, setting.device, setting.budget)
     return [
         Row(

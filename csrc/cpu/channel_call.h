@@ -65,7 +65,7 @@ struct Call {
   PanelLayout layout;  // of one part
   int64_t segments;    // in which its depth falls
   bool merged, turned, winograd, dot, depthwise;
-  std::vector<float> bias;  // [O] or empty
+  std::vector<float> bias;  // [O] or empty; [N, O] where weights are mixed
   const float* scale;       // [N, O] or null
   Activation activation;
   std::vector<RowClass> classes = {};
@@ -74,10 +74,17 @@ struct Call {
   std::vector<char> compact = {};        // the weight, where all samples share it; else empty
   std::vector<int64_t> compact_of = {};  // [parts]: where a part's begins
   const char* zero = nullptr;
+  // A sample's weight is a mixture of `experts` ones, `expert_bytes` apart: mix is [N, experts], or null.
+  const float* mix = nullptr;
+  int64_t experts = 1, expert_bytes = 0;
 
   int64_t element() const { return size_of(dtype); }
   int64_t outputs() const { return out.channels(); }
   int64_t positions() const { return winograd ? 16 : 1; }
+  float bias_of(int64_t sample, int64_t channel) const {
+    if (bias.empty()) return 0.f;
+    return bias[size_t((int64_t(bias.size()) > outputs() ? sample * outputs() : 0) + channel)];
+  }
   // Whether the output is written past the caches.
   bool streams() const { return !y.packed && samples * g.out_pixels() * y.stride >= kStreamBytes; }
   // Heads of the output each add to it.

@@ -91,7 +91,7 @@ Affine DepthwiseJob::affine() const {
     const int64_t channel = out_.index[j];
     const float scale = c_.scale ? c_.scale[range_.samples.begin * c_.outputs() + channel] : 1.f;
     affine.scale[size_t(j)] = scale;
-    if (!c_.bias.empty()) affine.shift[size_t(j)] = scale * c_.bias[size_t(channel)];
+    affine.shift[size_t(j)] = scale * c_.bias_of(range_.samples.begin, channel);
   }
   return affine;
 }

@@ -78,6 +78,8 @@ class Job {
   int64_t panels() const { return parts_[0].live.layout.panels; }
   void start();
   void bring(int64_t panel, size_t taps);
+  // The same for jobs of samples that lie one after another, where they mix it.
+  static void mix(std::vector<Job>& jobs, int64_t panel, size_t taps);
   void multiply(int64_t panel, size_t taps);
   void finish();
 
@@ -175,7 +177,7 @@ Forward Job::forward_of(const ListPart& in, const ListPart& out) const {
     const int64_t channel = out.first + out.list.index[j];
     const float scale = c_.scale ? c_.scale[sample_ * c_.outputs() + channel] : 1.f;
     affine.scale[size_t(j)] = scale;
-    if (!c_.bias.empty()) affine.shift[size_t(j)] = scale * c_.bias[size_t(channel)];
+    affine.shift[size_t(j)] = scale * c_.bias_of(sample_, channel);
   }
   Forward f{c_.g,
             in.list.count / (c_.merged ? c_.g.kernel_w : 1),
@@ -204,7 +206,9 @@ void Job::place_weights() {
     Part& part = parts_[p];
     const ChannelList& columns = part.out.list;
     part.position_bytes = part.live.layout.group_bytes;
-    if (lies_packed(c_.layout, part.in.list, columns)) {
+    if (c_.mix) {
+      bytes = 1;
+    } else if (lies_packed(c_.layout, part.in.list, columns)) {
       const int64_t first = columns.count ? columns.index[0] : 0;
       part.f.weight = part.live.pick.from + first * c_.layout.depth * (c_.dot ? 2 : 4);
       part.f.whole = &c_.layout;
@@ -219,11 +223,13 @@ void Job::place_weights() {
     }
   }
   if (!bytes) return;
-  by_panel_ = c_.parts == 1 && chunk_units() >= range_.units.size() && c_.classes.size() == 1 &&
-              !parts_[0].f.converts() && !c_.merged;
+  by_panel_ = c_.mix || (c_.parts == 1 && chunk_units() >= range_.units.size() && c_.classes.size() == 1 &&
+                         !parts_[0].f.converts() && !c_.merged);
   if (by_panel_) {
     parts_[0].position_bytes = parts_[0].live.panel_bytes();
-    panel_ = Scratch::mine(0).weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
+    // samples that mix get their weights at once, others one after another at the same place
+    Scratch& s = c_.mix ? s_ : Scratch::mine(0);
+    panel_ = s.weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
     return;
   }
   char* at = s_.weight.at_least(bytes);
@@ -345,6 +351,21 @@ void Job::bring(int64_t panel, size_t taps) {
   }
 }
 
+void Job::mix(std::vector<Job>& jobs, int64_t panel, size_t taps) {
+  const Job& one = jobs[0];
+  const Call& c = one.c_;
+  const LiveWeight& live = one.parts_[0].live;
+  const int64_t segment = c.tap_groups[taps].taps[0], bytes = live.segment_bytes(panel);
+  const int64_t before = (one.before_ / kernels().panel_width + panel) * live.panel_bytes();
+  char* to[kSampleGroup];
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    jobs[i].weight_ = RowsAt::from(jobs[i].panel_, bytes, segment);
+    to[i] = jobs[i].panel_;
+  }
+  kernels().mix({c.weight + before + segment * bytes, c.expert_bytes, c.experts,
+                 c.mix + one.sample_ * c.experts, int64_t(jobs.size()), c.dtype, bytes / 4, to});
+}
+
 // Adds the products of a group of taps; the first brings the bias, the last the activation.
 void Job::multiply(int64_t panel, size_t taps) {
   Forward& f = parts_[0].f;
@@ -367,6 +388,7 @@ void Job::read(Part& part, Range lines) {
   const char* map = c_.x.data + sample_rows(c_.g.in_pixels()) * c_.x.stride;
   Source& source = part.f.source;
   source.row_bytes = c_.x.stride;
+  part.f.near = c_.mix;  // for all panels but the first
   if (c_.x.packed || part.in.list.prefix()) {
     source.x = map + (c_.x.packed ? part.in.begin : part.in.first) * c_.element();
     return;
@@ -411,7 +433,7 @@ void Job::compute_winograd(Part& part, Range units) {
 }  // namespace
 
 void run_channel_job(const Call& c, const JobRange& range) {
-  if (range.samples.size() == 1) return Job(c, range, range.samples.begin, 0).run();
+  if (range.samples.size() == 1 && !c.mix) return Job(c, range, range.samples.begin, 0).run();
   std::vector<Job> jobs;
   jobs.reserve(size_t(range.samples.size()));
   int64_t panels = 0;
@@ -429,9 +451,10 @@ void run_channel_job(const Call& c, const JobRange& range) {
   // are in the L2 cache, and multiply by what they took while it is in the L1 cache.
   for (int64_t panel = 0; panel < panels; ++panel) {
     for (size_t taps = 0; taps < c.tap_groups.size(); ++taps) {
+      if (c.mix) Job::mix(jobs, panel, taps);
       for (Job& job : jobs) {
         if (panel >= job.panels()) continue;
-        job.bring(panel, taps);
+        if (!c.mix) job.bring(panel, taps);
         job.multiply(panel, taps);
       }
     }

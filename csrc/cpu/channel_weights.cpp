@@ -185,10 +185,10 @@ void weighted_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   WeightedPass(f, jobs, pieces, pack, floats_of(bias), false).run();
 }
 
-// weight: [E, bytes], each as pack_weight or pack_depthwise makes it, or pack_winograd (takes_winograd); mix:
+// weight: [E, bytes], each as pack_weight or pack_depthwise makes it, or pack_winograd (`winograd`); mix:
 // contiguous float32 [N, E].
 void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const OptionalTensor& bias,
-                IntHeaderOnlyArrayRef geometry, int64_t activation, bool merged, Tensor out) {
+                IntHeaderOnlyArrayRef geometry, int64_t activation, bool merged, bool winograd, Tensor out) {
   const Geometry g = geometry_of(geometry);
   const int64_t experts = weight.size(0), stride = weight.numel() / experts * int64_t(weight.element_size());
   const ZeroRow zero(x.size(1) * size_of(dtype_of(x)));
@@ -197,7 +197,8 @@ void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const 
                   mix.numel());
   const char* from = data_of<const char>(weight);
   const float* share = data_of<const float>(mix);
-  if (takes_winograd(f)) {
+  if (winograd) {
+    STD_TORCH_CHECK(takes_winograd(f), "winograd: expected a float32 3x3 convolution with stride 1 for it");
     const PanelLayout panels = panel_layout(f.out_channels, 1, f.in_channels, false);
     STD_TORCH_CHECK(stride == 16 * panels.group_bytes, "weight: expected ", 16 * panels.group_bytes,
                     " bytes each, got ", stride);
@@ -205,8 +206,9 @@ void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const 
       const int64_t first = panel * kernels().panel_width * panels.depth * 4;
       const int64_t bytes = std::min(kernels().panel_width * panels.depth * 4, panels.group_bytes - first);
       for (int64_t position = 0; position < 16; ++position) {
-        kernels().mix(from + position * panels.group_bytes + first, stride, experts, share + n * experts,
-                      Dtype::kFloat32, bytes / 4, to + position * position_bytes);
+        char* const at = to + position * position_bytes;
+        kernels().mix({from + position * panels.group_bytes + first, stride, experts, share + n * experts, 1,
+                       Dtype::kFloat32, bytes / 4, &at});
       }
     };
     return run_winograd_samples(f, floats_of(bias), make);
@@ -219,7 +221,8 @@ void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const 
   const Dtype element = f.dot() ? Dtype::kBFloat16 : Dtype::kFloat32;
   const MakeWeight make = [&](int64_t n, int64_t begin, int64_t end, float*, char* to) {
     const int64_t first = pieces.begin_of(begin), bytes = pieces.end_of(end) - first;
-    kernels().mix(from + first, stride, experts, share + n * experts, element, bytes / size_of(element), to);
+    kernels().mix(
+        {from + first, stride, experts, share + n * experts, 1, element, bytes / size_of(element), &to});
   };
   WeightedPass(f, jobs, pieces, make, floats_of(bias), true).run();
 }
@@ -234,7 +237,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
       "bool merged, Tensor(a!) out) -> ()");
   m.def(
       "cpu_mixed_conv(Tensor x, Tensor weight, Tensor mix, Tensor? bias, int[] geometry, int activation, "
-      "bool merged, Tensor(a!) out) -> ()");
+      "bool merged, bool winograd, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {

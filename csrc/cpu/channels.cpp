@@ -44,19 +44,25 @@ double macs_of(const Call& c) {
   return pairs * double(c.g.out_pixels() * c.samples * c.g.taps()) / double(c.parts);
 }
 
-// Whether samples take the weight in turn: it is large, and a map's rows are too few to hide how it comes
-// from the L3 cache.
+// Whether samples take the weight in turn: they mix it from several, or it is large, and a map's rows are too
+// few to hide how it comes from the L3 cache.
 bool shares_weight(const Call& c) {
   constexpr int64_t kLargeWeight = 1 << 20, kFewRows = 128;
-  return c.parts == 1 && !c.winograd && !c.depthwise && c.layout.group_bytes > kLargeWeight &&
-         c.g.out_pixels() <= kFewRows;
+  return c.mix || (c.parts == 1 && !c.winograd && !c.depthwise && c.layout.group_bytes > kLargeWeight &&
+                   c.g.out_pixels() <= kFewRows);
 }
 
 // A sample is one job where samples are many. Else it is cut by rows, each part compacting the weight for
 // itself; by channels, each part compacting the input, where rows are few or the weight is large.
 Jobs jobs_of(const Call& c, int64_t threads) {
-  const int64_t group = shares_weight(c) ? std::clamp<int64_t>(c.samples / threads, 1, kSampleGroup) : 1;
+  const bool split = c.mix && live_panels(c) >= threads;  // each thread reads its part of the kernels
+  const int64_t share = split ? c.samples : c.samples / threads;
+  const int64_t group = shares_weight(c) ? std::clamp<int64_t>(share, 1, kSampleGroup) : 1;
   Jobs jobs{(c.samples + group - 1) / group};
+  if (split) {
+    jobs.panel_parts = threads;
+    return jobs;
+  }
   if (jobs.groups % threads == 0 || jobs.groups >= 4 * threads) return jobs;
   const int64_t rows = c.g.out_pixels(), weight_bytes = c.positions() * c.layout.group_bytes / 2;
   const bool few_rows = rows < threads * 4 * kTileRows;
@@ -69,7 +75,7 @@ Jobs jobs_of(const Call& c, int64_t threads) {
   return jobs;
 }
 
-void run(const Call& c, const Jobs& jobs, int64_t threads) {
+void run_jobs(const Call& c, const Jobs& jobs, int64_t threads) {
   std::atomic<int64_t> next{0};
   const int64_t panels = live_panels(c);
   parallel(std::min(threads, jobs.size()), [&](int64_t) {
@@ -122,6 +128,17 @@ void prepare(Call& c) {
     c.run.resize(size_t(c.g.kernel_w * c.in.channels()));
     std::iota(c.run.begin(), c.run.end(), 0);
   }
+}
+
+// Everything that follows from the lists, then the jobs.
+void run(Call& c) {
+  const ZeroRow zero(std::max(c.x.stride, round_up(c.in.channels() * c.element(), 64)));
+  c.zero = zero.data();
+  prepare(c);
+  const int64_t threads = threads_for(macs_of(c), kMacsPerThread);
+  const Jobs jobs = jobs_of(c, threads);
+  if (!c.depthwise && !c.mix && c.in.shared() && c.out.shared() && jobs.size() > 1) compact_weights(c);
+  run_jobs(c, jobs, threads);
 }
 
 Map map_of(const Tensor& t, bool packed) {
@@ -186,13 +203,52 @@ void channel_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   c.layout = panel_layout(out_channels / (out_heads > 1 ? 1 : groups), c.segments, depth, c.dot);
   STD_TORCH_CHECK(depthwise || weight.numel() == groups * c.positions() * c.layout.group_bytes,
                   "weight: expected it packed, ", groups * c.positions() * c.layout.group_bytes, " bytes");
-  const ZeroRow zero(std::max(c.x.stride, round_up(in_channels * c.element(), 64)));
-  c.zero = zero.data();
-  prepare(c);
-  const int64_t threads = threads_for(macs_of(c), kMacsPerThread);
-  const Jobs jobs = jobs_of(c, threads);
-  if (!depthwise && c.in.shared() && c.out.shared() && jobs.size() > 1) compact_weights(c);
-  run(c, jobs, threads);
+  run(c);
+}
+
+// A convolution of every channel with weights mixed from a few, float32. x, out: channels_last. weight: [E,
+// bytes], each packed; mix: [N, E]; bias: [N or 1, O].
+void mixed_in_steps(const Tensor& x, const Tensor& weight, const Tensor& mix, const OptionalTensor& bias,
+                    IntHeaderOnlyArrayRef geometry, int64_t activation, Tensor out) {
+  const Geometry g = geometry_of(geometry);
+  const OptionalTensor all;
+  const int64_t in_channels = x.size(1), outputs = out.size(1), experts = weight.size(0);
+  Call c{g,
+         g.batch,
+         1,
+         ChannelLists(all, all, in_channels, 1, 1, g.batch),
+         ChannelLists(all, all, outputs, 1, 1, g.batch),
+         dtype_of(x),
+         map_of(x, false),
+         map_of(out, false),
+         nullptr,
+         data_of<const char>(weight),
+         panel_layout(outputs, g.taps(), in_channels, false),
+         g.taps(),
+         false,
+         false,
+         false,
+         false,
+         false,
+         {},
+         nullptr,
+         Activation(activation)};
+  STD_TORCH_CHECK(c.dtype == Dtype::kFloat32 && g.groups == 1 && !g.transposed,
+                  "mixed_in_steps: expected float32 and one group");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == c.layout.group_bytes, "weight: expected ",
+                  c.layout.group_bytes, " bytes each, got ", weight.size(1));
+  STD_TORCH_CHECK(mix.scalar_type() == ScalarType::Float && mix.numel() == g.batch * experts,
+                  "mix: expected float32 ", g.batch, " x ", experts, ", got ", mix.numel());
+  if (g.out_pixels() == 0) return;
+  c.g.batch = 1;
+  c.mix = data_of<const float>(mix);
+  c.experts = experts;
+  c.expert_bytes = c.layout.group_bytes;
+  if (bias) {
+    c.bias.resize(size_t(bias->numel()));
+    kernels().to_float(data_of<const char>(*bias), dtype_of(*bias), bias->numel(), c.bias.data());
+  }
+  run(c);
 }
 
 }  // namespace
@@ -204,8 +260,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
       "Tensor? out_index, Tensor? out_count, int[] geometry, int in_channels, int out_channels, int heads, "
       "bool heads_out, int activation, Tensor? scale, Tensor? base, bool packed_in, bool packed_out, "
       "bool merged, bool turned, bool winograd, Tensor(a!) out) -> ()");
+  m.def(
+      "cpu_mixed_in_steps(Tensor x, Tensor weight, Tensor mix, Tensor? bias, int[] geometry, int activation, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("cpu_channel_conv", TORCH_BOX(&dynops::cpu::channel_conv));
+  m.impl("cpu_mixed_in_steps", TORCH_BOX(&dynops::cpu::mixed_in_steps));
 }

@@ -164,6 +164,18 @@ struct LocalFilter {
   char* out;
 };
 
+// to[k][i] = sum_e share[k][e] * from[e][i]
+struct Mixture {
+  const char* from;
+  int64_t stride;  // bytes from one term to the next
+  int64_t terms;
+  const float* share;  // [outputs][terms]
+  int64_t outputs;
+  Dtype dtype;
+  int64_t n;  // elements
+  char* const* to;
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -206,8 +218,7 @@ struct Kernels {
   void (*pack_winograd)(const PackWinograd&);
   // bfloat16 pairs: to[i][c] = from[2 i][c], from[2 i + 1][c]
   void (*pack_pairs)(const float* from, int64_t pairs, int64_t width, char* to);
-  // to[i] = sum_e mix[e] * from[e * stride bytes][i]
-  void (*mix)(const char* from, int64_t stride, int64_t terms, const float* mix, Dtype, int64_t n, char* to);
+  void (*mix)(const Mixture&);
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

@@ -1239,36 +1239,55 @@ static void pack_pairs(const float* from, int64_t pairs, int64_t width, char* to
   }
 }
 
-// Four vectors at a time: as many loads in flight for each coefficient.
-template <Dtype kType>
-static void mix_of(const char* from, int64_t stride, int64_t terms, const float* mix, int64_t n, char* to) {
-  constexpr int kLanes = Vec::kLanes, kVectors = 4;
+// kOut outputs of one pass over the terms, which come from the L2 cache or beyond.
+template <Dtype kType, int kOut>
+static void mix_of(const Mixture& m, const float* share, char* const* to) {
+  constexpr int kLanes = Vec::kLanes, kVectors = kOut > 1 ? 2 : 4;
   constexpr int64_t kElement = kType == Dtype::kFloat32 ? 4 : 2, kVector = kLanes * kElement;
   int64_t i = 0;
-  for (; i + kVectors * kLanes <= n; i += kVectors * kLanes) {
-    Vec sum[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = zero();
-    for (int64_t e = 0; e < terms; ++e) {
-      const char* at = from + e * stride + i * kElement;
-      const Vec m = broadcast(mix[e]);
-      UNROLL for (int v = 0; v < kVectors; ++v) sum[v] = fma(m, load_as<kType>(at + v * kVector), sum[v]);
+  for (; i + kVectors * kLanes <= m.n; i += kVectors * kLanes) {
+    Vec sum[kOut][kVectors];
+    UNROLL for (int k = 0; k < kOut; ++k) { UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] = zero(); }
+    for (int64_t e = 0; e < m.terms; ++e) {
+      const char* at = m.from + e * m.stride + i * kElement;
+      Vec in[kVectors];
+      UNROLL for (int v = 0; v < kVectors; ++v) in[v] = load_as<kType>(at + v * kVector);
+      UNROLL for (int k = 0; k < kOut; ++k) {
+        const Vec s = broadcast(share[k * m.terms + e]);
+        UNROLL for (int v = 0; v < kVectors; ++v) sum[k][v] = fma(s, in[v], sum[k][v]);
+      }
     }
-    UNROLL for (int v = 0; v < kVectors; ++v) store_as<kType>(to + i * kElement + v * kVector, sum[v]);
+    UNROLL for (int k = 0; k < kOut; ++k) {
+      UNROLL for (int v = 0; v < kVectors; ++v)
+          store_as<kType>(to[k] + i * kElement + v * kVector, sum[k][v]);
+    }
   }
-  for (; i < n; i += kLanes) {
-    const int left = left_of(n, i);
-    Vec sum = zero();
-    for (int64_t e = 0; e < terms; ++e) {
-      sum = fma(broadcast(mix[e]), load(from + e * stride + i * kElement, kType, left), sum);
+  for (; i < m.n; i += kLanes) {
+    const int left = left_of(m.n, i);
+    for (int k = 0; k < kOut; ++k) {
+      Vec sum = zero();
+      for (int64_t e = 0; e < m.terms; ++e) {
+        const Vec in = load(m.from + e * m.stride + i * kElement, kType, left);
+        sum = fma(broadcast(share[k * m.terms + e]), in, sum);
+      }
+      store(to[k] + i * kElement, sum, kType, left);
     }
-    store(to + i * kElement, sum, kType, left);
   }
 }
 
-static void mix(const char* from, int64_t stride, int64_t terms, const float* mix, Dtype dtype, int64_t n,
-                char* to) {
-  if (dtype == Dtype::kFloat32) return mix_of<Dtype::kFloat32>(from, stride, terms, mix, n, to);
-  mix_of<Dtype::kBFloat16>(from, stride, terms, mix, n, to);
+template <Dtype kType>
+static void mix_typed(const Mixture& m) {
+  int64_t k = 0;
+  for (; k + 4 <= m.outputs; k += 4) mix_of<kType, 4>(m, m.share + k * m.terms, m.to + k);
+  if (k + 2 <= m.outputs) {
+    mix_of<kType, 2>(m, m.share + k * m.terms, m.to + k);
+    k += 2;
+  }
+  if (k < m.outputs) mix_of<kType, 1>(m, m.share + k * m.terms, m.to + k);
+}
+
+static void mix(const Mixture& m) {
+  m.dtype == Dtype::kFloat32 ? mix_typed<Dtype::kFloat32>(m) : mix_typed<Dtype::kBFloat16>(m);
 }
 
 extern const Kernels table;

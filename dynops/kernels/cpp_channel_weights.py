@@ -17,10 +17,13 @@ if backends.has_binary():
     _cpu_weight_grad = torch.ops.dynops.cpu_weighted_weight_grad.default
     _cpu_input_grad = torch.ops.dynops.cpu_weighted_input_grad.default
     _cpu_mixed_conv = torch.ops.dynops.cpu_mixed_conv.default
+    _cpu_mixed_in_steps = torch.ops.dynops.cpu_mixed_in_steps.default
 
 
-# As csrc/cpu/channel_weights.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct.
+# As csrc/cpu/channel_weights.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct. Mixed weights want as
+# many more as there are: Winograd's are 16/9 as large.
 _WINOGRAD_TILES = 49
+_WINOGRAD_TILES_A_KERNEL = 24
 
 
 def _tiles(g: ConvGeometry) -> int:
@@ -71,10 +74,13 @@ def conv_weight_grad(grad, x, region, weight_shape, geometry, bias) -> tuple[Ten
     return dw, db
 
 
-def _packed(weight: Tensor, g: ConvGeometry, x: Tensor) -> Tensor:
+def _mixes_winograd(weight: Tensor, g: ConvGeometry, x: Tensor) -> bool:
+    tiles = max(_WINOGRAD_TILES, _WINOGRAD_TILES_A_KERNEL * weight.shape[0])
+    return cpp.takes_winograd(g, weight.shape[1:], x.dtype) and _tiles(g) >= tiles
+
+
+def _packed(weight: Tensor, g: ConvGeometry, setup, winograd: bool) -> Tensor:
     """``[E, bytes]``: each weight as the GEMM reads it, made once for each version of all."""
-    setup = cpp._setup(g, weight.shape[1:], x.dtype, False)
-    winograd = setup.winograd and _tiles(g) >= _WINOGRAD_TILES
 
     def make():
         if winograd:
@@ -91,8 +97,13 @@ def mixed_conv(x, weight, mix, bias, geometry, activation) -> Tensor:
     """See ``ops.channel_weights._mixed_conv``. Mixes in float32, whatever the dtype."""
     g = as_geometry(geometry)
     out = _out_map(x, weight.shape[1], g)
-    packed = _packed(weight, g, x)
+    setup = cpp._setup(g, weight.shape[1:], x.dtype, False)
+    winograd = _mixes_winograd(weight, g, x)
+    packed = _packed(weight, g, setup, winograd)
     mix = mix.to(torch.float32).contiguous()
-    merged = _merged(g, weight, x)
-    _cpu_mixed_conv(cpp._last(x), packed, mix, _contiguous(bias), g, cpp._ACTIVATIONS[activation], merged, out)  # fmt: skip
+    tensors = cpp._last(x), packed, mix, _contiguous(bias), g, cpp._ACTIVATIONS[activation]
+    if x.dtype == torch.float32 and g.groups == 1 and not setup.merged and not winograd:
+        _cpu_mixed_in_steps(*tensors, out)
+    else:
+        _cpu_mixed_conv(*tensors, setup.merged, winograd, out)
     return out
