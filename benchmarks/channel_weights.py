@@ -190,7 +190,9 @@ def local_filters(setting: Setting, generator, n, c, o, h, share, kernel) -> Pro
 
     def unfolded(x):
         patches = F.unfold(x, kernel, padding=kernel // 2).view(n, groups, share, taps, h * h)
-        return torch.einsum("ngctp,ngtp->ngcp", patches, kernels.view(n, groups, taps, -1)).reshape(n, c, h, h)
+        return torch.einsum("ngctp,ngtp->ngcp", patches, kernels.view(n, groups, taps, -1)).reshape(
+            n, c, h, h
+        )
 
     def shifted(x):
         wide = F.pad(x, (kernel // 2,) * 4).view(n, groups, share, h + kernel - 1, h + kernel - 1)

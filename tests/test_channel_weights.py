@@ -124,6 +124,8 @@ CONVS = {
     "one sample": Conv(c=40, o=40, padding=1, n=1),
     "two samples": Conv(c=20, o=33, padding=1, n=2, stride=2),
     "no sample": Conv(padding=1, n=0),
+    "outputs mixed": Conv(kernel=1, h=1, w=1, c=300, o=450),
+    "steps of many samples": Conv(c=48, o=80, padding=1, n=11, h=4, w=5),
 }  # fmt: skip
 FEW = {
     k: CONVS[k]

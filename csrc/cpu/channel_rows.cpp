@@ -47,7 +47,6 @@ Tensor channel_mask(const Tensor& index, const Tensor& count, int64_t channels) 
 // ----------------------------------------------------------------------------------------- copies
 
 constexpr double kBytesPerThread = 64 * 1024;
-constexpr int64_t kStreamBytes = 8 << 20;  // an output as large as this goes past the caches, as in forward.h
 
 // The two maps of a copy: `whole` has all channels, `packed` the live ones, both in the same memory format.
 struct Maps {

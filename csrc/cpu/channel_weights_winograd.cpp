@@ -9,20 +9,6 @@ namespace {
 
 constexpr int64_t kInputBytes = 768 * 1024;  // of transformed input of a chunk of tiles, most of an L2 cache
 
-// The tiles of one sample's outputs, as winograd_quads has them.
-std::vector<int32_t> sample_quads(int32_t h, int32_t w) {
-  std::vector<int32_t> quads;
-  for (int32_t y = 0; y < h; y += 2) {
-    for (int32_t x = 0; x < w; x += 2) {
-      const int32_t at = y * w + x;
-      const bool right = x + 1 < w, below = y + 1 < h;
-      quads.insert(quads.end(),
-                   {at, at, right ? at + 1 : -1, below ? at + w : -1, right && below ? at + w + 1 : -1});
-    }
-  }
-  return quads;
-}
-
 }  // namespace
 
 bool takes_winograd(const Forward& f) {
@@ -36,7 +22,9 @@ bool takes_winograd(const Forward& f) {
 void run_winograd_samples(const Forward& shared, const std::vector<float>& bias, const MakeWinograd& make) {
   const Geometry& g = shared.g;
   const int64_t pixels = g.out_h * g.out_w, channels = shared.in_channels, width = kernels().panel_width;
-  const std::vector<int32_t> quads = sample_quads(int32_t(g.out_h), int32_t(g.out_w));
+  Geometry one = g;
+  one.batch = 1;
+  const std::vector<int32_t> quads = all_quads(one);
   const int64_t tiles = int64_t(quads.size()) / 5;
   std::vector<int32_t> index(static_cast<size_t>(pixels));
   std::iota(index.begin(), index.end(), 0);

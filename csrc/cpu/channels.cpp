@@ -6,6 +6,7 @@
 
 #include "channel_call.h"
 #include "forward_pass.h"
+#include "winograd_pass.h"
 
 namespace dynops::cpu {
 
@@ -93,24 +94,6 @@ void run_jobs(const Call& c, const Jobs& jobs, int64_t threads) {
     _mm_sfence();  // other threads may read what was written past the caches
 #endif
   });
-}
-
-// All tiles of 2 x 2 outputs, as winograd_quads has them.
-std::vector<int32_t> all_quads(const Geometry& g) {
-  std::vector<int32_t> quads;
-  quads.reserve(size_t(g.batch * ((g.out_h + 1) / 2) * ((g.out_w + 1) / 2) * 5));
-  const int32_t h = int32_t(g.out_h), w = int32_t(g.out_w);
-  for (int32_t n = 0; n < g.batch; ++n) {
-    for (int32_t y = 0; y < h; y += 2) {
-      for (int32_t x = 0; x < w; x += 2) {
-        const int32_t at = (n * h + y) * w + x;
-        const bool right = x + 1 < w, below = y + 1 < h;
-        quads.insert(quads.end(),
-                     {at, at, right ? at + 1 : -1, below ? at + w : -1, right && below ? at + w + 1 : -1});
-      }
-    }
-  }
-  return quads;
 }
 
 // Tables that depend on the geometry of a job.

@@ -28,6 +28,10 @@ T* data_of(const OptionalTensor& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
+// An output as large as this is zeroed past the caches: 1x1, 8 x 64 -> 256 channels, 56 x 56, 10 %: 0.46 ms
+// instead of 0.80; 3x3, 64 channels, 400 x 700, 1 %: 1.4 instead of 2.5. At 6 MB it makes no difference.
+constexpr int64_t kStreamBytes = 8 << 20;
+
 // MACs below which a second thread costs more than it brings.
 constexpr double kMacsPerThread = 200e3;
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends import kept
-from ..kernels.layout import memory_format_of
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
+from ..ops.rows import memory_format_of
 from ..plans import ChannelPlan
 from .norm import fold, uses_batch_statistics
 

@@ -387,7 +387,9 @@ def mixed_conv2d(
 ) -> Tensor:
     """2-D convolution of each sample with its own mixture of a few weights.
 
-    Equals ``sample_conv2d(x, einsum("ne,eoikl->noikl", mix, weights), mix @ bias, …)``.
+    Equals ``sample_conv2d(x, einsum("ne,eoikl->noikl", mix, weights), mix @ bias, …)``. On a CPU the weights are
+    mixed as the kernel reads them, without ``[N, O, C, kh, kw]`` in memory; where a sample has one pixel and a weight
+    2**17 elements or more, the outputs of all weights are, which then takes half of the time.
 
     Args:
         x: ``[N, C, H, W]``, either memory format (channels_last is the fast one); the output has the same one.
