@@ -27,6 +27,8 @@ CASES = {
     "dynamic filter": ((2, 40, 9, 11), (3, 3), {"padding": 1}),
     "a filter for each channel": ((2, 20, 9, 11), (3, 3), {"padding": 1, "groups": 20}),
     "one channel": ((2, 1, 9, 11), (3, 3), {"padding": 1}),
+    "a filter for each of 48 channels": ((2, 48, 9, 11), (3, 3), {"padding": 1, "stride": 2, "groups": 48}),
+    "the same, upsampled": ((1, 32, 5, 6), (3, 2), {"padding": 1, "upsample": 2, "groups": 32}),
     "groups of 3": ((1, 30, 6, 7), (2, 3), {"groups": 10}),
     "CARAFE": ((1, 132, 5, 6), (5, 5), {"padding": 2, "upsample": 2}),
     "upsample 3, two groups": ((2, 24, 4, 5), (3, 3), {"padding": 1, "upsample": 3, "groups": 2}),
