@@ -52,6 +52,7 @@ class Job {
   void choose_outputs();
   Forward forward_of(const ListPart& in, const ListPart& out) const;
   void place_weights();
+  void take_by_panel();
   int64_t chunk_units() const;
   void run_chunk(Range units);
   void read(Part& part, Range lines);
@@ -159,14 +160,13 @@ Forward Job::forward_of(const ListPart& in, const ListPart& out) const {
 
 // Each part's weight: where it lies, compacted for all jobs, or compacted here, whole or panel by panel.
 void Job::place_weights() {
+  if (c_.mix) return take_by_panel();
   int64_t bytes = 0;
   for (size_t p = 0; p < parts_.size(); ++p) {
     Part& part = parts_[p];
     const ChannelList& columns = part.out.list;
     part.position_bytes = part.live.layout.group_bytes;
-    if (c_.mix) {
-      bytes = 1;
-    } else if (lies_packed(c_.layout, part.in.list, columns)) {
+    if (lies_packed(c_.layout, part.in.list, columns)) {
       const int64_t first = columns.count ? columns.index[0] : 0;
       part.f.weight = part.live.pick.from + first * c_.layout.depth * (c_.dot ? 2 : 4);
       part.f.whole = &c_.layout;
@@ -181,15 +181,8 @@ void Job::place_weights() {
     }
   }
   if (!bytes) return;
-  by_panel_ = c_.mix || (c_.parts == 1 && chunk_units() >= range_.units.size() && c_.classes.size() == 1 &&
-                         !parts_[0].f.converts() && !c_.merged);
-  if (by_panel_) {
-    parts_[0].position_bytes = parts_[0].live.panel_bytes();
-    // samples that mix get their weights at once, others one after another at the same place
-    Scratch& s = c_.mix ? s_ : Scratch::mine(0);
-    panel_ = s.weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
-    return;
-  }
+  const bool fits = c_.parts == 1 && chunk_units() >= range_.units.size();
+  if (fits && c_.classes.size() == 1 && !parts_[0].f.converts() && !c_.merged) return take_by_panel();
   char* at = s_.weight.at_least(bytes);
   for (Part& part : parts_) {
     if (part.f.weight) continue;
@@ -198,6 +191,15 @@ void Job::place_weights() {
     part.f.weight = at;
     at += round_up(part.live.bytes(), 64);
   }
+}
+
+// The weight comes panel by panel. Samples that mix get theirs at once, others one after another at one
+// place.
+void Job::take_by_panel() {
+  by_panel_ = true;
+  parts_[0].position_bytes = parts_[0].live.panel_bytes();
+  Scratch& s = c_.mix ? s_ : Scratch::mine(0);
+  panel_ = s.weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
 }
 
 // Units whose compact input, transformed input and outputs stay in the L2 cache.
@@ -346,7 +348,7 @@ void Job::read(Part& part, Range lines) {
   const char* map = c_.x.data + sample_rows(c_.g.in_pixels()) * c_.x.stride;
   Source& source = part.f.source;
   source.row_bytes = c_.x.stride;
-  part.f.near = c_.mix;  // for all panels but the first
+  part.f.near = c_.mix != nullptr;  // for all panels but the first
   if (c_.x.packed || part.in.list.prefix()) {
     source.x = map + (c_.x.packed ? part.in.begin : part.in.first) * c_.element();
     return;

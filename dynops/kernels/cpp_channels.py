@@ -41,12 +41,12 @@ def _live(count: Tensor | None, channels: int) -> float:
     return channels if count is None else int(count.sum()) / max(count.numel(), 1)
 
 
-def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, live_in: float, live_out: float) -> bool:
-    return (
-        heads == 1
-        and cpp.takes_winograd(g, weight.shape, weight.dtype)
-        and min(live_in, live_out) >= cpp._WINOGRAD_CHANNELS
-        and g.out_h * g.out_w >= 100
+def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, in_count, out_count) -> bool:
+    """Whether a sample runs as Winograd's F(2x2, 3x3): on maps of 100 pixels and lists of some length."""
+    fits = heads == 1 and g.out_h * g.out_w >= 100 and cpp.takes_winograd(g, weight.shape, weight.dtype)
+    return fits and all(  # counted last: it takes 4 us
+        _live(count, weight.shape[i]) >= cpp._WINOGRAD_CHANNELS
+        for i, count in ((1, in_count), (0, out_count))
     )
 
 
@@ -55,7 +55,7 @@ def conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, he
     g = as_geometry(geometry)
     outputs, channels = weight.shape[0], weight.shape[1] * g.groups
     setup = cpp._setup(g, weight.shape, x.dtype, in_index is not None)
-    winograd = _takes_winograd(g, weight, heads, _live(in_count, channels), _live(out_count, outputs))
+    winograd = _takes_winograd(g, weight, heads, in_count, out_count)
     headed = g if heads == 1 else g._replace(groups=heads)
     packed = (
         cpp._winograd_weight(weight, False) if winograd else cpp._packed_weight(weight, headed, setup, False)
@@ -99,7 +99,7 @@ def conv_input_grad(
     outputs, channels = weight.shape[0], weight.shape[1] * g.groups
     setup = cpp._setup(g, weight.shape, grad.dtype, True)
     back, turned = _backward_geometry(g)
-    winograd = _takes_winograd(back, weight, heads, _live(out_count, outputs), _live(in_count, channels))
+    winograd = _takes_winograd(back, weight, heads, in_count, out_count)
     headed = g if heads == 1 else g._replace(groups=heads)
     packed = (
         cpp._winograd_weight(weight, True) if winograd else cpp._packed_weight(weight, headed, setup, True)
