@@ -4,7 +4,7 @@ from . import nn, ops
 from .backends import build_info
 from .context import active
 from .convert import convert_, revert_
-from .plans import BlockPlan, ChannelPlan, PixelPlan, changed_blocks
+from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, changed_blocks
 from .tune import suggest_block_size
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockPlan",
     "ChannelPlan",
+    "ExpertPlan",
     "PixelPlan",
     "active",
     "build_info",

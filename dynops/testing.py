@@ -29,6 +29,7 @@ _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "hardswish": F.hardswish,
+    "relu2": lambda y: F.relu(y).square(),
 }
 
 

@@ -183,7 +183,7 @@ def test_weight_grad(name, dtype):
     check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
-@pytest.mark.parametrize("activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"])
+@pytest.mark.parametrize("activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"])
 @pytest.mark.parametrize("name", ["3x3", "depthwise", "packed", "transposed-stride"])
 def test_epilogue(name, activation):
     for dtype in DTYPES if name == "3x3" else DTYPES[:1]:
@@ -202,7 +202,7 @@ def test_epilogue(name, activation):
 def test_nan_passes_through_every_activation():
     inputs = Inputs(replace(CASES["1x1"], mask="full"), torch.float32)
     inputs.x[0, 0, 0, 0] = float("nan")
-    for activation in ("", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"):
+    for activation in ("", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"):
         assert inputs.conv(pixels.conv, activation=activation)[0, :, 0, 0].isnan().all(), activation
 
 

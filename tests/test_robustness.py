@@ -502,7 +502,7 @@ def test_nan_in_an_inactive_pixel_is_read_where_the_kernel_reaches(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"])
 def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     values = torch.tensor([float("nan"), 1e30, -1e30, 90.0, -90.0, -3.0, 3.0, 0.0, -0.0])
     x, weight = values.view(1, 1, 1, -1), torch.ones(1, 1, 1, 1)
@@ -534,7 +534,7 @@ ISA_SCRIPT = """
         (3, 32, 7, 1, 2), (16, 33, 3, 1, 1), (70, 101, 1, 1, 1), (40, 64, 3, 1, 1), (24, 24, 3, 24, 1),
         (12, 12, 3, 4, 1), (5, 7, (1, 3), 1, 1),
     ]
-    activations = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish")
+    activations = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2")
     for dtype, (c, o, kernel, groups, stride) in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), shapes
     ):

@@ -9,7 +9,7 @@
 namespace dynops::cpu {
 
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
-enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kGeluTanh, kHardswish };
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kGeluTanh, kHardswish, kRelu2 };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 

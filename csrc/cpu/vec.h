@@ -337,6 +337,10 @@ FORCE_INLINE Vec activate(Vec x, Activation activation) {
       const Vec inner = min_of(broadcast(6.f), max_of(zero(), add(x, broadcast(3.f))));
       return mul(mul(x, inner), broadcast(1.f / 6.f));
     }
+    case Activation::kRelu2: {
+      const Vec positive = max_of(zero(), x);
+      return mul(positive, positive);
+    }
     default:
       return x;
   }

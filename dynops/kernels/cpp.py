@@ -17,7 +17,17 @@ from .layout import memory_format_of
 
 _CHANNELS_LAST = torch.channels_last
 # The order of csrc/cpu/engine.h's Activation.
-_ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5, "hardswish": 6}
+_NAMES = (
+    "",
+    "relu",
+    "relu6",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardswish",
+    "relu2",
+)  # csrc/cpu/engine.h: Activation
+_ACTIVATIONS = {name: i for i, name in enumerate(_NAMES)}
 # Below this many channels the taps of a kernel row are read as one run of the input: 3 channels would
 # leave the GEMM's inner loop with 3 iterations, a 7 x 3 run gives it 21.
 _MERGED_CHANNELS = 16

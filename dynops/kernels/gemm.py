@@ -104,6 +104,8 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif ACTIVATION == "hardswish":
         z = z * tl.where(z < -3, 0.0, tl.where(z > 3, 6.0, z + 3)) / 6
+    elif ACTIVATION == "relu2":
+        z = tl.where(z < 0, 0.0, z * z)
     else:
         tl.static_assert(ACTIVATION == "")
     return z

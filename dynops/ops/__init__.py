@@ -12,6 +12,10 @@ from .channels import (
     packed_channel_conv2d,
     scatter_channels,
 )
+from .expert_activations import expert_activation
+from .expert_checks import QuantizedExperts
+from .expert_rows import combine_pairs, gather_pairs
+from .experts import experts_mlp, grouped_linear, quantize_experts
 from .interpolate import interpolate_pixels
 from .pixels import (
     gather_pixels,
@@ -23,11 +27,17 @@ from .pixels import (
 )
 
 __all__ = [
+    "QuantizedExperts",
     "channel_conv2d",
     "channel_linear",
+    "combine_pairs",
+    "expert_activation",
+    "experts_mlp",
     "gather_blocks",
     "gather_channels",
+    "gather_pairs",
     "gather_pixels",
+    "grouped_linear",
     "interpolate_pixels",
     "local_conv2d",
     "masked_output_conv2d",
@@ -35,6 +45,7 @@ __all__ = [
     "packed_channel_conv2d",
     "packed_conv2d",
     "packed_conv_transpose2d",
+    "quantize_experts",
     "region_conv2d",
     "sample_conv2d",
     "scatter_blocks",

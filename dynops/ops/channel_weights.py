@@ -300,7 +300,7 @@ def sample_conv2d(
         weight: ``[N, O, C/groups, kh, kw]``, of ``x``'s dtype.
         bias: ``[N, O]``, ``[O]`` or None.
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
-        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh" or "hardswish".
+        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish" or "relu2".
         backend: "cpp" or "reference"; None takes the fastest.
 
     Returns:

@@ -421,7 +421,7 @@ def channel_conv2d(
             into G groups of O/G, each with inputs of its own (dynamic group convolution); ``groups`` is 1 then.
         out_plan: the live output channels; None: all.
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
-        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh" or "hardswish".
+        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish" or "relu2".
         scale: ``[N, O]``, a soft gate: multiplies a sample's channels, before the activation.
         base: ``[N, O, out_H, out_W]``, the output at channels that are not live; zero if None.
         backend: "cpp", "triton" or "reference"; None takes the fastest.

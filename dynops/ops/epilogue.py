@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,18 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "hardswish": F.hardswish,
+    "relu2": lambda y: F.relu(y).square(),
+}
+_aten = torch.ops.aten
+ACTIVATION_GRADS = {  # (grad, input) -> the input's gradient
+    "": lambda g, z: g,
+    "relu": lambda g, z: torch.where(z > 0, g, 0),
+    "relu6": lambda g, z: torch.where((z > 0) & (z < 6), g, 0),
+    "silu": lambda g, z: _aten.silu_backward(g, z),
+    "gelu": lambda g, z: _aten.gelu_backward(g, z),
+    "gelu_tanh": lambda g, z: _aten.gelu_backward(g, z, approximate="tanh"),
+    "hardswish": lambda g, z: _aten.hardswish_backward(g, z),
+    "relu2": lambda g, z: g * 2 * F.relu(z),
 }
 
 

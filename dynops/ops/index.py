@@ -113,6 +113,36 @@ def _channel_mask_fake(index: Tensor, count: Tensor, channels: int) -> Tensor:
     return index.new_empty((index.shape[0], channels), dtype=torch.bool)
 
 
+def _expert_index(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order, offsets and positions of an ExpertPlan of ``index`` ``[T, K]``; ``capacity`` < 0: no limit."""
+    outside = (index < 0) | (index > experts)
+    if index.device.type == "cpu" and bool(outside.any()):  # elsewhere looking would synchronise
+        raise RuntimeError(
+            f"index: expected values in [0, {experts}], got {int(index.min())} to {int(index.max())}"
+        )
+    bounds = torch.arange(experts + 1, dtype=torch.int32, device=index.device)
+    key = torch.where(outside, experts, index).to(torch.int32)
+    if capacity >= 0:  # an expert's rank of each pair, first choices before second ones
+        slots = key.t().reshape(-1)
+        by_expert, order = slots.sort(stable=True)
+        first = torch.searchsorted(by_expert, bounds)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(order.numel(), device=index.device) - first[by_expert.long()]
+        key = torch.where(rank.view(key.t().shape).t() < capacity, key, experts)
+    by_expert, order = key.reshape(-1).sort(stable=True)
+    position = torch.empty_like(order, dtype=torch.int32)
+    position[order] = torch.arange(order.numel(), dtype=torch.int32, device=index.device)
+    position = torch.where(key < experts, position.view(key.shape), -1)
+    return order.to(torch.int32), torch.searchsorted(by_expert, bounds, out_int32=True), position
+
+
+def _expert_index_fake(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    def empty(*shape):
+        return index.new_empty(shape, dtype=torch.int32)
+
+    return empty(index.numel()), empty(experts + 1), empty(*index.shape)
+
+
 define("mask_to_index(Tensor mask) -> Tensor", _mask_to_index, _mask_to_index_fake)
 define(
     "mask_to_index_capacity(Tensor mask, SymInt capacity) -> (Tensor, Tensor)",
@@ -138,4 +168,9 @@ define(
     "channel_mask(Tensor index, Tensor count, SymInt channels) -> Tensor",
     _channel_mask,
     _channel_mask_fake,
+)
+define(
+    "expert_index(Tensor index, SymInt experts, SymInt capacity) -> (Tensor, Tensor, Tensor)",
+    _expert_index,
+    _expert_index_fake,
 )

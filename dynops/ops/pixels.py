@@ -325,7 +325,7 @@ def sparse_conv2d(
         bias: ``[O]`` or None.
         plan: a :class:`PixelPlan` at the output resolution.
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
-        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh" or "hardswish".
+        activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish" or "relu2".
         scale, shift: ``[O]``, an affine map of each output channel (a folded norm).
         gate: ``[N, H, W]``, ``[N, 1, H, W]`` or packed ``[P]``, a multiplier for each pixel.
         residual: ``[N, O, H, W]`` or packed ``[P, O]``, added before the activation.

@@ -2,12 +2,14 @@
 
 from .blocks import BlockPlan, as_block_plan, changed_blocks, widen_mask
 from .channels import ChannelPlan, as_channel_plan
+from .experts import ExpertPlan
 from .masks import check_mask, resize_mask
 from .pixels import PixelPlan, as_pixel_plan
 
 __all__ = [
     "BlockPlan",
     "ChannelPlan",
+    "ExpertPlan",
     "PixelPlan",
     "as_block_plan",
     "as_channel_plan",
