@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks headline|layers|models|video|memory|all|readme``."""
+"""The command line: ``python -m benchmarks headline|layers|models|experts|video|memory|all|readme``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from pathlib import Path
 
 import torch
 
-from . import blocks, channel_weights, channels, layers, masks, memory, models, readme, report, video
+from . import (
+    blocks,
+    channel_weights,
+    channels,
+    expert_rows,
+    experts,
+    layers,
+    masks,
+    memory,
+    models,
+    readme,
+    report,
+    video,
+)
 from .timing import Budget
 
 ROOT = Path(__file__).parent
@@ -33,7 +46,14 @@ the output, changed_blocks included. Every frame's output was compared with the 
 MEMORY_LEGEND = """\
 MB (2**20 bytes) that one call holds at its peak above what was held before it, the output included; dense is the
 smaller of eager NCHW and channels_last."""
+EXPERTS_LEGEND = """\
+One layer of SwiGLU experts, from tokens, their choices and weights to the output; medians of one interleaved run, several
+routings in turn. best built-in: the fastest of transformers' eager and grouped_mm (at 1 token also batched_mm); of int8
+weights: dynops in the dtype of the run; of one GEMM (rows gathered by token): torch's grouped_mm, sorting included.
+roofline: the later of the MACs at the peak and the weights that have tokens at the memory speed, both measured in this run.
+GFLOP/s: 2 x MACs. Whole models: tokens a second are tokens / ms."""
 LEGENDS = {
+    "experts": EXPERTS_LEGEND,
     "blocks": f"{LEGEND}\n{BLOCKS_LEGEND}",
     "channels": f"{LEGEND}\n{CHANNELS_LEGEND}",
     "video": f"{LEGEND}\n{VIDEO_LEGEND}",
@@ -48,6 +68,7 @@ FLOAT16_NOTE = (
     "Dense float16 convolution on a CPU can be many times slower than float32, for want of instructions; a "
     "realised far over 1 measures that and not sparsity."
 )
+NO_TRANSFORMERS_NOTE = "transformers is not installed: nothing to compare experts with, and no model."
 NO_PHOTO_NOTE = "matplotlib is not installed: no photograph, so no photo masks and no model."
 
 
@@ -69,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     # memory first: timing keeps freed memory from then on
     chosen = (args.command,) if args.op == "pixels" else (args.op,)
     if args.command == "all":
-        chosen = ("memory", "layers", "blocks", "channels", "models", "video")
+        chosen = ("memory", "layers", "blocks", "channels", "models", "experts", "video")
     if setting.backward:
         chosen = tuple(suite for suite in chosen if suite not in FORWARD_ONLY)
     for suite in chosen:
@@ -78,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = ["headline", "layers", "models", "video", "memory", "all", "readme"]
+    commands = ["headline", "layers", "models", "experts", "video", "memory", "all", "readme"]
     parser.add_argument(
         "command", choices=commands, help="readme rewrites the README's numbers from results/"
     )
@@ -91,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backward", action="store_true", help="forward and backward, for both")
     parser.add_argument("--quick", action="store_true", help="fewer layers, shorter, no compiled layers")
-    parser.add_argument("--plot", action="store_true", help="a PNG too: speed-up against density")
+    parser.add_argument(
+        "--plot", action="store_true", help="a PNG too: speed-up against density, of experts against tokens"
+    )
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and PNG (benchmarks/out)")
     return parser
 
@@ -163,6 +186,19 @@ def run_channels(setting: layers.Setting, quick: bool) -> report.Report:
     return result
 
 
+def run_experts(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    if not experts.available():
+        result.notes.append(NO_TRANSFORMERS_NOTE)
+        return result
+    machine = experts.measure_machine(setting.device, (setting.dtype,))
+    result.notes.append(str(machine))
+    if quick:
+        setting = dataclasses.replace(setting, budget=Budget(0.7, 5))
+    result.experts = experts.run(setting, machine, quick)
+    return result
+
+
 def run_video(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
     if "photo" in setting.mask_kinds:
@@ -193,6 +229,7 @@ SUITES = {
     "blocks": run_blocks,
     "channels": run_channels,
     "models": run_models,
+    "experts": run_experts,
     "video": run_video,
     "memory": run_memory,
 }
@@ -224,6 +261,8 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
         print(report.summary_table(report.summaries(result.rows, layers.TARGET_GROUPS)), "\n")
     if result.memory:
         print(report.memory_table(result.memory), "\n")
+    if result.experts:
+        print(expert_rows.table(result.experts), "\n")
     for note in result.notes:
         print(f"note: {note}")
     dtype = str(setting.dtype).removeprefix("torch.")
@@ -238,6 +277,7 @@ def write_readme(path: Path, results: Path) -> None:
     readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))
     readme.rewrite(path, "blocks", readme.blocks_block(reports))
     readme.rewrite(path, "channels", readme.channels_block(reports))
+    readme.rewrite(path, "experts", readme.experts_block(reports))
     print(f"{path}: numbers of {len(reports)} files in {results}")
 
 

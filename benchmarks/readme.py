@@ -5,20 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from .blocks import PIXELS
+from .expert_rows import readme_table
 from .report import (
     HEADER,
     SUMMARY_HEADER,
     Report,
     Row,
     machine_line,
-    markdown,
     row_cells,
     summaries,
     summary_cells,
 )
+from .text import markdown
 
 NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
 NO_CHANNELS = "No results of channels are committed yet: `python -m benchmarks layers --op channels --out benchmarks/results`."
+NO_EXPERTS = (
+    "No results of experts are committed yet: `python -m benchmarks experts --out benchmarks/results`."
+)
 # Of these the README shows every row; of the other groups a line.
 CHANNEL_ROWS = ("FBS", "FBS packed", "widths of samples", "CondConv", "CGNet", "DRConv", "involution")
 _ORDER = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -83,6 +87,18 @@ def channels_block(reports: list[Report]) -> str:
         rows += [[row.dtype, row.group, *row_cells(row)] for row in report.rows if row.group in CHANNEL_ROWS]
     groups = markdown(["dtype", "pass", *SUMMARY_HEADER[:5]], lines)
     return "\n\n".join([_machines(used), groups, markdown(["dtype", "method", *HEADER], rows)])
+
+
+def experts_block(reports: list[Report]) -> str:
+    """Every row of every report of experts, and what the machine reached."""
+    used = sorted(
+        (r for r in reports if r.experts and not r.rows),
+        key=lambda r: (_ORDER[r.experts[0].dtype], r.experts[0].mode),
+    )
+    if not used:
+        return NO_EXPERTS
+    notes = dict.fromkeys(note for report in used for note in report.notes)
+    return "\n\n".join([_machines(used), *notes, readme_table([row for r in used for row in r.experts])])
 
 
 def _over_densities(rows: list[Row]) -> str:

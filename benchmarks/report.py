@@ -18,6 +18,9 @@ import torch
 
 import dynops
 
+from .expert_rows import ExpertRow, plot_experts
+from .text import aligned, rounded
+
 
 @dataclass
 class Row:
@@ -56,7 +59,7 @@ class Row:
 
     def as_dict(self) -> dict:
         derived = {name: getattr(self, name) for name in ("theory", "speedup", "realised")}
-        return {k: _rounded(v) for k, v in {**dataclasses.asdict(self), **derived}.items()}
+        return {k: rounded(v) for k, v in {**dataclasses.asdict(self), **derived}.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Row:
@@ -80,17 +83,11 @@ class MemoryRow:
         return self.ours_mb / self.dense_mb
 
     def as_dict(self) -> dict:
-        return {k: _rounded(v) for k, v in {**dataclasses.asdict(self), "ratio": self.ratio}.items()}
+        return {k: rounded(v) for k, v in {**dataclasses.asdict(self), "ratio": self.ratio}.items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> MemoryRow:
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
-
-
-def _rounded(value):
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 @dataclass
@@ -98,6 +95,7 @@ class Report:
     machine: dict
     rows: list[Row] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
+    experts: list[ExpertRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def save(self, folder: Path, stem: str, plot: bool = False) -> list[Path]:
@@ -109,18 +107,27 @@ class Report:
             "notes": self.notes,
             "rows": [row.as_dict() for row in self.rows],
             "memory": [row.as_dict() for row in self.memory],
+            "experts": [row.as_dict() for row in self.experts],
         }
         paths[0].write_text(json.dumps(content, indent=1) + "\n")
         self._write_csv(paths[1])
-        if plot and self.rows and _plot(self, folder / f"{stem}.png"):
-            paths.append(folder / f"{stem}.png")
+        image = folder / f"{stem}.png"
+        draw = _plot if self.rows else plot_experts
+        if plot and (self.rows or self.experts) and draw(self.rows or self.experts, self.title(), image):
+            paths.append(image)
         return paths
 
+    def title(self) -> str:
+        """Of a plot: the machine, the dtype, the pass."""
+        row = (self.rows or self.experts)[0]
+        return f"{self.machine['device']}, {self.machine['threads']} threads, {row.dtype}, {row.mode}"
+
     def _write_csv(self, path: Path) -> None:
-        records = [row.as_dict() for row in self.rows or self.memory]
+        records = [row.as_dict() for row in self.rows or self.memory or self.experts]
         for record in records:
-            if "dense_all" in record:
-                record["dense_all"] = "; ".join(f"{k}: {v}" for k, v in record["dense_all"].items())
+            for key, value in record.items():
+                if isinstance(value, dict):
+                    record[key] = "; ".join(f"{k}: {v}" for k, v in value.items())
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
             writer.writeheader()
@@ -131,7 +138,8 @@ class Report:
         content = json.loads(path.read_text())
         rows = [Row.from_dict(r) for r in content["rows"]]
         memory = [MemoryRow.from_dict(r) for r in content["memory"]]
-        return cls(content["machine"], rows, memory, content["notes"])
+        experts = [ExpertRow.from_dict(r) for r in content.get("experts", [])]
+        return cls(content["machine"], rows, memory, experts, content["notes"])
 
 
 # --------------------------------------------------------------------------------------- the machine
@@ -323,27 +331,10 @@ def _memory_cells(r: MemoryRow) -> list[str]:
     return [r.case, r.mask, f"{r.density:.2f}", *sizes]
 
 
-def aligned(header: list[str], rows: list[list[str]]) -> str:
-    """Columns padded to their widest cell; text to the left, numbers to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    number = [all(re.match(r"^-?[\d.]*x?$", row[i]) for row in rows) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        columns = zip(cells, widths, number, strict=True)
-        return "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in columns).rstrip()
-
-    return "\n".join([line(header), *map(line, rows)])
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 # --------------------------------------------------------------------------------------- the plot
 
 
-def _plot(report: Report, path: Path) -> bool:
+def _plot(rows: list[Row], title: str, path: Path) -> bool:
     """Speed-up against the share of MACs computed, with the theoretical line; False without matplotlib."""
     try:
         import matplotlib
@@ -353,7 +344,7 @@ def _plot(report: Report, path: Path) -> bool:
     except ImportError:
         return False
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    plain = [row for row in report.rows if row.variant == "plain"]
+    plain = [row for row in rows if row.variant == "plain"]
     for kind in dict.fromkeys((row.suite, row.mask) for row in plain):
         own = [row for row in plain if (row.suite, row.mask) == kind]
         size = 60 if kind[0] == "models" else 14
@@ -366,10 +357,7 @@ def _plot(report: Report, path: Path) -> bool:
     ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1) if t >= lowest * 0.9]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_yticks([0.5, 1, 2, 4, 10], ["0.5x", "1x", "2x", "4x", "10x"])
-    info = report.machine
-    axes.set_title(
-        f"{info['device']}, {info['threads']} threads, {plain[0].dtype}, {plain[0].mode}", fontsize=10
-    )
+    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)

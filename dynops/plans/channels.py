@@ -23,8 +23,8 @@ class ChannelPlan:
         shared: whether all samples have the same lists.
         capacity: L where it was given, else None (then ``L = C``).
 
-    Building and using a plan never synchronises with a GPU; only :attr:`width` without a capacity does, the
-    width of packed tensors. Channels past a capacity are dropped, in ascending order.
+    Building and using a plan never synchronises with a GPU, with two exceptions: :meth:`from_index`, which checks its
+    lists, and :attr:`width` without a capacity, the width of packed tensors. Channels past a capacity are dropped, in ascending order.
     """
 
     def __init__(
