@@ -606,6 +606,7 @@ FLOORS = {
     "ops": {"geometry", "backends", "plans", "kernels", "ops"},
     "context": {"geometry", "plans", "ops"},
     "nn": {"geometry", "backends", "plans", "ops", "context", "nn"},
+    "integrations": {"backends", "plans", "ops", "integrations"},
 }
 TOP = {"__init__", "convert", "program", "testing", "tune"}  # may import any floor
 

@@ -1,0 +1,47 @@
+"""Makes ``experts_implementation="dynops"`` available to the mixture-of-experts models of transformers."""
+
+from __future__ import annotations
+
+
+def register(name: str = "dynops") -> None:
+    """Registers dynops as an implementation of experts in transformers. Again: the same.
+
+    One line before a model is made, or changed afterwards::
+
+        dynops.integrations.transformers.register()
+        model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="dynops")
+        model.set_experts_implementation("dynops")  # a model that is there already
+
+    Every model whose experts use transformers' interface runs on :func:`dynops.ops.experts_mlp`, forward and
+    backward. Its parameters, checkpoints and outputs stay: biases, transposed and interleaved weights, experts without a
+    gate, a norm after each expert and tokens that are dropped (an index of ``num_experts``) are honoured. The
+    activation is fused where dynops has it; a gate of the model's own is called between the two GEMMs.
+
+    Args:
+        name: what ``experts_implementation`` is to be.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5, which has no such interface.
+        ValueError: another implementation has this name.
+    """
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(f"register: expected transformers >= 5, {_found()}") from error
+    from .transformers_experts import experts_forward
+
+    taken = "eager" if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name, experts_forward)
+    if taken is not experts_forward:
+        raise ValueError(f"name: expected one that no other implementation of experts has, got {name!r}")
+    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+
+
+def _found() -> str:
+    try:
+        import transformers
+    except ImportError:
+        return "which is not installed (pip install 'dynops[transformers]')"
+    return f"got {transformers.__version__}"
+
+
+__all__ = ["register"]

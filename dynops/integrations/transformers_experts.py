@@ -1,0 +1,134 @@
+"""The experts of transformers' models on dynops' ops; imported once transformers is known to be there.
+
+A class of experts says by flags how its weights lie, and by ``_apply_gate`` and ``act_fn`` what stands between its two
+linear layers. What dynops has is fused; anything else is called, on the rows of all experts at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import activations
+
+from ..ops import combine_pairs, expert_activation, experts_mlp, grouped_linear
+from ..plans import ExpertPlan
+
+_ACTIVATIONS = {
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.AccurateGELUActivation: "gelu_tanh",
+    activations.ReLUSquaredActivation: "relu2",
+    F.silu: "silu",
+    F.relu: "relu",
+    F.gelu: "gelu",
+}
+
+# Gates of the models' own whose formula dynops has. Released checkpoints fix them, so that their names suffice.
+_PLAIN_GATES = (
+    "_default_apply_gate",
+    "BeamExperts._apply_gate",
+)  # act_fn(gate) * up; Beam's in float32, as ours
+_CLAMPED_GATES = {  # of clamped_swiglu: the attributes of alpha and limit, and whether gate and up take turns
+    "GptOssExperts._apply_gate": ("alpha", "limit", True),
+    "OpenAIPrivacyFilterExperts._apply_gate": ("alpha", "limit", False),
+    "MiniMaxM3VLExperts._apply_gate": ("swiglu_alpha", "swiglu_limit", False),
+}
+
+
+class _Middle(NamedTuple):
+    """What stands between the two GEMMs: the arguments of ``experts_mlp``."""
+
+    activation: str | Callable[[Tensor], Tensor]
+    gated: bool
+    interleaved: bool = False
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,  # [T, H]
+    top_k_index: Tensor,  # int [T, K] in [0, E]; E: dropped
+    top_k_weights: Tensor,  # [T, K]
+) -> Tensor:  # [T, H]
+    """The ``forward`` of a module of experts, as transformers' ``ALL_EXPERTS_FUNCTIONS`` calls it.
+
+    Pairs that expert parallelism keeps elsewhere come with the index E too, the number of this rank's experts.
+    """
+    gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
+    up_name = "gate_up_proj" if gated else "up_proj"
+    up, down = getattr(self, up_name), self.down_proj
+    up_bias = getattr(self, f"{up_name}_bias") if biased else None
+    down_bias = self.down_proj_bias if biased else None
+    transposed = getattr(self, "is_transposed", False)
+    plan = ExpertPlan.from_topk(top_k_index, up.shape[0])
+    middle = _middle(self, gated)
+    if not getattr(self, "has_post_expert_norm", False):
+        biases = {"up_bias": up_bias, "down_bias": down_bias}
+        out = experts_mlp(hidden_states, up, down, plan, top_k_weights, transposed=transposed, **biases, **middle._asdict())  # fmt: skip
+        return out.to(hidden_states.dtype)
+    rows = grouped_linear(hidden_states, up, plan, up_bias, transposed=transposed)
+    rows = (
+        middle.activation(rows)
+        if callable(middle.activation)
+        else expert_activation(rows, **middle._asdict())
+    )
+    rows = grouped_linear(rows, down, plan, down_bias, packed_in=True, transposed=transposed)
+    return combine_pairs(self.post_expert_norm(rows), plan, top_k_weights).to(hidden_states.dtype)
+
+
+def _middle(experts: nn.Module, gated: bool) -> _Middle:
+    if not gated:
+        act_fn = experts.act_fn
+        return _Middle(_known_activation(act_fn) or act_fn, gated)
+    gate = _known_gate(experts)
+    if gate in _CLAMPED_GATES:
+        alpha, limit, interleaved = _CLAMPED_GATES[gate]
+        options = (interleaved, getattr(experts, alpha), getattr(experts, limit))
+        return _Middle("clamped_swiglu", gated, *options)
+    if gate not in _PLAIN_GATES:
+        return _Middle(experts._apply_gate, gated)
+    interleaved = not getattr(experts, "is_concatenated", True)
+    name = _known_activation(experts.act_fn)
+    if name is None:
+        return _Middle(_gate_of(experts.act_fn, interleaved), gated)
+    return _Middle(name, gated, interleaved)
+
+
+def _known_gate(experts: nn.Module) -> str:
+    """The qualified name of the method ``_apply_gate``, "" where it is not transformers' own."""
+    gate = getattr(experts, "_apply_gate", None)
+    own = inspect.ismethod(gate) and gate.__module__.startswith("transformers.")
+    return gate.__qualname__ if own and not hasattr(gate, "__wrapped__") else ""
+
+
+def _known_activation(act_fn: nn.Module | Callable) -> str | None:
+    """dynops' name of an activation, None where it has none or where calling the module does more."""
+    if not isinstance(act_fn, nn.Module):
+        return _ACTIVATIONS.get(act_fn)
+    if act_fn._forward_hooks or act_fn._forward_pre_hooks or "forward" in vars(act_fn):
+        return None
+    if type(act_fn) is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(type(act_fn))
+
+
+def _gate_of(act_fn: Callable, interleaved: bool) -> Callable[[Tensor], Tensor]:
+    def apply(rows: Tensor) -> Tensor:  # [P, 2 * I] -> [P, I]
+        gate, up = (rows[:, ::2], rows[:, 1::2]) if interleaved else rows.chunk(2, 1)
+        return act_fn(gate) * up
+
+    return apply
+
+
+__all__ = ["experts_forward"]
