@@ -7,6 +7,7 @@ from .channel_weights import CondConv2d, DynamicConv2d
 from .channel_width_norms import SwitchableBatchNorm2d, UniversalBatchNorm2d
 from .channel_widths import SlimmableConv2d, SlimmableLinear, set_width
 from .channels import ChannelConv2d, ChannelLinear
+from .conv_experts import ConvExperts
 from .expert_losses import importance_loss, load_balance_loss, load_loss, z_loss
 from .experts import Experts
 from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
@@ -21,6 +22,7 @@ __all__ = [
     "ChannelGatedConv2d",
     "ChannelLinear",
     "CondConv2d",
+    "ConvExperts",
     "DynamicConv2d",
     "Experts",
     "GroupedDynamicConv2d",

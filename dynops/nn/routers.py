@@ -196,7 +196,7 @@ def _smooth_load(logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int) -
     """
     logits, noisy, deviation = (t.flatten(0, -2) for t in (logits, noisy, deviation))
     if top_k == logits.shape[1]:
-        return torch.full_like(logits[0] if len(logits) else logits.sum(0), logits.shape[0])
+        return logits.new_full((top_k,), logits.shape[0])
     best = noisy.topk(top_k + 1, 1).values
     last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
     rival = torch.where(noisy > first_out, first_out, last_in)
