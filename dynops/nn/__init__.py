@@ -7,8 +7,13 @@ from .channel_weights import CondConv2d, DynamicConv2d
 from .channel_width_norms import SwitchableBatchNorm2d, UniversalBatchNorm2d
 from .channel_widths import SlimmableConv2d, SlimmableLinear, set_width
 from .channels import ChannelConv2d, ChannelLinear
+from .conv_experts import ConvExperts
+from .expert_losses import importance_loss, load_balance_loss, load_loss, z_loss
+from .experts import Experts
 from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
+from .moe import MoE, MoEOutput, SharedExpert
 from .pixels import SparseConv2d, SparseConvTranspose2d
+from .routers import Routing, TopKRouter
 from .sequential import SparseSequential
 
 __all__ = [
@@ -17,11 +22,17 @@ __all__ = [
     "ChannelGatedConv2d",
     "ChannelLinear",
     "CondConv2d",
+    "ConvExperts",
     "DynamicConv2d",
+    "Experts",
     "GroupedDynamicConv2d",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
     "MaskedMaxPool2d",
+    "MoE",
+    "MoEOutput",
+    "Routing",
+    "SharedExpert",
     "SlimmableConv2d",
     "SlimmableLinear",
     "SparseBlocks",
@@ -29,6 +40,11 @@ __all__ = [
     "SparseConvTranspose2d",
     "SparseSequential",
     "SwitchableBatchNorm2d",
+    "TopKRouter",
     "UniversalBatchNorm2d",
+    "importance_loss",
+    "load_balance_loss",
+    "load_loss",
     "set_width",
+    "z_loss",
 ]

@@ -1,0 +1,160 @@
+"""Experts that are modules, one or a few for each sample: branches of a convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import combine_pairs, gather_pairs
+from ..ops.rows import memory_format_of
+from ..plans import ExpertPlan
+
+
+class ConvExperts(nn.Module):
+    """Branches of which each sample of a batch runs the ones that a gate chose.
+
+    A branch that was chosen runs once, on a batch of the samples that chose it; one that nobody chose does not run. The
+    output is the weighted sum of the chosen branches (DRNet), or with ``combine="concat"`` all branches side by side, zero
+    where a sample does not run one, for a combiner that comes next (HydraNet).
+
+    Args:
+        branches: E modules ``[n, C, ...] -> [n, O, ...]`` of equal output shape, which treat each sample by itself. A norm
+            in training mode takes its statistics from the samples of its branch.
+        gate: a module ``x -> (index, weight, ...)``, for example a Sequential of pooling, ``nn.Flatten`` and
+            :class:`TopKRouter`; None: index and weight are arguments. For a router's losses call it outside.
+        combine: "sum" or "concat".
+
+    Shape:
+        - x: ``[N, C, ...]``, any number of dimensions, either memory format.
+        - topk_index: int ``[N, K]`` or ``[N]`` in ``[0, E]``, E means dropped; or an ``ExpertPlan`` of N tokens, which several
+          layers can share.
+        - topk_weight: ``[N, K]``, any floating dtype; None: 1.
+        - output: ``[N, O, ...]``, with "concat" ``[N, E * O, ...]``; zero where nothing ran. ``x``, the branches and
+          ``topk_weight`` get their gradients.
+
+    Each call reads the number of samples of each branch back to the host.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was expected and what came.
+
+    Papers: HydraNets (CVPR 2018), Dynamic Routing Networks (WACV 2021).
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], gate: nn.Module | None = None, *, combine: str = "sum"):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        if len(self.branches) == 0:
+            raise ValueError("branches: expected at least one module, got none")
+        if combine not in ("sum", "concat"):
+            raise ValueError(f"combine: expected 'sum' or 'concat', got {combine!r}")
+        self.gate, self.combine = gate, combine
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_index: Tensor | ExpertPlan | None = None,
+        topk_weight: Tensor | None = None,
+    ) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+            what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a floating tensor [N, C, ...], got {what}")
+        if (topk_index is None) == (self.gate is None):
+            expected = (
+                "[N, K], as the layer has no gate" if self.gate is None else "None, as the layer has a gate"
+            )
+            raise ValueError(f"topk_index: expected {expected}, got {type(topk_index).__name__}")
+        if topk_index is None:
+            topk_index, topk_weight, *_ = self.gate(x)
+        plan = self._plan(x, topk_index)
+        rows, layout = self._run(x, plan)
+        if self.combine == "sum":
+            return layout.samples(combine_pairs(rows, plan, topk_weight))
+        return layout.side_by_side(self._slots(rows, plan, topk_weight))
+
+    def _plan(self, x: Tensor, topk_index: Tensor | ExpertPlan) -> ExpertPlan:
+        experts = len(self.branches)
+        plan = topk_index
+        if not isinstance(plan, ExpertPlan):
+            plan = ExpertPlan.from_topk(topk_index, experts)
+        if plan.num_experts != experts or plan.tokens != x.shape[0]:
+            raise ValueError(f"topk_index: expected {x.shape[0]} samples and {experts} experts, got {plan}")
+        return plan
+
+    def _run(self, x: Tensor, plan: ExpertPlan) -> tuple[Tensor, _Layout]:
+        """The outputs ``[P, F]`` in the plan's order, and how they become samples."""
+        counts = plan.counts.tolist()
+        layout = _Layout.of(x)
+        *parts, dropped = gather_pairs(layout.rows(x), plan).split([*counts, plan.num_rows - sum(counts)])
+        outputs, out_layout = [], None
+        for i, (branch, part) in enumerate(zip(self.branches, parts, strict=True)):
+            if len(part) == 0:
+                continue
+            y = branch(layout.samples(part))
+            out_layout = out_layout or _Layout.of(y)
+            if y.shape != (len(part), *out_layout.shape):
+                raise ValueError(
+                    f"branches: expected {(len(part), *out_layout.shape)} from branch {i}, got {tuple(y.shape)}"
+                )
+            outputs.append(out_layout.rows(y))
+        if out_layout is None:
+            out_layout = _Layout(self._shape_without_running(x), layout.channels_last)
+        like = outputs[0] if outputs else x
+        outputs.append(like.new_zeros(len(dropped), out_layout.shape.numel()))
+        return torch.cat(outputs), out_layout
+
+    def _shape_without_running(self, x: Tensor) -> torch.Size:
+        """The shape of a sample's output where nobody chose a branch: the first one's, on the meta device.
+
+        From two samples: a norm of vectors refuses one in training mode.
+        """
+        branch = self.branches[0]
+        tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
+        tensors = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+        sample = torch.empty(2, *x.shape[1:], dtype=x.dtype, device="meta")
+        with torch.no_grad():
+            return torch.func.functional_call(branch, tensors, (sample,)).shape[1:]
+
+    def _slots(self, rows: Tensor, plan: ExpertPlan, topk_weight: Tensor | None) -> Tensor:
+        """``[N, E, F]``: each row at its sample and branch, added where a sample names a branch twice."""
+        live = int(plan.offsets[-1])
+        rows = rows[:live]
+        if topk_weight is not None:
+            rows = (rows * topk_weight.reshape(-1)[plan.order[:live].long()][:, None]).to(rows.dtype)
+        where = plan.token[:live].long(), plan.expert[:live].long()
+        slots = rows.new_zeros(plan.tokens, plan.num_experts, rows.shape[1])
+        return slots.index_put(where, rows, accumulate=True)
+
+    def extra_repr(self) -> str:
+        return f"combine={self.combine!r}"
+
+
+class _Layout(NamedTuple):
+    """How samples ``[N, C, ...]`` lie in rows ``[N, F]``, so that neither memory format is copied."""
+
+    shape: torch.Size  # of a sample
+    channels_last: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Layout:
+        return cls(x.shape[1:], x.dim() == 4 and memory_format_of(x) == torch.channels_last)
+
+    def rows(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1) if self.channels_last else x
+        return x.reshape(x.shape[0], self.shape.numel())
+
+    def samples(self, rows: Tensor) -> Tensor:
+        if not self.channels_last:
+            return rows.reshape(rows.shape[0], *self.shape)
+        c, h, w = self.shape
+        return rows.reshape(rows.shape[0], h, w, c).permute(0, 3, 1, 2)
+
+    def side_by_side(self, slots: Tensor) -> Tensor:
+        """``[N, E * O, ...]`` from ``[N, E, F]``."""
+        n, experts, _ = slots.shape
+        if not self.channels_last:
+            return slots.reshape(n, experts * self.shape[0], *self.shape[1:])
+        c, h, w = self.shape
+        return slots.reshape(n, experts, h, w, c).permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)

@@ -1,0 +1,70 @@
+"""Losses that keep a mixture's experts in even use, and its router's logits small."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _sums(values: Tensor, index: Tensor, num_experts: int) -> Tensor:
+    """``[E]``: the sum of ``values`` ``[T, K]`` over the pairs of each expert; pairs with index E count nowhere.
+
+    Through ``[T, E + 1]``, so that no two tokens add to one element: the sum is the same in every run on a GPU too.
+    """
+    wide = values.new_zeros(values.shape[0], num_experts + 1)
+    return wide.scatter_add(1, index.long(), values).sum(0)[:num_experts]
+
+
+def _cv_squared(x: Tensor) -> Tensor:
+    """The squared coefficient of variation, population variance / mean², of ``[E]``; 0 where all are zero."""
+    return x.var(correction=0) / (x.mean().square() + 1e-10)
+
+
+def load_balance_loss(probs: Tensor, index: Tensor) -> Tensor:
+    """Switch's load balance: ``E * sum_e f_e * P_e``, 1 where probabilities and choices are even.
+
+    ``f_e`` is the share of all pairs that chose expert e, ``P_e`` the mean of its probability over the tokens. The gradient
+    goes through P. (With K choices transformers' ``load_balancing_loss_func`` is K times this.)
+
+    Args:
+        probs: ``[..., E]``, a distribution for each token.
+        index: int ``[..., K]``; pairs with index E (dropped) count nowhere.
+
+    Papers: Switch Transformers (JMLR 2022), equations 4 to 6; GShard (ICLR 2021).
+    """
+    num_experts = probs.shape[-1]
+    probs, index = probs.reshape(-1, num_experts), index.reshape(-1, index.shape[-1])
+    counts = _sums(torch.ones_like(index, dtype=probs.dtype), index, num_experts)
+    shares = counts / max(index.numel(), 1)
+    return num_experts * (shares * (probs.sum(0) / max(probs.shape[0], 1))).sum()
+
+
+def importance_loss(weight: Tensor, index: Tensor, num_experts: int) -> Tensor:
+    """The squared coefficient of variation of the experts' importance, the sum of their routing weights.
+
+    Args:
+        weight: ``[..., K]``, the routing weights.
+        index: int ``[..., K]``; pairs with index E (dropped) count nowhere.
+        num_experts: E.
+
+    Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 6 and 7.
+    """
+    weight, index = weight.reshape(-1, weight.shape[-1]), index.reshape(-1, index.shape[-1])
+    return _cv_squared(_sums(weight, index, num_experts))
+
+
+def load_loss(load: Tensor) -> Tensor:
+    """The squared coefficient of variation of the experts' load ``[E]``, which a noisy router estimates smoothly.
+
+    Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 10 and 11.
+    """
+    return _cv_squared(load)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """The router's z-loss: the mean over the tokens of ``logsumexp(logits)²``, logits ``[..., E]``.
+
+    Paper: Zoph et al., ST-MoE (2022), equation 5.
+    """
+    tokens = logits[..., 0].numel()
+    return torch.logsumexp(logits, -1).square().sum() / max(tokens, 1)
