@@ -191,11 +191,11 @@ def run_experts(setting: layers.Setting, quick: bool) -> report.Report:
     if not experts.available():
         result.notes.append(NO_TRANSFORMERS_NOTE)
         return result
-    machine = experts.measure_machine(setting.device, (setting.dtype,))
-    result.notes.append(str(machine))
+    machine = experts.Machine(setting.device, setting.dtype)
     if quick:
         setting = dataclasses.replace(setting, budget=Budget(0.7, 5))
     result.experts = experts.run(setting, machine, quick)
+    result.notes.append(str(machine))
     return result
 
 

@@ -44,42 +44,56 @@ GEMM = Layer(1024, 1024, 64, 8)  # one grouped GEMM, I inputs to I outputs
 # ------------------------------------------------------------------------------------ the roofline
 
 
-@dataclass(frozen=True)
+READ, PRODUCT = "memory read", "peak product"
+
+
 class Machine:
-    """What this machine reaches, measured."""
+    """What this machine reaches: measured again in every run, because its memory speed moves from minute to minute.
 
-    gmacs: dict[torch.dtype, float]  # billions of MACs a second
-    gigabytes: float  # read from memory a second
+    The fastest of a few passes over 512 MB, and of a few dense products and convolutions, chosen once.
+    """
 
-    def roofline_ms(self, gmacs: float, megabytes: float, dtype: torch.dtype) -> float:
-        return max(gmacs / self.gmacs[dtype] * 1e3, megabytes / self.gigabytes)
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        data = torch.ones(1 << 14, 1 << 13, device=device)
+        reads = {
+            "sum": data.sum,
+            "sums of rows": _bound(data.sum, 1),
+            "largest integer": data.view(torch.int32).amax,
+        }
+        products, gmacs = _products(dtype, device)
+        with torch.inference_mode():
+            first = interleaved({**reads, **products}, device, Budget(3.0, 5))
+        product = min(products, key=lambda name: first[name] / gmacs[name])
+        self.calls = {READ: reads[min(reads, key=first.get)], PRODUCT: products[product]}
+        self.megabytes, self.gmacs = data.numel() * 4 / 1e6, gmacs[product]
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.runs: list[dict[str, float]] = []
+
+    def roofline_ms(self, gmacs: float, megabytes: float, times: dict[str, float]) -> float:
+        """The later of two times: of the MACs at the peak, of the bytes at the memory speed. ``times``: of the run."""
+        return max(gmacs / self.gmacs * times[PRODUCT], megabytes / self.megabytes * times[READ])
 
     def __str__(self) -> str:
-        peaks = ", ".join(f"{2 * v:.0f} GFLOP/s in {str(d)[6:]}" for d, v in self.gmacs.items())
-        return f"Peak measured here: {peaks}; memory read at {self.gigabytes:.1f} GB/s."
+        peaks = sorted(2e3 * self.gmacs / times[PRODUCT] for times in self.runs)
+        speeds = sorted(self.megabytes / times[READ] for times in self.runs)
+        return (
+            f"Measured in the runs: a peak of {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOP/s in {self.dtype}, memory read "
+            f"at {speeds[0]:.0f} to {speeds[-1]:.0f} GB/s."
+        )
 
 
-def measure_machine(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Machine:
-    """The fastest of a few dense products and convolutions, and of a few passes over 1 GB."""
-    data = torch.ones(256 << 20, device=device)
-    reads = {"sum": data.sum, "amax": data.amax, "dot": lambda: torch.dot(data, data)}
-    times = interleaved(reads, device, Budget(2.0, 5))
-    return Machine({d: _peak_gmacs(d, device) for d in dtypes}, data.numel() * 4 / 1e6 / min(times.values()))
-
-
-def _peak_gmacs(dtype: torch.dtype, device: torch.device) -> float:
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+def _products(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Callable], dict[str, float]]:
+    """Calls of dense products, and billions of MACs of each."""
+    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
     x = torch.randn(8, 256, 28, 28, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-    calls, gmacs = {"mm": lambda: a @ b}, {"mm": 2048**3 / 1e9}
+    calls, gmacs = {"mm": lambda: a @ b}, {"mm": 1024**3 / 1e9}
     for size in (1, 3):
         weight = torch.randn(256, 256, size, size, device=device).to(dtype)
         weight = weight.contiguous(memory_format=torch.channels_last)
         name = f"convolution {size}x{size}"
         calls[name] = _bound(F.conv2d, x, weight, None, 1, size // 2)
         gmacs[name] = 8 * 28 * 28 * 256 * 256 * size * size / 1e9
-    with torch.inference_mode():
-        times = interleaved(calls, device, Budget(2.0, 5))
-    return max(gmacs[name] / times[name] * 1e3 for name in calls)
+    return calls, gmacs
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -123,9 +137,10 @@ def available() -> bool:
 
 def transformers_experts(layer: Layer, setting: Setting):
     """transformers' own module (Qwen3-MoE's experts) with random weights, and its implementations' names."""
-    from dynops.integrations.transformers import register
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    from dynops.integrations.transformers import register
 
     register()
     config = Qwen3MoeConfig(
@@ -180,10 +195,10 @@ def _routings(layer: Layer, tokens: int, inputs: int, setting: Setting) -> list[
     return [Routing.random(layer, tokens, inputs, setting, generator) for _ in range(count)]
 
 
-def _times(contenders: dict, routings: list[Routing], setting: Setting) -> dict[str, float]:
+def _times(contenders: dict, routings: list[Routing], setting: Setting, machine: Machine) -> dict[str, float]:
     calls = {name: _cycling(run, routings) for name, run in contenders.items()}
     with contextlib.nullcontext() if setting.backward else torch.no_grad():
-        return interleaved(calls, setting.device, setting.budget)
+        return interleaved({**calls, **machine.calls}, setting.device, setting.budget)
 
 
 def _row(layer, tokens, setting, machine, routings, macs, elements, times, mode, weights=None) -> ExpertRow:
@@ -195,10 +210,20 @@ def _row(layer, tokens, setting, machine, routings, macs, elements, times, mode,
     element = 1 if weights == "int8" else setting.dtype.itemsize
     # backward reads each weight once more and writes its gradient
     megabytes = passes * hit * elements * element / 1e6
-    ours = times.pop("dynops")
-    roofline = machine.roofline_ms(gmacs, megabytes, setting.dtype)
+    roofline = machine.roofline_ms(gmacs, megabytes, times)
+    machine.runs.append(times)
+    built_in = {name: ms for name, ms in times.items() if name not in ("dynops", *machine.calls)}
     return ExpertRow(
-        layer.name, tokens, dtype, weights or dtype, mode, gmacs, megabytes, roofline, times, ours
+        layer.name,
+        tokens,
+        dtype,
+        weights or dtype,
+        mode,
+        gmacs,
+        megabytes,
+        roofline,
+        built_in,
+        times["dynops"],
     )
 
 
@@ -207,7 +232,7 @@ def _layer_row(layer: Layer, module, tokens: int, setting: Setting, machine: Mac
     built_in = BUILT_IN if tokens == 1 else BUILT_IN[:2]  # batched_mm copies the weights of every pair
     contenders = {name: _running(module, name, setting.backward) for name in (*built_in, "dynops")}
     elements = 3 * layer.hidden * layer.inner
-    times = _times(contenders, routings, setting)
+    times = _times(contenders, routings, setting, machine)
     return _row(layer, tokens, setting, machine, routings, elements, elements, times, setting.mode)
 
 
@@ -221,7 +246,7 @@ def _int8_row(layer: Layer, module, tokens: int, setting: Setting, machine: Mach
 
     contenders = {"dynops": int8, f"dynops {str(setting.dtype)[6:]}": _running(module, "dynops", False)}
     elements = 3 * layer.hidden * layer.inner
-    times = _times(contenders, routings, setting)
+    times = _times(contenders, routings, setting, machine)
     return _row(layer, tokens, setting, machine, routings, elements, elements, times, setting.mode, "int8")
 
 
@@ -244,7 +269,7 @@ def _gemm_rows(tokens, setting: Setting, machine: Machine) -> list[ExpertRow]:
             ends = torch.bincount(expert, minlength=layer.experts).cumsum(0).to(torch.int32)
             return F.grouped_mm(r.x[order // layer.topk], weight.mT, offs=ends)
 
-        times = _times({"dynops": ours, "torch grouped_mm": torch_grouped}, routings, setting)
+        times = _times({"dynops": ours, "torch grouped_mm": torch_grouped}, routings, setting, machine)
         elements = layer.inner**2
         rows.append(_row(layer, count, setting, machine, routings, elements, elements, times, "GEMM"))
     return rows

@@ -13,13 +13,18 @@ CPU = torch.device("cpu")
 BRIEF = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=1)
 SETTING = layers.Setting(CPU, torch.float32, compiled=False, budget=BRIEF)
 TINY = Layer(hidden=24, inner=12, experts=5, topk=2)
-MACHINE = Machine({torch.float32: 100.0, torch.bfloat16: 200.0}, gigabytes=10.0)
 
 
 @pytest.fixture(autouse=True)
 def allocator_as_it_is(monkeypatch):
     """Keeping freed memory would last for the whole process, and hide it from the tests of peak memory."""
     monkeypatch.setattr(timing, "_keep_memory", lambda: None)
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    monkeypatch.setattr(experts, "Budget", lambda *_: BRIEF)
+    return Machine(CPU, torch.float32)
 
 
 def make_row(**changes) -> expert_rows.ExpertRow:
@@ -37,10 +42,13 @@ def test_ratios_of_a_row():
     assert expert_rows.row_cells(make_row(model=True))[-3:] == ["-", "-", "-"]
 
 
-def test_roofline_is_the_later_of_arithmetic_and_memory():
-    assert MACHINE.roofline_ms(gmacs=1.0, megabytes=10.0, dtype=torch.float32) == 10.0
-    assert MACHINE.roofline_ms(gmacs=1.0, megabytes=10.0, dtype=torch.bfloat16) == 5.0
-    assert MACHINE.roofline_ms(gmacs=0.1, megabytes=30.0, dtype=torch.float32) == 3.0
+def test_roofline_is_the_later_of_arithmetic_and_memory(machine):
+    machine.gmacs, machine.megabytes = 2.0, 100.0
+    times = {experts.PRODUCT: 10.0, experts.READ: 50.0}  # 0.2 GMAC and 2 MB a millisecond
+    assert machine.roofline_ms(4.0, 10.0, times) == 20.0
+    assert machine.roofline_ms(0.1, 10.0, times) == 5.0
+    machine.runs = [times, times | {experts.READ: 25.0}]
+    assert "400 to 400 GFLOP/s in float32" in str(machine) and "at 2 to 4 GB/s" in str(machine)
 
 
 def test_routings_differ_and_count_their_experts():
@@ -76,12 +84,12 @@ def test_contenders_compute_the_same():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_run_measures_every_row(monkeypatch, backward):
+def test_run_measures_every_row(monkeypatch, machine, backward):
     pytest.importorskip("transformers")
     monkeypatch.setattr(experts, "LAYERS", (TINY,))
     monkeypatch.setattr(experts, "GEMM", TINY)
     setting = layers.Setting(CPU, torch.float32, compiled=False, budget=BRIEF, backward=backward)
-    rows = experts.run(setting, MACHINE)
+    rows = experts.run(setting, machine)
     modes = [(row.mode, row.weights, row.tokens) for row in rows]
     if backward:
         assert modes == [("forward+backward", "float32", 512)]
