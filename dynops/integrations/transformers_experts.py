@@ -46,13 +46,18 @@ _CLAMPED_GATES = {  # of clamped_swiglu: the attributes of alpha and limit, and 
 
 
 class _Middle(NamedTuple):
-    """What stands between the two GEMMs: the arguments of ``experts_mlp``."""
+    """What stands between the two GEMMs: arguments of ``experts_mlp``."""
 
     activation: str | Callable[[Tensor], Tensor]
     gated: bool
     interleaved: bool = False
     alpha: float = 0.0
     limit: float = 0.0
+
+    def __call__(self, rows: Tensor) -> Tensor:  # [P, 2 * I] or [P, I] -> [P, I]
+        if callable(self.activation):
+            return self.activation(rows)
+        return expert_activation(rows, **self._asdict())
 
 
 def experts_forward(
@@ -65,49 +70,40 @@ def experts_forward(
 
     Pairs that expert parallelism keeps elsewhere come with the index E too, the number of this rank's experts.
     """
-    gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
-    up_name = "gate_up_proj" if gated else "up_proj"
-    up, down = getattr(self, up_name), self.down_proj
-    up_bias = getattr(self, f"{up_name}_bias") if biased else None
-    down_bias = self.down_proj_bias if biased else None
-    transposed = getattr(self, "is_transposed", False)
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    up, down, transposed = getattr(self, up_name), self.down_proj, self.is_transposed
+    up_bias = getattr(self, f"{up_name}_bias") if self.has_bias else None
+    down_bias = self.down_proj_bias if self.has_bias else None
     plan = ExpertPlan.from_topk(top_k_index, up.shape[0])
-    middle = _middle(self, gated)
-    if not getattr(self, "has_post_expert_norm", False):
-        biases = {"up_bias": up_bias, "down_bias": down_bias}
-        out = experts_mlp(hidden_states, up, down, plan, top_k_weights, transposed=transposed, **biases, **middle._asdict())  # fmt: skip
-        return out.to(hidden_states.dtype)
-    rows = grouped_linear(hidden_states, up, plan, up_bias, transposed=transposed)
-    rows = (
-        middle.activation(rows)
-        if callable(middle.activation)
-        else expert_activation(rows, **middle._asdict())
-    )
-    rows = grouped_linear(rows, down, plan, down_bias, packed_in=True, transposed=transposed)
-    return combine_pairs(self.post_expert_norm(rows), plan, top_k_weights).to(hidden_states.dtype)
+    middle = _middle(self)
+    if getattr(self, "has_post_expert_norm", False):  # newer than the other flags
+        rows = middle(grouped_linear(hidden_states, up, plan, up_bias, transposed=transposed))
+        rows = grouped_linear(rows, down, plan, down_bias, packed_in=True, transposed=transposed)
+        return combine_pairs(self.post_expert_norm(rows), plan, top_k_weights).to(hidden_states.dtype)
+    options = {"up_bias": up_bias, "down_bias": down_bias, "transposed": transposed, **middle._asdict()}
+    return experts_mlp(hidden_states, up, down, plan, top_k_weights, **options).to(hidden_states.dtype)
 
 
-def _middle(experts: nn.Module, gated: bool) -> _Middle:
-    if not gated:
-        act_fn = experts.act_fn
-        return _Middle(_known_activation(act_fn) or act_fn, gated)
+def _middle(experts: nn.Module) -> _Middle:
+    if not experts.has_gate:
+        return _Middle(_known_activation(experts.act_fn) or experts.act_fn, False)
     gate = _known_gate(experts)
     if gate in _CLAMPED_GATES:
         alpha, limit, interleaved = _CLAMPED_GATES[gate]
         options = (interleaved, getattr(experts, alpha), getattr(experts, limit))
-        return _Middle("clamped_swiglu", gated, *options)
+        return _Middle("clamped_swiglu", True, *options)
     if gate not in _PLAIN_GATES:
-        return _Middle(experts._apply_gate, gated)
-    interleaved = not getattr(experts, "is_concatenated", True)
+        return _Middle(experts._apply_gate, True)
+    interleaved = not experts.is_concatenated
     name = _known_activation(experts.act_fn)
     if name is None:
-        return _Middle(_gate_of(experts.act_fn, interleaved), gated)
-    return _Middle(name, gated, interleaved)
+        return _Middle(_gate_of(experts.act_fn, interleaved), True)
+    return _Middle(name, True, interleaved)
 
 
 def _known_gate(experts: nn.Module) -> str:
     """The qualified name of the method ``_apply_gate``, "" where it is not transformers' own."""
-    gate = getattr(experts, "_apply_gate", None)
+    gate = experts._apply_gate
     own = inspect.ismethod(gate) and gate.__module__.startswith("transformers.")
     return gate.__qualname__ if own and not hasattr(gate, "__wrapped__") else ""
 
