@@ -6,13 +6,15 @@ linear layers. What dynops has is fused; anything else is called, on the rows of
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
+from transformers.integrations.moe import _default_apply_gate
 
 from ..ops import combine_pairs, expert_activation, experts_mlp, grouped_linear
 from ..plans import ExpertPlan
@@ -33,16 +35,30 @@ _ACTIVATIONS = {
     F.gelu: "gelu",
 }
 
-# Gates of the models' own whose formula dynops has. Released checkpoints fix them, so that their names suffice.
-_PLAIN_GATES = (
-    "_default_apply_gate",
-    "BeamExperts._apply_gate",
-)  # act_fn(gate) * up; Beam's in float32, as ours
-_CLAMPED_GATES = {  # of clamped_swiglu: the attributes of alpha and limit, and whether gate and up take turns
-    "GptOssExperts._apply_gate": ("alpha", "limit", True),
-    "OpenAIPrivacyFilterExperts._apply_gate": ("alpha", "limit", False),
-    "MiniMaxM3VLExperts._apply_gate": ("swiglu_alpha", "swiglu_limit", False),
-}
+
+def _gates(known: dict[str, tuple]) -> dict[Callable, tuple]:
+    """By the method itself: a subclass's or a wrapped one is another. Models that this transformers lacks are left out."""
+    found = {}
+    for name, value in known.items():
+        model, kind = name.split(".")
+        with contextlib.suppress(ImportError, AttributeError):
+            module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+            found[getattr(module, kind)._apply_gate] = value
+    return found
+
+
+# Gates of the models' own whose formula dynops has. Released checkpoints fix them.
+_CLAMPED_GATES = (
+    _gates(  # of clamped_swiglu: the attributes of alpha and limit, and whether gate and up take turns
+        {
+            "gpt_oss.GptOssExperts": ("alpha", "limit", True),
+            "openai_privacy_filter.OpenAIPrivacyFilterExperts": ("alpha", "limit", False),
+            "minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", False),
+        }
+    )
+)
+# act_fn(gate) * up; Beam's in float32, as the kernels do it
+_PLAIN_GATES = {_default_apply_gate: (), **_gates({"beam.BeamExperts": ()})}
 
 
 class _Middle(NamedTuple):
@@ -87,7 +103,7 @@ def experts_forward(
 def _middle(experts: nn.Module) -> _Middle:
     if not experts.has_gate:
         return _Middle(_known_activation(experts.act_fn) or experts.act_fn, False)
-    gate = _known_gate(experts)
+    gate = None if "_apply_gate" in vars(experts) else type(experts)._apply_gate
     if gate in _CLAMPED_GATES:
         alpha, limit, interleaved = _CLAMPED_GATES[gate]
         options = (interleaved, getattr(experts, alpha), getattr(experts, limit))
@@ -99,13 +115,6 @@ def _middle(experts: nn.Module) -> _Middle:
     if name is None:
         return _Middle(_gate_of(experts.act_fn, interleaved), True)
     return _Middle(name, True, interleaved)
-
-
-def _known_gate(experts: nn.Module) -> str:
-    """The qualified name of the method ``_apply_gate``, "" where it is not transformers' own."""
-    gate = experts._apply_gate
-    own = inspect.ismethod(gate) and gate.__module__.startswith("transformers.")
-    return gate.__qualname__ if own and not hasattr(gate, "__wrapped__") else ""
 
 
 def _known_activation(act_fn: nn.Module | Callable) -> str | None:

@@ -228,7 +228,7 @@ def _backward(ctx, grad):
             dx = input_grad(row_weight, packed_in)
     if need_w or need_b:
         dw, db = _weights_grad(grad, x, row_weight, *plan, packed_out, packed_in, transposed, need_b, backend)
-    return dx, dw if need_w else None, None, db, d_rows, *[None] * 8
+    return dx, dw if need_w else None, None, db if need_b else None, d_rows, *[None] * 8
 
 
 def _row_weight_grad(grad, x, rows, bias, row_weight, plan, options) -> Tensor:
