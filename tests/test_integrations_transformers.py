@@ -33,6 +33,15 @@ def registered():
     dynops.integrations.transformers.register()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are done sooner by one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def used(monkeypatch):
     """The activations that experts_mlp was called with."""
@@ -514,14 +523,14 @@ def test_a_name_that_is_taken(name):
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.6.1"])
 def test_an_older_transformers(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     with pytest.raises(ImportError, match=rf"expected transformers >= 5.7, got {version}"):
         dynops.integrations.transformers.register()
 
 
 @pytest.mark.parametrize("version", ["5.7.0.dev0", "5.100.0", "6.0.0"])
 def test_a_newer_transformers(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     dynops.integrations.transformers.register()
 
 
