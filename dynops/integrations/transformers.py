@@ -21,13 +21,12 @@ def register(name: str = "dynops") -> None:
         name: what ``experts_implementation`` is to be.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5, which has no such interface.
+        ImportError: transformers is not installed, or older than 5.7: it would refuse the name.
         ValueError: another implementation has this name.
     """
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError as error:
-        raise ImportError(f"register: expected transformers >= 5, {_found()}") from error
+    _check_version()
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     from .transformers_experts import experts_forward
 
     taken = "eager" if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name, experts_forward)
@@ -36,12 +35,18 @@ def register(name: str = "dynops") -> None:
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
 
 
-def _found() -> str:
+def _check_version() -> None:
     try:
         import transformers
-    except ImportError:
-        return "which is not installed (pip install 'dynops[transformers]')"
-    return f"got {transformers.__version__}"
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(
+            "register: expected transformers >= 5.7, which is not installed (pip install 'dynops[transformers]')"
+        ) from error
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    if (major, minor) < (5, 7):
+        raise ImportError(f"register: expected transformers >= 5.7, got {transformers.__version__}")
 
 
 __all__ = ["register"]

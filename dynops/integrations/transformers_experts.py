@@ -6,13 +6,15 @@ linear layers. What dynops has is fused; anything else is called, on the rows of
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
+from transformers.integrations.moe import _default_apply_gate
 
 from ..ops import combine_pairs, expert_activation, experts_mlp, grouped_linear
 from ..plans import ExpertPlan
@@ -33,26 +35,45 @@ _ACTIVATIONS = {
     F.gelu: "gelu",
 }
 
-# Gates of the models' own whose formula dynops has. Released checkpoints fix them, so that their names suffice.
-_PLAIN_GATES = (
-    "_default_apply_gate",
-    "BeamExperts._apply_gate",
-)  # act_fn(gate) * up; Beam's in float32, as ours
-_CLAMPED_GATES = {  # of clamped_swiglu: the attributes of alpha and limit, and whether gate and up take turns
-    "GptOssExperts._apply_gate": ("alpha", "limit", True),
-    "OpenAIPrivacyFilterExperts._apply_gate": ("alpha", "limit", False),
-    "MiniMaxM3VLExperts._apply_gate": ("swiglu_alpha", "swiglu_limit", False),
-}
+
+def _gates(known: dict[str, tuple]) -> dict[Callable, tuple]:
+    """By the method itself: a subclass's or a wrapped one is another. Models that this transformers lacks are left out."""
+    found = {}
+    for name, value in known.items():
+        model, kind = name.split(".")
+        with contextlib.suppress(ImportError, AttributeError):
+            module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+            found[getattr(module, kind)._apply_gate] = value
+    return found
+
+
+# Gates of the models' own whose formula dynops has. Released checkpoints fix them.
+_CLAMPED_GATES = (
+    _gates(  # of clamped_swiglu: the attributes of alpha and limit, and whether gate and up take turns
+        {
+            "gpt_oss.GptOssExperts": ("alpha", "limit", True),
+            "openai_privacy_filter.OpenAIPrivacyFilterExperts": ("alpha", "limit", False),
+            "minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", False),
+        }
+    )
+)
+# act_fn(gate) * up; Beam's in float32, as the kernels do it
+_PLAIN_GATES = {_default_apply_gate: (), **_gates({"beam.BeamExperts": ()})}
 
 
 class _Middle(NamedTuple):
-    """What stands between the two GEMMs: the arguments of ``experts_mlp``."""
+    """What stands between the two GEMMs: arguments of ``experts_mlp``."""
 
     activation: str | Callable[[Tensor], Tensor]
     gated: bool
     interleaved: bool = False
     alpha: float = 0.0
     limit: float = 0.0
+
+    def __call__(self, rows: Tensor) -> Tensor:  # [P, 2 * I] or [P, I] -> [P, I]
+        if callable(self.activation):
+            return self.activation(rows)
+        return expert_activation(rows, **self._asdict())
 
 
 def experts_forward(
@@ -65,51 +86,35 @@ def experts_forward(
 
     Pairs that expert parallelism keeps elsewhere come with the index E too, the number of this rank's experts.
     """
-    gated, biased = getattr(self, "has_gate", True), getattr(self, "has_bias", False)
-    up_name = "gate_up_proj" if gated else "up_proj"
-    up, down = getattr(self, up_name), self.down_proj
-    up_bias = getattr(self, f"{up_name}_bias") if biased else None
-    down_bias = self.down_proj_bias if biased else None
-    transposed = getattr(self, "is_transposed", False)
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    up, down, transposed = getattr(self, up_name), self.down_proj, self.is_transposed
+    up_bias = getattr(self, f"{up_name}_bias") if self.has_bias else None
+    down_bias = self.down_proj_bias if self.has_bias else None
     plan = ExpertPlan.from_topk(top_k_index, up.shape[0])
-    middle = _middle(self, gated)
-    if not getattr(self, "has_post_expert_norm", False):
-        biases = {"up_bias": up_bias, "down_bias": down_bias}
-        out = experts_mlp(hidden_states, up, down, plan, top_k_weights, transposed=transposed, **biases, **middle._asdict())  # fmt: skip
-        return out.to(hidden_states.dtype)
-    rows = grouped_linear(hidden_states, up, plan, up_bias, transposed=transposed)
-    rows = (
-        middle.activation(rows)
-        if callable(middle.activation)
-        else expert_activation(rows, **middle._asdict())
-    )
-    rows = grouped_linear(rows, down, plan, down_bias, packed_in=True, transposed=transposed)
-    return combine_pairs(self.post_expert_norm(rows), plan, top_k_weights).to(hidden_states.dtype)
+    middle = _middle(self)
+    if getattr(self, "has_post_expert_norm", False):  # newer than the other flags
+        rows = middle(grouped_linear(hidden_states, up, plan, up_bias, transposed=transposed))
+        rows = grouped_linear(rows, down, plan, down_bias, packed_in=True, transposed=transposed)
+        return combine_pairs(self.post_expert_norm(rows), plan, top_k_weights).to(hidden_states.dtype)
+    options = {"up_bias": up_bias, "down_bias": down_bias, "transposed": transposed, **middle._asdict()}
+    return experts_mlp(hidden_states, up, down, plan, top_k_weights, **options).to(hidden_states.dtype)
 
 
-def _middle(experts: nn.Module, gated: bool) -> _Middle:
-    if not gated:
-        act_fn = experts.act_fn
-        return _Middle(_known_activation(act_fn) or act_fn, gated)
-    gate = _known_gate(experts)
+def _middle(experts: nn.Module) -> _Middle:
+    if not experts.has_gate:
+        return _Middle(_known_activation(experts.act_fn) or experts.act_fn, False)
+    gate = None if "_apply_gate" in vars(experts) else type(experts)._apply_gate
     if gate in _CLAMPED_GATES:
         alpha, limit, interleaved = _CLAMPED_GATES[gate]
         options = (interleaved, getattr(experts, alpha), getattr(experts, limit))
-        return _Middle("clamped_swiglu", gated, *options)
+        return _Middle("clamped_swiglu", True, *options)
     if gate not in _PLAIN_GATES:
-        return _Middle(experts._apply_gate, gated)
-    interleaved = not getattr(experts, "is_concatenated", True)
+        return _Middle(experts._apply_gate, True)
+    interleaved = not experts.is_concatenated
     name = _known_activation(experts.act_fn)
     if name is None:
-        return _Middle(_gate_of(experts.act_fn, interleaved), gated)
-    return _Middle(name, gated, interleaved)
-
-
-def _known_gate(experts: nn.Module) -> str:
-    """The qualified name of the method ``_apply_gate``, "" where it is not transformers' own."""
-    gate = getattr(experts, "_apply_gate", None)
-    own = inspect.ismethod(gate) and gate.__module__.startswith("transformers.")
-    return gate.__qualname__ if own and not hasattr(gate, "__wrapped__") else ""
+        return _Middle(_gate_of(experts.act_fn, interleaved), True)
+    return _Middle(name, True, interleaved)
 
 
 def _known_activation(act_fn: nn.Module | Callable) -> str | None:
