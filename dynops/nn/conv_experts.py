@@ -35,7 +35,8 @@ class ConvExperts(nn.Module):
         - output: ``[N, O, ...]``, with "concat" ``[N, E * O, ...]``; zero where nothing ran. ``x``, the branches and
           ``topk_weight`` get their gradients.
 
-    Each call reads the number of samples of each branch back to the host.
+    Each call reads the number of samples of each branch back to the host. A branch that nobody chose gets no gradient, not a
+    zero one: DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
