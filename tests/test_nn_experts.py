@@ -456,12 +456,27 @@ def test_moe_trains():
     assert history[-1] < 0.5 * history[0]
 
 
-def test_moe_compiles_and_autocasts():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_moe_compiles(backend):
+    moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
+    compiled = torch.compile(moe, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (T, 13):
+        x = random_tensor(tokens, H)
+        exact = copy.deepcopy(moe).double()(x.double()).output.detach()
+        assert_within_budget(compiled(x).output, exact, moe(x).output)
+
+
+def test_moe_exports():
+    moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25).eval()
+    sizes = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}}
+    exported = torch.export.export(moe, (random_tensor(T, H),), dynamic_shapes=sizes).module()
+    x = random_tensor(13, H)
+    assert torch.equal(exported(x).output, moe(x).output)
+
+
+def test_moe_autocasts():
     moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
     x = random_tensor(T, H)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")(x)
-    exact = copy.deepcopy(moe).double()(x.double())
-    assert_within_budget(compiled.output, exact.output.detach(), moe(x).output)
     with torch.autocast("cpu", torch.bfloat16):
         output, losses, routing = moe(x)
     assert output.dtype == torch.bfloat16 and losses["load_balance"].dtype == torch.float32

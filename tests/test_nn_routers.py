@@ -376,3 +376,15 @@ def test_bad_inputs_are_named():
         router(torch.rand(3, 11))
     with pytest.raises(TypeError, match=r"x: expected a floating tensor, got torch\.int64"):
         router(torch.zeros(3, HIDDEN, dtype=torch.int64))
+
+
+def test_bad_arguments_of_losses_are_named():
+    probs, index, weight = torch.rand(4, 5), torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2)
+    with pytest.raises(ValueError, match=r"^index: expected shape \[4, C\], got \(3, 2\)"):
+        load_balance_loss(probs, index[:3])
+    with pytest.raises(ValueError, match=r"^index: expected weight's \(4, 2\), got \(4, 1\)"):
+        importance_loss(weight, index[:, :1], 5)
+    with pytest.raises(TypeError, match=r"^load: expected a tensor, got NoneType"):
+        load_loss(None)
+    with pytest.raises(ValueError, match=r"^logits: expected shape \[..., C\], got \(\)"):
+        z_loss(torch.tensor(1.0))
