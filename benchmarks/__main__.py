@@ -196,6 +196,10 @@ def run_experts(setting: layers.Setting, quick: bool) -> report.Report:
         setting = dataclasses.replace(setting, budget=Budget(0.7, 5))
     result.experts = experts.run(setting, machine, quick)
     result.notes.append(str(machine))
+    if not quick and not setting.backward:
+        from . import models_experts  # needs transformers
+
+        result.experts += models_experts.run(setting)
     return result
 
 
@@ -237,12 +241,15 @@ FORWARD_ONLY = ("memory", "video")
 
 
 def headline(setting: layers.Setting) -> report.Report:
-    """What `make bench` shows in about two minutes: a layer of each kind, and the model at both sizes."""
+    """What `make bench` shows in about two minutes: a layer of each kind, experts, and the model at both sizes."""
     result = _report(setting)
     result.notes.append(QUICK_NOTE)
     short = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(1.0, 5))
     result.rows = layers.run(layers.headline_cases(), short)
     result.rows += channels.run(channels.headline_cases(), short)
+    mixture = run_experts(short, quick=True)
+    result.experts = mixture.experts
+    result.notes += [note for note in mixture.notes if note not in result.notes]
     if "photo" in setting.mask_kinds:
         setting = dataclasses.replace(setting, budget=Budget(8, 5))
         result.rows += models.run(setting, gates=("photo, 32x32 cells",))
@@ -253,6 +260,8 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
     """Prints everything, the summary last, and writes the files."""
     info = result.machine
     legend = LEGENDS.get(suite, LEGEND)
+    if result.rows and result.experts:
+        legend += f"\n{EXPERTS_LEGEND}"
     print(f"\n{report.machine_line(info)}\n{setting.dtype}, {setting.mode}\n{legend}\n")
     if not info["build"]:
         print("dynops._C is not built: these are times of the plain-PyTorch reference.\n")
@@ -262,7 +271,7 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
     if result.memory:
         print(report.memory_table(result.memory), "\n")
     if result.experts:
-        print(expert_rows.table(result.experts), "\n")
+        print(*expert_rows.tables(result.experts), sep="\n\n", end="\n\n")
     for note in result.notes:
         print(f"note: {note}")
     dtype = str(setting.dtype).removeprefix("torch.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .text import aligned, markdown, rounded
+from .text import aligned, rounded
 
 
 @dataclass
@@ -16,13 +17,12 @@ class ExpertRow:
     tokens: int
     dtype: str
     weights: str  # dtype of ours; the built-in ones have `dtype`
-    mode: str  # "forward", "forward+backward", "GEMM"
+    mode: str  # "forward", "forward+backward", "GEMM"; "model": a whole one, where tokens a second count
     gmacs: float
     megabytes: float  # of the weights of the experts that have tokens, mean of the routings
     roofline_ms: float  # the later of: MACs at the machine's peak, those bytes at its memory speed
     built_in_ms: dict[str, float]
     ours_ms: float
-    model: bool = False  # a whole model: tokens a second count, not the roofline
 
     @property
     def best(self) -> str:
@@ -77,18 +77,29 @@ def row_cells(row: ExpertRow) -> list[str]:
         f"{row.built_in_ms[row.best]:.3f}",
         f"{row.ours_ms:.3f}",
         f"{row.speedup:.2f}x",
-        "-" if row.model else f"{row.roofline_ms:.3f}",
-        "-" if row.model else f"{row.roofline_share:.2f}",
-        "-" if row.model else f"{row.gflops:.0f}",
+        f"{row.roofline_ms:.3f}",
+        f"{row.roofline_share:.2f}",
+        f"{row.gflops:.0f}",
     ]
 
 
-def table(rows: list[ExpertRow]) -> str:
-    return aligned(HEADER, [row_cells(row) for row in rows])
+MODEL_HEADER = ["model", "tokens a call", "best built-in", "its tokens/s", "ours tokens/s", "speed-up"]
 
 
-def readme_table(rows: list[ExpertRow]) -> str:
-    return markdown(["dtype", *HEADER], [[row.dtype, *row_cells(row)] for row in rows])
+def model_cells(row: ExpertRow) -> list[str]:
+    rates = [f"{row.tokens * 1e3 / ms:.1f}" for ms in (row.built_in_ms[row.best], row.ours_ms)]
+    return [row.layer, str(row.tokens), row.best, *rates, f"{row.speedup:.2f}x"]
+
+
+def tables(rows: list[ExpertRow], text: Callable = aligned) -> list[str]:
+    """One of layers and one of whole models, as far as there are rows; ``text``: aligned or markdown."""
+    layers, models = ([r for r in rows if (r.mode == "model") == whole] for whole in (False, True))
+    found = []
+    if layers:
+        found.append(text(["dtype", *HEADER], [[row.dtype, *row_cells(row)] for row in layers]))
+    if models:
+        found.append(text(["dtype", *MODEL_HEADER], [[row.dtype, *model_cells(row)] for row in models]))
+    return found
 
 
 def plot_experts(rows: list[ExpertRow], title: str, path: Path) -> bool:
@@ -103,7 +114,7 @@ def plot_experts(rows: list[ExpertRow], title: str, path: Path) -> bool:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     lines: dict[str, list[ExpertRow]] = {}
     for row in rows:
-        if row.mode == "forward" and not row.model:
+        if row.mode == "forward":
             lines.setdefault(f"{row.layer}, {row.weights} weights", []).append(row)
     for label, own in lines.items():
         axes.plot([row.tokens for row in own], [row.speedup for row in own], marker="o", label=label)

@@ -10,12 +10,12 @@ from torch import nn
 
 from dynops.integrations.transformers import register
 
+from .expert_rows import ExpertRow
 from .layers import Setting
-from .report import Row, aligned
 from .timing import Budget, interleaved
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "dynops")
-CASES = {"decode, 1 token": 1, "prefill, 512 tokens": 512}  # tokens a call
+CASES = {"decode": 1, "prefill": 512}  # tokens a call
 CONTEXT = 128  # tokens in the cache while decoding
 BUDGETS = {1: Budget(seconds=6.0, min_rounds=10), 512: Budget(seconds=15.0, min_rounds=3, warmup=1, calls=1)}
 SIZES = {
@@ -74,35 +74,30 @@ def call_of(model: nn.Module, tokens: int, implementation: str) -> Callable[[], 
     return call
 
 
-def run(setting: Setting, build: Callable = build_olmoe, name: str = "OLMoE, 4 layers") -> list[Row]:
+def run(setting: Setting, build: Callable = build_olmoe, name: str = "OLMoE, 4 layers") -> list[ExpertRow]:
     """A row for decode (batch 1, the cache full of ``CONTEXT`` tokens) and one for prefill (no cache before)."""
     model = build(setting.dtype).to(setting.device)
     with torch.inference_mode():
         return [measure(model, name, case, tokens, setting) for case, tokens in CASES.items()]
 
 
-def measure(model: nn.Module, name: str, case: str, tokens: int, setting: Setting) -> Row:
+def measure(model: nn.Module, name: str, case: str, tokens: int, setting: Setting) -> ExpertRow:
     calls = {kind: call_of(model, tokens, kind) for kind in IMPLEMENTATIONS}
     check({kind: call() for kind, call in calls.items()})
     times = interleaved(calls, setting.device, BUDGETS[tokens])
     ours = times.pop("dynops")
-    best = min(times, key=times.get)
-    work = gmacs(model.config, tokens)
-    return Row(
-        suite="experts",
-        group=name,
-        case=case,
-        mask="top-k",
-        density=model.config.num_experts_per_tok / model.config.num_experts,
-        variant="plain",
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return ExpertRow(
+        layer=f"{name}, {case}",
+        tokens=tokens,
+        dtype=dtype,
+        weights=dtype,
         mode="model",
-        dtype=str(setting.dtype).removeprefix("torch."),
-        gmacs=work,
-        computed_gmacs=work,
-        dense_ms=times[best],
-        dense_name=best,
+        gmacs=gmacs(model.config, tokens),
+        megabytes=0.0,
+        roofline_ms=0.0,
+        built_in_ms=times,
         ours_ms=ours,
-        dense_all=times,
     )
 
 
@@ -114,14 +109,3 @@ def check(logits: dict[str, torch.Tensor]) -> None:
         error = ((value.float() - expected).norm() / expected.norm()).item()
         if not error < limit:
             raise AssertionError(f"{kind}: expected eager's logits, got a relative error of {error:.2g}")
-
-
-def table(rows: list[Row]) -> str:
-    """Tokens per second of each implementation."""
-    header = ["model", "case", "dtype", *(f"{kind}, tokens/s" for kind in IMPLEMENTATIONS), "speed-up"]
-    lines = []
-    for row in rows:
-        times = {**row.dense_all, "dynops": row.ours_ms}
-        rates = [f"{CASES[row.case] * 1e3 / times[kind]:.1f}" for kind in IMPLEMENTATIONS]
-        lines.append([row.group, row.case, row.dtype, *rates, f"{row.speedup:.2f}x"])
-    return aligned(header, lines)

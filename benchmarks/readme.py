@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .blocks import PIXELS
-from .expert_rows import readme_table
+from .expert_rows import tables
 from .report import (
     HEADER,
     SUMMARY_HEADER,
@@ -98,7 +98,8 @@ def experts_block(reports: list[Report]) -> str:
     if not used:
         return NO_EXPERTS
     notes = dict.fromkeys(note for report in used for note in report.notes)
-    return "\n\n".join([_machines(used), *notes, readme_table([row for r in used for row in r.experts])])
+    rows = [row for report in used for row in report.experts]
+    return "\n\n".join([_machines(used), *notes, *tables(rows, markdown)])
 
 
 def _over_densities(rows: list[Row]) -> str:

@@ -39,7 +39,7 @@ def test_ratios_of_a_row():
     row = make_row()
     assert row.best == "grouped_mm" and row.speedup == 3.0 and row.roofline_share == 0.8
     assert row.gflops == 800.0  # 2 * 2 GMAC in 5 ms
-    assert expert_rows.row_cells(make_row(model=True))[-3:] == ["-", "-", "-"]
+    assert expert_rows.model_cells(make_row(mode="model"))[-3:] == ["266.7", "800.0", "3.00x"]
 
 
 def test_roofline_is_the_later_of_arithmetic_and_memory(machine):
@@ -70,7 +70,8 @@ def test_report_round_trip_and_plot(tmp_path):
     lines = paths[1].read_text().splitlines()
     assert len(lines) == 3 and "eager: 20.0; grouped_mm: 15.0" in lines[1]
     table = readme.experts_block([made])
-    assert table.count(TINY.name) == 2 and "3.00x" in table
+    assert table.count(TINY.name) == 2 and table.count("3.00x") == 2 and "tokens/s" not in table
+    assert "tokens/s" in readme.experts_block([report.Report(made.machine, experts=[make_row(mode="model")])])
 
 
 def test_contenders_compute_the_same():
