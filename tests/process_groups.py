@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import os
 import pathlib
 import queue
+import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -33,14 +37,20 @@ def _serve(rank: int, ranks: int, store: str, tasks, results) -> None:
 
 
 class Processes:
-    """``ranks`` processes in one gloo group. ``run(function, *arguments)`` calls the function on all of them."""
+    """``ranks`` processes in one gloo group. ``run(function, *arguments)`` calls a function of ``modules`` on all of them."""
 
-    def __init__(self, ranks: int, folder: pathlib.Path):
-        self.ranks, self.folder, self.started = ranks, folder, 0
+    def __init__(self, ranks: int, folder: pathlib.Path, *modules: str):
+        self.ranks, self.folder, self.modules, self.started = ranks, folder, list(modules), 0
         self.workers: list = []
 
     def start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(self.modules)  # import once, not in each process
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(
+                "PYTHONPATH", os.pathsep.join(filter(None, sys.path))
+            )  # where the server looks for them
+            forkserver.ensure_running()
         self.started += 1
         store, self.results = str(self.folder / f"store{self.started}"), context.Queue()
         self.tasks = [context.Queue() for _ in range(self.ranks)]

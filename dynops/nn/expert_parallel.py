@@ -56,6 +56,11 @@ class _Exchange(torch.autograd.Function):
         return None, None, None, *_Exchange.apply(*ctx.route, *grads)
 
 
+@torch._disable_dynamo  # a compiled model runs around it; torch.compiler.disable would import the compiler here
+def _exchange(group, send: list[int], receive: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+    return _Exchange.apply(group, send, receive, *tensors)
+
+
 class _Route(NamedTuple):
     """Which tokens go to which rank: a plan over ranks, its rows to each of them, and the rows that come from each."""
 
@@ -64,6 +69,7 @@ class _Route(NamedTuple):
     receive: list[int]
 
 
+@torch._disable_dynamo
 def _route(owner: Tensor, group) -> _Route:
     """The route of ``owner`` int64 ``[T, K]``: the rank of each choice, the number of ranks where it is dropped."""
     ranks, (tokens, topk) = dist.get_world_size(group), owner.shape
@@ -165,12 +171,12 @@ class ParallelExperts(nn.Module):
         route = _route(owner, self.group)
         plan, live = route.plan, sum(route.send)
         way, back = (self.group, route.send, route.receive), (self.group, route.receive, route.send)
-        (choices,) = _all_to_all(*way, [index[plan.token[:live].long()].to(torch.int32)])
+        (choices,) = _exchange(*way, index[plan.token[:live].long()].to(torch.int32))
         sent = [gather_pairs(t, plan)[:live] for t in (rows, weight) if t is not None]
-        rows, *weights = _Exchange.apply(*way, *sent)
+        rows, *weights = _exchange(*way, *sent)
         own = (choices >= self.local.start) & (choices < self.local.stop)
         choices = torch.where(own, choices - self.local.start, len(self.local))
-        (sums,) = _Exchange.apply(*back, self.experts(rows, choices, *weights))
+        (sums,) = _exchange(*back, self.experts(rows, choices, *weights))
         out = combine_pairs(F.pad(sums, (0, 0, 0, plan.num_rows - live)), plan)
         return out.reshape(x.shape)
 

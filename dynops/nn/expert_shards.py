@@ -8,6 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from .expert_parallel import ParallelExperts, expert_range
@@ -21,7 +22,7 @@ def _layers(model: nn.Module) -> dict[str, ParallelExperts]:
 # ------------------------------------------------------------------------------- data parallelism
 
 
-def average_gradients(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> None:
+def prepare_ddp(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> None:
     """Prepares ``model`` for ``DistributedDataParallel``; call it once, before wrapping the model.
 
     DistributedDataParallel leaves the shards of experts alone afterwards: it neither sends rank 0's experts to the others nor
@@ -36,24 +37,24 @@ def average_gradients(model: nn.Module, replicas: dist.ProcessGroup | None = Non
     Raises:
         ValueError: there are others, but no ``replicas``; or the model is prepared already.
     """
-    names, parameters = [], {}
+    names, ranks = [], {}
     for layer, module in _layers(model).items():
-        ranks = dist.get_world_size(module.group)
-        if replicas is None and ranks != dist.get_world_size():
+        size = dist.get_world_size(module.group)
+        if replicas is None and size != dist.get_world_size():
             raise ValueError(
                 "replicas: expected the process group of the ranks that hold the same experts, as the experts are "
-                f"sharded over {ranks} of {dist.get_world_size()} ranks; got None"
+                f"sharded over {size} of {dist.get_world_size()} ranks; got None"
             )
-        ranks *= 1 if replicas is None else dist.get_world_size(replicas)
-        parameters |= {parameter: ranks for parameter in module.parameters() if parameter.requires_grad}
+        copies = 1 if replicas is None else dist.get_world_size(replicas)
+        ranks |= {parameter: size * copies for parameter in module.parameters() if parameter.requires_grad}
         tensors = (*module.named_parameters(), *module.named_buffers())
         names += [f"{layer}.{name}" if layer else name for name, _ in tensors]
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     if set(names) & set(ignored):
-        raise ValueError("model: expected one whose experts' gradients are not averaged yet")
+        raise ValueError("model: expected one that is not prepared yet")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*ignored, *names])
-    for parameter, ranks in parameters.items():
-        parameter.register_hook(functools.partial(_mean, ranks=ranks, replicas=replicas))
+    for parameter, count in ranks.items():
+        parameter.register_hook(functools.partial(_mean, ranks=count, replicas=replicas))
 
 
 def _mean(grad: Tensor, ranks: int, replicas) -> Tensor:
@@ -61,6 +62,30 @@ def _mean(grad: Tensor, ranks: int, replicas) -> Tensor:
     if replicas is not None:
         dist.all_reduce(grad, group=replicas)
     return grad
+
+
+def prepare_fsdp(model: nn.Module, mesh: DeviceMesh, **options) -> None:
+    """``fully_shard`` for the experts; ``fully_shard(model)`` then takes the rest.
+
+    Their parameters are sharded a second time over the ranks that hold the same experts, and their gradients become means over
+    all ranks, as those of the rest do.
+
+    Args:
+        model: before ``fully_shard``.
+        mesh: the dimension of those ranks (one rank if there are no others).
+        options: of ``torch.distributed.fsdp.fully_shard``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in _layers(model).values():
+        ranks = dist.get_world_size(layer.group)
+        # not set_gradient_divide_factor: torch 2.13 divides float16 and float64 by it twice where the mesh has one rank
+        fully_shard(layer.experts, mesh=mesh, **options).set_all_reduce_hook(
+            lambda grad, n=ranks: grad.div_(n)
+        )
+
+
+# ---------------------------------------------------------------------------------------- clipping
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -95,7 +120,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
     return total
 
 
-# ------------------------------------------------------------------------------------ state dicts
+# ------------------------------------------------------------------------------------- state dicts
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
