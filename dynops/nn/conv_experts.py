@@ -35,7 +35,9 @@ class ConvExperts(nn.Module):
         - output: ``[N, O, ...]``, with "concat" ``[N, E * O, ...]``; zero where nothing ran. ``x``, the branches and
           ``topk_weight`` get their gradients.
 
-    Each call reads the number of samples of each branch back to the host.
+    Each call reads the number of samples of each branch back to the host. Where nobody chose anything, the first branch runs on
+    two samples of zeros for the shape of the output. A branch that nobody chose gets no gradient, not a zero one:
+    DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
@@ -100,22 +102,21 @@ class ConvExperts(nn.Module):
                 )
             outputs.append(out_layout.rows(y))
         if out_layout is None:
-            out_layout = _Layout(self._shape_without_running(x), layout.channels_last)
+            out_layout = _Layout(self._shape_of_none(x), layout.channels_last)
         like = outputs[0] if outputs else x
         outputs.append(like.new_zeros(len(dropped), out_layout.shape.numel()))
         return torch.cat(outputs), out_layout
 
-    def _shape_without_running(self, x: Tensor) -> torch.Size:
-        """The shape of a sample's output where nobody chose a branch: the first one's, on the meta device.
+    def _shape_of_none(self, x: Tensor) -> torch.Size:
+        """The shape of a sample's output where nobody chose a branch: the first one's, of zeros.
 
-        From two samples: a norm of vectors refuses one in training mode.
+        Two of them, as a norm of vectors refuses one in training mode; on copies of the buffers, which a norm changes. (The meta
+        device would cost nothing, but not every module runs there.)
         """
         branch = self.branches[0]
-        tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
-        tensors = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-        sample = torch.empty(2, *x.shape[1:], dtype=x.dtype, device="meta")
+        buffers = {name: buffer.clone() for name, buffer in branch.named_buffers()}
         with torch.no_grad():
-            return torch.func.functional_call(branch, tensors, (sample,)).shape[1:]
+            return torch.func.functional_call(branch, buffers, (x.new_zeros(2, *x.shape[1:]),)).shape[1:]
 
     def _slots(self, rows: Tensor, plan: ExpertPlan, topk_weight: Tensor | None) -> Tensor:
         """``[N, E, F]``: each row at its sample and branch, added where a sample names a branch twice."""

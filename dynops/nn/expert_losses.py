@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+def _rows(value, name: str, like: Tensor | None = None) -> Tensor:
+    """A tensor ``[..., C]`` as ``[T, C]``, of ``like``'s leading sizes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() == 0 or (like is not None and value.shape[:-1] != like.shape[:-1]):
+        leading = "..." if like is None else ", ".join(map(str, like.shape[:-1]))
+        raise ValueError(f"{name}: expected shape [{leading}, C], got {tuple(value.shape)}")
+    return value.reshape(-1, value.shape[-1])
+
+
 def _sums(values: Tensor, index: Tensor, num_experts: int) -> Tensor:
     """``[E]``: the sum of ``values`` ``[T, K]`` over the pairs of each expert; pairs with index E count nowhere.
 
@@ -32,8 +42,8 @@ def load_balance_loss(probs: Tensor, index: Tensor) -> Tensor:
 
     Papers: Switch Transformers (JMLR 2022), equations 4 to 6; GShard (ICLR 2021).
     """
-    num_experts = probs.shape[-1]
-    probs, index = probs.reshape(-1, num_experts), index.reshape(-1, index.shape[-1])
+    probs, index = _rows(probs, "probs"), _rows(index, "index", probs)
+    num_experts = probs.shape[1]
     counts = _sums(torch.ones_like(index, dtype=probs.dtype), index, num_experts)
     shares = counts / max(index.numel(), 1)
     return num_experts * (shares * (probs.sum(0) / max(probs.shape[0], 1))).sum()
@@ -49,7 +59,9 @@ def importance_loss(weight: Tensor, index: Tensor, num_experts: int) -> Tensor:
 
     Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 6 and 7.
     """
-    weight, index = weight.reshape(-1, weight.shape[-1]), index.reshape(-1, index.shape[-1])
+    weight, index = _rows(weight, "weight"), _rows(index, "index", weight)
+    if weight.shape != index.shape:
+        raise ValueError(f"index: expected weight's {tuple(weight.shape)}, got {tuple(index.shape)}")
     return _cv_squared(_sums(weight, index, num_experts))
 
 
@@ -58,7 +70,7 @@ def load_loss(load: Tensor) -> Tensor:
 
     Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 10 and 11.
     """
-    return _cv_squared(load)
+    return _cv_squared(_rows(load, "load")[0])
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -66,5 +78,5 @@ def z_loss(logits: Tensor) -> Tensor:
 
     Paper: Zoph et al., ST-MoE (2022), equation 5.
     """
-    tokens = logits[..., 0].numel()
-    return torch.logsumexp(logits, -1).square().sum() / max(tokens, 1)
+    logits = _rows(logits, "logits")
+    return torch.logsumexp(logits, 1).square().sum() / max(logits.shape[0], 1)

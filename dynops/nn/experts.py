@@ -107,13 +107,15 @@ class Experts(nn.Module):
         """The weighted sum of each token's experts; ``capacity``: the most rows of one, see ``ExpertPlan.from_topk``."""
         if x.shape[-1:] != (self.hidden,):
             raise ValueError(f"x: expected [..., {self.hidden}], got shape {tuple(x.shape)}")
+        if x.dim() != 2:  # choices may have x's leading sizes or be flat
+            topk_index, topk_weight = _flat(topk_index), _flat(topk_weight)
         plan = self._plan(topk_index, capacity)
         out = experts_mlp(
             x.reshape(-1, self.hidden),
             self._weight(self.up_name),
             self._weight("down_proj"),
             plan,
-            None if topk_weight is None else topk_weight.reshape(-1, topk_weight.shape[-1]),
+            topk_weight,
             gated=self.gated,
             activation=self.activation,
             up_bias=getattr(self, f"{self.up_name}_bias"),
@@ -133,8 +135,6 @@ class Experts(nn.Module):
                     f"{'' if capacity is None else f' and capacity {capacity}'}, got {topk_index}"
                 )
             return topk_index
-        if isinstance(topk_index, Tensor) and topk_index.dim() > 2:
-            topk_index = topk_index.flatten(0, -2)
         return ExpertPlan.from_topk(topk_index, self.num_experts, capacity)
 
     # ------------------------------------------------------------------------------ eight bits
@@ -192,3 +192,10 @@ class Experts(nn.Module):
         gated = "" if self.gated else ", gated=False"
         eight = "" if self._scale("down_proj") is None else ", int8"
         return f"{self.num_experts}, {self.hidden}, {self.intermediate}, {self.activation!r}{gated}{options}{eight}"
+
+
+def _flat(choices):
+    """A tensor ``[..., K]`` as ``[T, K]``; anything else as it is."""
+    if not isinstance(choices, Tensor) or choices.dim() == 2:
+        return choices
+    return choices[None] if choices.dim() == 1 else choices.flatten(0, -2)

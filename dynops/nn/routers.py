@@ -194,7 +194,7 @@ def _smooth_load(logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int) -
     Its rival is the k-th largest of the others' noisy logits: the k-th of all for who was not chosen, the one after it
     for who was.
     """
-    logits, noisy, deviation = (t.flatten(0, -2) for t in (logits, noisy, deviation))
+    logits, noisy, deviation = (t.reshape(-1, t.shape[-1]) for t in (logits, noisy, deviation))
     if top_k == logits.shape[1]:
         return logits.new_full((top_k,), logits.shape[0])
     best = noisy.topk(top_k + 1, 1).values

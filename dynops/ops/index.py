@@ -128,7 +128,7 @@ def _expert_index(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, T
         first = torch.searchsorted(by_expert, bounds)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(order.numel(), device=index.device) - first[by_expert.long()]
-        key = torch.where(rank.view(key.t().shape).t() < capacity, key, experts)
+        key = torch.where(rank.view(key.t().shape).t() < capacity, key, experts).contiguous()
     by_expert, order = key.reshape(-1).sort(stable=True)
     position = torch.empty_like(order, dtype=torch.int32)
     position[order] = torch.arange(order.numel(), dtype=torch.int32, device=index.device)
