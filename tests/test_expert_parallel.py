@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from dynops.nn import Experts, MoE, ParallelExperts, expert_shards
 from dynops.testing import assert_within_budget, random_tensor
@@ -195,8 +201,8 @@ def check_refusals():
         (ValueError, r"topk_index: expected \[3, K\], a row for each token, got \(2, 2\)", (x, index[:2])),
         (ValueError, r"topk_weight: expected \(3, 2\), got \(3, 1\)", (x, index, weight[:, :1])),
         (TypeError, "topk_weight: expected a floating dtype", (x, index, index)),
-        (TypeError, "x: expected floating", (index, index)),
-        (ValueError, "x: expected .*24.*, got shape", (x[:, :5], index)),
+        (TypeError, "x: expected a floating tensor, got torch.int64", (index, index)),
+        (ValueError, r"x: expected \[\.\.\., 24\] .*, got shape \(3, 5\)", (x[:, :5], index)),
     ):
         with pytest.raises(error, match=match):
             layer(*arguments)
@@ -307,6 +313,37 @@ def check_ddp(size: int):
     check_training(whole, net, DistributedDataParallel(net))
 
 
+def check_accumulation(size: int):
+    """Two backward passes, of which the first sends nothing for the shared parameters."""
+    mesh = init_device_mesh(
+        "cpu", (dist.get_world_size() // size, size), mesh_dim_names=("replica", "expert")
+    )
+    whole, net = make_nets(mesh["expert"].get_group())
+    expert_shards.prepare_ddp(net, mesh["replica"].get_group())
+    model, rank = DistributedDataParallel(net), dist.get_rank()
+    for step in range(2):
+        torch.stack([whole(x) for x in batches(step)]).mean().backward()
+    with model.no_sync():
+        model(batches(0)[rank]).backward()
+    model(batches(1)[rank]).backward()
+    close(net.stem.weight.grad, whole.stem.weight.grad, 1e-10)
+    own = net.moe.experts.local
+    expected = whole.moe.experts.gate_up_proj.grad[own.start : own.stop]
+    close(net.moe.experts.experts.gate_up_proj.grad, expected, 1e-10)
+
+
+def check_checkpointing():
+    """The exchanges run a second time in the backward pass."""
+    whole, net = make_nets(dist.group.WORLD)
+    x = batches(0)[dist.get_rank()]
+    kept = checkpoint(lambda t: net.moe(net.stem(t)).output, x, use_reentrant=False)
+    kept.square().sum().backward()
+    sum(whole.moe(whole.stem(t)).output.square().sum() for t in batches(0)).backward()
+    own = net.moe.experts.local
+    expected = whole.moe.experts.down_proj.grad[own.start : own.stop]
+    close(net.moe.experts.experts.down_proj.grad, expected, 1e-10)
+
+
 def check_ddp_over_all():
     whole, net = make_nets(dist.group.WORLD)
     expert_shards.prepare_ddp(net)
@@ -351,13 +388,32 @@ def check_from_whole_moe():
     close(moe(x).output, whole(x).output, 1e-12)
 
 
-@pytest.mark.parametrize("check", [check_ddp_over_all, check_state_dicts, check_from_whole_moe])
+@pytest.mark.parametrize(
+    "check", [check_ddp_over_all, check_checkpointing, check_state_dicts, check_from_whole_moe]
+)
 def test_model(processes, check):
     processes.run(check)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("check", [check_ddp, check_fsdp])
+@pytest.mark.parametrize("check", [check_ddp, check_accumulation, check_fsdp])
 def test_training_with_replicas(processes, check, size):
     if size <= processes.ranks:
         processes.run(check, size)
+
+
+def test_the_command_of_the_readme(tmp_path):
+    root = Path(__file__).parent.parent
+    script = re.search(r"^```py\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+        :1
+    ]
+    (tmp_path / "train.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [*torchrun, "train.py"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=120,
+    )  # fmt: skip
+    state = torch.load(tmp_path / "model.pt")
+    assert state["moe.experts.gate_up_proj"].shape == (8, 64, 64)
+    assert all(value.isfinite().all() for value in state.values())

@@ -103,7 +103,7 @@ class ParallelExperts(nn.Module):
         group: the process group; None: the default one.
 
     Shape:
-        - x: ``[..., H]``, T tokens of this rank; H is the same on all ranks.
+        - x: ``[..., H]``, T tokens of this rank, in at least two dimensions; H is the same on all ranks.
         - topk_index: int ``[..., K]`` or ``[T, K]`` in ``[0, E]``, E means dropped; K is the same on all ranks.
         - topk_weight: ``[..., K]`` or ``[T, K]``, floating; None (on all ranks): 1.
         - output: ``[..., H]``.
@@ -138,7 +138,8 @@ class ParallelExperts(nn.Module):
         group = _group(group)
         own = _own(num_experts, group)
         seed = int(torch.randint(2**62, ()))
-        with torch.random.fork_rng():
+        device = torch.device(options.get("device") or torch.get_default_device())
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed + own.start)
             experts = Experts(len(own), *arguments, **options)
         return cls(experts, num_experts, group)
@@ -182,9 +183,14 @@ class ParallelExperts(nn.Module):
 
     def _arguments(self, x, index, weight) -> tuple[Tensor, Tensor, Tensor | None]:
         """``[T, H]`` in autocast's dtype, ``[T, K]`` and ``[T, K]``."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
-            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x: expected floating [..., H], got {got}")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a floating tensor, got {got}")
+        if x.dim() < 2 or x.shape[-1] != getattr(self.experts, "hidden", x.shape[-1]):
+            hidden = getattr(self.experts, "hidden", "H")
+            raise ValueError(
+                f"x: expected [..., {hidden}] of 2 dimensions or more, got shape {tuple(x.shape)}"
+            )
         (rows,) = expert_checks.autocast(x.flatten(0, -2))
         if not isinstance(index, Tensor) or index.dim() < 2 or index.shape[:-1].numel() != rows.shape[0]:
             got = tuple(index.shape) if isinstance(index, Tensor) else type(index).__name__

@@ -98,13 +98,14 @@ def clip_grad_norm_(model: nn.Module, max_norm: float, norm_type: float = 2.0) -
         The norm of all gradients, with each expert counted once; the same on every rank.
     """
     groups = {parameter: m.group for m in _layers(model).values() for parameter in m.parameters()}
-    shards: dict[dist.ProcessGroup | None, list[Tensor]] = {group: [] for group in groups.values()}
+    shards: dict[dist.ProcessGroup | None, list[Tensor]] = {group: [] for group in (None, *groups.values())}
     for parameter in model.parameters():
         if parameter.grad is not None:
-            shards.setdefault(groups.get(parameter), []).append(parameter.grad)
-    norms = []
+            shards[groups.get(parameter)].append(parameter.grad)
+    norms, device = [], next(model.parameters()).device
     for group, grads in shards.items():
-        norm = _whole(torch.nn.utils.get_total_norm(grads, norm_type)).to(next(model.parameters()).device)
+        norm = _whole(torch.nn.utils.get_total_norm(grads, norm_type))
+        norm = norm.to(device, torch.promote_types(norm.dtype, torch.float32))
         if group is not None and math.isinf(norm_type):
             dist.all_reduce(norm, dist.ReduceOp.MAX, group=group)
         elif group is not None:
