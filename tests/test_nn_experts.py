@@ -292,6 +292,8 @@ def test_bad_inputs_are_named():
     layer, x, (index, weight) = Experts(E, H, M), random_tensor(T, H), routed()
     with pytest.raises(ValueError, match=r"^x: expected \[\.\.\., 12\], got shape \(9, 11\)"):
         layer(x[:, 1:], index, weight)
+    with pytest.raises(TypeError, match=r"^x: expected a tensor \[\.\.\., 12\], got list"):
+        layer([], index, weight)
     with pytest.raises(ValueError, match=r"^x: expected a row for each token, 8, got shape \(9, 12\)"):
         layer(x, index[1:], weight[1:])
     with pytest.raises(ValueError, match=r"^index: expected values in \[0, 5\], got "):
@@ -629,6 +631,9 @@ def test_conv_experts_name_bad_arguments():
         layer(x)
     with pytest.raises(ValueError, match=r"^topk_index: expected 6 samples and 5 experts, got ExpertPlan\(5"):
         layer(x, index[1:])
+    for combine in ("sum", "concat"):
+        with pytest.raises(ValueError, match=r"^topk_weight: expected \(6, 1\), got \(6, 2\)"):
+            conv_experts(combine=combine)(x, index, torch.ones(6, 2))
     with pytest.raises(ValueError, match=r"^topk_index: expected None, as the layer has a gate, got Tensor"):
         ConvExperts([branch()], nn.Identity())(x, index)
     with pytest.raises(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import combine_pairs, gather_pairs
+from ..ops import combine_pairs, expert_checks, gather_pairs
 from ..ops.rows import memory_format_of
 from ..plans import ExpertPlan
 
@@ -71,6 +71,7 @@ class ConvExperts(nn.Module):
         if topk_index is None:
             topk_index, topk_weight, *_ = self.gate(x)
         plan = self._plan(x, topk_index)
+        expert_checks.topk_weight_of(topk_weight, plan)
         rows, layout = self._run(x, plan)
         if self.combine == "sum":
             return layout.samples(combine_pairs(rows, plan, topk_weight))

@@ -105,6 +105,8 @@ class Experts(nn.Module):
         capacity: int | None = None,
     ) -> Tensor:
         """The weighted sum of each token's experts; ``capacity``: the most rows of one, see ``ExpertPlan.from_topk``."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor [..., {self.hidden}], got {type(x).__name__}")
         if x.shape[-1:] != (self.hidden,):
             raise ValueError(f"x: expected [..., {self.hidden}], got shape {tuple(x.shape)}")
         if x.dim() != 2:  # choices may have x's leading sizes or be flat
