@@ -344,6 +344,17 @@ def check_checkpointing():
     close(net.moe.experts.experts.down_proj.grad, expected, 1e-10)
 
 
+def check_replicas_start_alike():
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replica", "expert"))
+    torch.manual_seed(dist.get_rank())
+    net = Net(mesh["expert"].get_group())
+    expert_shards.prepare_ddp(net, mesh["replica"].get_group())
+    own = net.moe.experts.experts.down_proj.detach().flatten()
+    copies = own.new_empty(2 * own.numel())
+    dist.all_gather_into_tensor(copies, own, group=mesh["replica"].get_group())
+    assert torch.equal(*copies.chunk(2)) and copies.isfinite().all()
+
+
 def check_ddp_over_all():
     whole, net = make_nets(dist.group.WORLD)
     expert_shards.prepare_ddp(net)
@@ -389,7 +400,14 @@ def check_from_whole_moe():
 
 
 @pytest.mark.parametrize(
-    "check", [check_ddp_over_all, check_checkpointing, check_state_dicts, check_from_whole_moe]
+    "check",
+    [
+        check_replicas_start_alike,
+        check_ddp_over_all,
+        check_checkpointing,
+        check_state_dicts,
+        check_from_whole_moe,
+    ],
 )
 def test_model(processes, check):
     processes.run(check)
@@ -405,8 +423,6 @@ def test_training_with_replicas(processes, check, size):
 def test_the_command_of_the_readme(tmp_path):
     root = Path(__file__).parent.parent
     script = re.search(r"^```py\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
-        :1
-    ]
     (tmp_path / "train.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

@@ -31,8 +31,8 @@ def prepare_ddp(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> 
 
     Args:
         model: what goes into ``DistributedDataParallel(model)``.
-        replicas: the process group of the ranks that hold the same experts as this one, over which gradients are averaged
-            too; None: there are no others, the group of the experts is the default one.
+        replicas: the process group of the ranks that hold the same experts as this one: they start from those of its first
+            rank, and gradients are averaged over it too. None: there are no others, the experts' group is the default one.
 
     Raises:
         ValueError: there are others, but no ``replicas``; or the model is prepared already.
@@ -49,6 +49,8 @@ def prepare_ddp(model: nn.Module, replicas: dist.ProcessGroup | None = None) -> 
         ranks |= {parameter: size * copies for parameter in module.parameters() if parameter.requires_grad}
         tensors = (*module.named_parameters(), *module.named_buffers())
         names += [f"{layer}.{name}" if layer else name for name, _ in tensors]
+        for _, tensor in tensors if replicas is not None else ():
+            dist.broadcast(tensor.detach(), group=replicas, group_src=0)
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     if set(names) & set(ignored):
         raise ValueError("model: expected one that is not prepared yet")
@@ -68,7 +70,7 @@ def prepare_fsdp(model: nn.Module, mesh: DeviceMesh, **options) -> None:
     """``fully_shard`` for the experts; ``fully_shard(model)`` then takes the rest.
 
     Their parameters are sharded a second time over the ranks that hold the same experts, and their gradients become means over
-    all ranks, as those of the rest do.
+    all ranks, as those of the rest do. ``fully_shard`` takes the values that each rank has: seed the ranks alike, or load.
 
     Args:
         model: before ``fully_shard``.
