@@ -90,6 +90,15 @@ def test_the_correction_and_the_groups_of_the_cases_matter():
     assert not torch.equal(router(x).index.sort(1).values, whole)
 
 
+def test_a_closed_group_stays_closed_where_scores_are_negative():
+    """A constant in the correction changes no choice, also where it makes all scores negative."""
+    x = random_tensor(TOKENS, HIDDEN)
+    router = router_of(HIDDEN, EXPERTS, 3, **SIGMOID)
+    before = router(x).index
+    router.e_score_correction_bias -= 4
+    assert torch.equal(router(x).index, before)
+
+
 # ------------------------------------------------------------------------------------ contract
 
 

@@ -1,5 +1,6 @@
 """Layers: each takes the place of an ordinary one, with its constructor, parameters and keys."""
 
+from . import expert_shards
 from .blocks import SparseBlocks
 from .channel_gating import ChannelGatedConv2d, GroupedDynamicConv2d
 from .channel_norm import ChannelBatchNorm2d
@@ -9,6 +10,7 @@ from .channel_widths import SlimmableConv2d, SlimmableLinear, set_width
 from .channels import ChannelConv2d, ChannelLinear
 from .conv_experts import ConvExperts
 from .expert_losses import importance_loss, load_balance_loss, load_loss, z_loss
+from .expert_parallel import ParallelExperts
 from .experts import Experts
 from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
 from .moe import MoE, MoEOutput, SharedExpert
@@ -31,6 +33,7 @@ __all__ = [
     "MaskedMaxPool2d",
     "MoE",
     "MoEOutput",
+    "ParallelExperts",
     "Routing",
     "SharedExpert",
     "SlimmableConv2d",
@@ -42,6 +45,7 @@ __all__ = [
     "SwitchableBatchNorm2d",
     "TopKRouter",
     "UniversalBatchNorm2d",
+    "expert_shards",
     "importance_loss",
     "load_balance_loss",
     "load_loss",

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .expert_losses import importance_loss, load_balance_loss, load_loss, z_loss
+from .expert_parallel import ParallelExperts
 from .experts import Experts
 from .routers import Routing, TopKRouter
 
@@ -60,6 +62,9 @@ class MoE(nn.Module):
             ``ExpertPlan.from_topk`` for the order); None: no limit.
         losses: the coefficient of each loss wanted: "load_balance", "importance", "load" (of a noisy router) and "z", see
             ``dynops.nn.load_balance_loss`` and its neighbours. They are computed in training mode.
+        group: the ``torch.distributed`` process group over whose ranks the experts are sharded, see
+            :class:`ParallelExperts`: whole ``experts`` are replaced by this rank's part. Capacity and losses are those of a
+            rank's own tokens. None: each process has all experts.
 
     Shape:
         - x: ``[..., H]``; its leading sizes are the tokens.
@@ -80,8 +85,11 @@ class MoE(nn.Module):
         shared_gate: nn.Module | None = None,
         capacity_factor: float | None = None,
         losses: Mapping[str, float] | None = None,
+        group: ProcessGroup | None = None,
     ):
         super().__init__()
+        if group is not None and not isinstance(experts, ParallelExperts):
+            experts = ParallelExperts.from_experts(experts, group)
         sizes = [getattr(part, "num_experts", None) for part in (router, experts)]
         if None not in sizes and sizes[0] != sizes[1]:
             raise ValueError(
@@ -116,6 +124,7 @@ class MoE(nn.Module):
         shared_intermediate: int | None = None,
         shared_gate: bool = False,
         router: Mapping | None = None,
+        group: ProcessGroup | None = None,
         device=None,
         dtype=None,
         **options,
@@ -127,6 +136,7 @@ class MoE(nn.Module):
             shared_intermediate: the features inside the shared expert; None: there is none.
             shared_gate: gives the shared expert a gate.
             router: keywords of :class:`TopKRouter`.
+            group: as above; only this rank's experts are built.
             options: keywords of :class:`MoE`.
         """
         factory = {"device": device, "dtype": dtype}
@@ -135,9 +145,15 @@ class MoE(nn.Module):
             shared = SharedExpert(hidden, shared_intermediate, **factory)
         if shared_gate:
             gate = nn.Linear(hidden, 1, bias=False, **factory)
+        router = TopKRouter(hidden, num_experts, top_k, **(router or {}), **factory)
+        sizes = (num_experts, hidden, intermediate, activation)
+        if group is None:
+            experts = Experts(*sizes, **factory)
+        else:
+            experts = ParallelExperts.from_sizes(*sizes, group=group, **factory)
         return cls(
-            TopKRouter(hidden, num_experts, top_k, **(router or {}), **factory),
-            Experts(num_experts, hidden, intermediate, activation, **factory),
+            router,
+            experts,
             shared,
             shared_gate=gate,
             **options,

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -167,16 +168,21 @@ class TopKRouter(nn.Module):
         return weight if self.scale == 1 else weight * self.scale
 
     @torch.no_grad()
-    def update_correction(self, index: Tensor, rate: float = 1e-3) -> None:
+    def update_correction(
+        self, index: Tensor, rate: float = 1e-3, group: dist.ProcessGroup | None = None
+    ) -> None:
         """Moves ``e_score_correction_bias`` by ``rate`` towards even use: up for experts with fewer pairs than the mean.
 
         Args:
-            index: int ``[..., K]``, the choices of a step (of all ranks, if there are several).
+            index: int ``[..., K]``, the choices of a step.
             rate: DeepSeek-V3's is 1e-3.
+            group: the process group whose ranks count their choices together, each with its own; None: these are all.
         """
         if self.e_score_correction_bias is None:
             raise ValueError("correction_bias: expected a router that has one, got correction_bias=False")
         counts = torch.bincount(index.flatten(), minlength=self.num_experts)[: self.num_experts].float()
+        if group is not None:
+            dist.all_reduce(counts, group=group)
         self.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
 
     def extra_repr(self) -> str:
