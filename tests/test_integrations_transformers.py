@@ -18,12 +18,13 @@ from torch import nn
 import dynops
 from dynops.testing import assert_within_budget, random_tensor
 
-transformers = pytest.importorskip("transformers", minversion="5.7")
+pytest.importorskip("transformers", minversion="5.7")
 
-from transformers import activations  # noqa: E402
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation  # noqa: E402
+import transformers
+from transformers import activations
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from dynops.integrations import transformers_experts  # noqa: E402
+from dynops.integrations import transformers_experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
