@@ -40,6 +40,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# Gates of their own that no op of dynops has the formula of.
 CALLED = {"DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "Inkling2Experts"}
 
 
