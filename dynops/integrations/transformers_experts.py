@@ -47,18 +47,17 @@ def _gates(known: dict[str, tuple]) -> dict[Callable, tuple]:
     return found
 
 
-# Gates of the models' own whose formula dynops has. Released checkpoints fix them.
-_CLAMPED_GATES = (
-    _gates(  # of clamped_swiglu: the attributes of alpha and limit, and whether gate and up take turns
-        {
-            "gpt_oss.GptOssExperts": ("alpha", "limit", True),
-            "openai_privacy_filter.OpenAIPrivacyFilterExperts": ("alpha", "limit", False),
-            "minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", False),
-        }
-    )
+# Gates of the models' own whose formula dynops has; released checkpoints fix them. Those of clamped_swiglu, with the
+# attributes of alpha and limit, and whether gate and up take turns:
+_CLAMPED_GATES = _gates(
+    {
+        "gpt_oss.GptOssExperts": ("alpha", "limit", True),
+        "openai_privacy_filter.OpenAIPrivacyFilterExperts": ("alpha", "limit", False),
+        "minimax_m3_vl.MiniMaxM3VLExperts": ("swiglu_alpha", "swiglu_limit", False),
+    }
 )
 # act_fn(gate) * up; Beam's in float32, as the kernels do it
-_PLAIN_GATES = {_default_apply_gate: (), **_gates({"beam.BeamExperts": ()})}
+_PLAIN_GATES = {_default_apply_gate, *_gates({"beam.BeamExperts": ()})}
 
 
 class _Middle(NamedTuple):
