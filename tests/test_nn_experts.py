@@ -582,6 +582,20 @@ def test_nothing_chosen_is_zero_of_the_right_shape(combine, training):
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+def test_nothing_chosen_of_a_norm_that_needs_two_samples():
+    layer = ConvExperts([nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.BatchNorm1d(7)) for _ in range(E)])
+    assert layer(random_tensor(N, 3, 2, 2), torch.full((N,), E)).shape == (N, 7)
+
+
+@pytest.mark.parametrize("combine", ["sum", "concat"])
+def test_conv_experts_in_half_precision(combine):
+    layer = conv_experts(combine=combine).bfloat16()
+    x, (index, weight) = random_tensor(N, 3, 8, 8, dtype=torch.bfloat16), routed(N)
+    exact = masked_branches(copy.deepcopy(layer).double(), x.double(), index, weight.double())
+    dense = masked_branches(layer, x, index, weight)
+    assert_within_budget(layer(x, index, weight), exact.detach(), dense)
+
+
 def test_values_of_dropped_samples_are_not_read():
     layer, x = conv_experts(), random_tensor(N, 3, 8, 8)
     index = torch.zeros(N, 1, dtype=torch.int64)
