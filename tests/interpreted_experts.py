@@ -132,6 +132,11 @@ def wide(tensors, double: bool) -> list:
     return [t.double() if double and t is not None and t.is_floating_point() else t for t in tensors]
 
 
+def calling(tensors, *others):
+    """A method for :func:`check`: the kernel or the reference called with these."""
+    return lambda run, double=False: run(*wide(tensors, double), *others)
+
+
 def check(method, kernel, plain, **changes):
     """``method`` with the kernel, against the reference in float64 and in the same dtype."""
     results = method(kernel, **changes), method(plain, True, **changes), method(plain, **changes)
@@ -168,15 +173,15 @@ def test_other_configurations(name, limit, monkeypatch):
     check(inputs.weight_grad, experts.weight_grad, reference._weight_grad)
 
 
-def mlp(case: Case, dtype, activation, gated, interleaved, bias, run, double=False):
-    inputs, inner = Inputs(case, dtype), case.o
-    up, up_scale = weight_of(case, inner * (2 if gated else 1), case.i, dtype)
-    down, down_scale = weight_of(case, case.i, inner, dtype)
-    up_bias = random_tensor(case.e, inner * (2 if gated else 1), dtype=dtype).to(DEVICE) if bias else None
-    down_bias = random_tensor(case.e, case.i, dtype=dtype).to(DEVICE) if bias else None
-    tensors = (inputs.x, up, down, up_scale, down_scale, up_bias, down_bias, inputs.row_weight)
+def mlp(case: Case, dtype, activation, gated, interleaved, bias: bool):
+    """The MLP of a case, whose ``o`` is the inner size, as a method for :func:`check`."""
+    inputs, columns = Inputs(case, dtype), case.o * (2 if gated else 1)
+    up, up_scale = weight_of(case, columns, case.i, dtype)
+    down, down_scale = weight_of(case, case.i, case.o, dtype)
+    biases = [random_tensor(case.e, n, dtype=dtype).to(DEVICE) if bias else None for n in (columns, case.i)]
     options = (activation, gated, interleaved, case.transposed, case.transposed, 1.702, 0.7)
-    return lambda run, double=False: run(*wide(tensors, double), *inputs.indices, *options)
+    tensors = (inputs.x, up, down, up_scale, down_scale, *biases, inputs.row_weight)
+    return calling(tensors, *inputs.indices, *options)
 
 
 MLPS = [
@@ -202,8 +207,7 @@ MLPS = [
 def test_mlp(name, activation, gated, interleaved, dtype):
     case = replace(CASES[name], packed_in=False, packed_out=False)
     for bias in (False, True) if dtype == torch.float32 else (True,):
-        torch.manual_seed(0)
-        check(mlp(case, dtype, activation, gated, interleaved, bias, None), experts.mlp, reference._mlp)
+        check(mlp(case, dtype, activation, gated, interleaved, bias), experts.mlp, reference._mlp)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,7 +222,7 @@ def test_activation(activation, dtype):
             (experts.activation, expert_activations._activation, (z,)),
             (experts.activation_grad, expert_activations._activation_grad, (grad, z)),
         ):
-            check(lambda run, double=False: run(*wide(tensors, double), *options), kernel, plain)
+            check(calling(tensors, *options), kernel, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -227,15 +231,13 @@ def test_activation(activation, dtype):
 )
 def test_rows(name, dtype):
     inputs = Inputs(replace(CASES[name], packed_in=False, packed_out=True), dtype)
-    x, rows, weight, indices = inputs.x, inputs.grad, inputs.row_weight, inputs.indices
-    finite, packed = x.nan_to_num(1.0), inputs.rows(rows.shape[1], packed=True)
-    for kernel, plain, tensors in (
-        (experts.gather, expert_rows._gather, (x, weight)),
-        (experts.combine, expert_rows._combine, (rows, weight)),
-        (lambda x, *a: experts.dots(x, a[0], False, *a[1:]), lambda x, *a: expert_rows._dots(x, a[0], False, *a[1:]), (finite, inputs.rows(x.shape[1], packed=True))),
-        (lambda x, *a: experts.dots(x, a[0], True, *a[1:]), lambda x, *a: expert_rows._dots(x, a[0], True, *a[1:]), (packed, rows)),
-    ):  # fmt: skip
-        check(lambda run, double=False: run(*wide(tensors, double), *indices), kernel, plain)
+    check(calling((inputs.x, inputs.row_weight), *inputs.indices), experts.gather, expert_rows._gather)
+    check(calling((inputs.grad, inputs.row_weight), *inputs.indices), experts.combine, expert_rows._combine)
+    for packed in (False, True):
+        x = inputs.rows(inputs.case.o, packed)
+        x = x if packed else x.nan_to_num(1.0)  # the reference reads each token
+        method = calling((x, inputs.grad), packed, *inputs.indices)
+        check(method, experts.dots, expert_rows._dots)
 
 
 def test_results_are_reproducible():
