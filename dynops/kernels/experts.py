@@ -185,9 +185,8 @@ def _linear(
     scale, bias, row_weight = (None if t is None else t.contiguous() for t in (scale, bias, row_weight))
     strides = weight.stride()[:2]
     ragged = gemm.is_ragged({"k": k_size, "n": n_size, "expert": strides[0], "row": strides[1]})
-    tile, precision = choose(
-        x, rows, experts, n_size, k_size, ragged, weight.element_size() < x.element_size()
-    )
+    heavy = activation == "gelu" or row_weight is not None
+    tile, precision = choose(x, rows, experts, n_size, k_size, ragged, scale is not None, heavy)
     wide = gemm.is_wide(x, out) or weight.shape[1] * strides[1] >= gemm.INT32_LIMIT
     grid = (rows // tile["M"] + experts + 1) * triton.cdiv(n_size, tile["N"])
     with gemm.on_device(x):
@@ -201,20 +200,21 @@ def _linear(
 
 
 def choose(
-    x: Tensor, rows: int, experts: int, n: int, k: int, ragged: bool, quantized: bool
+    x: Tensor, rows: int, experts: int, n: int, k: int, ragged: bool, quantized: bool, heavy: bool
 ) -> tuple[dict, str]:
     """The tile and the precision of the products ``[rows / experts, k] @ [k, n]``, as :func:`gemm.choose`.
 
     Not much taller than an expert has rows when they are even: the weight is read for few rows as fast as for
-    many, but a tile is multiplied whole.
+    many, but a tile is multiplied whole. Tiles end where registers spilled: of single elements (``ragged``), of
+    int8 weights, with an epilogue of many (``heavy``: the error function, or weights of rows).
     """
     each = max(1, triton.cdiv(rows, experts))
     most = {
-        "half": 128 * 128 if ragged or quantized else 128 * 256,
+        "half": 64 * 64 if ragged else 128 * 128 if quantized or heavy else 128 * 256,
         "tf32": 64 * 64 if ragged else 128 * 128,
-        "ieee": 32 * 32 if ragged else 64 * 64,
+        "ieee": 32 * 32 if ragged else 64 * 32 if quantized else 64 * 64,
     }
     tallest = max(32, triton.next_power_of_2(each))
-    return gemm.choose(
-        x, each, n, k, experts, indirect=False, largest=most, tallest=tallest, product="matmul"
-    )
+    depth = min(k, 32) if ragged else k
+    options = {"indirect": False, "largest": most, "tallest": tallest, "product": "matmul"}
+    return gemm.choose(x, each, n, depth, experts, **options)
