@@ -316,14 +316,14 @@ def test_expert_products(arch, kind, launches, monkeypatch, tmp_path):
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     use(monkeypatch, arch, kind)
     run_experts(dtype, grads=True)
-    run_experts(dtype, int8=True)
-    run_experts(dtype, h=261, i=261, activation="gelu", topk=1, grads=True)
+    if kind != "tf32":
+        run_experts(dtype, int8=True)
+    run_experts(dtype, h=261, i=261, activation="gelu", topk=1, grads=kind == "half")
     if kind == "half":
         run_experts(dtype, activation="clamped_swiglu", interleaved=True, transposed=True)
         run_experts(dtype, activation="gelu", topk=1)
-        run_experts(dtype, h=261, i=261, interleaved=True, transposed=True, int8=True, topk=1)
-    every = [launch for launch in distinct(launches) if launch[0] in EXPERT_PRODUCTS]
-    assert len(every) == (16 if kind == "half" else 10)
+    every = [launch for launch in launches if launch[0] in EXPERT_PRODUCTS]
+    assert len(every) == {"half": 14, "tf32": 6, "ieee": 8}[kind]
     for launch in every:
         check(launch, arch, tmp_path, tensor_cores=kind != "ieee")
     if kind == "half":  # gate and up of the first product, gathered and in vectors
@@ -332,12 +332,13 @@ def test_expert_products(arch, kind, launches, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_small_expert_tiles(arch, launches, monkeypatch, tmp_path):
-    """Every tile of the table in bfloat16: those of few rows."""
-    for tile in gemm.TILES[arch, "half"]:
+    """The tiles of few rows, with gate and up in one."""
+    small = [tile for tile in gemm.TILES[arch, "half"] if tile.m * tile.n <= 64 * 64]
+    for tile in small:
         use(monkeypatch, arch, "half", tile)
         run_experts(torch.bfloat16)
-    every = [launch for launch in distinct(launches) if launch[0] is experts.linear_kernel]
-    assert len(every) >= len(gemm.TILES[arch, "half"])
+    every = [launch for launch in launches if launch[2].get("GATED")]
+    assert len(every) == len(small) == 4
     for launch in every:
         check(launch, arch, tmp_path, tensor_cores=True)
 
@@ -346,7 +347,7 @@ def test_small_expert_tiles(arch, launches, monkeypatch, tmp_path):
 def test_other_expert_kernels(arch, launches, monkeypatch, tmp_path):
     """The gradient of the bias, activations and their gradients, gather, combine and dots."""
     use(monkeypatch, arch, "half")
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if arch == 80 else (torch.bfloat16,):
         run_experts(dtype, grads=True)
         plan = ExpertPlan.from_topk(torch.arange(64).view(32, 2) % 4, 4)
         indices, weights = (plan.order, plan.offsets, plan.position), torch.zeros(32, 2)
@@ -355,7 +356,7 @@ def test_other_expert_kernels(arch, launches, monkeypatch, tmp_path):
         experts.combine(rows, weights, *indices)
         experts.dots(x, rows, False, *indices)
         experts.dots(rows, rows, True, *indices)
-        for activation, interleaved in (("clamped_swiglu", True), ("gelu", False), ("silu", False)):
+        for activation, interleaved in (("clamped_swiglu", True), ("gelu", False)):
             options = (activation, True, interleaved, 1.702, 7.0)
             experts.activation_grad(experts.activation(rows, *options), rows, *options)
     every = [launch for launch in distinct(launches) if launch[0] not in EXPERT_PRODUCTS]
@@ -363,5 +364,5 @@ def test_other_expert_kernels(arch, launches, monkeypatch, tmp_path):
         "bias_grad_kernel", "activation_kernel", "activation_grad_kernel", "gather_pairs_kernel",
         "combine_pairs_kernel", "pair_dots_kernel",
     }  # fmt: skip
-    for launch in every:
-        check(launch, arch, tmp_path, tensor_cores=False)
+    for launch in every:  # bias_grad_kernel: one word, with which ptxas stays at 40 registers on sm_100
+        check(launch, arch, tmp_path, tensor_cores=False, frame=8)
