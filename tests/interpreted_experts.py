@@ -239,6 +239,22 @@ def test_rows(name, dtype):
         check(method, experts.dots, expert_rows._dots)
 
 
+def test_nan_of_dropped_pairs_is_not_read():
+    """Neither a token without a pair nor the weight of a dropped one; the reference multiplies before it drops."""
+    inputs = Inputs(CASES["summed-weighted"], torch.float32)
+    dropped = inputs.plan.position < 0
+    assert dropped.any() and not dropped.all()
+    inputs.row_weight = inputs.row_weight.masked_fill(dropped, NAN)
+    x = inputs.x.masked_fill(dropped.all(1)[:, None], NAN)
+    rows = experts.gather(x, inputs.row_weight, *inputs.indices)
+    results = [inputs.linear(experts.linear), *inputs.weight_grad(experts.weight_grad), rows]
+    results += [
+        experts.combine(rows, inputs.row_weight, *inputs.indices),
+        experts.dots(x, rows, False, *inputs.indices),
+    ]
+    assert all(result.isfinite().all() for result in results)
+
+
 def test_results_are_reproducible():
     inputs = Inputs(CASES["summed-weighted"], torch.float32)
     for method, kernel in ((inputs.linear, experts.linear), (lambda run: inputs.weight_grad(run)[0], experts.weight_grad)):  # fmt: skip
