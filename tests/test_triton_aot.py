@@ -324,8 +324,10 @@ def test_expert_products(arch, kind, launches, monkeypatch, tmp_path):
         run_experts(dtype, activation="gelu", topk=1)
     every = [launch for launch in launches if launch[0] in EXPERT_PRODUCTS]
     assert len(every) == {"half": 14, "tf32": 6, "ieee": 8}[kind]
-    for launch in every:
-        check(launch, arch, tmp_path, tensor_cores=kind != "ieee")
+    for (
+        launch
+    ) in every:  # one word at most: Triton 3.6's ptxas stays at 80 registers on sm_90, as with channels
+        check(launch, arch, tmp_path, tensor_cores=kind != "ieee", frame=8)
     if kind == "half":  # gate and up of the first product, gathered and in vectors
         assert re.search(r"LDGSTS\S*\.128", sass(every[0], arch, tmp_path)), "rows or weights are no vectors"
 
