@@ -13,4 +13,14 @@ def _dot_of_values(self, a, b, *others):
     return _dot(self, a, b, *others)
 
 
+def _bfloat16_of_integers(self, source, dtype):
+    """An integer's value, where the interpreter takes its bits."""
+    if dtype.scalar == tl.bfloat16:
+        source = self.cast_impl(
+            source, tl.block_type(tl.float32, dtype.shape) if dtype.is_block() else tl.float32
+        )
+    return self.cast_impl(source, dtype)
+
+
 InterpreterBuilder.create_dot = _dot_of_values
+InterpreterBuilder.create_si_to_fp = _bfloat16_of_integers

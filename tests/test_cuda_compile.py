@@ -15,6 +15,7 @@ NVCC = shutil.which("nvcc")
 ARCHS = (80, 90, 100)
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 OPS = {
+    "experts": ("expert_index",),
     "blocks": ("block_mask", "block_cover", "cuda_gather_tiles", "cuda_scatter_tiles"),
     "pixels": (
         "mask_to_index", "mask_to_index_capacity", "inverse_index", "needed_mask", "gather_rows", "scatter_rows",

@@ -1,4 +1,4 @@
-"""Values of the CUDA C++ kernels of blocks on a CPU, thread after thread; on a GPU, where there is one, there.
+"""Values of the CUDA C++ kernels of blocks and experts on a CPU, thread after thread; on a GPU, where there is one, there.
 
 The kernels share no memory between threads, so that a host compiler can run them as they are.
 """
@@ -18,6 +18,7 @@ from dynops.geometry import BlockGeometry
 from dynops.kernels import cuda
 from dynops.kernels.layout import memory_format_of
 from dynops.ops import blocks as reference
+from dynops.ops import index as index_reference
 from dynops.testing import random_mask, random_tensor
 
 NVCC = shutil.which("nvcc")
@@ -77,17 +78,24 @@ class Host:
         return numbers(1 if last else c, c if last else 1, x.element_size())
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    source, built = (
-        Path(__file__).parent / "blocks_on_host.cpp",
-        tmp_path_factory.mktemp("host") / "blocks.so",
-    )
+def build(noun: str, folder: Path) -> ctypes.CDLL:
+    """The library of ``<noun>_on_host.cpp``."""
+    source, built = Path(__file__).parent / f"{noun}_on_host.cpp", folder / f"{noun}.so"
     # nvcc hands C++ to the host compiler, with its own headers
     command = [NVCC, "-shared", "-Xcompiler", "-fPIC", "-O1", "-std=c++17", source, "-o", built]
-    build = subprocess.run(command, capture_output=True, text=True)
-    assert build.returncode == 0, build.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(built))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    return build("blocks", tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="session")
+def expert_library(tmp_path_factory) -> ctypes.CDLL:
+    return build("experts", tmp_path_factory.mktemp("host"))
 
 
 @of_cases
@@ -146,6 +154,44 @@ def test_division(library):
     assert found == -1, int(n[found])
 
 
+EXPERTS = [(0, 2, 3), (1, 1, 1), (7, 3, 5), (64, 8, 100), (500, 2, 3)]  # T, K, E
+INTEGERS = ["uint8", "int8", "int16", "int32", "int64"]
+
+
+def choices(tokens: int, topk: int, experts: int, dtype: str) -> torch.Tensor:
+    """A router's choices, some dropped and, where the dtype has room, some outside [0, E], which are dropped too."""
+    info = torch.iinfo(getattr(torch, dtype))
+    index = torch.randint(max(-1, info.min), min(experts + 2, info.max) + 1, (tokens, topk))
+    if index.numel() > 2:
+        index.view(-1)[0], index.view(-1)[1] = info.min, info.max
+    return index.to(getattr(torch, dtype))
+
+
+def expected_plan(index: torch.Tensor, experts: int, capacity: int):
+    outside = (index < 0) | (index.long() > experts)
+    return index_reference._expert_index(torch.where(outside, experts, index.long()), experts, capacity)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("sizes", EXPERTS)
+@pytest.mark.parametrize("capacity", [-1, 0, 1, 4, 10**6])
+def test_expert_index(capacity, sizes, dtype, expert_library):
+    tokens, topk, experts = sizes
+    index = choices(tokens, topk, experts, dtype)
+    expected = expected_plan(index, experts, capacity)
+    plan = [between_guards(t.shape, t.stride(), torch.int32, "cpu").fill_(2**30) for t in expected]
+    run = getattr(expert_library, f"plan_{dtype}")
+    arguments = (
+        ctypes.c_int64(tokens),
+        ctypes.c_int64(topk),
+        ctypes.c_int32(experts),
+        ctypes.c_int64(capacity),
+    )
+    run(pointer(index), *arguments, *map(pointer, plan))
+    for got, value in zip(plan, expected, strict=True):
+        assert torch.equal(got, value) and guards_are_whole(got)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not (torch.cuda.is_available() and cuda.AVAILABLE), reason="needs a GPU and a binary with CUDA"
@@ -154,3 +200,18 @@ def test_division(library):
 def test_on_a_gpu(case, dtype, nchw):
     check_gather(cuda, case, dtype, nchw, "cuda")
     check_scatter(cuda, case, dtype, nchw, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and cuda.AVAILABLE), reason="needs a GPU and a binary with CUDA"
+)
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("sizes", EXPERTS)
+@pytest.mark.parametrize("capacity", [-1, 0, 4])
+def test_expert_index_on_a_gpu(capacity, sizes, dtype):
+    tokens, topk, experts = sizes
+    index = choices(tokens, topk, experts, dtype)
+    plan = torch.ops.dynops.expert_index(index.cuda(), experts, capacity)
+    for got, value in zip(plan, expected_plan(index, experts, capacity), strict=True):
+        assert torch.equal(got.cpu(), value)

@@ -21,9 +21,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dynops import BlockPlan, ChannelPlan, PixelPlan  # noqa: E402
+from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, ops  # noqa: E402
 from dynops.geometry import ConvGeometry  # noqa: E402
-from dynops.kernels import blocks, channels, channels_weight, gemm, pixels  # noqa: E402
+from dynops.kernels import blocks, channels, channels_weight, experts, experts_weight, gemm, pixels  # noqa: E402
 from dynops.kernels.pixels_weight import weight_grad_kernel  # noqa: E402
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -62,8 +62,9 @@ def compile_launch(kernel, args, kwargs, arch: int):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         is_tensor = isinstance(value, torch.Tensor)
-        signature[name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
-        if is_tensor or (specialized and value % 16 == 0):
+        number = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = f"*{TYPES[value.dtype]}" if is_tensor else number
+        if is_tensor or (specialized and number == "i32" and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -118,7 +119,7 @@ def run_all(
 def use(monkeypatch, arch: int, kind: str, tile=None) -> None:
     """Launches take this architecture, precision and tile."""
     monkeypatch.setattr(gemm, "device_facts", lambda device: (arch, 1))
-    monkeypatch.setattr(gemm, "precision", lambda dtype: kind)
+    monkeypatch.setattr(gemm, "precision", lambda dtype, product="conv": kind)
     if tile is not None:
         monkeypatch.setattr(gemm, "TILES", {(arch, kind): (tile,)})
 
@@ -274,3 +275,96 @@ def test_other_channel_kernels(arch, launches, monkeypatch, tmp_path):
     }  # fmt: skip
     for launch in every:
         check(launch, arch, tmp_path, tensor_cores=False)
+
+
+def run_experts(
+    dtype,
+    h=256,
+    i=256,
+    activation="silu",
+    interleaved=False,
+    transposed=False,
+    int8=False,
+    topk=2,
+    grads=False,
+) -> None:
+    """The MLP of 512 rows for each expert, and with ``grads`` the weight gradient, packed and gathered."""
+    tokens, count = 1024 // topk, 2
+    plan = ExpertPlan.from_topk(torch.arange(1024).view(tokens, topk) % count, count)
+    indices = (plan.order, plan.offsets, plan.position)
+    x, weights = torch.zeros(tokens, h, dtype=dtype), torch.zeros(tokens, topk)
+    shapes = ((h, 2 * i), (i, h)) if transposed else ((2 * i, h), (h, i))
+    up, down = ((torch.zeros(count, *shape, dtype=dtype), None) for shape in shapes)
+    if int8:
+        up, down = (ops.quantize_experts(weight, transposed) for weight, _ in (up, down))
+    biases = (torch.zeros(count, n, dtype=dtype) for n in (2 * i, h))
+    options = (activation, True, interleaved, transposed, transposed, 1.702, 7.0)
+    experts.mlp(x, up[0], down[0], up[1], down[1], *biases, weights, *indices, *options)
+    if grads:
+        rows = torch.zeros(plan.num_rows, i, dtype=dtype)
+        experts.weight_grad(x, rows, weights, *indices, False, True, transposed, True)
+        experts.weight_grad(rows, x, None, *indices, True, False, transposed, False)
+
+
+EXPERT_PRODUCTS = (experts.linear_kernel, experts_weight.weight_grad_kernel)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+def test_expert_products(arch, kind, launches, monkeypatch, tmp_path):
+    """The largest tile for each layout and form of the weight, and with what else takes registers."""
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    use(monkeypatch, arch, kind)
+    run_experts(dtype, grads=True)
+    if kind != "tf32":
+        run_experts(dtype, int8=True)
+    run_experts(dtype, h=261, i=261, activation="gelu", topk=1, grads=kind == "half")
+    if kind == "half":
+        run_experts(dtype, activation="clamped_swiglu", interleaved=True, transposed=True)
+        run_experts(dtype, activation="gelu", topk=1)
+    every = [launch for launch in launches if launch[0] in EXPERT_PRODUCTS]
+    assert len(every) == {"half": 14, "tf32": 6, "ieee": 8}[kind]
+    for (
+        launch
+    ) in every:  # one word at most: Triton 3.6's ptxas stays at 80 registers on sm_90, as with channels
+        check(launch, arch, tmp_path, tensor_cores=kind != "ieee", frame=8)
+    if kind == "half":  # gate and up of the first product, gathered and in vectors
+        assert re.search(r"LDGSTS\S*\.128", sass(every[0], arch, tmp_path)), "rows or weights are no vectors"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_small_expert_tiles(arch, launches, monkeypatch, tmp_path):
+    """The tiles of few rows, with gate and up in one."""
+    small = [tile for tile in gemm.TILES[arch, "half"] if tile.m * tile.n <= 64 * 64]
+    for tile in small:
+        use(monkeypatch, arch, "half", tile)
+        run_experts(torch.bfloat16)
+    every = [launch for launch in launches if launch[2].get("GATED")]
+    assert len(every) == len(small) == 4
+    for launch in every:
+        check(launch, arch, tmp_path, tensor_cores=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_other_expert_kernels(arch, launches, monkeypatch, tmp_path):
+    """The gradient of the bias, activations and their gradients, gather, combine and dots."""
+    use(monkeypatch, arch, "half")
+    for dtype in (torch.bfloat16, torch.float32) if arch == 80 else (torch.bfloat16,):
+        run_experts(dtype, grads=True)
+        plan = ExpertPlan.from_topk(torch.arange(64).view(32, 2) % 4, 4)
+        indices, weights = (plan.order, plan.offsets, plan.position), torch.zeros(32, 2)
+        x = torch.zeros(32, 256, dtype=dtype)
+        rows = experts.gather(x, weights, *indices)
+        experts.combine(rows, weights, *indices)
+        experts.dots(x, rows, False, *indices)
+        experts.dots(rows, rows, True, *indices)
+        for activation, interleaved in (("clamped_swiglu", True), ("gelu", False)):
+            options = (activation, True, interleaved, 1.702, 7.0)
+            experts.activation_grad(experts.activation(rows, *options), rows, *options)
+    every = [launch for launch in distinct(launches) if launch[0] not in EXPERT_PRODUCTS]
+    assert {launch[0].__name__ for launch in every} == {
+        "bias_grad_kernel", "activation_kernel", "activation_grad_kernel", "gather_pairs_kernel",
+        "combine_pairs_kernel", "pair_dots_kernel",
+    }  # fmt: skip
+    for launch in every:  # bias_grad_kernel: one word, with which ptxas stays at 40 registers on sm_100
+        check(launch, arch, tmp_path, tensor_cores=False, frame=8)

@@ -8,24 +8,6 @@
 namespace dynops::cuda {
 namespace {
 
-// Runs a kernel of blocks.cuh with a thread for each item, up to the largest grid.
-class Threads {
- public:
-  explicit Threads(const Launch& launch) : launch_(launch) {}
-
-  // Below it 32 bits hold every number and one stride of the largest grid more.
-  int64_t narrow() const { return int64_t(1) << 30; }
-
-  template <class Kernel, class... Arguments>
-  void operator()(const char* name, int64_t items, Kernel kernel, const Arguments&... arguments) const {
-    kernel<<<grid_for(items), kThreads, 0, launch_.stream()>>>(arguments...);
-    check_launch(name);
-  }
-
- private:
-  const Launch& launch_;
-};
-
 // ------------------------------------------------------------------------------- tiles in and out
 
 // One of the two formats that map and tiles share; which one does not matter where they agree.

@@ -16,19 +16,10 @@
 #include <algorithm>
 
 #include "../common/blocks.h"
+#include "items.cuh"
 #include "words.cuh"
 
 namespace dynops::cuda {
-
-template <class Int>
-__device__ __forceinline__ Int first_item() {
-  return Int(blockIdx.x) * Int(blockDim.x) + Int(threadIdx.x);
-}
-
-template <class Int>
-__device__ __forceinline__ Int item_stride() {
-  return Int(gridDim.x) * Int(blockDim.x);
-}
 
 // -------------------------------------------------------------------------------------- kernels
 

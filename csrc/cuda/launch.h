@@ -64,4 +64,31 @@ inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape,
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
+// Runs a kernel with a thread for each item, up to the largest grid.
+class Threads {
+ public:
+  explicit Threads(const Launch& launch) : launch_(launch) {}
+
+  // Below it 32 bits hold every number and one stride of the largest grid more.
+  int64_t narrow() const { return int64_t(1) << 30; }
+
+  template <class Kernel, class... Arguments>
+  void operator()(const char* name, int64_t items, Kernel kernel, const Arguments&... arguments) const {
+    kernel<<<grid_for(items), kThreads, 0, launch_.stream()>>>(arguments...);
+    check_launch(name);
+  }
+
+ private:
+  const Launch& launch_;
+};
+
+// Calls a CUB function twice, as CUB wants it: for the size of its temporary memory, then to run.
+template <class F>
+void with_temporary(const Launch& launch, const Tensor& like, const char* what, const F& f) {
+  size_t bytes = 0;
+  check(f(nullptr, bytes), what);
+  const Tensor memory = launch.bytes(like, int64_t(bytes));
+  check(f(memory.data_ptr(), bytes), what);
+}
+
 }  // namespace dynops::cuda

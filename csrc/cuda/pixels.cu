@@ -46,15 +46,6 @@ auto visit_mask(const Tensor& mask, const F& f) {
   }
 }
 
-// Calls a CUB function twice, as CUB wants it: for the size of its temporary memory, then to run.
-template <class F>
-void with_temporary(const Launch& launch, const Tensor& like, const char* what, const F& f) {
-  size_t bytes = 0;
-  check(f(nullptr, bytes), what);
-  const Tensor memory = launch.bytes(like, int64_t(bytes));
-  check(f(memory.data_ptr(), bytes), what);
-}
-
 // The active elements below and the NaN above, on the host.
 template <class Word>
 uint64_t read_counts(const Launch& launch, const Tensor& mask, const MaskView<Word>& view) {

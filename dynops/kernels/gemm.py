@@ -223,6 +223,7 @@ TILES = {
 def choose(
     x: Tensor, rows: int, n: int, k: int, batch: int, *,
     indirect: bool, ragged: bool = False, residual: bool = False, largest: dict | None = None,
+    tallest: int = 128, product: str = "conv",
 ) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
@@ -234,12 +235,14 @@ def choose(
         ragged: channels are not a multiple of 16, so that loads are not vectors.
         residual: the epilogue reads one.
         largest: the elements of the largest tile of each kind, where they do not follow from these two.
+        tallest: the rows of the tallest tile.
+        product: see :func:`precision`.
     """
-    kind = precision(x.dtype)
+    kind = precision(x.dtype, product)
     arch, processors = device_facts(x.device)
     widest = max(16, triton.next_power_of_2(n))
     most = _largest(kind, ragged, residual) if largest is None else largest[kind]
-    tiles = [tile for tile in TILES[arch, kind] if tile.n <= widest and tile.m * tile.n <= most]
+    tiles = [t for t in TILES[arch, kind] if t.n <= widest and t.m <= tallest and t.m * t.n <= most]
     fills = (t for t in tiles if batch * triton.cdiv(rows, t.m) * triton.cdiv(n, t.n) >= processors)
     return tile_arguments(next(fills, tiles[-1]), k, indirect), "ieee" if kind == "half" else kind
 
@@ -280,12 +283,13 @@ def device_facts(device: torch.device) -> tuple[int, int]:
 # ------------------------------------------------------------------- precision, layout, weights
 
 
-def precision(dtype: torch.dtype) -> str:
-    """The kind of product: "half", or for float32 "tf32" or "ieee", as torch's own convolution takes it."""
+def precision(dtype: torch.dtype, product: str = "conv") -> str:
+    """The kind of product: "half", or for float32 "tf32" or "ieee", as torch's own "conv" or "matmul" takes it."""
     if dtype != torch.float32:
         return "half"
     # what allow_tf32 sets too, and reading that one raises where both ways of setting it were used
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    setting = torch.backends.cudnn.conv if product == "conv" else torch.backends.cuda.matmul
+    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
 
 
 def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

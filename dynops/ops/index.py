@@ -132,7 +132,7 @@ def _expert_index(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, T
     by_expert, order = key.reshape(-1).sort(stable=True)
     position = torch.empty_like(order, dtype=torch.int32)
     position[order] = torch.arange(order.numel(), dtype=torch.int32, device=index.device)
-    position = torch.where(key < experts, position.view(key.shape), -1)
+    position = torch.where(key < experts, position.view(key.shape), -1).contiguous()
     return order.to(torch.int32), torch.searchsorted(by_expert, bounds, out_int32=True), position
 
 

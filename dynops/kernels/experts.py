@@ -1,0 +1,220 @@
+"""Grouped GEMMs of a mixture of experts in Triton: ``linear``, and ``mlp`` with its activation fused.
+
+``weight_grad`` is in ``experts_weight.py``, ``activation`` and its gradient in ``expert_activations.py``,
+``gather``, ``combine`` and ``dots`` in ``expert_rows.py``. Signatures and meaning are those of the references in
+``dynops/ops``. Nothing here reads a count on the host, and nothing uses atomics: every result is bitwise
+reproducible.
+
+**Tiles.** A program owns a tile of rows of one expert and a tile of its outputs. The grid follows from P, E and the
+tile alone: expert e's tiles start at number ``offsets[e] // M + e``, which leaves each expert as many as it needs
+whatever the counts; one that is not needed returns at once. The dropped pairs are an expert without a weight,
+whose rows are written as zeros.
+
+**linear.** Rows are gathered by their token as they are loaded, so that x is not permuted; scale, bias, activation
+and row weight are applied in registers. With one choice for each token its row is stored where it belongs; with
+more, packed rows are summed in a second pass, in float32 and in the order of the choices.
+
+**mlp.** Gate and up are two halves of one tile's columns (see ``expert_activations.py``): one product, and the
+activation of it is all that is stored between the two GEMMs.
+
+An input gradient is ``linear`` with the weight transposed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import gemm
+from .expert_activations import activation, activation_grad, glu, pair_columns, split_pairs
+from .expert_rows import combine, dots, gather
+from .experts_weight import weight_grad
+from .gemm import activate
+
+__all__ = ["activation", "activation_grad", "combine", "dots", "gather", "linear", "mlp", "weight_grad"]
+
+# ------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def expert_tile(offsets, tile, rows, experts, M: tl.constexpr, EXPERTS: tl.constexpr):
+    """The expert that a tile of rows belongs to, ``experts`` for the dropped, and its rows [first, last)."""
+    expert = 0
+    for start in range(0, experts, EXPERTS):
+        e = start + 1 + tl.arange(0, EXPERTS)
+        begins = tl.load(offsets + e, mask=e <= experts, other=0)
+        expert += tl.sum(((e <= experts) & (begins // M + e <= tile)).to(tl.int32), 0)
+    begin = tl.load(offsets + expert)
+    last = rows
+    if expert < experts:
+        last = tl.load(offsets + expert + 1)
+    return expert, begin + (tile - begin // M - expert) * M, last
+
+
+@triton.jit(do_not_specialize=["rows", "experts", "topk"])
+def linear_kernel(
+    x, w, out, scale, bias, row_weight, order, offsets,
+    rows, experts, topk, k_size, n_size, out_size, w_expert, w_lead, alpha, limit,
+    PACKED_IN: tl.constexpr, SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """One tile of an expert's rows and outputs; GATED: N columns of gate and up give N / 2 of ``out``.
+
+    The weight is ``[n, k]`` in each expert, TRANSPOSED ``[k, n]``, with rows ``w_lead`` apart. SCATTERS: rows of
+    ``out`` are pairs in their own order, else the plan's.
+    """
+    N_OUT: tl.constexpr = N // 2 if GATED else N
+    n_tiles = tl.cdiv(out_size, N_OUT)
+    expert, first, last = expert_tile(offsets, tl.program_id(0) // n_tiles, rows, experts, M, EXPERTS)
+    if first >= last:
+        return
+    row = first + tl.arange(0, M)
+    inside = row < last
+    live = row < tl.where(expert < experts, last, 0)
+    pair = tl.load(order + row, mask=inside, other=0)
+    at = row if PACKED_IN else pair // topk
+    target = (tl.program_id(0) % n_tiles) * N_OUT + tl.arange(0, N_OUT)
+    if GATED:
+        column, n_mask = pair_columns((tl.program_id(0) % n_tiles) * N_OUT, out_size, N_OUT, INTERLEAVED)
+    else:
+        column = target
+        n_mask = column < n_size
+    if WIDE:
+        at = at.to(tl.int64)
+    k = tl.arange(0, K)
+    x_at = at[:, None] * k_size + k[None, :]
+    own = tl.minimum(expert, experts - 1).to(tl.int64)
+    w += own * w_expert
+    w_column = column.to(tl.int64) if WIDE else column
+    acc = tl.zeros([M, N], tl.float32)
+    for start in range(0, tl.where(expert < experts, k_size, 0), K):
+        k_mask = start + k < k_size
+        a = tl.load(x + start + x_at, mask=live[:, None] & k_mask[None, :], other=0.0)
+        if TRANSPOSED:
+            w_row = (start + k).to(tl.int64) if WIDE else start + k
+            w_at = w_row[:, None] * w_lead + w_column[None, :]
+        else:
+            w_at = w_column[None, :] * w_lead + (start + k)[:, None]
+        b = tl.load(w + w_at, mask=k_mask[:, None] & n_mask[None, :], other=0)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+    if scale is not None:
+        acc *= tl.load(scale + own * n_size + column, mask=n_mask, other=0.0)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + own * n_size + column, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = split_pairs(acc, INTERLEAVED)
+        z = glu(gate, up, alpha, limit, ACTIVATION)
+    else:
+        z = activate(acc, ACTIVATION)
+    if row_weight is not None:
+        z *= tl.load(row_weight + pair, mask=live, other=0.0).to(tl.float32)[:, None]
+    z = tl.where(live[:, None], z, 0.0)
+    out_row = pair if SCATTERS else row
+    if WIDE:
+        out_row = out_row.to(tl.int64)
+    out_at = out_row[:, None] * out_size + target[None, :]
+    tl.store(out + out_at, z.to(out.dtype.element_ty), mask=inside[:, None] & (target < out_size)[None, :])
+
+
+# ----------------------------------------------------------------------------------- launchers
+
+
+def linear(
+    x: Tensor,  # [T, I], packed [P, I]
+    weight: Tensor,  # [E, O, I], transposed [E, I, O]; int8 with a scale
+    scale: Tensor | None,  # float32 [E, O]
+    bias: Tensor | None,  # [E, O]
+    row_weight: Tensor | None,  # [T, K]
+    order: Tensor,
+    offsets: Tensor,
+    position: Tensor,
+    packed_in: bool,
+    packed_out: bool,
+    transposed: bool,
+    activation: str,
+) -> Tensor:  # [T, O], packed [P, O]
+    """See ``ops.experts._linear``."""
+    plan, options = (order, offsets, position), {"packed_in": packed_in, "activation": activation}
+    if packed_out or position.shape[1] == 1:
+        scatters = not packed_out
+        return _linear(x, weight, scale, bias, row_weight, plan, transposed, scatters=scatters, **options)
+    return combine(_linear(x, weight, scale, bias, None, plan, transposed, **options), row_weight, *plan)
+
+
+def mlp(
+    x: Tensor,  # [T, H]
+    up: Tensor,
+    down: Tensor,
+    up_scale: Tensor | None,
+    down_scale: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    row_weight: Tensor | None,
+    order: Tensor,
+    offsets: Tensor,
+    position: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    up_transposed: bool,
+    down_transposed: bool,
+    alpha: float,
+    limit: float,
+) -> Tensor:  # [T, H]
+    """See ``ops.experts._mlp``."""
+    plan = (order, offsets, position)
+    pairs = {"gated": gated, "interleaved": gated and interleaved, "alpha": alpha, "limit": limit}
+    h = _linear(x, up, up_scale, up_bias, None, plan, up_transposed, activation=activation, **pairs)
+    return linear(h, down, down_scale, down_bias, row_weight, *plan, True, False, down_transposed, "")
+
+
+def _linear(
+    x, weight, scale, bias, row_weight, plan, transposed, *, packed_in=False, scatters=False, activation="",
+    gated=False, interleaved=False, alpha=0.0, limit=0.0,
+) -> Tensor:  # fmt: skip
+    """The kernel's launch: rows in the plan's order, or scattered to their pairs."""
+    order, offsets, position = plan
+    rows, experts = order.shape[0], offsets.shape[0] - 1
+    n_size, k_size = (weight.shape[2], weight.shape[1]) if transposed else weight.shape[1:]
+    out = x.new_empty(rows, n_size // 2 if gated else n_size)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous()
+    scale, bias, row_weight = (None if t is None else t.contiguous() for t in (scale, bias, row_weight))
+    strides = weight.stride()[:2]
+    ragged = gemm.is_ragged({"k": k_size, "n": n_size, "expert": strides[0], "row": strides[1]})
+    heavy = activation == "gelu" or row_weight is not None
+    tile, precision = choose(x, rows, experts, n_size, k_size, ragged, scale is not None, heavy)
+    wide = gemm.is_wide(x, out) or weight.shape[1] * strides[1] >= gemm.INT32_LIMIT
+    grid = (rows // tile["M"] + experts + 1) * triton.cdiv(n_size, tile["N"])
+    with gemm.on_device(x):
+        linear_kernel[(grid,)](
+            x, weight, out, scale, bias, row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size,
+            out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
+            ACTIVATION=activation, GATED=gated, INTERLEAVED=interleaved, PRECISION=precision, WIDE=wide,
+            EXPERTS=min(1024, triton.next_power_of_2(experts)), **tile,
+        )  # fmt: skip
+    return out
+
+
+def choose(
+    x: Tensor, rows: int, experts: int, n: int, k: int, ragged: bool, quantized: bool, heavy: bool
+) -> tuple[dict, str]:
+    """The tile and the precision of the products ``[rows / experts, k] @ [k, n]``, as :func:`gemm.choose`.
+
+    Not much taller than an expert has rows when they are even: the weight is read for few rows as fast as for
+    many, but a tile is multiplied whole. Tiles end where registers spilled: of single elements (``ragged``), of
+    int8 weights, with an epilogue of many (``heavy``: the error function, or weights of rows).
+    """
+    each = max(1, triton.cdiv(rows, experts))
+    most = {
+        "half": 64 * 64 if ragged else 128 * 128 if quantized or heavy else 128 * 256,
+        "tf32": 64 * 64 if ragged else 128 * 128,
+        "ieee": 32 * 32 if ragged else 64 * 32 if quantized else 64 * 64,
+    }
+    tallest = max(32, triton.next_power_of_2(each))
+    depth = min(k, 32) if ragged else k
+    options = {"indirect": False, "largest": most, "tallest": tallest, "product": "matmul"}
+    return gemm.choose(x, each, n, depth, experts, **options)
