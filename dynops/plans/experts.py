@@ -37,7 +37,8 @@ class ExpertPlan:
                 f"order, offsets, position: expected [T * K], [E + 1] and [T, K], got {tuple(order.shape)}, "
                 f"{tuple(offsets.shape)} and {tuple(position.shape)}"
             )
-        self.order, self.offsets, self.position, self.capacity = order, offsets, position, capacity
+        self.order, self.offsets = order.contiguous(), offsets.contiguous()  # kernels read them flat
+        self.position, self.capacity = position.contiguous(), capacity
 
     @classmethod
     def from_topk(cls, index: Tensor, num_experts: int, capacity: int | None = None) -> ExpertPlan:
