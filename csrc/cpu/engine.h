@@ -9,7 +9,17 @@
 namespace dynops::cpu {
 
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
-enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kGeluTanh, kHardswish, kRelu2 };
+enum class Activation : int32_t {
+  kNone,
+  kRelu,
+  kRelu6,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kHardswish,
+  kRelu2,
+  kClampedSwiglu,  // of Glu only
+};
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -176,6 +186,17 @@ struct Mixture {
   char* const* to;
 };
 
+// What stands between the two GEMMs of an expert, of one row: h = activation(z), or gated activation(gate) *
+// up.
+struct Glu {
+  Activation activation;
+  bool gated;          // z holds gate and up: n of each
+  bool interleaved;    // g0 u0 g1 u1 …, not side by side
+  float alpha, limit;  // of kClampedSwiglu
+  int64_t n;           // columns of h
+  Dtype in, out;       // of z, of h; the gradients have their dtypes
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -219,6 +240,8 @@ struct Kernels {
   // bfloat16 pairs: to[i][c] = from[2 i][c], from[2 i + 1][c]
   void (*pack_pairs)(const float* from, int64_t pairs, int64_t width, char* to);
   void (*mix)(const Mixture&);
+  void (*glu)(const Glu&, const char* z, char* h);
+  void (*glu_grad)(const Glu&, const char* grad, const char* z, char* dz);  // grad of h
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

@@ -62,6 +62,7 @@ static void fill(char* to, const char* from, int64_t bytes, bool stream) {
 #include "kernels/depthwise.inc.h"
 #include "kernels/dots.inc.h"
 #include "kernels/gemm.inc.h"
+#include "kernels/glu.inc.h"
 #include "kernels/outer_product.inc.h"
 #include "kernels/packing.inc.h"
 
@@ -95,4 +96,6 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        pack_columns,
                        pack_winograd,
                        pack_pairs,
-                       mix};
+                       mix,
+                       glu,
+                       glu_grad};

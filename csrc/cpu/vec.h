@@ -24,6 +24,13 @@ FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 // max and min return their second operand where one is NaN, so a NaN in `x` survives a clamp.
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm512_max_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm512_min_ps(bound.v, x.v)}; }
+// x where a < b (a <= b), else 0: as torch.where, NaN compares false.
+FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+FORCE_INLINE Vec where_at_most(Vec a, Vec b, Vec x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), x.v)};
+}
 FORCE_INLINE Vec round_to_integer(Vec a) { return {_mm512_roundscale_ps(a.v, 0x08)}; }
 FORCE_INLINE Vec power_of_two(Vec n) {  // 2^n for integral n in [-126, 127]
   const __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
@@ -80,6 +87,12 @@ FORCE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
+FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+FORCE_INLINE Vec where_at_most(Vec a, Vec b, Vec x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ), x.v)};
+}
 FORCE_INLINE Vec round_to_integer(Vec a) { return {_mm256_round_ps(a.v, 0x08)}; }
 FORCE_INLINE Vec power_of_two(Vec n) {
   const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -126,6 +139,8 @@ FORCE_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 FORCE_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {bound.v > x.v ? bound.v : x.v}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {bound.v < x.v ? bound.v : x.v}; }
+FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) { return {a.v < b.v ? x.v : Float4{0, 0, 0, 0}}; }
+FORCE_INLINE Vec where_at_most(Vec a, Vec b, Vec x) { return {a.v <= b.v ? x.v : Float4{0, 0, 0, 0}}; }
 FORCE_INLINE Vec round_to_integer(Vec a) {  // |a| < 2^22 here: adding 1.5 * 2^23 rounds to even
   const Float4 magic = {12582912.f, 12582912.f, 12582912.f, 12582912.f};
   volatile Float4 shifted = a.v + magic;
@@ -247,6 +262,23 @@ FORCE_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
 #endif
 }
 
+// What interleave does, undone: the elements at even and at odd places of low, high.
+FORCE_INLINE void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {
+#if defined(DYNOPS_ISA_AVX512)
+  const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  even = {_mm512_permutex2var_ps(low.v, first, high.v)};
+  odd = {_mm512_permutex2var_ps(low.v, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high.v)};
+#elif defined(DYNOPS_ISA_AVX2)
+  const __m256 a = _mm256_permute2f128_ps(low.v, high.v, 0x20);
+  const __m256 b = _mm256_permute2f128_ps(low.v, high.v, 0x31);
+  even = {_mm256_shuffle_ps(a, b, 0x88)};
+  odd = {_mm256_shuffle_ps(a, b, 0xdd)};
+#else
+  even = {Float4{low.v[0], low.v[2], high.v[0], high.v[2]}};
+  odd = {Float4{low.v[1], low.v[3], high.v[1], high.v[3]}};
+#endif
+}
+
 // Row i, lane j of a square becomes row j, lane i: log2(lanes) rounds of perfect shuffles.
 FORCE_INLINE void transpose(Vec (&m)[Vec::kLanes]) {
   constexpr int kHalf = Vec::kLanes / 2;
@@ -343,5 +375,43 @@ FORCE_INLINE Vec activate(Vec x, Activation activation) {
     }
     default:
       return x;
+  }
+}
+
+// activate's derivative at x; at a kink that of torch.
+FORCE_INLINE Vec activation_slope(Vec x, Activation activation) {
+  const Vec one = broadcast(1.f);
+  switch (activation) {
+    case Activation::kRelu:
+      return where_less(zero(), x, one);
+    case Activation::kRelu6:
+      return where_less(zero(), x, where_less(x, broadcast(6.f), one));
+    case Activation::kSilu: {
+      const Vec s = sigmoid(x);
+      return mul(s, fma(x, sub(one, s), one));
+    }
+    case Activation::kGelu: {  // the normal distribution, and x times its density
+      const Vec half = broadcast(0.5f), density = exponential(mul(mul(x, x), broadcast(-0.5f)));
+      const Vec below = fma(half, error_function(mul(x, broadcast(0.70710678118654752f))), half);
+      return fma(mul(x, broadcast(0.3989422804014327f)), density, below);
+    }
+    case Activation::kGeluTanh: {
+      const Vec square = mul(x, x);
+      const Vec u = mul(x, fma(square, broadcast(0.0356774081363f), broadcast(0.7978845608028654f)));
+      const Vec du = fma(square, broadcast(0.1070322244089f), broadcast(0.7978845608028654f));
+      const Vec s = sigmoid(add(u, u)), s_left = mul(s, sub(one, s));
+      return fma(mul(add(x, x), du), s_left, s);
+    }
+    case Activation::kHardswish: {
+      const Vec three = broadcast(3.f), inner = fma(x, broadcast(1.f / 3.f), broadcast(0.5f));
+      const Vec middle = where_less(broadcast(-3.f), x, where_less(x, three, inner));
+      return add(middle, where_at_most(three, x, one));
+    }
+    case Activation::kRelu2: {
+      const Vec positive = max_of(zero(), x);
+      return add(positive, positive);
+    }
+    default:
+      return one;
   }
 }
