@@ -183,7 +183,9 @@ def test_weight_grad(name, dtype):
     check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
-@pytest.mark.parametrize("activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"])
+@pytest.mark.parametrize(
+    "activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
+)
 @pytest.mark.parametrize("name", ["3x3", "depthwise", "packed", "transposed-stride"])
 def test_epilogue(name, activation):
     for dtype in DTYPES if name == "3x3" else DTYPES[:1]:

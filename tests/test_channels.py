@@ -188,7 +188,9 @@ def test_expanded_upstream_gradient(packed_out, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"])
+@pytest.mark.parametrize(
+    "activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations(dtype, activation, backend):
     conv = Conv(c=40, o=24, padding=1)  # sums that reach past 6, where relu6 and hardswish bend

@@ -502,7 +502,9 @@ def test_nan_in_an_inactive_pixel_is_read_where_the_kernel_reaches(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"])
+@pytest.mark.parametrize(
+    "activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
+)
 def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     values = torch.tensor([float("nan"), 1e30, -1e30, 90.0, -90.0, -3.0, 3.0, 0.0, -0.0])
     x, weight = values.view(1, 1, 1, -1), torch.ones(1, 1, 1, 1)

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "expert_plan.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace dynops::cpu {
@@ -169,6 +170,7 @@ void expert_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Optiona
                   " inputs, of the dtype of grad and x");
   STD_TORCH_CHECK(std::max(outputs, inputs) < (int64_t(1) << 31), "dw: expected fewer columns than 2**31");
   const PlanRows &left = transposed ? x : grad, &right = transposed ? grad : x;
+  advise_huge_pages(dw.data_ptr(), dw.numel() * int64_t(dw.element_size()));
   ExpertWeightGrad(plan, left, right, weight, data_of<char>(dw)).run();
   if (db) expert_bias_grad(plan, grad, weight, data_of<char>(*db));
 }

@@ -47,6 +47,9 @@ FORCE_INLINE Vec load_f16(const char* p) { return {_mm512_cvtph_ps(_mm256_loadu_
 FORCE_INLINE Vec load_f16(const char* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p))};
 }
+FORCE_INLINE Vec widen_i8(__m128i q) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q))}; }
+FORCE_INLINE Vec load_i8(const char* p) { return widen_i8(_mm_loadu_si128((const __m128i*)p)); }
+FORCE_INLINE Vec load_i8(const char* p, int n) { return widen_i8(_mm_maskz_loadu_epi8(lanes_mask(n), p)); }
 FORCE_INLINE __m256i narrow_bf16(Vec a) {  // round to nearest even; NaN stays NaN
 #if defined(DYNOPS_ISA_BF16)
   return (__m256i)_mm512_cvtneps_pbh(a.v);
@@ -103,6 +106,9 @@ FORCE_INLINE Vec load_bf16(const char* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
 FORCE_INLINE Vec load_f16(const char* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+FORCE_INLINE Vec load_i8(const char* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
 FORCE_INLINE void store_bf16(char* p, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -197,6 +203,11 @@ FORCE_INLINE Vec load_f16(const char* p) {
   __builtin_memcpy(h, p, 8);
   return {Float4{half_to_float(h[0]), half_to_float(h[1]), half_to_float(h[2]), half_to_float(h[3])}};
 }
+FORCE_INLINE Vec load_i8(const char* p) {
+  int8_t q[4];
+  __builtin_memcpy(q, p, 4);
+  return {Float4{float(q[0]), float(q[1]), float(q[2]), float(q[3])}};
+}
 FORCE_INLINE void store_bf16(char* p, Vec a) {
   const uint16_t h[4] = {float_to_bf16(a.v[0]), float_to_bf16(a.v[1]), float_to_bf16(a.v[2]),
                          float_to_bf16(a.v[3])};
@@ -231,6 +242,11 @@ FORCE_INLINE Vec load_f16(const char* p, int n) {
   __builtin_memcpy(buffer, p, size_t(n) * 2);
   return load_f16(buffer);
 }
+FORCE_INLINE Vec load_i8(const char* p, int n) {
+  char buffer[Vec::kLanes] = {};
+  __builtin_memcpy(buffer, p, size_t(n));
+  return load_i8(buffer);
+}
 FORCE_INLINE void store_bf16(char* p, Vec a, int n) {
   char buffer[Vec::kLanes * 2];
   store_bf16(buffer, a);
@@ -262,20 +278,18 @@ FORCE_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
 #endif
 }
 
-// What interleave does, undone: the elements at even and at odd places of low, high.
-FORCE_INLINE void deinterleave(Vec low, Vec high, Vec& even, Vec& odd) {
+// What interleave does, undone: even = a0 a2 … b0 b2 …, odd = a1 a3 … b1 b3 …
+FORCE_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
 #if defined(DYNOPS_ISA_AVX512)
   const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  even = {_mm512_permutex2var_ps(low.v, first, high.v)};
-  odd = {_mm512_permutex2var_ps(low.v, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high.v)};
+  even = {_mm512_permutex2var_ps(a.v, first, b.v)};
+  odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(1)), b.v)};
 #elif defined(DYNOPS_ISA_AVX2)
-  const __m256 a = _mm256_permute2f128_ps(low.v, high.v, 0x20);
-  const __m256 b = _mm256_permute2f128_ps(low.v, high.v, 0x31);
-  even = {_mm256_shuffle_ps(a, b, 0x88)};
-  odd = {_mm256_shuffle_ps(a, b, 0xdd)};
+  even = {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88)), 0xd8))};
+  odd = {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xdd)), 0xd8))};
 #else
-  even = {Float4{low.v[0], low.v[2], high.v[0], high.v[2]}};
-  odd = {Float4{low.v[1], low.v[3], high.v[1], high.v[3]}};
+  even = {Float4{a.v[0], a.v[2], b.v[0], b.v[2]}};
+  odd = {Float4{a.v[1], a.v[3], b.v[1], b.v[3]}};
 #endif
 }
 

@@ -142,11 +142,34 @@ FORCE_INLINE void prefetch_segment(const Gemm& g, const NextTile& next, int segm
   }
 }
 
+// The depth between two requests for what lies ahead, and how many lines each asks for.
+constexpr int kAheadDepth = 64;
+struct Requests {
+  const Ahead& ahead;
+  int64_t lines_a_row, lines, each;
+  int64_t asked = 0;
+
+  Requests(const Gemm& g, int64_t tiles)
+      : ahead(g.ahead),
+        lines_a_row((ahead.bytes + 63) / 64),
+        lines(ahead.from ? ahead.rows * lines_a_row : 0) {
+    const int64_t times = tiles * g.segments * ((g.depth + kAheadDepth - 1) / kAheadDepth);
+    each = times ? (lines + times - 1) / times : 0;
+  }
+  void ask() {
+    const int64_t end = asked + each < lines ? asked + each : lines;
+    for (; asked < end; ++asked) {
+      const int64_t row = asked / lines_a_row;
+      __builtin_prefetch(ahead.from + row * ahead.stride + (asked - row * lines_a_row) * 64, 0, 2);
+    }
+  }
+};
+
 // One tile: MR rows by NV vectors of columns.
 template <int MR, int NV, bool kDot>
 static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& rows, const char* const* in,
                                                 int first_row, const char* panel, int64_t column, int width,
-                                                const NextTile& next) {
+                                                const NextTile& next, Requests& requests) {
   const int64_t out_byte = g.out_offset + column * size_of(g.out);
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(rows.out[first_row + i] + out_byte + v * 64, 1, 3);
@@ -155,14 +178,19 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   for (int s = 0; s < g.segments; ++s, in += MR) {
     if (next.in) prefetch_segment(g, next, s);
-    const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
+    const int step = requests.lines ? kAheadDepth : g.depth;
+    for (int d = 0; d < g.depth; d += step) {
+      requests.ask();
+      const int depth = g.depth - d < step ? g.depth - d : step;
+      const int64_t start = (g.weight_start[s] + d) * NV * Vec::kLanes;
 #if defined(DYNOPS_ISA_BF16)
-    if constexpr (kDot) {
-      multiply_segment_bf16<MR, NV>(acc, in, g.in_offset, g.depth, panel + start * 2);
-      continue;
-    }
+      if constexpr (kDot) {
+        multiply_segment_bf16<MR, NV>(acc, in, g.in_offset + d * 2, depth, panel + start * 2);
+        continue;
+      }
 #endif
-    multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
+      multiply_segment<MR, NV>(acc, in, g.in_offset + d * 4, depth, (const float*)panel + start);
+    }
   }
   const bool whole = width == NV * Vec::kLanes && !rows.gate;
   const bool fast_out = g.out == Dtype::kFloat32 || (g.out == Dtype::kBFloat16 && !rows.residual);
@@ -178,7 +206,7 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
 }
 
 using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t,
-                              int, const NextTile&);
+                              int, const NextTile&, Requests&);
 
 template <int NV, bool kDot>
 static TileFunction tile_function(int height) {
@@ -193,6 +221,7 @@ template <bool kDot>
 static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end) {
   const TileSplit split(rows.rows);
   const int64_t element = kDot ? 2 : 4;
+  Requests requests(g, split.tiles * (end - begin));
   for (int64_t p = begin; p < end; ++p) {
     const int64_t column = p * kPanelWidth;
     const int width = int(g.layout.columns - column < kPanelWidth ? g.layout.columns - column : kPanelWidth);
@@ -206,7 +235,7 @@ static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int6
       const bool more = !rows.near && p == begin && tile + 1 < split.tiles;
       const NextTile next{more ? in + int64_t(height) * g.segments : nullptr,
                           more ? split.height(tile + 1) : 0};
-      run(g, rows, in, row, panel, column, width, next);
+      run(g, rows, in, row, panel, column, width, next, requests);
       in += int64_t(height) * g.segments;
       row += height;
     }

@@ -1,0 +1,170 @@
+// Products of experts' rows with columns of their weights, in two ways: streamed, or packed for the GEMM.
+#include <numeric>
+
+#include "experts.h"
+
+namespace dynops::cpu {
+namespace {
+
+constexpr int64_t kStreamRows = 24;          // up to here dot products are faster
+constexpr int64_t kTaskBytes = 128 * 1024;   // of weight; 7 us of one core's memory bandwidth
+constexpr int64_t kTaskColumns = 16;         // the fewest, and the step
+constexpr int64_t kBlockBytes = 384 * 1024;  // of rows, which share the L2 cache with the panels
+constexpr int64_t kTasksPerThread = 4;
+
+constexpr float kOnes[64] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+constexpr float kZeros[64] = {};
+constexpr int64_t kWholeDepth = 0;  // the start of the one segment
+
+Dtype weight_dtype(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Char ? Dtype::kInt8 : dtype_of(weight);
+}
+
+}  // namespace
+
+ExpertRows::ExpertRows(const Tensor& order_in, const Tensor& offsets_in, int64_t topk_in)
+    : order(data_of<const int32_t>(order_in)),
+      offsets(data_of<const int32_t>(offsets_in)),
+      pairs(order_in.size(0)),
+      experts(offsets_in.size(0) - 1),
+      topk(topk_in) {
+  STD_TORCH_CHECK(topk > 0 && pairs % topk == 0, "topk: expected a divisor of ", pairs, " pairs, got ", topk);
+  bool inside = true, ascends = offsets[0] == 0 && offsets[experts] <= pairs;
+  for (int64_t i = 0; i < pairs; ++i) inside &= order[i] >= 0 && order[i] < pairs;
+  for (int64_t e = 0; e < experts; ++e) {
+    ascends &= offsets[e] <= offsets[e + 1];
+    if (offsets[e] < offsets[e + 1]) live.push_back(int32_t(e));
+  }
+  STD_TORCH_CHECK(inside, "order: expected values in [0, ", pairs, ")");
+  STD_TORCH_CHECK(ascends, "offsets: expected them to ascend from 0 to at most ", pairs);
+}
+
+ExpertWeight::ExpertWeight(const Tensor& weight, const OptionalTensor& scale_in,
+                           const OptionalTensor& bias_in, bool transposed_in)
+    : data(data_of<const char>(weight)),
+      dtype(weight_dtype(weight)),
+      transposed(transposed_in),
+      experts(weight.size(0)),
+      outputs(weight.size(transposed ? 2 : 1)),
+      inputs(weight.size(transposed ? 1 : 2)),
+      expert_stride(weight.stride(0) * size_of(dtype)),
+      row_stride(weight.stride(1) * size_of(dtype)),
+      scale(data_of<const float>(scale_in)),
+      bias(data_of<const char>(bias_in)),
+      bias_dtype(bias_in ? dtype_of(*bias_in) : Dtype::kFloat32) {
+  STD_TORCH_CHECK(weight.size(2) <= 1 || weight.stride(2) == 1,
+                  "weight: expected a contiguous last dimension, got stride ", weight.stride(2));
+  STD_TORCH_CHECK(!scale_in || scale_in->numel() == experts * outputs, "scale: expected ", experts, " x ",
+                  outputs);
+  STD_TORCH_CHECK(!bias_in || bias_in->numel() == experts * outputs, "bias: expected ", experts, " x ",
+                  outputs);
+}
+
+int64_t columns_a_task(int64_t columns, int64_t column_bytes, int64_t tasks_beside, int64_t threads) {
+  const auto up = [](int64_t n) { return (n + kTaskColumns - 1) / kTaskColumns * kTaskColumns; };
+  const int64_t wide = up(kTaskBytes / std::max<int64_t>(column_bytes, 1) + 1);
+  const int64_t even = columns * tasks_beside / (kTasksPerThread * threads) / kTaskColumns * kTaskColumns;
+  return std::max(kTaskColumns, std::min({wide, even, up(columns)}));
+}
+
+ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
+    : weight_(weight), rows_(rows), dot_(rows == Dtype::kBFloat16), row_(size_t(weight.inputs)) {
+  depth_ = dot_ ? (weight.inputs + 1) / 2 * 2 : weight.inputs;
+  panel_bytes_ = kernels().panel_width * depth_ * size_of(rows);
+  const int64_t row_bytes = std::max<int64_t>(depth_ * size_of(rows), 1);
+  block_rows_ = std::clamp<int64_t>(kBlockBytes / row_bytes / kTileRows, 4, 64) * kTileRows;
+  std::iota(row_.begin(), row_.end(), 0);
+}
+
+bool ExpertProduct::streams(int64_t rows) const { return !weight_.transposed && rows <= kStreamRows; }
+
+void ExpertProduct::dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
+                         const ExpertColumns* next) const {
+  const int64_t width = run_width(columns.count), stride = width * columns.runs();
+  work.sums.resize(size_t(rows * stride));
+  for (int run = 0; run < columns.runs(); ++run) {
+    const bool last = run + 1 == columns.runs();
+    const char* following = !last  ? weight_.column(columns.expert, columns.second)
+                            : next ? weight_.column(next->expert, next->begin)
+                                   : nullptr;
+    kernels().row_dots({int32_t(rows), int32_t(columns.count), int32_t(weight_.inputs), work.x.data(), rows_,
+                        weight_.column(columns.expert, columns.begin_of(run)), weight_.row_stride,
+                        weight_.dtype, following, work.sums.data() + run * width, stride});
+  }
+}
+
+void ExpertProduct::pack(ExpertWork& work, const ExpertColumns& columns, int run, int64_t panel,
+                         char* to) const {
+  const Kernels& k = kernels();
+  const int64_t first = panel * k.panel_width, left = std::min<int64_t>(columns.count - first, k.panel_width);
+  const int64_t depth = weight_.inputs;
+  const int32_t wide = int32_t((left + k.lanes - 1) / k.lanes * k.lanes);
+  const char* from = weight_.column(columns.expert, columns.begin_of(run) + first);
+  const int64_t step = weight_.row_stride / size_of(weight_.dtype);
+  if (weight_.transposed) {
+    return k.pack_rows({from, weight_.dtype, step, int32_t(left), wide, int32_t(depth), dot_, to});
+  }
+  // pairs along a row are units of 32 bits, which move as floats do
+  const bool units = dot_ && weight_.dtype == Dtype::kBFloat16 && depth % 2 == 0 && step % 2 == 0;
+  const int64_t unit = units ? 2 : 1;
+  const bool detour = dot_ && !units;
+  if (detour) work.scratch.resize(size_t(depth_ * k.panel_width));
+  float* out = detour ? work.scratch.data() : reinterpret_cast<float*>(to);
+  k.pack_columns({from, units ? Dtype::kFloat32 : weight_.dtype, step / unit, int32_t(left), wide,
+                  int32_t(depth / unit), row_.data(), out});
+  if (!detour) return;
+  std::fill_n(out + depth * wide, (depth_ - depth) * wide, 0.f);
+  k.pack_pairs(out, depth_ / 2, wide, to);
+}
+
+Ahead ExpertProduct::ahead(const ExpertColumns& columns, int run, int64_t panel) const {
+  const int64_t width = kernels().panel_width, first = panel * width;
+  const int64_t left = std::min(columns.count - first, width);
+  const char* from = weight_.column(columns.expert, columns.begin_of(run) + first);
+  const int64_t element = size_of(weight_.dtype);
+  if (weight_.transposed) return {from, weight_.row_stride, left * element, int32_t(weight_.inputs)};
+  return {from, weight_.row_stride, weight_.inputs * element, int32_t(left)};
+}
+
+void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, int64_t first, int64_t rows,
+                             bool pack_first, const ExpertColumns* next) const {
+  const Kernels& k = kernels();
+  const int64_t width = run_width(columns.count), stride = width * columns.runs();
+  const int64_t panels = width / k.panel_width, all = panels * columns.runs();
+  if (work.packed_bytes < all * panel_bytes_) {
+    work.packed_bytes = all * panel_bytes_;
+    work.packed.reset(new char[size_t(work.packed_bytes)]);
+  }
+  work.sums.resize(size_t(rows * stride));
+  work.sums_out.resize(size_t(rows));
+  for (int64_t i = 0; i < rows; ++i) work.sums_out[size_t(i)] = (char*)(work.sums.data() + i * stride);
+  const int64_t element = size_of(rows_);
+  for (int64_t p = 0; p < all; ++p) {
+    const int run = int(p / panels);
+    const int64_t panel = p % panels;
+    char* to = work.packed.get() + p * panel_bytes_;
+    if (pack_first) pack(work, columns, run, panel, to);
+    Ahead after;
+    if (p + 1 < all && pack_first) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);
+    if (p + 1 == all && next) after = ahead(*next, 0, 0);
+    const int64_t left = std::min<int64_t>(columns.count - panel * k.panel_width, k.panel_width);
+    const Gemm gemm{1,
+                    int32_t(weight_.inputs),
+                    &kWholeDepth,
+                    to,
+                    {left, depth_, 1, k.panel_width * depth_ * element},
+                    rows_,
+                    Dtype::kFloat32,
+                    0,
+                    int64_t((run * width + panel * k.panel_width) * 4),
+                    kOnes,
+                    kZeros,
+                    Activation::kNone,
+                    after};
+    k.gemm(gemm, {int32_t(rows), work.x.data() + first, work.sums_out.data(), nullptr, nullptr, p > 0}, 0, 1);
+  }
+}
+
+}  // namespace dynops::cpu
