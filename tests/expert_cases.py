@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynops.testing import random_tensor
+from dynops.testing import assert_within_budget, random_tensor
 
 # How the choices of a batch may fall.
 KINDS = ("random", "distinct", "one", "dropped", "some dropped", "skewed")
@@ -119,6 +119,47 @@ def mlp_oracle(
     h = activation(z) if callable(activation) else activation_oracle(z, activation, **options)
     y = pairs_linear(h, down, down_bias, index, transposed)
     return from_pairs(weighted(y, topk_weight), index, False)
+
+
+# --------------------------------------------------------------------------------------- comparison
+
+
+def run(function, tensors: dict[str, Tensor], grads, dy: list, dtype=None):
+    """The result, and the gradients of ``grads`` under one upstream gradient for all runs."""
+    leaves = {k: v.to(dtype or v.dtype).detach() for k, v in tensors.items()}
+    for name in grads:
+        leaves[name].requires_grad_()
+    out = function(**leaves)
+    if not grads:
+        return [out]
+    if not dy:
+        dy.append(random_tensor(*out.shape, dtype=tensors["x"].dtype))
+    wanted = [leaves[name] for name in grads]
+    return [out, *torch.autograd.grad(out, wanted, dy[0].to(out.dtype), materialize_grads=True)]
+
+
+def assert_close(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> None:
+    """Within twice the dense op's error; few numbers, whose error may be zero by luck, within two roundings."""
+    size, eps = exact.norm(), torch.finfo(dense.dtype).eps
+    if dense.dtype == torch.float64:
+        assert (actual - exact).norm() <= 1e-12 * size, what
+    elif (
+        exact.numel() >= 500
+        or (actual.double() - exact).norm() > 2 * eps * size
+        or actual.shape != exact.shape
+    ):
+        assert_within_budget(actual, exact, dense, what)
+    assert actual.dtype == dense.dtype and actual.shape == dense.shape, what
+
+
+def compare(ours, oracle, tensors: dict[str, Tensor], grads=None) -> Tensor:
+    """Checks the value of ``ours`` and its gradients, of all tensors or of ``grads``, against ``oracle``."""
+    grads, dy = tuple(tensors) if grads is None else grads, []
+    exact = run(oracle, tensors, grads, dy, torch.float64)
+    dense, actual = run(oracle, tensors, grads, dy), run(ours, tensors, grads, dy)
+    for name, a, e, d in zip(("output", *grads), actual, exact, dense, strict=True):
+        assert_close(a, e, d, name if name == "output" else f"gradient of {name}")
+    return actual[0]
 
 
 # -------------------------------------------------------------------------------------------- cases

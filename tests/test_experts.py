@@ -12,6 +12,7 @@ from expert_cases import (
     POINTWISE,
     Case,
     activation_oracle,
+    compare,
     from_pairs,
     linear_oracle,
     mlp_oracle,
@@ -21,8 +22,7 @@ from expert_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_channel_weights import compare
-from test_pixels_properties import SETTINGS, close_to_dense, seeds
+from test_pixels_properties import SETTINGS, seeds
 
 from dynops import ExpertPlan, ops
 from dynops.ops.expert_checks import QuantizedExperts
@@ -466,7 +466,7 @@ def test_any_linear(backend):
         tensors = case.linear_tensors(options["packed_in"], options["transposed"])
         tensors = {k: v for k, v in tensors.items() if k in ("x", "weight") or k in given}
         grads = None if "grads" in given else ()
-        close_to_dense(lambda: check_linear(case, backend, tensors, grads, activation=activation, **options))
+        check_linear(case, backend, tensors, grads, activation=activation, **options)
 
     property_holds()
 
@@ -482,7 +482,7 @@ def test_any_mlp(backend):
         tensors = {k: v for k, v in tensors.items() if k in ("x", "up", "down") or k in given}
         options = {"gated": gated, "interleaved": form == "interleaved", "transposed": transposed}
         grads = None if "grads" in given else ()
-        close_to_dense(lambda: check_mlp(case, backend, tensors, grads, activation=activation, **options))
+        check_mlp(case, backend, tensors, grads, activation=activation, **options)
 
     property_holds()
 
