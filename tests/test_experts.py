@@ -105,7 +105,8 @@ def test_linear_in_half_precision(case, packed_in, packed_out, transposed, dtype
 @pytest.mark.parametrize("name", ["few rows", "many rows"])
 def test_linear_activation(name, packed_out, activation, backend):
     case = CASES[name]
-    for grads, dtype in itertools.product(((), None), (torch.float32, torch.bfloat16)):
+    # gradients in float32 only: z's rounding in half precision decides on which side of a kink it lies
+    for grads, dtype in (((), torch.float32), ((), torch.bfloat16), (None, torch.float32)):
         tensors = case.linear_tensors(dtype=dtype)
         tensors["x"] = tensors["x"] * 4  # past the kinks of relu6 and hardswish
         check_linear(case, backend, tensors, grads, packed_out=packed_out, activation=activation)
@@ -140,12 +141,12 @@ def test_routing_weights_of_any_dtype(dtype, backend):
 
 
 @backends
-@pytest.mark.parametrize("depth", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129])
-@pytest.mark.parametrize("columns", [1, 3, 15, 16, 17, 31, 33, 65])
-def test_every_rest_of_a_vector(columns, depth, backend):
-    for tokens, dtype in itertools.product((3, 60), (torch.float32, torch.bfloat16)):
+@pytest.mark.parametrize("depth", [1, 2, 15, 16, 17, 31, 33, 63, 65, 129])
+def test_every_rest_of_a_vector(depth, backend):
+    for columns, tokens in itertools.product((1, 17, 65), (3, 60)):
         case = Case(tokens=tokens, experts=2, inputs=depth, outputs=columns)
-        check_linear(case, backend, case.linear_tensors(dtype=dtype))
+        check_linear(case, backend, case.linear_tensors())
+        check_linear(case, backend, case.linear_tensors(dtype=torch.bfloat16))
 
 
 @backends
@@ -238,7 +239,7 @@ def test_quantize(transposed):
 @backends
 @transposes
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@each(CASES)
+@each(FEW)
 def test_linear_of_eight_bits(case, dtype, transposed, backend):
     plan, index = plan_of(case)
     tensors = case.linear_tensors(transposed=transposed, dtype=dtype)

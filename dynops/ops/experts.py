@@ -77,7 +77,9 @@ def _linear(
         return _combine(out, row_weight, *plan)
     if row_weight is None:
         return out
-    return (out * row_weight.reshape(-1)[order.long()][:, None]).to(x.dtype)
+    live = torch.arange(order.shape[0], device=x.device) < offsets[-1]
+    out = out * row_weight.reshape(-1)[order.long()][:, None]
+    return torch.where(live[:, None], out, 0).to(x.dtype)
 
 
 def _weight_grad(
@@ -228,7 +230,7 @@ def _backward(ctx, grad):
             dx = input_grad(row_weight, packed_in)
     if need_w or need_b:
         dw, db = _weights_grad(grad, x, row_weight, *plan, packed_out, packed_in, transposed, need_b, backend)
-    return dx, dw if need_w else None, None, db, d_rows, *[None] * 8
+    return dx, dw if need_w else None, None, db if need_b else None, d_rows, *[None] * 8
 
 
 def _row_weight_grad(grad, x, rows, bias, row_weight, plan, options) -> Tensor:
