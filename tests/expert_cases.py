@@ -138,14 +138,17 @@ def run(function, tensors: dict[str, Tensor], grads, dy: list, dtype=None):
     return [out, *torch.autograd.grad(out, wanted, dy[0].to(out.dtype), materialize_grads=True)]
 
 
-def assert_close(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> None:
-    """Within twice the dense op's error; few numbers, whose error may be zero by luck, within two roundings."""
-    size, eps = exact.norm(), torch.finfo(dense.dtype).eps
+def assert_close(actual: Tensor, exact: Tensor, dense: Tensor, what: str, dtype=torch.float32) -> None:
+    """Within twice the dense op's error; few numbers, whose error may be zero by luck, within 1e-5 or 4 roundings.
+
+    ``dtype``: that of the layer; the gradient of a float32 routing weight is computed from its rows.
+    """
+    size, little = exact.norm(), max(1e-5, 4 * torch.finfo(dtype).eps)
     if dense.dtype == torch.float64:
         assert (actual - exact).norm() <= 1e-12 * size, what
     elif (
         exact.numel() >= 500
-        or (actual.double() - exact).norm() > 2 * eps * size
+        or (actual.double() - exact).norm() > little * size
         or actual.shape != exact.shape
     ):
         assert_within_budget(actual, exact, dense, what)
@@ -158,7 +161,7 @@ def compare(ours, oracle, tensors: dict[str, Tensor], grads=None) -> Tensor:
     exact = run(oracle, tensors, grads, dy, torch.float64)
     dense, actual = run(oracle, tensors, grads, dy), run(ours, tensors, grads, dy)
     for name, a, e, d in zip(("output", *grads), actual, exact, dense, strict=True):
-        assert_close(a, e, d, name if name == "output" else f"gradient of {name}")
+        assert_close(a, e, d, name if name == "output" else f"gradient of {name}", tensors["x"].dtype)
     return actual[0]
 
 

@@ -413,8 +413,9 @@ FORCE_INLINE Vec activation_slope(Vec x, Activation activation) {
       const Vec square = mul(x, x);
       const Vec u = mul(x, fma(square, broadcast(0.0356774081363f), broadcast(0.7978845608028654f)));
       const Vec du = fma(square, broadcast(0.1070322244089f), broadcast(0.7978845608028654f));
-      const Vec s = sigmoid(add(u, u)), s_left = mul(s, sub(one, s));
-      return fma(mul(add(x, x), du), s_left, s);
+      // 1 - s as e s: where s is near 1 the difference would have lost its digits, which 2 x du then shows
+      const Vec e = exponential(mul(u, broadcast(-2.f))), s = div(one, add(one, e));
+      return fma(mul(add(x, x), du), mul(mul(e, s), s), s);
     }
     case Activation::kHardswish: {
       const Vec three = broadcast(3.f), inner = fma(x, broadcast(1.f / 3.f), broadcast(0.5f));
