@@ -6,7 +6,7 @@
 namespace dynops::cpu {
 namespace {
 
-constexpr int64_t kStreamRows = 24;          // up to here dot products are faster
+constexpr int64_t kStreamRows = 96;  // up to here dot products are faster
 constexpr int64_t kTaskBytes = 128 * 1024;   // of weight; 7 us of one core's memory bandwidth
 constexpr int64_t kTaskColumns = 16;         // the fewest, and the step
 constexpr int64_t kBlockBytes = 384 * 1024;  // of rows, which share the L2 cache with the panels
@@ -128,42 +128,43 @@ Ahead ExpertProduct::ahead(const ExpertColumns& columns, int run, int64_t panel)
   return {from, weight_.row_stride, weight_.inputs * element, int32_t(left)};
 }
 
-void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, int64_t first, int64_t rows,
-                             bool pack_first, const ExpertColumns* next) const {
+void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, const Block& block,
+                             const ExpertColumns* next) const {
   const Kernels& k = kernels();
   const int64_t width = run_width(columns.count), stride = width * columns.runs();
   const int64_t panels = width / k.panel_width, all = panels * columns.runs();
-  if (work.packed_bytes < all * panel_bytes_) {
-    work.packed_bytes = all * panel_bytes_;
-    work.packed.reset(new char[size_t(work.packed_bytes)]);
+  const bool once = block.begin == 0 && block.last;  // then one panel after another takes the same place
+  work.reserve_packed((once ? 1 : all) * panel_bytes_);
+  work.sums.resize(size_t(block.rows * stride));
+  work.sums_out.resize(size_t(block.rows));
+  for (int64_t i = 0; i < block.rows; ++i) {
+    work.sums_out[size_t(i)] = reinterpret_cast<char*>(work.sums.data() + i * stride);
   }
-  work.sums.resize(size_t(rows * stride));
-  work.sums_out.resize(size_t(rows));
-  for (int64_t i = 0; i < rows; ++i) work.sums_out[size_t(i)] = (char*)(work.sums.data() + i * stride);
-  const int64_t element = size_of(rows_);
   for (int64_t p = 0; p < all; ++p) {
     const int run = int(p / panels);
-    const int64_t panel = p % panels;
-    char* to = work.packed.get() + p * panel_bytes_;
-    if (pack_first) pack(work, columns, run, panel, to);
+    const int64_t panel = p % panels, first = panel * k.panel_width;
+    char* to = work.packed.get() + (once ? 0 : p * panel_bytes_);
+    if (block.begin == 0) pack(work, columns, run, panel, to);
     Ahead after;
-    if (p + 1 < all && pack_first) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);
-    if (p + 1 == all && next) after = ahead(*next, 0, 0);
-    const int64_t left = std::min<int64_t>(columns.count - panel * k.panel_width, k.panel_width);
+    if (p + 1 < all && block.begin == 0) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);
+    if (p + 1 == all && block.last && next) after = ahead(*next, 0, 0);
     const Gemm gemm{1,
                     int32_t(weight_.inputs),
                     &kWholeDepth,
                     to,
-                    {left, depth_, 1, k.panel_width * depth_ * element},
+                    {std::min<int64_t>(columns.count - first, k.panel_width), depth_, 1, panel_bytes_},
                     rows_,
                     Dtype::kFloat32,
                     0,
-                    int64_t((run * width + panel * k.panel_width) * 4),
+                    (run * width + first) * 4,
                     kOnes,
                     kZeros,
                     Activation::kNone,
                     after};
-    k.gemm(gemm, {int32_t(rows), work.x.data() + first, work.sums_out.data(), nullptr, nullptr, p > 0}, 0, 1);
+    const bool near = p > 0;
+    k.gemm(gemm,
+           {int32_t(block.rows), work.x.data() + block.begin, work.sums_out.data(), nullptr, nullptr, near},
+           0, 1);
   }
 }
 

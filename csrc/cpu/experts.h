@@ -61,6 +61,11 @@ struct ExpertWork {
   std::vector<float> sums, scratch;
   std::unique_ptr<char[]> packed;
   int64_t packed_bytes = 0;
+
+  void reserve_packed(int64_t bytes) {
+    if (packed_bytes < bytes) packed.reset(new char[size_t(bytes)]);
+    packed_bytes = std::max(packed_bytes, bytes);
+  }
 };
 
 // Products of an expert's rows with columns of its weight, as float32 sums in the thread's memory.
@@ -90,7 +95,7 @@ class ExpertProduct {
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t from = part(rows, i, blocks, kTileRows), to = part(rows, i + 1, blocks, kTileRows);
       if (from == to) continue;
-      multiply(work, columns, from, to - from, from == 0, to == rows ? next : nullptr);
+      multiply(work, columns, {from, to - from, to == rows}, next);
       finish(from, to - from);
     }
   }
@@ -98,8 +103,12 @@ class ExpertProduct {
  private:
   bool streams(int64_t rows) const;
   void dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
-  // Rows [first, first + rows) in the GEMM; the panels are packed before the first ones.
-  void multiply(ExpertWork& work, const ExpertColumns& columns, int64_t first, int64_t rows, bool pack,
+  struct Block {  // of an expert's rows
+    int64_t begin, rows;
+    bool last;
+  };
+  // A block in the GEMM; each panel is packed before the first block meets it.
+  void multiply(ExpertWork& work, const ExpertColumns& columns, const Block& block,
                 const ExpertColumns* next) const;
   void pack(ExpertWork& work, const ExpertColumns& columns, int run, int64_t panel, char* to) const;
   Ahead ahead(const ExpertColumns& columns, int run, int64_t panel) const;
