@@ -1,4 +1,5 @@
 // Products of experts' rows with columns of their weights, in two ways: streamed, or packed for the GEMM.
+#include <array>
 #include <numeric>
 
 #include "experts.h"
@@ -6,16 +7,23 @@
 namespace dynops::cpu {
 namespace {
 
-constexpr int64_t kStreamRows = 96;  // up to here dot products are faster
-constexpr int64_t kTaskBytes = 128 * 1024;   // of weight; 7 us of one core's memory bandwidth
-constexpr int64_t kTaskColumns = 16;         // the fewest, and the step
-constexpr int64_t kBlockBytes = 384 * 1024;  // of rows, which share the L2 cache with the panels
+constexpr int64_t kStreamRows = 16;         // up to here dot products are faster
+constexpr int64_t kTurnedRows = 192;        // up to here packing x is cheaper than packing the weight
+constexpr int64_t kTurnedColumns = 48;      // that meet all panels of x in turn
+constexpr double kTurnedShare = 0.8;        // of the lanes at work, below which dot products are faster
+constexpr int64_t kTaskBytes = 512 * 1024;  // of weight
+constexpr int64_t kTaskColumns = 16;        // the fewest, and the step
 constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kBlockBytes = 384 * 1024;  // of rows, which share the L2 cache with the panels
 
-constexpr float kOnes[64] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                             1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-constexpr float kZeros[64] = {};
+// The affine map of sums that stay what they are.
+constexpr int64_t kAffine = kTurnedRows + 64;
+constexpr std::array<float, kAffine> constants(float value) {
+  std::array<float, kAffine> all{};
+  for (int64_t i = 0; i < kAffine; ++i) all[size_t(i)] = value;
+  return all;
+}
+constexpr std::array<float, kAffine> kOnes = constants(1), kZeros = constants(0);
 constexpr int64_t kWholeDepth = 0;  // the start of the one segment
 
 Dtype weight_dtype(const Tensor& weight) {
@@ -64,7 +72,7 @@ ExpertWeight::ExpertWeight(const Tensor& weight, const OptionalTensor& scale_in,
 
 int64_t columns_a_task(int64_t columns, int64_t column_bytes, int64_t tasks_beside, int64_t threads) {
   const auto up = [](int64_t n) { return (n + kTaskColumns - 1) / kTaskColumns * kTaskColumns; };
-  const int64_t wide = up(kTaskBytes / std::max<int64_t>(column_bytes, 1) + 1);
+  const int64_t wide = up(kTaskBytes / std::max<int64_t>(column_bytes, 1));
   const int64_t even = columns * tasks_beside / (kTasksPerThread * threads) / kTaskColumns * kTaskColumns;
   return std::max(kTaskColumns, std::min({wide, even, up(columns)}));
 }
@@ -78,7 +86,15 @@ ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
   std::iota(row_.begin(), row_.end(), 0);
 }
 
-bool ExpertProduct::streams(int64_t rows) const { return !weight_.transposed && rows <= kStreamRows; }
+bool ExpertProduct::streams(int64_t rows) const {
+  const int64_t lanes = kernels().lanes, wide = (rows + lanes - 1) / lanes * lanes;
+  const bool idle = double(rows) < kTurnedShare * double(wide);
+  return !weight_.transposed && (rows <= kStreamRows || (rows <= kTurnedRows && idle));
+}
+
+bool ExpertProduct::turns(int64_t rows) const {
+  return !weight_.transposed && weight_.dtype == rows_ && weight_.inputs > 0 && rows <= kTurnedRows;
+}
 
 void ExpertProduct::dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
                          const ExpertColumns* next) const {
@@ -119,6 +135,87 @@ void ExpertProduct::pack(ExpertWork& work, const ExpertColumns& columns, int run
   k.pack_pairs(out, depth_ / 2, wide, to);
 }
 
+void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const {
+  if (work.turned_of == this && work.turned_expert == expert) return;
+  work.turned_of = this, work.turned_expert = expert;
+  const Kernels& k = kernels();
+  const int64_t panels = (rows + k.panel_width - 1) / k.panel_width, depth = weight_.inputs;
+  const int64_t row_bytes = depth * size_of(rows_), unit = dot_ && depth % 2 == 0 ? 2 : 1;
+  work.reserve_packed(panels * panel_bytes_);
+  work.gathered.resize(size_t(k.panel_width * row_bytes));
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = p * k.panel_width, left = std::min<int64_t>(rows - first, k.panel_width);
+    const int32_t wide = int32_t((left + k.lanes - 1) / k.lanes * k.lanes);
+    for (int64_t i = 0; i < left; ++i) {
+      k.fill(work.gathered.data() + i * row_bytes, work.x[size_t(first + i)], row_bytes, false);
+    }
+    char* to = work.packed.get() + p * panel_bytes_;
+    const bool detour = dot_ && unit == 1;
+    if (detour) work.scratch.resize(size_t(depth_ * k.panel_width));
+    float* out = detour ? work.scratch.data() : reinterpret_cast<float*>(to);
+    k.pack_columns({work.gathered.data(), unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left),
+                    wide, int32_t(depth / unit), row_.data(), out});
+    if (!detour) continue;
+    std::fill_n(out + depth * wide, (depth_ - depth) * wide, 0.f);
+    k.pack_pairs(out, depth_ / 2, wide, to);
+  }
+}
+
+void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
+                           const ExpertColumns* next) const {
+  const Kernels& k = kernels();
+  pack_x(work, columns.expert, rows);
+  const int64_t width = run_width(columns.count), stride = width * columns.runs(), lanes = k.lanes;
+  const int64_t wide = (rows + lanes - 1) / lanes * lanes,
+                panels = (rows + k.panel_width - 1) / k.panel_width;
+  work.sums.resize(size_t(rows * stride));
+  work.turned_sums.resize(size_t(kTurnedColumns * wide));
+  work.turned_row.resize(size_t(rows));
+  for (int64_t i = 0; i < rows; ++i) work.turned_row[size_t(i)] = int32_t(i * stride / lanes);
+  const char* weight[kTurnedColumns];
+  char* out[kTurnedColumns];
+  for (int64_t i = 0; i < kTurnedColumns; ++i) {
+    out[i] = reinterpret_cast<char*>(work.turned_sums.data() + i * wide);
+  }
+  for (int run = 0; run < columns.runs(); ++run) {
+    for (int64_t c = 0; c < columns.count; c += kTurnedColumns) {
+      const int64_t count = std::min(columns.count - c, kTurnedColumns), begin = columns.begin_of(run) + c;
+      for (int64_t i = 0; i < count; ++i) weight[i] = weight_.column(columns.expert, begin + i);
+      const int64_t bytes = weight_.inputs * size_of(rows_), left = columns.count - c - count;
+      Ahead after{nullptr, weight_.row_stride, bytes, int32_t(kTurnedColumns)};
+      if (left > 0) {
+        after.from = weight_.column(columns.expert, begin + count);
+        after.rows = int32_t(std::min(left, kTurnedColumns));
+      } else if (run + 1 < columns.runs()) {
+        after.from = weight_.column(columns.expert, columns.second);
+        after.rows = int32_t(std::min(columns.count, kTurnedColumns));
+      } else if (next) {
+        after.from = weight_.column(next->expert, next->begin);
+        after.rows = int32_t(std::min(next->count, kTurnedColumns));
+      }
+      const Gemm gemm{1,
+                      int32_t(weight_.inputs),
+                      &kWholeDepth,
+                      work.packed.get(),
+                      {rows, depth_, panels, 0},
+                      rows_,
+                      Dtype::kFloat32,
+                      0,
+                      0,
+                      kOnes.data(),
+                      kZeros.data(),
+                      Activation::kNone,
+                      after};
+      k.gemm(gemm, {int32_t(count), weight, out, nullptr, nullptr, true}, 0, panels);
+      for (int64_t i = 0; i < count; i += lanes) {  // [column][row] to [row][column]
+        k.pack_columns({reinterpret_cast<const char*>(work.turned_sums.data() + i * wide), Dtype::kFloat32,
+                        wide, int32_t(std::min(count - i, lanes)), int32_t(lanes), int32_t(rows),
+                        work.turned_row.data(), work.sums.data() + run * width + c + i});
+      }
+    }
+  }
+}
+
 Ahead ExpertProduct::ahead(const ExpertColumns& columns, int run, int64_t panel) const {
   const int64_t width = kernels().panel_width, first = panel * width;
   const int64_t left = std::min(columns.count - first, width);
@@ -135,6 +232,7 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
   const int64_t panels = width / k.panel_width, all = panels * columns.runs();
   const bool once = block.begin == 0 && block.last;  // then one panel after another takes the same place
   work.reserve_packed((once ? 1 : all) * panel_bytes_);
+  work.turned_of = nullptr;
   work.sums.resize(size_t(block.rows * stride));
   work.sums_out.resize(size_t(block.rows));
   for (int64_t i = 0; i < block.rows; ++i) {
@@ -157,8 +255,8 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
                     Dtype::kFloat32,
                     0,
                     (run * width + first) * 4,
-                    kOnes,
-                    kZeros,
+                    kOnes.data(),
+                    kZeros.data(),
                     Activation::kNone,
                     after};
     const bool near = p > 0;

@@ -58,7 +58,11 @@ struct ExpertWork {
   std::vector<char*> out;       // [rows of a block]
   std::vector<float> weight;    // [rows of a block]
   std::vector<char*> sums_out;  // [rows of a block]: the rows of sums
-  std::vector<float> sums, scratch;
+  std::vector<float> sums, scratch, turned_sums;
+  std::vector<char> gathered;
+  std::vector<int32_t> turned_row;
+  const void* turned_of = nullptr;  // the product and the expert whose rows lie packed
+  int64_t turned_expert = -1;
   std::unique_ptr<char[]> packed;
   int64_t packed_bytes = 0;
 
@@ -87,8 +91,8 @@ class ExpertProduct {
   template <class Finish>
   void run(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next,
            const Finish& finish) const {
-    if (streams(rows)) {
-      dots(work, columns, rows, next);
+    if (streams(rows) || turns(rows)) {
+      streams(rows) ? dots(work, columns, rows, next) : turned(work, columns, rows, next);
       return finish(int64_t(0), rows);
     }
     const int64_t blocks = (rows + block_rows_ - 1) / block_rows_;
@@ -102,7 +106,11 @@ class ExpertProduct {
 
  private:
   bool streams(int64_t rows) const;
+  bool turns(int64_t rows) const;
   void dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
+  // The GEMM with its operands exchanged: rows of the weight, as they lie, meet packed panels of x.
+  void turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
+  void pack_x(ExpertWork& work, int64_t expert, int64_t rows) const;
   struct Block {  // of an expert's rows
     int64_t begin, rows;
     bool last;
