@@ -9,7 +9,8 @@ namespace {
 
 constexpr int64_t kStreamRows = 16;         // up to here dot products are faster
 constexpr int64_t kTurnedRows = 192;        // up to here packing x is cheaper than packing the weight
-constexpr int64_t kTurnedColumns = 48;      // that meet all panels of x in turn
+constexpr int64_t kTurnedColumns = 32;      // that meet all panels of x in turn
+constexpr int64_t kBesideRows = 6;          // of an unfilled vector, which dot products take
 constexpr double kTurnedShare = 0.8;        // of the lanes at work, below which dot products are faster
 constexpr int64_t kTaskBytes = 512 * 1024;  // of weight
 constexpr int64_t kTaskColumns = 16;        // the fewest, and the step
@@ -86,9 +87,15 @@ ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
   std::iota(row_.begin(), row_.end(), 0);
 }
 
+// The rows that are the last, unfilled vector of a packed x, where dot products are faster for so few.
+int64_t ExpertProduct::beside(int64_t rows) const {
+  const int64_t last = rows % kernels().lanes;
+  return last <= kBesideRows ? last : 0;
+}
+
 bool ExpertProduct::streams(int64_t rows) const {
-  const int64_t lanes = kernels().lanes, wide = (rows + lanes - 1) / lanes * lanes;
-  const bool idle = double(rows) < kTurnedShare * double(wide);
+  const int64_t lanes = kernels().lanes, wide = (rows - beside(rows) + lanes - 1) / lanes * lanes;
+  const bool idle = double(rows) < kTurnedShare * double(wide + beside(rows));
   return !weight_.transposed && (rows <= kStreamRows || (rows <= kTurnedRows && idle));
 }
 
@@ -161,57 +168,62 @@ void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const
   }
 }
 
+// The weight's rows that follow [begin, end) of a run of columns.
+Ahead ExpertProduct::rows_after(const ExpertColumns& columns, int run, int64_t end,
+                                const ExpertColumns* next) const {
+  const auto rows_of = [&](int64_t expert, int64_t first, int64_t left) {
+    return Ahead{weight_.column(expert, first), weight_.row_stride, weight_.inputs * size_of(weight_.dtype),
+                 int32_t(std::min(left, kTurnedColumns))};
+  };
+  if (end < columns.count) {
+    return rows_of(columns.expert, columns.begin_of(run) + end, columns.count - end);
+  }
+  if (run + 1 < columns.runs()) return rows_of(columns.expert, columns.second, columns.count);
+  return next ? rows_of(next->expert, next->begin, next->count) : Ahead{};
+}
+
 void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
                            const ExpertColumns* next) const {
   const Kernels& k = kernels();
-  pack_x(work, columns.expert, rows);
-  const int64_t width = run_width(columns.count), stride = width * columns.runs(), lanes = k.lanes;
-  const int64_t wide = (rows + lanes - 1) / lanes * lanes,
-                panels = (rows + k.panel_width - 1) / k.panel_width;
+  const int64_t lanes = k.lanes, aside = beside(rows), packed = rows - aside;
+  const int64_t width = run_width(columns.count), stride = width * columns.runs();
+  const int64_t wide = (packed + lanes - 1) / lanes * lanes;
+  pack_x(work, columns.expert, packed);
   work.sums.resize(size_t(rows * stride));
   work.turned_sums.resize(size_t(kTurnedColumns * wide));
-  work.turned_row.resize(size_t(rows));
-  for (int64_t i = 0; i < rows; ++i) work.turned_row[size_t(i)] = int32_t(i * stride / lanes);
+  work.turned_row.resize(size_t(packed));
+  for (int64_t i = 0; i < packed; ++i) work.turned_row[size_t(i)] = int32_t(i * stride / lanes);
   const char* weight[kTurnedColumns];
   char* out[kTurnedColumns];
   for (int64_t i = 0; i < kTurnedColumns; ++i) {
     out[i] = reinterpret_cast<char*>(work.turned_sums.data() + i * wide);
   }
+  Gemm gemm{1,
+            int32_t(weight_.inputs),
+            &kWholeDepth,
+            work.packed.get(),
+            {packed, depth_, (packed + k.panel_width - 1) / k.panel_width, 0},
+            rows_,
+            Dtype::kFloat32,
+            0,
+            0,
+            kOnes.data(),
+            kZeros.data(),
+            Activation::kNone};
   for (int run = 0; run < columns.runs(); ++run) {
     for (int64_t c = 0; c < columns.count; c += kTurnedColumns) {
       const int64_t count = std::min(columns.count - c, kTurnedColumns), begin = columns.begin_of(run) + c;
       for (int64_t i = 0; i < count; ++i) weight[i] = weight_.column(columns.expert, begin + i);
-      const int64_t bytes = weight_.inputs * size_of(rows_), left = columns.count - c - count;
-      Ahead after{nullptr, weight_.row_stride, bytes, int32_t(kTurnedColumns)};
-      if (left > 0) {
-        after.from = weight_.column(columns.expert, begin + count);
-        after.rows = int32_t(std::min(left, kTurnedColumns));
-      } else if (run + 1 < columns.runs()) {
-        after.from = weight_.column(columns.expert, columns.second);
-        after.rows = int32_t(std::min(columns.count, kTurnedColumns));
-      } else if (next) {
-        after.from = weight_.column(next->expert, next->begin);
-        after.rows = int32_t(std::min(next->count, kTurnedColumns));
-      }
-      const Gemm gemm{1,
-                      int32_t(weight_.inputs),
-                      &kWholeDepth,
-                      work.packed.get(),
-                      {rows, depth_, panels, 0},
-                      rows_,
-                      Dtype::kFloat32,
-                      0,
-                      0,
-                      kOnes.data(),
-                      kZeros.data(),
-                      Activation::kNone,
-                      after};
-      k.gemm(gemm, {int32_t(count), weight, out, nullptr, nullptr, true}, 0, panels);
+      gemm.ahead = rows_after(columns, run, c + count, next);
+      k.gemm(gemm, {int32_t(count), weight, out, nullptr, nullptr, true}, 0, gemm.layout.panels);
+      float* sums = work.sums.data() + run * width + c;
       for (int64_t i = 0; i < count; i += lanes) {  // [column][row] to [row][column]
-        k.pack_columns({reinterpret_cast<const char*>(work.turned_sums.data() + i * wide), Dtype::kFloat32,
-                        wide, int32_t(std::min(count - i, lanes)), int32_t(lanes), int32_t(rows),
-                        work.turned_row.data(), work.sums.data() + run * width + c + i});
+        k.pack_columns({out[i], Dtype::kFloat32, wide, int32_t(std::min(count - i, lanes)), int32_t(lanes),
+                        int32_t(packed), work.turned_row.data(), sums + i});
       }
+      if (!aside) continue;
+      k.row_dots({int32_t(aside), int32_t(count), int32_t(weight_.inputs), work.x.data() + packed, rows_,
+                  weight[0], weight_.row_stride, weight_.dtype, nullptr, sums + packed * stride, stride});
     }
   }
 }

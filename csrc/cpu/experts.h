@@ -107,9 +107,11 @@ class ExpertProduct {
  private:
   bool streams(int64_t rows) const;
   bool turns(int64_t rows) const;
+  int64_t beside(int64_t rows) const;
   void dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
   // The GEMM with its operands exchanged: rows of the weight, as they lie, meet packed panels of x.
   void turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
+  Ahead rows_after(const ExpertColumns& columns, int run, int64_t end, const ExpertColumns* next) const;
   void pack_x(ExpertWork& work, int64_t expert, int64_t rows) const;
   struct Block {  // of an expert's rows
     int64_t begin, rows;
