@@ -1,4 +1,4 @@
-// Products of experts' rows with columns of their weights, in two ways: streamed, or packed for the GEMM.
+// Products of experts' rows with columns of their weights, in three ways; see ExpertProduct.
 #include <array>
 #include <numeric>
 
@@ -39,6 +39,10 @@ ExpertRows::ExpertRows(const Tensor& order_in, const Tensor& offsets_in, int64_t
       pairs(order_in.size(0)),
       experts(offsets_in.size(0) - 1),
       topk(topk_in) {
+  for (const Tensor* t : {&order_in, &offsets_in}) {
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->is_contiguous(),
+                    "order, offsets: expected contiguous int32 vectors");
+  }
   STD_TORCH_CHECK(topk > 0 && pairs % topk == 0, "topk: expected a divisor of ", pairs, " pairs, got ", topk);
   bool inside = true, ascends = offsets[0] == 0 && offsets[experts] <= pairs;
   for (int64_t i = 0; i < pairs; ++i) inside &= order[i] >= 0 && order[i] < pairs;
@@ -106,7 +110,7 @@ bool ExpertProduct::turns(int64_t rows) const {
 void ExpertProduct::dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
                          const ExpertColumns* next) const {
   const int64_t width = run_width(columns.count), stride = width * columns.runs();
-  work.sums.resize(size_t(rows * stride));
+  work.sums.reserve(rows * stride);
   for (int run = 0; run < columns.runs(); ++run) {
     const bool last = run + 1 == columns.runs();
     const char* following = !last  ? weight_.column(columns.expert, columns.second)
@@ -133,8 +137,8 @@ void ExpertProduct::pack(ExpertWork& work, const ExpertColumns& columns, int run
   const bool units = dot_ && weight_.dtype == Dtype::kBFloat16 && depth % 2 == 0 && step % 2 == 0;
   const int64_t unit = units ? 2 : 1;
   const bool detour = dot_ && !units;
-  if (detour) work.scratch.resize(size_t(depth_ * k.panel_width));
-  float* out = detour ? work.scratch.data() : reinterpret_cast<float*>(to);
+  if (detour) work.floats.reserve(depth_ * k.panel_width);
+  float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
   k.pack_columns({from, units ? Dtype::kFloat32 : weight_.dtype, step / unit, int32_t(left), wide,
                   int32_t(depth / unit), row_.data(), out});
   if (!detour) return;
@@ -143,23 +147,24 @@ void ExpertProduct::pack(ExpertWork& work, const ExpertColumns& columns, int run
 }
 
 void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const {
-  if (work.turned_of == this && work.turned_expert == expert) return;
-  work.turned_of = this, work.turned_expert = expert;
+  if (work.packed_by == this && work.packed_expert == expert) return;
+  work.packed_by = this;
+  work.packed_expert = expert;
   const Kernels& k = kernels();
   const int64_t panels = (rows + k.panel_width - 1) / k.panel_width, depth = weight_.inputs;
   const int64_t row_bytes = depth * size_of(rows_), unit = dot_ && depth % 2 == 0 ? 2 : 1;
-  work.reserve_packed(panels * panel_bytes_);
-  work.gathered.resize(size_t(k.panel_width * row_bytes));
+  work.packed.reserve(panels * panel_bytes_);
+  work.gathered.reserve(k.panel_width * row_bytes);
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t first = p * k.panel_width, left = std::min<int64_t>(rows - first, k.panel_width);
     const int32_t wide = int32_t((left + k.lanes - 1) / k.lanes * k.lanes);
     for (int64_t i = 0; i < left; ++i) {
       k.fill(work.gathered.data() + i * row_bytes, work.x[size_t(first + i)], row_bytes, false);
     }
-    char* to = work.packed.get() + p * panel_bytes_;
+    char* to = work.packed.data() + p * panel_bytes_;
     const bool detour = dot_ && unit == 1;
-    if (detour) work.scratch.resize(size_t(depth_ * k.panel_width));
-    float* out = detour ? work.scratch.data() : reinterpret_cast<float*>(to);
+    if (detour) work.floats.reserve(depth_ * k.panel_width);
+    float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
     k.pack_columns({work.gathered.data(), unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left),
                     wide, int32_t(depth / unit), row_.data(), out});
     if (!detour) continue;
@@ -189,8 +194,8 @@ void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64
   const int64_t width = run_width(columns.count), stride = width * columns.runs();
   const int64_t wide = (packed + lanes - 1) / lanes * lanes;
   pack_x(work, columns.expert, packed);
-  work.sums.resize(size_t(rows * stride));
-  work.turned_sums.resize(size_t(kTurnedColumns * wide));
+  work.sums.reserve(rows * stride);
+  work.turned_sums.reserve(kTurnedColumns * wide);
   work.turned_row.resize(size_t(packed));
   for (int64_t i = 0; i < packed; ++i) work.turned_row[size_t(i)] = int32_t(i * stride / lanes);
   const char* weight[kTurnedColumns];
@@ -201,7 +206,7 @@ void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64
   Gemm gemm{1,
             int32_t(weight_.inputs),
             &kWholeDepth,
-            work.packed.get(),
+            work.packed.data(),
             {packed, depth_, (packed + k.panel_width - 1) / k.panel_width, 0},
             rows_,
             Dtype::kFloat32,
@@ -243,9 +248,9 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
   const int64_t width = run_width(columns.count), stride = width * columns.runs();
   const int64_t panels = width / k.panel_width, all = panels * columns.runs();
   const bool once = block.begin == 0 && block.last;  // then one panel after another takes the same place
-  work.reserve_packed((once ? 1 : all) * panel_bytes_);
-  work.turned_of = nullptr;
-  work.sums.resize(size_t(block.rows * stride));
+  work.packed.reserve((once ? 1 : all) * panel_bytes_);
+  work.packed_by = nullptr;
+  work.sums.reserve(block.rows * stride);
   work.sums_out.resize(size_t(block.rows));
   for (int64_t i = 0; i < block.rows; ++i) {
     work.sums_out[size_t(i)] = reinterpret_cast<char*>(work.sums.data() + i * stride);
@@ -253,7 +258,7 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
   for (int64_t p = 0; p < all; ++p) {
     const int run = int(p / panels);
     const int64_t panel = p % panels, first = panel * k.panel_width;
-    char* to = work.packed.get() + (once ? 0 : p * panel_bytes_);
+    char* to = work.packed.data() + (once ? 0 : p * panel_bytes_);
     if (block.begin == 0) pack(work, columns, run, panel, to);
     Ahead after;
     if (p + 1 < all && block.begin == 0) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);

@@ -52,31 +52,49 @@ struct ExpertColumns {
   int64_t begin_of(int run) const { return run ? second : begin; }
 };
 
+// Memory that grows, from the start of a cache line: a vector over two lines loads at half the rate.
+template <class T>
+class Lines {
+ public:
+  T* reserve(int64_t n) {
+    constexpr int64_t kLine = 64;
+    if (n > size_) {
+      memory_.reset(new char[size_t(n) * sizeof(T) + kLine]);
+      const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+      data_ = reinterpret_cast<T*>((at + kLine - 1) / kLine * kLine);
+      size_ = n;
+    }
+    return data_;
+  }
+  T* data() const { return data_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
 // The working memory of a thread.
 struct ExpertWork {
-  std::vector<const char*> x;   // [rows of the expert]
-  std::vector<char*> out;       // [rows of a block]
-  std::vector<float> weight;    // [rows of a block]
-  std::vector<char*> sums_out;  // [rows of a block]: the rows of sums
-  std::vector<float> sums, scratch, turned_sums;
-  std::vector<char> gathered;
-  std::vector<int32_t> turned_row;
-  const void* turned_of = nullptr;  // the product and the expert whose rows lie packed
-  int64_t turned_expert = -1;
-  std::unique_ptr<char[]> packed;
-  int64_t packed_bytes = 0;
-
-  void reserve_packed(int64_t bytes) {
-    if (packed_bytes < bytes) packed.reset(new char[size_t(bytes)]);
-    packed_bytes = std::max(packed_bytes, bytes);
-  }
+  std::vector<const char*> x;       // [rows of the expert]
+  std::vector<char*> out;           // [rows of a block]
+  std::vector<float> weight;        // [rows of a block]
+  std::vector<char*> sums_out;      // [rows of a block]: the rows of sums
+  std::vector<int32_t> turned_row;  // [rows]: where pack_columns puts them in sums
+  Lines<float> sums, turned_sums, floats;
+  Lines<char> packed, gathered;
+  // Whose rows lie packed, so that the next columns of an expert find them: the product and the expert.
+  const void* packed_by = nullptr;
+  int64_t packed_expert = -1;
 };
 
 // Products of an expert's rows with columns of its weight, as float32 sums in the thread's memory.
 //
-// Few rows: dot products straight on the weight's rows, which are read once, at the speed of memory. Many
-// rows: panels of the weight are packed, and stay in the L2 cache while the rows meet them in the GEMM. While
-// either multiplies, it asks for the part of the weight that comes next.
+// Few rows: dot products straight on the weight's rows, which are read once, at the speed of memory. Up to
+// some 200: the GEMM with its operands exchanged, packed panels of x meet the weight's rows as they lie.
+// Many, or a weight that is transposed or of another dtype: panels of the weight are packed, and stay in the
+// L2 cache while the rows meet them. Each asks for the part of the weight that comes next while it
+// multiplies. Which it is depends on the rows alone, and so does the order of every sum.
 class ExpertProduct {
  public:
   ExpertProduct(const ExpertWeight& weight, Dtype rows);
@@ -130,7 +148,7 @@ class ExpertProduct {
   std::vector<int32_t> row_;  // the rows of a packed panel in order
 };
 
-// Columns of a task: at least `least_bytes` of weight, fewer where all threads would not have some.
+// Columns of a task: enough of the weight for a stream, fewer where some threads would have none.
 int64_t columns_a_task(int64_t columns, int64_t column_bytes, int64_t tasks_beside, int64_t threads);
 
 // Runs run(work, task, guess) for each task; guess: which one this thread may get next, or -1.
