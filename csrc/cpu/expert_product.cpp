@@ -146,6 +146,17 @@ void ExpertProduct::pack(ExpertWork& work, const ExpertColumns& columns, int run
   k.pack_pairs(out, depth_ / 2, wide, to);
 }
 
+// Rows [first, first + count) side by side: where they are, or copied.
+const char* ExpertProduct::together(ExpertWork& work, int64_t first, int64_t count, int64_t row_bytes) const {
+  const char* const* x = work.x.data() + first;
+  bool adjacent = true;
+  for (int64_t i = 1; i < count; ++i) adjacent &= x[i] == x[0] + i * row_bytes;
+  if (adjacent) return x[0];
+  char* to = work.gathered.reserve(kernels().panel_width * row_bytes);
+  for (int64_t i = 0; i < count; ++i) kernels().fill(to + i * row_bytes, x[i], row_bytes, false);
+  return to;
+}
+
 void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const {
   if (work.packed_by == this && work.packed_expert == expert) return;
   work.packed_by = this;
@@ -154,19 +165,16 @@ void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const
   const int64_t panels = (rows + k.panel_width - 1) / k.panel_width, depth = weight_.inputs;
   const int64_t row_bytes = depth * size_of(rows_), unit = dot_ && depth % 2 == 0 ? 2 : 1;
   work.packed.reserve(panels * panel_bytes_);
-  work.gathered.reserve(k.panel_width * row_bytes);
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t first = p * k.panel_width, left = std::min<int64_t>(rows - first, k.panel_width);
     const int32_t wide = int32_t((left + k.lanes - 1) / k.lanes * k.lanes);
-    for (int64_t i = 0; i < left; ++i) {
-      k.fill(work.gathered.data() + i * row_bytes, work.x[size_t(first + i)], row_bytes, false);
-    }
+    const char* from = together(work, first, left, row_bytes);
     char* to = work.packed.data() + p * panel_bytes_;
     const bool detour = dot_ && unit == 1;
     if (detour) work.floats.reserve(depth_ * k.panel_width);
     float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
-    k.pack_columns({work.gathered.data(), unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left),
-                    wide, int32_t(depth / unit), row_.data(), out});
+    k.pack_columns({from, unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left), wide,
+                    int32_t(depth / unit), row_.data(), out});
     if (!detour) continue;
     std::fill_n(out + depth * wide, (depth_ - depth) * wide, 0.f);
     k.pack_pairs(out, depth_ / 2, wide, to);

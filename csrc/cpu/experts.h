@@ -130,6 +130,7 @@ class ExpertProduct {
   // The GEMM with its operands exchanged: rows of the weight, as they lie, meet packed panels of x.
   void turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
   Ahead rows_after(const ExpertColumns& columns, int run, int64_t end, const ExpertColumns* next) const;
+  const char* together(ExpertWork& work, int64_t first, int64_t count, int64_t row_bytes) const;
   void pack_x(ExpertWork& work, int64_t expert, int64_t rows) const;
   struct Block {  // of an expert's rows
     int64_t begin, rows;
