@@ -12,6 +12,7 @@ constexpr int64_t kTurnedRows = 192;        // up to here packing x is cheaper t
 constexpr int64_t kTurnedColumns = 32;      // that meet all panels of x in turn
 constexpr int64_t kBesideRows = 6;          // of an unfilled vector, which dot products take
 constexpr double kTurnedShare = 0.8;        // of the lanes at work, below which dot products are faster
+constexpr int64_t kSegmentDepth = 128;      // between two requests for what lies ahead
 constexpr int64_t kTaskBytes = 512 * 1024;  // of weight
 constexpr int64_t kTaskColumns = 16;        // the fewest, and the step
 constexpr int64_t kTasksPerThread = 4;
@@ -25,7 +26,14 @@ constexpr std::array<float, kAffine> constants(float value) {
   return all;
 }
 constexpr std::array<float, kAffine> kOnes = constants(1), kZeros = constants(0);
-constexpr int64_t kWholeDepth = 0;  // the start of the one segment
+
+// Equal segments of whole pairs, of kSegmentDepth or somewhat less; one where there are none such.
+int64_t segments_of(int64_t depth) {
+  for (int64_t n = std::max<int64_t>(depth / kSegmentDepth, 1); n * kSegmentDepth < 4 * depth; ++n) {
+    if (depth % (2 * n) == 0) return n;
+  }
+  return 1;
+}
 
 Dtype weight_dtype(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::Char ? Dtype::kInt8 : dtype_of(weight);
@@ -89,6 +97,21 @@ ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
   const int64_t row_bytes = std::max<int64_t>(depth_ * size_of(rows), 1);
   block_rows_ = std::clamp<int64_t>(kBlockBytes / row_bytes / kTileRows, 4, 64) * kTileRows;
   std::iota(row_.begin(), row_.end(), 0);
+  const int64_t segments = segments_of(weight.inputs);
+  for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * (weight.inputs / segments));
+}
+
+const char* const* ExpertProduct::in_segments(ExpertWork& work, const char* const* rows,
+                                              int64_t count) const {
+  work.table.resize(size_t(count) * segment_.size());
+  const TileSplit split{int32_t(count)};
+  const char** to = work.table.data();
+  for (int32_t tile = 0; tile < split.tiles; rows += split.height(tile++)) {
+    for (int64_t begin : segment_) {
+      for (int32_t i = 0; i < split.height(tile); ++i) *to++ = rows[i] + begin * size_of(rows_);
+    }
+  }
+  return work.table.data();
 }
 
 // The rows that are the last, unfilled vector of a packed x, where dot products are faster for so few.
@@ -211,9 +234,9 @@ void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64
   for (int64_t i = 0; i < kTurnedColumns; ++i) {
     out[i] = reinterpret_cast<char*>(work.turned_sums.data() + i * wide);
   }
-  Gemm gemm{1,
-            int32_t(weight_.inputs),
-            &kWholeDepth,
+  Gemm gemm{int32_t(segment_.size()),
+            int32_t(weight_.inputs / int64_t(segment_.size())),
+            segment_.data(),
             work.packed.data(),
             {packed, depth_, (packed + k.panel_width - 1) / k.panel_width, 0},
             rows_,
@@ -228,7 +251,8 @@ void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64
       const int64_t count = std::min(columns.count - c, kTurnedColumns), begin = columns.begin_of(run) + c;
       for (int64_t i = 0; i < count; ++i) weight[i] = weight_.column(columns.expert, begin + i);
       gemm.ahead = rows_after(columns, run, c + count, next);
-      k.gemm(gemm, {int32_t(count), weight, out, nullptr, nullptr, true}, 0, gemm.layout.panels);
+      const char* const* in = in_segments(work, weight, count);
+      k.gemm(gemm, {int32_t(count), in, out, nullptr, nullptr, true}, 0, gemm.layout.panels);
       float* sums = work.sums.data() + run * width + c;
       for (int64_t i = 0; i < count; i += lanes) {  // [column][row] to [row][column]
         k.pack_columns({out[i], Dtype::kFloat32, wide, int32_t(std::min(count - i, lanes)), int32_t(lanes),
@@ -263,6 +287,7 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
   for (int64_t i = 0; i < block.rows; ++i) {
     work.sums_out[size_t(i)] = reinterpret_cast<char*>(work.sums.data() + i * stride);
   }
+  const char* const* in = in_segments(work, work.x.data() + block.begin, block.rows);
   for (int64_t p = 0; p < all; ++p) {
     const int run = int(p / panels);
     const int64_t panel = p % panels, first = panel * k.panel_width;
@@ -271,9 +296,9 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
     Ahead after;
     if (p + 1 < all && block.begin == 0) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);
     if (p + 1 == all && block.last && next) after = ahead(*next, 0, 0);
-    const Gemm gemm{1,
-                    int32_t(weight_.inputs),
-                    &kWholeDepth,
+    const Gemm gemm{int32_t(segment_.size()),
+                    int32_t(weight_.inputs / int64_t(segment_.size())),
+                    segment_.data(),
                     to,
                     {std::min<int64_t>(columns.count - first, k.panel_width), depth_, 1, panel_bytes_},
                     rows_,
@@ -285,9 +310,7 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
                     Activation::kNone,
                     after};
     const bool near = p > 0;
-    k.gemm(gemm,
-           {int32_t(block.rows), work.x.data() + block.begin, work.sums_out.data(), nullptr, nullptr, near},
-           0, 1);
+    k.gemm(gemm, {int32_t(block.rows), in, work.sums_out.data(), nullptr, nullptr, near}, 0, 1);
   }
 }
 

@@ -81,6 +81,7 @@ struct ExpertWork {
   std::vector<float> weight;        // [rows of a block]
   std::vector<char*> sums_out;      // [rows of a block]: the rows of sums
   std::vector<int32_t> turned_row;  // [rows]: where pack_columns puts them in sums
+  std::vector<const char*> table;   // [tile][segment][rows of the tile]: what the GEMM's rows read
   Lines<float> sums, turned_sums, floats;
   Lines<char> packed, gathered;
   // Whose rows lie packed, so that the next columns of an expert find them: the product and the expert.
@@ -130,6 +131,7 @@ class ExpertProduct {
   // The GEMM with its operands exchanged: rows of the weight, as they lie, meet packed panels of x.
   void turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
   Ahead rows_after(const ExpertColumns& columns, int run, int64_t end, const ExpertColumns* next) const;
+  const char* const* in_segments(ExpertWork& work, const char* const* rows, int64_t count) const;
   const char* together(ExpertWork& work, int64_t first, int64_t count, int64_t row_bytes) const;
   void pack_x(ExpertWork& work, int64_t expert, int64_t rows) const;
   struct Block {  // of an expert's rows
@@ -146,7 +148,8 @@ class ExpertProduct {
   Dtype rows_;
   bool dot_;
   int64_t depth_, panel_bytes_, block_rows_;
-  std::vector<int32_t> row_;  // the rows of a packed panel in order
+  std::vector<int64_t> segment_;  // where each segment of the depth begins; the GEMM asks ahead at each
+  std::vector<int32_t> row_;      // the rows of a packed panel in order
 };
 
 // Columns of a task: enough of the weight for a stream, fewer where some threads would have none.

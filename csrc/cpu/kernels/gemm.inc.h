@@ -156,7 +156,7 @@ struct Requests {
         row_bytes(g.ahead.bytes),
         skip(g.ahead.stride - g.ahead.bytes),
         rows(at ? g.ahead.rows : 0) {
-    const int64_t times = tiles * g.segments * ((g.depth + kAheadDepth - 1) / kAheadDepth);
+    const int64_t times = tiles * g.segments;
     const int64_t lines = rows * ((row_bytes + 63) / 64);
     each = int32_t(times ? (lines + times - 1) / times : 0);
   }
@@ -185,19 +185,15 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   for (int s = 0; s < g.segments; ++s, in += MR) {
     if (next.in) prefetch_segment(g, next, s);
-    const int step = requests.rows > 0 ? kAheadDepth : g.depth;
-    for (int d = 0; d < g.depth; d += step) {
-      requests.ask();
-      const int depth = g.depth - d < step ? g.depth - d : step;
-      const int64_t start = (g.weight_start[s] + d) * NV * Vec::kLanes;
+    requests.ask();
+    const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
 #if defined(DYNOPS_ISA_BF16)
-      if constexpr (kDot) {
-        multiply_segment_bf16<MR, NV>(acc, in, g.in_offset + d * 2, depth, panel + start * 2);
-        continue;
-      }
-#endif
-      multiply_segment<MR, NV>(acc, in, g.in_offset + d * 4, depth, (const float*)panel + start);
+    if constexpr (kDot) {
+      multiply_segment_bf16<MR, NV>(acc, in, g.in_offset, g.depth, panel + start * 2);
+      continue;
     }
+#endif
+    multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
   }
   const bool whole = width == NV * Vec::kLanes && !rows.gate;
   const bool fast_out = g.out == Dtype::kFloat32 || (g.out == Dtype::kBFloat16 && !rows.residual);
