@@ -89,8 +89,7 @@ void linear_rows(const ExpertCall& call, const char* x, bool packed_in, const Ex
   const ExpertRows& rows = call.rows;
   const ExpertProduct product(w, call.dtype);
   const int64_t live = int64_t(rows.live.size()), column_bytes = w.inputs * size_of(w.dtype);
-  const int64_t chunk = columns_a_task(w.outputs, target.packed ? column_bytes : column_bytes * live,
-                                       target.packed ? live : 1, call.threads);
+  const int64_t chunk = columns_a_task(w.outputs, column_bytes, target.packed ? live : 1, call.threads);
   const Pieces pieces{rows, w.outputs, chunk, (w.outputs + chunk - 1) / chunk, target.packed};
   const int64_t each = target.packed ? 1 : live, row_bytes = w.inputs * size_of(call.dtype);
   for_each_task(call.threads, each ? pieces.count() / each : 0,

@@ -44,15 +44,41 @@ struct DotTile {
   int ahead_rows;
 };
 
-// sums[i][c] of MR rows.
+// acc[i][c] += the products of one vector of each row.
+template <class X, class W, int MR>
+FORCE_INLINE void multiply_depth(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
+                                 const char* const (&weight)[kDotColumns], int64_t k) {
+  X w[kDotColumns];
+  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::whole(weight[c] + k * W::kElement);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const X row = X::whole(x[i] + k * X::kElement);
+    UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
+  }
+}
+
+template <class X, class W, int MR>
+FORCE_INLINE void multiply_depth_end(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
+                                     const char* const (&weight)[kDotColumns], int64_t k, int n) {
+  X w[kDotColumns];
+  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::part(weight[c] + k * W::kElement, n);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const X row = X::part(x[i] + k * X::kElement, n);
+    UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
+  }
+}
+
+// sums[i][c] of MR rows; those of an odd last row are followed by as many that mean nothing.
 template <Dtype kX, Dtype kW, int MR>
 static __attribute__((noinline)) void row_dots_tile(const DotTile& t, float* sums) {
   using X = DepthVector<kX>;
   using W = DepthWeight<kX, kW>;
-  constexpr int kStep = X::kLanes, kUnroll = 4, kSums = MR * kDotColumns;
-  constexpr int kLine = 64 / W::kElement;                 // depth of a cache line of the weight
-  Vec acc[(kSums + kDotRows - 1) / kDotRows * kDotRows];  // [row][column]
-  UNROLL for (Vec& a : acc) a = zero();
+  constexpr int kStep = X::kLanes, kUnroll = 4;
+  constexpr int kLine = 64 / W::kElement;  // depth of a cache line of the weight
+  const char *x[MR], *weight[kDotColumns];
+  UNROLL for (int i = 0; i < MR; ++i) x[i] = t.x[i];
+  UNROLL for (int c = 0; c < kDotColumns; ++c) weight[c] = t.weight[c];
+  Vec acc[MR][kDotColumns];
+  UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = zero(); }
   int64_t k = 0;
   for (; k + kUnroll * kStep <= t.depth; k += kUnroll * kStep) {
     for (int r = 0; r < t.ahead_rows; ++r) {
@@ -60,33 +86,20 @@ static __attribute__((noinline)) void row_dots_tile(const DotTile& t, float* sum
       UNROLL for (int u = 0; u < kUnroll * kStep; u += kLine)
           __builtin_prefetch(ahead + u * W::kElement, 0, 2);
     }
-    UNROLL for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = k + u * kStep;
-      X w[kDotColumns];
-      UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::whole(t.weight[c] + at * W::kElement);
-      UNROLL for (int i = 0; i < MR; ++i) {
-        const X x = X::whole(t.x[i] + at * X::kElement);
-        UNROLL for (int c = 0; c < kDotColumns; ++c) {
-          acc[i * kDotColumns + c] = X::multiply(x, w[c], acc[i * kDotColumns + c]);
-        }
-      }
-    }
+    UNROLL for (int u = 0; u < kUnroll; ++u) multiply_depth<X, W, MR>(acc, x, weight, k + u * kStep);
   }
   for (; k < t.depth; k += kStep) {
     const int n = t.depth - k < kStep ? int(t.depth - k) : kStep;
-    X w[kDotColumns];
-    UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::part(t.weight[c] + k * W::kElement, n);
-    UNROLL for (int i = 0; i < MR; ++i) {
-      const X x = X::part(t.x[i] + k * X::kElement, n);
-      UNROLL for (int c = 0; c < kDotColumns; ++c) {
-        acc[i * kDotColumns + c] = X::multiply(x, w[c], acc[i * kDotColumns + c]);
-      }
-    }
+    multiply_depth_end<X, W, MR>(acc, x, weight, k, n);
   }
-  UNROLL for (int i = 0; i < kSums; i += kDotRows) {
-    Vec part[kDotRows];
-    UNROLL for (int j = 0; j < kDotRows; ++j) part[j] = acc[i + j];
-    lane_sums(part, sums + i);
+  UNROLL for (int i = 0; i < MR; i += 2) {
+    constexpr int kLast = MR - 1;
+    Vec two[kDotRows];
+    UNROLL for (int c = 0; c < kDotColumns; ++c) {
+      two[c] = acc[i][c];
+      two[kDotColumns + c] = acc[i < kLast ? i + 1 : i][c];
+    }
+    lane_sums(two, sums + i * kDotColumns);
   }
 }
 

@@ -142,25 +142,32 @@ FORCE_INLINE void prefetch_segment(const Gemm& g, const NextTile& next, int segm
   }
 }
 
-// The depth between two requests for what lies ahead, and how many lines each asks for.
-constexpr int kAheadDepth = 64;
+// What lies ahead, asked for in equal shares at each kAheadDepth of a tile's depth: a burst would wait for
+// memory.
+constexpr int kAheadDepth = 128;
 struct Requests {
-  const Ahead& ahead;
-  int64_t lines_a_row, lines, each;
-  int64_t asked = 0;
+  const char *at, *row_end;
+  int64_t row_bytes, skip;  // skip: from the end of a row to the next one
+  int32_t rows, each;
 
   Requests(const Gemm& g, int64_t tiles)
-      : ahead(g.ahead),
-        lines_a_row((ahead.bytes + 63) / 64),
-        lines(ahead.from ? ahead.rows * lines_a_row : 0) {
-    const int64_t times = tiles * g.segments * ((g.depth + kAheadDepth - 1) / kAheadDepth);
-    each = times ? (lines + times - 1) / times : 0;
+      : at(g.ahead.from),
+        row_end(at + g.ahead.bytes),
+        row_bytes(g.ahead.bytes),
+        skip(g.ahead.stride - g.ahead.bytes),
+        rows(at ? g.ahead.rows : 0) {
+    const int64_t times = tiles * g.segments;
+    const int64_t lines = rows * ((row_bytes + 63) / 64);
+    each = int32_t(times ? (lines + times - 1) / times : 0);
   }
   void ask() {
-    const int64_t end = asked + each < lines ? asked + each : lines;
-    for (; asked < end; ++asked) {
-      const int64_t row = asked / lines_a_row;
-      __builtin_prefetch(ahead.from + row * ahead.stride + (asked - row * lines_a_row) * 64, 0, 2);
+    for (int32_t i = 0; i < each && rows > 0; ++i) {
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+      if (at < row_end) continue;
+      at = row_end + skip;
+      row_end = at + row_bytes;
+      --rows;
     }
   }
 };
@@ -178,19 +185,15 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   for (int s = 0; s < g.segments; ++s, in += MR) {
     if (next.in) prefetch_segment(g, next, s);
-    const int step = requests.lines ? kAheadDepth : g.depth;
-    for (int d = 0; d < g.depth; d += step) {
-      requests.ask();
-      const int depth = g.depth - d < step ? g.depth - d : step;
-      const int64_t start = (g.weight_start[s] + d) * NV * Vec::kLanes;
+    requests.ask();
+    const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
 #if defined(DYNOPS_ISA_BF16)
-      if constexpr (kDot) {
-        multiply_segment_bf16<MR, NV>(acc, in, g.in_offset + d * 2, depth, panel + start * 2);
-        continue;
-      }
-#endif
-      multiply_segment<MR, NV>(acc, in, g.in_offset + d * 4, depth, (const float*)panel + start);
+    if constexpr (kDot) {
+      multiply_segment_bf16<MR, NV>(acc, in, g.in_offset, g.depth, panel + start * 2);
+      continue;
     }
+#endif
+    multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
   }
   const bool whole = width == NV * Vec::kLanes && !rows.gate;
   const bool fast_out = g.out == Dtype::kFloat32 || (g.out == Dtype::kBFloat16 && !rows.residual);
