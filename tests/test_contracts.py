@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynops import BlockPlan, ChannelPlan, PixelPlan, backends, ops
+from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, backends, ops
 from dynops.geometry import BlockGeometry, ConvGeometry
 from dynops.testing import (
     assert_within_budget,
@@ -205,6 +205,49 @@ def local_samples(backend: str):
             yield "local_conv_kernel_grad", (dy, x, g, upsample, backend)
 
 
+def expert_samples(backend: str):
+    """Dropped pairs, packed and not, transposed, of eight bits, with gradients and with an activation."""
+    index = torch.randint(0, 4, (5, 2))
+    plan, shares = ExpertPlan.from_topk(index, 3), random_tensor(5, 2)
+    indices = plan.order, plan.offsets, plan.position
+    tokens, rows, dy = random_tensor(5, 6), random_tensor(10, 6), random_tensor(5, 4)
+    for limit in (-1, 2):
+        yield "expert_index", (index, 3, limit)
+    for packed_in, packed_out, transposed in (
+        (False, True, False),
+        (True, False, True),
+        (False, False, False),
+    ):
+        x = rows if packed_in else tokens
+        weight, bias = random_tensor(3, *((6, 4) if transposed else (4, 6))), random_tensor(3, 4)
+        options = packed_in, packed_out, transposed
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, shares)]
+        yield "grouped_linear", (*leaves[:2], None, *leaves[2:], *indices, *options, "", backend)
+        eight = ops.quantize_experts(weight, transposed)
+        yield "grouped_linear", (x, *eight, None, None, *indices, *options, "silu", backend)
+        upstream = random_tensor(10, 4) if packed_out else dy
+        for wanted in (True, False):
+            yield "grouped_weight_grad", (upstream, x, shares if wanted else None, *indices, packed_out, packed_in, transposed, wanted, backend)  # fmt: skip
+    up, down, biases = (
+        random_tensor(3, 8, 6),
+        random_tensor(3, 6, 4),
+        (random_tensor(3, 8), random_tensor(3, 6)),
+    )
+    flags = ("silu", True, False, False, False, 1.7, 7.0, backend)
+    yield "experts_mlp", (tokens, up, down, None, None, *biases, shares, *indices, *flags)
+    for activation, gated in (("clamped_swiglu", True), ("gelu", False)):
+        for interleaved in (False, True):
+            z, h = random_tensor(10, 8), random_tensor(10, 4 if gated else 8)
+            options = activation, gated, interleaved, 1.7, 7.0, backend
+            yield "expert_activation", (z.clone().requires_grad_(), *options)
+            yield "expert_activation_grad", (h, z, *options)
+    for given in (None, shares.clone().requires_grad_()):
+        yield "gather_pairs", (tokens.clone().requires_grad_(), given, *indices, backend)
+        yield "combine_pairs", (rows.clone().requires_grad_(), given, *indices, backend)
+    for packed in (False, True):
+        yield "pair_dots", (rows if packed else tokens, rows, packed, *indices, backend)
+
+
 def samples():
     torch.manual_seed(0)
     yield from index_samples()
@@ -217,6 +260,7 @@ def samples():
         yield from weighted_samples(backend)
         yield from output_mask_samples(backend)
         yield from local_samples(backend)
+        yield from expert_samples(backend)
 
 
 SAMPLES = list(samples())

@@ -8,10 +8,21 @@
 
 namespace dynops::cpu {
 
-enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
-enum class Activation : int32_t { kNone, kRelu, kRelu6, kSilu, kGelu, kGeluTanh, kHardswish, kRelu2 };
+// kInt8: of experts' weights only.
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kInt8 };
+enum class Activation : int32_t {
+  kNone,
+  kRelu,
+  kRelu6,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kHardswish,
+  kRelu2,
+  kClampedSwiglu,  // of Glu only
+};
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2; }
 
 // Rows in a tile. 12 x 2 zmm accumulators leave 8 registers for weights and broadcasts: 255-265 of
 // 270 GFLOP/s a core on Zen 5; 14 x 2 and 6 x 4 measured the same, 7 x 4 spills (230).
@@ -24,6 +35,13 @@ struct PanelLayout {
   int64_t depth;    // taps * channels of the group, each tap rounded up to `depth_step`
   int64_t panels;
   int64_t group_bytes;
+};
+
+// Memory that will be read soon: `rows` runs of `bytes`, `stride` bytes apart.
+struct Ahead {
+  const char* from = nullptr;
+  int64_t stride = 0, bytes = 0;
+  int32_t rows = 0;
 };
 
 // The part of a matrix product that all of its rows share.
@@ -39,6 +57,7 @@ struct Gemm {
   const float* scale;  // [columns + padding]
   const float* shift;
   Activation activation;
+  Ahead ahead = {};  // asked for while this multiplies, a few lines at a time
 };
 
 // Up to a few hundred rows: where they are read and written.
@@ -130,6 +149,59 @@ struct PackColumns {
   float* to;               // [rows][width]
 };
 
+// Rows of a weight in the order of a packed panel: to[k][c] = from[k * step + c]. Dtype of `to`: float32, or
+// bfloat16 in pairs, to[k / 2][c][k % 2], zero past an odd count.
+struct PackRows {
+  const char* from;
+  Dtype dtype;
+  int64_t step;            // elements from one row to the next
+  int32_t columns, width;  // width: of the panel, whole vectors, zero past the columns
+  int32_t count;           // rows
+  bool pairs;
+  char* to;
+};
+
+// sums[i][c] = x[i] . weight[c]: the rows of a weight as they lie, read once for all rows of x.
+struct RowDots {
+  int32_t rows, columns, depth;
+  const char* const* x;  // [rows], float32, or bfloat16 where there is an instruction for its pairs
+  Dtype x_dtype;
+  const char* weight;
+  int64_t weight_stride;  // bytes from one column to the next
+  Dtype weight_dtype;
+  const char* next;  // columns that are read after these, to ask for; of the same stride
+  float* sums;       // [rows][sums_stride]
+  int64_t sums_stride;
+};
+
+// out[i][c] (+)= weight[i] * activate(scale[c] * sums[i][c] + bias[c])
+struct FinishRows {
+  int32_t rows, columns;
+  const float* sums;
+  int64_t sums_stride;
+  const float* scale;  // [columns] or null
+  const char* bias;    // [columns] or null
+  Dtype bias_dtype;
+  Activation activation;
+  const float* weight;  // [rows] or null
+  char* const* out;     // [rows]
+  Dtype dtype;          // of out
+  bool add;             // to out, which is float32
+};
+
+// out[i][c] = activate(gate[i][c]) * up[i][c], or gpt-oss's clamped SwiGLU.
+struct GatedRows {
+  int32_t rows, columns;
+  const float* gate;  // [rows][stride]; interleaved: gate and up by turns
+  const float* up;
+  int64_t stride;
+  bool interleaved, clamped;
+  Activation activation;
+  float alpha, limit;  // of the clamped one
+  char* const* out;    // [rows]
+  Dtype dtype;
+};
+
 // The same of G w G^T (winograd.cpp) of a float32 3x3 weight: to[position][channel][c].
 struct PackWinograd {
   const float* from;  // [column][channel][9]
@@ -176,6 +248,17 @@ struct Mixture {
   char* const* to;
 };
 
+// What stands between the two GEMMs of an expert, of one row: h = activation(z), or gated activation(gate) *
+// up.
+struct Glu {
+  Activation activation;
+  bool gated;          // z holds gate and up: n of each
+  bool interleaved;    // g0 u0 g1 u1 …, not side by side
+  float alpha, limit;  // of kClampedSwiglu
+  int64_t n;           // columns of h
+  Dtype in, out;       // of z, of h; the gradients have their dtypes
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;  // columns of a full panel
@@ -219,6 +302,12 @@ struct Kernels {
   // bfloat16 pairs: to[i][c] = from[2 i][c], from[2 i + 1][c]
   void (*pack_pairs)(const float* from, int64_t pairs, int64_t width, char* to);
   void (*mix)(const Mixture&);
+  void (*glu)(const Glu&, const char* z, char* h);
+  void (*glu_grad)(const Glu&, const char* grad, const char* z, char* dz);  // grad of h
+  void (*pack_rows)(const PackRows&);
+  void (*row_dots)(const RowDots&);
+  void (*finish_rows)(const FinishRows&);
+  void (*gated_rows)(const GatedRows&);
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

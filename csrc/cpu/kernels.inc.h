@@ -18,7 +18,17 @@ template <Dtype kIn>
 FORCE_INLINE Vec load_as(const char* p) {
   if constexpr (kIn == Dtype::kFloat32) return load((const float*)p);
   if constexpr (kIn == Dtype::kBFloat16) return load_bf16(p);
+  if constexpr (kIn == Dtype::kInt8) return load_i8(p);
   return load_f16(p);
+}
+
+// The first n lanes, zero in the others.
+template <Dtype kIn>
+FORCE_INLINE Vec load_as(const char* p, int n) {
+  if constexpr (kIn == Dtype::kFloat32) return load((const float*)p, n);
+  if constexpr (kIn == Dtype::kBFloat16) return load_bf16(p, n);
+  if constexpr (kIn == Dtype::kInt8) return load_i8(p, n);
+  return load_f16(p, n);
 }
 
 template <Dtype kOut>
@@ -61,7 +71,9 @@ static void fill(char* to, const char* from, int64_t bytes, bool stream) {
 #include "kernels/channels.inc.h"
 #include "kernels/depthwise.inc.h"
 #include "kernels/dots.inc.h"
+#include "kernels/experts.inc.h"
 #include "kernels/gemm.inc.h"
+#include "kernels/glu.inc.h"
 #include "kernels/outer_product.inc.h"
 #include "kernels/packing.inc.h"
 
@@ -95,4 +107,10 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        pack_columns,
                        pack_winograd,
                        pack_pairs,
-                       mix};
+                       mix,
+                       glu,
+                       glu_grad,
+                       pack_rows,
+                       row_dots,
+                       finish_rows,
+                       gated_rows};

@@ -24,6 +24,13 @@ FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 // max and min return their second operand where one is NaN, so a NaN in `x` survives a clamp.
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm512_max_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm512_min_ps(bound.v, x.v)}; }
+// x where a < b (a <= b), else 0: as torch.where, NaN compares false.
+FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+FORCE_INLINE Vec where_at_most(Vec a, Vec b, Vec x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), x.v)};
+}
 FORCE_INLINE Vec round_to_integer(Vec a) { return {_mm512_roundscale_ps(a.v, 0x08)}; }
 FORCE_INLINE Vec power_of_two(Vec n) {  // 2^n for integral n in [-126, 127]
   const __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
@@ -40,6 +47,9 @@ FORCE_INLINE Vec load_f16(const char* p) { return {_mm512_cvtph_ps(_mm256_loadu_
 FORCE_INLINE Vec load_f16(const char* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_mask(n), p))};
 }
+FORCE_INLINE Vec widen_i8(__m128i q) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q))}; }
+FORCE_INLINE Vec load_i8(const char* p) { return widen_i8(_mm_loadu_si128((const __m128i*)p)); }
+FORCE_INLINE Vec load_i8(const char* p, int n) { return widen_i8(_mm_maskz_loadu_epi8(lanes_mask(n), p)); }
 FORCE_INLINE __m256i narrow_bf16(Vec a) {  // round to nearest even; NaN stays NaN
 #if defined(DYNOPS_ISA_BF16)
   return (__m256i)_mm512_cvtneps_pbh(a.v);
@@ -80,6 +90,12 @@ FORCE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
+FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+FORCE_INLINE Vec where_at_most(Vec a, Vec b, Vec x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ), x.v)};
+}
 FORCE_INLINE Vec round_to_integer(Vec a) { return {_mm256_round_ps(a.v, 0x08)}; }
 FORCE_INLINE Vec power_of_two(Vec n) {
   const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -90,6 +106,9 @@ FORCE_INLINE Vec load_bf16(const char* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
 FORCE_INLINE Vec load_f16(const char* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+FORCE_INLINE Vec load_i8(const char* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
 FORCE_INLINE void store_bf16(char* p, Vec a) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -126,6 +145,8 @@ FORCE_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 FORCE_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {bound.v > x.v ? bound.v : x.v}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {bound.v < x.v ? bound.v : x.v}; }
+FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) { return {a.v < b.v ? x.v : Float4{0, 0, 0, 0}}; }
+FORCE_INLINE Vec where_at_most(Vec a, Vec b, Vec x) { return {a.v <= b.v ? x.v : Float4{0, 0, 0, 0}}; }
 FORCE_INLINE Vec round_to_integer(Vec a) {  // |a| < 2^22 here: adding 1.5 * 2^23 rounds to even
   const Float4 magic = {12582912.f, 12582912.f, 12582912.f, 12582912.f};
   volatile Float4 shifted = a.v + magic;
@@ -182,6 +203,11 @@ FORCE_INLINE Vec load_f16(const char* p) {
   __builtin_memcpy(h, p, 8);
   return {Float4{half_to_float(h[0]), half_to_float(h[1]), half_to_float(h[2]), half_to_float(h[3])}};
 }
+FORCE_INLINE Vec load_i8(const char* p) {
+  int8_t q[4];
+  __builtin_memcpy(q, p, 4);
+  return {Float4{float(q[0]), float(q[1]), float(q[2]), float(q[3])}};
+}
 FORCE_INLINE void store_bf16(char* p, Vec a) {
   const uint16_t h[4] = {float_to_bf16(a.v[0]), float_to_bf16(a.v[1]), float_to_bf16(a.v[2]),
                          float_to_bf16(a.v[3])};
@@ -216,6 +242,11 @@ FORCE_INLINE Vec load_f16(const char* p, int n) {
   __builtin_memcpy(buffer, p, size_t(n) * 2);
   return load_f16(buffer);
 }
+FORCE_INLINE Vec load_i8(const char* p, int n) {
+  char buffer[Vec::kLanes] = {};
+  __builtin_memcpy(buffer, p, size_t(n));
+  return load_i8(buffer);
+}
 FORCE_INLINE void store_bf16(char* p, Vec a, int n) {
   char buffer[Vec::kLanes * 2];
   store_bf16(buffer, a);
@@ -244,6 +275,21 @@ FORCE_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
 #else
   low = {Float4{a.v[0], b.v[0], a.v[1], b.v[1]}};
   high = {Float4{a.v[2], b.v[2], a.v[3], b.v[3]}};
+#endif
+}
+
+// What interleave does, undone: even = a0 a2 … b0 b2 …, odd = a1 a3 … b1 b3 …
+FORCE_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+#if defined(DYNOPS_ISA_AVX512)
+  const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  even = {_mm512_permutex2var_ps(a.v, first, b.v)};
+  odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(1)), b.v)};
+#elif defined(DYNOPS_ISA_AVX2)
+  even = {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88)), 0xd8))};
+  odd = {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xdd)), 0xd8))};
+#else
+  even = {Float4{a.v[0], a.v[2], b.v[0], b.v[2]}};
+  odd = {Float4{a.v[1], a.v[3], b.v[1], b.v[3]}};
 #endif
 }
 
@@ -343,5 +389,44 @@ FORCE_INLINE Vec activate(Vec x, Activation activation) {
     }
     default:
       return x;
+  }
+}
+
+// activate's derivative at x; at a kink that of torch.
+FORCE_INLINE Vec activation_slope(Vec x, Activation activation) {
+  const Vec one = broadcast(1.f);
+  switch (activation) {
+    case Activation::kRelu:
+      return where_less(zero(), x, one);
+    case Activation::kRelu6:
+      return where_less(zero(), x, where_less(x, broadcast(6.f), one));
+    case Activation::kSilu: {
+      const Vec s = sigmoid(x);
+      return mul(s, fma(x, sub(one, s), one));
+    }
+    case Activation::kGelu: {  // the normal distribution, and x times its density
+      const Vec half = broadcast(0.5f), density = exponential(mul(mul(x, x), broadcast(-0.5f)));
+      const Vec below = fma(half, error_function(mul(x, broadcast(0.70710678118654752f))), half);
+      return fma(mul(x, broadcast(0.3989422804014327f)), density, below);
+    }
+    case Activation::kGeluTanh: {
+      const Vec square = mul(x, x);
+      const Vec u = mul(x, fma(square, broadcast(0.0356774081363f), broadcast(0.7978845608028654f)));
+      const Vec du = fma(square, broadcast(0.1070322244089f), broadcast(0.7978845608028654f));
+      // 1 - s as e s: where s is near 1 the difference would have lost its digits, which 2 x du then shows
+      const Vec e = exponential(mul(u, broadcast(-2.f))), s = div(one, add(one, e));
+      return fma(mul(add(x, x), du), mul(mul(e, s), s), s);
+    }
+    case Activation::kHardswish: {
+      const Vec three = broadcast(3.f), inner = fma(x, broadcast(1.f / 3.f), broadcast(0.5f));
+      const Vec middle = where_less(broadcast(-3.f), x, where_less(x, three, inner));
+      return add(middle, where_at_most(three, x, one));
+    }
+    case Activation::kRelu2: {
+      const Vec positive = max_of(zero(), x);
+      return add(positive, positive);
+    }
+    default:
+      return one;
   }
 }

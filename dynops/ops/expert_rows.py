@@ -53,14 +53,15 @@ def _combine(rows: Tensor, weight: Tensor | None, order, offsets, position) -> T
     """Accumulates in float32 at least, in the order of the choices."""
     pairs = _kept(rows, position).to(_wide(rows.dtype))
     if weight is not None:
-        pairs = pairs * weight[:, :, None].to(pairs.dtype)
+        pairs = pairs * torch.where(position < 0, 0, weight)[:, :, None].to(pairs.dtype)
     return pairs.sum(1).to(rows.dtype)
 
 
 def _dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position) -> Tensor:  # [T, K], float32
     """``x . rows[p]`` of each pair, 0 where it is dropped. ``x``: a row for each token, or packed for each pair."""
     pairs = _kept(rows, position).to(_wide(rows.dtype))
-    return (pairs * (_kept(x, position) if packed else x[:, None])).sum(2)
+    sums = (pairs * (_kept(x, position) if packed else x[:, None])).sum(2)
+    return torch.where(position < 0, 0, sums)
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema

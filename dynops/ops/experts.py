@@ -77,7 +77,9 @@ def _linear(
         return _combine(out, row_weight, *plan)
     if row_weight is None:
         return out
-    return (out * row_weight.reshape(-1)[order.long()][:, None]).to(x.dtype)
+    live = torch.arange(order.shape[0], device=x.device) < offsets[-1]
+    out = out * row_weight.reshape(-1)[order.long()][:, None]
+    return torch.where(live[:, None], out, 0).to(x.dtype)
 
 
 def _weight_grad(

@@ -142,11 +142,41 @@ FORCE_INLINE void prefetch_segment(const Gemm& g, const NextTile& next, int segm
   }
 }
 
+// What lies ahead, asked for in equal shares at each kAheadDepth of a tile's depth: a burst would wait for
+// memory.
+constexpr int kAheadDepth = 128;
+struct Requests {
+  const char *at, *row_end;
+  int64_t row_bytes, skip;  // skip: from the end of a row to the next one
+  int32_t rows, each;
+
+  Requests(const Gemm& g, int64_t tiles)
+      : at(g.ahead.from),
+        row_end(at + g.ahead.bytes),
+        row_bytes(g.ahead.bytes),
+        skip(g.ahead.stride - g.ahead.bytes),
+        rows(at ? g.ahead.rows : 0) {
+    const int64_t times = tiles * g.segments;
+    const int64_t lines = rows * ((row_bytes + 63) / 64);
+    each = int32_t(times ? (lines + times - 1) / times : 0);
+  }
+  void ask() {
+    for (int32_t i = 0; i < each && rows > 0; ++i) {
+      __builtin_prefetch(at, 0, 2);
+      at += 64;
+      if (at < row_end) continue;
+      at = row_end + skip;
+      row_end = at + row_bytes;
+      --rows;
+    }
+  }
+};
+
 // One tile: MR rows by NV vectors of columns.
 template <int MR, int NV, bool kDot>
 static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& rows, const char* const* in,
                                                 int first_row, const char* panel, int64_t column, int width,
-                                                const NextTile& next) {
+                                                const NextTile& next, Requests& requests) {
   const int64_t out_byte = g.out_offset + column * size_of(g.out);
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) __builtin_prefetch(rows.out[first_row + i] + out_byte + v * 64, 1, 3);
@@ -155,6 +185,7 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   for (int s = 0; s < g.segments; ++s, in += MR) {
     if (next.in) prefetch_segment(g, next, s);
+    requests.ask();
     const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
 #if defined(DYNOPS_ISA_BF16)
     if constexpr (kDot) {
@@ -178,7 +209,7 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
 }
 
 using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t,
-                              int, const NextTile&);
+                              int, const NextTile&, Requests&);
 
 template <int NV, bool kDot>
 static TileFunction tile_function(int height) {
@@ -193,6 +224,7 @@ template <bool kDot>
 static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end) {
   const TileSplit split(rows.rows);
   const int64_t element = kDot ? 2 : 4;
+  Requests requests(g, split.tiles * (end - begin));
   for (int64_t p = begin; p < end; ++p) {
     const int64_t column = p * kPanelWidth;
     const int width = int(g.layout.columns - column < kPanelWidth ? g.layout.columns - column : kPanelWidth);
@@ -206,7 +238,7 @@ static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int6
       const bool more = !rows.near && p == begin && tile + 1 < split.tiles;
       const NextTile next{more ? in + int64_t(height) * g.segments : nullptr,
                           more ? split.height(tile + 1) : 0};
-      run(g, rows, in, row, panel, column, width, next);
+      run(g, rows, in, row, panel, column, width, next, requests);
       in += int64_t(height) * g.segments;
       row += height;
     }

@@ -1,0 +1,205 @@
+// Rows of experts: products straight on a weight's rows, and what follows a product. Included by
+// kernels.inc.h.
+
+// ------------------------------------------------------------------------------ dots of whole rows
+
+// A tile of 6 x 4 sums loads 10 vectors for 24 products, and leaves 8 of 32 registers; 2 x 4 of 16.
+constexpr int kDotColumns = 4;
+constexpr int kDotTileRows = kPanelVectors == 2 ? 6 : 2;
+
+// Weights along the depth, as DepthVector<kX> multiplies them.
+template <Dtype kX, Dtype kW>
+struct DepthWeight {
+  static constexpr int kElement = kW == Dtype::kFloat32 ? 4 : kW == Dtype::kInt8 ? 1 : 2;
+  FORCE_INLINE DepthVector<kX> whole(const char* p) { return {load_as<kW>(p)}; }
+  FORCE_INLINE DepthVector<kX> part(const char* p, int n) { return {load_as<kW>(p, n)}; }
+};
+
+#if defined(DYNOPS_ISA_BF16)
+template <>
+struct DepthWeight<Dtype::kBFloat16, Dtype::kBFloat16> : DepthVector<Dtype::kBFloat16> {};
+
+template <>
+struct DepthWeight<Dtype::kBFloat16, Dtype::kInt8> {  // which bfloat16 holds exactly
+  static constexpr int kElement = 1;
+  FORCE_INLINE DepthVector<Dtype::kBFloat16> join(Vec low, Vec high) {
+    return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)};
+  }
+  FORCE_INLINE DepthVector<Dtype::kBFloat16> whole(const char* p) {
+    return join(load_i8(p), load_i8(p + 16));
+  }
+  FORCE_INLINE DepthVector<Dtype::kBFloat16> part(const char* p, int n) {
+    return join(load_i8(p, n), n > 16 ? load_i8(p + 16, n - 16) : zero());
+  }
+};
+#endif
+
+// What a tile reads: MR rows of x and kDotColumns rows of the weight, and rows ahead to ask for.
+struct DotTile {
+  const char* const* x;
+  const char* weight[kDotColumns];
+  int depth;
+  const char* ahead;
+  int64_t ahead_stride;
+  int ahead_rows;
+};
+
+// acc[i][c] += the products of one vector of each row.
+template <class X, class W, int MR>
+FORCE_INLINE void multiply_depth(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
+                                 const char* const (&weight)[kDotColumns], int64_t k) {
+  X w[kDotColumns];
+  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::whole(weight[c] + k * W::kElement);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const X row = X::whole(x[i] + k * X::kElement);
+    UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
+  }
+}
+
+template <class X, class W, int MR>
+FORCE_INLINE void multiply_depth_end(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
+                                     const char* const (&weight)[kDotColumns], int64_t k, int n) {
+  X w[kDotColumns];
+  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::part(weight[c] + k * W::kElement, n);
+  UNROLL for (int i = 0; i < MR; ++i) {
+    const X row = X::part(x[i] + k * X::kElement, n);
+    UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
+  }
+}
+
+// sums[i][c] of MR rows; those of an odd last row are followed by as many that mean nothing.
+template <Dtype kX, Dtype kW, int MR>
+static __attribute__((noinline)) void row_dots_tile(const DotTile& t, float* sums) {
+  using X = DepthVector<kX>;
+  using W = DepthWeight<kX, kW>;
+  constexpr int kStep = X::kLanes, kUnroll = 4;
+  constexpr int kLine = 64 / W::kElement;  // depth of a cache line of the weight
+  const char *x[MR], *weight[kDotColumns];
+  UNROLL for (int i = 0; i < MR; ++i) x[i] = t.x[i];
+  UNROLL for (int c = 0; c < kDotColumns; ++c) weight[c] = t.weight[c];
+  Vec acc[MR][kDotColumns];
+  UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = zero(); }
+  int64_t k = 0;
+  for (; k + kUnroll * kStep <= t.depth; k += kUnroll * kStep) {
+    for (int r = 0; r < t.ahead_rows; ++r) {
+      const char* ahead = t.ahead + r * t.ahead_stride + k * W::kElement;
+      UNROLL for (int u = 0; u < kUnroll * kStep; u += kLine)
+          __builtin_prefetch(ahead + u * W::kElement, 0, 2);
+    }
+    UNROLL for (int u = 0; u < kUnroll; ++u) multiply_depth<X, W, MR>(acc, x, weight, k + u * kStep);
+  }
+  for (; k < t.depth; k += kStep) {
+    const int n = t.depth - k < kStep ? int(t.depth - k) : kStep;
+    multiply_depth_end<X, W, MR>(acc, x, weight, k, n);
+  }
+  UNROLL for (int i = 0; i < MR; i += 2) {
+    constexpr int kLast = MR - 1;
+    Vec two[kDotRows];
+    UNROLL for (int c = 0; c < kDotColumns; ++c) {
+      two[c] = acc[i][c];
+      two[kDotColumns + c] = acc[i < kLast ? i + 1 : i][c];
+    }
+    lane_sums(two, sums + i * kDotColumns);
+  }
+}
+
+// Four rows of the weight at a time meet all rows of x, while the next four are asked for.
+template <Dtype kX, Dtype kW>
+static void row_dots_typed(const RowDots& d) {
+  using Tile = void (*)(const DotTile&, float*);
+  constexpr int kMost = kDotTileRows;
+  static constexpr Tile tile[6] = {
+      row_dots_tile<kX, kW, 1>,
+      row_dots_tile<kX, kW, 2>,
+      row_dots_tile < kX,
+      kW,
+      kMost < 3 ? kMost : 3 >,
+      row_dots_tile < kX,
+      kW,
+      kMost < 4 ? kMost : 4 >
+      , row_dots_tile < kX, kW, kMost < 5 ? kMost : 5 >, row_dots_tile<kX, kW, kMost>,
+  };
+  const int tiles = (d.rows + kMost - 1) / kMost;
+  for (int column = 0; column < d.columns; column += kDotColumns) {
+    const int columns = d.columns - column < kDotColumns ? d.columns - column : kDotColumns;
+    const int following = d.columns - column - columns;
+    DotTile t{d.x, {}, d.depth, d.next, d.weight_stride, 0};
+    for (int c = 0; c < kDotColumns; ++c) {
+      t.weight[c] = d.weight + (column + (c < columns ? c : 0)) * d.weight_stride;
+    }
+    const char* ahead = following ? d.weight + (column + columns) * d.weight_stride : d.next;
+    const int wanted = !ahead ? 0 : following && following < kDotColumns ? following : kDotColumns;
+    for (int i = 0, row = 0; i < tiles; ++i) {  // of nearly equal height
+      const int height = d.rows / tiles + (i < d.rows % tiles);
+      const int begin = wanted * i / tiles, end = wanted * (i + 1) / tiles;
+      t.x = d.x + row;
+      t.ahead = ahead + begin * d.weight_stride;
+      t.ahead_rows = end - begin;
+      float sums[kMost * kDotColumns + kDotRows];
+      tile[height - 1](t, sums);
+      for (int r = 0; r < height; ++r) {
+        float* to = d.sums + (row + r) * d.sums_stride + column;
+        for (int c = 0; c < columns; ++c) to[c] = sums[r * kDotColumns + c];
+      }
+      row += height;
+    }
+  }
+}
+
+static void row_dots(const RowDots& d) {
+#if defined(DYNOPS_ISA_BF16)
+  if (d.x_dtype == Dtype::kBFloat16) {
+    if (d.weight_dtype == Dtype::kInt8) return row_dots_typed<Dtype::kBFloat16, Dtype::kInt8>(d);
+    return row_dots_typed<Dtype::kBFloat16, Dtype::kBFloat16>(d);
+  }
+#endif
+  if (d.weight_dtype == Dtype::kFloat32) return row_dots_typed<Dtype::kFloat32, Dtype::kFloat32>(d);
+  if (d.weight_dtype == Dtype::kBFloat16) return row_dots_typed<Dtype::kFloat32, Dtype::kBFloat16>(d);
+  if (d.weight_dtype == Dtype::kInt8) return row_dots_typed<Dtype::kFloat32, Dtype::kInt8>(d);
+  row_dots_typed<Dtype::kFloat32, Dtype::kFloat16>(d);
+}
+
+// ------------------------------------------------------------------------- what follows a product
+
+FORCE_INLINE Vec load_floats(const float* p, int n) { return n == Vec::kLanes ? load(p) : load(p, n); }
+
+static void finish_rows(const FinishRows& f) {
+  for (int64_t c = 0; c < f.columns; c += Vec::kLanes) {
+    const int n = left_of(f.columns, c);
+    const Vec scale = f.scale ? load_floats(f.scale + c, n) : broadcast(1.f);
+    const Vec bias = f.bias ? load(f.bias + c * size_of(f.bias_dtype), f.bias_dtype, n) : zero();
+    const int64_t byte = c * size_of(f.dtype);
+    for (int i = 0; i < f.rows; ++i) {
+      Vec y = activate(fma(load_floats(f.sums + i * f.sums_stride + c, n), scale, bias), f.activation);
+      if (f.weight) y = mul(y, broadcast(f.weight[i]));
+      if (f.add) y = add(y, load_floats((const float*)(f.out[i] + byte), n));
+      store(f.out[i] + byte, y, f.dtype, n);
+    }
+  }
+}
+
+FORCE_INLINE Vec gated(const GatedRows& g, Vec gate, Vec up) {
+  if (!g.clamped) return mul(activate(gate, g.activation), up);
+  gate = min_of(broadcast(g.limit), gate);
+  up = max_of(broadcast(-g.limit), min_of(broadcast(g.limit), up));
+  return mul(add(up, broadcast(1.f)), mul(gate, sigmoid(mul(gate, broadcast(g.alpha)))));
+}
+
+static void gated_rows(const GatedRows& g) {
+  for (int i = 0; i < g.rows; ++i) {
+    for (int64_t c = 0; c < g.columns; c += Vec::kLanes) {
+      const int n = left_of(g.columns, c);
+      Vec gate, up;
+      if (g.interleaved) {
+        const float* from = g.gate + i * g.stride + 2 * c;
+        const int second = 2 * n - Vec::kLanes;
+        deinterleave(load_floats(from, second < 0 ? 2 * n : Vec::kLanes),
+                     second > 0 ? load_floats(from + Vec::kLanes, second) : zero(), gate, up);
+      } else {
+        gate = load_floats(g.gate + i * g.stride + c, n);
+        up = load_floats(g.up + i * g.stride + c, n);
+      }
+      store(g.out[i] + c * size_of(g.dtype), gated(g, gate, up), g.dtype, n);
+    }
+  }
+}
