@@ -76,13 +76,13 @@ def _kernels(backend: str, z: Tensor):
 
 def _run(z, activation, gated, interleaved, alpha, limit, backend):
     kernels = _kernels(backend, z)
-    run = getattr(kernels, "activation", _activation)
+    run = _activation if kernels is None else kernels.activation
     return run(z, activation, gated, interleaved, alpha, limit)
 
 
 def _run_grad(grad, z, activation, gated, interleaved, alpha, limit, backend):
     kernels = _kernels(backend, z)
-    run = getattr(kernels, "activation_grad", _activation_grad)
+    run = _activation_grad if kernels is None else kernels.activation_grad
     return run(grad, z, activation, gated, interleaved, alpha, limit)
 
 

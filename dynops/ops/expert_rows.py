@@ -79,19 +79,19 @@ def _kernels(backend: str, x: Tensor):
 
 def _run_gather(x, weight, order, offsets, position, backend):
     kernels = _kernels(backend, x)
-    run = getattr(kernels, "gather", _gather)
+    run = _gather if kernels is None else kernels.gather
     return run(x, weight, order, offsets, position)
 
 
 def _run_combine(rows, weight, order, offsets, position, backend):
     kernels = _kernels(backend, rows)
-    run = getattr(kernels, "combine", _combine)
+    run = _combine if kernels is None else kernels.combine
     return run(rows, weight, order, offsets, position)
 
 
 def _run_dots(x, rows, packed, order, offsets, position, backend):
     kernels = _kernels(backend, rows)
-    run = getattr(kernels, "dots", _dots)
+    run = _dots if kernels is None else kernels.dots
     return run(x, rows, packed, order, offsets, position)
 
 
