@@ -57,7 +57,8 @@ struct Gemm {
   const float* scale;  // [columns + padding]
   const float* shift;
   Activation activation;
-  Ahead ahead = {};  // asked for while this multiplies, a few lines at a time
+  Ahead ahead = {};     // asked for while this multiplies, a few lines at a time
+  int32_t vectors = 0;  // of the one panel that `weight` is, at most wide_vectors; 0: panels of panel_width
 };
 
 // Up to a few hundred rows: where they are read and written.
@@ -70,11 +71,14 @@ struct RowBlock {
   bool near = false;            // whether `in` lies in the caches already: nothing is asked for ahead
 };
 
+// Rows in a tile of a panel of `vectors` vectors: as many sums as kTileRows x 2.
+inline int32_t tile_rows(int32_t vectors) { return vectors <= 2 ? kTileRows : 2 * kTileRows / vectors; }
+
 // Rows are split into tiles of nearly equal height: 39 rows run as 10 + 10 + 10 + 9, all at full rate.
 struct TileSplit {
   int32_t tiles, small, large_tiles;
-  explicit TileSplit(int32_t rows)
-      : tiles((rows + kTileRows - 1) / kTileRows),
+  explicit TileSplit(int32_t rows, int32_t most = kTileRows)
+      : tiles((rows + most - 1) / most),
         small(tiles ? rows / tiles : 0),
         large_tiles(tiles ? rows % tiles : 0) {}
   int32_t height(int32_t tile) const { return small + (tile < large_tiles); }
@@ -261,9 +265,10 @@ struct Glu {
 
 struct Kernels {
   const char* name;
-  int32_t panel_width;  // columns of a full panel
-  int32_t lanes;        // floats in a vector: the width of a half panel
-  bool bf16_dot;        // multiplies bfloat16 pairs, accumulating in float32
+  int32_t panel_width;   // columns of a full panel
+  int32_t lanes;         // floats in a vector: the width of a half panel
+  int32_t wide_vectors;  // the most that a panel may have
+  bool bf16_dot;         // multiplies bfloat16 pairs, accumulating in float32
 
   // Copies, or writes zeros where `from` is null; `stream`: past the caches.
   void (*fill)(char* to, const char* from, int64_t bytes, bool stream);

@@ -7,19 +7,20 @@
 namespace dynops::cpu {
 namespace {
 
-constexpr int64_t kStreamRows = 16;         // up to here dot products are faster
-constexpr int64_t kTurnedRows = 192;        // up to here packing x is cheaper than packing the weight
-constexpr int64_t kTurnedColumns = 32;      // that meet all panels of x in turn
-constexpr int64_t kBesideRows = 6;          // of an unfilled vector, which dot products take
-constexpr double kTurnedShare = 0.8;        // of the lanes at work, below which dot products are faster
-constexpr int64_t kSegmentDepth = 128;      // between two requests for what lies ahead
-constexpr int64_t kTaskBytes = 512 * 1024;  // of weight
-constexpr int64_t kTaskColumns = 16;        // the fewest, and the step
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kStreamRows = 26;      // up to here dot products are faster
+constexpr int64_t kTurnedRows = 192;     // up to here packing x is cheaper than packing the weight
+constexpr int64_t kTurnedColumns = 48;   // that meet all panels of x in turn: whole tiles of 12, 8 and 6
+constexpr int64_t kBesideRows = 10;      // of an unfilled vector, which dot products take
+constexpr double kTurnedShare = 0.8;     // of the lanes at work, below which dot products are faster
+constexpr int64_t kSegmentDepth = 128;   // between two requests for what lies ahead
+constexpr int64_t kDepthBlock = 512;     // products in a sum
+constexpr int64_t kTaskBytes = 4 << 20;  // of weight: x is packed anew for each task
+constexpr int64_t kTaskColumns = 16;     // the fewest, and the step
+constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kBlockBytes = 384 * 1024;  // of rows, which share the L2 cache with the panels
 
 // The affine map of sums that stay what they are.
-constexpr int64_t kAffine = kTurnedRows + 64;
+constexpr int64_t kAffine = 64;
 constexpr std::array<float, kAffine> constants(float value) {
   std::array<float, kAffine> all{};
   for (int64_t i = 0; i < kAffine; ++i) all[size_t(i)] = value;
@@ -97,21 +98,42 @@ ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
   const int64_t row_bytes = std::max<int64_t>(depth_ * size_of(rows), 1);
   block_rows_ = std::clamp<int64_t>(kBlockBytes / row_bytes / kTileRows, 4, 64) * kTileRows;
   std::iota(row_.begin(), row_.end(), 0);
-  const int64_t segments = segments_of(weight.inputs);
-  for (int64_t s = 0; s < segments; ++s) segment_.push_back(s * (weight.inputs / segments));
+  for (int64_t begin = 0; begin == 0 || begin < weight.inputs; begin += kDepthBlock) {
+    const int64_t depth = std::min(weight.inputs - begin, kDepthBlock), segments = segments_of(depth);
+    blocks_.push_back({int32_t(segments), int32_t(depth / segments), segment_.size()});
+    for (int64_t s = 0; s < segments; ++s) segment_.push_back(begin + s * (depth / segments));
+  }
 }
 
-const char* const* ExpertProduct::in_segments(ExpertWork& work, const char* const* rows,
-                                              int64_t count) const {
-  work.table.resize(size_t(count) * segment_.size());
-  const TileSplit split{int32_t(count)};
+const char* const* ExpertProduct::in_segments(ExpertWork& work, const DepthBlock& block,
+                                              const char* const* rows, int64_t count, int32_t most) const {
+  work.table.resize(size_t(count * block.segments));
+  const TileSplit split(int32_t(count), most);
   const char** to = work.table.data();
   for (int32_t tile = 0; tile < split.tiles; rows += split.height(tile++)) {
-    for (int64_t begin : segment_) {
-      for (int32_t i = 0; i < split.height(tile); ++i) *to++ = rows[i] + begin * size_of(rows_);
+    for (int32_t s = 0; s < block.segments; ++s) {
+      const int64_t byte = segment_[block.first + size_t(s)] * size_of(rows_);
+      for (int32_t i = 0; i < split.height(tile); ++i) *to++ = rows[i] + byte;
     }
   }
   return work.table.data();
+}
+
+// Sums of a part of the depth, of a packed panel of so many columns.
+Gemm ExpertProduct::gemm_of(const DepthBlock& block, const char* panel, int64_t columns,
+                            int64_t out_offset) const {
+  return {block.segments,
+          block.depth,
+          segment_.data() + block.first,
+          panel,
+          {columns, depth_, 1, panel_bytes_},
+          rows_,
+          Dtype::kFloat32,
+          0,
+          out_offset,
+          kOnes.data(),
+          kZeros.data(),
+          Activation::kNone};
 }
 
 // The rows that are the last, unfilled vector of a packed x, where dot products are faster for so few.
@@ -132,7 +154,7 @@ bool ExpertProduct::turns(int64_t rows) const {
 
 void ExpertProduct::dots(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
                          const ExpertColumns* next) const {
-  const int64_t width = run_width(columns.count), stride = width * columns.runs();
+  const int64_t width = run_width(columns.count), stride = sums_stride(columns);
   work.sums.reserve(rows * stride);
   for (int run = 0; run < columns.runs(); ++run) {
     const bool last = run + 1 == columns.runs();
@@ -175,7 +197,7 @@ const char* ExpertProduct::together(ExpertWork& work, int64_t first, int64_t cou
   bool adjacent = true;
   for (int64_t i = 1; i < count; ++i) adjacent &= x[i] == x[0] + i * row_bytes;
   if (adjacent) return x[0];
-  char* to = work.gathered.reserve(kernels().panel_width * row_bytes);
+  char* to = work.gathered.reserve(count * row_bytes);
   for (int64_t i = 0; i < count; ++i) kernels().fill(to + i * row_bytes, x[i], row_bytes, false);
   return to;
 }
@@ -185,18 +207,19 @@ void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const
   work.packed_by = this;
   work.packed_expert = expert;
   const Kernels& k = kernels();
-  const int64_t panels = (rows + k.panel_width - 1) / k.panel_width, depth = weight_.inputs;
+  const WidePanels panels(rows);
+  const int64_t depth = weight_.inputs, lanes = k.lanes, vector_bytes = lanes * depth_ * size_of(rows_);
   const int64_t row_bytes = depth * size_of(rows_), unit = dot_ && depth % 2 == 0 ? 2 : 1;
-  work.packed.reserve(panels * panel_bytes_);
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = p * k.panel_width, left = std::min<int64_t>(rows - first, k.panel_width);
-    const int32_t wide = int32_t((left + k.lanes - 1) / k.lanes * k.lanes);
+  work.packed.reserve(panels.vectors * vector_bytes);
+  for (int32_t p = 0; p < panels.panels; ++p) {
+    const int64_t first = panels.begin(p) * lanes, wide = panels.width(p) * lanes;
+    const int64_t left = std::min(rows - first, wide);
     const char* from = together(work, first, left, row_bytes);
-    char* to = work.packed.data() + p * panel_bytes_;
+    char* to = work.packed.data() + panels.begin(p) * vector_bytes;
     const bool detour = dot_ && unit == 1;
-    if (detour) work.floats.reserve(depth_ * k.panel_width);
+    if (detour) work.floats.reserve(depth_ * wide);
     float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
-    k.pack_columns({from, unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left), wide,
+    k.pack_columns({from, unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left), int32_t(wide),
                     int32_t(depth / unit), row_.data(), out});
     if (!detour) continue;
     std::fill_n(out + depth * wide, (depth_ - depth) * wide, 0.f);
@@ -218,12 +241,20 @@ Ahead ExpertProduct::rows_after(const ExpertColumns& columns, int run, int64_t e
   return next ? rows_of(next->expert, next->begin, next->count) : Ahead{};
 }
 
+// The i-th of n shares of what lies ahead.
+Ahead share_of(const Ahead& whole, int32_t i, int32_t n) {
+  const int32_t begin = whole.rows * i / n, end = whole.rows * (i + 1) / n;
+  if (begin == end) return {};
+  return {whole.from + begin * whole.stride, whole.stride, whole.bytes, end - begin};
+}
+
 void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows,
                            const ExpertColumns* next) const {
   const Kernels& k = kernels();
   const int64_t lanes = k.lanes, aside = beside(rows), packed = rows - aside;
-  const int64_t width = run_width(columns.count), stride = width * columns.runs();
-  const int64_t wide = (packed + lanes - 1) / lanes * lanes;
+  const int64_t width = run_width(columns.count), stride = sums_stride(columns);
+  const WidePanels panels(packed);
+  const int64_t wide = panels.vectors * lanes;
   pack_x(work, columns.expert, packed);
   work.sums.reserve(rows * stride);
   work.turned_sums.reserve(kTurnedColumns * wide);
@@ -234,25 +265,23 @@ void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64
   for (int64_t i = 0; i < kTurnedColumns; ++i) {
     out[i] = reinterpret_cast<char*>(work.turned_sums.data() + i * wide);
   }
-  Gemm gemm{int32_t(segment_.size()),
-            int32_t(weight_.inputs / int64_t(segment_.size())),
-            segment_.data(),
-            work.packed.data(),
-            {packed, depth_, (packed + k.panel_width - 1) / k.panel_width, 0},
-            rows_,
-            Dtype::kFloat32,
-            0,
-            0,
-            kOnes.data(),
-            kZeros.data(),
-            Activation::kNone};
   for (int run = 0; run < columns.runs(); ++run) {
     for (int64_t c = 0; c < columns.count; c += kTurnedColumns) {
       const int64_t count = std::min(columns.count - c, kTurnedColumns), begin = columns.begin_of(run) + c;
       for (int64_t i = 0; i < count; ++i) weight[i] = weight_.column(columns.expert, begin + i);
-      gemm.ahead = rows_after(columns, run, c + count, next);
-      const char* const* in = in_segments(work, weight, count);
-      k.gemm(gemm, {int32_t(count), in, out, nullptr, nullptr, true}, 0, gemm.layout.panels);
+      const Ahead after = rows_after(columns, run, c + count, next);
+      const int32_t parts = panels.panels * int32_t(blocks_.size());
+      for (int32_t part = 0; part < parts; ++part) {
+        const int32_t p = part / int32_t(blocks_.size()), vectors = panels.width(p);
+        const DepthBlock& block = blocks_[size_t(part) % blocks_.size()];
+        const int64_t first = panels.begin(p) * lanes;
+        Gemm gemm =
+            gemm_of(block, work.packed.data() + first * depth_ * size_of(rows_), vectors * lanes, first * 4);
+        gemm.ahead = share_of(after, part, parts);
+        gemm.vectors = vectors;
+        const char* const* in = in_segments(work, block, weight, count, tile_rows(vectors));
+        k.gemm(gemm, {int32_t(count), in, out, block.first ? out : nullptr, nullptr, true}, 0, 1);
+      }
       float* sums = work.sums.data() + run * width + c;
       for (int64_t i = 0; i < count; i += lanes) {  // [column][row] to [row][column]
         k.pack_columns({out[i], Dtype::kFloat32, wide, int32_t(std::min(count - i, lanes)), int32_t(lanes),
@@ -277,7 +306,7 @@ Ahead ExpertProduct::ahead(const ExpertColumns& columns, int run, int64_t panel)
 void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, const Block& block,
                              const ExpertColumns* next) const {
   const Kernels& k = kernels();
-  const int64_t width = run_width(columns.count), stride = width * columns.runs();
+  const int64_t width = run_width(columns.count), stride = sums_stride(columns);
   const int64_t panels = width / k.panel_width, all = panels * columns.runs();
   const bool once = block.begin == 0 && block.last;  // then one panel after another takes the same place
   work.packed.reserve((once ? 1 : all) * panel_bytes_);
@@ -287,7 +316,6 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
   for (int64_t i = 0; i < block.rows; ++i) {
     work.sums_out[size_t(i)] = reinterpret_cast<char*>(work.sums.data() + i * stride);
   }
-  const char* const* in = in_segments(work, work.x.data() + block.begin, block.rows);
   for (int64_t p = 0; p < all; ++p) {
     const int run = int(p / panels);
     const int64_t panel = p % panels, first = panel * k.panel_width;
@@ -296,21 +324,16 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
     Ahead after;
     if (p + 1 < all && block.begin == 0) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);
     if (p + 1 == all && block.last && next) after = ahead(*next, 0, 0);
-    const Gemm gemm{int32_t(segment_.size()),
-                    int32_t(weight_.inputs / int64_t(segment_.size())),
-                    segment_.data(),
-                    to,
-                    {std::min<int64_t>(columns.count - first, k.panel_width), depth_, 1, panel_bytes_},
-                    rows_,
-                    Dtype::kFloat32,
-                    0,
-                    (run * width + first) * 4,
-                    kOnes.data(),
-                    kZeros.data(),
-                    Activation::kNone,
-                    after};
-    const bool near = p > 0;
-    k.gemm(gemm, {int32_t(block.rows), in, work.sums_out.data(), nullptr, nullptr, near}, 0, 1);
+    const int32_t parts = int32_t(blocks_.size());
+    for (int32_t part = 0; part < parts; ++part) {
+      const DepthBlock& depth = blocks_[size_t(part)];
+      Gemm gemm = gemm_of(depth, to, std::min<int64_t>(columns.count - first, k.panel_width),
+                          (run * width + first) * 4);
+      gemm.ahead = share_of(after, part, parts);
+      const char* const* in = in_segments(work, depth, work.x.data() + block.begin, block.rows);
+      char* const* sums = work.sums_out.data();
+      k.gemm(gemm, {int32_t(block.rows), in, sums, part ? sums : nullptr, nullptr, p > 0}, 0, 1);
+    }
   }
 }
 

@@ -104,7 +104,7 @@ void linear_rows(const ExpertCall& call, const char* x, bool packed_in, const Ex
                     }
                     const int64_t after = i + 1 < each ? task * each + i + 1 : guess * each;
                     const ExpertColumns next = after < 0 ? columns : pieces.at(after);
-                    const int64_t stride = product.run_width(columns.count);
+                    const int64_t stride = product.sums_stride(columns);
                     point_at_rows(work, rows, columns.expert, x, row_bytes, packed_in);
                     product.run(work, columns, rows.count(columns.expert), after < 0 ? nullptr : &next,
                                 [&](int64_t first, int64_t count) {
@@ -204,7 +204,7 @@ class UpPass {
   }
 
   void finish_block(ExpertWork& work, const ExpertColumns& columns, int64_t first, int64_t count) const {
-    const int64_t width = product_.run_width(columns.count), stride = width * columns.runs();
+    const int64_t width = product_.run_width(columns.count), stride = product_.sums_stride(columns);
     if (!between_.gated) {
       const Target target{h_, h_dtype_, inner_ * size_of(h_dtype_), true, between_.activation, nullptr};
       return finish(work, call_.rows, up_, columns, stride, target, first, count);

@@ -163,17 +163,25 @@ static void row_dots(const RowDots& d) {
 
 FORCE_INLINE Vec load_floats(const float* p, int n) { return n == Vec::kLanes ? load(p) : load(p, n); }
 
+// Rows first: columns first would touch a line of each row in turn, and rows 4 KB apart share one set of the
+// L1 cache.
 static void finish_rows(const FinishRows& f) {
-  for (int64_t c = 0; c < f.columns; c += Vec::kLanes) {
-    const int n = left_of(f.columns, c);
-    const Vec scale = f.scale ? load_floats(f.scale + c, n) : broadcast(1.f);
-    const Vec bias = f.bias ? load(f.bias + c * size_of(f.bias_dtype), f.bias_dtype, n) : zero();
-    const int64_t byte = c * size_of(f.dtype);
-    for (int i = 0; i < f.rows; ++i) {
-      Vec y = activate(fma(load_floats(f.sums + i * f.sums_stride + c, n), scale, bias), f.activation);
-      if (f.weight) y = mul(y, broadcast(f.weight[i]));
-      if (f.add) y = add(y, load_floats((const float*)(f.out[i] + byte), n));
-      store(f.out[i] + byte, y, f.dtype, n);
+  const bool affine = f.scale || f.bias || f.activation != Activation::kNone;
+  for (int i = 0; i < f.rows; ++i) {
+    const float* sums = f.sums + i * f.sums_stride;
+    const Vec weight = broadcast(f.weight ? f.weight[i] : 1.f);
+    for (int64_t c = 0; c < f.columns; c += Vec::kLanes) {
+      const int n = left_of(f.columns, c);
+      char* out = f.out[i] + c * size_of(f.dtype);
+      Vec y = load_floats(sums + c, n);
+      if (affine) {
+        const Vec scale = f.scale ? load_floats(f.scale + c, n) : broadcast(1.f);
+        const Vec bias = f.bias ? load(f.bias + c * size_of(f.bias_dtype), f.bias_dtype, n) : zero();
+        y = activate(fma(y, scale, bias), f.activation);
+      }
+      if (f.weight) y = mul(y, weight);
+      if (f.add) y = add(y, load_floats((const float*)out, n));
+      store(out, y, f.dtype, n);
     }
   }
 }

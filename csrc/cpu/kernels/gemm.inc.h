@@ -245,11 +245,44 @@ static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int6
   }
 }
 
+template <bool kDot>
+static TileFunction wide_tile_function(int vectors, int height) {
+#if defined(DYNOPS_ISA_AVX512)
+  static constexpr TileFunction three[] = {
+      gemm_tile<1, 3, kDot>, gemm_tile<2, 3, kDot>, gemm_tile<3, 3, kDot>, gemm_tile<4, 3, kDot>,
+      gemm_tile<5, 3, kDot>, gemm_tile<6, 3, kDot>, gemm_tile<7, 3, kDot>, gemm_tile<8, 3, kDot>};
+  static constexpr TileFunction four[] = {gemm_tile<1, 4, kDot>, gemm_tile<2, 4, kDot>,
+                                          gemm_tile<3, 4, kDot>, gemm_tile<4, 4, kDot>,
+                                          gemm_tile<5, 4, kDot>, gemm_tile<6, 4, kDot>};
+  if (vectors == 3) return three[height - 1];
+  if (vectors == 4) return four[height - 1];
+#endif
+  return vectors == kPanelVectors ? tile_function<kPanelVectors, kDot>(height)
+                                  : tile_function<1, kDot>(height);
+}
+
+// One panel of g.vectors vectors.
+template <bool kDot>
+static void gemm_wide(const Gemm& g, const RowBlock& rows) {
+  const TileSplit split(rows.rows, tile_rows(g.vectors));
+  const char* const* in = rows.in;
+  Requests requests(g, split.tiles);
+  for (int tile = 0, row = 0; tile < split.tiles; ++tile) {
+    const int height = split.height(tile);
+    wide_tile_function<kDot>(g.vectors, height)(g, rows, in, row, g.weight, 0, int(g.layout.columns),
+                                                NextTile{}, requests);
+    in += int64_t(height) * g.segments;
+    row += height;
+  }
+}
+
 static void gemm(const Gemm& g, const RowBlock& rows, int64_t begin, int64_t end) {
 #if defined(DYNOPS_ISA_BF16)
-  if (g.in == Dtype::kBFloat16) return gemm_panels<true>(g, rows, begin, end);
+  if (g.in == Dtype::kBFloat16) {
+    return g.vectors ? gemm_wide<true>(g, rows) : gemm_panels<true>(g, rows, begin, end);
+  }
 #endif
-  gemm_panels<false>(g, rows, begin, end);
+  g.vectors ? gemm_wide<false>(g, rows) : gemm_panels<false>(g, rows, begin, end);
 }
 
 // ------------------------------------------------------------------------------------- Winograd
