@@ -158,6 +158,17 @@ def test_every_number_of_rows(rows, backend):
         check_linear(case, backend, case.linear_tensors(dtype=dtype))
 
 
+@backends
+@pytest.mark.parametrize("rows", [1, 25, 64, 300])
+def test_long_sums_keep_their_digits(rows, backend):
+    """One float32 sum over 4096 products would be 4 times as far from float64 as torch's, and over the budget."""
+    case = Case(tokens=rows, topk=1, experts=1, inputs=4096, outputs=64)
+    tensors = case.linear_tensors()
+    check_linear(case, backend, tensors, ())
+    tensors["weight"] = tensors["weight"].mT.contiguous()
+    check_linear(case, backend, tensors, (), transposed=True)
+
+
 # ------------------------------------------------------------------------------------- experts_mlp
 
 

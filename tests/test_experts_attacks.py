@@ -90,6 +90,25 @@ def test_packed_rows_of_dropped_pairs_are_zero_and_not_read(backend):
 
 
 @backends
+@pytest.mark.parametrize("packed_out", [False, True])
+def test_nan_weights_of_dropped_pairs_reach_nothing(packed_out, backend):
+    """Nor where the op is composed: with an activation and gradients, with the gradient of packed rows."""
+    case = CASES["some dropped"]
+    index = case.index()
+    plan, rows = ExpertPlan.from_topk(index, case.experts), case.rows(case.inputs, True)
+    weight, shares = case.weight(case.outputs, case.inputs), torch.rand(index.shape)
+    results = []
+    for given in (shares, shares.masked_fill(index == case.experts, NAN)):
+        leaves = [t.detach().clone().requires_grad_() for t in (rows, weight, given)]
+        options = {"topk_weight": leaves[2], "packed_in": True, "packed_out": packed_out, "backend": backend}
+        for activation in (None, "silu"):
+            out = ops.grouped_linear(*leaves[:2], plan, activation=activation, **options)
+            results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    for a, b in zip(results[0] + results[1], results[2] + results[3], strict=True):
+        assert torch.equal(a, b)
+
+
+@backends
 def test_experts_without_rows_get_a_gradient_of_zero(backend):
     plan, _, tensors = layer(CASES["all to one"])
     grads = dict(zip(tensors, all_results(plan, tensors, backend)[2:], strict=True))

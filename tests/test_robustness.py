@@ -511,6 +511,7 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     plan = PixelPlan.full((1, 1, len(values)))
     out = ops.sparse_conv2d(x, weight, None, plan, activation=activation, backend=backend).flatten()
     act = {None: lambda y: y, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh")}
+    act["relu2"] = lambda y: F.relu(y).square()
     right = act.get(activation, getattr(F, activation or "", None))(values)
     torch.testing.assert_close(out, right, rtol=1e-6, atol=1e-6, equal_nan=True)
 

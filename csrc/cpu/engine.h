@@ -193,19 +193,6 @@ struct FinishRows {
   bool add;             // to out, which is float32
 };
 
-// out[i][c] = activate(gate[i][c]) * up[i][c], or gpt-oss's clamped SwiGLU.
-struct GatedRows {
-  int32_t rows, columns;
-  const float* gate;  // [rows][stride]; interleaved: gate and up by turns
-  const float* up;
-  int64_t stride;
-  bool interleaved, clamped;
-  Activation activation;
-  float alpha, limit;  // of the clamped one
-  char* const* out;    // [rows]
-  Dtype dtype;
-};
-
 // The same of G w G^T (winograd.cpp) of a float32 3x3 weight: to[position][channel][c].
 struct PackWinograd {
   const float* from;  // [column][channel][9]
@@ -260,6 +247,7 @@ struct Glu {
   bool interleaved;    // g0 u0 g1 u1 …, not side by side
   float alpha, limit;  // of kClampedSwiglu
   int64_t n;           // columns of h
+  int64_t up;          // elements from a row's gates to its ups, where these lie side by side
   Dtype in, out;       // of z, of h; the gradients have their dtypes
 };
 
@@ -312,7 +300,6 @@ struct Kernels {
   void (*pack_rows)(const PackRows&);
   void (*row_dots)(const RowDots&);
   void (*finish_rows)(const FinishRows&);
-  void (*gated_rows)(const GatedRows&);
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

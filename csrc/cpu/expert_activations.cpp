@@ -18,7 +18,8 @@ Glu glu_of(const Tensor& z, const Tensor& h, int64_t activation, bool gated, boo
                       z.size(0) == h.size(0) && z.size(1) == h.size(1) * (gated ? 2 : 1),
                   "z: expected contiguous rows, ", gated ? "two columns for each of " : "as wide as ",
                   h.size(1), ", got ", z.numel(), " elements");
-  return {name, gated, interleaved, float(alpha), float(limit), h.size(1), dtype_of(z), dtype_of(h)};
+  return {name,      gated,     interleaved, float(alpha), float(limit),
+          h.size(1), h.size(1), dtype_of(z), dtype_of(h)};
 }
 
 template <class Row>

@@ -42,27 +42,6 @@ Dtype weight_dtype(const Tensor& weight) {
 
 }  // namespace
 
-ExpertRows::ExpertRows(const Tensor& order_in, const Tensor& offsets_in, int64_t topk_in)
-    : order(data_of<const int32_t>(order_in)),
-      offsets(data_of<const int32_t>(offsets_in)),
-      pairs(order_in.size(0)),
-      experts(offsets_in.size(0) - 1),
-      topk(topk_in) {
-  for (const Tensor* t : {&order_in, &offsets_in}) {
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->is_contiguous(),
-                    "order, offsets: expected contiguous int32 vectors");
-  }
-  STD_TORCH_CHECK(topk > 0 && pairs % topk == 0, "topk: expected a divisor of ", pairs, " pairs, got ", topk);
-  bool inside = true, ascends = offsets[0] == 0 && offsets[experts] <= pairs;
-  for (int64_t i = 0; i < pairs; ++i) inside &= order[i] >= 0 && order[i] < pairs;
-  for (int64_t e = 0; e < experts; ++e) {
-    ascends &= offsets[e] <= offsets[e + 1];
-    if (offsets[e] < offsets[e + 1]) live.push_back(int32_t(e));
-  }
-  STD_TORCH_CHECK(inside, "order: expected values in [0, ", pairs, ")");
-  STD_TORCH_CHECK(ascends, "offsets: expected them to ascend from 0 to at most ", pairs);
-}
-
 ExpertWeight::ExpertWeight(const Tensor& weight, const OptionalTensor& scale_in,
                            const OptionalTensor& bias_in, bool transposed_in)
     : data(data_of<const char>(weight)),

@@ -13,7 +13,7 @@ struct ExpertCall {
   ExpertCall(const ExpertRows& rows, const Tensor& x, double macs_a_row)
       : rows(rows),
         dtype(dtype_of(x)),
-        threads(threads_for(double(rows.kept()) * macs_a_row, kMacsPerThread)) {
+        threads(threads_for(double(rows.rows()) * macs_a_row, kMacsPerThread)) {
     STD_TORCH_CHECK(dtype == Dtype::kFloat32 || (dtype == Dtype::kBFloat16 && kernels().bf16_dot),
                     "x: expected float32, or bfloat16 where there is an instruction for its pairs");
   }
@@ -97,7 +97,7 @@ void linear_rows(const ExpertCall& call, const char* x, bool packed_in, const Ex
                   for (int64_t i = 0; i < each; ++i) {
                     const ExpertColumns columns = pieces.at(task * each + i);
                     if (i == 0 && !target.packed) {
-                      for (int64_t t = 0; t < rows.tokens(); ++t) {
+                      for (int64_t t = 0; t < rows.tokens; ++t) {
                         kernels().fill(target.out + t * target.row_bytes + columns.begin * 4, nullptr,
                                        columns.count * 4, false);
                       }
@@ -114,44 +114,38 @@ void linear_rows(const ExpertCall& call, const char* x, bool packed_in, const Ex
                 });
 }
 
-const float* row_weights(const OptionalTensor& t, const ExpertRows& rows) {
-  STD_TORCH_CHECK(!t || (t->numel() == rows.pairs && t->scalar_type() == ScalarType::Float),
-                  "row_weight: expected float32 of ", rows.pairs);
-  return data_of<const float>(t);
-}
-
 // Rows that no expert computes: zero.
 void fill_dropped(const ExpertRows& rows, const Tensor& out) {
   const int64_t row_bytes = out.size(1) * size_of(dtype_of(out));
-  kernels().fill(data_of<char>(out) + rows.kept() * row_bytes, nullptr,
-                 (rows.pairs - rows.kept()) * row_bytes, false);
+  kernels().fill(data_of<char>(out) + rows.rows() * row_bytes, nullptr,
+                 (rows.pairs - rows.rows()) * row_bytes, false);
 }
 
 // x: contiguous float32, or bfloat16 where there is an instruction for its pairs. out: packed, of any dtype;
 // else float32.
 void grouped_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
                     const OptionalTensor& bias, const OptionalTensor& row_weight, const Tensor& order,
-                    const Tensor& offsets, int64_t topk, bool packed_in, bool packed_out, bool transposed,
-                    int64_t activation, Tensor out) {
-  const ExpertRows rows(order, offsets, topk);
+                    const Tensor& offsets, const Tensor& position, bool packed_in, bool packed_out,
+                    bool transposed, int64_t activation, Tensor out) {
+  const ExpertRows rows(order, offsets, position);
   const ExpertWeight w(weight, scale, bias, transposed);
   check_fits(w, rows, "weight");
-  check_rows(x, packed_in ? rows.pairs : rows.tokens(), w.inputs, "x");
-  check_rows(out, packed_out ? rows.pairs : rows.tokens(), w.outputs, "out");
+  check_rows(x, packed_in ? rows.pairs : rows.tokens, w.inputs, "x");
+  check_rows(out, packed_out ? rows.pairs : rows.tokens, w.outputs, "out");
   STD_TORCH_CHECK(packed_out || dtype_of(out) == Dtype::kFloat32, "out: expected float32 sums");
   const ExpertCall call(rows, x, macs_of(w));
   const Target target{data_of<char>(out), dtype_of(out),          w.outputs * size_of(dtype_of(out)),
                       packed_out,         Activation(activation), row_weights(row_weight, rows)};
   if (packed_out) fill_dropped(rows, out);
   if (!packed_out && rows.live.empty()) {
-    return kernels().fill(data_of<char>(out), nullptr, rows.tokens() * target.row_bytes, false);
+    return kernels().fill(data_of<char>(out), nullptr, rows.tokens * target.row_bytes, false);
   }
   linear_rows(call, data_of<const char>(x), packed_in, w, target);
 }
 
 struct Between {  // the two products of an MLP
   Activation activation;
-  bool gated, clamped, interleaved;
+  bool gated, interleaved;
   float alpha, limit;
 };
 
@@ -212,15 +206,15 @@ class UpPass {
     work.out.resize(size_t(count));
     affine(work, columns, stride, count);
     const int64_t begin = between_.interleaved ? columns.begin / 2 : columns.begin;
-    const int64_t row = call_.rows.offsets[columns.expert] + first;
-    for (int64_t i = 0; i < count; ++i) {
-      work.out[size_t(i)] = h_ + ((row + i) * inner_ + begin) * size_of(h_dtype_);
-    }
     const int64_t inner = between_.interleaved ? columns.count / 2 : columns.count;
-    const float* sums = work.sums.data();
-    kernels().gated_rows({int32_t(count), int32_t(inner), sums, sums + width, stride, between_.interleaved,
-                          between_.clamped, between_.activation, between_.alpha, between_.limit,
-                          work.out.data(), h_dtype_});
+    const int64_t row = call_.rows.offsets[columns.expert] + first;
+    const Glu glu{
+        between_.activation, true,    between_.interleaved, between_.alpha, between_.limit, inner, width,
+        Dtype::kFloat32,     h_dtype_};
+    for (int64_t i = 0; i < count; ++i) {
+      kernels().glu(glu, reinterpret_cast<const char*>(work.sums.data() + i * stride),
+                    h_ + ((row + i) * inner_ + begin) * size_of(h_dtype_));
+    }
   }
 
   const ExpertCall& call_;
@@ -237,28 +231,28 @@ class UpPass {
 void experts_mlp(const Tensor& x, const Tensor& up_in, const Tensor& down_in, const OptionalTensor& up_scale,
                  const OptionalTensor& down_scale, const OptionalTensor& up_bias,
                  const OptionalTensor& down_bias, const OptionalTensor& row_weight, const Tensor& order,
-                 const Tensor& offsets, int64_t topk, int64_t activation, bool gated, bool clamped,
+                 const Tensor& offsets, const Tensor& position, int64_t activation, bool gated,
                  bool interleaved, bool up_transposed, bool down_transposed, double alpha, double limit,
                  Tensor h, Tensor out) {
-  const ExpertRows rows(order, offsets, topk);
+  const ExpertRows rows(order, offsets, position);
   const ExpertWeight up(up_in, up_scale, up_bias, up_transposed);
   const ExpertWeight down(down_in, down_scale, down_bias, down_transposed);
   check_fits(up, rows, "up");
   check_fits(down, rows, "down");
   STD_TORCH_CHECK(up.outputs == (gated ? 2 : 1) * down.inputs, "up: expected ", (gated ? 2 : 1) * down.inputs,
                   " outputs, got ", up.outputs);
-  check_rows(x, rows.tokens(), up.inputs, "x");
+  check_rows(x, rows.tokens, up.inputs, "x");
   check_rows(h, rows.pairs, down.inputs, "h");
-  check_rows(out, rows.tokens(), down.outputs, "out");
+  check_rows(out, rows.tokens, down.outputs, "out");
   STD_TORCH_CHECK(dtype_of(out) == Dtype::kFloat32 && dtype_of(h) == dtype_of(x),
                   "h, out: expected x's dtype and float32");
   const Target target{data_of<char>(out), Dtype::kFloat32,
                       down.outputs * 4,   false,
                       Activation::kNone,  row_weights(row_weight, rows)};
   if (rows.live.empty()) {
-    return kernels().fill(target.out, nullptr, rows.tokens() * target.row_bytes, false);
+    return kernels().fill(target.out, nullptr, rows.tokens * target.row_bytes, false);
   }
-  const Between between{Activation(activation), gated, clamped, interleaved, float(alpha), float(limit)};
+  const Between between{Activation(activation), gated, interleaved, float(alpha), float(limit)};
   const ExpertCall call(rows, x, macs_of(up) + macs_of(down));
   UpPass(call, data_of<const char>(x), up, between, data_of<char>(h), dtype_of(h)).run();
   linear_rows(call, data_of<const char>(h), true, down, target);
@@ -270,13 +264,15 @@ void experts_mlp(const Tensor& x, const Tensor& up_in, const Tensor& down_in, co
 STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
   m.def(
       "cpu_grouped_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? row_weight, Tensor "
-      "order, Tensor offsets, int topk, bool packed_in, bool packed_out, bool transposed, int activation, "
+      "order, Tensor offsets, Tensor position, bool packed_in, bool packed_out, bool transposed, int "
+      "activation, "
       "Tensor(a!) out) -> ()");
   m.def(
       "cpu_experts_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_scale, Tensor? down_scale, Tensor? "
       "up_bias, "
-      "Tensor? down_bias, Tensor? row_weight, Tensor order, Tensor offsets, int topk, int activation, bool "
-      "gated, bool clamped, bool interleaved, bool up_transposed, bool down_transposed, float alpha, float "
+      "Tensor? down_bias, Tensor? row_weight, Tensor order, Tensor offsets, Tensor position, int activation, "
+      "bool "
+      "gated, bool interleaved, bool up_transposed, bool down_transposed, float alpha, float "
       "limit, Tensor(a!) h, Tensor(b!) out) -> ()");
 }
 

@@ -5,23 +5,22 @@
 #include <memory>
 #include <vector>
 
-#include "operands.h"
+#include "expert_plan.h"
 #include "parallel.h"
 
 namespace dynops::cpu {
 
-// An ExpertPlan, whose indices were checked.
-struct ExpertRows {
-  const int32_t* order;    // [pairs]: the pair t * topk + k of each row
-  const int32_t* offsets;  // [experts + 1]
-  int64_t pairs, experts, topk;
-  std::vector<int32_t> live;  // the experts that have rows
+// A plan, and the experts that have rows.
+struct ExpertRows : ExpertPlan {
+  std::vector<int32_t> live;
 
-  ExpertRows(const Tensor& order, const Tensor& offsets, int64_t topk);
-  int64_t kept() const { return offsets[experts]; }
-  int64_t tokens() const { return pairs / topk; }
+  ExpertRows(const Tensor& order, const Tensor& offsets, const Tensor& position)
+      : ExpertPlan(order, offsets, position) {
+    for (int64_t e = 0; e < experts; ++e) {
+      if (count(e) > 0) live.push_back(int32_t(e));
+    }
+  }
   int64_t count(int64_t expert) const { return offsets[expert + 1] - offsets[expert]; }
-  int64_t token(int64_t row) const { return order[row] / int32_t(topk); }
 };
 
 // The weights of all experts, [E, O, I] or transposed [E, I, O]; the last dimension is contiguous.

@@ -120,5 +120,4 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        glu_grad,
                        pack_rows,
                        row_dots,
-                       finish_rows,
-                       gated_rows};
+                       finish_rows};

@@ -15,6 +15,7 @@ if backends.has_binary():
     _cpu_grouped_linear = torch.ops.dynops.cpu_grouped_linear.default
     _cpu_experts_mlp = torch.ops.dynops.cpu_experts_mlp.default
 
+_GATED = _ACTIVATIONS | {"clamped_swiglu": len(_ACTIVATIONS)}  # csrc/cpu/engine.h: Activation
 
 # ------------------------------------------------------------------------------------ products
 
@@ -47,7 +48,7 @@ def linear(x, weight, scale, bias, row_weight, order, offsets, position, packed_
         _optional(row_weight, torch.float32),
     )
     options = packed_in, packed_out, transposed, _ACTIVATIONS[activation]
-    _cpu_grouped_linear(*tensors, order, offsets, position.shape[1], *options, out)
+    _cpu_grouped_linear(*tensors, order, offsets, position, *options, out)
     return out.to(x.dtype)
 
 
@@ -62,10 +63,9 @@ def mlp(
     out = torch.empty(x.shape, dtype=torch.float32)
     extras = (up_scale, down_scale, up_bias, down_bias)
     tensors = rows, _matrix(up), _matrix(down), *map(_optional, extras), _optional(row_weight, torch.float32)
-    clamped = activation == "clamped_swiglu"
-    options = 0 if clamped else _ACTIVATIONS[activation], gated, clamped, interleaved
+    options = _GATED[activation], gated, interleaved
     layout = up_transposed, down_transposed, alpha, limit
-    _cpu_experts_mlp(*tensors, order, offsets, position.shape[1], *options, *layout, h, out)
+    _cpu_experts_mlp(*tensors, order, offsets, position, *options, *layout, h, out)
     return out.to(x.dtype)
 
 
@@ -79,8 +79,6 @@ if backends.has_binary():
     _cpu_combine = torch.ops.dynops.cpu_combine_pairs.default
     _cpu_dots = torch.ops.dynops.cpu_pair_dots.default
 
-# csrc/cpu/engine.h: Activation
-_GATED = _ACTIVATIONS | {"clamped_swiglu": len(_ACTIVATIONS)}
 
 
 def weight_grad(grad, x, row_weight, order, offsets, position, packed_grad, packed_x, transposed, bias):

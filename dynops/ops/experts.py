@@ -51,6 +51,13 @@ def _spans(offsets: Tensor):
     return [(e, b, c) for e, (b, c) in enumerate(itertools.pairwise(bounds)) if c > b]
 
 
+def _weighted(rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Packed rows times the weight ``[T, K]`` of their pair; dropped ones zero, whatever theirs is."""
+    live = torch.arange(order.shape[0], device=rows.device) < offsets[-1]
+    weighted = rows * weight.reshape(-1)[order.long()][:, None]
+    return torch.where(live[:, None], weighted, 0).to(rows.dtype)
+
+
 def _linear(
     x: Tensor,  # [T, I], packed [P, I]
     weight: Tensor,  # [E, O, I], transposed [E, I, O]; int8 with a scale
@@ -77,9 +84,7 @@ def _linear(
         return _combine(out, row_weight, *plan)
     if row_weight is None:
         return out
-    live = torch.arange(order.shape[0], device=x.device) < offsets[-1]
-    out = out * row_weight.reshape(-1)[order.long()][:, None]
-    return torch.where(live[:, None], out, 0).to(x.dtype)
+    return _weighted(out, row_weight, order, offsets)
 
 
 def _weight_grad(
@@ -96,8 +101,7 @@ def _weight_grad(
 ) -> tuple[Tensor, Tensor]:  # dW [E, O, I] or transposed [E, I, O]; db [E, O], or [0] where nobody asks
     plan = (order, offsets, position)
     if packed_grad:
-        weights = None if row_weight is None else row_weight.reshape(-1)[order.long()][:, None]
-        dy = grad if weights is None else (grad * weights).to(grad.dtype)
+        dy = grad if row_weight is None else _weighted(grad, row_weight, order, offsets)
     else:
         dy = _gather(grad, row_weight, *plan)
     rows = x if packed_x else _gather(x, None, *plan)
@@ -223,7 +227,7 @@ def _backward(ctx, grad):
             rows = input_grad(None, True)
             d_rows = _row_weight_grad(grad, x, rows, bias, row_weight, plan, ctx.options)
             if need_x and packed_in:
-                dx = (rows * row_weight.reshape(-1)[plan[0].long()][:, None]).to(x.dtype)
+                dx = _weighted(rows, row_weight, *plan[:2])
             elif need_x:
                 dx = combine(rows, row_weight, *plan, backend)
         else:
@@ -341,7 +345,7 @@ def grouped_linear(
         return combine(y, topk_weight, *indices, backend or "")
     if topk_weight is None:
         return y
-    return (y * topk_weight.reshape(-1)[plan.order.long()][:, None]).to(y.dtype)
+    return _weighted(y, topk_weight, plan.order, plan.offsets)
 
 
 def experts_mlp(

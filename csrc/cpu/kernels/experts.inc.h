@@ -185,29 +185,3 @@ static void finish_rows(const FinishRows& f) {
     }
   }
 }
-
-FORCE_INLINE Vec gated(const GatedRows& g, Vec gate, Vec up) {
-  if (!g.clamped) return mul(activate(gate, g.activation), up);
-  gate = min_of(broadcast(g.limit), gate);
-  up = max_of(broadcast(-g.limit), min_of(broadcast(g.limit), up));
-  return mul(add(up, broadcast(1.f)), mul(gate, sigmoid(mul(gate, broadcast(g.alpha)))));
-}
-
-static void gated_rows(const GatedRows& g) {
-  for (int i = 0; i < g.rows; ++i) {
-    for (int64_t c = 0; c < g.columns; c += Vec::kLanes) {
-      const int n = left_of(g.columns, c);
-      Vec gate, up;
-      if (g.interleaved) {
-        const float* from = g.gate + i * g.stride + 2 * c;
-        const int second = 2 * n - Vec::kLanes;
-        deinterleave(load_floats(from, second < 0 ? 2 * n : Vec::kLanes),
-                     second > 0 ? load_floats(from + Vec::kLanes, second) : zero(), gate, up);
-      } else {
-        gate = load_floats(g.gate + i * g.stride + c, n);
-        up = load_floats(g.up + i * g.stride + c, n);
-      }
-      store(g.out[i] + c * size_of(g.dtype), gated(g, gate, up), g.dtype, n);
-    }
-  }
-}

@@ -7,7 +7,7 @@ FORCE_INLINE void load_halves(const Glu& g, const char* z, int64_t c, Vec& gate,
   const int left = left_of(g.n, c);
   if (!g.interleaved) {
     gate = load(z + c * element, g.in, left);
-    up = load(z + (g.n + c) * element, g.in, left);
+    up = load(z + (g.up + c) * element, g.in, left);
     return;
   }
   const int second = 2 * left - Vec::kLanes;
@@ -21,7 +21,7 @@ FORCE_INLINE void store_halves(const Glu& g, char* z, int64_t c, Vec gate, Vec u
   const int left = left_of(g.n, c);
   if (!g.interleaved) {
     store(z + c * element, gate, g.in, left);
-    store(z + (g.n + c) * element, up, g.in, left);
+    store(z + (g.up + c) * element, up, g.in, left);
     return;
   }
   const int second = 2 * left - Vec::kLanes;
