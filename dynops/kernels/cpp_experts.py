@@ -80,7 +80,6 @@ if backends.has_binary():
     _cpu_dots = torch.ops.dynops.cpu_pair_dots.default
 
 
-
 def weight_grad(grad, x, row_weight, order, offsets, position, packed_grad, packed_x, transposed, bias):
     """See ``ops.experts._weight_grad``. Accumulates in float32, whatever the dtype."""
     experts, outputs, inputs = offsets.shape[0] - 1, grad.shape[1], x.shape[1]
