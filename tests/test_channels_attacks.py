@@ -140,6 +140,7 @@ ISA_SCRIPT = """
     from test_pixels import CONVS
     import dynops
 
+    torch.manual_seed(0)
     torch.set_num_threads(2)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name in ("3x3", "1x1", "depthwise", "group width 3", "odd wide", "winograd"):

@@ -190,6 +190,7 @@ ISA_SCRIPT = """
     from test_experts import check_linear, check_mlp
     import dynops
 
+    torch.manual_seed(0)
     torch.set_num_threads(2)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name in ("one token", "odd", "many rows", "some dropped"):

@@ -5,6 +5,7 @@
 #include "channel_lists.h"
 #include "grad_rows.h"
 #include "parallel.h"
+#include "row_sums.h"
 #include "taps.h"
 
 namespace dynops::cpu {
@@ -358,21 +359,16 @@ class DepthwiseWeightGrad {
 
 // ----------------------------------------------------------------------------------------- bias
 
-// The sums of the live gradients: float32 over 16 rows, then float64, sample after sample, so that the result
-// does not depend on the number of threads.
+// The sums of the live gradients, sample after sample, so that the result does not depend on the number of
+// threads.
 void channel_bias_grad(const LiveMap& grad, int64_t batch, int64_t outputs, char* out) {
   const int64_t channels = grad.row_channels(), pixels = grad.pixels();
   std::vector<double> sums(size_t(batch * channels), 0.);
   const int64_t threads = threads_for(double(batch * pixels * channels), 256e3);
   parallel(threads, [&](int64_t t) {
-    std::vector<float> few(static_cast<size_t>(channels));
     for (int64_t n = part(batch, t, threads); n < part(batch, t + 1, threads); ++n) {
-      for (int64_t first = 0; first < pixels; first += 16) {
-        std::fill(few.begin(), few.end(), 0.f);
-        for (int64_t p = first; p < std::min(pixels, first + 16); ++p)
-          kernels().add_to(grad.row(n, p), grad.dtype(), channels, few.data());
-        for (int64_t c = 0; c < channels; ++c) sums[size_t(n * channels + c)] += few[size_t(c)];
-      }
+      RowSums sum(channels, sums.data() + n * channels);
+      for (int64_t p = 0; p < pixels; ++p) sum.add(grad.row(n, p), grad.dtype());
     }
   });
   std::vector<double> total(size_t(outputs), 0.);

@@ -6,6 +6,7 @@
 #include "expert_plan.h"
 #include "pages.h"
 #include "parallel.h"
+#include "row_sums.h"
 
 namespace dynops::cpu {
 namespace {
@@ -126,31 +127,29 @@ class ExpertWeightGrad {
   int64_t threads_, shares_;
 };
 
-// db[e] = sum_p w[p] dy[p]: float32 over 16 rows, then float64.
+// db[e] = sum_p w[p] dy[p]. An expert is one thread's, so that the result does not depend on their number.
 void expert_bias_grad(const ExpertPlan& plan, const PlanRows& grad, const float* weight, char* db) {
-  constexpr int64_t kRows = 16;
   const int64_t columns = grad.rows.columns;
   const int64_t threads = threads_for(double(plan.rows() * columns), 256e3);
   parallel(threads, [&](int64_t t) {
-    std::vector<float> rows(size_t(kRows * columns)), few(static_cast<size_t>(columns)), share(kRows, 1.f);
-    std::vector<double> sums(static_cast<size_t>(columns));
-    std::vector<int64_t> in_at(kRows), share_at(kRows);
-    for (int64_t i = 0; i < kRows; ++i) in_at[size_t(i)] = i * columns * 4, share_at[size_t(i)] = i;
+    std::vector<float> row(static_cast<size_t>(columns));
+    std::vector<double> total(static_cast<size_t>(columns));
     for (int64_t e = part(plan.experts, t, threads); e < part(plan.experts, t + 1, threads); ++e) {
-      std::fill(sums.begin(), sums.end(), 0.);
-      for (int64_t first = plan.offsets[e]; first < plan.offsets[e + 1]; first += kRows) {
-        const int64_t height = std::min<int64_t>(kRows, plan.offsets[e + 1] - first);
-        for (int64_t i = 0; i < height; ++i) {
-          kernels().to_float(grad[first + i], grad.rows.dtype, columns, rows.data() + i * columns);
-          if (weight) share[size_t(i)] = weight[plan.order[first + i]];
+      std::fill(total.begin(), total.end(), 0.);
+      {
+        RowSums sum(columns, total.data());
+        for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; ++p) {
+          if (!weight) {
+            sum.add(grad[p], grad.rows.dtype);
+            continue;
+          }
+          kernels().to_float(grad[p], grad.rows.dtype, columns, row.data());
+          for (float& value : row) value *= weight[plan.order[p]];
+          sum.add(reinterpret_cast<const char*>(row.data()), Dtype::kFloat32);
         }
-        kernels().local_filter({int32_t(height), reinterpret_cast<const char*>(rows.data()), in_at.data(),
-                                share.data(), share_at.data(), 0, 1, columns, nullptr, Dtype::kFloat32,
-                                reinterpret_cast<char*>(few.data())});
-        for (int64_t c = 0; c < columns; ++c) sums[size_t(c)] += double(few[size_t(c)]);
       }
-      std::copy(sums.begin(), sums.end(), few.begin());
-      kernels().from_float(few.data(), columns, grad.rows.dtype, db + e * columns * size_of(grad.rows.dtype));
+      std::copy(total.begin(), total.end(), row.begin());
+      kernels().from_float(row.data(), columns, grad.rows.dtype, db + e * columns * size_of(grad.rows.dtype));
     }
   });
 }

@@ -6,6 +6,7 @@
 #include "grad_rows.h"
 #include "operands.h"
 #include "parallel.h"
+#include "row_sums.h"
 #include "taps.h"
 
 namespace dynops::cpu {
@@ -290,8 +291,8 @@ void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, in
 
 namespace {
 
-// The sum of the gradient rows: float32 over 16 rows, then float64, as exact as a tree of sums. In blocks
-// that do not depend on the number of threads, so that neither does the result.
+// The sum of the gradient rows, in blocks that do not depend on the number of threads, so that neither does
+// the result.
 void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype, int64_t max_threads,
                char* out) {
   constexpr int64_t kBlock = 512;
@@ -299,16 +300,9 @@ void bias_grad(const GradRows& grad, int64_t rows, int64_t channels, Dtype dtype
   std::vector<double> sums(size_t(blocks * channels), 0.);
   const int64_t threads = std::min(threads_for(double(rows * channels), 256e3), max_threads);
   parallel(threads, [&](int64_t t) {
-    std::vector<float> few(static_cast<size_t>(channels));
-    for (int64_t first = part(blocks, t, threads) * kBlock; first < part(blocks, t + 1, threads) * kBlock;
-         first += 16) {
-      if (first >= rows) break;
-      std::fill(few.begin(), few.end(), 0.f);
-      for (int64_t i = first; i < std::min(rows, first + 16); ++i) {
-        kernels().add_to(grad[i], dtype, channels, few.data());
-      }
-      double* sum = sums.data() + first / kBlock * channels;
-      for (int64_t c = 0; c < channels; ++c) sum[c] += few[size_t(c)];
+    for (int64_t block = part(blocks, t, threads); block < part(blocks, t + 1, threads); ++block) {
+      RowSums sum(channels, sums.data() + block * channels);
+      for (int64_t i = block * kBlock; i < std::min(rows, (block + 1) * kBlock); ++i) sum.add(grad[i], dtype);
     }
   });
   std::vector<float> total(static_cast<size_t>(channels));
