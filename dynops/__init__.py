@@ -4,7 +4,7 @@ from . import integrations, nn, ops
 from .backends import build_info
 from .context import active
 from .convert import convert_, revert_
-from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, changed_blocks
+from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
 from .tune import suggest_block_size
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "ChannelPlan",
     "ExpertPlan",
     "PixelPlan",
+    "SamplePlan",
     "active",
     "build_info",
     "changed_blocks",

@@ -43,6 +43,7 @@ if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 
     _cpu_quads = torch.ops.dynops.cpu_winograd_quads.default
     _cpu_gather = torch.ops.dynops.cpu_gather.default
     _cpu_scatter = torch.ops.dynops.cpu_scatter.default
+    _cpu_merge = torch.ops.dynops.cpu_merge.default
     _cpu_gather_tiles = torch.ops.dynops.cpu_gather_tiles.default
     _cpu_scatter_tiles = torch.ops.dynops.cpu_scatter_tiles.default
 
@@ -228,6 +229,17 @@ def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base:
     size = (shape[0], rows.shape[1], shape[1], shape[2])
     out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST)
     _cpu_scatter(rows.contiguous(), index, count, None if base is None else _last(base), out)
+    return out
+
+
+def merge_rows(
+    rows: Tensor, index: Tensor, count: Tensor | None, base: Tensor, scale: Tensor | None, mix: bool
+) -> Tensor:
+    """See ``ops.rows._merge_rows``. float32, bfloat16 and float16."""
+    out = torch.empty(base.shape, dtype=base.dtype)
+    if scale is not None:
+        scale = scale.to(torch.float32).contiguous()
+    _cpu_merge(rows.contiguous(), index, count, base.contiguous(), scale, mix, out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it."""
+"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it; and merge_rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from . import gemm
 from .gemm import split_pixel
 
+_LONG = (
+    4096  # columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535
+)
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,12 +52,41 @@ def scatter_rows_kernel(
     tl.store(out + pixel[:, None] * channels + channel[None, :], value, mask=live)
 
 
+@triton.jit(do_not_specialize=["outputs"])
+def merge_rows_kernel(
+    rows, out, row_of, base, scale, outputs, columns,
+    MIX: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """out = base, at output n with row i = row_of[n] >= 0 scale[i] * rows[i] plus base (MIX: (1 - scale[i]) of it)."""
+    first = tl.program_id(0).to(tl.int64) * M if WIDE else tl.program_id(0) * M
+    n = first + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = (n < outputs)[:, None] & (column < columns)[None, :]
+    row = tl.load(row_of + n, mask=n < outputs, other=-1)
+    kept = row >= 0
+    share = tl.where(kept, 1.0, 0.0)
+    if scale is not None:
+        share = tl.load(scale + row, mask=kept, other=0).to(tl.float32)
+    if WIDE:
+        row = row.to(tl.int64)
+        column = column.to(tl.int64)
+    at = n[:, None] * columns + column[None, :]
+    alone = share == 1 if MIX else share != share  # what stands alone reads nothing of the base, were it NaN
+    below = tl.load(base + at, mask=inside & (~alone)[:, None], other=0).to(tl.float32)
+    source = row[:, None] * columns + column[None, :]
+    value = tl.load(rows + source, mask=inside & kept[:, None], other=0).to(tl.float32)
+    left = (1 - share)[:, None] * below if MIX else below
+    merged = tl.where(kept[:, None], share[:, None] * value + left, below)
+    merged = tl.where(alone[:, None], value, merged)
+    tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
+
+
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
     out = x.new_empty(index.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
-    tile = gemm.direct_tile(x.shape[1])
+    tile = _tile(x.shape[1])
     wide = (
         gemm.is_wide(out)
         or sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= gemm.INT32_LIMIT
@@ -74,12 +106,33 @@ def scatter_rows(
     out = out.zero_() if base is None else out.copy_(base)
     if rows.numel() == 0 or out.numel() == 0:
         return out
-    rows, tile = rows.contiguous(), gemm.direct_tile(rows.shape[1])
+    rows, tile = rows.contiguous(), _tile(rows.shape[1])
     with gemm.on_device(rows):
         scatter_rows_kernel[_grid(rows, tile)](
             words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
+
+
+def merge_rows(
+    rows: Tensor, index: Tensor, count: Tensor | None, base: Tensor, scale: Tensor | None, mix: bool
+) -> Tensor:
+    """``[K, F]`` merged into ``[N, F]``. Sums are float32."""
+    out = base.new_empty(base.shape)
+    if out.numel() == 0:
+        return out
+    row_of = torch.ops.dynops.inverse_index(index, count, [base.shape[0], 1, 1])
+    rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
+    scale = None if scale is None else scale.contiguous()
+    with gemm.on_device(rows):
+        merge_rows_kernel[_grid(out, tile)](
+            rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
+        )  # fmt: skip
+    return out
+
+
+def _tile(columns: int) -> dict:
+    return {"M": 1, "N": 2048, "num_warps": 4} if columns > _LONG else gemm.direct_tile(columns)
 
 
 def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
 from .moe import MoE, MoEOutput, SharedExpert
 from .pixels import SparseConv2d, SparseConvTranspose2d
 from .routers import Routing, TopKRouter
+from .samples import Skip
 from .sequential import SparseSequential
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ParallelExperts",
     "Routing",
     "SharedExpert",
+    "Skip",
     "SlimmableConv2d",
     "SlimmableLinear",
     "SparseBlocks",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import combine_pairs, expert_checks, gather_pairs
-from ..ops.rows import memory_format_of
+from ..ops.samples import SampleLayout
 from ..plans import ExpertPlan
 
 
@@ -75,7 +74,7 @@ class ConvExperts(nn.Module):
         rows, layout = self._run(x, plan)
         if self.combine == "sum":
             return layout.samples(combine_pairs(rows, plan, topk_weight))
-        return layout.side_by_side(self._slots(rows, plan, topk_weight))
+        return _side_by_side(self._slots(rows, plan, topk_weight), layout)
 
     def _plan(self, x: Tensor, topk_index: Tensor | ExpertPlan) -> ExpertPlan:
         experts = len(self.branches)
@@ -86,24 +85,24 @@ class ConvExperts(nn.Module):
             raise ValueError(f"topk_index: expected {x.shape[0]} samples and {experts} experts, got {plan}")
         return plan
 
-    def _run(self, x: Tensor, plan: ExpertPlan) -> tuple[Tensor, _Layout]:
+    def _run(self, x: Tensor, plan: ExpertPlan) -> tuple[Tensor, SampleLayout]:
         """The outputs ``[P, F]`` in the plan's order, and how they become samples."""
         counts = plan.counts.tolist()
-        layout = _Layout.of(x)
+        layout = SampleLayout.of(x)
         *parts, dropped = gather_pairs(layout.rows(x), plan).split([*counts, plan.num_rows - sum(counts)])
         outputs, out_layout = [], None
         for i, (branch, part) in enumerate(zip(self.branches, parts, strict=True)):
             if len(part) == 0:
                 continue
             y = branch(layout.samples(part))
-            out_layout = out_layout or _Layout.of(y)
+            out_layout = out_layout or SampleLayout.of(y)
             if y.shape != (len(part), *out_layout.shape):
                 raise ValueError(
                     f"branches: expected {(len(part), *out_layout.shape)} from branch {i}, got {tuple(y.shape)}"
                 )
             outputs.append(out_layout.rows(y))
         if out_layout is None:
-            out_layout = _Layout(self._shape_of_none(x), layout.channels_last)
+            out_layout = SampleLayout(self._shape_of_none(x), layout.channels_last)
         like = outputs[0] if outputs else x
         outputs.append(like.new_zeros(len(dropped), out_layout.shape.numel()))
         return torch.cat(outputs), out_layout
@@ -133,30 +132,10 @@ class ConvExperts(nn.Module):
         return f"combine={self.combine!r}"
 
 
-class _Layout(NamedTuple):
-    """How samples ``[N, C, ...]`` lie in rows ``[N, F]``, so that neither memory format is copied."""
-
-    shape: torch.Size  # of a sample
-    channels_last: bool
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Layout:
-        return cls(x.shape[1:], x.dim() == 4 and memory_format_of(x) == torch.channels_last)
-
-    def rows(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1) if self.channels_last else x
-        return x.reshape(x.shape[0], self.shape.numel())
-
-    def samples(self, rows: Tensor) -> Tensor:
-        if not self.channels_last:
-            return rows.reshape(rows.shape[0], *self.shape)
-        c, h, w = self.shape
-        return rows.reshape(rows.shape[0], h, w, c).permute(0, 3, 1, 2)
-
-    def side_by_side(self, slots: Tensor) -> Tensor:
-        """``[N, E * O, ...]`` from ``[N, E, F]``."""
-        n, experts, _ = slots.shape
-        if not self.channels_last:
-            return slots.reshape(n, experts * self.shape[0], *self.shape[1:])
-        c, h, w = self.shape
-        return slots.reshape(n, experts, h, w, c).permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+def _side_by_side(slots: Tensor, layout: SampleLayout) -> Tensor:
+    """``[N, E * O, ...]`` from ``[N, E, F]``."""
+    n, experts, _ = slots.shape
+    if not layout.channels_last:
+        return slots.reshape(n, experts * layout.shape[0], *layout.shape[1:])
+    c, h, w = layout.shape
+    return slots.reshape(n, experts, h, w, c).permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)

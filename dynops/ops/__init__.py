@@ -25,6 +25,7 @@ from .pixels import (
     sparse_conv2d,
     sparse_conv_transpose2d,
 )
+from .samples import gather_samples, scatter_samples
 
 __all__ = [
     "QuantizedExperts",
@@ -37,6 +38,7 @@ __all__ = [
     "gather_channels",
     "gather_pairs",
     "gather_pixels",
+    "gather_samples",
     "grouped_linear",
     "interpolate_pixels",
     "local_conv2d",
@@ -51,6 +53,7 @@ __all__ = [
     "scatter_blocks",
     "scatter_channels",
     "scatter_pixels",
+    "scatter_samples",
     "sparse_conv2d",
     "sparse_conv_transpose2d",
 ]

@@ -1,6 +1,7 @@
 """gather_pixels and scatter_pixels: a dense map to the packed rows of a plan, and back.
 
-``rows[i] = x[n, :, y, x]`` at the plan's i-th pixel; each is the other's gradient.
+``rows[i] = x[n, :, y, x]`` at the plan's i-th pixel; each is the other's gradient. ``merge_rows`` adds rows to a base,
+or mixes them with it. Samples (``ops/samples.py``) are rows too: those of a map of one pixel.
 """
 
 from __future__ import annotations
@@ -52,6 +53,35 @@ def _scatter_rows_fake(rows, index, count, shape, base) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def _merge_rows(
+    rows: Tensor,  # [K, F]
+    index: Tensor,  # [K]
+    count: Tensor | None,
+    base: Tensor,  # [N, F]
+    scale: Tensor | None,  # [K], None: 1
+    mix: bool,
+) -> Tensor:  # [N, F]
+    """``base[n] + scale[i] * rows[i]`` at ``n = index[i]``, or with ``mix`` ``(1 - scale[i]) * base[n] + scale[i] * rows[i]``.
+
+    Elsewhere ``base``. Accumulates in float32 at least. Mixed at a scale of 1, a row stands there as it is.
+    """
+    wide = torch.promote_types(base.dtype, torch.float32)
+    if base.shape[0] == 0:
+        return base.clone()
+    kept, value = base[index.clamp(min=0).long()].to(wide), rows.to(wide)
+    share = value.new_ones(len(rows), 1) if scale is None else scale.to(wide)[:, None]
+    value = share * value + ((1 - share) * kept if mix else kept)
+    if mix:
+        value = torch.where(share == 1, rows.to(wide), value)
+    padded = torch.cat([base, base[:1]])
+    padded[torch.where(index < 0, base.shape[0], index.long())] = value.to(base.dtype)
+    return padded[:-1].clone()
+
+
+def _merge_rows_fake(rows, index, count, base, scale, mix) -> Tensor:
+    return base.new_empty(base.shape)
+
+
 def _kernels(x: Tensor):
     """The kernel module for ``x``, or None for the reference above (on a GPU the binary's go before: ``define``)."""
     if x.device.type == "cpu" and backends.has_binary():
@@ -71,6 +101,11 @@ def _run_gather_rows(x, index, count) -> Tensor:
 def _run_scatter_rows(rows, index, count, shape, base) -> Tensor:
     kernels = _kernels(rows)
     return (_scatter_rows if kernels is None else kernels.scatter_rows)(rows, index, count, shape, base)
+
+
+def _run_merge_rows(rows, index, count, base, scale, mix) -> Tensor:
+    kernels = _kernels(base) if base.dtype in backends.FAST_DTYPES else None
+    return (_merge_rows if kernels is None else kernels.merge_rows)(rows, index, count, base, scale, mix)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -100,6 +135,40 @@ def _scatter_backward(ctx, grad):
     return drows, None, None, None, dbase
 
 
+def _merge_setup(ctx, inputs, output):
+    rows, index, count, base, scale, mix = inputs
+    ctx.save_for_backward(
+        index, count, scale, rows if scale is not None else None, base if mix and scale is not None else None
+    )
+    ctx.mix = mix
+
+
+def _merge_backward(ctx, grad):
+    index, count, scale, rows, base = ctx.saved_tensors
+    dkept = _gather(grad, index, count)  # [K, F], zero past the count
+    drows = dbase = dscale = None
+    if ctx.needs_input_grad[0]:
+        drows = dkept if scale is None else (dkept * scale.to(dkept.dtype)[:, None])
+    if ctx.needs_input_grad[3]:
+        dbase = grad
+        if ctx.mix:
+            left = dkept.new_zeros(dkept.shape)
+            if scale is not None:
+                left = torch.where(scale[:, None] == 1, left, (1 - scale.to(dkept.dtype))[:, None] * dkept)
+            dbase = scatter_rows(left, index, count, [grad.shape[0], 1, 1], grad[:, :, None, None])
+            dbase = dbase.flatten(1)
+    if scale is not None and ctx.needs_input_grad[4]:
+        change = rows if base is None else rows - _gather(base, index, count)
+        dscale = torch.linalg.vecdot(dkept, change.to(dkept.dtype)).to(scale.dtype)
+        dscale = zero_past_count(dscale[:, None], index, count)[:, 0]
+    return drows, None, None, dbase, dscale, None
+
+
+def _gather(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
+    """Rows of ``[N, F]``."""
+    return gather_rows(x[:, :, None, None], index, count)
+
+
 gather_rows = define(
     "gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor",
     _run_gather_rows,
@@ -113,6 +182,13 @@ scatter_rows = define(
     _scatter_rows_fake,
     _scatter_setup,
     _scatter_backward,
+)
+merge_rows = define(
+    "merge_rows(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix) -> Tensor",
+    _run_merge_rows,
+    _merge_rows_fake,
+    _merge_setup,
+    _merge_backward,
 )
 
 

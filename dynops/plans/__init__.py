@@ -5,16 +5,19 @@ from .channels import ChannelPlan, as_channel_plan
 from .experts import ExpertPlan
 from .masks import check_mask, resize_mask
 from .pixels import PixelPlan, as_pixel_plan
+from .samples import SamplePlan, check_keep
 
 __all__ = [
     "BlockPlan",
     "ChannelPlan",
     "ExpertPlan",
     "PixelPlan",
+    "SamplePlan",
     "as_block_plan",
     "as_channel_plan",
     "as_pixel_plan",
     "changed_blocks",
+    "check_keep",
     "check_mask",
     "resize_mask",
     "widen_mask",

@@ -1,0 +1,140 @@
+"""SamplePlan: the samples of a batch that are computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import is_int
+from .masks import MAX_PIXELS, check_mask_dtype, raising
+
+
+class SamplePlan:
+    """The samples of a batch that are computed: those that run a layer, or that have not left it yet.
+
+    Attributes:
+        index: int32 ``[K]``, ascending positions of the kept samples. In the capacity form ``[capacity]``, where
+            entries from ``count`` on are -1.
+        batch: N, the samples of the whole batch.
+        count: ``None`` in the compact form; in the capacity form an int32 ``[1]`` tensor on the plan's device, the
+            number of valid entries.
+
+    The compact form has exactly one entry for each kept sample; building it on a GPU reads the count back to the
+    host. The capacity form has a fixed size and never synchronises; samples past the capacity are dropped, in
+    ascending order. (:func:`dynops.budget.cap` drops those with the lowest score.)
+    """
+
+    def __init__(self, index: Tensor, batch: int, count: Tensor | None = None):
+        if index.dtype != torch.int32 or index.dim() != 1:
+            raise TypeError(f"index: expected int32 [K], got {index.dtype} {tuple(index.shape)}")
+        self.index, self.batch, self.count = index, batch, count
+
+    @classmethod
+    def from_mask(cls, keep: Tensor, capacity: int | None = None) -> SamplePlan:
+        """Builds the plan of a gate's decision.
+
+        Args:
+            keep: ``[N]`` or ``[N, 1, ...]``, bool, integer or floating; nonzero = kept.
+            capacity: size of the capacity form; ``None`` builds the compact form (inside ``torch.compile``, where
+                sizes must not depend on data: the capacity form with room for the whole batch).
+
+        Raises:
+            TypeError: ``keep`` is not a tensor, or is complex or quantised.
+            ValueError: another shape, a negative capacity, or a NaN in ``keep`` (not checked where checking would
+                synchronise: capacity form on a GPU).
+        """
+        keep = check_keep(keep)
+        batch = keep.shape[0]
+        if capacity is None and torch.compiler.is_compiling():
+            capacity = batch
+        if capacity is None:
+            return cls(raising(torch.ops.dynops.mask_to_index.default, keep), batch)
+        if not is_int(capacity, 0):
+            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
+        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity)
+        return cls(index, batch, count)
+
+    @classmethod
+    def full(cls, batch: int, device: torch.device | str = "cpu") -> SamplePlan:
+        """The plan that keeps every sample."""
+        return cls(torch.arange(batch, dtype=torch.int32, device=device), batch)
+
+    @property
+    def num_rows(self) -> int:
+        """Samples of a compacted tensor on this plan: the kept ones, or the capacity."""
+        return self.index.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a compact plan keeps every sample (a capacity plan never says so)."""
+        return self.count is None and self.num_rows == self.batch
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the plan has room for no sample at all."""
+        return self.num_rows == 0
+
+    @property
+    def density(self) -> float:
+        """Kept samples / all samples. Synchronises a capacity plan."""
+        kept = self.num_rows if self.count is None else int(self.count)
+        return kept / max(self.batch, 1)
+
+    def mask(self) -> Tensor:
+        """The plan as a bool mask ``[N]``."""
+        return self.inverse() >= 0
+
+    def inverse(self) -> Tensor:
+        """int32 ``[N]``: the row of each sample, or -1 where it is not kept."""
+        return torch.ops.dynops.inverse_index(self.index, self.count, [self.batch, 1, 1]).view(-1)
+
+    def dropped(self) -> SamplePlan:
+        """The plan of the other samples; of a capacity plan in the capacity form, with room for the whole batch."""
+        return SamplePlan.from_mask(self.inverse() < 0, None if self.count is None else self.batch)
+
+    def shrink(self, keep: Tensor) -> SamplePlan:
+        """The plan of those of this plan's samples that stay: an active set that only shrinks.
+
+        Args:
+            keep: ``[num_rows]``, for each row of this plan; nonzero = stays. Unused rows of a capacity plan never do.
+
+        Returns:
+            A plan for the same batch, in this plan's form and, in the capacity form, of its capacity.
+
+        Raises:
+            TypeError, ValueError: ``keep`` is no mask of this plan's rows.
+        """
+        keep = check_keep(keep)
+        if keep.shape[0] != self.num_rows:
+            raise ValueError(
+                f"keep: expected one value for each of {self.num_rows} rows, got {keep.shape[0]}"
+            )
+        if self.count is None:
+            rows = raising(torch.ops.dynops.mask_to_index.default, keep)
+            return SamplePlan(self.index[rows], self.batch)
+        keep = (keep != 0) & (self.index >= 0)
+        rows, count = torch.ops.dynops.mask_to_index_capacity(keep, self.num_rows)
+        return SamplePlan(torch.where(rows < 0, -1, self.index[rows.clamp(min=0)]), self.batch, count)
+
+    def to(self, device: torch.device | str) -> SamplePlan:
+        """The same plan on another device."""
+        count = None if self.count is None else self.count.to(device)
+        return SamplePlan(self.index.to(device), self.batch, count)
+
+    def __repr__(self) -> str:
+        form = "" if self.count is None else "capacity "
+        return f"SamplePlan({form}{self.num_rows} of {self.batch} samples)"
+
+
+def check_keep(keep: Tensor, name: str = "keep") -> Tensor:
+    """``keep`` as ``[N]``, detached, or an error that says what is wrong with it."""
+    check_mask_dtype(keep, name, "[N]")
+    if keep.dim() == 0 or keep.numel() != keep.shape[0]:
+        raise ValueError(f"{name}: expected [N] or [N, 1, ...], got shape {tuple(keep.shape)}")
+    if keep.shape[0] > MAX_PIXELS:
+        raise ValueError(f"{name}: expected at most {MAX_PIXELS} samples, got {keep.shape[0]}")
+    return keep.detach().reshape(-1)
