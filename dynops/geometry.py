@@ -55,6 +55,11 @@ class ConvGeometry(NamedTuple):
             and (self.in_h, self.in_w) == (self.out_h, self.out_w)
         )
 
+    @property
+    def leaves_gaps(self) -> bool:
+        """Whether a convolution of a whole map leaves input pixels between its taps unread."""
+        return not self.transposed and (self.stride_h > self.kernel_h or self.stride_w > self.kernel_w)
+
     def macs(self, rows: int, in_channels: int, out_channels: int) -> float:
         """Multiply-accumulates to compute ``rows`` output pixels.
 

@@ -11,8 +11,10 @@ from torch.utils import _pytree as pytree
 
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, check_keep
+from .sample_rows import SampleRows
 
 MODES = ("residual", "replace")
+PATHS = (None, "samples", "rows")
 
 
 class Skip(nn.Module):
@@ -42,6 +44,11 @@ class Skip(nn.Module):
             the batch; those that find no place are skipped. (:func:`dynops.budget.cap` chooses by score.) On a GPU and
             under ``torch.compile`` the plan then has the capacity form: F always runs on that many samples, and
             nothing waits for the device.
+        path: "samples" gathers the kept samples, runs F on them and scatters. "rows" runs F as
+            :class:`SparseBlocks` does, on the pixels of the kept samples where they lie, its last convolution writing into the
+            output: for an F of convolutions, norms in eval mode, activations and sums that torch.fx can trace, with an
+            identity shortcut and gates of 0 and 1; other calls gather all the same. None takes the faster: rows on a CPU
+            where no gradient is needed and F has a 3x3 convolution that runs as Winograd's. An attribute.
 
     Shape:
         - x: ``[N, ...]``, any rank and memory format, or with a module that takes and returns it a pytree of such tensors.
@@ -69,6 +76,7 @@ class Skip(nn.Module):
         *,
         dense: bool = False,
         max_fraction: float | None = None,
+        path: str | None = None,
     ):
         super().__init__()
         for name, value in (("module", module), ("shortcut", shortcut)):
@@ -80,7 +88,10 @@ class Skip(nn.Module):
             raise ValueError(f"max_fraction: expected a number in [0, 1] or None, got {max_fraction!r}")
         self.module = module
         self.shortcut = nn.Identity() if shortcut is None else shortcut
-        self.mode, self.dense, self.max_fraction = mode, dense, max_fraction
+        if path not in PATHS:
+            raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
+        self.mode, self.dense, self.max_fraction, self.path = mode, dense, max_fraction, path
+        self._rows: SampleRows | None = None  # F, traced
 
     def forward(self, x: Any, gate: Tensor | SamplePlan) -> Any:
         _check_gate(gate, x)
@@ -110,7 +121,7 @@ class Skip(nn.Module):
             scale = gate.reshape(-1)
             scale = scale if plan.is_full else gather_samples(scale, plan)
         trains = scale is not None and scale.requires_grad and torch.is_grad_enabled()
-        if scale is not None and not trains and scale.device.type == "cpu" and bool((scale == 1).all()):
+        if scale is not None and not trains and _is_hard(scale):
             scale = None
         if plan.is_empty:
             out = self.shortcut(x)
@@ -120,6 +131,8 @@ class Skip(nn.Module):
                 if trains
                 else out
             )
+        if scale is None and (on_rows := self._on_rows(x)) is not None:
+            return on_rows(x, plan)
         out = self.module(x if plan.is_full else gather_samples(x, plan))
         if self.mode == "residual":
             out, below = _agree(out, self.shortcut(x))
@@ -147,6 +160,19 @@ class Skip(nn.Module):
 
         return _map(merge, *_agree(self.module(x), self.shortcut(x)))
 
+    def _on_rows(self, x: Any) -> SampleRows | None:
+        """F on the pixels of the kept samples, where this call takes that path."""
+        if self.path == "samples" or type(self.shortcut) is not nn.Identity or torch.compiler.is_compiling():
+            return None
+        if self.path is None and torch.is_grad_enabled():
+            return None
+        if self._rows is None or not self._rows.holds(self.module, self.mode):
+            self._rows = SampleRows(self.module, self.mode)
+        return self._rows if self._rows.takes(x, self.path == "rows") else None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_rows": None}
+
     def extra_repr(self) -> str:
         text = f"mode={self.mode!r}, dense={self.dense}"
         return text if self.max_fraction is None else f"{text}, max_fraction={self.max_fraction}"
@@ -155,6 +181,12 @@ class Skip(nn.Module):
 @torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
 def _outside_graph(layer: Skip, x: Any, gate: Tensor | SamplePlan) -> Any:
     return layer._compacted(x, gate)
+
+
+def _is_hard(scale: Tensor) -> bool:
+    """Whether every gate is 1, where looking costs nothing: then nothing is multiplied, and F can run on rows."""
+    looks = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+    return looks and bool((scale == 1).all())
 
 
 def _map(function, *trees: Any) -> Any:

@@ -33,6 +33,7 @@ class PixelPlan:
         self._inverse: Tensor | None = None
         self._as_rows: PixelPlan | None = None
         self._pointwise: dict[int, ConvGeometry] = {}
+        self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
 
     @classmethod
     def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
@@ -148,6 +149,8 @@ class PixelPlan:
         """As :meth:`needed`, for a whole :class:`ConvGeometry` (transposed convolutions too)."""
         if geometry.is_pointwise:
             return self
+        if self._samples is not None and not geometry.leaves_gaps:
+            return self._samples.pixels((geometry.in_h, geometry.in_w))
         mask = torch.ops.dynops.needed_mask(self.index, self.count, list(geometry))
         return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..geometry import is_int
 from .masks import MAX_PIXELS, check_mask_dtype, raising
+from .pixels import PixelPlan
 
 
 class SamplePlan:
@@ -28,6 +29,7 @@ class SamplePlan:
         if index.dtype != torch.int32 or index.dim() != 1:
             raise TypeError(f"index: expected int32 [K], got {index.dtype} {tuple(index.shape)}")
         self.index, self.batch, self.count = index, batch, count
+        self._pixels: dict[tuple[int, int], PixelPlan] = {}
 
     @classmethod
     def from_mask(cls, keep: Tensor, capacity: int | None = None) -> SamplePlan:
@@ -91,6 +93,27 @@ class SamplePlan:
     def inverse(self) -> Tensor:
         """int32 ``[N]``: the row of each sample, or -1 where it is not kept."""
         return torch.ops.dynops.inverse_index(self.index, self.count, [self.batch, 1, 1]).view(-1)
+
+    def pixels(self, size: tuple[int, int]) -> PixelPlan:
+        """The plan of every pixel of the kept samples at a resolution ``(H, W)`` (kept): how a stack of convolutions runs
+        on some samples without a copy of them.
+
+        Raises:
+            ValueError: more than 2**31 - 1 pixels in the batch.
+        """
+        plan = self._pixels.get(size)
+        if plan is None:
+            shape, area = (self.batch, *size), size[0] * size[1]
+            if self.batch * area > MAX_PIXELS:
+                raise ValueError(f"size: expected at most {MAX_PIXELS} pixels in the batch, got {shape}")
+            within = torch.arange(area, dtype=torch.int32, device=self.device)
+            index = self.index[:, None] * area + within
+            if self.count is not None:
+                index = torch.where(self.index[:, None] < 0, -1, index)
+            plan = PixelPlan(index.view(-1), shape, None if self.count is None else self.count * area)
+            plan._samples = self
+            self._pixels[size] = plan
+        return plan
 
     def dropped(self) -> SamplePlan:
         """The plan of the other samples; of a capacity plan in the capacity form, with room for the whole batch."""
