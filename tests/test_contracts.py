@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, backends, ops
+from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, backends, ops
 from dynops.geometry import BlockGeometry, ConvGeometry
 from dynops.testing import (
     assert_within_budget,
@@ -51,6 +51,12 @@ def row_samples():
             rows = random_tensor(plan.num_rows, 4).requires_grad_()
             for base in (None, x.detach().requires_grad_()):
                 yield "scatter_rows", (rows, plan.index, plan.count, [2, 5, 6], base)
+    for capacity in (None, 4):
+        plan = SamplePlan.from_mask(torch.tensor([1, 0, 1, 1, 0]), capacity)
+        rows, base = random_tensor(plan.num_rows, 6).requires_grad_(), random_tensor(5, 6).requires_grad_()
+        for scale in (None, random_tensor(plan.num_rows).requires_grad_()):
+            yield "merge_rows", (rows, plan.index, plan.count, base, scale, False)
+        yield "merge_rows", (rows, plan.index, plan.count, base, scale, True)
 
 
 def conv_samples(backend: str):

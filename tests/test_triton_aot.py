@@ -21,9 +21,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, ops  # noqa: E402
+from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, ops  # noqa: E402
 from dynops.geometry import ConvGeometry  # noqa: E402
-from dynops.kernels import blocks, channels, channels_weight, experts, experts_weight, gemm, pixels  # noqa: E402
+from dynops.kernels import blocks, channels, channels_weight, experts, experts_weight, gemm, pixels, rows  # noqa: E402
 from dynops.kernels.pixels_weight import weight_grad_kernel  # noqa: E402
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -200,6 +200,25 @@ def test_blocks_of_any_channels(arch, launches, tmp_path):
     assert {kwargs["UNIT"] for _, _, kwargs in every} >= {1, 4}
     for launch in every:
         check(launch, arch, tmp_path, tensor_cores=False)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_samples_move_vectors(arch, launches, tmp_path):
+    """Whole samples: a part of one row to a program, in words of 16 bytes."""
+    plan = SamplePlan.full(4)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(4, 16 * 2048, dtype=dtype)
+        for scale, mix in ((None, False), (torch.zeros(4), False), (torch.zeros(4), True)):
+            rows.merge_rows(x, plan.index, None, x, scale, mix)
+        rows.scatter_rows(x, plan.index, None, [4, 1, 1], None)
+    every = list(launches)
+    assert len(every) == 8 and all(kwargs["M"] == 1 for _, _, kwargs in every)
+    for launch in every:
+        check(launch, arch, tmp_path, tensor_cores=False, vectors=True)
+    launches.clear()
+    rows.merge_rows(x[:, :19], plan.index, None, x[:, :19], torch.zeros(4, dtype=torch.bfloat16), True)
+    (short,) = launches
+    check(short, arch, tmp_path, tensor_cores=False)
 
 
 def run_channels(
