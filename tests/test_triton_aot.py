@@ -213,12 +213,12 @@ def test_samples_move_vectors(arch, launches, tmp_path):
         rows.scatter_rows(x, plan.index, None, [4, 1, 1], None)
     every = list(launches)
     assert len(every) == 8 and all(kwargs["M"] == 1 for _, _, kwargs in every)
-    for launch in every:
-        check(launch, arch, tmp_path, tensor_cores=False, vectors=True)
+    for launch in every:  # one word at most, with which ptxas stays at 32 registers on sm_100
+        check(launch, arch, tmp_path, tensor_cores=False, vectors=True, frame=8)
     launches.clear()
     rows.merge_rows(x[:, :19], plan.index, None, x[:, :19], torch.zeros(4, dtype=torch.bfloat16), True)
     (short,) = launches
-    check(short, arch, tmp_path, tensor_cores=False)
+    check(short, arch, tmp_path, tensor_cores=False, frame=8)
 
 
 def run_channels(
