@@ -116,13 +116,11 @@ class Skip(nn.Module):
 
     def _compacted(self, x: Any, gate: Tensor | SamplePlan) -> Any:
         plan = self.plan(gate)
-        scale = None  # of the kept samples; None: 1
+        scale, trains = None, False  # of the kept samples; None: 1
         if isinstance(gate, Tensor) and gate.is_floating_point():
-            scale = gate.reshape(-1)
-            scale = scale if plan.is_full else gather_samples(scale, plan)
-        trains = scale is not None and scale.requires_grad and torch.is_grad_enabled()
-        if scale is not None and not trains and _is_hard(scale):
-            scale = None
+            trains = gate.requires_grad and torch.is_grad_enabled()
+            if trains or not _is_hard(gate):
+                scale = gather_samples(gate.reshape(-1), plan)
         if plan.is_empty:
             out = self.shortcut(x)
             # none of F, but the gate has its place in the graph and gets zeros
@@ -183,10 +181,10 @@ def _outside_graph(layer: Skip, x: Any, gate: Tensor | SamplePlan) -> Any:
     return layer._compacted(x, gate)
 
 
-def _is_hard(scale: Tensor) -> bool:
-    """Whether every gate is 1, where looking costs nothing: then nothing is multiplied, and F can run on rows."""
-    looks = scale.device.type == "cpu" and not torch.compiler.is_compiling()
-    return looks and bool((scale == 1).all())
+def _is_hard(gate: Tensor) -> bool:
+    """Whether every gate is 0 or 1, where looking costs nothing: nothing is multiplied then, and F can run on rows."""
+    looks = gate.device.type == "cpu" and not torch.compiler.is_compiling()
+    return looks and bool(((gate == 0) | (gate == 1)).all())
 
 
 def _map(function, *trees: Any) -> Any:
