@@ -92,7 +92,7 @@ def run(
     return run_compacted(rule, state, batch, step, score, mixes)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
 def _outside_graph(*arguments) -> Pondered:
     return run_compacted(*arguments)
 
@@ -113,8 +113,8 @@ def run_compacted(
         halts = rule.halts(h, total, rule.most(batch), None)
         weight = 1 - total if h is None else torch.where(halts, 1 - total, h)
         rows = _after(rule, new, rows.average, total, weight, h)
-        keep = SamplePlan.from_mask(~halts)
-        if keep.is_empty:
+        keep = None if h is None else SamplePlan.from_mask(~halts)
+        if keep is None or keep.is_empty:
             left.append((plan, _output(rule, rows), n + weight, n))
             break
         if not keep.is_full:
@@ -139,9 +139,8 @@ def run_dense(rule: HaltingRule, state: Any, batch: int, step: Step, score: Scor
         halts = rule.halts(h, total, rule.most(batch), running)
         weight = 1 - total if h is None else torch.where(halts, 1 - total, h)
         weight = weight.masked_fill(~running, 0)
-        rows = _after(
-            rule, new, rows.average, total, weight, None if h is None else h.masked_fill(~running, 0)
-        )
+        h = None if h is None else h.masked_fill(~running, 0)
+        rows = _after(rule, new, rows.average, total, weight, h)
         ponder = torch.where(running, n + weight, 0 if ponder is None else ponder)
         steps = steps + running
         running = ~halts
@@ -203,8 +202,9 @@ def _along(values: Tensor, leaf: Tensor) -> Tensor:
 def _total(rows: _Rows, score: Tensor | None, state: Any, count: int) -> Tensor:
     if rows.total is not None:
         return rows.total
-    dtype = torch.float32 if score is None else score.dtype
-    return torch.zeros(count, dtype=dtype, device=first_tensor(state).device)
+    leaf = first_tensor(state)
+    like = score if score is not None else leaf if leaf.is_floating_point() else torch.empty(0)
+    return torch.zeros(count, dtype=torch.promote_types(like.dtype, torch.float32), device=leaf.device)
 
 
 def _after(rule: HaltingRule, state: Any, average: list, total: Tensor, weight: Tensor, score) -> _Rows:

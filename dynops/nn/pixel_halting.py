@@ -30,7 +30,7 @@ class SpatialHalting(nn.Module):
     Args:
         units: modules ``unit(x, plan=None) -> residual``: ``[N, C, H, W]``, computed at the pixels of a
             :class:`~dynops.PixelPlan` (elsewhere it is not read) or, without one, everywhere; for example
-            :class:`SparseSequential`, or :class:`SparseBlocks`. Without an activation after the sum, as in a pre-activation
+            :class:`SparseSequential`. Without an activation after the sum, as in a pre-activation
             residual unit. In training mode a BatchNorm takes its statistics from the pixels that are computed.
         halts: modules ``halt(x) -> score``, a probability in [0, 1] for each pixel, ``[N, 1, H, W]``, NaN counting as 0, or
             a :class:`dynops.gates.Decision`, of which the score counts (with ``weighted=False`` the mask): one for

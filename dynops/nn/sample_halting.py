@@ -130,7 +130,11 @@ class Halting(nn.Module):
         size = state.shape[:2]
 
         def step(rows, everything, plan, n):
-            return self.step(everything.view(*size, -1), plan, n) if self.mixes else self.step(rows, n)
+            return (
+                self.step(everything.view(*size, *everything.shape[1:]), plan, n)
+                if self.mixes
+                else self.step(rows, n)
+            )
 
         output, ponder, steps = self._run(state.flatten(0, 1), size.numel(), step)
         return HaltingOutput(output.view(*size, *output.shape[1:]), ponder.view(size), steps.view(size))
