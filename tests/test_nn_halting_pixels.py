@@ -92,7 +92,7 @@ FIRSTS = {"none": lambda: None, "stride": lambda: nn.Conv2d(3, CHANNELS, 3, stri
 @pytest.mark.parametrize("first", FIRSTS)
 def test_values_and_gradients_are_those_of_the_equations(first, dense):
     layer = stage(first=FIRSTS[first](), dense=dense).double()
-    x = random_tensor(2, CHANNELS if first == "none" else 3, 9, 7, dtype=torch.float64).requires_grad_()
+    x = random_tensor(2, CHANNELS if first == "none" else 3, 7, 6, dtype=torch.float64).requires_grad_()
     output, ponder, steps = layer(x)
     expected = reference(layer, x)
     assert len(steps.unique()) >= 3
@@ -105,6 +105,7 @@ def test_values_and_gradients_are_those_of_the_equations(first, dense):
 
 
 def test_gradcheck():
+    torch.manual_seed(3)  # of which pixels halt at different units
     layer = stage(3).double()
     x = random_tensor(1, CHANNELS, 3, 3, dtype=torch.float64).requires_grad_()
     assert len(layer(x).steps.unique()) > 1
@@ -122,7 +123,7 @@ class Scores(nn.Module):
         return self.score.to(x.dtype)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(0, 2),
     st.integers(1, 4),
@@ -186,11 +187,9 @@ def test_a_unit_computes_the_pixels_that_run():
     layer.units = nn.ModuleList(Recording(unit) for unit in layer.units)
     x = random_tensor(2, CHANNELS, 9, 7)
     steps = layer(x).steps[:, 0]
-    assert layer.units[0].asked == [None]  # everywhere
     for n, module in enumerate(layer.units):
-        if n > 0:
-            wanted = steps > n
-            assert [mask.tolist() for mask in module.asked] == ([wanted.tolist()] if wanted.any() else [])
+        wanted = steps > n
+        assert [mask.tolist() for mask in module.asked] == ([wanted.tolist()] if wanted.any() else [])
     assert len(layer.units[1].asked) == len(layer.units[2].asked) == 1
     layer.dense = True
     layer(x)

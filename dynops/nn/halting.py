@@ -240,7 +240,7 @@ def _output(rule: HaltingRule, rows: _Rows) -> Any:
 
 def _part(plan: SamplePlan, rows: SamplePlan) -> SamplePlan:
     """The plan of some of a plan's rows. As ``plan.shrink``, for a choice that is a plan already."""
-    return SamplePlan(plan.index[rows.index], plan.batch)
+    return SamplePlan(plan.index.index_select(0, rows.index), plan.batch)
 
 
 def _in_slots(left: list[tuple[SamplePlan, Any, Tensor, int]]) -> Pondered:

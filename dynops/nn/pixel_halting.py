@@ -103,7 +103,7 @@ class SpatialHalting(nn.Module):
             if n == 1 and self.first is not None:
                 return rows
             unit, x = self.units[n - 1 - (self.first is not None)], _map(everything, size)
-            if self.dense or plan.is_full:
+            if self.dense:
                 return rows + _residual(unit(x), x).permute(0, 2, 3, 1).reshape(rows.shape)
             pixels = PixelPlan(plan.index, size)
             return rows + gather_pixels(_residual(unit(x, pixels), x), pixels)
