@@ -1,9 +1,9 @@
 """The loop of adaptive computation time: rows leave it as their halting scores add up to 1.
 
-A row is what may halt by itself: a sample, a position of a sequence or a pixel. With h the score of step n and
-``total`` the sum of those before it, a row halts at the first step with ``total + h >= 1 - epsilon``, or at the last
-step there is. That step has the weight ``R = 1 - total`` (the remainder), each one before it its score; the weights add
-up to 1, and the ponder cost is ``n + R``.
+A row is what may halt by itself: a sample, a position of a sequence or a pixel. With h the score of step n
+and ``total`` the sum of those before it, a row halts at the first step with ``total + h >= 1 - epsilon``, or
+at the last step there is. That step has the weight ``R = 1 - total`` (the remainder), each one before it its
+score; the weights add up to 1, and the ponder cost is ``n + R``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ..ops.samples import SampleLayout
 from ..plans import SamplePlan
 
 Step = Callable[[Any, Any, SamplePlan, int], Any]
-"""``step(rows, everything, plan, n)``: the new rows ``[K, ...]`` of the plan, in the n-th step; n counts from 1.
-``everything`` ``[B, ...]``: the rows that run among those that halted, where the loop ``mixes``; else None."""
+"""``step(rows, everything, plan, n)``: the new rows ``[K, ...]`` of the plan, in the n-th step, n from 1.
+``everything`` ``[B, ...]``: those rows among the ones that halted, where the loop ``mixes``; else None."""
 
 Score = Callable[[Any, Any, SamplePlan, int], Tensor]
-"""``score(rows, everything, plan, n)``: floating ``[K]``, after the n-th step; not called after the last one."""
+"""``score(rows, everything, plan, n)``: floating ``[K]``, after the n-th step; not after the last one."""
 
 
 class Pondered(NamedTuple):
@@ -100,7 +100,7 @@ def _outside_graph(*arguments) -> Pondered:
 def run_compacted(
     rule: HaltingRule, state: Any, batch: int, step: Step, score: Score, mixes: bool = False
 ) -> Pondered:
-    """Each step runs on the rows that have not halted. On a GPU their number is read back after every step."""
+    """Each step runs on the rows that have not halted. On a GPU their number is read back each time."""
     rows = _Rows(state, [], None, None)
     plan, everything = SamplePlan.full(batch, first_tensor(state).device), state if mixes else None
     left: list[tuple[SamplePlan, Any, Tensor, int]] = []
@@ -151,7 +151,8 @@ def score_of(value: Any, shapes: tuple[tuple[int, ...], ...], hard: bool, name: 
     """A halting score in the first one of ``shapes``, float32 at least and 0 where it is NaN, or an error.
 
     Args:
-        value: a floating tensor, or a :class:`dynops.gates.Decision`, of which the mask counts (``hard``) or the score.
+        value: a floating tensor, or a :class:`dynops.gates.Decision`, of which the mask counts (``hard``)
+            or the score.
         shapes: those that are taken; further sizes of 1 are too.
     """
     if isinstance(value, tuple) and hasattr(value, "mask"):
@@ -244,7 +245,7 @@ def _part(plan: SamplePlan, rows: SamplePlan) -> SamplePlan:
 
 
 def _in_slots(left: list[tuple[SamplePlan, Any, Tensor, int]]) -> Pondered:
-    """Everything that left, in the order of the batch. Each row is moved once, however many steps there were."""
+    """Everything that left, in the order of the batch. Each row is moved once, whatever the steps."""
     plans, outputs, ponders, ns = zip(*left, strict=True)
     counts = [torch.full_like(plan.index, n) for plan, n in zip(plans, ns, strict=True)]
     if len(left) == 1:

@@ -1,4 +1,5 @@
-"""SpatialHalting: a stage of residual units of which each pixel runs as many as its halting scores ask for."""
+"""SpatialHalting: a stage of residual units of which each pixel runs as many as its halting scores ask
+for."""
 
 from __future__ import annotations
 
@@ -16,50 +17,55 @@ from .sample_halting import HaltingOutput
 class SpatialHalting(nn.Module):
     """Spatially adaptive computation time: a stage of residual units, on pixels that leave it one by one.
 
-    Called as ``output, ponder, steps = layer(x)``. With ``x_0 = x``, ``x_l = x_{l-1} + unit_l(x_{l-1})`` at the pixels that
-    have not halted and ``x_l = x_{l-1}`` at the others, and ``h_l = halt_l(x_l)``, a pixel runs N units, the smallest N
-    with ``h_1 + … + h_N >= 1 - epsilon``, at most all, and::
+    Called as ``output, ponder, steps = layer(x)``. With ``x_0 = x``, ``x_l = x_{l-1} + unit_l(x_{l-1})`` at
+    the pixels that have not halted and ``x_l = x_{l-1}`` at the others, and ``h_l = halt_l(x_l)``, a pixel
+    runs N units, the smallest N with ``h_1 + … + h_N >= 1 - epsilon``, at most all, and::
 
         R = 1 - (h_1 + … + h_{N-1})                                      the remainder
         output = h_1 x_1 + … + h_{N-1} x_{N-1} + R x_N                   or x_N with weighted=False
         ponder = N + R
 
-    All at each pixel. A unit computes the pixels that have not halted only, from a map on which the others keep their
-    value; so do its gradients, N taken as constant. The ponder cost of the stage is ``ponder.mean()``.
+    All at each pixel. A unit computes the pixels that have not halted only, from a map on which the others
+    keep their value; so do its gradients, N taken as constant. The ponder cost of the stage is
+    ``ponder.mean()``.
 
     Args:
         units: modules ``unit(x, plan=None) -> residual``: ``[N, C, H, W]``, computed at the pixels of a
             :class:`~dynops.PixelPlan` (elsewhere it is not read) or, without one, everywhere; for example
-            :class:`SparseSequential`. Without an activation after the sum, as in a pre-activation
-            residual unit. In training mode a BatchNorm takes its statistics from the pixels that are computed.
-        halts: modules ``halt(x) -> score``, a probability in [0, 1] for each pixel, ``[N, 1, H, W]``, NaN counting as 0, or
-            a :class:`dynops.gates.Decision`, of which the score counts (with ``weighted=False`` the mask): one for
-            each unit but the last, after which everything halts. A score is computed everywhere and read at the pixels that
-            run. :class:`dynops.gates.SpatialHaltingHead` is the paper's.
-        first: a module ``x -> x_1`` that runs everywhere, before ``units``, and may change channels and resolution; it counts
-            as a unit and has a halt. None: ``units[0]`` is the first, and runs everywhere.
+            :class:`SparseSequential`. Without an activation after the sum, as in a pre-activation residual
+            unit. In training mode a BatchNorm takes its statistics from the pixels that are computed.
+        halts: modules ``halt(x) -> score``, a probability in [0, 1] for each pixel, ``[N, 1, H, W]``, NaN
+            counting as 0, or a :class:`dynops.gates.Decision`, of which the score counts (with
+            ``weighted=False`` the mask): one for each unit but the last, after which everything halts. A
+            score is computed everywhere and read at the pixels that run.
+            :class:`dynops.gates.SpatialHaltingHead` is the paper's.
+        first: a module ``x -> x_1`` that runs everywhere, before ``units``, and may change channels and
+            resolution; it counts as a unit and has a halt. None: ``units[0]`` is the first, and runs
+            everywhere.
         epsilon: lets a pixel halt after one unit.
-        weighted: False: the output is the last value, and the score a decision, as in :class:`Halting`. With scores that
-            are 1 where a classifier is confident, confident pixels leave the stage (deep layer cascade).
-        dense: calls ``unit(x)`` and masks the residual. The result is the same up to rounding, but for BatchNorm in
-            training mode, whose statistics are then those of the whole map, as published code trains it. An attribute:
-            it may be changed at any time.
+        weighted: False: the output is the last value, and the score a decision, as in :class:`Halting`. With
+            scores that are 1 where a classifier is confident, confident pixels leave the stage (deep layer
+            cascade).
+        dense: calls ``unit(x)`` and masks the residual. The result is the same up to rounding, but for
+            BatchNorm in training mode, whose statistics are then those of the whole map, as published code
+            trains it. An attribute: it may be changed at any time.
         max_fraction: the largest share of the batch's pixels that goes on after a unit,
-            ``floor(max_fraction * N * H * W)``: those whose scores have the smallest sum; the others halt. None: no bound.
+            ``floor(max_fraction * N * H * W)``: those whose scores have the smallest sum; the others halt.
+            None: no bound.
 
     Shape:
         - x: ``[N, C, H, W]``. Units see channels_last maps.
-        - output: :class:`HaltingOutput` with the map ``[N, C, H, W]`` in the memory format of ``x``, the ponder map and the
-          map of N ``[N, 1, H, W]``.
+        - output: :class:`HaltingOutput` with the map ``[N, C, H, W]`` in the memory format of ``x``, the
+          ponder map and the map of N ``[N, 1, H, W]``.
 
-    On a GPU each unit reads the number of pixels that run back to the host, but with ``dense``. ``torch.compile`` of a
-    surrounding model breaks its graph here, but with ``dense``.
+    On a GPU each unit reads the number of pixels that run back to the host, but with ``dense``.
+    ``torch.compile`` of a surrounding model breaks its graph here, but with ``dense``.
 
     Raises:
         TypeError, ValueError: an argument, or what a unit or a halt returned, that does not fit.
 
-    Paper: Figurnov et al., Spatially Adaptive Computation Time for Residual Networks (CVPR 2017). Li et al., Not All
-    Pixels Are Equal: Deep Layer Cascade (CVPR 2017).
+    Paper: Figurnov et al., Spatially Adaptive Computation Time for Residual Networks (CVPR 2017). Li et al.,
+    Not All Pixels Are Equal: Deep Layer Cascade (CVPR 2017).
     """
 
     def __init__(
@@ -80,7 +86,8 @@ class SpatialHalting(nn.Module):
             raise ValueError("units: expected at least one module, got none")
         if len(self.halts) != steps - 1:
             raise ValueError(
-                f"halts: expected {steps - 1} modules, one for each of {steps} units but the last, got {len(self.halts)}"
+                f"halts: expected {steps - 1} modules, one for each of {steps} units but the last, "
+                f"got {len(self.halts)}"
             )
         HaltingRule(steps, epsilon, weighted, max_fraction)
         self.epsilon, self.weighted = epsilon, weighted
@@ -121,7 +128,8 @@ class SpatialHalting(nn.Module):
         return score
 
     def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon}, weighted={self.weighted}"
+        text = f"epsilon={self.epsilon}, weighted={self.weighted}, dense={self.dense}"
+        return text if self.max_fraction is None else f"{text}, max_fraction={self.max_fraction}"
 
 
 def _map(rows: Tensor, size: tuple[int, int, int]) -> Tensor:
