@@ -85,6 +85,29 @@ def test_a_hard_gate_has_the_gradient_of_a_gate_on_the_next_step(dense):
     assert dponder.tolist() == [[-1, -1, 0, 0], [0, 0, 0, 0], [-1, -1, -1, -1]]
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_epsilon_is_what_may_be_missing(dense):
+    scores = torch.tensor([[0.6, 0.395, 0.1, 0.1, 0.1], [0.995, 0.1, 0.1, 0.1, 0.1], [0.9] + [0.0] * 4])
+    for epsilon, steps in ((0.01, [2, 1, 5]), (0.0, [3, 2, 5]), (0.2, [2, 1, 1])):
+        assert by_script(dense=dense, epsilon=epsilon)(scripted(scores)).steps.tolist() == steps
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_sums_are_wide(dense):
+    """Forty terms in bfloat16 lose no more than the rounding of the result."""
+    x = random_tensor(4, WIDTH, dtype=torch.bfloat16)
+    layer = Halting(
+        lambda s, n: s + 0.125, lambda s: torch.full((len(s),), 0.02, dtype=s.dtype), 40, dense=dense
+    )
+    score, states = float(torch.tensor(0.02, dtype=torch.bfloat16)), [x]
+    for _ in range(40):
+        states.append(states[-1] + 0.125)
+    exact = sum(score * s.double() for s in states[1:40]) + (1 - 39 * score) * states[40].double()
+    output = layer(x).output
+    assert output.dtype == torch.bfloat16
+    assert ((output.double() - exact).abs() <= exact.abs() * 2**-8).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
