@@ -79,8 +79,8 @@ class Halting(nn.Module):
           float32 at least.
 
     On a GPU each step reads the number of samples that run back to the host, but with ``dense``.
-    ``torch.compile`` of a surrounding model breaks its graph here, but with ``dense``; the step itself may be
-    compiled.
+    ``torch.compile`` of a surrounding model breaks its graph here and runs the steps as they are, but with
+    ``dense``, where it compiles them all.
 
     Raises:
         TypeError, ValueError: an argument, or what ``step`` or ``halt`` returned, that does not fit.
