@@ -14,8 +14,10 @@ from .expert_parallel import ParallelExperts
 from .experts import Experts
 from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
 from .moe import MoE, MoEOutput, SharedExpert
+from .pixel_halting import SpatialHalting
 from .pixels import SparseConv2d, SparseConvTranspose2d
 from .routers import Routing, TopKRouter
+from .sample_halting import Halting, HaltingOutput, pad_positions
 from .samples import Skip
 from .sequential import SparseSequential
 
@@ -29,6 +31,8 @@ __all__ = [
     "DynamicConv2d",
     "Experts",
     "GroupedDynamicConv2d",
+    "Halting",
+    "HaltingOutput",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
     "MaskedMaxPool2d",
@@ -44,6 +48,7 @@ __all__ = [
     "SparseConv2d",
     "SparseConvTranspose2d",
     "SparseSequential",
+    "SpatialHalting",
     "SwitchableBatchNorm2d",
     "TopKRouter",
     "UniversalBatchNorm2d",
@@ -51,6 +56,7 @@ __all__ = [
     "importance_loss",
     "load_balance_loss",
     "load_loss",
+    "pad_positions",
     "set_width",
     "z_loss",
 ]
