@@ -204,7 +204,7 @@ def test_gumbel_softmax_formula(hard, dim):
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 5.0])
 @torch.no_grad()
 def test_gumbel_rates_are_the_probabilities_at_any_temperature(temperature):
-    draws = 40000
+    draws = 10000
     error = 5 * 0.5 / math.sqrt(draws)  # five standard errors at most
     for logit in (-2.0, 0.0, 1.7):
         rate = gates.gumbel_sigmoid(torch.full((draws,), logit), temperature).mask.mean()
@@ -218,11 +218,11 @@ def test_gumbel_rates_are_the_probabilities_at_any_temperature(temperature):
 
 def test_two_logits_are_one_gate():
     """The softmax over (closed, open) has the rate and the score of the sigmoid of their difference."""
-    pair = scores(30000, 2)
+    pair = scores(10000, 2)
     one = gates.gumbel_sigmoid(pair[:, 1] - pair[:, 0])
     two = gates.gumbel_softmax(pair)
     assert_near(two.score[:, 1], one.score)
-    assert abs(two.mask[:, 1].mean() - one.mask.mean()) < 5 * math.sqrt(2) * 0.5 / math.sqrt(30000)
+    assert abs(two.mask[:, 1].mean() - one.mask.mean()) < 5 * math.sqrt(2) * 0.5 / math.sqrt(10000)
 
 
 def test_noise_that_is_asked_for():
@@ -241,7 +241,7 @@ def test_noise_that_is_asked_for():
 @torch.no_grad()
 def test_noise_is_not_drawn_in_half_precision(dtype):
     """Rare events keep their rate: in bfloat16, noise of 8 bits would be infinite in one of 256 draws."""
-    draws = 400000
+    draws = 100000
     rate = gates.gumbel_sigmoid(torch.full((draws,), -8.0, dtype=dtype)).mask.float().mean()
     expected = sigmoid(-8.0)
     assert abs(rate - expected) < 5 * math.sqrt(expected / draws)
@@ -259,7 +259,7 @@ def test_saturating_sigmoid():
 
 
 def test_semhash_halves_the_samples():
-    x = scores(4000, 6)
+    x = scores(2000, 6)
     torch.manual_seed(3)
     decision = gates.improved_semhash(x, noise_std=0.8)
     torch.manual_seed(3)
@@ -268,7 +268,7 @@ def test_semhash_halves_the_samples():
     hard = (noisy > 0).double()
     is_hard = (decision.mask == hard).all(1)
     assert_near(decision.mask[~is_hard], soft[~is_hard])
-    assert abs(is_hard.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(4000)
+    assert abs(is_hard.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(2000)
     assert_gradient_of(decision, x, soft)  # of all samples, the discrete ones too
     assert_near(decision.score, (1.2 / (1 + torch.exp(-x)) - 0.1).clamp(0, 1))
     quiet = gates.improved_semhash(x, training=False)
@@ -277,7 +277,7 @@ def test_semhash_halves_the_samples():
 
 @torch.no_grad()
 def test_semhash_opens_as_often_as_normal_noise_says():
-    draws = 40000
+    draws = 10000
     for logit in (-1.0, 0.4):
         mask = gates.improved_semhash(torch.full((draws,), logit)).mask
         rate = (mask > 0.5).float().mean()  # soft ones are over a half where they would be one
@@ -344,10 +344,10 @@ def test_without_noise_nothing_is_random(name):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in FUNCTIONS if "soft" in name.split(", ") or "relu" in name or "noisy_top_k" in name],
-)
+SOFT = ("gumbel_sigmoid, soft, noisy", "gumbel_softmax, soft, noisy", "relu_tanh", "noisy_top_k, noisy")
+
+
+@pytest.mark.parametrize("name", SOFT)
 def test_soft_masks_pass_gradcheck(name):
     x = scores(2, 3)
 
@@ -363,17 +363,7 @@ def test_scores_pass_gradcheck(name):
     assert torch.autograd.gradcheck(lambda x: FUNCTIONS[name](x).score, scores(2, 3))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "straight_through",
-        "gumbel_sigmoid, noisy",
-        "gumbel_softmax, noisy",
-        "improved_semhash, noisy",
-        "top_k",
-        "threshold",
-    ],
-)
+@pytest.mark.parametrize("name", ["threshold", "gumbel_softmax, noisy", "improved_semhash, noisy", "top_k"])
 def test_compiles_without_graph_breaks(name):
     x = random_tensor(5, 4)
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")

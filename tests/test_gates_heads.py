@@ -93,7 +93,7 @@ def test_pooled_gate():
 @pytest.mark.parametrize("form", [1, 2])
 def test_conv_gate(form):
     gate = randomized(gates.ConvGate(C, form)).double().eval()
-    x = random_tensor(30, C, 9, 8, dtype=torch.float64)
+    x = random_tensor(10, C, 9, 8, dtype=torch.float64)
     y = x
     if form == 1:
         y = x[:, :, :8].unflatten(2, (4, 2)).unflatten(4, (4, 2)).amax((3, 5))
@@ -107,7 +107,7 @@ def test_conv_gate(form):
     mask, score = gate(x)
     assert_near(score, probability)
     assert torch.equal(mask, (probability > 0.5).double())
-    weight = random_tensor(30, dtype=torch.float64)
+    weight = random_tensor(10, dtype=torch.float64)
     parameters = list(gate.parameters())
     actual = torch.autograd.grad((mask * weight).sum(), parameters)
     expected = torch.autograd.grad((probability * weight).sum(), parameters)
@@ -271,7 +271,7 @@ def test_policy_net_plans_all_layers():
 def test_initial_rate(name, open_rate):
     """Samples of a fresh head are open as often as asked; 0.85 where nothing is."""
     head = HEADS[name](**({} if open_rate == 0.85 else {"open_rate": open_rate}))
-    x = random_tensor(400, C, 7, 7)
+    x = random_tensor(120, C, 5, 5)
     decision = head(x)
     decision = decision[0] if name == "RecurrentGate" else decision
     if name == "GaterNet":
@@ -370,9 +370,7 @@ def test_nan_of_a_sample_is_its_own(name):
     assert mask[1].isnan().all() and not mask[[0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize(
-    "name", ["PooledGate", "RecurrentGate", "ConvGate, form 1", "SpatialGate", "ChannelGate"]
-)
+@pytest.mark.parametrize("name", ["PooledGate", "RecurrentGate", "SpatialGate"])
 def test_compiles_without_graph_breaks(name):
     head = randomized(ALL[name]()).train()
     gates_of = [m for m in head.modules() if isinstance(m, (gates.GumbelSigmoid, gates.GumbelSoftmax))]
