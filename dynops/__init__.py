@@ -1,6 +1,6 @@
 """dynops: layers that compute only what an input needs."""
 
-from . import integrations, nn, ops
+from . import gates, integrations, nn, ops
 from .backends import build_info
 from .context import active
 from .convert import convert_, revert_
@@ -19,6 +19,7 @@ __all__ = [
     "build_info",
     "changed_blocks",
     "convert_",
+    "gates",
     "integrations",
     "nn",
     "ops",
