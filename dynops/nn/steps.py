@@ -359,7 +359,7 @@ class _Run(NamedTuple):
         row = torch.where(row < 0, none[:, None], row)
         alive = step_cells.alive_steps(self.lengths, steps)
         row = row if alive is None else torch.where(alive, row, len(table) - 1)
-        return table.index_select(0, row.reshape(-1)).view(batch, steps, -1)
+        return table.index_select(0, row.reshape(-1)).view(batch, steps, initial.shape[1])
 
 
 class _Round(torch.autograd.Function):
