@@ -107,7 +107,7 @@ def test_prefix_mask():
     soft = torch.sigmoid(2.0 * (0.5 * 40 - i))
     expected = torch.where(soft > 0.99, 1.0, torch.where(soft < 0.01, 0.0, soft))
     torch.testing.assert_close(mask[1], expected)
-    assert width.tolist() == [0, int((expected != 0).sum()), 40, 0]
+    assert width.tolist() == [2, int((expected != 0).sum()), 40, 0]  # sigmoid(-2), sigmoid(-4) > 0.01
     assert ((mask != 0) == (i - 1 < width[:, None])).all()
 
 

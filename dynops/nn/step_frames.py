@@ -86,8 +86,8 @@ class StepSelection:
         valid = valid if alive is None else valid & alive
         ranked = torch.where(valid, scores.detach(), -torch.inf)
         # valid ones first, then by score: a valid -inf must beat a NaN
-        order = ranked.argsort(1, descending=True, stable=True)
-        order = order.gather(1, valid.gather(1, order).long().argsort(1, descending=True, stable=True))
+        order = ranked.argsort(dim=1, descending=True, stable=True)
+        order = order.gather(1, valid.gather(1, order).long().argsort(dim=1, descending=True, stable=True))
         chosen = order[:, : min(k, steps)]
         chosen = torch.where(valid.gather(1, chosen), chosen, steps).sort(1).values
         return cls(torch.where(chosen < steps, chosen, -1), steps)
