@@ -235,31 +235,30 @@ class SkipRNN(nn.RNNBase):
         batch, steps = run.x.shape[:2]
         index, state = torch.arange(batch, device=flat.device), run.state
         end = torch.full_like(run.probability, steps) if run.lengths is None else run.lengths.double()
-        probability, rate, since = run.probability, self._rate(state), torch.zeros_like(run.probability)
+        base, since, rate = run.probability, torch.zeros_like(run.probability), self._rate(state)
+        time = torch.where(base > THRESHOLD, 0, _count_to(THRESHOLD - base, rate))  # float64; inf, NaN: never
         final, final_probability = [s.clone() for s in state], run.probability.clone()
-        time = _next_update(probability, rate)  # float64: inf or NaN where there is none
-        rows, slots = [], []
+        first_row, rows, slots = index * batch_stride, [], []
         while len(index):
-            reads = time < end
-            stay = reads.nonzero().squeeze(1)
+            stay = (time < end).nonzero(as_tuple=True)[0]
             if len(stay) < len(index):
                 for whole, part in zip(final, state, strict=True):
                     whole.index_copy_(0, index, part)
-                at_end = (probability + (end - since) * rate).clamp(max=1)
-                final_probability.index_copy_(0, index, torch.where(end > since, at_end, probability))
+                at_end = (base + (end - since) * rate).clamp(max=1)
+                final_probability.index_copy_(0, index, torch.where(end > 0, at_end, base))
                 if not len(stay):
                     break
                 state = tuple(s.index_select(0, stay) for s in state)
-                index, time, end = index[stay], time[stay], end[stay]
-            at = time.long()
-            x_rows = flat.index_select(0, index * batch_stride + at * time_stride)
-            state = run_cells(self.mode, run.weights, x_rows, state)
+                index, time, end, first_row = (t[stay] for t in (index, time, end, first_row))
+            slot = first_row + time.long() * time_stride
+            state = run_cells(self.mode, run.weights, flat.index_select(0, slot), state)
             rows.append(state[self.num_layers - 1])
-            slots.append(index * steps + at)
-            probability = rate = self._rate(state)
-            since = time + 1
-            time = since + _next_update(probability, rate)
+            slots.append(slot)
+            base, since, rate = 0.0, time, self._rate(state)
+            time = time + _count_to(THRESHOLD, rate)
         slot = torch.cat(slots) if slots else index.new_zeros(0)
+        if time_stride != 1:
+            slot = slot % batch * steps + slot // batch
         updates = flat.new_zeros(batch * steps).index_fill(0, slot, 1).view(batch, steps)
         row = torch.full((batch * steps,), -1, device=flat.device)
         row[slot] = torch.arange(len(slot), device=flat.device)
@@ -379,10 +378,10 @@ def _outside_graph(layer: SkipRNN, run: _Run, updates) -> SkipOutput:
     return layer._compacted(run, updates)
 
 
-def _next_update(probability: Tensor, rate: Tensor) -> Tensor:
-    """The least k >= 0 with ``probability + k * rate > 0.5``, float64; inf or NaN where there is none."""
-    skips = torch.floor((THRESHOLD - probability).clamp(min=0) / rate)
-    return skips + (probability + skips * rate <= THRESHOLD)
+def _count_to(room: Tensor | float, rate: Tensor) -> Tensor:
+    """The least k >= 0 with ``k * rate > room``, for a room >= 0; inf or NaN where there is none."""
+    count = torch.floor(room / rate)
+    return count + (count * rate <= room)
 
 
 def _needs_gradient(layer: SkipRNN, run: _Run) -> bool:
