@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,6 +207,19 @@ def test_from_dense_shares_parameters_and_keys():
         torch.testing.assert_close(out.output[:, 0], expected[0] if lstm else expected)
     layer.reset_parameters()
     assert layer.gate.bias.item() == 1
+
+
+def test_copies_casts_and_other_parameters():
+    x = random_tensor(3, 6, IN)
+    layer = SkipRNN.from_dense(nn.GRU(IN, HIDDEN, 2, batch_first=True))
+    copied = copy.deepcopy(layer).double()
+    assert copied.weight_hh_l1 is not layer.weight_hh_l1
+    u = torch.ones(3, 6)
+    torch.testing.assert_close(copied(x.double(), updates=u).output.float(), layer(x, updates=u).output)
+    zeros = {name: torch.zeros_like(value) for name, value in layer.named_parameters()}
+    assert not torch.func.functional_call(layer, zeros, (x, None, u)).output.any()
+    with torch.no_grad():
+        assert not torch.func.functional_call(layer, zeros, (x,)).output.any()
 
 
 @settings(max_examples=15, deadline=None)

@@ -69,7 +69,7 @@ class SkipRNN(nn.RNNBase):
           sequence's after its last step; after given decisions its probability is 1.
 
     The parameters have the names of ``nn.LSTM``; ``gate.weight`` and ``gate.bias`` (which starts at 1) are new. A gate that is
-    NaN never updates; a NaN in given decisions raises. Steps of a level of a hierarchy (HM-RNN, Focused Hierarchical RNN) are
+    NaN never updates; a NaN in given decisions raises. With given decisions the gate gets no gradient. Steps of a level of a hierarchy (HM-RNN, Focused Hierarchical RNN) are
     another layer with the lower level's boundaries as ``updates``.
 
     On a GPU the number of sequences is read back at each step (without gradients at each update; given decisions: twice a
