@@ -1,4 +1,5 @@
-"""What recurrent layers that skip share: arguments, cells on rows of states, and ragged runs as packed sequences."""
+"""What recurrent layers that skip share: arguments, cells on rows of states, packed sequences of ragged
+runs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ State = tuple[Tensor, ...]  # [B, H] each: h of every layer, then, of an LSTM, c
 
 
 def run_cells(mode: str, weights: list[tuple], x: Tensor, state: State) -> State:
-    """One step of a stack of layers on ``[n, I]``; ``weights`` has (w_ih, w_hh, b_ih, b_hh) for each layer."""
+    """One step of a stack of layers on ``[n, I]``; ``weights``: (w_ih, w_hh, b_ih, b_hh) of each layer."""
     if mode != "LSTM":
         new = []
         for layer, weight in enumerate(weights):
@@ -41,7 +42,7 @@ def run_cells(mode: str, weights: list[tuple], x: Tensor, state: State) -> State
 
 
 def finish_cell(mode: str, by_input: State, by_hidden: State, h: Tensor, c: Tensor | None) -> State:
-    """The pointwise end of a cell: (h,) or (h, c) from the products of its gates with the input and with h."""
+    """The pointwise end of a cell: (h,) or (h, c) from its gates' products with the input and with h."""
     if mode == "LSTM":
         i, f, g, o = (a + b for a, b in zip(by_input, by_hidden, strict=True))
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -117,8 +118,9 @@ def _map_states(function, new: Any, old: Any) -> Any:
 class Packing(NamedTuple):
     """Ragged runs in the order of a ``PackedSequence``: all first steps, then all second ones …
 
-    ``order``: int64 ``[n]``, the sequences with a step, longest first; ``batch_sizes``: int64 on the host, the sequences that have
-    a j-th step; ``sequence`` and ``step``: int64 ``[P]``, of each row the place in ``order`` and j.
+    ``order``: int64 ``[n]``, the sequences with a step, longest first; ``batch_sizes``: int64 on the host,
+    the sequences that have a j-th step; ``sequence`` and ``step``: int64 ``[P]``, of each row the place in
+    ``order`` and j.
     """
 
     order: Tensor
@@ -143,11 +145,9 @@ class Packing(NamedTuple):
 def run_packed(
     mode: str, weights: list[tuple], data: Tensor, batch_sizes: Tensor, hidden: tuple
 ) -> tuple[Tensor, tuple]:
-    """PyTorch's own recurrent layer on packed rows ``[P, I]``; ``hidden``: (h,) or (h, c) of ``[L, n, H]``."""
+    """PyTorch's recurrent layer on packed rows ``[P, I]``; ``hidden``: (h,) or (h, c) of ``[L, n, H]``."""
     flat = [tensor for weight in weights for tensor in weight if tensor is not None]
-    train = (
-        torch.is_grad_enabled()
-    )  # cuDNN keeps what its backward needs in training only; there is no dropout
+    train = torch.is_grad_enabled()  # cuDNN keeps what its backward needs in training only
     options = (flat, weights[0][2] is not None, len(weights), 0.0, train, False)
     if mode == "LSTM":
         out, *last = torch.lstm(data, batch_sizes, hidden, *options)
@@ -159,7 +159,8 @@ def run_packed(
 def run_scaled(
     mode: str, weight: tuple, data: Tensor, sizes: list[int], state: State, scale: Tensor
 ) -> tuple[Tensor, Tensor, State]:
-    """A layer on packed rows whose updates are multiplied: (cells' own h for the next layer, mixed h, last state)."""
+    """A layer on packed rows, updates multiplied: (h of the cells for the next layer, mixed h, last
+    state)."""
     w_ih, w_hh, b_ih, b_hh = weight
     gates = w_ih.shape[0] // w_hh.shape[1]
     inputs = F.linear(data, w_ih, b_ih).split(sizes)  # one GEMM for all steps
@@ -183,7 +184,7 @@ def run_scaled(
 
 
 def read_layer(layer: nn.Module) -> tuple[str, int, dict[str, nn.Parameter]]:
-    """Mode, layers and parameters, named as in ``nn.LSTM``, of a recurrent layer or cell that can skip steps."""
+    """Mode, layers and parameters, named as in ``nn.LSTM``, of a layer or cell that can skip steps."""
     if isinstance(layer, nn.RNNBase):
         refused = {"bidirectional": False, "proj_size": 0, "dropout": 0.0}
         for name, wanted in refused.items():
@@ -253,7 +254,7 @@ def check_decisions(
 
 
 def check_state(state, mode: str, layers: int, batch: int, hidden: int, x: Tensor) -> State:
-    """``state`` as ``nn.LSTM`` and its like take it, ``[L, B, H]``, as the h of every layer (and then the c); None: zeros."""
+    """``nn.LSTM``'s state, ``[L, B, H]``, as the h of every layer (and then the c); None: zeros."""
     count = 2 if mode == "LSTM" else 1
     if state is None:
         return (x.new_zeros(batch, hidden),) * (layers * count)

@@ -1,4 +1,4 @@
-"""Selected steps of sequences (frames, clips, tokens), gathered before an encoder runs and put back in their places."""
+"""Selected steps of sequences (frames, clips, tokens), gathered before an encoder runs and put back."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ class StepSelection:
     """S slots for each of B sequences of T steps; a slot holds a step, or nothing.
 
     Attributes:
-        index: int64 ``[B, S]``, the step in each slot, -1 where there is none. A step may appear more than once.
+        index: int64 ``[B, S]``, the step in each slot, -1 where there is none. A step may appear more than
+            once.
         steps: T.
 
-    ``rows`` of a selection are its P filled slots, sequence by sequence. An encoder that runs on selected frames only::
+    ``rows`` of a selection are its P filled slots, sequence by sequence. An encoder that runs on selected
+    frames only::
 
         selection = StepSelection.from_topk(scores, k=8)
         features = selection.pad(encoder(selection.gather(frames)))     # [B, S, ...], see encode_steps
@@ -47,7 +49,8 @@ class StepSelection:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> StepSelection:
-        """``mask``: ``[B, T]``, nonzero = selected. Slots are in the order of time; S is the largest number of any sequence.
+        """``mask``: ``[B, T]``, nonzero = selected. Slots are in the order of time; S is the largest number
+        of any sequence.
 
         Raises:
             TypeError, ValueError: no mask ``[B, T]``, or NaN in it.
@@ -70,8 +73,9 @@ class StepSelection:
         """The k steps of each sequence that score best, in the order of time; S = min(k, T).
 
         Args:
-            scores: floating ``[B, T]``, for example of a salience classifier on cheap features (SCSampler, ICCV 2019). NaN is
-                never selected. For their gradient multiply by ``selection.pad(selection.gather(scores))``.
+            scores: floating ``[B, T]``, for example of a salience classifier on cheap features (SCSampler,
+                ICCV 2019). NaN is never selected. For their gradient multiply by
+                ``selection.pad(selection.gather(scores))``.
             k: at least 0.
             lengths: integers ``[B]``; later steps are not selected.
         """
@@ -119,7 +123,8 @@ class StepSelection:
         return self._slots
 
     def gather(self, x: Tensor) -> Tensor:
-        """The selected steps of ``x`` ``[B, T, ...]`` as rows ``[P, ...]``; nothing else of it is read. Has a gradient."""
+        """The selected steps of ``x`` ``[B, T, ...]`` as rows ``[P, ...]``; no other is read. Has a
+        gradient."""
         if tuple(x.shape[:2]) != (self.batch, self.steps):
             raise ValueError(f"x: expected [{self.batch}, {self.steps}, ...], got shape {tuple(x.shape)}")
         slots = self.row_slots()
@@ -164,8 +169,9 @@ def encode_steps(encoder: Callable[[Tensor], Tensor], x: Tensor, selection: Step
     """``[B, S, ...]``: the encoder's output for the selected steps, zero in empty slots.
 
     Args:
-        encoder: ``[P, ...] -> [P, ...]``, which treats each row by itself. It runs once, on the selected steps of all
-            sequences; where nothing is selected, on two rows of zeros for the shape of its output.
+        encoder: ``[P, ...] -> [P, ...]``, which treats each row by itself. It runs once, on the selected
+            steps of all sequences; where nothing is selected, on two rows of zeros for the shape of its
+            output.
         x: ``[B, T, ...]``.
         selection: a :class:`StepSelection` of B sequences and T steps.
 

@@ -21,8 +21,8 @@ from .step_frames import encode_rows
 class Jump(NamedTuple):
     """A policy's decision for n sequences.
 
-    ``action``: int64 ``[n]``, what was chosen. ``start``: int64 ``[n]``, the next step to read. ``stop``: bool ``[n]``. ``log_prob`` and
-    ``entropy``: ``[n]``, float32 (float64 for float64 states).
+    ``action``: int64 ``[n]``, what was chosen. ``start``: int64 ``[n]``, the next step to read. ``stop``:
+    bool ``[n]``. ``log_prob`` and ``entropy``: ``[n]``, float32 (float64 for float64 states).
     """
 
     action: Tensor
@@ -33,21 +33,23 @@ class Jump(NamedTuple):
 
 
 class JumpPolicy(nn.Module):
-    """A softmax over stopping and jumps, from the state; sampled in training, the most likely one in eval mode.
+    """A softmax over stopping and jumps; sampled in training, the most likely action in eval mode.
 
-    Action 0 stops. Action k in 1 ... ``max_jump`` goes on k steps after the last one that was read, so that 1 reads on without a
-    gap. Action ``max_jump + k``, k in 1 ... ``max_back``, goes back by k steps from the one that would be read next, at most
-    to the first.
+    Action 0 stops. Action k in 1 ... ``max_jump`` goes on k steps after the last one that was read, so that 1
+    reads on without a gap. Action ``max_jump + k``, k in 1 ... ``max_back``, goes back by k steps from the
+    one that would be read next, at most to the first.
 
     Args:
         hidden: H.
         max_jump: K, at least 1. With 1 the policy decides when to stop reading (ReasoNet, LARM, Jumper).
         max_back: the most steps back (LSTM-Shuttle; re-reading); 0: forward only.
 
-    Logits with a NaN stop, with log-probability and entropy 0. Parameters: ``linear.weight`` and ``linear.bias``.
+    Logits with a NaN stop, with log-probability and entropy 0. Parameters: ``linear.weight`` and
+    ``linear.bias``.
 
-    Papers: Yu et al., Learning to Skim Text (ACL 2017); Fu and Ma, Speed Reading: Learning to Read ForBackward via Shuttle
-    (EMNLP 2018); Fan et al., Watching a Small Portion Could Be as Good as Watching All (IJCAI 2018).
+    Papers: Yu et al., Learning to Skim Text (ACL 2017); Fu and Ma, Speed Reading: Learning to Read
+    ForBackward via Shuttle (EMNLP 2018); Fan et al., Watching a Small Portion Could Be as Good as Watching
+    All (IJCAI 2018).
     """
 
     def __init__(self, hidden: int, max_jump: int, max_back: int = 0, *, device=None, dtype=None):
@@ -59,7 +61,8 @@ class JumpPolicy(nn.Module):
         self.linear = nn.Linear(hidden, 1 + max_jump + max_back, device=device, dtype=dtype)
 
     def forward(self, h: Tensor, position: Tensor, length: Tensor) -> Jump:
-        """``h``: ``[n, H]``; ``position``: int64 ``[n]``, the step after the last one read; ``length``: int64 ``[n]``."""
+        """``h``: ``[n, H]``; int64 ``[n]``: ``position``, the step after the last one read, and
+        ``length``."""
         logits = self.linear(h)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lost = logits.isnan().any(1)
@@ -78,18 +81,19 @@ class JumpPolicy(nn.Module):
 
 
 class LocationPolicy(nn.Module):
-    """A place in [0, 1] of the whole sequence to look at next: the state's ``sigmoid(linear(h))``, with Gaussian noise in training.
+    """Where in [0, 1] of the sequence to look next: ``sigmoid(linear(h))``, with Gaussian noise in training.
 
     Args:
         hidden: H.
         std: standard deviation of the noise, larger than 0 (AdaFrame trains with a fixed one).
-        stop: a callable ``h [n, H] -> bool [n]``, for example a predicted utility that no longer grows; None: never stops
-            before ``max_jumps``.
+        stop: a callable ``h [n, H] -> bool [n]``, for example a predicted utility that no longer grows; None:
+            never stops before ``max_jumps``.
 
-    The action is the step, ``round(place * (length - 1))``; a place that is NaN stops. Parameters: ``linear.weight`` and ``linear.bias``.
+    The action is the step, ``round(place * (length - 1))``; a place that is NaN stops. Parameters:
+    ``linear.weight`` and ``linear.bias``.
 
-    Papers: Wu et al., AdaFrame (CVPR 2019); Yeung et al., End-to-end Learning of Action Detection from Frame Glimpses in
-    Videos (CVPR 2016).
+    Papers: Wu et al., AdaFrame (CVPR 2019); Yeung et al., End-to-end Learning of Action Detection from Frame
+    Glimpses in Videos (CVPR 2016).
     """
 
     def __init__(
@@ -127,9 +131,10 @@ class LocationPolicy(nn.Module):
 class JumpOutput(NamedTuple):
     """What :class:`JumpReader` returns; J is ``max_jumps``.
 
-    ``output``: ``[B, H]``, the top layer's h after the last step that was read. ``state``: as the recurrent layer has it, ``[L, B, H]``.
-    ``actions``: int64 ``[B, J]``, -1 where none was taken. ``log_prob`` and ``entropy``: ``[B, J]``, 0 there. ``features``: ``[B, J, H]``, the h that
-    each action was taken from, 0 there, for a baseline. ``starts``: int64 ``[B, J + 1]``, where each run of steps began, -1: none.
+    ``output``: ``[B, H]``, the top layer's h after the last step that was read. ``state``: as the recurrent
+    layer has it, ``[L, B, H]``. ``actions``: int64 ``[B, J]``, -1 where none was taken. ``log_prob`` and
+    ``entropy``: ``[B, J]``, 0 there. ``features``: ``[B, J, H]``, the h that each action was taken from, 0
+    there, for a baseline. ``starts``: int64 ``[B, J + 1]``, where each run of steps began, -1: none.
     ``read``: int64 ``[B]``, steps that were read.
     """
 
@@ -146,9 +151,9 @@ class JumpOutput(NamedTuple):
 class JumpReader(nn.Module):
     """Reads some steps, asks the policy where to go on, and so on until it stops: LSTM-Jump.
 
-    A sequence ends when its policy stops, when a jump leads past its end, or with the steps read after ``max_jumps`` jumps.
-    Each run of steps is one call of the recurrent layer on a packed sequence of those that still read; encoder and layer
-    see no other step.
+    A sequence ends when its policy stops, when a jump leads past its end, or with the steps read after
+    ``max_jumps`` jumps. Each run of steps is one call of the recurrent layer on a packed sequence of those
+    that still read; encoder and layer see no other step.
 
     REINFORCE, with a reward ``[B]`` and ``baseline [B, J]`` from ``features.detach()``::
 
@@ -156,28 +161,28 @@ class JumpReader(nn.Module):
 
     Args:
         rnn: ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` of one direction.
-        policy: a module ``(h [n, H], position [n], length [n]) -> Jump``: :class:`JumpPolicy`, :class:`LocationPolicy` or one's own. A start
-            outside the sequence ends it.
+        policy: a module ``(h [n, H], position [n], length [n]) -> Jump``: :class:`JumpPolicy`,
+            :class:`LocationPolicy` or one's own. A start outside the sequence ends it.
         read: R, the steps of a run.
         max_jumps: J, at least 0.
-        encoder: a module ``[P, ...] -> [P, I]`` that runs on the steps that are read, for example an ``nn.Embedding`` or a convolutional
-            network of frames; None: ``x`` has the layer's features.
+        encoder: a module ``[P, ...] -> [P, I]`` that runs on the steps that are read, for example an
+            ``nn.Embedding`` or a convolutional network of frames; None: ``x`` has the layer's features.
 
     Shape:
         - x: ``[B, T, ...]``, batch first whatever ``rnn`` has.
         - state: None (zeros) or what ``rnn`` takes.
         - lengths: integers ``[B]``; None: T.
-        - output: :class:`JumpOutput`. ``x``, state, layer and encoder get their gradients through what was read, the policy through
-          ``log_prob`` and ``entropy``.
+        - output: :class:`JumpOutput`. ``x``, state, layer and encoder get their gradients through what was
+          read, the policy through ``log_prob`` and ``entropy``.
 
-    On a GPU each run reads the number of steps of each sequence back to the host. ``torch.compile`` of a surrounding model
-    breaks its graph here.
+    On a GPU each run reads the number of steps of each sequence back to the host. ``torch.compile`` of a
+    surrounding model breaks its graph here.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
 
-    Papers: Yu et al., Learning to Skim Text (ACL 2017); Fu and Ma, LSTM-Shuttle (EMNLP 2018); Wu et al., AdaFrame (CVPR 2019); Shen
-    et al., ReasoNet (KDD 2017).
+    Papers: Yu et al., Learning to Skim Text (ACL 2017); Fu and Ma, LSTM-Shuttle (EMNLP 2018); Wu et al.,
+    AdaFrame (CVPR 2019); Shen et al., ReasoNet (KDD 2017).
     """
 
     def __init__(

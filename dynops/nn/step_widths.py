@@ -1,4 +1,4 @@
-"""Recurrent steps that update a part of the state: partial_update (its first rows) and SkimRNN (a small or a big cell)."""
+"""Recurrent steps that update a part of the state: partial_update and SkimRNN (a small or a big cell)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CELL_CLASSES = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN_TANH": nn.RNNCell,
 def prefix_mask(
     fraction: Tensor, size: int, sharpness: float = 1.0, epsilon: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """The soft mask of a state's first rows: ``sigmoid(sharpness * (fraction * size - i))`` for i = 1 ... size.
+    """The soft mask of a state's first rows: ``sigmoid(sharpness * (fraction * size - i))``, i = 1 ... size.
 
     Values above ``1 - epsilon`` become 1 and those below ``epsilon`` 0, exactly.
 
@@ -34,7 +34,8 @@ def prefix_mask(
         epsilon: in [0, 0.5).
 
     Returns:
-        The mask ``[N, D]``, with the gradient of its soft values, and the widths int64 ``[N]``: rows that are not 0.
+        The mask ``[N, D]``, with the gradient of its soft values, and the widths int64 ``[N]``: rows that are
+        not 0.
 
     Paper: Jernite et al., Variable Computation in Recurrent Neural Networks (ICLR 2017).
     """
@@ -62,22 +63,23 @@ def partial_update(
     input_width: Tensor | int | None = None,
     dense: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step in which each sample updates the first rows of its state, reading those only, and copies the others.
+    """One step in which each sample reads and updates only the first rows of its state, and copies the
+    others.
 
     With e the mask of the first ``width`` rows and e' that of the first ``input_width`` features::
 
         e * cell(e' * x, e * h) + (1 - e) * h            (c of an LSTM like h)
 
-    Samples of equal widths run together, on the upper left parts of the weights, which are not copied. A few distinct
-    widths are fast; round them where there are many.
+    Samples of equal widths run together, on the upper left parts of the weights, which are not copied. A few
+    distinct widths are fast; round them where there are many.
 
     Args:
         cell: ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` of I inputs and H rows.
         x: ``[N, I]``.
         state: h ``[N, H]``, of an LSTM ``(h, c)``.
         width: integers ``[N]`` in [0, H], or one for all.
-        mask: e itself, floating ``[N, H]``, zero from ``width`` on, as :func:`prefix_mask` makes both. It gets a gradient, which
-            lacks that of what was not computed.
+        mask: e itself, floating ``[N, H]``, zero from ``width`` on, as :func:`prefix_mask` makes both. It
+            gets a gradient, which lacks that of what was not computed.
         input_width: integers ``[N]`` in [0, I], or one for all; None: I.
         dense: computes the equation as it stands; a mask gets its exact gradient.
 
@@ -193,8 +195,9 @@ def _prefix_gates(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, hid
 class SkimOutput(NamedTuple):
     """What :class:`SkimRNN` returns.
 
-    ``output``: ``[B, T, H]``. ``state``: as ``nn.LSTM`` has it, ``(h, c)`` or ``h``, ``[1, B, H]``. ``skim``: ``[B, T]``, 1 where the small cell
-    ran. ``log_skim``: ``[B, T]``, the gate's log-probability of skimming, None where the choices were given.
+    ``output``: ``[B, T, H]``. ``state``: as ``nn.LSTM`` has it, ``(h, c)`` or ``h``, ``[1, B, H]``. ``skim``:
+    ``[B, T]``, 1 where the small cell ran. ``log_skim``: ``[B, T]``, the gate's log-probability of skimming,
+    None where the choices were given.
     """
 
     output: Tensor
@@ -204,7 +207,8 @@ class SkimOutput(NamedTuple):
 
 
 class SkimRNN(nn.Module):
-    """At each step a sequence runs the big cell, or the small one, which updates the first rows of the state only::
+    """At each step a sequence runs the big cell, or the small one, which updates the first rows of the
+    state::
 
         h_t = big(x_t, h)                                     where the gate reads
         h_t = [small(x_t, h[:S]), h[S:]]                      where it skims         (c of an LSTM like h)
@@ -216,21 +220,23 @@ class SkimRNN(nn.Module):
         small_size: S, the rows that the small cell updates, 1 to H.
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
         temperature: of the Gumbel-softmax in training. An attribute: lower it while training.
-        soft: in training both cells run and are mixed by soft Gumbel weights (the paper's training). Otherwise the choice is
-            hard, with the soft one's gradient.
-        dense: runs both cells for all sequences, for the gate's exact gradient. Without it the gradient of a choice is
-            that of taking the chosen update instead of none.
+        soft: in training both cells run and are mixed by soft Gumbel weights (the paper's training).
+            Otherwise the choice is hard, with the soft one's gradient.
+        dense: runs both cells for all sequences, for the gate's exact gradient. Without it the gradient of a
+            choice is that of taking the chosen update instead of none.
 
     Shape (with ``batch_first``; else B and T change places in all but the states):
         - x: ``[B, T, I]``.
         - state: None (zeros) or what ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` take, ``[1, B, H]``.
-        - skim: None: the gate decides; in eval mode by the larger logit, without noise. Or ``[B, T]``, bool, integer or floating.
+        - skim: None: the gate decides; in eval mode by the larger logit, without noise. Or ``[B, T]``, bool,
+          integer or floating zeros and ones, 1 = skim.
         - lengths: integers ``[B]``; beyond them nothing is computed and the outputs are 0.
         - output: :class:`SkimOutput`. The paper adds ``-weight * log_skim.mean()`` to the loss.
 
-    Parameters: ``big.…`` and ``small.…``, those of PyTorch's cells, and ``gate.…``. A gate that is NaN reads with the big cell in eval
-    mode; in training it raises, unless dense. On a GPU two sizes are read back to the host at each step, unless dense.
-    ``torch.compile`` of a surrounding model breaks its graph here unless dense.
+    Parameters: ``big.…`` and ``small.…``, those of PyTorch's cells, and ``gate.…``. A gate that is NaN reads
+    with the big cell in eval mode; in training it raises, unless dense or soft. On a GPU two sizes are read
+    back to the host at each step, unless dense. ``torch.compile`` of a surrounding model breaks its graph
+    here unless dense.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.

@@ -18,8 +18,8 @@ THRESHOLD = 0.5  # above it a probability rounds to 1
 class SkipState(NamedTuple):
     """What a :class:`SkipRNN` carries from one call to the next.
 
-    ``hidden``: as ``nn.LSTM`` has it, ``(h, c)``, or ``h`` of the other cells, ``[L, B, H]``. ``probability``: float64 ``[B]``, the
-    accumulated update probability of the next step.
+    ``hidden``: as ``nn.LSTM`` has it, ``(h, c)``, or ``h`` of the other cells, ``[L, B, H]``.
+    ``probability``: float64 ``[B]``, the accumulated update probability of the next step.
     """
 
     hidden: Any
@@ -27,7 +27,8 @@ class SkipState(NamedTuple):
 
 
 class SkipOutput(NamedTuple):
-    """``output`` ``[B, T, H]``, ``state`` (:class:`SkipState`) and ``updates`` ``[B, T]``, 1 where the state was computed."""
+    """``output`` ``[B, T, H]``, ``state`` (:class:`SkipState`) and ``updates`` ``[B, T]``, 1 where the state
+    was computed."""
 
     output: Tensor
     state: SkipState
@@ -35,7 +36,8 @@ class SkipOutput(NamedTuple):
 
 
 class SkipRNN(nn.RNNBase):
-    """Takes the place of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``; at a step some sequences update their state, the others copy it.
+    """Takes the place of ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``; where a sequence skips a step it copies its
+    state.
 
     With S the cell, s the state, u the decision and p the accumulated probability of an update (Skip RNN)::
 
@@ -44,42 +46,49 @@ class SkipRNN(nn.RNNBase):
         d_t     = sigmoid(gate(s_t))
         p_{t+1} = u_t * d_t + (1 - u_t) * (p_t + min(d_t, 1 - p_t))              p_1 = 1
 
-    Only what updates is computed. Without gradients each sequence goes from update to update at its own pace, as d_t
-    says when the next one is: as many steps as the longest chain of updates, all sequences side by side. With gradients every
-    step gathers those sequences that update. Decisions that the caller gives for all steps need neither: the chosen
-    steps run as one packed sequence through PyTorch's recurrent layer.
+    Only what updates is computed. Without gradients each sequence goes from update to update at its own pace,
+    as d_t says when the next one is: as many steps as the longest chain of updates, all sequences side by
+    side. With gradients every step gathers those sequences that update. Decisions that the caller gives for
+    all steps need neither: the chosen steps run as one packed sequence through PyTorch's recurrent layer.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first: as in ``nn.LSTM``. All layers update together, and the gate
-            reads the top one (the authors' multi-layer form).
-        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU". The gate reads c of an LSTM (as the authors' code does), else h.
-        dense: computes every step of every sequence and multiplies by u. The output is the same; the gate's gradient is exact
-            for every step. Without it ``S - s`` of a skipped step is not known, so that a skipped u gets no gradient through
-            the state, only through p and through losses on ``updates``; all others are exact. The paper trains dense. In
-            the dense form a NaN of a skipped step spreads. An attribute: it may be changed at any time.
+        input_size, hidden_size, num_layers, bias, batch_first: as in ``nn.LSTM``. All layers update together,
+            and the gate reads the top one (the authors' multi-layer form).
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU". The gate reads c of an LSTM (as the authors' code
+            does), else h.
+        dense: computes every step of every sequence and multiplies by u. The output is the same; the gate's
+            gradient is exact for every step. Without it ``S - s`` of a skipped step is not known, so that a
+            skipped u gets no gradient through the state, only through p and through losses on ``updates``;
+            all others are exact. The paper trains dense. In the dense form a NaN of a skipped step spreads.
+            An attribute: it may be changed at any time.
 
     Shape (with ``batch_first``; else B and T change places in all but the states):
         - x: ``[B, T, I]``.
-        - state: None (zeros, and every sequence reads its first step), what ``nn.LSTM`` takes, or a :class:`SkipState`.
-        - updates: None: the layer's own gate. Or ``[B, T]``, bool, integer or floating: nonzero = update; a float is u itself, and gets
-          a gradient. Or a callable ``(x_t [B, I], h [B, H]) -> u_t [B]`` that decides at each step, for example an agent
-          (Structural-Jump-LSTM) or a predictor of the change (skipping without retraining).
-        - lengths: integers ``[B]``, the steps of each sequence; None: T. Beyond them nothing is computed, output and updates are 0.
-        - output: :class:`SkipOutput`. Add ``weight * updates.mean()`` to the loss for the paper's budget. The state is each
-          sequence's after its last step; after given decisions its probability is 1.
+        - state: None (zeros, and every sequence reads its first step), what ``nn.LSTM`` takes, or a
+          :class:`SkipState`.
+        - updates: None: the layer's own gate. Or ``[B, T]``, bool, integer or floating: nonzero = update; a
+          float is u itself, and gets a gradient. Or a callable ``(x_t [B, I], h [B, H]) -> u_t [B]`` that
+          decides at each step, for example an agent (Structural-Jump-LSTM) or a predictor of the change
+          (skipping without retraining).
+        - lengths: integers ``[B]``, the steps of each sequence; None: T. Beyond them nothing is computed,
+          output and updates are 0.
+        - output: :class:`SkipOutput`. Add ``weight * updates.mean()`` to the loss for the paper's budget. The
+          state is each sequence's after its last step; after given decisions its probability is 1.
 
-    The parameters have the names of ``nn.LSTM``; ``gate.weight`` and ``gate.bias`` (which starts at 1) are new. A gate that is
-    NaN never updates; a NaN in given decisions raises. With given decisions the gate gets no gradient. Steps of a level of a hierarchy (HM-RNN, Focused Hierarchical RNN) are
-    another layer with the lower level's boundaries as ``updates``.
+    The parameters have the names of ``nn.LSTM``; ``gate.weight`` and ``gate.bias`` (which starts at 1) are
+    new. A gate that is NaN never updates; a NaN in given decisions raises. With given decisions the gate gets
+    no gradient. A level of a hierarchy (HM-RNN without its flush, Focused Hierarchical RNN) is another layer
+    with the lower level's boundaries as ``updates``.
 
-    On a GPU the number of sequences is read back at each step (without gradients at each update; given decisions: twice a
-    call); ``dense=True`` reads nothing back. ``torch.compile`` of a surrounding model breaks its graph here unless dense.
+    On a GPU the number of sequences is read back at each step (without gradients at each update; given
+    decisions: twice a call); ``dense=True`` reads nothing back. ``torch.compile`` of a surrounding model
+    breaks its graph here unless dense.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
 
-    Papers: Campos et al., Skip RNN (ICLR 2018); Hansen et al., Structural-Jump-LSTM (ICLR 2019); Tao et al., Skipping RNN State Updates
-    without Retraining the Original Model (SenSys-ML 2019).
+    Papers: Campos et al., Skip RNN (ICLR 2018); Hansen et al., Structural-Jump-LSTM (ICLR 2019); Tao et al.,
+    Skipping RNN State Updates without Retraining the Original Model (SenSys-ML 2019).
     """
 
     def __init__(
@@ -108,8 +117,8 @@ class SkipRNN(nn.RNNBase):
         """The same parameters, shared, and a new gate.
 
         Args:
-            layer: ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (one direction, no dropout, no projection), ``nn.LSTMCell``, ``nn.GRUCell``
-                or ``nn.RNNCell``.
+            layer: ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` (one direction, no dropout, no projection),
+                ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``.
             batch_first: None: as the layer has it, False for a cell.
             dense: as above.
         """
@@ -174,7 +183,7 @@ class SkipRNN(nn.RNNBase):
         return self._by_time(run, updates)
 
     def _rate(self, state: State) -> Tensor:
-        """d: float64 ``[B]``. Sums of float32 numbers are then exact, and no order of summing changes a decision."""
+        """d: float64 ``[B]``. Sums of float32 numbers are then exact: their order changes no decision."""
         read = state[-1]  # the top layer's c, or its h
         weight, bias = self.gate.weight.to(read.dtype), self.gate.bias.to(read.dtype)
         return torch.sigmoid(F.linear(read, weight, bias).double().squeeze(-1))
@@ -269,7 +278,8 @@ class SkipRNN(nn.RNNBase):
     # --------------------------------------------------------------- given decisions
 
     def _given(self, run: _Run, updates: Tensor) -> SkipOutput:
-        """The chosen steps of all sequences as one packed sequence; everything is known before the first one runs."""
+        """The chosen steps of all sequences as one packed sequence, as all is known before the first one
+        runs."""
         batch, steps = run.x.shape[:2]
         layers, device = self.num_layers, run.x.device
         alive = step_cells.alive_steps(run.lengths, steps)
@@ -343,7 +353,8 @@ class _Run(NamedTuple):
     weights: list[tuple]
 
     def flat(self) -> tuple[Tensor, int, int]:
-        """All steps as rows ``[B * T, I]`` without a copy, and the strides of sequences and of steps in rows."""
+        """All steps as rows ``[B * T, I]`` without a copy; the strides, in rows, of sequences and of
+        steps."""
         batch, steps = self.x.shape[:2]
         swapped = self.x.transpose(0, 1)
         if swapped.is_contiguous() and not self.x.is_contiguous():
@@ -351,7 +362,7 @@ class _Run(NamedTuple):
         return self.x.flatten(0, 1), steps, 1
 
     def spread(self, rows: list[Tensor], row: Tensor, initial: Tensor) -> Tensor:
-        """``[B, T, H]``: at each step ``rows[row]``, the initial state where row is -1, zero after the end."""
+        """``[B, T, H]``: ``rows[row]`` at each step, the initial state where row is -1, 0 after the end."""
         batch, steps = row.shape
         table = torch.cat([*rows, initial, initial.new_zeros(1, initial.shape[1])])
         none = len(table) - 1 - batch + torch.arange(batch, device=row.device)
