@@ -20,6 +20,11 @@ from .routers import Routing, TopKRouter
 from .sample_halting import Halting, HaltingOutput, pad_positions
 from .samples import Skip
 from .sequential import SparseSequential
+from .step_cells import compacted_cell
+from .step_frames import StepSelection, encode_steps, gather_steps
+from .step_reading import Jump, JumpOutput, JumpPolicy, JumpReader, LocationPolicy
+from .step_widths import SkimOutput, SkimRNN, partial_update, prefix_mask
+from .steps import SkipOutput, SkipRNN, SkipState
 
 __all__ = [
     "ChannelBatchNorm2d",
@@ -33,6 +38,11 @@ __all__ = [
     "GroupedDynamicConv2d",
     "Halting",
     "HaltingOutput",
+    "Jump",
+    "JumpOutput",
+    "JumpPolicy",
+    "JumpReader",
+    "LocationPolicy",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
     "MaskedMaxPool2d",
@@ -41,7 +51,12 @@ __all__ = [
     "ParallelExperts",
     "Routing",
     "SharedExpert",
+    "SkimOutput",
+    "SkimRNN",
     "Skip",
+    "SkipOutput",
+    "SkipRNN",
+    "SkipState",
     "SlimmableConv2d",
     "SlimmableLinear",
     "SparseBlocks",
@@ -49,14 +64,20 @@ __all__ = [
     "SparseConvTranspose2d",
     "SparseSequential",
     "SpatialHalting",
+    "StepSelection",
     "SwitchableBatchNorm2d",
     "TopKRouter",
     "UniversalBatchNorm2d",
+    "compacted_cell",
+    "encode_steps",
     "expert_shards",
+    "gather_steps",
     "importance_loss",
     "load_balance_loss",
     "load_loss",
     "pad_positions",
+    "partial_update",
+    "prefix_mask",
     "set_width",
     "z_loss",
 ]
