@@ -1,0 +1,1 @@
+from .macs import LayerMacs, MacCounter

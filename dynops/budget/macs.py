@@ -1,0 +1,294 @@
+"""MacCounter: the MACs of a model's forward pass, sample by sample, with the gradients of its gates."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..nn import ConvExperts, GroupedDynamicConv2d
+from ..ops.watch import watching
+from . import probing
+from .dense_rules import Cost
+from .frames import Frame, device_of, first_tensor, rows_of, special_frame
+from .rules import OPAQUE, rule_of, saliency_heads
+from .sums import Owners, Same, Sums
+
+
+class LayerMacs(NamedTuple):
+    """``computed``: float64 ``[]``, the MACs of a layer over the batch, with a gradient; ``dense``: with every gate open."""
+
+    computed: Tensor
+    dense: float
+
+
+class _Call(NamedTuple):
+    module: nn.Module
+    frames: list[Frame]
+    value: Any  # what it reads
+
+
+class MacCounter:
+    """Context manager that counts what a model computes::
+
+        with MacCounter(model) as macs:
+            loss = criterion(model(x), y)
+        loss = loss + (macs.total / macs.dense - target) ** 2
+
+    Counted are PyTorch's convolutions, linear and recurrent layers, recurrent cells and ``nn.MultiheadAttention``, all layers of
+    :mod:`dynops.nn`, and ``ops.interpolate_pixels``. A gate is made of such layers, so it counts too. What a module computes by
+    functions (``F.conv2d``, ``torch.matmul``, attention written by hand) is seen by nobody: give its class a rule.
+
+    What counts is what must be computed: halos included, and of a layer in its dense-masked training form (``Skip`` and
+    ``Halting`` with ``dense=True``) what the compact form would compute. A gate's value counts as open (nonzero) or closed; its
+    gradient is what it opens: each sample of a ``Skip`` gets the MACs of the module for that sample, and one that was skipped
+    the mean of those that were not, or, where nobody ran, the module's cost with every gate open, for which the module runs once
+    on two samples without gradients. Masks of pixels, blocks and channels, ``gate`` and ``scale`` of the layers that have
+    them, ``updates`` of SkipRNN, the weights of ConvExperts and the ponder cost of Halting have gradients likewise. The
+    gates inside of ChannelGatedConv2d and GroupedDynamicConv2d, and routers of Experts, have none.
+
+    Counts add up over the calls inside the context; :meth:`reset` begins anew. A call that raises counts nothing.
+
+    Args:
+        model: a module; its submodules count also where they are called by themselves. Hooks are set on it while the context is
+            open. Other threads that run it are not counted.
+        rules: ``{class: rule}`` for modules that compute by functions, ``rule(module, args, kwargs, output) -> Cost``
+            (:class:`Cost`: rows, MACs of each); also for the subclasses. It takes the place of a rule that there is; layers inside
+            the module still count.
+        batch_dim: where the samples are in the model's first tensor argument.
+
+    Attributes, float64, with gradients (reading them makes no copy to the host):
+        per_sample: ``[N]``, MACs of each sample.
+        total: ``[]``, of the batch. flops: 2 * total.
+        dense: a float, of the batch with every gate open: all samples, pixels, channels, experts, exits and steps.
+        layers: ``{name: LayerMacs}``, by the names of ``model.named_modules()``.
+
+    Not for compiled models: hooks break their graphs.
+
+    Raises:
+        TypeError: ``model`` is no module. RuntimeError: entered twice. ValueError: ``per_sample`` of calls with
+            different batches.
+    """
+
+    def __init__(self, model: nn.Module, *, rules: Mapping[type, Callable] | None = None, batch_dim: int = 0):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.model, self.batch_dim = model, batch_dim
+        self._own_rules = dict(rules or {})
+        self._hooks: list = []
+        self._names: dict[nn.Module, str] = {}
+        self._rules: dict[nn.Module, Callable] = {}
+        self._keeps: set[nn.Module] = set()  # whose output the call around them asks for
+        self._prices: dict = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self._results: dict[int, Sums] = {}
+        self._frames: list[Frame] = []
+        self._calls: list[_Call] = []
+        self.returned: dict[nn.Module, Any] = {}
+
+    # ------------------------------------------------------------------------------------ context
+
+    def __enter__(self) -> MacCounter:
+        if self._hooks:
+            raise RuntimeError("MacCounter: expected one that is not open, got one that was entered already")
+        self._thread = threading.get_ident()
+        self._watching = watching(self)
+        self._watching.__enter__()
+        hidden = {m for o in self.model.modules() if isinstance(o, OPAQUE) for m in o.modules() if m is not o}
+        for name, module in self.model.named_modules():
+            if module in hidden:
+                continue
+            self._names[module] = name
+            self._keeps.update(_kept_outputs(module))
+            if (rule := self._rule(module)) is not None:
+                self._rules[module] = rule
+            self._hooks += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._names, self._rules, self._keeps = [], {}, {}, set()
+        self._frames, self._calls, self.returned = [], [], {}
+        self._watching.__exit__()
+
+    def _rule(self, module: nn.Module) -> Callable | None:
+        for kind in type(module).__mro__:
+            if kind in self._own_rules:
+                return self._own_rules[kind]
+        return rule_of(module)
+
+    # -------------------------------------------------------------------------------------- hooks
+
+    def _foreign(self) -> bool:
+        return threading.get_ident() != self._thread or probing.by() not in (None, self)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._foreign():
+            return
+        value = first_tensor((*args, *kwargs.values()))
+        frames = []
+        if not self._frames:
+            self._frames.append(Frame(rows_of(value, self.batch_dim), device_of(value)))
+            frames.append(self._frames[-1])
+        if (frame := self._frames[-1].enter(module, value)) is not None:
+            self._frames.append(frame)
+            frames.append(frame)
+        if (frame := special_frame(module, args, kwargs, value, self)) is not None:
+            frame.way = self._frames[-1].way_from(value, frame.rows)
+            self._frames.append(frame)
+            frames.append(frame)
+        self._calls.append(_Call(module, frames, value))
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        if self._foreign() or not self._calls or self._calls[-1].module is not module:
+            return
+        call = self._calls.pop()
+        raised = out is None and sys.exc_info()[0] is not None
+        if not raised and module in self._rules:
+            self._count(call, args, kwargs, out)
+        if module in self._keeps:
+            self.returned[module] = out
+        for frame in reversed(call.frames):
+            self._frames.pop()
+            if raised:
+                continue
+            frame.close(module, args, kwargs, out, self)
+            if self._frames:
+                self._frames[-1].leave(frame, module)
+                self._know(frame, out)
+            else:
+                self._finish(frame.sums)
+        if not self._frames:
+            self.returned.clear()
+
+    def _know(self, frame: Frame, out: Any) -> None:
+        """What a module returns has the rows of what it was called with."""
+        if not isinstance(frame.way, Owners):
+            return
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == len(frame.way.owner):
+                self._frames[-1].know(leaf, frame.way)
+
+    def _count(self, call: _Call, args: tuple, kwargs: dict, out: Any) -> None:
+        rule = self._rules[call.module]
+        extra = (self.returned,) if rule is saliency_heads else ()
+        cost = rule(call.module, args, kwargs, out, *extra)
+        if cost is not None:
+            self._add(self._names[call.module], cost, call.value)
+
+    def _add(self, name: str, cost: Cost, value) -> None:
+        frame = self._frames[-1]
+        way = frame.way_from(value, cost.rows)
+        vector, factor = way.vector(cost.live)
+        frame.sums.add(name, cost.each * factor, vector)
+        frame.sums.add_dense(name, (cost.each if cost.dense is None else cost.dense) * way.full)
+
+    def _finish(self, sums: Sums) -> None:
+        known = self._results.get(sums.rows)
+        if known is None:
+            self._results[sums.rows] = sums
+        else:
+            known.take(sums, Same())
+
+    # ----------------------------------------------------------------------------------- watchers
+
+    def gathered(self, x: Any, plan, rows: Any) -> None:
+        if self._frames and not self._foreign():
+            self._frames[-1].gathered(x, plan, rows)
+
+    def filled(self, plan, channels: int, mode: str, kernel_size: int) -> None:
+        """A Gaussian fill blurs each channel and the weights along both axes; the nearest value costs nothing."""
+        if mode != "gaussian" or not self._frames or self._foreign():
+            return
+        n, h, w = plan.shape
+        name = self._names[self._calls[-1].module]
+        cost = Cost(n, 2.0 * kernel_size * (channels + 1) * h * w)
+        self._add(f"{name}.interpolate_pixels".lstrip("."), cost, None)
+
+    # -------------------------------------------------------------------------------------- price
+
+    def price(self, module: nn.Module, args: tuple) -> Sums:
+        """The MACs of one sample with every gate open, of a module that did not run: by a run on two samples.
+
+        Two, as a norm of vectors refuses one in training mode; on copies of the buffers, which a norm changes, and without
+        a trace in the random state.
+        """
+        shapes = tuple(tuple(t.shape[1:]) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+        key = (module, shapes)
+        if key not in self._prices:
+            self._prices[key] = self._probe(module, args)
+        numbers = self._prices[key]
+        sums = Sums(1)
+        for name, number in numbers.items():
+            sums.add(name, number)
+            sums.add_dense(name, number)
+        return sums
+
+    def _probe(self, module: nn.Module, args: tuple) -> dict[str, float]:
+        value = first_tensor(args)
+        two = pytree.tree_map_only(Tensor, lambda t: torch.cat([t[:1], t[:1]]) if t.dim() else t, args)
+        frame = Frame(2, device_of(value))
+        saved = self._frames, self._calls
+        self._frames, self._calls = [frame], []
+        devices = [value.device] if value.device.type == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), probing.probing(self):
+                buffers = {name: b.clone() for name, b in module.named_buffers()}
+                torch.func.functional_call(module, buffers, two)
+        finally:
+            self._frames, self._calls = saved
+        return frame.sums.dense
+
+    # ------------------------------------------------------------------------------------ results
+
+    @property
+    def per_sample(self) -> Tensor:
+        if len(self._results) > 1:
+            raise ValueError(f"per_sample: expected calls with one batch, got batches of {list(self._results)}")
+        if not self._results:
+            raise ValueError("per_sample: expected a call of the model inside the context, got none")
+        return next(iter(self._results.values())).per_row()
+
+    @property
+    def total(self) -> Tensor:
+        sums = [sums.per_row().sum() for sums in self._results.values()]
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+
+    @property
+    def flops(self) -> Tensor:
+        return 2 * self.total
+
+    @property
+    def dense(self) -> float:
+        return float(sum(sum(sums.dense.values()) * sums.rows for sums in self._results.values()))
+
+    @property
+    def layers(self) -> dict[str, LayerMacs]:
+        out: dict[str, LayerMacs] = {}
+        for sums in self._results.values():
+            for name, computed in sums.of_layers().items():
+                before = out.get(name, LayerMacs(0.0, 0.0))
+                dense = sums.dense.get(name, 0.0) * sums.rows
+                out[name] = LayerMacs(before.computed + computed, before.dense + dense)
+        return out
+
+
+def _kept_outputs(module: nn.Module) -> list[nn.Module]:
+    """The modules inside whose output says what ``module`` computes."""
+    if isinstance(module, ConvExperts) and module.gate is not None:
+        return [module.gate]
+    if isinstance(module, GroupedDynamicConv2d):
+        return [getattr(module, f"headconv_{i}") for i in range(module.heads)]
+    return []
