@@ -101,6 +101,12 @@ class Frame:
             if made[key] is not None and after is not before:
                 self.know(after, made[key])
 
+    def told(self, plan: SamplePlan) -> None:
+        """A module in this frame was called with a plan: as many rows as that has are those of its samples."""
+        if self.rows and plan.batch and plan.batch % self.rows == 0:
+            whole = Same() if plan.batch == self.rows else Repeat(plan.batch // self.rows)
+            self._recent[plan.num_rows] = _smaller(whole, plan, self.rows)
+
     # --------------------------------------------------------------------------------- calls in it
 
     def enter(self, module: nn.Module, value) -> Frame | None:
@@ -214,12 +220,11 @@ class HaltingFrame(Frame):
 
     def _repeat(self, steps: Tensor) -> None:
         layer, most = self.layer, self.layer.max_steps
-        done = self._times("step") or (int(steps.max()) if steps.numel() else 0)
-        if layer.dense and "step" not in self.parts.values() and self.rows:  # what a function called
+        done = self._times("step")
+        if "step" not in self.parts.values() and self.sums.dense and self.rows:  # what a function called
+            done = int(steps.max())
             share = steps.reshape(self.rows, -1).double().mean(1) / most
-            self._rescale(Times(share), most / max(done, 1))
-        elif "step" not in self.parts.values():
-            self._rescale(Same(), most / max(done, 1))
+            self._rescale(Times(share) if layer.dense else Same(), most / max(done, 1))
         full = {"step": most / max(done, 1), "halt": (most - 1) / max(self._times("halt"), 1)}
         for part, n, frame in self.held:
             way = frame.way
@@ -241,13 +246,35 @@ class HaltingFrame(Frame):
                     self.sums.add_dense(name, number)
 
 
+# ----------------------------------------------------------------------------------------- exits
+
+
+class ExitsFrame(Frame):
+    """A call of EarlyExit or Cascade. What no sample reached costs nothing, but belongs to the dense cost."""
+
+    def __init__(self, layer: nn.Module, rows: int, device: torch.device):
+        super().__init__(rows, device)
+        self.missing = set(layer.stages if hasattr(layer, "stages") else layer.models)
+
+    def enter(self, module: nn.Module, value) -> Frame | None:
+        self.missing.discard(module)
+        return super().enter(module, value)
+
+    def close(self, module, args, kwargs, out, counter) -> None:
+        if self.missing and self.rows:
+            price = counter.price(module, (argument(args, kwargs, 0, "x"), True))
+            self.sums.dense = dict(price.dense)
+
+
 # ------------------------------------------------------------------------------------- branches
 
 
 class BranchesFrame(Frame):
     """A call of :class:`dynops.nn.ConvExperts`: the samples of each branch; the weights give a gradient."""
 
-    def __init__(self, layer: ConvExperts, args: tuple, kwargs: dict, rows: int, device: torch.device, counter):
+    def __init__(
+        self, layer: ConvExperts, args: tuple, kwargs: dict, rows: int, device: torch.device, counter
+    ):
         super().__init__(rows, device)
         self.layer, self.counter = layer, counter
         self.chosen = (argument(args, kwargs, 1, "topk_index"), argument(args, kwargs, 2, "topk_weight"))
@@ -258,7 +285,9 @@ class BranchesFrame(Frame):
         if module not in self.number:
             return super().enter(module, value)
         self.ran.add(module)
-        index, weight = self.chosen if self.chosen[0] is not None else self.counter.returned[self.layer.gate][:2]
+        index, weight = (
+            self.chosen if self.chosen[0] is not None else self.counter.returned[self.layer.gate][:2]
+        )
         rows = rows_of(value)
         way = self._way(index, weight, self.number[module], rows)
         return Frame(rows, self.sums.device, way)
@@ -296,6 +325,8 @@ def special_frame(module: nn.Module, args: tuple, kwargs: dict, value, counter) 
         return SkipFrame(module, args, kwargs, rows, device)
     if isinstance(module, ConvExperts):
         return BranchesFrame(module, args, kwargs, rows, device, counter)
+    if hasattr(module, "num_exits") and hasattr(module, "visits"):
+        return ExitsFrame(module, rows, device)
     halts = all(hasattr(module, name) for name in ("step", "halt", "max_steps"))
     if halts or all(hasattr(module, name) for name in ("units", "halts", "first")):
         return HaltingFrame(module, rows, device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..nn import ConvExperts, GroupedDynamicConv2d
-from ..ops.watch import watching
 from . import probing
 from .dense_rules import Cost
-from .frames import Frame, device_of, first_tensor, rows_of, special_frame
-from .rules import OPAQUE, rule_of, saliency_heads
-from .sums import Owners, Same, Sums
+from .frames import Frame, device_of, first_tensor
+from .rules import rule_of, saliency_heads
+from .sums import Same, Sums
+from .tracker import Call, Tracker
 
 
 class LayerMacs(NamedTuple):
@@ -27,13 +24,7 @@ class LayerMacs(NamedTuple):
     dense: float
 
 
-class _Call(NamedTuple):
-    module: nn.Module
-    frames: list[Frame]
-    value: Any  # what it reads
-
-
-class MacCounter:
+class MacCounter(Tracker):
     """Context manager that counts what a model computes::
 
         with MacCounter(model) as macs:
@@ -76,113 +67,29 @@ class MacCounter:
     """
 
     def __init__(self, model: nn.Module, *, rules: Mapping[type, Callable] | None = None, batch_dim: int = 0):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        self.model, self.batch_dim = model, batch_dim
+        super().__init__(model, batch_dim)
         self._own_rules = dict(rules or {})
-        self._hooks: list = []
-        self._names: dict[nn.Module, str] = {}
         self._rules: dict[nn.Module, Callable] = {}
-        self._keeps: set[nn.Module] = set()  # whose output the call around them asks for
         self._prices: dict = {}
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was counted."""
         self._results: dict[int, Sums] = {}
-        self._frames: list[Frame] = []
-        self._calls: list[_Call] = []
-        self.returned: dict[nn.Module, Any] = {}
 
-    # ------------------------------------------------------------------------------------ context
-
-    def __enter__(self) -> MacCounter:
-        if self._hooks:
-            raise RuntimeError("MacCounter: expected one that is not open, got one that was entered already")
-        self._thread = threading.get_ident()
-        self._watching = watching(self)
-        self._watching.__enter__()
-        hidden = {m for o in self.model.modules() if isinstance(o, OPAQUE) for m in o.modules() if m is not o}
-        for name, module in self.model.named_modules():
-            if module in hidden:
-                continue
-            self._names[module] = name
-            self._keeps.update(_kept_outputs(module))
-            if (rule := self._rule(module)) is not None:
-                self._rules[module] = rule
-            self._hooks += [
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            ]
-        return self
+    def opened(self, name: str, module: nn.Module) -> None:
+        own = [self._own_rules[kind] for kind in type(module).__mro__ if kind in self._own_rules]
+        if (rule := own[0] if own else rule_of(module)) is not None:
+            self._rules[module] = rule
 
     def __exit__(self, *error) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._names, self._rules, self._keeps = [], {}, {}, set()
-        self._frames, self._calls, self.returned = [], [], {}
-        self._watching.__exit__()
+        super().__exit__(*error)
+        self._rules = {}
 
-    def _rule(self, module: nn.Module) -> Callable | None:
-        for kind in type(module).__mro__:
-            if kind in self._own_rules:
-                return self._own_rules[kind]
-        return rule_of(module)
-
-    # -------------------------------------------------------------------------------------- hooks
-
-    def _foreign(self) -> bool:
-        return threading.get_ident() != self._thread or probing.by() not in (None, self)
-
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._foreign():
+    def called(self, call: Call, args: tuple, kwargs: dict, out: Any) -> None:
+        rule = self._rules.get(call.module)
+        if rule is None:
             return
-        value = first_tensor((*args, *kwargs.values()))
-        frames = []
-        if not self._frames:
-            self._frames.append(Frame(rows_of(value, self.batch_dim), device_of(value)))
-            frames.append(self._frames[-1])
-        if (frame := self._frames[-1].enter(module, value)) is not None:
-            self._frames.append(frame)
-            frames.append(frame)
-        if (frame := special_frame(module, args, kwargs, value, self)) is not None:
-            frame.way = self._frames[-1].way_from(value, frame.rows)
-            self._frames.append(frame)
-            frames.append(frame)
-        self._calls.append(_Call(module, frames, value))
-
-    def _after(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        if self._foreign() or not self._calls or self._calls[-1].module is not module:
-            return
-        call = self._calls.pop()
-        raised = out is None and sys.exc_info()[0] is not None
-        if not raised and module in self._rules:
-            self._count(call, args, kwargs, out)
-        if module in self._keeps:
-            self.returned[module] = out
-        for frame in reversed(call.frames):
-            self._frames.pop()
-            if raised:
-                continue
-            frame.close(module, args, kwargs, out, self)
-            if self._frames:
-                self._frames[-1].leave(frame, module)
-                self._know(frame, out)
-            else:
-                self._finish(frame.sums)
-        if not self._frames:
-            self.returned.clear()
-
-    def _know(self, frame: Frame, out: Any) -> None:
-        """What a module returns has the rows of what it was called with."""
-        if not isinstance(frame.way, Owners):
-            return
-        for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == len(frame.way.owner):
-                self._frames[-1].know(leaf, frame.way)
-
-    def _count(self, call: _Call, args: tuple, kwargs: dict, out: Any) -> None:
-        rule = self._rules[call.module]
         extra = (self.returned,) if rule is saliency_heads else ()
         cost = rule(call.module, args, kwargs, out, *extra)
         if cost is not None:
@@ -195,18 +102,12 @@ class MacCounter:
         frame.sums.add(name, cost.each * factor, vector)
         frame.sums.add_dense(name, (cost.each if cost.dense is None else cost.dense) * way.full)
 
-    def _finish(self, sums: Sums) -> None:
-        known = self._results.get(sums.rows)
+    def finished(self, frame: Frame) -> None:
+        known = self._results.get(frame.rows)
         if known is None:
-            self._results[sums.rows] = sums
+            self._results[frame.rows] = frame.sums
         else:
-            known.take(sums, Same())
-
-    # ----------------------------------------------------------------------------------- watchers
-
-    def gathered(self, x: Any, plan, rows: Any) -> None:
-        if self._frames and not self._foreign():
-            self._frames[-1].gathered(x, plan, rows)
+            known.take(frame.sums, Same())
 
     def filled(self, plan, channels: int, mode: str, kernel_size: int) -> None:
         """A Gaussian fill blurs each channel and the weights along both axes; the nearest value costs nothing."""
@@ -256,7 +157,9 @@ class MacCounter:
     @property
     def per_sample(self) -> Tensor:
         if len(self._results) > 1:
-            raise ValueError(f"per_sample: expected calls with one batch, got batches of {list(self._results)}")
+            raise ValueError(
+                f"per_sample: expected calls with one batch, got batches of {list(self._results)}"
+            )
         if not self._results:
             raise ValueError("per_sample: expected a call of the model inside the context, got none")
         return next(iter(self._results.values())).per_row()
@@ -278,17 +181,11 @@ class MacCounter:
     def layers(self) -> dict[str, LayerMacs]:
         out: dict[str, LayerMacs] = {}
         for sums in self._results.values():
-            for name, computed in sums.of_layers().items():
-                before = out.get(name, LayerMacs(0.0, 0.0))
+            computed = sums.of_layers()
+            for name in {**computed, **sums.dense}:
+                before = out.get(
+                    name, LayerMacs(torch.zeros((), dtype=torch.float64, device=sums.device), 0.0)
+                )
                 dense = sums.dense.get(name, 0.0) * sums.rows
-                out[name] = LayerMacs(before.computed + computed, before.dense + dense)
+                out[name] = LayerMacs(before.computed + computed.get(name, 0.0), before.dense + dense)
         return out
-
-
-def _kept_outputs(module: nn.Module) -> list[nn.Module]:
-    """The modules inside whose output says what ``module`` computes."""
-    if isinstance(module, ConvExperts) and module.gate is not None:
-        return [module.gate]
-    if isinstance(module, GroupedDynamicConv2d):
-        return [getattr(module, f"headconv_{i}") for i in range(module.heads)]
-    return []

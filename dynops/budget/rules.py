@@ -25,9 +25,9 @@ from ..nn import (
     SparseSequential,
     TopKRouter,
 )
-from ..plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, check_mask
+from ..plans import ChannelPlan, ExpertPlan, PixelPlan
 from . import stacks
-from .dense_rules import DENSE_RULES, Cost, argument, conv, conv_macs, linear, step_macs
+from .dense_rules import DENSE_RULES, Cost, argument, conv, conv_macs, step_macs
 from .sums import opened, slope
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -258,6 +258,24 @@ def skim_rnn(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:
     return Cost(rows, 1.0, macs.sum(1), (big + gate) * steps)
 
 
+# ------------------------------------------------------------------------------------------ tokens
+
+
+def token_encoder(module: nn.TransformerEncoderLayer, args: tuple, kwargs: dict, out: Tensor) -> Cost | None:
+    """Of the tokens of a plan the queries and their products with all keys, which are projected where a sequence has one."""
+    plan = argument(args, kwargs, 1, "plan")
+    if plan is None:  # the attention was called, and counted
+        return None
+    src = argument(args, kwargs, 0, "src")
+    rows, time, width = src.shape
+    index = plan.index.long()
+    tokens = torch.zeros(rows + 1, dtype=torch.float64, device=src.device)
+    owner = torch.where(index < 0, rows, index // max(time, 1))
+    tokens = tokens.index_add(0, owner, torch.ones_like(owner, dtype=torch.float64))[:-1]
+    query, keys = width * width + 2 * time * width, 2 * time * width * width
+    return Cost(rows, 1.0, tokens * query + (tokens > 0) * keys, float(time * query + keys))
+
+
 RULES = {
     **DENSE_RULES,
     SparseConv2d: pixel_conv,
@@ -288,6 +306,8 @@ def rule_of(module: nn.Module):
         return skip_rnn
     if all(hasattr(module, name) for name in ("small", "big", "gate", "small_size")):
         return skim_rnn
+    if isinstance(module, nn.TransformerEncoderLayer) and "plan" in _forward_names(module):
+        return token_encoder
     for kind in type(module).__mro__:
         if kind in RULES:
             return RULES[kind]

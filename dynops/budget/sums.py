@@ -30,6 +30,10 @@ class Same:
         """A vector over the rows below (None: ones) as a vector over those above, and a number to multiply it by."""
         return vector, 1.0
 
+    def values(self, values: Tensor) -> Tensor | None:
+        """What belongs to each row above, ``[N]`` ints, for each row below; -1 for rows of nobody. None: nobody knows."""
+        return values
+
 
 class Repeat(Same):
     """m rows below for each row above, in order: a batch that was flattened with another dimension."""
@@ -42,6 +46,9 @@ class Repeat(Same):
             return None, float(self.times)
         return vector.reshape(-1, self.times).sum(1), 1.0
 
+    def values(self, values):
+        return values.repeat_interleave(self.times)
+
 
 class Even(Same):
     """Nobody knows whose rows they are: each row above has an equal share of all."""
@@ -53,6 +60,9 @@ class Even(Same):
         if vector is None:
             return None, self.full
         return vector.sum().expand(self.above), 1.0 / max(self.above, 1)
+
+    def values(self, values):
+        return None
 
 
 class Owners(Same):
@@ -77,6 +87,9 @@ class Owners(Same):
         if self.weight is not None:
             vector = vector * self.weight
         return vector.new_zeros(self.above + 1).index_add(0, self.slot, vector)[:-1], 1.0
+
+    def values(self, values):
+        return torch.cat([values, values.new_full((1,), -1)])[self.slot]
 
 
 class Gated(Same):
@@ -104,6 +117,9 @@ class Gated(Same):
         priced = torch.where(self.gate.detach() != 0, self.rows.vector(vector)[0], mean)
         return self.gate * priced, 1.0
 
+    def values(self, values):
+        return values if self.rows is None else self.rows.values(values)
+
 
 class Times(Same):
     """Each row times a number of its own, ``[N]``."""
@@ -130,6 +146,11 @@ class Chain(Same):
             vector, factor = way.vector(vector)
             number *= factor
         return vector, number
+
+    def values(self, values):
+        for way in reversed(self.ways):
+            values = None if values is None else way.values(values)
+        return values
 
 
 class Sums:
