@@ -125,9 +125,9 @@ class Tracker:
                 self._frames[-1].leave(frame, module)
                 self._know(frame, out)
             else:
-                self.returned.clear()
-                if not raised:
-                    self.finished(frame)
+                self.finished(frame)
+        if not self._frames:
+            self.returned.clear()
 
     def _know(self, frame: Frame, out: Any) -> None:
         """What a module returns has the rows of what it was called with."""
