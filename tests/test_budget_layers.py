@@ -61,7 +61,9 @@ def test_dense_layer(layer, shape, each):
 def test_a_dense_convolution_costs_what_the_flop_counter_says():
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 2, 2, 4), nn.Flatten(), nn.Linear(512, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 2, 2, 4), nn.Flatten(), nn.Linear(512, 10)
+    )
     x = torch.randn(2, 3, 16, 16)
     with FlopCounterMode(display=False) as flops:
         model(x)
@@ -177,7 +179,9 @@ def test_the_active_mask_counts():
 
 
 def test_a_chain_counts_where_later_layers_read():
-    chain = SparseSequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5)).eval()
+    chain = SparseSequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5)
+    ).eval()
     x, mask = torch.randn(2, 3, 6, 6), torch.zeros(2, 6, 6)
     mask[0, 2, 2] = mask[0, 0, 5] = 1  # halos of 9 and of 4 pixels
     mask.requires_grad_()
@@ -207,7 +211,9 @@ def test_blocks(path, inner):
 def test_rows_of_a_chain_agree_with_the_benchmarks_theory():
     from benchmarks.theory import chain_macs
 
-    chain = SparseSequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2))
+    chain = SparseSequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    )
     mask = torch.rand(2, 9, 9) < 0.2
     expected = chain_macs(chain, (2, 9, 9), PixelPlan.from_mask(mask))
     assert float(count(chain, torch.randn(2, 4, 9, 9), mask).total) == expected

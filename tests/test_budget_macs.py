@@ -282,7 +282,9 @@ def numbered(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("leave", [(0, 2, 1, 0), (0, 0, 0, 0), (2, 2, 2, 2), (1, 0, 1, 0)])
 def test_early_exit(leave):
     exits = need("sample_exits")
-    layer = exits.EarlyExit([Keeps() for _ in range(3)], [Head() for _ in range(3)], exits_where(*leave)).eval()
+    layer = exits.EarlyExit(
+        [Keeps() for _ in range(3)], [Head() for _ in range(3)], exits_where(*leave)
+    ).eval()
     macs = count(layer, numbered(4))
     assert macs.per_sample.tolist() == [(BLOCK + 12) * (1 + e) for e in leave]
     assert macs.dense == 4 * 3 * (BLOCK + 12)
@@ -382,6 +384,57 @@ def test_skip_rnn(grad, given_):
         assert torch.autograd.grad(macs.total, layer.gate.weight)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("lengths", [None, [6, 2, 0]])
+def test_skim_rnn(lengths):
+    layer = need("step_widths").SkimRNN(5, 7, 3, batch_first=True)
+    skim = (torch.rand(3, 6) < 0.5).float().requires_grad_()
+    macs = count(layer, torch.randn(3, 6, 5), skim=skim, lengths=lengths)
+    alive = torch.arange(6) < torch.tensor(lengths or [6, 6, 6])[:, None]
+    big, small, gate_ = 4 * 7 * 12, 4 * 3 * 8, 2 * 12
+    each = torch.where(skim > 0, small, big) * alive
+    assert macs.per_sample.tolist() == (each + gate_ * alive).sum(1).tolist()
+    macs.total.backward()
+    assert torch.equal(skim.grad, (small - big) * alive.float())
+
+
+def test_token_exits():
+    exits = need("token_exits")
+    layer = exits.TokenExit(
+        [exits.TokenEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)],
+        [nn.Linear(8, 3) for _ in range(2)],
+    ).eval()
+    leave = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    with torch.no_grad():
+        macs = count(layer, torch.randn(3, 4, 8), exits=leave)
+    token, keys = 64 + 2 * 4 * 8 + 64 + 2 * 8 * 16 + 3 * 8, 4 * 2 * 64
+    later = leave.sum(1)
+    expected = 4 * token + keys + later * token + (later > 0) * keys
+    assert macs.per_sample.tolist() == expected.tolist()
+    assert macs.dense == 3 * 2 * (4 * token + keys)
+
+
+def test_halting_of_positions_that_read_others():
+    halting = need("sample_halting")
+
+    class Mixes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys, self.query = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, hidden, plan, n):
+            keys = self.keys(hidden).mean(1)
+            return (
+                self.query(gather_samples(hidden.flatten(0, 1), plan))
+                + keys[plan.index.long() // hidden.shape[1]]
+            )
+
+    layer = halting.Halting(Mixes(), Score(), 3, level="position", mixes=True)
+    with MacCounter(layer) as macs:
+        steps = layer(torch.randn(2, 5, 4) * 3).steps.double()
+    each = (steps * 16 + steps.clamp(max=2) * 4).sum(1)
+    assert macs.per_sample.tolist() == (each + steps.max() * 5 * 16).tolist()
+
+
 # ---------------------------------------------------------------------- calls, hooks, threads, errors
 
 
@@ -393,7 +446,9 @@ def test_counts_add_up_until_reset():
         assert macs.per_sample.tolist() == [2 * BLOCK, BLOCK]
         layer(images(3), torch.tensor([1, 1, 1]))
         assert float(macs.total) == 6 * BLOCK and macs.dense == 7 * BLOCK
-        with pytest.raises(ValueError, match=r"per_sample: expected calls with one batch, got batches of \[2, 3\]"):
+        with pytest.raises(
+            ValueError, match=r"per_sample: expected calls with one batch, got batches of \[2, 3\]"
+        ):
             macs.per_sample  # noqa: B018
         macs.reset()
         layer(images(3), torch.tensor([0, 1, 0]))

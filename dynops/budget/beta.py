@@ -55,4 +55,4 @@ def _incomplete(x: Tensor, a: Tensor, b: Tensor, log_beta: float) -> Tensor:
             d = 1 / (1 + top * d)
             c = 1 + top / c
             fraction = fraction * c * d
-    return torch.where(x > 0, front * fraction, 0.0)
+    return torch.where(x == 0, 0.0, front * fraction)

@@ -56,7 +56,7 @@ def _highest(is_open: Tensor, score: Tensor, most: int) -> Tensor:
         score = torch.where(score.isnan(), -math.inf, score)
     elif score.dtype == torch.bool:
         score = score.to(torch.uint8)
-    by_score = score.argsort(1, descending=True, stable=True)
-    open_first = is_open.gather(1, by_score).to(torch.uint8).argsort(1, descending=True, stable=True)
+    by_score = score.argsort(dim=1, descending=True, stable=True)
+    open_first = is_open.gather(1, by_score).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     order = by_score.gather(1, open_first)[:, :most]
     return is_open & torch.zeros_like(is_open).scatter_(1, order, True)

@@ -299,7 +299,7 @@ class BranchesFrame(Frame):
             live = index.position.flatten() >= 0
             index = torch.where(live, chose, index.num_experts).view(index.position.shape)
         mine = (index.reshape(self.rows, -1) == number).flatten()
-        order = mine.to(torch.uint8).argsort(stable=True, descending=True)[:rows]  # reads nothing back
+        order = mine.to(torch.uint8).argsort(dim=0, descending=True, stable=True)[:rows]  # reads nothing back
         live = mine[order]
         owner = torch.where(live, order // max(mine.numel() // max(self.rows, 1), 1), -1)
         ones = None

@@ -181,8 +181,9 @@ def batch_shaping_loss(scores: Tensor, alpha: float = 0.6, beta: float = 0.4) ->
         return scores.sum()
     n = scores.shape[0]
     ordered = scores.reshape(n, -1).sort(0).values
-    empirical = torch.arange(1, n + 1, device=scores.device)[:, None] / (n + 1)
-    return (empirical - beta_cdf(ordered, alpha, beta)).square().mean()
+    cumulative = beta_cdf(ordered, alpha, beta)
+    empirical = torch.arange(1, n + 1, dtype=cumulative.dtype, device=scores.device)[:, None] / (n + 1)
+    return (empirical - cumulative).square().mean()
 
 
 # ------------------------------------------------------------------------------------ arguments

@@ -143,7 +143,8 @@ class Recorder(Tracker):
             self._keep("mask", name, is_open)
         if name not in self._rates:
             self._rates[name] = Tally(self.num_classes, is_open.device)
-        self._rates[name].add(is_open.flatten(1).sum(1), is_open[0].numel(), self._classes(len(is_open)))
+        rows = is_open.reshape(len(is_open), -1)
+        self._rates[name].add(rows.sum(1), rows.shape[1], self._classes(len(rows)))
 
     def _load(self, name: str, module: nn.Module, index: Any, capacity: int | None) -> None:
         if index is None:
