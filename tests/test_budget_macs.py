@@ -1,4 +1,4 @@
-"""MacCounter: who ran what. Skip, branches, exits, halting and steps; gradients of gates; hooks, threads, exceptions."""
+"""MacCounter: who ran what. Skip, branches, exits, halting, steps; gradients; hooks, threads, exceptions."""
 
 from __future__ import annotations
 

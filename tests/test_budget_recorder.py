@@ -189,7 +189,7 @@ def test_steps_and_ponder_maps(tmp_path):
         recorder.summary()["steps"]["0"]["counts"] == np.bincount(out.steps.flatten(), minlength=4).tolist()
     )
     recorder.save(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"summary.json", "0.ponder.png", "0.steps.png"}
+    assert {"summary.json", "0.ponder.png", "0.steps.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_updates_of_steps():
@@ -285,7 +285,8 @@ def test_wrong_arguments():
         Recorder(model, maps=None)
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
         Recorder(None)
-    for labels, error in ((torch.zeros(5, dtype=torch.int64), ValueError), (torch.zeros(6), TypeError), ([0] * 6, TypeError)):  # fmt: skip
+    short = torch.zeros(5, dtype=torch.int64)
+    for labels, error in ((short, ValueError), (torch.zeros(6), TypeError), ([0] * 6, TypeError)):
         with pytest.raises(error, match="labels: expected"), Recorder(model, 3) as recorder:
             recorder.labels = labels
             model(x, keep)

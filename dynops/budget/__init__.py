@@ -1,4 +1,4 @@
-"""Budgets: what a model computes, counted with gradients; losses and a cap that hold it; a recorder of what gates do."""
+"""Budgets: what a model computes, counted with gradients; losses and a cap that hold it; a recorder."""
 
 from .cap import cap
 from .dense_rules import Cost

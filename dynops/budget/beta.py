@@ -12,8 +12,9 @@ _EDGE = 1e-6  # the density may be infinite at 0 and at 1
 
 
 def beta_cdf(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """``P(X <= x)`` for X ~ Beta(alpha, beta), of ``x`` floating; computed in float64, returned in its dtype (float32 at least).
+    """``P(X <= x)`` for X ~ Beta(alpha, beta), x floating.
 
+    Computed in float64, returned in the dtype of ``x`` (float32 at least).
     The gradient is the density, at the edges that at a distance of 1e-6 from them.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)

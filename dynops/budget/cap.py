@@ -11,13 +11,14 @@ from torch import Tensor
 def cap(
     gate: Tensor, max_fraction: float, score: Tensor | None = None, *, per_sample: bool = False
 ) -> Tensor:
-    """``gate``, with all but the open ones of highest score closed: at most ``floor(max_fraction * n)`` of n stay open.
+    """``gate`` with at most ``floor(max_fraction * n)`` of its n values open: those of highest score.
 
-    What no input can exceed, an attacker's neither: slowdown attacks craft inputs that keep every gate open. Of equal scores the
-    first ones stay. Reads nothing back to the host.
+    What no input can exceed, an attacker's neither: slowdown attacks craft inputs that keep every gate open.
+    Of equal scores the first ones stay. Reads nothing back to the host.
 
     Args:
-        gate: ``[N]``, or of any shape (pixels ``[N, 1, H, W]``, channels ``[N, C]``): bool, integer or floating, nonzero = open.
+        gate: ``[N]``, or of any shape (pixels ``[N, 1, H, W]``, channels ``[N, C]``): bool, integer or
+            floating, nonzero = open.
         max_fraction: in [0, 1], of all n values of the gate; with ``per_sample`` of each sample's.
         score: of the gate's shape, real; NaN ranks last among the open ones. None: the gate itself.
         per_sample: limits each sample by itself. A sample's result then does not depend on its batch.
@@ -28,8 +29,8 @@ def cap(
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
 
-    Papers: Hong et al., A Panda? No, It's a Sloth: Slowdown Attacks on Adaptive Multi-Exit Neural Network Inference (ICLR 2021);
-    Haque et al., ILFO: Adversarial Attack on Adaptive Neural Networks (CVPR 2020).
+    Papers: Hong et al., A Panda? No, It's a Sloth: Slowdown Attacks on Adaptive Multi-Exit Neural Network
+    Inference (ICLR 2021); Haque et al., ILFO: Adversarial Attack on Adaptive Neural Networks (CVPR 2020).
     """
     if not isinstance(gate, Tensor) or gate.is_complex():
         raise TypeError(f"gate: expected a real tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")

@@ -1,6 +1,7 @@
 """The MACs of PyTorch's layers, from one call of each.
 
-Biases, norms, activations, pooling and softmax have none. A padded border counts as any pixel, as is customary.
+Biases, norms, activations, pooling and softmax have none. A padded border counts as any pixel, as is
+customary.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 class Cost(NamedTuple):
     """The MACs of a call: ``each * live`` for each of its rows.
 
-    ``rows``: how many, the first size of its batch. ``each``: a number. ``live``: float64 ``[rows]``, or None: ones. ``dense``: the
-    MACs of a row with every gate open; None: ``each``.
+    ``rows``: how many, the first size of its batch. ``each``: a number. ``live``: float64 ``[rows]``, or
+    None: ones. ``dense``: the MACs of a row with every gate open; None: ``each``.
     """
 
     rows: int
@@ -40,7 +41,7 @@ def conv(module: nn.modules.conv._ConvNd, args: tuple, kwargs: dict, out: Tensor
 
 
 def conv_macs(module: nn.modules.conv._ConvNd, pixels: int) -> float:
-    """MACs of ``pixels`` output pixels, as :meth:`dynops.geometry.ConvGeometry.macs` has it for two dimensions."""
+    """MACs of ``pixels`` output pixels, as ``ConvGeometry.macs`` has it for two dimensions."""
     taps = math.prod(module.kernel_size)
     if module.transposed:
         taps /= math.prod(module.stride)

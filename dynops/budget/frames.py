@@ -1,9 +1,10 @@
 """Whose rows a layer runs on: a frame for each batch that a model makes smaller, and what closes it.
 
-Everything that compacts a batch goes through ``ops.gather_samples``, which tells its watchers. So a tensor that was gathered is
-known, and so is the output of a module that was called with it; the module runs in a frame of its own, whose counts go
-to the frame around it when the call ends. An unknown tensor is placed by its first size: the rows of the frame, a
-multiple of them (in order), as many as were gathered last, or, where nothing fits, an equal share for everyone.
+Everything that compacts a batch goes through ``ops.gather_samples``, which tells its watchers. So a tensor
+that was gathered is known, and so is the output of a module that was called with it; the module runs in a
+frame of its own, whose counts go to the frame around it when the call ends. An unknown tensor is placed by
+its first size: the rows of the frame, a multiple of them (in order), as many as were gathered last, or, where
+nothing fits, an equal share for everyone.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Frame:
                 self.know(after, made[key])
 
     def told(self, plan: SamplePlan) -> None:
-        """A module in this frame was called with a plan: as many rows as that has are those of its samples."""
+        """A module in this frame was called with a plan: as many rows as that has are its samples'."""
         if self.rows and plan.batch and plan.batch % self.rows == 0:
             whole = Same() if plan.batch == self.rows else Repeat(plan.batch // self.rows)
             self._recent[plan.num_rows] = _smaller(whole, plan, self.rows)

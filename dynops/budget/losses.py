@@ -1,8 +1,8 @@
-"""Losses that hold a budget: of gates, or of what :class:`MacCounter` counted. (Load balance and z-loss of experts: ``dynops.nn``.)
+"""Losses that hold a budget: of gates, or of what :class:`MacCounter` counted. (Of experts: ``dynops.nn``.)
 
-Gates are given as ``gates``: a tensor ``[N, L]`` of L gates, or one tensor (or :class:`dynops.gates.Decision`, of which the mask
-counts) for each layer, whose first dimension is the batch. Hard in the forward and soft in the backward pass, they have the
-gradient of the soft one.
+Gates are given as ``gates``: a tensor ``[N, L]`` of L gates, or one tensor (or
+:class:`dynops.gates.Decision`, of which the mask counts) for each layer, whose first dimension is the batch.
+Hard in the forward and soft in the backward pass, they have the gradient of the soft one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def target_rate_loss(gates, target: float | Sequence[float]) -> Tensor:
 
     Args:
         gates: see above.
-        target: the rate of open gates, in [0, 1]; one for all layers or one for each (ConvNet-AIG keeps the first ones open).
+        target: the rate of open gates, in [0, 1]; one for all layers or one for each (ConvNet-AIG keeps the
+            first ones open).
 
-    Paper: Veit and Belongie, Convolutional Networks with Adaptive Inference Graphs (ECCV 2018), equation 5.
+    Paper: Veit and Belongie, Convolutional Networks with Adaptive Inference Graphs (ECCV 2018).
     """
     rates = _rates(_masks(gates))
     if isinstance(target, (int, float)):
@@ -50,7 +51,9 @@ def mask_l1_loss(masks) -> Tensor:
 
 
 def cost_loss(gates, costs: Sequence[float] | Tensor, target: float | None = None) -> Tensor:
-    """The share of a cost that is paid, ``sum_l costs[l] * mean gate_l / sum costs``; with a target its squared distance.
+    """The share of a cost that is paid, or its squared distance to a target.
+
+    The share is ``sum_l costs[l] * mean gate_l / sum costs``.
 
     Args:
         gates: see above.
@@ -76,11 +79,11 @@ def network_ratio_loss(macs, target: float) -> Tensor:
     """``(sum_b c_b / sum_b C_b - target)²``, c the MACs that were computed and C those with every gate open.
 
     Args:
-        macs: a :class:`MacCounter` after its forward pass (everything counts), or :class:`LayerMacs` of the blocks that
-            count, as a mapping or an iterable; see :func:`blocks_of`.
+        macs: a :class:`MacCounter` after its forward pass (everything counts), or :class:`LayerMacs` of the
+            blocks that count, as a mapping or an iterable; see :func:`blocks_of`.
         target: theta, the share to hold, in [0, 1].
 
-    Paper: Verelst and Tuytelaars, Dynamic Convolutions (CVPR 2020), equation 10.
+    Paper: Verelst and Tuytelaars, Dynamic Convolutions (CVPR 2020).
     """
     _check_target(target)
     if isinstance(macs, MacCounter):
@@ -91,19 +94,21 @@ def network_ratio_loss(macs, target: float) -> Tensor:
 
 
 def block_bounds_loss(macs, target: float, progress: float, anneal: float = 0.33) -> Tensor:
-    """Bounds of each block's share, wide open at the end of annealing: keeps blocks from closing, or opening, all at once.
+    """Bounds of each block's share that open while training goes on: none closes, or opens, for good too early.
 
-    With ``q = cos²(pi/2 * min(progress / anneal, 1))`` and s a block's share of its own MACs, the mean over blocks of::
+    With ``q = cos²(pi/2 * min(progress / anneal, 1))`` and s a block's share of its own MACs, the mean over
+    blocks of::
 
         max(0, q * target - s)² + max(0, s - (1 - q * (1 - target)))²
 
     Args:
-        macs: :class:`LayerMacs` of the blocks, as a mapping or an iterable, or a :class:`MacCounter`: its layers.
+        macs: :class:`LayerMacs` of the blocks, as a mapping or an iterable, or a :class:`MacCounter`: its
+            layers.
         target: as in :func:`network_ratio_loss`.
         progress: the share of training that is done, in [0, 1].
         anneal: the share of training after which there are no bounds.
 
-    Paper: Verelst and Tuytelaars, Dynamic Convolutions (CVPR 2020), equations 11 and 12; the schedule is that of its code.
+    Paper: Verelst and Tuytelaars, Dynamic Convolutions (CVPR 2020); the schedule is that of its code.
     """
     _check_target(target)
     if not progress >= 0 or not anneal > 0:
@@ -163,8 +168,8 @@ def threshold_target_loss(thresholds: nn.Module | Iterable[Tensor], target: floa
 def batch_shaping_loss(scores: Tensor, alpha: float = 0.6, beta: float = 0.4) -> Tensor:
     """The Cramér–von Mises distance of each gate's scores over a batch to a Beta distribution.
 
-    With the N scores of a gate in ascending order x_1 … x_N, the mean over i and over gates of
-    ``(i / (N + 1) - F(x_i))²``, F the distribution's cumulative function: gates learn to differ between samples.
+    With the N scores of a gate in ascending order x_1 … x_N and F the distribution's cumulative function, the
+    mean over i and over gates of ``(i / (N + 1) - F(x_i))²``: gates learn to differ between samples.
 
     Args:
         scores: floating ``[N, ...]`` in [0, 1], soft scores of gates over a batch.

@@ -18,7 +18,7 @@ from .tracker import Call, Tracker
 
 
 class LayerMacs(NamedTuple):
-    """``computed``: float64 ``[]``, the MACs of a layer over the batch, with a gradient; ``dense``: with every gate open."""
+    """A layer's MACs over the batch: ``computed`` float64 ``[]``, with a gradient; ``dense``: every gate open."""
 
     computed: Tensor
     dense: float
@@ -31,39 +31,48 @@ class MacCounter(Tracker):
             loss = criterion(model(x), y)
         loss = loss + (macs.total / macs.dense - target) ** 2
 
-    Counted are PyTorch's convolutions, linear and recurrent layers, recurrent cells and ``nn.MultiheadAttention``, all layers of
-    :mod:`dynops.nn`, and ``ops.interpolate_pixels``. A gate is made of such layers, so it counts too. What a module computes by
-    functions (``F.conv2d``, ``torch.matmul``, attention written by hand) is seen by nobody: give its class a rule.
+    Counted are PyTorch's convolutions, linear and recurrent layers, recurrent cells and
+    ``nn.MultiheadAttention``, all layers of :mod:`dynops.nn`, and ``ops.interpolate_pixels``. A gate is made
+    of such layers, so it counts too. What a module computes by functions (``F.conv2d``, ``torch.matmul``,
+    attention written by hand) is seen by nobody: give its class a rule.
 
-    What counts is what must be computed: halos included, and of a layer in its dense-masked training form (``Skip`` and
-    ``Halting`` with ``dense=True``) what the compact form would compute. A gate's value counts as open (nonzero) or closed; its
-    gradient is what it opens: each sample of a ``Skip`` gets the MACs of the module for that sample, and one that was skipped
-    the mean of those that were not, or, where nobody ran, the module's cost with every gate open, for which the module runs once
-    on two samples without gradients. Masks of pixels, blocks and channels, ``gate`` and ``scale`` of the layers that have
-    them, ``updates`` of SkipRNN, the weights of ConvExperts and the ponder cost of Halting have gradients likewise. The
-    gates inside of ChannelGatedConv2d and GroupedDynamicConv2d, and routers of Experts, have none.
+    What counts is what must be computed: halos included, and of a layer in its dense-masked training form
+    (``Skip`` and ``Halting`` with ``dense=True``) what the compact form would compute. A gate's value counts
+    as open (nonzero) or closed; its gradient is what it opens: each sample of a ``Skip`` gets the MACs of the
+    module for that sample, and one that was skipped the mean of those that were not, or, where nobody ran,
+    the module's cost with every gate open. (To learn it the module runs once on two samples, without
+    gradients; where no sample reaches an exit, a branch or a unit, so does that.) Masks of pixels, blocks and
+    channels, ``gate`` and ``scale`` of the layers that have them, ``updates`` of SkipRNN, the weights of
+    ConvExperts and the ponder cost of Halting have gradients likewise. The gates inside of
+    ChannelGatedConv2d and GroupedDynamicConv2d, and routers of Experts, have none.
 
-    Counts add up over the calls inside the context; :meth:`reset` begins anew. A call that raises counts nothing.
+    A layer that runs on some of the samples counts for those: whatever was gathered by
+    ``ops.gather_samples`` is traced to its samples. Rows of unknown origin (a table that is computed once for
+    the batch, sequences that :class:`~dynops.nn.JumpReader` packs anew) count for all samples alike.
+
+    Counts add up over the calls inside the context; :meth:`reset` begins anew. A call that raises counts
+    nothing.
 
     Args:
-        model: a module; its submodules count also where they are called by themselves. Hooks are set on it while the context is
-            open. Other threads that run it are not counted.
-        rules: ``{class: rule}`` for modules that compute by functions, ``rule(module, args, kwargs, output) -> Cost``
-            (:class:`Cost`: rows, MACs of each); also for the subclasses. It takes the place of a rule that there is; layers inside
-            the module still count.
+        model: a module; its submodules count also where they are called by themselves. Hooks are set on it
+            while the context is open. Other threads that run it are not counted.
+        rules: ``{class: rule}`` for modules that compute by functions, and their subclasses;
+            ``rule(module, args, kwargs, output)`` returns a :class:`Cost` (rows, MACs of each) or None. It
+            takes the place of a rule that there is; layers inside the module still count.
         batch_dim: where the samples are in the model's first tensor argument.
 
     Attributes, float64, with gradients (reading them makes no copy to the host):
         per_sample: ``[N]``, MACs of each sample.
         total: ``[]``, of the batch. flops: 2 * total.
-        dense: a float, of the batch with every gate open: all samples, pixels, channels, experts, exits and steps.
+        dense: a float, of the batch with every gate open: all samples, pixels, channels, experts, exits and
+            steps.
         layers: ``{name: LayerMacs}``, by the names of ``model.named_modules()``.
 
     Not for compiled models: hooks break their graphs.
 
     Raises:
-        TypeError: ``model`` is no module. RuntimeError: entered twice. ValueError: ``per_sample`` of calls with
-            different batches.
+        TypeError: ``model`` is no module. RuntimeError: entered twice. ValueError: ``per_sample`` of calls
+            with different batches.
     """
 
     def __init__(self, model: nn.Module, *, rules: Mapping[type, Callable] | None = None, batch_dim: int = 0):
@@ -110,7 +119,7 @@ class MacCounter(Tracker):
             known.take(frame.sums, Same())
 
     def filled(self, plan, channels: int, mode: str, kernel_size: int) -> None:
-        """A Gaussian fill blurs each channel and the weights along both axes; the nearest value costs nothing."""
+        """A Gaussian fill blurs each channel and the weights along both axes; the nearest value is free."""
         if mode != "gaussian" or not self._frames or self._foreign():
             return
         n, h, w = plan.shape
@@ -123,8 +132,8 @@ class MacCounter(Tracker):
     def price(self, module: nn.Module, args: tuple) -> Sums:
         """The MACs of one sample with every gate open, of a module that did not run: by a run on two samples.
 
-        Two, as a norm of vectors refuses one in training mode; on copies of the buffers, which a norm changes, and without
-        a trace in the random state.
+        Two, as a norm of vectors refuses one in training mode; on copies of the buffers, which a norm
+        changes, and without a trace in the random state.
         """
         shapes = tuple(tuple(t.shape[1:]) for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
         key = (module, shapes)

@@ -47,13 +47,16 @@ class Recorder(Tracker):
 
     Recorded, by the names of ``model.named_modules()``:
 
-    * rates: of Skip's gates, of masks of pixels, blocks and channels that layers get, of ChannelGatedConv2d's gates, of SkipRNN's
-      updates, and of every :class:`dynops.gates.Decision` that a module returns: open / all;
+    * rates: of Skip's gates, of masks of pixels, blocks and channels that layers get, of ChannelGatedConv2d's
+      gates, of SkipRNN's updates, and of every :class:`dynops.gates.Decision` that a module returns: open /
+      all;
     * exits of EarlyExit, Cascade and TokenExit, and steps of Halting and SpatialHalting: histograms;
-    * expert load: the choices of routers, and those that Experts and ConvExperts get (where a capacity drops, after it);
+    * expert load: the choices of routers, and those that Experts and ConvExperts get (where a capacity drops,
+      after it);
     * pictures of the last call: masks ``[N, 1, H, W]`` and ponder maps, of the first samples.
 
-    Everything is added up on the model's device, in memory of a fixed size; only :meth:`summary` and :meth:`save` read it back.
+    Everything is added up on the model's device, in memory of a fixed size; only :meth:`summary` and
+    :meth:`save` read it back.
 
     Args:
         model: a module. Other threads that run it are not recorded.
@@ -62,8 +65,8 @@ class Recorder(Tracker):
         batch_dim: where the samples are in the model's first tensor argument.
 
     Attributes:
-        labels: int ``[N]`` in [0, C) of the batch that comes next, or None: no class (like values outside). Set it before each
-            batch. A layer that runs on some of the samples gets theirs.
+        labels: int ``[N]`` in [0, C) of the batch that comes next, or None: no class (like values outside).
+            Set it before each batch. A layer that runs on some of the samples gets theirs.
 
     Raises:
         TypeError, ValueError: ``labels`` that do not fit, at the call of the model.
@@ -112,7 +115,7 @@ class Recorder(Tracker):
             self._named(module, name, out)
 
     def _named(self, module: nn.Module, name: str, out: tuple) -> None:
-        """Decisions, exits, steps, updates: outputs with names; and the plan of a head of GroupedDynamicConv2d."""
+        """Decisions, exits, steps, updates, by name; and the plan of a head of GroupedDynamicConv2d."""
         if len(out) == 2 and isinstance(out[1], ChannelPlan):
             self._rate(name, out[1])
         if isinstance(mask := getattr(out, "mask", None), Tensor):
@@ -191,9 +194,10 @@ class Recorder(Tracker):
     def summary(self) -> dict[str, dict[str, dict]]:
         """What was recorded, as plain numbers: reads it back from the device.
 
-        ``{"rates": {layer: {"rate", "calls", "p50", "p99", "classes"}}, "exits" | "steps" | "experts": {layer: {"counts", "mean",
-        "classes"}}}``. p50 and p99: of the rates of single calls, to 1 %. ``classes``: the rate (None without samples) or the counts of
-        each class, empty without ``num_classes``. Counts of steps begin at 0 steps.
+        ``{"rates": {layer: {"rate", "calls", "p50", "p99", "classes"}}, "exits" | "steps" | "experts":
+        {layer: {"counts", "mean", "classes"}}}``. p50 and p99: of the rates of single calls, to 1 %.
+        ``classes``: the rate (None without samples) or the counts of each class, empty without
+        ``num_classes``. Counts of steps begin at 0 steps.
         """
         result: dict[str, dict[str, dict]] = {"rates": {n: t.read() for n, t in self._rates.items()}}
         for kind, table in self._histograms.items():
@@ -219,7 +223,8 @@ class Recorder(Tracker):
                 files.append(pictures.maps(folder / f"{_file(name)}.{kind}.png", map_, f"{name}: {kind}"))
         for kind in self._histograms:
             for name, values in summary[kind].items():
-                files.append(pictures.bars(folder / f"{_file(name)}.{kind}.png", values["counts"], f"{name}: {kind}"))  # fmt: skip
+                path = folder / f"{_file(name)}.{kind}.png"
+                files.append(pictures.bars(path, values["counts"], f"{name}: {kind}"))
         by_class = _by_class(summary["rates"])
         if by_class:
             files.append(pictures.table(folder / "rates.png", by_class, "share of open gates"))
@@ -227,7 +232,7 @@ class Recorder(Tracker):
 
 
 def _mask(args: tuple, kwargs: dict, out: Tensor):
-    """The mask or plan of a call of a layer that computes pixels: the one passed, else that of ``dynops.active``."""
+    """The mask or plan of a layer that computes pixels: the one passed, else that of ``dynops.active``."""
     mask, active = argument(args, kwargs, 1, "mask_or_plan"), context.current()
     if isinstance(mask, (list, tuple)):  # output_size of a transposed convolution
         mask = None

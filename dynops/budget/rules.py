@@ -49,7 +49,7 @@ def pixel_conv(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Cos
 
 
 def live_pixels(mask: Tensor | PixelPlan, gate: Tensor | None = None) -> Tensor:
-    """float64 ``[N]``: the pixels of each sample that are computed, with the gradient of the mask and the gate."""
+    """float64 ``[N]``: each sample's pixels that are computed, with the gradient of the mask and the gate."""
     if isinstance(mask, Tensor):
         mask = mask[None] if mask.dim() == 2 else mask
         live = opened(mask).flatten(1).sum(1)
@@ -91,7 +91,8 @@ def blocks(module: SparseBlocks, args: tuple, kwargs: dict, out: Tensor) -> Cost
 def channel_conv(module: ChannelConv2d, args: tuple, kwargs: dict, out: Tensor) -> Cost:
     rows, pixels = out.shape[0] if out.dim() == 4 else 1, out.shape[-2:].numel()
     taps = math.prod(module.kernel_size)
-    return channels(module, args, kwargs, rows, pixels * taps, module.in_channels, module.out_channels, module.groups)  # fmt: skip
+    sizes = module.in_channels, module.out_channels, module.groups
+    return channels(module, args, kwargs, rows, pixels * taps, *sizes)
 
 
 def channel_linear(module: ChannelLinear, args: tuple, kwargs: dict, out: Tensor) -> Cost:
@@ -262,7 +263,7 @@ def skim_rnn(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:
 
 
 def token_encoder(module: nn.TransformerEncoderLayer, args: tuple, kwargs: dict, out: Tensor) -> Cost | None:
-    """Of the tokens of a plan the queries and their products with all keys, which are projected where a sequence has one."""
+    """A plan's tokens as queries, and their products with all keys of the sequences that have one."""
     plan = argument(args, kwargs, 1, "plan")
     if plan is None:  # the attention was called, and counted
         return None

@@ -1,4 +1,4 @@
-"""The MACs of chains and stacks that run as a whole for the pixels of a mask: each layer wherever a later one reads it."""
+"""The MACs of chains and stacks that run for a mask's pixels: each layer wherever a later one reads it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def of_chain(module: SparseSequential, x: Tensor, mask_or_plan) -> Computed:
 
 
 def of_blocks(module: SparseBlocks, x: Tensor, mask_or_plan) -> Computed:
-    """As the layer runs: rows count the pixels that each convolution computes, tiles those of its tiles, halo included."""
+    """As the layer runs: on rows the pixels that each convolution computes, on tiles whole tiles."""
     bound, in_shape = module._stack(), (x.shape[0], x.shape[2], x.shape[3])
     geometries = bound.geometries(in_shape)
     convs = [layer for layer in bound.stack.layers if layer.fused is not None]

@@ -1,7 +1,8 @@
-"""MACs of layers, sample by sample, as sums of vectors times numbers; and the ways from the rows of one batch to another's.
+"""MACs of layers, sample by sample, as vectors times numbers; and ways from the rows of a batch to another's.
 
-Most layers cost the same for each row of a batch, and a gate treats all layers behind it alike. So the cost of a layer is kept as
-numbers times vectors that many layers share (None: ones), and a gate costs one vector, however many layers it closes.
+Most layers cost the same for each row of a batch, and a gate treats all layers behind it alike. So the cost
+of a layer is kept as numbers times vectors that many layers share (None: ones), and a gate costs one vector,
+however many layers it closes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Same:
     full = 1.0  # rows below for each row above, with every gate open
 
     def vector(self, vector: Tensor | None) -> tuple[Tensor | None, float]:
-        """A vector over the rows below (None: ones) as a vector over those above, and a number to multiply it by."""
+        """A vector over the rows below (None: ones) as one over those above, and a factor."""
         return vector, 1.0
 
     def values(self, values: Tensor) -> Tensor | None:
-        """What belongs to each row above, ``[N]`` ints, for each row below; -1 for rows of nobody. None: nobody knows."""
+        """Ints of the rows above, ``[N]``, for those below; -1 for rows of nobody. None: nobody knows."""
         return values
 
 

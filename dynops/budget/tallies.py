@@ -18,7 +18,7 @@ class Tally:
         self.calls = torch.zeros(_BINS + 1, dtype=torch.int64, device=device)
 
     def add(self, is_open: Tensor, each: int, classes: Tensor | None) -> None:
-        """``is_open``: int64 ``[n]``, the open gates of each row, of ``each``; ``classes``: int64 ``[n]``, or None."""
+        """``is_open``: int64 ``[n]``, of a row's ``each`` gates; ``classes``: int64 ``[n]``, or None."""
         if classes is None or self.classes == 0:
             self.open[-1] += is_open.sum()
             self.all[-1] += each * len(is_open)
@@ -47,7 +47,7 @@ def _quantile(counts: Tensor, share: float) -> float:
 
 
 class Histogram:
-    """How often each of the values 0 … bins - 1 came, for each class; others (dropped choices) are not counted."""
+    """How often each of 0 … bins - 1 came, for each class; other values (dropped choices) do not count."""
 
     def __init__(self, classes: int, bins: int, device: torch.device):
         self.classes, self.bins = classes, bins

@@ -1,4 +1,4 @@
-"""Tracker: hooks on a model, and whose rows each call of a module runs on. What MacCounter and Recorder share."""
+"""Tracker: hooks on a model, and whose rows each call runs on. What MacCounter and Recorder share."""
 
 from __future__ import annotations
 

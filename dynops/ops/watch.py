@@ -1,4 +1,4 @@
-"""Who wants to know what an op did: what :class:`dynops.budget.MacCounter` cannot see from the modules' calls.
+"""Who wants to know what an op did: :class:`dynops.budget.MacCounter` cannot see it from calls of modules.
 
 An op that matters calls the watchers of its thread, of which there are none outside of a counter.
 """
@@ -17,7 +17,7 @@ _local = _Local()
 
 
 def watchers() -> tuple:
-    """Those of this thread. Each has ``gathered(x, plan, rows)`` and ``filled(plan, channels, mode, kernel_size)``."""
+    """This thread's: with ``gathered(x, plan, rows)`` and ``filled(plan, channels, mode, kernel_size)``."""
     return _local.watchers
 
 
