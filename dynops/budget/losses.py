@@ -94,7 +94,7 @@ def network_ratio_loss(macs, target: float) -> Tensor:
 
 
 def block_bounds_loss(macs, target: float, progress: float, anneal: float = 0.33) -> Tensor:
-    """Bounds of each block's share that open while training goes on: none closes, or opens, for good too early.
+    """Bounds of each block's share that open while training goes on: none closes or opens for good too early.
 
     With ``q = cos²(pi/2 * min(progress / anneal, 1))`` and s a block's share of its own MACs, the mean over
     blocks of::

@@ -18,7 +18,7 @@ from .tracker import Call, Tracker
 
 
 class LayerMacs(NamedTuple):
-    """A layer's MACs over the batch: ``computed`` float64 ``[]``, with a gradient; ``dense``: every gate open."""
+    """A layer's MACs over a batch: ``computed`` float64 ``[]``, with a gradient; ``dense``: all gates open."""
 
     computed: Tensor
     dense: float
