@@ -384,6 +384,25 @@ def test_skip_rnn(grad, given_):
         assert torch.autograd.grad(macs.total, layer.gate.weight)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_jump_reader(encoded):
+    reading = need("step_reading")
+    layer = reading.JumpReader(
+        nn.LSTM(5, 7),
+        reading.JumpPolicy(7, 3),
+        read=2,
+        max_jumps=3,
+        encoder=nn.Linear(4, 5) if encoded else None,
+    )
+    with MacCounter(layer) as macs:
+        out = layer(torch.randn(6, 12, 4 if encoded else 5), lengths=torch.tensor([12, 1, 0, 7, 12, 3]))
+    step, policy = 4 * 7 * 12 + (20 if encoded else 0), 7 * 4
+    expected = out.read * step + (out.actions >= 0).sum(1) * policy
+    assert len(out.read.unique()) > 2
+    assert macs.per_sample.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    assert macs.dense == 6 * (12 * step + 3 * policy)
+
+
 @pytest.mark.parametrize("lengths", [None, [6, 2, 0]])
 def test_skim_rnn(lengths):
     layer = need("step_widths").SkimRNN(5, 7, 3, batch_first=True)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..nn import ConvExperts, Skip
 from ..plans import ExpertPlan, SamplePlan
 from .dense_rules import argument
-from .sums import Chain, Even, Gated, Owners, Repeat, Same, Sums, Times, slope
+from .sums import Chain, Even, Gated, Owners, Repeat, Same, Shares, Sums, Times, slope
 
 
 def first_tensor(tree: Any) -> Tensor | PackedSequence | None:
@@ -247,6 +247,45 @@ class HaltingFrame(Frame):
                     self.sums.add_dense(name, number)
 
 
+# --------------------------------------------------------------------------------------- reading
+
+
+class ReaderFrame(Frame):
+    """A call of JumpReader, which packs sequences in an order of its own: the steps that each read, its decisions.
+
+    With every gate open each step is read, once, and every jump decided on.
+    """
+
+    def __init__(self, layer: nn.Module, args: tuple, kwargs: dict, rows: int, device: torch.device):
+        super().__init__(rows, device)
+        self.steps = argument(args, kwargs, 0, "x").shape[1]
+        self.most = {layer.rnn: self.steps, layer.encoder: self.steps, layer.policy: layer.max_jumps}
+        self.held: list[tuple[nn.Module, float, Frame]] = []
+
+    def enter(self, module: nn.Module, value) -> Frame | None:
+        if module not in self.most:
+            return super().enter(module, value)
+        each = len(value.batch_sizes) if isinstance(value, PackedSequence) else 1  # steps of its dense cost
+        self.held.append((module, each, Frame(rows_of(value), self.sums.device)))
+        return self.held[-1][2]
+
+    def leave(self, below: Frame, module: nn.Module) -> None:
+        if module not in self.most:
+            super().leave(below, module)
+
+    def close(self, module, args, kwargs, out, counter) -> None:
+        decided = (out.actions >= 0).sum(1)
+        priced: set[nn.Module] = set()
+        for part, each, frame in self.held:
+            counts = decided if part is module.policy else out.read
+            share = counts / counts.sum().clamp(min=1).double()
+            self.sums.take(frame.sums, Shares(share, frame.rows))
+            if part not in priced:
+                priced.add(part)
+                for name, number in frame.sums.dense.items():
+                    self.sums.add_dense(name, number * self.most[part] / each)
+
+
 # ----------------------------------------------------------------------------------------- exits
 
 
@@ -328,6 +367,8 @@ def special_frame(module: nn.Module, args: tuple, kwargs: dict, value, counter) 
         return BranchesFrame(module, args, kwargs, rows, device, counter)
     if hasattr(module, "num_exits") and hasattr(module, "visits"):
         return ExitsFrame(module, rows, device)
+    if all(hasattr(module, name) for name in ("rnn", "policy", "encoder", "max_jumps")):
+        return ReaderFrame(module, args, kwargs, rows, device)
     halts = all(hasattr(module, name) for name in ("step", "halt", "max_steps"))
     if halts or all(hasattr(module, name) for name in ("units", "halts", "first")):
         return HaltingFrame(module, rows, device)

@@ -48,7 +48,7 @@ class MacCounter(Tracker):
 
     A layer that runs on some of the samples counts for those: whatever was gathered by
     ``ops.gather_samples`` is traced to its samples. Rows of unknown origin (a table that is computed once for
-    the batch, sequences that :class:`~dynops.nn.JumpReader` packs anew) count for all samples alike.
+    the batch, an ``index_select`` of one's own) count for all samples alike.
 
     Counts add up over the calls inside the context; :meth:`reset` begins anew. A call that raises counts
     nothing.

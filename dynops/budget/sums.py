@@ -132,6 +132,21 @@ class Times(Same):
         return (self.factor if vector is None else vector * self.factor), 1.0
 
 
+class Shares(Same):
+    """Each row above has a share of all, ``[N]``: of the sums below only their sum is known."""
+
+    full = 0.0
+
+    def __init__(self, share: Tensor, below: int):
+        self.share, self.below = share, below
+
+    def vector(self, vector):
+        return (self.share, float(self.below)) if vector is None else (self.share * vector.sum(), 1.0)
+
+    def values(self, values):
+        return None
+
+
 class Chain(Same):
     """One way after another, from the rows below to those above."""
 
