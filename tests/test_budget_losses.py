@@ -204,7 +204,7 @@ def test_wrong_arguments(call, error, message):
 # --------------------------------------------------------------------------------------------- cap
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=3),
     st.sampled_from([0.0, 0.1, 0.25, 0.29, 1 / 3, 0.5, 0.9, 1.0]),
