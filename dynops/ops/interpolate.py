@@ -14,6 +14,7 @@ from ..plans import PixelPlan
 from . import checks
 from .registry import define
 from .rows import gather_pixels, memory_format_of, scatter_pixels
+from .watch import watchers
 
 MODES = ("gaussian", "nearest")
 _FAR = 2**62  # more than any squared distance, with room to add one
@@ -107,6 +108,8 @@ def interpolate_pixels(
     """
     _check(x, plan, mode, kernel_size, sigma)
     rows = gather_pixels(x, plan) if x.dim() == 4 else x
+    for watcher in watchers():
+        watcher.filled(plan, rows.shape[1], mode, kernel_size)
     selected = (plan.inverse() >= 0)[:, None]
     if plan.num_pixels * rows.shape[1] == 0:
         out = scatter_pixels(rows, plan)

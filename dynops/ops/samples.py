@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..plans import SamplePlan
 from .rows import gather_rows, memory_format_of, merge_rows, scatter_rows
+from .watch import watchers
 
 
 class SampleLayout(NamedTuple):
@@ -60,8 +61,12 @@ def gather_samples(x: Any, plan: SamplePlan) -> Any:
     """
     _check_plan(plan)
     if isinstance(x, Tensor):
-        return _gather(x, plan, "x")
-    return pytree.tree_map_only(Tensor, lambda leaf: _gather(leaf, plan, "x"), x)
+        rows = _gather(x, plan, "x")
+    else:
+        rows = pytree.tree_map_only(Tensor, lambda leaf: _gather(leaf, plan, "x"), x)
+    for watcher in watchers():
+        watcher.gathered(x, plan, rows)
+    return rows
 
 
 def scatter_samples(
