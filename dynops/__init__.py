@@ -1,6 +1,6 @@
 """dynops: layers that compute only what an input needs."""
 
-from . import gates, integrations, nn, ops
+from . import budget, gates, integrations, nn, ops
 from .backends import build_info
 from .context import active
 from .convert import convert_, revert_
@@ -16,6 +16,7 @@ __all__ = [
     "PixelPlan",
     "SamplePlan",
     "active",
+    "budget",
     "build_info",
     "changed_blocks",
     "convert_",
