@@ -109,7 +109,11 @@ class Criterion(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"threshold={self.threshold.tolist()}"
-        return text if bool((self.temperature == 1).all()) else f"{text}, temperature={self.temperature.tolist()}"
+        return (
+            text
+            if bool((self.temperature == 1).all())
+            else f"{text}, temperature={self.temperature.tolist()}"
+        )
 
 
 class MaxSoftmax(Criterion):
@@ -319,9 +323,13 @@ def decide(criterion, logits: Tensor, exit: int, state: Any, memory: Any) -> Ver
             continue
         if not isinstance(value, Tensor) or (name == "leave" and value.dtype != torch.bool):
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"criterion: expected {name} as a {'bool ' * (name == 'leave')}tensor [{n}], got {what}")
+            raise TypeError(
+                f"criterion: expected {name} as a {'bool ' * (name == 'leave')}tensor [{n}], got {what}"
+            )
         if tuple(value.shape) != (n,):
-            raise ValueError(f"criterion: expected {name} [{n}] at exit {exit}, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"criterion: expected {name} [{n}] at exit {exit}, got shape {tuple(value.shape)}"
+            )
     return verdict
 
 
@@ -330,7 +338,9 @@ def at_exit(values: Tensor, exit: int, name: str) -> Tensor:
     if values.dim() == 0:
         return values
     if exit >= values.shape[0]:
-        raise ValueError(f"{name}: expected a number or one for each exit, got {values.shape[0]} at exit {exit}")
+        raise ValueError(
+            f"{name}: expected a number or one for each exit, got {values.shape[0]} at exit {exit}"
+        )
     return values[exit]
 
 

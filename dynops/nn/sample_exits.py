@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..kernels.layout import memory_format_of
 from ..ops import gather_samples
+from ..ops.rows import memory_format_of
 from ..plans import SamplePlan
 from .sample_criteria import Criterion, decide, max_probability
 from .sample_losses import gradient_rescale
@@ -108,9 +108,13 @@ class _Exits(nn.Module):
                 batch = logits.shape[0]
                 index = torch.arange(batch, device=logits.device)
             elif logits.shape[0] != index.shape[0]:
-                raise ValueError(f"logits: expected [{index.shape[0]}, ...] at exit {exit}, got {tuple(logits.shape)}")
+                raise ValueError(
+                    f"logits: expected [{index.shape[0]}, ...] at exit {exit}, got {tuple(logits.shape)}"
+                )
             if exit == self.num_exits - 1:
-                yield Visit(exit, index, logits, SamplePlan(index.new_empty(0, dtype=torch.int32), len(index)))
+                yield Visit(
+                    exit, index, logits, SamplePlan(index.new_empty(0, dtype=torch.int32), len(index))
+                )
                 return
             leave, memory = self._leave(logits, exit, seen, memory, batch)
             staying = SamplePlan.from_mask(~leave)
@@ -204,7 +208,9 @@ class EarlyExit(_Exits):
         super().__init__(criterion, max_fraction)
         self.stages, self.heads = module_list("stages", stages), module_list("heads", heads)
         if len(self.stages) != len(self.heads):
-            raise ValueError(f"heads: expected one for each of {len(self.stages)} stages, got {len(self.heads)}")
+            raise ValueError(
+                f"heads: expected one for each of {len(self.stages)} stages, got {len(self.heads)}"
+            )
         self.gradient_equilibrium = gradient_equilibrium
         self._set_up(len(self.stages))
 
@@ -309,7 +315,7 @@ def _in_slots(rows: Tensor, index: Tensor) -> Tensor:
     out = rows.new_empty(rows.shape)
     if rows.dim() == 4:
         out = torch.empty_like(rows, memory_format=memory_format_of(rows))
-    return out.index_copy(0, index, rows)
+    return out.index_copy_(0, index, rows)
 
 
 def _check_logits(logits: Tensor, name: str) -> None:

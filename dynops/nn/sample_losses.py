@@ -182,7 +182,9 @@ def learned_exit_loss(
     chance = exit_probabilities(confidence)
     logits = _exits(logits)
     if len(logits) != len(chance):
-        raise ValueError(f"confidence: expected one for each of {len(logits)} exits but the last, got {len(chance) - 1}")
+        raise ValueError(
+            f"confidence: expected one for each of {len(logits)} exits but the last, got {len(chance) - 1}"
+        )
     losses = [F.cross_entropy(_wide(each), labels, reduction="none") for each in logits]
     losses = torch.stack([each.flatten(1).mean(1) if each.dim() > 1 else each for each in losses])
     return (chance * losses).sum() / max(chance.shape[1], 1) + penalty * exit_cost(confidence, costs)
