@@ -146,8 +146,8 @@ def confidences(criterion: Criterion, logits: Sequence[Tensor] | Tensor) -> list
 def fit_temperature(logits: Sequence[Tensor] | Tensor, labels: Tensor) -> Tensor:
     """The temperature that minimises the cross-entropy of ``logits / temperature``, for ``criterion.set_temperature``.
 
-    By bisection: in 1 / temperature the loss is convex. In float64 and within [0.01, 100]; so logits that are never wrong
-    get 0.01.
+    By bisection: in 1 / temperature the loss is convex. In float64 and within [0.01, 100], also where logits are never wrong and
+    the best temperature would be 0.
 
     Args:
         logits: ``[N, C]``, or of each exit a list of these or ``[E, N, C]``. N > 0, finite.
