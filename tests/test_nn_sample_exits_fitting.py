@@ -69,7 +69,7 @@ def deployed(criterion, logits: Tensor, labels: Tensor, costs=COSTS) -> tuple[fl
     "criterion", [MaxSoftmax(0), Entropy(0), Entropy(0, normalize=True), Margin(0), MaxSoftmax(0, [0.5, 1, 2, 3])], ids=repr
 )  # fmt: skip
 def test_fitted_thresholds_do_what_they_say(criterion, budget, dtype):
-    """On the samples they were fitted on, a deployed model has exactly the expected accuracy, cost and shares."""
+    """On its own samples a deployed model has exactly the expected accuracy, cost and shares."""
     logits, labels = validation(dtype)
     fitted = fit_thresholds(logits, labels, budget, COSTS, criterion)
     assert fitted.threshold.shape == (E - 1,) and fitted.threshold.dtype == torch.float64

@@ -164,7 +164,7 @@ def attention_model(criterion=None, exits: int = 3, norm_first: bool = False, **
 
 
 def by_hand(model: TokenExit, hidden: Tensor, leaves, padding=None, mask=None):
-    """Dense layers on all tokens at every stage; those that have left keep their states. ``leaves(logits, e)``: bool."""
+    """Dense layers on all tokens; those that have left keep their states. ``leaves(logits, e)``: bool."""
     active = torch.ones(hidden.shape[:2], dtype=torch.bool) if padding is None else ~padding
     exits = torch.full(hidden.shape[:2], -1)
     out = torch.zeros(*hidden.shape[:2], CLASSES, dtype=hidden.dtype)

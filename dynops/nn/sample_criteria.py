@@ -1,7 +1,8 @@
 """Criteria: which samples leave at an exit, and how sure their predictions are.
 
-A criterion is a :class:`Criterion`, or any callable ``(logits, exit, state) -> bool [n]`` (or a :class:`Verdict`): ``logits``
-``[n, ...]`` of the n samples that are still there, the number of the exit from 0, and the state that its head saw.
+A criterion is a :class:`Criterion`, or any callable ``(logits, exit, state) -> bool [n]`` (or a
+:class:`Verdict`): ``logits`` ``[n, ...]`` of the n samples that are still there, the number of the exit from
+0, and the state that its head saw.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from ..geometry import is_int
 class Verdict(NamedTuple):
     """What a criterion says at one exit.
 
-    ``leave``: bool ``[n]``. ``confidence``: ``[n]``, higher is surer; it orders the samples where ``max_fraction`` makes some
-    of them leave; None: the largest softmax probability does. ``memory``: what the criterion wants to be given at the next
-    exit, a pytree of tensors ``[n, ...]``; it is compacted as the samples leave.
+    ``leave``: bool ``[n]``. ``confidence``: ``[n]``, higher is surer; it orders the samples where
+    ``max_fraction`` makes some of them leave; None: the largest softmax probability does. ``memory``: what
+    the criterion wants to be given at the next exit, a pytree of tensors ``[n, ...]``; it is compacted as the
+    samples leave.
     """
 
     leave: Tensor
@@ -31,15 +33,19 @@ class Verdict(NamedTuple):
 class Criterion(nn.Module):
     """A confidence for each sample, and a threshold for each exit: who reaches it leaves.
 
-    A subclass has a method ``measure(logits, exit, state, memory) -> (confidence [n], memory)``. A confidence that is NaN
+    A subclass has a method ``measure(logits, exit, state, memory) -> (confidence [n], memory)``. A confidence
+    that is NaN
     reaches no threshold: such a sample never leaves before the last exit.
 
     Args:
-        threshold: a number, or one for each exit but the last (a longer sequence is fine; the last exit takes who is left).
-        temperature: logits are divided by it (Guo et al., ICML 2017; :func:`fit_temperature`); a number, or one for each exit.
+        threshold: a number, or one for each exit but the last (a longer sequence is fine; the last exit takes
+            who is left).
+        temperature: logits are divided by it (Guo et al., ICML 2017; :func:`fit_temperature`); a number, or
+            one for each exit.
 
-    ``threshold`` and ``temperature`` are float64 buffers: checkpoints keep them, with the shape that they have there, and
-    ``module.to(dtype)`` leaves them as they are, as 0.999 in bfloat16 is 1. Nothing here is read back from a GPU.
+    ``threshold`` and ``temperature`` are float64 buffers: checkpoints keep them, with the shape that they
+    have there, and ``module.to(dtype)`` leaves them as they are, as 0.999 in bfloat16 is 1. Nothing here is
+    read back from a GPU.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
@@ -70,7 +76,8 @@ class Criterion(nn.Module):
         for name, values in (("threshold", self.threshold), ("temperature", self.temperature)):
             if values.dim() == 1 and values.shape[0] < num_exits - 1:
                 raise ValueError(
-                    f"{name}: expected a number, or one for each of {num_exits} exits but the last, got {len(values)}"
+                    f"{name}: expected a number, or one for each of {num_exits} exits but the last, "
+                    f"got {len(values)}"
                 )
 
     def measure(self, logits: Tensor, exit: int, state: Any = None, memory: Any = None) -> tuple[Tensor, Any]:
@@ -108,12 +115,8 @@ class Criterion(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        text = f"threshold={self.threshold.tolist()}"
-        return (
-            text
-            if bool((self.temperature == 1).all())
-            else f"{text}, temperature={self.temperature.tolist()}"
-        )
+        text, temperature = f"threshold={_shown(self.threshold)}", _shown(self.temperature)
+        return text if temperature == 1 else f"{text}, temperature={temperature}"
 
 
 class MaxSoftmax(Criterion):
@@ -121,8 +124,8 @@ class MaxSoftmax(Criterion):
 
     Logits ``[n, C]``, or ``[n, C, ...]``, where the mean over the other positions counts.
 
-    Papers: MSDNet (ICLR 2018), Shallow-Deep Networks (ICML 2019), RANet (CVPR 2020); with a temperature The Right Tool for
-    the Job (ACL 2020).
+    Papers: MSDNet (ICLR 2018), Shallow-Deep Networks (ICML 2019), RANet (CVPR 2020); with a temperature The
+    Right Tool for the Job (ACL 2020).
     """
 
     def measure(self, logits: Tensor, exit: int, state: Any = None, memory: Any = None) -> tuple[Tensor, Any]:
@@ -132,7 +135,8 @@ class MaxSoftmax(Criterion):
 class Entropy(Criterion):
     """Leaves where the entropy of the softmax, in nats, is at most the threshold.
 
-    Logits ``[n, C]``, or ``[n, C, ...]``, where the mean over the other positions counts. The confidence is minus the entropy.
+    Logits ``[n, C]``, or ``[n, C, ...]``, where the mean over the other positions counts. The confidence is
+    minus the entropy.
 
     Args:
         threshold, temperature: see :class:`Criterion`.
@@ -181,14 +185,14 @@ class Margin(Criterion):
 class Patience(Criterion):
     """Leaves where the prediction has not changed for ``patience`` exits running.
 
-    The confidence is the number of exits that agreed with the one before, from 0 at the first exit. A prediction with a NaN in
-    it agrees with nothing.
+    The confidence is the number of exits that agreed with the one before, from 0 at the first exit. A
+    prediction with a NaN in it agrees with nothing.
 
     Args:
         patience: an int >= 1, or one for each exit; it is the buffer ``threshold``.
-        tolerance: None: predictions are classes, the argmax over dim 1 of ``[n, C]`` or ``[n, C, ...]``, and all positions
-            must agree. A number: they are values ``[n, ...]`` (regression), which agree where each is within less than
-            ``tolerance`` of what it was.
+        tolerance: None: predictions are classes, the argmax over dim 1 of ``[n, C]`` or ``[n, C, ...]``, and
+            all positions must agree. A number: they are values ``[n, ...]`` (regression), which agree where
+            each is within less than ``tolerance`` of what it was.
 
     Paper: Zhou et al., BERT Loses Patience (NeurIPS 2020).
     """
@@ -215,7 +219,7 @@ class Patience(Criterion):
         return count, (now, count)
 
     def extra_repr(self) -> str:
-        text = f"patience={self.threshold.tolist()}"
+        text = f"patience={_shown(self.threshold)}"
         return text if self.tolerance is None else f"{text}, tolerance={self.tolerance}"
 
 
@@ -228,10 +232,11 @@ class LearnedExit(Criterion):
         reads: what a head is called with: "state", the state that the exit's own head saw (EENet, EPNet; in a
             :class:`Cascade` the input), or "logits" (IDK cascades, Bolukbasi et al.).
 
-    Train the heads with :func:`learned_exit_loss` on the confidences of ``model(x, confidence=True)``; they have gradients.
+    Train the heads with :func:`learned_exit_loss` on the confidences of ``model(x, confidence=True)``; they
+    have gradients.
 
-    Papers: Bolukbasi et al., Adaptive neural networks for efficient inference (ICML 2017); IDK cascades (UAI 2018); Demir,
-    Early-exit convolutional neural networks (METU thesis 2019); EPNet (CIKM 2020).
+    Papers: Bolukbasi et al., Adaptive neural networks for efficient inference (ICML 2017); IDK cascades (UAI
+    2018); Demir, Early-exit convolutional neural networks (METU thesis 2019); EPNet (CIKM 2020).
     """
 
     def __init__(
@@ -263,7 +268,8 @@ class LearnedExit(Criterion):
         score = self.heads[exit](state if self.reads == "state" else logits)
         if score.numel() != logits.shape[0]:
             raise ValueError(
-                f"heads: expected [{logits.shape[0]}] or [{logits.shape[0]}, 1] of head {exit}, got {tuple(score.shape)}"
+                f"heads: expected [{logits.shape[0]}] or [{logits.shape[0]}, 1] of head {exit}, "
+                f"got {tuple(score.shape)}"
             )
         return torch.sigmoid(self.scaled(score.reshape(-1), exit)), None
 
@@ -303,8 +309,8 @@ class IDKClass(Criterion):
 
 
 def max_probability(logits: Tensor) -> Tensor:
-    """``[n]``: the largest softmax probability over dim 1, the mean over further positions; logits ``[n]`` stand for
-    themselves.
+    """``[n]``: the largest softmax probability over dim 1, the mean over further positions; logits ``[n]``
+    stand for themselves.
     """
     logits = _floating(logits)
     return logits if logits.dim() == 1 else _mean_of_positions(torch.softmax(logits, 1).amax(1))
@@ -342,6 +348,10 @@ def at_exit(values: Tensor, exit: int, name: str) -> Tensor:
             f"{name}: expected a number or one for each exit, got {values.shape[0]} at exit {exit}"
         )
     return values[exit]
+
+
+def _shown(values: Tensor) -> float | list[float] | str:
+    return "meta" if values.is_meta else values.tolist()
 
 
 def _numbers(name: str, value) -> Tensor:

@@ -18,14 +18,14 @@ from .sample_losses import gradient_rescale
 
 
 class ExitOutput(NamedTuple):
-    """``logits`` ``[N, ...]``: of each sample those of the exit where it left. ``exits``: int64 ``[N]``, that exit, from 0."""
+    """A sample's ``logits`` ``[N, ...]`` are those of its exit, ``exits`` int64 ``[N]``, from 0."""
 
     logits: Tensor
     exits: Tensor
 
 
 class ExitScores(NamedTuple):
-    """``logits``: of all E exits, ``[N, ...]`` each. ``confidence``: the criterion's at the E - 1 exits where it is asked, ``[N]``."""
+    """``logits`` ``[N, ...]`` of all E exits; the criterion's ``confidence`` ``[N]`` at all but the last."""
 
     logits: list[Tensor]
     confidence: list[Tensor]
@@ -34,8 +34,8 @@ class ExitScores(NamedTuple):
 class Visit(NamedTuple):
     """What happens at one exit, see :meth:`EarlyExit.visits`.
 
-    ``exit``: its number. ``index``: int64 ``[n]``, ascending, which samples of the batch are there. ``logits``: ``[n, ...]``.
-    ``staying``: the :class:`~dynops.SamplePlan` of those n that go on.
+    ``exit``: its number. ``index``: int64 ``[n]``, ascending, which samples of the batch are there.
+    ``logits``: ``[n, ...]``. ``staying``: the :class:`~dynops.SamplePlan` of those n that go on.
     """
 
     exit: int
@@ -97,9 +97,9 @@ class _Exits(nn.Module):
     def visits(self, x: Any) -> Iterator[Visit]:
         """Goes from exit to exit with the samples that are still there, and yields a :class:`Visit` at each.
 
-        What ``forward`` is made of, for who wants more than the last logits: ELF's loss, for example, in which a sample
-        pays at every exit that it passes, is the sum over the visits of ``cross_entropy(visit.logits,
-        labels[visit.index], reduction="sum") / N``. Gradients flow.
+        What ``forward`` is made of, for who wants more than the last logits: ELF's loss, for example, in
+        which a sample pays at every exit that it passes, is the sum over the visits of
+        ``cross_entropy(visit.logits, labels[visit.index], reduction="sum") / N``. Gradients flow.
         """
         state, memory, index, batch = x, None, None, 0
         for exit in range(self.num_exits):
@@ -155,45 +155,50 @@ class _Exits(nn.Module):
 
 
 class EarlyExit(_Exits):
-    """A chain of stages with an exit after each: samples leave where a criterion says so, and the batch shrinks.
+    """A chain of stages with an exit after each: samples leave where a criterion says so; the batch shrinks.
 
-    ``state = stages[e](state); logits = heads[e](state)`` for e = 0 … E - 1. In eval mode the criterion decides after each
-    exit who leaves; the state of the others is compacted once, and a sample's logits go to its own slot. The last exit takes
-    the rest. Where nobody leaves nothing is copied; where everybody has left the later stages do not run.
+    ``state = stages[e](state); logits = heads[e](state)`` for e = 0 … E - 1. In eval mode the criterion
+    decides after each exit who leaves; the state of the others is compacted once, and a sample's logits go to
+    its own slot. The last exit takes the rest. Where nobody leaves nothing is copied; where everybody has
+    left the later stages do not run.
 
-    In training mode, or with ``all_exits=True``, every exit sees every sample. With ``all_exits=False`` samples leave in
-    training too (ELF), with gradients; BatchNorm then takes its statistics from the samples that are still there, and
-    raises where one sample of a 1x1 map is left.
+    In training mode, or with ``all_exits=True``, every exit sees every sample. With ``all_exits=False``
+    samples leave in training too (ELF), with gradients; BatchNorm then takes its statistics from the samples
+    that are still there, and raises where one sample of a 1x1 map is left.
 
     Args:
-        stages: E modules, state -> state. The state is a tensor ``[n, ...]`` or any pytree (lists, tuples, dicts, as
-            ``torch.utils._pytree`` knows them) of tensors ``[n, ...]`` and of values that are no tensors, which stay as they are.
-        heads: E modules, state -> logits ``[n, ...]``; or -> ``(logits, state)``, the state that the criterion and the next stage
-            get (IMTA: features for the next head).
-        criterion: a :class:`Criterion` (:class:`MaxSoftmax`, :class:`Entropy`, :class:`Margin`, :class:`Patience`,
-            :class:`LearnedExit`, …), or a callable ``(logits, exit, state) -> bool [n]``. It decides without gradients. A
-            confidence that is NaN never leaves before the last exit.
-        max_fraction: the largest share of the batch that may go on past an exit, a number in [0, 1] or one for each exit:
-            ``floor(max_fraction * N)`` samples. If more want to, the least confident go on and the others are made to leave: a hard
-            cap on computation, also under a slowdown attack.
-        gradient_equilibrium: multiplies the gradient by 1 / (E - e) before head e and by (E - e - 1) / (E - e) after it, in all
-            floating tensors of the state (IMTA). A head that returns a state is on its path: what passes through it is multiplied by
-            E - e - 1 behind it.
+        stages: E modules, state -> state. The state is a tensor ``[n, ...]`` or any pytree (lists, tuples,
+            dicts, as ``torch.utils._pytree`` knows them) of tensors ``[n, ...]`` and of values that are no
+            tensors, which stay as they are.
+        heads: E modules, state -> logits ``[n, ...]``; or -> ``(logits, state)``, the state that the
+            criterion and the next stage get (IMTA: features for the next head).
+        criterion: a :class:`Criterion` (:class:`MaxSoftmax`, :class:`Entropy`, :class:`Margin`,
+            :class:`Patience`, :class:`LearnedExit`, …), or a callable ``(logits, exit, state) -> bool [n]``.
+            It decides without gradients. A confidence that is NaN never leaves before the last exit.
+        max_fraction: the largest share of the batch that may go on past an exit, a number in [0, 1] or one
+            for each exit: ``floor(max_fraction * N)`` samples. If more want to, the least confident go on and
+            the others are made to leave: a hard cap on computation, also under a slowdown attack.
+        gradient_equilibrium: multiplies the gradient by 1 / (E - e) before head e and by
+            (E - e - 1) / (E - e) after it, in all floating tensors of the state (IMTA). A head that returns a
+            state is on its path: what passes through it is multiplied by E - e - 1 behind it.
 
     Shape:
         - x: the first stage's state.
-        - output: :class:`ExitOutput`, ``(logits [N, ...], exits int64 [N])``, in the batch's order; with all exits a list of E
-          logits ``[N, ...]``, with ``confidence=True`` too :class:`ExitScores`.
+        - output: :class:`ExitOutput`, ``(logits [N, ...], exits int64 [N])``, in the batch's order; with all
+          exits a list of E logits ``[N, ...]``, with ``confidence=True`` too :class:`ExitScores`.
 
-    On a GPU the number of samples that go on is read back once at each exit. Under ``torch.compile`` a model that lets samples leave
-    breaks its graph here, and runs the stages as they are: compile stages and heads themselves (sizes change: ``dynamic=True``).
-    With all exits there is no break. ``state_dict`` keys: ``stages.e.…``, ``heads.e.…``, ``criterion.…``.
+    On a GPU the number of samples that go on is read back once at each exit. Under ``torch.compile`` a model
+    that lets samples leave breaks its graph here, and runs the stages as they are: compile stages and heads
+    themselves (sizes change: ``dynamic=True``). With all exits there is no break. ``state_dict`` keys:
+    ``stages.e.…``, ``heads.e.…``, ``criterion.…``.
 
     Raises:
-        TypeError, ValueError: an argument, a state or a verdict that does not fit, with what was expected and what came.
+        TypeError, ValueError: an argument, a state or a verdict that does not fit, with what was expected and
+            what came.
 
-    Papers: BranchyNet (ICPR 2016), Conditional deep learning (DATE 2016), MSDNet (ICLR 2018), Shallow-Deep Networks (ICML 2019), IMTA
-    (ICCV 2019), RANet (CVPR 2020), DeeBERT, FastBERT, The Right Tool for the Job (ACL 2020), PABEE (NeurIPS 2020), ELF (arXiv 2020).
+    Papers: BranchyNet (ICPR 2016), Conditional deep learning (DATE 2016), MSDNet (ICLR 2018), Shallow-Deep
+    Networks (ICML 2019), IMTA (ICCV 2019), RANet (CVPR 2020), DeeBERT, FastBERT, The Right Tool for the Job
+    (ACL 2020), PABEE (NeurIPS 2020), ELF (arXiv 2020).
     """
 
     def __init__(
@@ -231,14 +236,15 @@ class EarlyExit(_Exits):
 class Cascade(_Exits):
     """Models of growing cost: each runs on the samples that those before it did not settle.
 
-    ``logits = models[i](x)`` for i = 0 … M - 1, on the samples that are left; the last model takes the rest. Training mode,
-    ``all_exits``, ``max_fraction``, what is returned and what is read back are those of :class:`EarlyExit`.
+    ``logits = models[i](x)`` for i = 0 … M - 1, on the samples that are left; the last model takes the rest.
+    Training mode, ``all_exits``, ``max_fraction``, what is returned and what is read back are those of
+    :class:`EarlyExit`.
 
     Args:
-        models: M modules, x -> logits ``[n, ...]`` of the same samples' shape, or, in eval mode, :class:`ExitOutput` (an EarlyExit
-            in a cascade; ``exits`` then counts models).
-        criterion: see :class:`EarlyExit`; its state is x. :class:`Margin` (Big/little), :class:`LearnedExit` or :class:`IDKClass`
-            (IDK cascades).
+        models: M modules, x -> logits ``[n, ...]`` of the same samples' shape, or, in eval mode,
+            :class:`ExitOutput` (an EarlyExit in a cascade; ``exits`` then counts models).
+        criterion: see :class:`EarlyExit`; its state is x. :class:`Margin` (Big/little), :class:`LearnedExit`
+            or :class:`IDKClass` (IDK cascades).
         max_fraction: the largest share of the batch that may go on to the next model.
 
     Shape:
@@ -246,10 +252,11 @@ class Cascade(_Exits):
         - output: :class:`ExitOutput`.
 
     Raises:
-        TypeError, ValueError: an argument or a verdict that does not fit, with what was expected and what came.
+        TypeError, ValueError: an argument or a verdict that does not fit, with what was expected and what
+            came.
 
-    Papers: Park et al., Big/little deep neural network (CODES+ISSS 2015); Bolukbasi et al., Adaptive neural networks for
-    efficient inference (ICML 2017); Wang et al., IDK cascades (UAI 2018).
+    Papers: Park et al., Big/little deep neural network (CODES+ISSS 2015); Bolukbasi et al., Adaptive neural
+    networks for efficient inference (ICML 2017); Wang et al., IDK cascades (UAI 2018).
     """
 
     def __init__(
@@ -272,7 +279,10 @@ def _outside_graph(layer: _Exits, x: Any) -> ExitOutput:
 
 
 def at_most(keep: Tensor, confidence: Tensor, most: int) -> Tensor:
-    """bool ``[n]``: of the kept the ``most`` least confident (NaN is the least); the first of equals. Reads nothing back."""
+    """bool ``[n]``: of the kept the ``most`` least confident (NaN is the least), of equals the first.
+
+    Reads nothing back.
+    """
     order = torch.where(confidence.isnan(), -torch.inf, confidence).argsort(stable=True)
     kept = keep[order]
     return torch.zeros_like(keep).scatter(0, order, kept & (kept.cumsum(0) <= most))
@@ -305,7 +315,8 @@ def _gather(tree: Any, plan: SamplePlan) -> Any:
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != plan.batch):
             raise ValueError(
-                f"state: expected tensors [{plan.batch}, ...], one row for each sample, got shape {tuple(leaf.shape)}"
+                f"state: expected tensors [{plan.batch}, ...], one row for each sample, "
+                f"got shape {tuple(leaf.shape)}"
             )
     return gather_samples(tree, plan)
 

@@ -1,7 +1,8 @@
 """What trains networks with exits: losses over all of them, and gradients that do not grow with their number.
 
-``logits`` are those of every exit, a list of E tensors ``[N, C]`` (or ``[N, C, ...]``) or one ``[E, N, C]``, as a model with exits
-returns them in training. Losses are means over the samples, computed in float32 at least.
+``logits`` are those of every exit, a list of E tensors ``[N, C]`` (or ``[N, C, ...]``) or one ``[E, N, C]``,
+as a model with exits returns them in training. Losses are means over the samples, computed in float32 at
+least.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class _Rescale(torch.autograd.Function):
 def gradient_rescale(x: Any, scale: float) -> Any:
     """``x`` (a tensor or a pytree of them), whose gradient is multiplied by ``scale`` on its way back.
 
-    Paper: Li et al., Improved techniques for training adaptive deep networks (ICCV 2019), gradient equilibrium.
+    Paper: Li et al., Improved techniques for training adaptive deep networks (ICCV 2019), gradient
+        equilibrium.
     """
     if scale == 1 or not torch.is_grad_enabled():
         return x
@@ -70,10 +72,12 @@ def weighted_exit_loss(
     Args:
         logits: those of E exits.
         labels: whatever ``loss`` takes.
-        weights: one for each exit; None: 1 (MSDNet). BranchyNet weighs the first exit most; PABEE takes e / sum(1 … E).
+        weights: one for each exit; None: 1 (MSDNet). BranchyNet weighs the first exit most; PABEE takes e /
+            sum(1 … E).
         loss: of one exit, a scalar.
 
-    Papers: BranchyNet (ICPR 2016), MSDNet (ICLR 2018), Shallow-Deep Networks (ICML 2019), PABEE (NeurIPS 2020).
+    Papers: BranchyNet (ICPR 2016), MSDNet (ICLR 2018), Shallow-Deep Networks (ICML 2019), PABEE
+    (NeurIPS 2020).
     """
     logits = _exits(logits)
     weights = _weights(weights, len(logits), "exits")
@@ -86,7 +90,8 @@ def distillation_loss(
     """``T² * KL(p_teacher || p_student)``, p the softmax of the logits over T; the teacher gets no gradient.
 
     Args:
-        student, teacher: ``[N, C]`` or ``[N, C, ...]``; the loss is a mean over all but the classes, 0 where there are none.
+        student, teacher: ``[N, C]`` or ``[N, C, ...]``; the loss is a mean over all but the classes, 0 where
+            there are none.
         temperature: T.
         reverse: ``KL(p_student || p_teacher)`` instead (FastBERT).
 
@@ -101,8 +106,8 @@ def distillation_loss(
     log_s = torch.log_softmax(_wide(student) / temperature, 1)
     log_t = torch.log_softmax(_wide(teacher).detach() / temperature, 1)
     of, other = (log_s, log_t) if reverse else (log_t, log_s)
-    # log_target: exact zeros where both are -inf would be NaN; F.kl_div has them as NaN too, so masked classes go first
-    divergence = torch.where(of == -torch.inf, 0, of.exp() * (of - other)).sum(1)
+    gap = torch.where(of == -torch.inf, 0, of - other)  # 0 * log(0 / q) is 0, also for a q of 0
+    divergence = (of.exp() * gap).sum(1)
     return temperature**2 * divergence.sum() / max(divergence.numel(), 1)
 
 
@@ -120,8 +125,9 @@ def self_distillation_loss(
         temperature, reverse: see :func:`distillation_loss`.
         weights: one for each exit but the last; None: 1.
 
-    IMTA trains exit e with ``(1 - a) * cross_entropy + a * distillation`` (``weighted_exit_loss`` and this, each with its
-    weights); FastBERT trains the last exit first, then the others with this alone, ``reverse=True``.
+    IMTA trains exit e with ``(1 - a) * cross_entropy + a * distillation`` (``weighted_exit_loss`` and this,
+    each with its weights); FastBERT trains the last exit first, then the others with this alone,
+    ``reverse=True``.
 
     Papers: IMTA (ICCV 2019), one-for-all knowledge distillation; FastBERT (ACL 2020).
     """
@@ -133,12 +139,13 @@ def self_distillation_loss(
 
 
 def exit_probabilities(confidence: Exits) -> Tensor:
-    """``[E, N]``: how probably each sample leaves at each exit, if at exit e it leaves with probability ``confidence[e]``.
+    """``[E, N]``: the probability that a sample leaves at each exit, from that of leaving it once it is there.
 
     ``p[e] = confidence[e] * prod_{d < e} (1 - confidence[d])``; the last exit takes the rest.
 
     Args:
-        confidence: probabilities of E - 1 exits, ``[N]`` each, as ``model(x, confidence=True)`` gives a :class:`LearnedExit`'s.
+        confidence: probabilities of E - 1 exits, ``[N]`` each, as ``model(x, confidence=True)`` gives a
+            :class:`LearnedExit`'s.
     """
     leave = torch.stack([_wide(each) for each in _exits(confidence, "confidence")])
     stay = torch.cat([torch.ones_like(leave[:1]), torch.cumprod(1 - leave, 0)])
@@ -146,12 +153,14 @@ def exit_probabilities(confidence: Exits) -> Tensor:
 
 
 def exit_cost(confidence: Exits, costs: Sequence[float] | Tensor) -> Tensor:
-    """The expected cost of a sample, a penalty that teaches learned exits to leave early: the mean of ``sum_e p[e] * costs[e]``.
+    """The expected cost of a sample, a penalty that teaches learned exits to leave early.
+
+    The mean over the samples of ``sum_e p[e] * costs[e]``, p the :func:`exit_probabilities`.
 
     Args:
         confidence: as in :func:`exit_probabilities`.
-        costs: of a sample that leaves at each of E exits, everything until then included, in any unit (as a share of the
-            last one: in [0, 1]).
+        costs: of a sample that leaves at each of E exits, everything until then included, in any unit (as a
+            share of the last one: in [0, 1]).
     """
     chance = exit_probabilities(confidence)
     costs = _weights(costs, len(chance), "exits", "costs")
@@ -166,18 +175,18 @@ def learned_exit_loss(
     costs: Sequence[float] | Tensor,
     penalty: float = 1.0,
 ) -> Tensor:
-    """What trains a :class:`LearnedExit`: the expected cross-entropy plus ``penalty`` times the expected cost.
+    """What trains a :class:`LearnedExit`: the expected cross-entropy and ``penalty`` times the expected cost.
 
-    The mean over the samples of ``sum_e p[e] * (cross_entropy(logits[e], label) + penalty * costs[e])``, p the
-    :func:`exit_probabilities`; gradients go to the heads and to the confidences.
+    The mean over the samples of ``sum_e p[e] * (cross_entropy(logits[e], label) + penalty * costs[e])``, p
+    the :func:`exit_probabilities`; gradients go to the heads and to the confidences.
 
     Args:
         logits: ``[N, C]`` or ``[N, C, ...]`` of E exits.
         labels: int ``[N]`` or ``[N, ...]``.
         confidence, costs: as in :func:`exit_cost`.
 
-    Papers: Demir, Early-exit convolutional neural networks (METU thesis 2019), EPNet (CIKM 2020), IDK cascades (UAI 2018)
-    weigh prediction against cost in this way.
+    Papers: Demir, Early-exit convolutional neural networks (METU thesis 2019), EPNet (CIKM 2020), IDK
+    cascades (UAI 2018) weigh prediction against cost in this way.
     """
     chance = exit_probabilities(confidence)
     logits = _exits(logits)

@@ -1,4 +1,4 @@
-"""Thresholds that hold a budget, and temperatures that make confidences probabilities, both fitted on validation logits."""
+"""Thresholds that hold a budget, and temperatures that calibrate confidences, fitted on validation logits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LOG_RATIO = 60.0  # a share that is e^-60 of its neighbour is none in float64
 class FittedThresholds(NamedTuple):
     """Thresholds and what they do to the samples that they were fitted on.
 
-    ``threshold``: float64 ``[E - 1]`` in the criterion's units, for ``criterion.set_threshold``. ``accuracy``: of the predictions
-    where the samples leave, in [0, 1]. ``cost``: the mean of the cost. ``shares``: float64 ``[E]``, of the samples that leave at
-    each exit.
+    ``threshold``: float64 ``[E - 1]`` in the criterion's units, for ``criterion.set_threshold``.
+    ``accuracy``: of the predictions where the samples leave, in [0, 1]. ``cost``: the mean of the cost.
+    ``shares``: float64 ``[E]``, of the samples that leave at each exit.
     """
 
     threshold: Tensor
@@ -38,27 +38,31 @@ def fit_thresholds(
     *,
     confidence: Sequence[Tensor] | Tensor | None = None,
 ) -> FittedThresholds:
-    """Thresholds under which the mean cost of a sample is at most ``budget``, and uses it up as far as it can.
+    """Thresholds under which the mean cost of a sample is ``budget`` at most, and as near to it as they allow.
 
-    MSDNet's procedure: a share proportional to ``q^e`` of the samples is to leave at exit e. At each exit but the last the
-    threshold is the confidence of the last one in that share, of those that are still there, the surest first; whoever reaches
-    it leaves. q is searched by bisection; the cost is that of the exits which the thresholds really choose, ties included. (A
-    larger budget buys more computation, not always more accuracy.)
+    MSDNet's procedure: a share proportional to ``q^e`` of the samples is to leave at exit e. At each exit but
+    the last the threshold is the confidence of the last one in that share, of those that are still there, the
+    surest first; whoever reaches it leaves. q is searched by bisection; the cost is that of the exits which
+    the thresholds really choose, ties included. (A larger budget buys more computation, not always more
+    accuracy.)
 
     Args:
-        logits: of all E exits for N validation samples, ``[E, N, C]`` or a list, as ``model(x, all_exits=True)`` returns them.
+        logits: of all E exits for N validation samples, ``[E, N, C]`` or a list, as ``model(x,
+            all_exits=True)`` returns them.
         labels: int ``[N]``.
         budget: the mean cost that a sample may have, in the unit of ``costs``.
         costs: of a sample that leaves at each of E exits, everything until then included; not falling.
-        criterion: whose confidence counts; None: ``MaxSoftmax``. Its temperatures are used, its thresholds are not changed.
-            A :class:`Patience` counts exits that agree: its thresholds are whole, and ties make the cost go in steps.
-        confidence: of the first E - 1 exits, ``[N]`` each, instead of asking the criterion, where it reads more than logits
-            (:class:`LearnedExit`): those of ``model(x, confidence=True)``.
+        criterion: whose confidence counts; None: ``MaxSoftmax``. Its temperatures are used, its thresholds
+            are not changed. A :class:`Patience` counts exits that agree: its thresholds are whole, and ties
+            make the cost go in steps.
+        confidence: of the first E - 1 exits, ``[N]`` each, instead of asking the criterion, where it reads
+            more than logits (:class:`LearnedExit`): those of ``model(x, confidence=True)``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, or a budget below the first exit's cost.
 
-    A sample with a NaN confidence leaves nowhere before the last exit. Everything is read back to the host once.
+    A sample with a NaN confidence leaves nowhere before the last exit. Everything is read back to the host
+    once.
 
     Paper: Huang et al., Multi-scale dense networks (ICLR 2018); the authors' code.
     """
@@ -116,7 +120,7 @@ def _shares(log_ratio: float, count: int) -> list[float]:
 def _leave_by_share(
     sure: list[Tensor], ranked: list[Tensor], shares: list[float], samples: int
 ) -> tuple[list[float], Tensor]:
-    """The least confidence that leaves at each exit but the last, and the exit of each sample, int64 ``[N]``."""
+    """The least confidence that leaves at each exit but the last, and each sample's exit, int64 ``[N]``."""
     left_at = torch.full((samples,), len(sure))
     here = torch.ones(samples, dtype=torch.bool)
     levels = []
@@ -134,7 +138,7 @@ def _leave_by_share(
 
 
 def confidences(criterion: Criterion, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """A criterion's confidences ``[N]`` at the first E - 1 of E exits, from logits alone, without gradients."""
+    """A criterion's confidences ``[N]`` at all but the last exit, from logits alone, without gradients."""
     made, memory = [], None
     with torch.no_grad():
         for exit, each in enumerate(list(logits)[:-1]):
@@ -144,10 +148,10 @@ def confidences(criterion: Criterion, logits: Sequence[Tensor] | Tensor) -> list
 
 
 def fit_temperature(logits: Sequence[Tensor] | Tensor, labels: Tensor) -> Tensor:
-    """The temperature that minimises the cross-entropy of ``logits / temperature``, for ``criterion.set_temperature``.
+    """The temperature that minimises the cross-entropy of ``logits / temperature``.
 
-    By bisection: in 1 / temperature the loss is convex. In float64 and within [0.01, 100], also where logits are never wrong and
-    the best temperature would be 0.
+    It is what ``criterion.set_temperature`` takes. By bisection: in 1 / temperature the loss is convex. In
+    float64 and within [0.01, 100], also where logits are never wrong and the best temperature would be 0.
 
     Args:
         logits: ``[N, C]``, or of each exit a list of these or ``[E, N, C]``. N > 0, finite.

@@ -1,4 +1,4 @@
-"""TokenExit: each token of a sequence leaves at its own depth, and stays where it is as a key for the others."""
+"""TokenExit: each token of a sequence leaves at its own depth, and remains as a key for the others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .sample_exits import _fractions, at_most, module_list
 
 
 class TokenExitOutput(NamedTuple):
-    """``logits`` ``[B, T, ...]``: of each token those of the exit where it left, zero at padding. ``hidden`` ``[B, T, C]``: its
-    state there. ``exits``: int64 ``[B, T]``, that exit, from 0; -1 at padding.
+    """``logits`` ``[B, T, ...]``: of each token those of the exit where it left, zero at padding. ``hidden``
+    ``[B, T, C]``: its state there. ``exits``: int64 ``[B, T]``, that exit, from 0; -1 at padding.
     """
 
     logits: Tensor
@@ -30,37 +30,42 @@ class TokenExitOutput(NamedTuple):
 class TokenExit(nn.Module):
     """A chain of stages with an exit after each, for every token by itself, with its state copied up.
 
-    ``rows = stages[e](hidden, plan); logits = heads[e](rows)``: a stage computes the tokens of the plan, those that have not
-    left, and may read the states of all, which for a token that has left are those of its last stage. Which tokens go on is read back
-    once at each exit on a GPU; where none leaves nothing is compacted, and where all have left the later stages do not run.
+    ``rows = stages[e](hidden, plan); logits = heads[e](rows)``: a stage computes the tokens of the plan,
+    those that have not left, and may read the states of all, which for a token that has left are those of its
+    last stage. Which tokens go on is read back once at each exit on a GPU; where none leaves nothing is
+    compacted, and where all have left the later stages do not run.
 
-    In training mode, or with ``all_exits=True``, every exit sees every token (aligned training). With ``all_exits=False`` tokens
-    leave in training too, with gradients (mixed training, with ``exits`` drawn at random).
+    In training mode, or with ``all_exits=True``, every exit sees every token (aligned training). With
+    ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with ``exits`` drawn at
+    random).
 
     Args:
-        stages: E modules ``(hidden [B, T, C], plan, **context) -> rows [P, C]``, plan a :class:`~dynops.SamplePlan` of the B·T
-            tokens with P in it: :class:`TokenEncoderLayer`, :class:`TokenSequential`, or others.
+        stages: E modules ``(hidden [B, T, C], plan, **context) -> rows [P, C]``, plan a
+            :class:`~dynops.SamplePlan` of the B·T tokens with P in it: :class:`TokenEncoderLayer`,
+            :class:`TokenSequential`, or others.
         heads: E modules, rows ``[P, C]`` -> logits ``[P, ...]``.
-        criterion: as in :class:`EarlyExit`, over tokens in place of samples; its state is the rows. None: ``exits`` is
-            passed in each call.
-        max_fraction: the largest share of the tokens (without padding) that may go on past an exit, a number or one for each exit;
-            the least confident go on.
+        criterion: as in :class:`EarlyExit`, over tokens in place of samples; its state is the rows. None:
+            ``exits`` is passed in each call.
+        max_fraction: the largest share of the tokens (without padding) that may go on past an exit, a number
+            or one for each exit; the least confident go on.
 
     Shape:
         - hidden: ``[B, T, C]``.
-        - padding_mask: bool ``[B, T]``, true at padding, which leaves before the first stage; None: no padding.
-        - exits: int ``[B, T]``, the exit of each token, decided before (a depth that was predicted, or drawn for training); the
-          criterion is then not asked. A number past the last exit is the last one.
+        - padding_mask: bool ``[B, T]``, true at padding, which leaves before the first stage; None: no
+          padding.
+        - exits: int ``[B, T]``, the exit of each token, decided before (a depth that was predicted, or drawn
+          for training); the criterion is then not asked. A number past the last exit is the last one.
         - context: keyword arguments that every stage gets; so is ``padding_mask`` where there is one.
         - output: :class:`TokenExitOutput`; with all exits a list of E logits ``[B, T, ...]``.
 
-    ``torch.compile`` of a surrounding model breaks its graph here, unless all exits are asked for. ``state_dict`` keys:
-    ``stages.e.…``, ``heads.e.…``, ``criterion.…``.
+    ``torch.compile`` of a surrounding model breaks its graph here, unless all exits are asked for.
+    ``state_dict`` keys: ``stages.e.…``, ``heads.e.…``, ``criterion.…``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
 
-    Papers: Elbayad et al., Depth-adaptive transformer (ICLR 2020); Dehghani et al., Universal transformers (ICLR 2019).
+    Papers: Elbayad et al., Depth-adaptive transformer (ICLR 2020); Dehghani et al., Universal transformers
+    (ICLR 2019).
     """
 
     def __init__(
@@ -166,7 +171,7 @@ class TokenExit(nn.Module):
 
 
 class TokenSequential(nn.Sequential):
-    """``nn.Sequential`` of modules that treat each token by itself (an MLP), as a stage of :class:`TokenExit`.
+    """``nn.Sequential`` of modules that treat each token by itself, as a stage of :class:`TokenExit`.
 
     Shape:
         - hidden: ``[B, T, C]``.
@@ -180,11 +185,12 @@ class TokenSequential(nn.Sequential):
 
 
 class TokenEncoderLayer(FromDense, nn.TransformerEncoderLayer):
-    """``nn.TransformerEncoderLayer`` that computes only the tokens of a plan, as a stage of :class:`TokenExit`.
+    """``nn.TransformerEncoderLayer`` on the tokens of a plan alone, as a stage of :class:`TokenExit`.
 
-    Queries, attention and MLP are those of the plan's tokens; keys and values are projected from all tokens of the sequences that
-    have one in it. On these tokens the result is the dense layer's, but for rounding. Constructor (with ``batch_first=True``),
-    parameters and ``state_dict`` are those of ``nn.TransformerEncoderLayer``; so is the result without a plan.
+    Queries, attention and MLP are those of the plan's tokens; keys and values are projected from all tokens
+    of the sequences that have one in it. On these tokens the result is the dense layer's, but for rounding.
+    Constructor (with ``batch_first=True``), parameters and ``state_dict`` are those of
+    ``nn.TransformerEncoderLayer``; so is the result without a plan.
 
     Shape:
         - src: ``[B, T, C]``.
@@ -193,8 +199,8 @@ class TokenEncoderLayer(FromDense, nn.TransformerEncoderLayer):
         - src_mask: ``[T, T]``, bool (true: may not attend) or floating (added), for example a causal one.
         - output: ``[P, C]``, the plan's tokens; without a plan ``[B, T, C]``.
 
-    The numbers of active tokens of the sequences are read back once on a GPU, unless the plan is full. Queries are padded to the most
-    that a sequence has.
+    The numbers of active tokens of the sequences are read back once on a GPU, unless the plan is full.
+    Queries are padded to the most that a sequence has.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
@@ -284,7 +290,7 @@ class _Slots:
 
 
 def _attention_mask(slots: _Slots, padding_mask, src_mask, dtype: torch.dtype) -> Tensor | None:
-    """What ``scaled_dot_product_attention`` takes: bool, true = attend, or added; broadcasts to ``[L, heads, M, T]``."""
+    """What ``scaled_dot_product_attention`` takes (bool: true = attend), ``[L or 1, 1, M or 1, T]``."""
     allowed = None if padding_mask is None else ~padding_mask[:, None, None, :]
     if src_mask is None:
         return allowed
