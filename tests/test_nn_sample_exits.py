@@ -211,7 +211,7 @@ def tree_of(leave_at: Tensor) -> dict:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), n=st.integers(0, 9), exits=st.integers(1, 5))
 def test_any_exit_pattern_of_a_tree_of_maps(data, n, exits):
     at = data.draw(st.lists(st.integers(0, exits), min_size=n, max_size=n))
@@ -348,7 +348,7 @@ def test_one_exit_and_modules_that_share_weights():
 # ----------------------------------------------------------------------------------- max_fraction
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), n=st.integers(1, 10))
 def test_at_most_takes_the_least_confident(data, n):
     keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
@@ -488,6 +488,19 @@ class PassesFeatures(nn.Module):
         x, before = state
         features = x.flatten(1)[:, :CLASSES] + (0 if before is None else before)
         return features * 2, (x, features)
+
+
+@torch.no_grad()
+def test_a_criterion_reads_the_state_that_a_head_hands_on():
+    class Marks(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :CLASSES], (x, x.flatten(1).sum(1))
+
+    stages = [nn.Identity(), First()]
+    model = EarlyExit(stages, [Marks(), Marks()], lambda logits, e, state: state[1] > 0).eval()
+    x = random_tensor(12, 3, 2, 2)
+    out = model(x)
+    assert torch.equal(out.exits, (x.flatten(1).sum(1) <= 0).long()) and 0 < out.exits.sum() < 12
 
 
 class OnFirst(nn.Module):

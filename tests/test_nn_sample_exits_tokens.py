@@ -99,7 +99,7 @@ def test_other_encoder_layers(options):
     assert near(layer(x, SamplePlan.from_mask(active.flatten())), plain(layer)(x)[active])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), b=st.integers(0, 3), t=st.integers(1, 4), norm_first=st.booleans())
 def test_any_set_of_tokens(data, b, t, norm_first):
     layer = encoder(norm_first)
@@ -232,7 +232,7 @@ def affine_model(criterion=None, exits: int = 3, **options) -> TokenExit:
     return TokenExit(stages, [Head() for _ in range(exits)], criterion, **options).eval()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), b=st.integers(0, 3), t=st.integers(0, 4))
 def test_any_pattern_of_given_exits_bit_for_bit(data, b, t):
     at = (
