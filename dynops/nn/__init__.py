@@ -17,7 +17,20 @@ from .moe import MoE, MoEOutput, SharedExpert
 from .pixel_halting import SpatialHalting
 from .pixels import SparseConv2d, SparseConvTranspose2d
 from .routers import Routing, TopKRouter
+from .sample_criteria import Criterion, Entropy, IDKClass, LearnedExit, Margin, MaxSoftmax, Patience, Verdict
+from .sample_exits import Cascade, EarlyExit, ExitOutput, ExitScores, Visit
 from .sample_halting import Halting, HaltingOutput, pad_positions
+from .sample_losses import (
+    GradientRescale,
+    distillation_loss,
+    exit_cost,
+    exit_probabilities,
+    gradient_rescale,
+    learned_exit_loss,
+    self_distillation_loss,
+    weighted_exit_loss,
+)
+from .sample_thresholds import FittedThresholds, fit_temperature, fit_thresholds
 from .samples import Skip
 from .sequential import SparseSequential
 from .step_cells import compacted_cell
@@ -25,30 +38,44 @@ from .step_frames import StepSelection, encode_steps, gather_steps
 from .step_reading import Jump, JumpOutput, JumpPolicy, JumpReader, LocationPolicy
 from .step_widths import SkimOutput, SkimRNN, partial_update, prefix_mask
 from .steps import SkipOutput, SkipRNN, SkipState
+from .token_exits import TokenEncoderLayer, TokenExit, TokenExitOutput, TokenSequential
 
 __all__ = [
+    "Cascade",
     "ChannelBatchNorm2d",
     "ChannelConv2d",
     "ChannelGatedConv2d",
     "ChannelLinear",
     "CondConv2d",
     "ConvExperts",
+    "Criterion",
     "DynamicConv2d",
+    "EarlyExit",
+    "Entropy",
+    "ExitOutput",
+    "ExitScores",
     "Experts",
+    "FittedThresholds",
+    "GradientRescale",
     "GroupedDynamicConv2d",
     "Halting",
     "HaltingOutput",
+    "IDKClass",
     "Jump",
     "JumpOutput",
     "JumpPolicy",
     "JumpReader",
+    "LearnedExit",
     "LocationPolicy",
+    "Margin",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
     "MaskedMaxPool2d",
+    "MaxSoftmax",
     "MoE",
     "MoEOutput",
     "ParallelExperts",
+    "Patience",
     "Routing",
     "SharedExpert",
     "SkimOutput",
@@ -66,18 +93,33 @@ __all__ = [
     "SpatialHalting",
     "StepSelection",
     "SwitchableBatchNorm2d",
+    "TokenEncoderLayer",
+    "TokenExit",
+    "TokenExitOutput",
+    "TokenSequential",
     "TopKRouter",
     "UniversalBatchNorm2d",
+    "Verdict",
+    "Visit",
     "compacted_cell",
+    "distillation_loss",
     "encode_steps",
+    "exit_cost",
+    "exit_probabilities",
     "expert_shards",
+    "fit_temperature",
+    "fit_thresholds",
     "gather_steps",
+    "gradient_rescale",
     "importance_loss",
+    "learned_exit_loss",
     "load_balance_loss",
     "load_loss",
     "pad_positions",
     "partial_update",
     "prefix_mask",
+    "self_distillation_loss",
     "set_width",
+    "weighted_exit_loss",
     "z_loss",
 ]
