@@ -105,7 +105,10 @@ def test_shrink_keeps_the_slots_of_the_batch(keep, data):
         while left:
             stays = data.draw(st.lists(st.booleans(), min_size=plan.num_rows, max_size=plan.num_rows))
             left = [slot for slot, stay in zip(left, stays, strict=False) if stay]
-            plan = plan.shrink(torch.tensor(stays, dtype=torch.bool))
+            stays = torch.tensor(stays, dtype=torch.bool)
+            if capacity is None:
+                assert plan.shrink(SamplePlan.from_mask(stays)).index.equal(plan.shrink(stays).index)
+            plan = plan.shrink(stays)
             assert kept_of(plan) == left and plan.batch == len(keep)
             if not left or len(left) == len(slots):
                 break
@@ -137,6 +140,7 @@ def test_pixels_are_the_whole_maps_of_the_samples():
         (lambda: SamplePlan.from_mask(torch.ones(2), -1), ValueError, "capacity: .*-1"),
         (lambda: SamplePlan(torch.ones(2), 4), TypeError, "index: expected int32"),
         (lambda: SamplePlan.full(4).shrink(torch.ones(3)), ValueError, "one value for each of 4 rows, got 3"),
+        (lambda: SamplePlan.full(4).shrink(SamplePlan.full(3)), ValueError, "a compact plan of the 4 rows"),
     ],
 )
 def test_plans_refuse(make, error, says):

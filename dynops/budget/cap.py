@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..plans import most_of
+
 
 def cap(
     gate: Tensor, max_fraction: float, score: Tensor | None = None, *, per_sample: bool = False
@@ -45,7 +47,7 @@ def cap(
         raise ValueError(f"score: expected the gate's shape {tuple(gate.shape)}, got {tuple(score.shape)}")
     lists = gate.shape[0] if per_sample else 1
     values = gate.shape[1:].numel() if per_sample else gate.numel()
-    most = math.floor(max_fraction * values + 1e-9)  # 0.29 * 100 is a little under 29
+    most = most_of(max_fraction, values)
     is_open = (gate.detach() != 0).reshape(lists, values)
     keep = _highest(is_open, score.detach().reshape(lists, values), most).view(gate.shape)
     return torch.where(keep, gate, torch.zeros_like(gate))

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..geometry import is_int
 from ..ops import gather_samples, scatter_samples
 from ..ops.samples import SampleLayout
-from ..plans import SamplePlan
+from ..plans import SamplePlan, most_of
 
 Step = Callable[[Any, Any, SamplePlan, int], Any]
 """``step(rows, everything, plan, n)``: the new rows ``[K, ...]`` of the plan, in the n-th step, n from 1.
@@ -53,7 +53,7 @@ class HaltingRule:
 
     def most(self, rows: int) -> int | None:
         """How many of ``rows`` rows may run on after a step; None: all."""
-        return None if self.max_fraction is None else math.floor(self.max_fraction * rows)
+        return None if self.max_fraction is None else most_of(self.max_fraction, rows)
 
     def halts(self, score: Tensor | None, total: Tensor, most: int | None, running: Tensor | None) -> Tensor:
         """bool ``[K]``: who halts now, or does not run (``running`` is False there). ``score`` None: all."""
@@ -120,8 +120,8 @@ def run_compacted(
         if not keep.is_full:
             out = keep.dropped()
             gone, ponder = gather_samples((_output(rule, rows), n + weight), out)
-            left.append((_part(plan, out), gone, ponder, n))
-            rows, plan = gather_samples(rows, keep), _part(plan, keep)
+            left.append((plan.shrink(out), gone, ponder, n))
+            rows, plan = gather_samples(rows, keep), plan.shrink(keep)
     return _in_slots(left)
 
 
@@ -237,11 +237,6 @@ def _output(rule: HaltingRule, rows: _Rows) -> Any:
     return pytree.tree_unflatten(
         [leaf if sum_ is None else sum_.to(leaf.dtype) for sum_, leaf in pairs], tree
     )
-
-
-def _part(plan: SamplePlan, rows: SamplePlan) -> SamplePlan:
-    """The plan of some of a plan's rows. As ``plan.shrink``, for a choice that is a plan already."""
-    return SamplePlan(plan.index.index_select(0, rows.index), plan.batch)
 
 
 def _in_slots(left: list[tuple[SamplePlan, Any, Tensor, int]]) -> Pondered:

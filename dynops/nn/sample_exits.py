@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops import gather_samples
 from ..ops.rows import memory_format_of
-from ..plans import SamplePlan
+from ..plans import SamplePlan, most_of
 from .sample_criteria import Criterion, decide, max_probability
 from .sample_losses import gradient_rescale
 
@@ -129,7 +128,7 @@ class _Exits(nn.Module):
         """bool ``[n]``: who leaves, the criterion's wish and the cap together; and the criterion's memory."""
         leave, confidence, memory = decide(self.criterion, logits, exit, state, memory)
         fraction = _fractions(self.max_fraction, self.num_exits)[exit]
-        most = math.floor(fraction * batch)
+        most = most_of(fraction, batch)
         if leave.shape[0] > most:
             leave = ~at_most(~leave, _confidence(confidence, logits), most)
         return leave, memory

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..plans import most_of
 from .sample_criteria import Criterion, MaxSoftmax
 
 _STEPS = 60  # halvings: more than a float64 has bits to tell apart here
@@ -127,7 +128,7 @@ def _leave_by_share(
     for exit, (confidence, order) in enumerate(zip(sure, ranked, strict=True)):
         level = math.inf
         there = order[here[order]]  # the surest first
-        wanted = min(math.floor(samples * shares[exit] + 1e-9), len(there))
+        wanted = min(most_of(shares[exit], samples), len(there))
         if wanted > 0:
             level = float(confidence[there[wanted - 1]])
             level = -math.inf if math.isnan(level) else level  # all that can leave do

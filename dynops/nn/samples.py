@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..ops import gather_samples, scatter_samples
-from ..plans import SamplePlan, check_keep
+from ..plans import SamplePlan, check_keep, most_of
 from .sample_rows import SampleRows
 
 MODES = ("residual", "replace")
@@ -108,7 +107,7 @@ class Skip(nn.Module):
         keep = check_keep(gate, "gate")
         if self.max_fraction is None:
             return SamplePlan.from_mask(keep)
-        most = math.floor(self.max_fraction * keep.shape[0])
+        most = most_of(self.max_fraction, keep.shape[0])
         if keep.is_cuda or torch.compiler.is_compiling():
             return SamplePlan.from_mask(keep, most)
         plan = SamplePlan.from_mask(keep)

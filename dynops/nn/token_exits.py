@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import gather_samples, scatter_samples
-from ..plans import SamplePlan
+from ..plans import SamplePlan, most_of
 from .dense import FromDense
 from .sample_criteria import Criterion, decide, max_probability
 from .sample_exits import _fractions, at_most, module_list
@@ -149,8 +149,8 @@ class TokenExit(nn.Module):
                 continue
             leaving = SamplePlan.from_mask(leave, staying.batch - staying.num_rows)  # nothing read back
             leaving = SamplePlan(leaving.index, staying.batch)
-            gone.append((gather_samples(logits, leaving), _part(plan, leaving), exit))
-            memory, plan = gather_samples(memory, staying), _part(plan, staying)
+            gone.append((gather_samples(logits, leaving), plan.shrink(leaving), exit))
+            memory, plan = gather_samples(memory, staying), plan.shrink(staying)
         return _collected(gone, hidden)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class TokenExit(nn.Module):
             leave = gather_samples(exits.reshape(-1), plan) <= exit
         else:
             leave, confidence, memory = decide(self.criterion, logits, exit, rows, memory)
-        most = math.floor(_fractions(self.max_fraction, self.num_exits)[exit] * tokens)
+        most = most_of(_fractions(self.max_fraction, self.num_exits)[exit], tokens)
         if leave.shape[0] > most:
             confidence = max_probability(logits) if confidence is None else confidence
             leave = ~at_most(~leave, confidence, most)
@@ -306,11 +306,6 @@ def _rows(hidden: Tensor, plan: SamplePlan) -> Tensor:
     """``[P, C]``: the plan's tokens of ``[B, T, C]``."""
     flat = hidden.flatten(0, 1)
     return flat if plan.is_full else gather_samples(flat, plan)
-
-
-def _part(plan: SamplePlan, rows: SamplePlan) -> SamplePlan:
-    """The plan of those samples of ``plan`` that ``rows``, a plan of its rows, keeps."""
-    return SamplePlan(gather_samples(plan.index, rows), plan.batch)
 
 
 def _copied_up(rows: Tensor, plan: SamplePlan, hidden: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from .channels import ChannelPlan, as_channel_plan
 from .experts import ExpertPlan
 from .masks import check_mask, resize_mask
 from .pixels import PixelPlan, as_pixel_plan
-from .samples import SamplePlan, check_keep
+from .samples import SamplePlan, check_keep, most_of
 
 __all__ = [
     "BlockPlan",
@@ -19,6 +19,7 @@ __all__ = [
     "changed_blocks",
     "check_keep",
     "check_mask",
+    "most_of",
     "resize_mask",
     "widen_mask",
 ]

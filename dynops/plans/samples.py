@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -119,11 +121,12 @@ class SamplePlan:
         """The plan of the other samples; of a capacity plan in the capacity form, with room for the whole batch."""
         return SamplePlan.from_mask(self.inverse() < 0, None if self.count is None else self.batch)
 
-    def shrink(self, keep: Tensor) -> SamplePlan:
+    def shrink(self, keep: Tensor | SamplePlan) -> SamplePlan:
         """The plan of those of this plan's samples that stay: an active set that only shrinks.
 
         Args:
             keep: ``[num_rows]``, for each row of this plan; nonzero = stays. Unused rows of a capacity plan never do.
+                Of a compact plan also a compact plan of its rows.
 
         Returns:
             A plan for the same batch, in this plan's form and, in the capacity form, of its capacity.
@@ -131,6 +134,12 @@ class SamplePlan:
         Raises:
             TypeError, ValueError: ``keep`` is no mask of this plan's rows.
         """
+        if isinstance(keep, SamplePlan):
+            if keep.batch != self.num_rows or self.count is not None or keep.count is not None:
+                raise ValueError(
+                    f"keep: expected a compact plan of the {self.num_rows} rows of {self}, got {keep}"
+                )
+            return SamplePlan(self.index.index_select(0, keep.index), self.batch)
         keep = check_keep(keep)
         if keep.shape[0] != self.num_rows:
             raise ValueError(
@@ -151,6 +160,11 @@ class SamplePlan:
     def __repr__(self) -> str:
         form = "" if self.count is None else "capacity "
         return f"SamplePlan({form}{self.num_rows} of {self.batch} samples)"
+
+
+def most_of(max_fraction: float, size: int) -> int:
+    """``floor(max_fraction * size)``: the most that may be computed. 0.29 * 100, in floats a little under 29, is 29."""
+    return math.floor(max_fraction * size + 1e-9)
 
 
 def check_keep(keep: Tensor, name: str = "keep") -> Tensor:
