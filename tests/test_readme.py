@@ -13,7 +13,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_examples_run():
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 13
+    assert len(blocks) == 16
     names: dict = {}
     for block in blocks:
         if "from transformers" in block and find_spec("transformers") is None:
@@ -28,3 +28,6 @@ def test_examples_run():
     assert names["mixed"][0, 32:].count_nonzero() == 0
     assert "text" not in names or names["text"].shape == (1, 7)
     assert names["mixed_tokens"].shape == (2, 10, 64) and names["routed"].shape == (2, 32, 56, 56)
+    assert names["skipped"].shape == (8, 64, 28, 28) and names["answers"].shape == (8, 10)
+    assert names["macs"].per_sample.shape == (8,) and names["capped"].count_nonzero() <= 4
+    assert names["halted"].shape == (8, 16) and names["read"].shape == (8, 50, 64)
