@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +84,11 @@ def all_cases(quick: bool = False) -> list[Case]:
         Case("four equal stages", equal_stages, (32, 64, 28, 28), (64,) * 4),
         Case("8 MLPs", mlp_stages, (8, 64, 512), (512,) * 4),
     ]
-    return [cases[0], cases[2]] if quick else cases
+    return [replace(cases[0], shape=(16, 3, 32, 32))] if quick else cases
 
 
 def headline_cases() -> list[Case]:
-    return all_cases()[:1]
+    return all_cases(quick=True)
 
 
 class Halves(nn.Module):
