@@ -12,6 +12,7 @@ from . import (
     blocks,
     channel_weights,
     channels,
+    exits,
     expert_rows,
     experts,
     layers,
@@ -20,6 +21,11 @@ from . import (
     models,
     readme,
     report,
+    sample_copies,
+    sample_loops,
+    sample_rows,
+    samples,
+    skipnet,
     video,
 )
 from .timing import Budget
@@ -52,10 +58,18 @@ routings in turn. best built-in: the fastest of transformers' eager and grouped_
 weights: dynops in the dtype of the run; of one GEMM (rows gathered by token): torch's grouped_mm, sorting included.
 roofline: the later of the MACs at the peak and the weights that have tokens at the memory speed, both measured in this run.
 GFLOP/s: 2 x MACs. Whole models: tokens a second are tokens / ms."""
+SAMPLES_LEGEND = """\
+theory: MACs of the dense network / MACs that must be computed, those of gates, halting scores and exit heads included; the
+dense network has no gates and the last head only. density: the share of samples, blocks or steps that is computed.
+residual: x + g F(x), two 3x3 convolutions with norms and a ReLU between, no ReLU after the sum; replace: SkipNet's, block(x)
+or x, the ReLU after the sum inside the block. gated: ConvNet-AIG's gate is computed in the timing; else the decisions are
+given. gate ms: the gate (the halting scores, the exit heads) called by itself. best of ours: the fastest of {NCHW,
+channels_last} x {eager, module compiled for any batch}, as best dense is. p99: of at least 120 calls."""
 LEGENDS = {
     "experts": EXPERTS_LEGEND,
     "blocks": f"{LEGEND}\n{BLOCKS_LEGEND}",
     "channels": f"{LEGEND}\n{CHANNELS_LEGEND}",
+    "samples": f"{LEGEND}\n{SAMPLES_LEGEND}",
     "video": f"{LEGEND}\n{VIDEO_LEGEND}",
     "memory": MEMORY_LEGEND,
 }
@@ -90,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     # memory first: timing keeps freed memory from then on
     chosen = (args.command,) if args.op == "pixels" else (args.op,)
     if args.command == "all":
-        chosen = ("memory", "layers", "blocks", "channels", "models", "experts", "video")
+        chosen = ("memory", "layers", "blocks", "channels", "samples", "models", "experts", "video")
     if setting.backward:
         chosen = tuple(suite for suite in chosen if suite not in FORWARD_ONLY)
     for suite in chosen:
@@ -107,9 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.1], metavar="D")
     parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
-    parser.add_argument(
-        "--op", default="pixels", choices=["pixels", "blocks", "channels"], help="what layers skips"
-    )
+    nouns = ["pixels", "blocks", "channels", "samples"]
+    parser.add_argument("--op", default="pixels", choices=nouns, help="what layers skips")
     parser.add_argument("--backward", action="store_true", help="forward and backward, for both")
     parser.add_argument("--quick", action="store_true", help="fewer layers, shorter, no compiled layers")
     parser.add_argument(
@@ -186,6 +199,21 @@ def run_channels(setting: layers.Setting, quick: bool) -> report.Report:
     return result
 
 
+def run_samples(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    setting = dataclasses.replace(setting, budget=Budget(2.0, 5))
+    if quick or setting.backward:
+        setting = dataclasses.replace(setting, compiled=False, budget=Budget(0.7, 5))
+        result.notes.append(QUICK_STACKS_NOTE)
+    result.rows = samples.run(samples.all_cases(quick), setting)
+    if not setting.backward:
+        result.rows += skipnet.run(setting, depth=3 if quick else 18)
+        result.rows += exits.run(exits.all_cases(quick), setting)
+        result.rows += sample_loops.run(setting, quick)
+        result.copies = sample_copies.run(setting, sample_copies.SHAPES[: 1 if quick else None])
+    return result
+
+
 def run_experts(setting: layers.Setting, quick: bool) -> report.Report:
     result = _report(setting)
     if not experts.available():
@@ -232,6 +260,7 @@ SUITES = {
     "layers": run_layers,
     "blocks": run_blocks,
     "channels": run_channels,
+    "samples": run_samples,
     "models": run_models,
     "experts": run_experts,
     "video": run_video,
@@ -247,6 +276,7 @@ def headline(setting: layers.Setting) -> report.Report:
     short = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(1.0, 5))
     result.rows = layers.run(layers.headline_cases(), short)
     result.rows += channels.run(channels.headline_cases(), short)
+    result.rows += samples.run(samples.headline_cases(), short) + exits.run(exits.headline_cases(), short)
     mixture = run_experts(short, quick=True)
     result.experts = mixture.experts
     result.notes += [note for note in mixture.notes if note not in result.notes]
@@ -268,6 +298,10 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
     if result.rows:
         print(report.table(result.rows), "\n")
         print(report.summary_table(report.summaries(result.rows, layers.TARGET_GROUPS)), "\n")
+    if suite == "samples":
+        print(sample_rows.target_table(result.rows), "\n")
+    if result.copies:
+        print(sample_rows.copy_table(result.copies), "\n")
     if result.memory:
         print(report.memory_table(result.memory), "\n")
     if result.experts:
@@ -286,6 +320,7 @@ def write_readme(path: Path, results: Path) -> None:
     readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))
     readme.rewrite(path, "blocks", readme.blocks_block(reports))
     readme.rewrite(path, "channels", readme.channels_block(reports))
+    readme.rewrite(path, "samples", readme.samples_block(reports))
     readme.rewrite(path, "experts", readme.experts_block(reports))
     print(f"{path}: numbers of {len(reports)} files in {results}")
 

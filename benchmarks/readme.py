@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 from .blocks import PIXELS
@@ -15,11 +16,14 @@ from .report import (
     row_cells,
     summaries,
     summary_cells,
+    with_optional,
 )
+from .sample_rows import BLOCKS, copy_table
 from .text import markdown
 
 NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
 NO_CHANNELS = "No results of channels are committed yet: `python -m benchmarks layers --op channels --out benchmarks/results`."
+NO_SAMPLES = "No results of samples are committed yet: `python -m benchmarks layers --op samples --out benchmarks/results`."
 NO_EXPERTS = (
     "No results of experts are committed yet: `python -m benchmarks experts --out benchmarks/results`."
 )
@@ -87,6 +91,51 @@ def channels_block(reports: list[Report]) -> str:
         rows += [[row.dtype, row.group, *row_cells(row)] for row in report.rows if row.group in CHANNEL_ROWS]
     groups = markdown(["dtype", "pass", *SUMMARY_HEADER[:5]], lines)
     return "\n\n".join([_machines(used), groups, markdown(["dtype", "method", *HEADER], rows)])
+
+
+def samples_block(reports: list[Report]) -> str:
+    """Blocks over the shares of kept samples, every other row, and the copies."""
+    used = [r for r in reports if any(row.suite == "samples" for row in r.rows)]
+    used = [r for r in used if not any(row.suite == "layers" for row in r.rows)]
+    used.sort(key=lambda report: (_ORDER[report.rows[0].dtype], report.rows[0].mode != "forward"))
+    if not used:
+        return NO_SAMPLES
+    rows = [row for report in used for row in report.rows]
+    blocks = [row for row in rows if row.group in BLOCKS]
+    others = [row for row in rows if row.group not in BLOCKS]
+    copies = [row for report in used for row in report.copies]
+    parts = [_machines(used), _over_shares(blocks)]
+    if others:
+        header, cells = with_optional(others)
+        lines = [[row.dtype, _title(row), *own] for row, own in zip(others, cells, strict=True)]
+        parts.append(markdown(["dtype", "", *header], lines))
+    return "\n\n".join([*parts, *([copy_table(copies, markdown)] if copies else [])])
+
+
+def _title(row: Row) -> str:
+    return row.group if row.variant == "plain" else f"{row.group}, {row.variant}"
+
+
+def _over_shares(rows: list[Row]) -> str:
+    """One line for a block, one column for a share of kept samples; milliseconds where none is kept."""
+    shares = sorted({row.density for row in rows}, reverse=True)
+    lines: dict[tuple, dict[float, Row]] = {}
+    for row in rows:
+        lines.setdefault((row.dtype, row.mode, row.case, row.variant), {})[row.density] = row
+    header = ["dtype", "pass", "block", "", "dense ms", "gate ms", *(f"{share:g}" for share in shares)]
+    cells = []
+    for key, at in lines.items():
+        some = next(iter(at.values()))
+        gate = statistics.median(row.gate_ms for row in at.values())
+        numbers = [_share_cell(at[share]) if share in at else "-" for share in shares]
+        cells.append([*key, f"{some.dense_ms:.2f}", f"{gate:.3f}", *numbers])
+    return markdown(header, cells)
+
+
+def _share_cell(row: Row) -> str:
+    if row.density == 0:
+        return f"{row.ours_ms:.3f} ms"
+    return f"{row.speedup:.2f}x ({row.realised:.2f})"
 
 
 def experts_block(reports: list[Report]) -> str:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import torch
 import dynops
 
 from .expert_rows import ExpertRow, plot_experts
+from .sample_rows import CopyRow
 from .text import aligned, rounded
 
 
@@ -26,7 +28,7 @@ from .text import aligned, rounded
 class Row:
     """One measurement of ours against the best dense version, both in milliseconds, from one run."""
 
-    suite: str  # "layers", "blocks", "channels", "models" or "video"
+    suite: str  # "layers", "blocks", "channels", "samples", "models" or "video"
     group: str
     case: str
     mask: str
@@ -42,11 +44,16 @@ class Row:
     dense_all: dict[str, float] = field(default_factory=dict)  # ms of every dense version
     break_even_only: bool = False  # a density measured to find the break-even, not the saving
     block: int = 0  # pixels on a side of the blocks that were computed; 0 where pixels were
+    ours_name: str = ""  # of the version of ours that was the fastest, where several were measured
+    ours_all: dict[str, float] = field(default_factory=dict)  # ms of each of them
+    gate_ms: float = 0.0  # of the gate called by itself; variant "gated": ours_ms has it too
+    dense_p99_ms: float = 0.0  # 0 where it was not asked for
+    ours_p99_ms: float = 0.0
 
     @property
     def theory(self) -> float:
-        """MACs of the dense layer / MACs that must be computed."""
-        return self.gmacs / self.computed_gmacs
+        """MACs of the dense layer / MACs that must be computed; inf where there is nothing to compute."""
+        return self.gmacs / self.computed_gmacs if self.computed_gmacs else math.inf
 
     @property
     def speedup(self) -> float:
@@ -96,6 +103,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     experts: list[ExpertRow] = field(default_factory=list)
+    copies: list[CopyRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def save(self, folder: Path, stem: str, plot: bool = False) -> list[Path]:
@@ -108,6 +116,7 @@ class Report:
             "rows": [row.as_dict() for row in self.rows],
             "memory": [row.as_dict() for row in self.memory],
             "experts": [row.as_dict() for row in self.experts],
+            "copies": [row.as_dict() for row in self.copies],
         }
         paths[0].write_text(json.dumps(content, indent=1) + "\n")
         self._write_csv(paths[1])
@@ -139,7 +148,8 @@ class Report:
         rows = [Row.from_dict(r) for r in content["rows"]]
         memory = [MemoryRow.from_dict(r) for r in content["memory"]]
         experts = [ExpertRow.from_dict(r) for r in content.get("experts", [])]
-        return cls(content["machine"], rows, memory, experts, content["notes"])
+        copies = [CopyRow.from_dict(r) for r in content.get("copies", [])]
+        return cls(content["machine"], rows, memory, experts, copies, content["notes"])
 
 
 # --------------------------------------------------------------------------------------- the machine
@@ -278,6 +288,13 @@ def summaries(rows: list[Row], target_groups: tuple[str, ...] = ()) -> list[Summ
 # --------------------------------------------------------------------------------------- tables
 
 HEADER = ["layer", "mask", "density", "dense ms", "best dense", "ours ms", "theory", "speed-up", "realised"]
+NO_THEORY = 1e3  # from here on next to nothing is left to compute, and the time says what that costs
+OPTIONAL = {
+    "best of ours": lambda row: row.ours_name,
+    "gate ms": lambda row: f"{row.gate_ms:.3f}" if row.gate_ms else "",
+    "dense p99": lambda row: f"{row.dense_p99_ms:.3f}" if row.dense_p99_ms else "",
+    "ours p99": lambda row: f"{row.ours_p99_ms:.3f}" if row.ours_p99_ms else "",
+}
 
 
 def table(rows: list[Row]) -> str:
@@ -287,7 +304,7 @@ def table(rows: list[Row]) -> str:
         own = [row for row in rows if (row.group, row.variant) == (group, variant)]
         own.sort(key=lambda row: -row.realised)
         title = group if variant == "plain" else f"{group} ({variant})"
-        blocks.append(f"{title}\n" + aligned(HEADER, [row_cells(row) for row in own]))
+        blocks.append(f"{title}\n" + aligned(*with_optional(own)))
     return "\n\n".join(blocks)
 
 
@@ -299,10 +316,18 @@ def row_cells(row: Row) -> list[str]:
         f"{row.dense_ms:.3f}",
         row.dense_name,
         f"{row.ours_ms:.3f}",
-        f"{row.theory:.2f}x",
+        f"{row.theory:.2f}x" if row.theory < NO_THEORY else "-",
         f"{row.speedup:.2f}x",
-        f"{row.realised:.2f}",
+        f"{row.realised:.2f}" if row.theory < NO_THEORY else "-",
     ]
+
+
+def with_optional(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """``HEADER`` and the cells of ``rows``, and those of ``OPTIONAL`` that one of them has."""
+    cells = {name: [cell(row) for row in rows] for name, cell in OPTIONAL.items()}
+    used = {name: column for name, column in cells.items() if any(column)}
+    lines = [row_cells(row) + [column[i] for column in used.values()] for i, row in enumerate(rows)]
+    return [*HEADER, *used], lines
 
 
 SUMMARY_HEADER = ["group", "rows", "realised: median", "worst", "the worst row", "break-even: median"]
@@ -344,7 +369,7 @@ def _plot(rows: list[Row], title: str, path: Path) -> bool:
     except ImportError:
         return False
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    plain = [row for row in rows if row.variant == "plain"]
+    plain = [row for row in rows if row.variant == "plain" and row.theory < NO_THEORY]
     for kind in dict.fromkeys((row.suite, row.mask) for row in plain):
         own = [row for row in plain if (row.suite, row.mask) == kind]
         size = 60 if kind[0] == "models" else 14

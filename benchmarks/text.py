@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 
 def rounded(value):
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON has no infinity
+    return value
 
 
 def aligned(header: list[str], rows: list[list[str]]) -> str:

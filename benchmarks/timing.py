@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,19 @@ class Budget:
 
 
 def interleaved(contenders: dict[str, Callable], device: torch.device, budget: Budget) -> dict[str, float]:
-    """Median milliseconds of each contender; in every round each has a turn of a few calls.
+    """Median milliseconds of each contender, from :func:`all_times`."""
+    return {name: statistics.median(values) for name, values in all_times(contenders, device, budget).items()}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def all_times(
+    contenders: dict[str, Callable], device: torch.device, budget: Budget
+) -> dict[str, list[float]]:
+    """Milliseconds of every call of each contender; in every round each has a turn of a few calls.
 
     The first call of a turn is not timed: it finds the caches as the contender before left them, which says
     nothing of either. Every other round runs backwards, so that no contender always follows the same one.
@@ -48,7 +61,7 @@ def interleaved(contenders: dict[str, Callable], device: torch.device, budget: B
             for name, call in order if done % 2 == 0 else reversed(order):
                 call()
                 times[name] += [_once(call, device) for _ in range(budget.calls)]
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 @functools.cache
@@ -87,14 +100,17 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
+FIRST_LOOK = Budget(seconds=1.0, min_rounds=3, max_rounds=10)
+
+
 def best_dense(
-    dense: dict[str, Callable], device: torch.device, keep: int = 2
+    dense: dict[str, Callable], device: torch.device, keep: int = 2, look: Budget = FIRST_LOOK
 ) -> tuple[dict[str, float], dict[str, Callable]]:
     """A first look at every dense version: ``(milliseconds of all, the fastest keep of them)``.
 
     The kept ones go into the run with ours; the faster of them there is "the best dense".
     """
-    first_look = interleaved(dense, device, Budget(seconds=1.0, min_rounds=3, max_rounds=10))
+    first_look = interleaved(dense, device, look)
     fastest = sorted(first_look, key=first_look.get)[:keep]
     return first_look, {name: dense[name] for name in fastest}
 
