@@ -1,0 +1,86 @@
+"""DynConv: residual blocks that compute the pixels which a gate asks for (Verelst and Tuytelaars, CVPR 2020).
+
+A squeeze unit decides for each pixel by a Gumbel-sigmoid; losses hold the network to a share of its MACs. The block runs
+on packed rows, and its first layer also where the 3x3 convolution reads it.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynops.gates import SpatialGate
+from dynops.nn import SparseSequential
+
+from .common import Digits, Length, fit, main
+
+SIZE, STEPS = 32, 150
+WIDTH, INNER, BLOCKS, TARGET = 64, 64, 3, 0.3
+
+
+class Block(nn.Module):
+    """x + gate * bottleneck(x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = SpatialGate(WIDTH)
+        self.chain = SparseSequential(
+            nn.Conv2d(WIDTH, INNER, 1, bias=False), nn.BatchNorm2d(INNER), nn.ReLU(),
+            nn.Conv2d(INNER, INNER, 3, padding=1, bias=False), nn.BatchNorm2d(INNER), nn.ReLU(),
+            nn.Conv2d(INNER, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, mode: str) -> tuple[Tensor, Tensor | None]:
+        """The map, and the gate's mask ``[N, 1, H, W]``."""
+        if mode == "full":
+            return F.relu(x + self.chain(x)), None
+        mask = self.gate(x).mask
+        change = self.chain(x, mask) if mode == "dynamic" else mask * self.chain(x)
+        return F.relu(x + change), mask
+
+
+class DynConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, WIDTH, 3, padding=1)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor, mode: str) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and the masks of the blocks."""
+        x, masks = F.relu(self.stem(x)), []
+        for block in self.blocks:
+            x, mask = block(x, mode)
+            masks.append(mask)
+        return self.head(x.amax((2, 3))), masks
+
+
+def build() -> nn.Module:
+    return DynConvNet()
+
+
+def train(model: nn.Module, data: Digits, length: Length) -> None:
+    """Dense-masked: a gate that is closed learns too."""
+
+    def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
+        logits, masks = model(x, "dense")
+        rates = sum(mask.mean() for mask in masks) / BLOCKS
+        return F.cross_entropy(logits, y) + 10 * (rates - TARGET) ** 2
+
+    fit(model, data.train, loss, length)
+
+
+def full(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, "full")[0]
+
+
+def dense(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, "dense")[0]
+
+
+def dynamic(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x, "dynamic")[0]
+
+
+if __name__ == "__main__":
+    main(__name__)
