@@ -6,6 +6,8 @@ is compared with computes the E outputs (as one convolution of E * O channels) a
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,8 +46,7 @@ class CondNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(1, WIDTHS[0], 3, padding=1)
-        pairs = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
-        self.layers = nn.ModuleList(Layer(c, o, stride=2) for c, o in pairs)
+        self.layers = nn.ModuleList(Layer(c, o, stride=2) for c, o in pairwise(WIDTHS))
         self.head = nn.Linear(WIDTHS[-1], 10)
 
     def forward(self, x: Tensor, mode: str) -> Tensor:

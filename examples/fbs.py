@@ -6,6 +6,8 @@ share that is kept. The saliency takes the place of the norm's scale.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,8 +49,7 @@ class FBSNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(1, WIDTHS[0], 3, padding=1)
-        pairs = zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
-        self.layers = nn.ModuleList(Layer(c, o, stride=o // c) for c, o in pairs)
+        self.layers = nn.ModuleList(Layer(c, o, stride=o // c) for c, o in pairwise(WIDTHS))
         self.head = nn.Linear(WIDTHS[-1], 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
