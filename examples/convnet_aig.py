@@ -15,7 +15,7 @@ from dynops.gates import PooledGate
 from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
-SIZE, STEPS, TARGET = 16, 150, 0.5
+SIZE, STEPS, TARGET = 16, 120, 0.5
 
 
 class ConvNetAIG(nn.Module):

@@ -14,8 +14,8 @@ from dynops.nn import SparseSequential
 
 from .common import Digits, Length, fit, main
 
-SIZE, STEPS = 32, 150
-WIDTH, INNER, BLOCKS, TARGET = 64, 64, 3, 0.3
+SIZE, STEPS = 32, 120
+WIDTH, INNER, BLOCKS, TARGET = 32, 32, 3, 0.3
 
 
 class Block(nn.Module):

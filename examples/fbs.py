@@ -34,15 +34,15 @@ class Layer(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
     def dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map, and the saliency ``[N, O]``."""
-        kept, saliency = self.gate(x)
-        return F.relu((kept * saliency)[:, :, None, None] * self.norm(self.conv(x))), saliency
+        """The map, and the saliency ``[N, O]`` of all channels."""
+        kept, saliency = self.gate(x)  # kept: the saliency, zero where it is not among the largest
+        return F.relu(kept[:, :, None, None] * self.norm(self.conv(x))), saliency
 
     def dynamic(self, x: Tensor, live: ChannelPlan | None) -> tuple[Tensor, ChannelPlan]:
         """The map, and the plan of its channels; ``live`` are those of ``x``."""
-        kept, saliency = self.gate(x)
+        kept = self.gate(x).mask
         plan = ChannelPlan.from_mask(kept)
-        return self.conv(x, live, plan, scale=saliency, norm=self.norm, activation="relu"), plan
+        return self.conv(x, live, plan, scale=kept, norm=self.norm, activation="relu"), plan
 
 
 class FBSNet(nn.Module):

@@ -40,7 +40,7 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
     def run(self, block: Skip, x: Tensor, mode: str, gate: Tensor | None) -> Tensor:
-        if mode == "dynamic":
-            return block(x, gate)
-        added = block.module(x)
-        return x + (added if gate is None else gate[:, None, None, None] * added)
+        if gate is None:
+            return x + block.module(x)
+        block.dense = mode == "dense"
+        return block(x, gate)
