@@ -46,7 +46,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         logits, gates = model(x, "dense")
         return F.cross_entropy(logits, y) + 2 * target_rate_loss(torch.stack(gates, 1), TARGET)
 
-    fit(model, data.train, loss, length)
+    fit(model, data.train, loss, length, gates=model.gates.parameters())
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         rates = sum(mask.mean() for mask in masks) / BLOCKS
         return F.cross_entropy(logits, y) + 10 * (rates - TARGET) ** 2
 
-    fit(model, data.train, loss, length)
+    gates = (p for block in model.blocks for p in block.gate.parameters())
+    fit(model, data.train, loss, length, gates=gates)
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         logits, ponder = model(x, "dense")
         return F.cross_entropy(logits, y) + PONDER * ponder
 
-    fit(model, data.train, loss, length)
+    fit(model, data.train, loss, length, gates=model.stage.halts.parameters())
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         logits, gates = model(x, "dense")
         return F.cross_entropy(logits, y) + PRICE * progress * torch.stack(gates).mean()
 
-    fit(model, data.train, loss, length)
+    fit(model, data.train, loss, length, gates=model.gate.parameters())
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:
