@@ -36,18 +36,9 @@ def build() -> nn.Module:
     return EarlyExit(stages, heads, Entropy(ENTROPY))
 
 
-def every_exit(model: EarlyExit, x: Tensor) -> list[Tensor]:
-    """The logits of all branches."""
-    logits = []
-    for stage, head in zip(model.stages, model.heads, strict=True):
-        x = stage(x)
-        logits.append(head(x))
-    return logits
-
-
 def train(model: nn.Module, data: Digits, length: Length) -> None:
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
-        exits = every_exit(model, x)
+        exits = model(x, all_exits=True)
         return sum(w * F.cross_entropy(z, y) for w, z in zip(WEIGHTS, exits, strict=True))
 
     fit(model, data.train, loss, length)
@@ -61,7 +52,7 @@ def full(model: nn.Module, x: Tensor) -> Tensor:
 
 def dense(model: nn.Module, x: Tensor) -> Tensor:
     """All branches for all samples, then for each sample the first one that may answer."""
-    *early, out = every_exit(model, x)
+    *early, out = model(x, all_exits=True)
     for exit in reversed(range(len(early))):
         leave = model.criterion(early[exit], exit).leave
         out = torch.where(leave[:, None], early[exit], out)
@@ -69,7 +60,7 @@ def dense(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def dynamic(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).output
+    return model(x).logits
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ from benchmarks.timing import Budget, compare
 from dynops.budget import MacCounter
 
 
+BATCH = 64  # of training
+BOOST = 3  # of the learning rate of gates
+
+
 @dataclass(frozen=True)
 class Digits:
     """scikit-learn's 1797 handwritten digits: images float32 ``[N, 1, size, size]``, labels int64 ``[N]``.
@@ -89,7 +93,6 @@ def fit(
     length: Length,
     *,
     rate: float = 3e-3,
-    batch: int = 64,
     parameters: Iterable[nn.Parameter] | None = None,
     gates: Iterable[nn.Parameter] = (),
 ) -> None:
@@ -100,19 +103,19 @@ def fit(
         loss: called as ``loss(x, y, progress)`` for each batch, progress in [0, 1).
         rate: the learning rate after its rise over the first tenth.
         parameters: what is trained; None: all.
-        gates: those of them that learn ten times as fast: a gate that starts open has far to go in a few hundred steps.
+        gates: those of them that learn three times as fast: a gate that starts open has far to go in a few hundred steps.
     """
     images, labels = part
     parameters, gates = list(model.parameters() if parameters is None else parameters), list(gates)
     fast = set(map(id, gates))
-    groups = [([p for p in parameters if id(p) not in fast], rate), (gates, 10 * rate)]
+    groups = [([p for p in parameters if id(p) not in fast], rate), (gates, BOOST * rate)]
     optimizer = torch.optim.AdamW(({"params": p, "peak": r} for p, r in groups if p), weight_decay=1e-2)
     order = torch.empty(0, dtype=torch.int64)
     model.train()
     for progress in length.progress():
-        if len(order) < batch:
+        if len(order) < BATCH:
             order = torch.randperm(len(labels))
-        index, order = order[:batch], order[batch:]
+        index, order = order[:BATCH], order[BATCH:]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, 10 * progress + 0.1) * (1 + math.cos(math.pi * progress)) / 2
         optimizer.zero_grad()

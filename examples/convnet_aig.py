@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynops.budget import target_rate_loss
-from dynops.gates import PooledGate
+from dynops.gates import PooledGate, set_noise
 
 from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
@@ -40,13 +40,14 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Dense-masked: a closed gate learns what it missed."""
+    """Dense-masked: a closed gate learns what it missed. The second half is without noise, as evaluation is."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
+        set_noise(model, progress < 0.5)
         logits, gates = model(x, "dense")
         return F.cross_entropy(logits, y) + 2 * target_rate_loss(torch.stack(gates, 1), TARGET)
 
-    fit(model, data.train, loss, length, gates=model.gates.parameters())
+    fit(model, data.train, loss, length)
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:

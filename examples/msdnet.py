@@ -6,6 +6,8 @@ fitted on validation images, so that the MACs of a sample are within a budget on
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,8 +75,8 @@ def build() -> nn.Module:
     return EarlyExit(stages, heads, MaxSoftmax(1.0))
 
 
-def every_exit(model: EarlyExit, x: Tensor, exits: int = EXITS) -> list[Tensor]:
-    """The logits of the first exits."""
+def first_exits(model: EarlyExit, x: Tensor, exits: int) -> list[Tensor]:
+    """The logits of the first exits, for what they cost."""
     state, logits = x, []
     for stage, head in zip(model.stages[:exits], model.heads[:exits], strict=True):
         state = stage(state)
@@ -84,16 +86,15 @@ def every_exit(model: EarlyExit, x: Tensor, exits: int = EXITS) -> list[Tensor]:
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
-        return sum(F.cross_entropy(logits, y) for logits in every_exit(model, x))
+        return sum(F.cross_entropy(logits, y) for logits in model(x, all_exits=True))
 
     fit(model, data.train, loss, length)
     images, labels = data.valid
-    costs = [
-        full_macs(lambda model, x, n=n: every_exit(model, x, n)[-1], model, images) for n in range(1, EXITS + 1)
-    ]
+    costs = [full_macs(partial(first_exits, exits=n), model, images) for n in range(1, EXITS + 1)]
     with torch.inference_mode():
-        logits = every_exit(model, images)
-    model.criterion.set_threshold(fit_thresholds(logits, labels, BUDGET * costs[-1], costs))
+        logits = model(images, all_exits=True)
+    fitted = fit_thresholds(logits, labels, BUDGET * costs[-1], costs)
+    model.criterion.set_threshold(fitted.threshold)
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def full(model: nn.Module, x: Tensor) -> Tensor:
 
 def dense(model: nn.Module, x: Tensor) -> Tensor:
     """All exits for all samples, then for each sample the first one that may answer."""
-    *early, out = every_exit(model, x)
+    *early, out = model(x, all_exits=True)
     for exit in reversed(range(len(early))):
         leave = model.criterion(early[exit], exit).leave
         out = torch.where(leave[:, None], early[exit], out)
@@ -112,7 +113,7 @@ def dense(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def dynamic(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).output
+    return model(x).logits
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from dynops.gates import RecurrentGate
 from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
-SIZE, STEPS, PRICE = 16, 120, 0.5
+SIZE, STEPS, PRICE = 16, 120, 0.6
 
 
 class SkipNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.resnet = ResNet()
-        self.gate = RecurrentGate(WIDTHS)
+        self.gate = RecurrentGate(WIDTHS, open_rate=0.6)
 
     def forward(self, x: Tensor, mode: str) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the gates ``[N]`` of the blocks."""
@@ -45,7 +45,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, gates = model(x, "dense")
-        return F.cross_entropy(logits, y) + PRICE * progress * torch.stack(gates).mean()
+        return F.cross_entropy(logits, y) + PRICE * min(1, 2 * progress) * torch.stack(gates).mean()
 
     fit(model, data.train, loss, length, gates=model.gate.parameters())
 

@@ -17,7 +17,12 @@ from dynops.testing import assert_within_budget
 from examples import all as every
 from examples import common
 
-STEPS = {name: 40 for name in every.NAMES}
+# The size of the images and the steps: a second or two each on one core.
+SHORT = {
+    "skipnet": (8, 60), "convnet_aig": (8, 60), "blockdrop": (8, 120), "branchynet": (8, 40), "msdnet": (8, 30),
+    "sact": (8, 60), "act": (8, 100), "dynconv": (12, 60), "fbs": (8, 40), "cgnet": (8, 50),
+    "condconv": (8, 60), "moe": (8, 80), "hydranet": (8, 40), "skip_rnn": (8, 100),
+}  # fmt: skip
 
 
 def test_every_example_is_listed():
@@ -26,11 +31,14 @@ def test_every_example_is_listed():
 
 
 @pytest.mark.parametrize("name", every.NAMES)
-def test_dynamic_is_the_dense_masked_form_for_fewer_macs(name):
+def test_dynamic_is_the_dense_masked_form_for_fewer_macs(name, monkeypatch):
     example = importlib.import_module(f"examples.{name}")
+    size, steps = SHORT[name]
+    monkeypatch.setattr(example, "SIZE", size)
+    monkeypatch.setattr(common, "BATCH", 32)
     data = common.Digits.load(example.SIZE)
     model = example.build().to(memory_format=torch.channels_last)
-    example.train(model, data, common.Length(STEPS[name]))
+    example.train(model, data, common.Length(steps))
     assert not model.training
     x = data.test[0].to(memory_format=torch.channels_last)
     with torch.no_grad():
