@@ -15,14 +15,14 @@ from dynops.gates import PooledGate, set_noise
 from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
-SIZE, STEPS, TARGET = 16, 120, 0.5
+SIZE, STEPS, TARGET = 16, 160, 0.5
 
 
 class ConvNetAIG(nn.Module):
     def __init__(self):
         super().__init__()
         self.resnet = ResNet()
-        self.gates = nn.ModuleList(PooledGate(width) for width in WIDTHS)
+        self.gates = nn.ModuleList(PooledGate(width, open_rate=0.6) for width in WIDTHS)
 
     def forward(self, x: Tensor, mode: str) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the gates ``[N]`` of the blocks."""
@@ -47,7 +47,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         logits, gates = model(x, "dense")
         return F.cross_entropy(logits, y) + 2 * target_rate_loss(torch.stack(gates, 1), TARGET)
 
-    fit(model, data.train, loss, length)
+    fit(model, data.train, loss, length, gates=model.gates.parameters())
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:
