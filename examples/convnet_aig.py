@@ -5,7 +5,6 @@ The gate pools the block's input and draws by Gumbel-softmax; a loss pulls each 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         set_noise(model, progress < 0.5)
         logits, gates = model(x, "dense")
-        return F.cross_entropy(logits, y) + 2 * target_rate_loss(torch.stack(gates, 1), TARGET)
+        return F.cross_entropy(logits, y) + 2 * target_rate_loss(gates, TARGET)
 
     fit(model, data.train, loss, length, gates=model.gates.parameters())
 

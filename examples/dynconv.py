@@ -1,6 +1,6 @@
 """DynConv: residual blocks that compute the pixels which a gate asks for (Verelst and Tuytelaars, CVPR 2020).
 
-A squeeze unit decides for each pixel by a Gumbel-sigmoid; losses hold the network to a share of its MACs. The block runs
+A squeeze unit decides for each pixel by a Gumbel-sigmoid; a loss holds the network to a share of its pixels. The block runs
 on packed rows, and its first layer also where the 3x3 convolution reads it.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynops.budget import cost_loss
 from dynops.gates import SpatialGate, set_noise
 from dynops.nn import SparseSequential
 
 from .common import Digits, Length, fit, main
 
-SIZE, STEPS = 32, 120
+SIZE, STEPS = 24, 180
 WIDTH, INNER, BLOCKS, TARGET = 32, 32, 3, 0.3
 
 
@@ -65,8 +66,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         set_noise(model, progress < 0.5)
         logits, masks = model(x, "dense")
-        rates = sum(mask.mean() for mask in masks) / BLOCKS
-        return F.cross_entropy(logits, y) + 10 * (rates - TARGET) ** 2
+        return F.cross_entropy(logits, y) + 10 * cost_loss(masks, [1.0] * BLOCKS, TARGET)
 
     gates = (p for block in model.blocks for p in block.gate.parameters())
     fit(model, data.train, loss, length, gates=gates)

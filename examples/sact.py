@@ -6,13 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynops.gates import SpatialHaltingHead
-from dynops.nn import SparseSequential
-from dynops.nn.pixel_halting import SpatialHalting
+from dynops.nn import SparseSequential, SpatialHalting
 
 from .common import Digits, Length, fit, main
 
 SIZE, STEPS = 24, 120
-WIDTH, INNER, UNITS, PONDER = 64, 32, 4, 0.05
+WIDTH, INNER, UNITS, PONDER = 64, 32, 4, 0.2
 
 
 def unit() -> SparseSequential:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynops.nn.steps import SkipRNN
+from dynops.nn import SkipRNN
 
 from .common import Digits, Length, fit, main
 

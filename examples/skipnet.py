@@ -5,16 +5,16 @@ Its first phase of training: supervised, straight-through gates, and a price for
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynops.budget import mask_l1_loss
 from dynops.gates import RecurrentGate
 
 from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
-SIZE, STEPS, PRICE = 16, 120, 0.6
+SIZE, STEPS, PRICE = 16, 120, 1.5
 
 
 class SkipNet(nn.Module):
@@ -45,7 +45,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, gates = model(x, "dense")
-        return F.cross_entropy(logits, y) + PRICE * min(1, 2 * progress) * torch.stack(gates).mean()
+        return F.cross_entropy(logits, y) + PRICE * min(1, 2 * progress) * mask_l1_loss(gates)
 
     fit(model, data.train, loss, length, gates=model.gate.parameters())
 

@@ -19,9 +19,9 @@ from examples import common
 
 # The size of the images and the steps: a second or two each on one core.
 SHORT = {
-    "skipnet": (8, 60), "convnet_aig": (8, 60), "blockdrop": (8, 120), "branchynet": (8, 40), "msdnet": (8, 30),
-    "sact": (8, 60), "act": (8, 100), "dynconv": (12, 60), "fbs": (8, 40), "cgnet": (8, 50),
-    "condconv": (8, 60), "moe": (8, 80), "hydranet": (8, 40), "skip_rnn": (8, 100),
+    "skipnet": (8, 100), "convnet_aig": (8, 100), "blockdrop": (8, 200), "branchynet": (8, 60), "msdnet": (8, 30),
+    "sact": (8, 60), "act": (8, 150), "dynconv": (12, 60), "fbs": (8, 60), "cgnet": (8, 60),
+    "condconv": (8, 80), "moe": (8, 80), "hydranet": (8, 60), "skip_rnn": (8, 150),
 }  # fmt: skip
 
 
