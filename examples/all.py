@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.all", description=__doc__)
     parser.add_argument("--seconds", type=float, help="train each for so long instead of its number of steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, action="append", default=[], help="a .csv, .json or .md; repeatable")
+    parser.add_argument(
+        "--out", type=Path, action="append", default=[], help="a .csv, .json or .md; repeatable"
+    )
     parser.add_argument("names", nargs="*", help="some of them; none: all")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
@@ -57,7 +59,6 @@ def main() -> None:
     results = []
     for name in arguments.names or NAMES:
         results.append(run(importlib.import_module(f"examples.{name}"), arguments.seconds, arguments.seed))
-        print(results[-1], flush=True)
         for path in arguments.out:  # after each: a run that is stopped leaves what it has
             write(results, path)
 

@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.timing import Budget, compare
 from dynops.budget import MacCounter
 
-
 BATCH = 64  # of training
 BOOST = 3  # of the learning rate of gates
 
@@ -191,10 +190,10 @@ def dynamic_macs(run: Callable, model: nn.Module, x: Tensor) -> float:
     return counted.per_sample.mean().item()
 
 
-def measure(
+def report(
     example: ModuleType, model: nn.Module, data: Digits, training_s: float, budget: Budget | None = None
 ) -> Result:
-    """Accuracy, MACs and interleaved times of a trained model on the test images, one batch of 360."""
+    """Accuracy, MACs and interleaved times of a trained model on the test images, one batch of 360; prints and returns them."""
     x = data.test[0]
     last = x.to(memory_format=torch.channels_last)
     in_nchw = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
@@ -208,7 +207,7 @@ def measure(
             x.device,
             budget or Budget(seconds=2.0, max_rounds=200),
         )
-    return Result(
+    result = Result(
         example=name_of(example),
         accuracy=accuracy(example.dynamic, model, data.test),
         macs_dense=full_macs(example.full, model, last),
@@ -218,10 +217,12 @@ def measure(
         dynamic_ms=times.ours["dynamic"],
         training_s=training_s,
     )
+    print(result, flush=True)
+    return result
 
 
 def run(example: ModuleType, seconds: float | None = None, seed: int = 0) -> Result:
-    """Builds, trains and measures an example.
+    """Builds and trains an example, and reports it.
 
     Args:
         seconds: the time to train for; None: the example's number of steps.
@@ -232,7 +233,7 @@ def run(example: ModuleType, seconds: float | None = None, seed: int = 0) -> Res
     model = example.build().to(memory_format=torch.channels_last)
     start = time.perf_counter()
     example.train(model, data, Length(example.STEPS, seconds))
-    return measure(example, model, data, time.perf_counter() - start)
+    return report(example, model, data, time.perf_counter() - start)
 
 
 def name_of(example: ModuleType) -> str:
@@ -241,7 +242,7 @@ def name_of(example: ModuleType) -> str:
 
 
 def main(name: str) -> None:
-    """The command line of the example ``name``: trains, measures, prints its row."""
+    """The command line of the example ``name``."""
     example = sys.modules[name]
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.{name_of(example)}", description=example.__doc__
@@ -251,6 +252,5 @@ def main(name: str) -> None:
     parser.add_argument("--json", type=Path, help="write the row there too")
     arguments = parser.parse_args()
     result = run(example, arguments.seconds, arguments.seed)
-    print(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.row(), indent=1) + "\n")

@@ -6,13 +6,14 @@ import copy
 import csv
 import importlib
 import json
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="it holds the digits")
 
-from benchmarks.timing import Budget
+from benchmarks.timing import Budget, Comparison
 from dynops.testing import assert_within_budget
 from examples import all as every
 from examples import common
@@ -27,7 +28,9 @@ SHORT = {
 
 def test_every_example_is_listed():
     others = {"__init__", "all", "common", "resnet"}
-    assert {path.stem for path in common.Path(every.__file__).parent.glob("*.py")} - others == set(every.NAMES)
+    assert {path.stem for path in common.Path(every.__file__).parent.glob("*.py")} - others == set(
+        every.NAMES
+    )
 
 
 @pytest.mark.parametrize("name", every.NAMES)
@@ -57,15 +60,16 @@ def test_dynamic_is_the_dense_masked_form_for_fewer_macs(name, monkeypatch):
     assert common.accuracy(example.dynamic, model, data.test) > 0.5  # chance: 0.1
 
 
-def test_measured_row_and_files(tmp_path):
+def test_report_and_files(tmp_path, monkeypatch, capsys):
     example = importlib.import_module("examples.condconv")
+    monkeypatch.setattr(example, "SIZE", 8)
     data = common.Digits.load(example.SIZE)
     model = example.build().to(memory_format=torch.channels_last)
     example.train(model, data, common.Length(1000, seconds=0.2))
-    row = common.measure(example, model, data, 0.2, Budget(seconds=0.1, min_rounds=2, max_rounds=2))
+    row = common.report(example, model, data, 0.2, Budget(seconds=0.1, min_rounds=2, max_rounds=2))
     assert row.theory == row.macs_dense / row.macs_dynamic > 1
     assert row.realised == pytest.approx(row.dense_ms / row.dynamic_ms / row.theory)
-    assert str(row).startswith("condconv: accuracy ") and row.batch == 360
+    assert capsys.readouterr().out == f"{row}\n" and str(row).startswith("condconv: accuracy ")
     for name in ("rows.csv", "rows.json", "rows.md"):
         every.write([row, row], tmp_path / name)
     with (tmp_path / "rows.csv").open() as file:
@@ -73,6 +77,25 @@ def test_measured_row_and_files(tmp_path):
     assert len(read) == 2 and float(read[0]["realised"]) == pytest.approx(row.realised)
     assert json.loads((tmp_path / "rows.json").read_text())[1] == row.row()
     assert (tmp_path / "rows.md").read_text().count("| `condconv` |") == 2
+
+
+def test_command_lines(tmp_path, monkeypatch, capsys):
+    made = Comparison({"dynamic": 2.0}, 3.0, "NCHW", {})
+    monkeypatch.setattr(common, "compare", lambda dense, ours, device, budget: made)
+    monkeypatch.setattr(
+        sys, "argv", ["all", "--seconds", "0.1", "--out", str(tmp_path / "rows.md"), "condconv"]
+    )
+    every.main()
+    assert "| 3.00 | 2.00 | 1.50x |" in (tmp_path / "rows.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["condconv", "--seconds", "0.1", "--json", str(tmp_path / "row.json")])
+    common.main("examples.condconv")
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["example"] == "condconv" and row["speedup"] == 1.5
+    assert capsys.readouterr().out.count("condconv: accuracy ") == 2
+    for wrong in (["all", "no_such_net"], ["all", "--out", "rows.txt"]):
+        monkeypatch.setattr(sys, "argv", wrong)
+        with pytest.raises(SystemExit):
+            every.main()
 
 
 def test_split_is_fixed_and_disjoint():
