@@ -27,7 +27,7 @@ from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
 SIZE, STEPS = 16, 240
-BLOCKS, PENALTY = len(WIDTHS), 1.0
+BLOCKS, PENALTY = len(WIDTHS), 2.0
 
 
 def backbone() -> nn.Sequential:

@@ -18,9 +18,9 @@ from dynops.nn.sample_thresholds import fit_thresholds
 
 from .common import Digits, Length, fit, full_macs, main
 
-SIZE, STEPS = 16, 200
-FINE, COARSE, GROWTH, EXITS = 16, 32, 16, 4
-BUDGET = 0.4  # of the MACs of the whole network
+SIZE, STEPS = 16, 150
+FINE, COARSE, GROWTH, EXITS = 16, 32, 12, 3
+BUDGET = 0.5  # of the MACs of the whole network
 
 
 def conv(channels: int, out: int, stride: int = 1) -> nn.Sequential:
