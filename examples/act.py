@@ -47,7 +47,7 @@ class ACTNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, WIDTH, 3, stride=2, padding=1)
         self.halting = Halting(Step(), Halt(), MAX_STEPS)
-        self.head = nn.Linear(WIDTH, 10)
+        self.head = nn.Linear(4 * WIDTH, 10)
 
     def forward(self, x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Logits, and the ponder cost."""
@@ -58,7 +58,7 @@ class ACTNet(nn.Module):
         else:
             self.halting.dense = mode == "dense"
             x, ponder, _ = self.halting(x)
-        return self.head(x.mean((2, 3))), ponder.mean()
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1)), ponder.mean()
 
 
 def build() -> nn.Module:

@@ -15,7 +15,7 @@ from dynops.nn import SparseSequential
 
 from .common import Digits, Length, fit, main
 
-SIZE, STEPS = 24, 180
+SIZE, STEPS = 24, 120
 WIDTH, INNER, BLOCKS, TARGET = 32, 32, 3, 0.3
 
 
@@ -45,7 +45,7 @@ class DynConvNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, WIDTH, 3, padding=1)
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
-        self.head = nn.Linear(WIDTH, 10)
+        self.head = nn.Linear(16 * WIDTH, 10)
 
     def forward(self, x: Tensor, mode: str) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the masks of the blocks."""
@@ -53,7 +53,7 @@ class DynConvNet(nn.Module):
         for block in self.blocks:
             x, mask = block(x, mode)
             masks.append(mask)
-        return self.head(x.amax((2, 3))), masks
+        return self.head(F.adaptive_avg_pool2d(x, 4).flatten(1)), masks
 
 
 def build() -> nn.Module:
