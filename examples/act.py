@@ -14,8 +14,8 @@ from dynops.nn import Halting
 
 from .common import Digits, Length, fit, main
 
-SIZE, STEPS = 16, 200
-WIDTH, MAX_STEPS, PONDER = 64, 6, 0.1
+SIZE, STEPS = 16, 150
+WIDTH, MAX_STEPS, PONDER = 64, 6, 0.15
 
 
 class Step(nn.Module):
@@ -72,7 +72,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         logits, ponder = model(x, "dynamic")
         return F.cross_entropy(logits, y) + PONDER * ponder
 
-    fit(model, data.train, loss, length, gates=model.halting.halt.parameters())
+    fit(model, data.train, loss, length)
 
 
 def full(model: nn.Module, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dynops.nn import SparseSequential, SpatialHalting
 
 from .common import Digits, Length, fit, main
 
-SIZE, STEPS = 24, 120
+SIZE, STEPS = 16, 120
 WIDTH, INNER, UNITS, PONDER = 64, 32, 4, 0.2
 
 
