@@ -27,7 +27,7 @@ from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
 SIZE, STEPS = 16, 240
-BLOCKS, PENALTY = len(WIDTHS), 2.0
+BLOCKS, PENALTY = len(WIDTHS), 1.0
 
 
 def backbone() -> nn.Sequential:
@@ -71,8 +71,8 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
         return policy_loss(model, x, y, curriculum_mask(BLOCKS, free))[0]
 
     fit(model, data.train, pretrain, length.part(0.4), parameters=model.resnet.parameters())
-    fit(model, data.train, learn_policy, length.part(0.4), rate=1e-2, parameters=model.policy.parameters())
-    fit(model, data.train, finetune, length.part(0.2), rate=1e-3)
+    fit(model, data.train, learn_policy, length.part(0.35), rate=2e-2, parameters=model.policy.parameters())
+    fit(model, data.train, finetune, length.part(0.25), rate=1e-3)
 
 
 def policy_loss(model: BlockDrop, x: Tensor, y: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
