@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynops.nn.sample_criteria import Entropy
-from dynops.nn.sample_exits import EarlyExit
+from dynops.nn import EarlyExit, Entropy
 
 from .common import Digits, Length, fit, main
 

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynops.nn.sample_criteria import MaxSoftmax
-from dynops.nn.sample_exits import EarlyExit
-from dynops.nn.sample_thresholds import fit_thresholds
+from dynops.nn import EarlyExit, MaxSoftmax, fit_thresholds
 
 from .common import Digits, Length, fit, full_macs, main
 
