@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynops import SamplePlan, backends
-from dynops.nn import Skip, sample_rows
+from dynops.nn import Skip, sample_stack
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -107,8 +107,8 @@ def test_rows_path(mode, keep, monkeypatch):
         hooked = layer(x, gate)  # a hook wants the module to be called
         assert len(calls) == 2 * any(keep) and hooked.equal(gathered)
         layer.module[0]._forward_hooks.clear()
-        taken, run = [], sample_rows.run_rows
-        monkeypatch.setattr(sample_rows, "run_rows", lambda *a: taken.append(1) or run(*a))
+        taken, run = [], sample_stack.run_rows
+        monkeypatch.setattr(sample_stack, "run_rows", lambda *a: taken.append(1) or run(*a))
         for form in (torch.contiguous_format, torch.channels_last):
             check(layer, x.contiguous(memory_format=form), gate, mode)
         assert len(taken) == 2 * any(keep)

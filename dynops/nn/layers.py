@@ -119,7 +119,7 @@ class Conv(Layer):
             y = F.conv2d(x, c.weight, c.bias, c.stride, 0, c.dilation, c.groups)
         if self.norm is not None:
             y = _norm(self.norm, y)
-        return _finish(y, inputs[1] if self.residual else None, self.activation)
+        return finish(y, inputs[1] if self.residual else None, self.activation)
 
     def _transposed(self, x: Tensor, out: BlockGeometry) -> Tensor:
         """All that the tiles reach, cut to the output's tile (or filled up, where strides leave gaps)."""
@@ -135,7 +135,7 @@ class Conv(Layer):
         return y if c.bias is None or bias is not None else y + c.bias.to(y.dtype).view(-1, 1, 1)
 
 
-def _finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """``activation(y + residual)``, in place where nothing else needs ``y``."""
     free = not (torch.is_grad_enabled() and y.requires_grad)
     if residual is not None:
@@ -178,7 +178,7 @@ class Norm(Layer):
         _check_norm(self.name, self.norm)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
-        return _finish(_norm(self.norm, inputs[0]), inputs[1] if self.residual else None, self.activation)
+        return finish(_norm(self.norm, inputs[0]), inputs[1] if self.residual else None, self.activation)
 
     def on_rows(self, inputs: list[Tensor], plan: PixelPlan) -> Tensor:
         return norm_rows(self.norm, inputs[0], plan, inputs[1] if self.residual else None, self.activation)

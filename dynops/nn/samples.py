@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, check_keep, most_of
-from .sample_rows import SampleRows
+from .sample_stack import SampleStack
 
 MODES = ("residual", "replace")
 PATHS = (None, "samples", "rows")
@@ -43,11 +43,12 @@ class Skip(nn.Module):
             the batch; those that find no place are skipped. (:func:`dynops.budget.cap` chooses by score.) On a GPU and
             under ``torch.compile`` the plan then has the capacity form: F always runs on that many samples, and
             nothing waits for the device.
-        path: "samples" gathers the kept samples, runs F on them and scatters. "rows" runs F as
+        path: "samples" gathers the kept samples, calls F on them and scatters. "rows" runs F as
             :class:`SparseBlocks` does, on the pixels of the kept samples where they lie, its last convolution writing into the
             output: for an F of convolutions, norms in eval mode, activations and sums that torch.fx can trace, with an
-            identity shortcut and gates of 0 and 1; other calls gather all the same. None takes the faster: rows on a CPU
-            where no gradient is needed and F has a 3x3 convolution that runs as Winograd's. An attribute.
+            identity shortcut and gates of 0 and 1; other calls gather all the same. None takes the faster. Where no
+            gradient is needed that is, for such an F and gates: rows on a CPU with a 3x3 convolution that runs as
+            Winograd's, else in float32 a gathered batch, with the norms in the weights. An attribute.
 
     Shape:
         - x: ``[N, ...]``, any rank and memory format, or with a module that takes and returns it a pytree of such tensors.
@@ -90,7 +91,7 @@ class Skip(nn.Module):
         if path not in PATHS:
             raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
         self.mode, self.dense, self.max_fraction, self.path = mode, dense, max_fraction, path
-        self._rows: SampleRows | None = None  # F, traced
+        self._stack: SampleStack | None = None  # F, traced
 
     def forward(self, x: Any, gate: Tensor | SamplePlan) -> Any:
         _check_gate(gate, x)
@@ -128,8 +129,8 @@ class Skip(nn.Module):
                 if trains
                 else out
             )
-        if scale is None and (on_rows := self._on_rows(x)) is not None:
-            return on_rows(x, plan)
+        if scale is None and (stack := self._traced()) is not None and (path := stack.path(x, self.path)):
+            return stack.run(path, x, plan)
         out = self.module(x if plan.is_full else gather_samples(x, plan))
         if self.mode == "residual":
             out, below = _agree(out, self.shortcut(x))
@@ -157,18 +158,18 @@ class Skip(nn.Module):
 
         return _map(merge, *_agree(self.module(x), self.shortcut(x)))
 
-    def _on_rows(self, x: Any) -> SampleRows | None:
-        """F on the pixels of the kept samples, where this call takes that path."""
+    def _traced(self) -> SampleStack | None:
+        """F as a stack of layers, where this call may run without calling it."""
         if self.path == "samples" or type(self.shortcut) is not nn.Identity or torch.compiler.is_compiling():
             return None
         if self.path is None and torch.is_grad_enabled():
             return None
-        if self._rows is None or not self._rows.holds(self.module, self.mode):
-            self._rows = SampleRows(self.module, self.mode)
-        return self._rows if self._rows.takes(x, self.path == "rows") else None
+        if self._stack is None or not self._stack.holds(self.module, self.mode):
+            self._stack = SampleStack(self.module, self.mode)
+        return self._stack
 
     def __getstate__(self):
-        return {**self.__dict__, "_rows": None}
+        return {**self.__dict__, "_stack": None}
 
     def extra_repr(self) -> str:
         text = f"mode={self.mode!r}, dense={self.dense}"
