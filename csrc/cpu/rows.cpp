@@ -40,12 +40,13 @@ struct Pieces {
 
 }  // namespace
 
-// x must be channels_last; rows past the count become zero.
-void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, Tensor out) {
-  const int64_t rows = active_rows(index, count), bytes = row_bytes(x);
+// Rows of `bytes` out of `inputs`; those past the count become zero.
+void gather_bytes(const Tensor& x, const Tensor& index, const OptionalTensor& count, int64_t inputs,
+                  int64_t bytes, const Tensor& out) {
+  const int64_t rows = active_rows(index, count);
   const char* from = static_cast<const char*>(x.data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
-  const int32_t* at = checked_index(index, rows, x.size(0) * x.size(2) * x.size(3));
+  const int32_t* at = checked_index(index, rows, inputs);
   const int64_t threads = threads_for(double(rows) * bytes, kBytesPerThread);
   const Pieces pieces(bytes);
   parallel(threads, [&](int64_t t) {
@@ -54,6 +55,21 @@ void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, T
     });
   });
   if (out.size(0) > rows) std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
+}
+
+// x must be channels_last.
+void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, Tensor out) {
+  gather_bytes(x, index, count, x.size(0) * x.size(2) * x.size(3), row_bytes(x), out);
+}
+
+// The bytes of one sample of `batch`.
+int64_t sample_bytes(const Tensor& x, int64_t batch) {
+  return batch ? x.numel() / batch * int64_t(x.element_size()) : 0;
+}
+
+// x [N, ...] and out [K, ...] lie alike, without gaps and sample after sample.
+void gather_samples(const Tensor& x, const Tensor& index, const OptionalTensor& count, Tensor out) {
+  gather_bytes(x, index, count, x.size(0), sample_bytes(x, x.size(0)), out);
 }
 
 void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
@@ -148,6 +164,20 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
   });
 }
 
+// out [N, ...] is base (or zero) with the samples of rows [K, ...] in their slots; all lie alike, as above.
+void scatter_samples(const Tensor& rows_in, const Tensor& index, const OptionalTensor& count,
+                     const OptionalTensor& base, Tensor out) {
+  const int64_t rows = active_rows(index, count), batch = out.size(0);
+  const int32_t* at = checked_index(index, rows, batch);
+  STD_TORCH_CHECK(rows_in.size(0) == index.size(0) &&
+                      rows_in.numel() * batch == out.numel() * rows_in.size(0) &&
+                      (!base || base->numel() == out.numel()),
+                  "rows: expected ", index.size(0), " samples of the output's size, got ", rows_in.size(0),
+                  " of ", rows_in.numel(), " elements");
+  Merge(rows_in, sample_bytes(out, batch), batch, at, rows)
+      .copy(base ? static_cast<const char*>(base->data_ptr()) : nullptr, static_cast<char*>(out.data_ptr()));
+}
+
 // rows [K, F], base and out [N, F], contiguous; scale float32 [K]. The rows past the count are not read.
 void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& count, const Tensor& base,
            const OptionalTensor& scale, bool mix, Tensor out) {
@@ -169,6 +199,8 @@ void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& cou
 STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
   m.def("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
   m.def("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
+  m.def("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
+  m.def("cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
   m.def(
       "cpu_merge(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix, Tensor(a!) "
       "out) "
@@ -178,5 +210,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("cpu_gather", TORCH_BOX(&dynops::cpu::gather));
   m.impl("cpu_scatter", TORCH_BOX(&dynops::cpu::scatter));
+  m.impl("cpu_gather_samples", TORCH_BOX(&dynops::cpu::gather_samples));
+  m.impl("cpu_scatter_samples", TORCH_BOX(&dynops::cpu::scatter_samples));
   m.impl("cpu_merge", TORCH_BOX(&dynops::cpu::merge));
 }

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import backends
+from ..kernels import cpp
 from ..plans import SamplePlan
 from .rows import gather_rows, memory_format_of, merge_rows, scatter_rows
 from .watch import watchers
@@ -115,6 +117,8 @@ def scatter_samples(
 
 def _gather(x: Tensor, plan: SamplePlan, name: str) -> Tensor:
     _check_batch(x, plan.batch, plan, name)
+    if _is_plain(x):  # in one call: as rows of a map it takes ten, and 13 us instead of 5
+        return cpp.gather_samples(x, plan.index, plan.count, _format_of(x))
     layout = SampleLayout.of(x)
     return layout.samples(_gather_flat(layout.rows(x), plan))
 
@@ -125,10 +129,14 @@ def _gather_flat(flat: Tensor, plan: SamplePlan) -> Tensor:
 
 def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, scale: Tensor | None) -> Tensor:
     _check_batch(rows, plan.num_rows, plan, "rows")
+    if base is not None:
+        _check_base(base, rows, plan)
+    if not add and scale is None and _is_plain(rows) and (base is None or _is_plain(base)):
+        return cpp.scatter_samples(rows, plan.index, plan.count, plan.batch, base, _format_of(rows))
     layout = SampleLayout.of(rows)
     flat = layout.rows(rows)
     if base is not None:
-        base = layout.rows(_check_base(base, rows, plan))
+        base = layout.rows(base)
     if add or (scale is not None and base is not None):
         return layout.samples(merge_rows(flat, plan.index, plan.count, base, scale, not add))
     if scale is not None:
@@ -136,6 +144,22 @@ def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, sca
     base = None if base is None else base[:, :, None, None]
     out = scatter_rows(flat, plan.index, plan.count, [plan.batch, 1, 1], base)
     return layout.samples(out.flatten(1))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing traces or needs a gradient, so that a CPU kernel can be called by itself."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and backends.has_binary()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    return memory_format_of(x) if x.dim() == 4 else torch.contiguous_format
 
 
 # -------------------------------------------------------------------------------------- checks
@@ -153,7 +177,7 @@ def _check_batch(x: Tensor, batch: int, plan: SamplePlan, name: str) -> None:
         raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {x.device}")
 
 
-def _check_base(base: Tensor, rows: Tensor, plan: SamplePlan) -> Tensor:
+def _check_base(base: Tensor, rows: Tensor, plan: SamplePlan) -> None:
     if not isinstance(base, Tensor):
         raise TypeError(f"base: expected a tensor, as rows has there, got {type(base).__name__}")
     _check_batch(base, plan.batch, plan, "base")
@@ -163,7 +187,6 @@ def _check_base(base: Tensor, rows: Tensor, plan: SamplePlan) -> Tensor:
         )
     if base.dtype != rows.dtype:
         raise TypeError(f"base: expected the dtype of rows {rows.dtype}, got {base.dtype}")
-    return base
 
 
 def _check_scale(scale: Tensor, plan: SamplePlan) -> None:

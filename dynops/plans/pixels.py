@@ -33,6 +33,7 @@ class PixelPlan:
         self._inverse: Tensor | None = None
         self._as_rows: PixelPlan | None = None
         self._pointwise: dict[int, ConvGeometry] = {}
+        self._kept: dict = {}  # what kernels made of the index
         self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
 
     @classmethod
