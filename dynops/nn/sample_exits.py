@@ -14,6 +14,7 @@ from ..ops.rows import memory_format_of
 from ..plans import SamplePlan, most_of
 from .sample_criteria import Criterion, decide, max_probability
 from .sample_losses import gradient_rescale
+from .sample_stack import SampleStack
 
 
 class ExitOutput(NamedTuple):
@@ -186,6 +187,9 @@ class EarlyExit(_Exits):
         - output: :class:`ExitOutput`, ``(logits [N, ...], exits int64 [N])``, in the batch's order; with all
           exits a list of E logits ``[N, ...]``, with ``confidence=True`` too :class:`ExitScores`.
 
+    On a CPU, without gradients, a stage of convolutions, norms in eval mode, activations and sums with a 3x3
+    convolution that runs as Winograd's runs on rows, as in :class:`Skip`.
+
     On a GPU the number of samples that go on is read back once at each exit. Under ``torch.compile`` a model
     that lets samples leave breaks its graph here, and runs the stages as they are: compile stages and heads
     themselves (sizes change: ``dynamic=True``). With all exits there is no break. ``state_dict`` keys:
@@ -216,11 +220,23 @@ class EarlyExit(_Exits):
                 f"heads: expected one for each of {len(self.stages)} stages, got {len(self.heads)}"
             )
         self.gradient_equilibrium = gradient_equilibrium
+        self._traced: dict[int, SampleStack] = {}
         self._set_up(len(self.stages))
+
+    def _run_stage(self, exit: int, state: Any) -> Any:
+        stage, found = self.stages[exit], self._traced.get(exit)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return stage(state)
+        if found is None or not found.holds(stage, "replace"):
+            found = self._traced[exit] = SampleStack(stage, "replace")
+        return found.on_all(state)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_traced": {}}
 
     def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
         left = self.num_exits - exit
-        state = self.stages[exit](state)
+        state = self._run_stage(exit, state)
         seen = gradient_rescale(state, 1 / left) if self.gradient_equilibrium else state
         out = self.heads[exit](seen)
         through = isinstance(out, tuple) and len(out) == 2

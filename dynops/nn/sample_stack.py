@@ -1,4 +1,4 @@
-"""A stack of convolutions on some samples of a batch, for inference: what is faster than calling the module.
+"""A stack of convolutions on some samples of a batch, or on all, for inference: what is faster than calling the module.
 
 Two ways. On rows, at the pixels of those samples, where they lie: nothing is gathered, as the first convolution reads the
 map, and nothing is scattered, as the last one writes into the output, the residual sum and the samples that were skipped
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
+from .activations import ELEMENTWISE
 from .bound import Bound
 from .folded import folds, run_folded
 from .rows import autocast_dtype, run_rows
+from .stack import KINDS
+
+_LAYERS = (*KINDS, *ELEMENTWISE, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 class _Residual(nn.Module):
@@ -37,9 +41,13 @@ class SampleStack:
     def __init__(self, module: nn.Module, mode: str):
         self.module, self.mode = module, mode
         self.bound: Bound | None = None
+        if not _is_known(module):
+            return
         try:
             bound = Bound(_Residual(module) if mode == "residual" else module)
-        except (TypeError, AttributeError):  # cannot be traced, or is no module
+        except (
+            Exception
+        ):  # its forward, on torch.fx's proxies, may raise anything: it is called as it is then
             return
         if bound.rows and bound.stack.layers:
             self.bound = bound
@@ -50,19 +58,13 @@ class SampleStack:
         return same and (self.bound is None or self.bound.holds(self.bound.module))
 
     def path(self, x: Any, wanted: str | None) -> str | None:
-        """How ``x`` runs: "rows", "folded", or None: the module is called. ``wanted``: "rows", or None for the fastest."""
-        if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        """How some samples of ``x`` run: "rows", "folded", or None: the module is called.
+
+        ``wanted``: "rows", or None for the fastest.
+        """
+        if not self._takes(x) or self.bound.output_shape(_map_shape(x)) != _map_shape(x):
             return None
-        try:
-            self.bound.check_mode()
-        except TypeError:  # a norm or dropout in training mode, a hook
-            return None
-        in_shape = (x.shape[0], x.shape[2], x.shape[3])
-        if self.bound.output_shape(in_shape) != in_shape:
-            return None
-        if wanted == "rows":
-            return "rows"
-        if backends.choose(None, x.device, x.dtype) == "cpp" and self.bound.beats_dense(x, in_shape):
+        if wanted == "rows" or self._wins(x):
             return "rows"
         # narrower weights would be rounded once more
         plain = x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None
@@ -73,6 +75,45 @@ class SampleStack:
             if plan.is_full:
                 return run_folded(self.bound.stack, x)
             return scatter_samples(run_folded(self.bound.stack, gather_samples(x, plan)), plan, x)
-        in_shape = (x.shape[0], x.shape[2], x.shape[3])
-        base = None if plan.is_full else x
-        return run_rows(self.bound.stack, self.bound.geometries(in_shape), x, plan.pixels(in_shape[1:]), base)
+        return self._on_rows(x, plan, None if plan.is_full else x)
+
+    def on_all(self, x: Any) -> Any:
+        """``module(x)``, on rows where that is the faster way."""
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not self._takes(x)
+            or not self._wins(x)
+        ):
+            return self.module(x)
+        return self._on_rows(x, SamplePlan.full(x.shape[0]), None)
+
+    def _takes(self, x: Any) -> bool:
+        if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            return False
+        try:
+            self.bound.check_mode()
+        except TypeError:  # a norm or dropout in training mode, a hook
+            return False
+        return True
+
+    def _wins(self, x: Tensor) -> bool:
+        cpu = backends.choose(None, x.device, x.dtype) == "cpp"
+        return cpu and self.bound.beats_dense(x, _map_shape(x))
+
+    def _on_rows(self, x: Tensor, plan: SamplePlan, base: Tensor | None) -> Tensor:
+        shape = _map_shape(x)
+        pixels = plan.pixels(self.bound.output_shape(shape)[1:])
+        return run_rows(self.bound.stack, self.bound.geometries(shape), x, pixels, base)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is made of layers that run on rows only; another one is not even traced, which would call it."""
+    if not isinstance(module, nn.Module):
+        return False
+    return all(next(m.children(), None) is not None or type(m) in _LAYERS for m in module.modules())
+
+
+def _map_shape(x: Tensor) -> tuple[int, int, int]:
+    """``(N, H, W)``."""
+    return x.shape[0], x.shape[2], x.shape[3]
