@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynops import SamplePlan
+from dynops import SamplePlan, backends
+from dynops.nn import sample_stack
 from dynops.nn.sample_criteria import (
     Criterion,
     Entropy,
@@ -24,7 +25,7 @@ from dynops.nn.sample_criteria import (
     Verdict,
 )
 from dynops.nn.sample_exits import Cascade, EarlyExit, ExitOutput, at_most
-from dynops.testing import random_tensor
+from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -895,3 +896,38 @@ def test_bad_verdicts_and_states_are_named():
 class Dict(nn.Module):
     def forward(self, x):
         return {}
+
+
+def test_stages_of_convolutions_run_on_rows(monkeypatch):
+    """Without gradients; the logits are those of the stages themselves, whose hooks, modes and replacements hold."""
+    stages = [
+        nn.Sequential(
+            nn.Conv2d(c, 32, 3, stride, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1)
+        )
+        for c, stride in ((3, 1), (32, 2), (32, 1))
+    ]
+    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)) for _ in stages]
+    taken, run = [], sample_stack.run_rows
+    monkeypatch.setattr(sample_stack, "run_rows", lambda *a: taken.append(a[2].shape[0]) or run(*a))
+
+    def leaves(logits, exit, state):
+        return torch.arange(len(logits)) % 2 == 0
+
+    model = EarlyExit(stages, heads, leaves).eval()
+    x = random_tensor(9, 3, 12, 14)
+    expected = model(x)  # with gradients: the stages are called
+    assert taken == []
+    with torch.no_grad():
+        logits, exits = model(x)
+        assert taken == ([9, 4, 2] if backends.has_binary() else [])
+        exact = copy.deepcopy(model).double()(x.double())
+        assert_within_budget(logits, exact.logits, expected.logits, "logits")
+        assert exits.equal(expected.exits)
+        model.stages[1][3] = nn.Conv2d(32, 32, 3, padding=1)
+        assert not model(x).logits.equal(logits)
+        called = []
+        model.stages[0].register_forward_hook(lambda *_: called.append(1))
+        del taken[:]
+        model(x)
+        assert called == [1] and 9 not in taken
+    assert copy.deepcopy(model)(x).exits.equal(exits)
