@@ -70,7 +70,7 @@ build/.checked-%:
 # A copy of the package is built with sanitizers and tested by itself; dynops/ keeps the fast binary.
 # libstdc++ is preloaded too: ASan must find __cxa_throw before Python loads any C++.
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS ?= tests/test_plans.py tests/test_blocks.py tests/test_pixels.py tests/test_pixels_properties.py tests/test_channel_plans.py tests/test_channels.py tests/test_channels_attacks.py tests/test_channel_weights.py tests/test_channel_outputs.py tests/test_channel_filters.py tests/test_nn_channels.py tests/test_expert_plans.py tests/test_experts.py tests/test_experts_attacks.py tests/test_robustness.py -k "not reference and not compile and not export and not fork"
+ASAN_TESTS ?= tests/test_plans.py tests/test_samples.py tests/test_blocks.py tests/test_pixels.py tests/test_pixels_properties.py tests/test_channel_plans.py tests/test_channels.py tests/test_channels_attacks.py tests/test_channel_weights.py tests/test_channel_outputs.py tests/test_channel_filters.py tests/test_nn_channels.py tests/test_expert_plans.py tests/test_experts.py tests/test_experts_attacks.py tests/test_robustness.py -k "not reference and not compile and not export and not fork"
 LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
 asan: $(READY)
 	rm -rf $(ASAN)/run && mkdir -p $(ASAN)/run

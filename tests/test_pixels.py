@@ -860,3 +860,15 @@ def test_functional_gradient():
 
 def test_names_are_exported():
     assert set(ops.__all__) <= set(dir(dynops.ops))
+
+
+def test_a_plan_serves_convolutions_of_other_paddings():
+    """What Winograd's keeps with a plan is of the outputs, not of the convolution that asked first."""
+    plan = PixelPlan.full((2, 12, 14))
+    weight, bias = random_tensor(32, 32, 3, 3), random_tensor(32)
+    for padding, size in ((1, (12, 14)), (0, (14, 16)), (1, (12, 14))):
+        x = random_tensor(2, 32, *size)
+        with torch.no_grad():
+            out = ops.sparse_conv2d(x, weight, bias, plan, padding=padding)
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+        assert_within_budget(out, exact, F.conv2d(x, weight, bias, padding=padding), f"padding {padding}")
