@@ -321,6 +321,7 @@ def write_readme(path: Path, results: Path) -> None:
     readme.rewrite(path, "blocks", readme.blocks_block(reports))
     readme.rewrite(path, "channels", readme.channels_block(reports))
     readme.rewrite(path, "samples", readme.samples_block(reports))
+    readme.rewrite(path, "examples", readme.examples_block(results))
     readme.rewrite(path, "experts", readme.experts_block(reports))
     print(f"{path}: numbers of {len(reports)} files in {results}")
 

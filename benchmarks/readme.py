@@ -24,6 +24,7 @@ from .text import markdown
 NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
 NO_CHANNELS = "No results of channels are committed yet: `python -m benchmarks layers --op channels --out benchmarks/results`."
 NO_SAMPLES = "No results of samples are committed yet: `python -m benchmarks layers --op samples --out benchmarks/results`."
+NO_EXAMPLES = "No results of the examples are committed yet: `python -m examples.all --out benchmarks/results/examples.md`."
 NO_EXPERTS = (
     "No results of experts are committed yet: `python -m benchmarks experts --out benchmarks/results`."
 )
@@ -110,6 +111,12 @@ def samples_block(reports: list[Report]) -> str:
         lines = [[row.dtype, _title(row), *own] for row, own in zip(others, cells, strict=True)]
         parts.append(markdown(["dtype", "", *header], lines))
     return "\n\n".join([*parts, *([copy_table(copies, markdown)] if copies else [])])
+
+
+def examples_block(results: Path) -> str:
+    """The table that ``python -m examples.all`` wrote there."""
+    path = results / "examples.md"
+    return path.read_text().strip() if path.exists() else NO_EXAMPLES
 
 
 def _title(row: Row) -> str:

@@ -14,7 +14,7 @@ from dynops.gates import RecurrentGate
 from .common import Digits, Length, fit, main
 from .resnet import WIDTHS, ResNet
 
-SIZE, STEPS, PRICE = 16, 120, 1.5
+SIZE, STEPS, PRICE = 16, 160, 0.8
 
 
 class SkipNet(nn.Module):

@@ -382,7 +382,7 @@ def test_table_puts_the_worst_row_last_and_hides_none():
 
 MARKERS = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nmiddle\n" + "".join(
     f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n"
-    for name in ("blocks", "channels", "samples", "experts")
+    for name in ("blocks", "channels", "samples", "examples", "experts")
 )
 MARKERS += "after\n"
 
@@ -398,7 +398,13 @@ def test_readme_blocks(tmp_path):
         text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text and "old" not in text
     )
     assert text.count("| model |") == 1 + 1  # the column's title and the row
-    for missing in (readme.NO_BLOCKS, readme.NO_CHANNELS, readme.NO_SAMPLES, readme.NO_EXPERTS):
+    for missing in (
+        readme.NO_BLOCKS,
+        readme.NO_CHANNELS,
+        readme.NO_SAMPLES,
+        readme.NO_EXAMPLES,
+        readme.NO_EXPERTS,
+    ):
         assert text.count(missing) == 1
     path.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
