@@ -608,6 +608,8 @@ FLOORS = {
     "context": {"geometry", "plans", "ops"},
     "nn": {"geometry", "backends", "plans", "ops", "context", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},
+    "gates": {"gates"},
+    "budget": {"geometry", "plans", "ops", "nn", "context", "budget"},
 }
 TOP = {"__init__", "convert", "program", "testing", "tune"}  # may import any floor
 

@@ -61,6 +61,15 @@ def merged(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, scale
     return out
 
 
+def assert_merged(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> None:
+    """Within the error budget; few numbers, whose error in ``dense`` may be zero by luck, within four roundings of 1,
+    which is the size of the terms."""
+    if exact.numel() < 100 and actual.dtype == dense.dtype and actual.shape == exact.shape:
+        assert ((actual.double() - exact).abs() <= 4 * torch.finfo(actual.dtype).eps).all(), what
+    else:
+        assert_within_budget(actual, exact, dense, what)
+
+
 # -------------------------------------------------------------------------------------- the plan
 
 
@@ -178,7 +187,7 @@ def test_scatter_adds_and_mixes(shape, add, dtype):
             for share in scales:
                 actual = ops.scatter_samples(rows, plan, x, add=add, scale=share)
                 exact = merged(rows.double(), plan, x.double(), add, share)
-                assert_within_budget(actual, exact, merged(rows, plan, x, add, share), f"{keep} {plan}")
+                assert_merged(actual, exact, merged(rows, plan, x, add, share), f"{keep} {plan}")
                 left = plan.dropped().mask()
                 assert actual[left].equal(x[left])
 
@@ -350,7 +359,7 @@ def test_any_batch(keep, shape, dtype, add, threads):
         torch.set_num_threads(before)
     assert gathered.equal(x[plan.mask()])
     exact = merged(rows.double(), plan, x.double(), add, scale)
-    assert_within_budget(actual, exact, merged(rows, plan, x, add, scale), "scatter")
+    assert_merged(actual, exact, merged(rows, plan, x, add, scale), "scatter")
 
 
 def test_compiles_with_a_capacity_plan():
