@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynops import SamplePlan, backends
-from dynops.nn import Skip, sample_stack
+from dynops import SamplePlan, active, backends
+from dynops.nn import Skip, SparseConv2d, sample_stack
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -285,12 +285,31 @@ def test_max_fraction_caps_the_batch(dense):
     assert Skip(nn.Linear(5, 5), max_fraction=1).plan(torch.ones(6)).is_full
 
 
-def test_capacity_plans_run():
-    layer, x = Skip(nn.Linear(5, 5)), random_tensor(6, 5)
+@pytest.mark.parametrize("mode", MODES)
+def test_capacity_plans_run(mode):
     keep = torch.tensor(KEEPS["some"])
-    for capacity in (4, 6):
-        out = layer(x, SamplePlan.from_mask(keep, capacity))
-        assert torch.allclose(out, layer(x, keep))
+    for layer, x in (
+        (Skip(nn.Linear(5, 5), mode=mode), random_tensor(6, 5)),
+        (Skip(branch(8), mode=mode).eval(), random_tensor(6, 8, 6, 7)),  # folded
+        (Skip(branch(32), mode=mode).eval(), random_tensor(6, 32, 6, 7)),  # on rows
+    ):
+        with torch.no_grad():
+            for capacity in (4, 6):
+                out = layer(x, SamplePlan.from_mask(keep, capacity))
+                assert (out - layer(x, keep)).norm() <= 1e-6 * out.norm()
+
+
+def test_an_active_mask_reaches_the_layers_inside():
+    """A converted layer computes the active pixels only, in a Skip as anywhere."""
+    layer, x = (
+        Skip(nn.Sequential(SparseConv2d(32, 32, 3, padding=1)), mode="replace"),
+        random_tensor(4, 32, 8, 8),
+    )
+    mask, gate = torch.zeros(4, 8, 8), torch.tensor([1, 0, 1, 1])
+    mask[:, 2:5] = 1
+    with torch.no_grad(), active(mask[gate.bool()]):
+        out = layer(x, gate)
+    assert out[1].equal(x[1]) and out[0, :, 2:5].all() and not out[0, :, :2].any()
 
 
 # -------------------------------------------------------------------------------------- attacks

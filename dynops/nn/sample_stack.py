@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, context
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
 from .activations import ELEMENTWISE
@@ -85,6 +85,8 @@ class SampleStack:
 
     def _takes(self, x: Any) -> bool:
         if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            return False
+        if context.current() is not None:  # converted layers inside compute the pixels of a mask
             return False
         try:
             self.bound.check_mode()
