@@ -135,15 +135,28 @@ def dense_of(layer: Skip) -> Skip:
     return dense
 
 
-@needs_binary
-def test_rows_path_follows_changes_of_the_module():
-    layer, x = Skip(branch(32)).eval(), random_tensor(4, 32, 8, 8)
+@pytest.mark.parametrize("channels", [8, 32], ids=["folded", "rows"])
+def test_what_is_kept_follows_changes_of_the_module(channels):
+    layer, x = Skip(branch(channels)).eval(), random_tensor(4, channels, 8, 8)
     gate = torch.tensor([1, 0, 1, 0])
     with torch.no_grad():
         before = layer(x, gate)
-        layer.module[3] = nn.Conv2d(32, 32, 3, padding=1)
+        last = before
+        for change in (
+            lambda m: m[0].weight.mul_(2),
+            lambda m: m[1].running_mean.add_(1),
+            lambda m: m[1].running_var.mul_(3),
+            lambda m: m[4].bias.sub_(1),
+            lambda m: m[0].register_parameter("bias", nn.Parameter(random_tensor(channels))),
+            lambda m: m[0].bias.neg_(),
+        ):
+            change(layer.module)
+            now = check(layer, x, gate, "changed in place")
+            assert not now.equal(last)
+            last = now
+        layer.module[3] = nn.Conv2d(channels, channels, 3, padding=1)
         check(layer, x, gate, "another convolution inside")
-        layer.module = branch(32)
+        layer.module = branch(channels)
         check(layer, x, gate, "another module")
         layer.mode = "replace"
         after = check(layer, x, gate, "another mode")
