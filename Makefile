@@ -32,14 +32,15 @@ ARGS ?=
 bench: build
 	$(PY) -m benchmarks headline --out benchmarks/out $(ARGS)
 
-# Triton's compiler and interpreter keep one core busy for minutes: without ARGS they run beside the rest.
-TRITON_TESTS := tests/test_triton_aot.py tests/test_triton_interpreter.py
+# Triton's compiler and interpreter keep one core busy for minutes: without ARGS they run beside the rest, and what
+# trains or measures with them, so that both halves take as long.
+SIDE_TESTS := tests/test_triton_aot.py tests/test_triton_interpreter.py tests/test_examples.py tests/test_benchmarks_samples.py
 test: build
 	@$(PY) -c 'import pytest, hypothesis' || { echo "make test needs pytest and hypothesis in $(PY)"; exit 1; }
 ifeq ($(strip $(ARGS)),)
-	@$(PY) -m pytest -p no:cacheprovider $(TRITON_TESTS) > build/triton-tests.log 2>&1 & triton=$$!; failed=0; \
-	$(PY) -m pytest $(addprefix --ignore=,$(TRITON_TESTS)) || failed=1; \
-	wait $$triton || failed=1; cat build/triton-tests.log; exit $$failed
+	@$(PY) -m pytest -p no:cacheprovider $(SIDE_TESTS) > build/side-tests.log 2>&1 & side=$$!; failed=0; \
+	$(PY) -m pytest $(addprefix --ignore=,$(SIDE_TESTS)) || failed=1; \
+	wait $$side || failed=1; cat build/side-tests.log; exit $$failed
 else
 	$(PY) -m pytest $(ARGS)
 endif
