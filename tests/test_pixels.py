@@ -872,3 +872,10 @@ def test_a_plan_serves_convolutions_of_other_paddings():
             out = ops.sparse_conv2d(x, weight, bias, plan, padding=padding)
         exact = torch.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
         assert_within_budget(out, exact, torch.conv2d(x, weight, bias, padding=padding), f"padding {padding}")
+
+
+def test_transposed_1x1_on_packed_rows():
+    plan, weight = PixelPlan.full((2, 3, 4)), random_tensor(5, 5, 1, 1)
+    rows = random_tensor(24, 5)
+    out = ops.packed_conv_transpose2d(rows, weight, None, plan, plan)
+    assert (out - rows @ weight[:, :, 0, 0]).norm() <= 1e-6 * out.norm()

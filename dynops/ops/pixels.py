@@ -468,7 +468,8 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry,
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
     """Runs the op: with its gradient where one is needed, else straight to the kernel."""
-    same_rows = rows and in_plan is plan and g.is_pointwise and len(plan) > 0
+    # a transposed one has its weight the other way round
+    same_rows = rows and in_plan is plan and g.is_pointwise and not g.transposed and len(plan) > 0
     if same_rows:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
         plan_of_rows = plan.as_rows()
         g, source = plan_of_rows.pointwise(g.groups), None
