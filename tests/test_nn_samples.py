@@ -163,6 +163,29 @@ def test_what_is_kept_follows_changes_of_the_module(channels):
     assert not after.equal(before)
 
 
+class Switched(nn.Module):
+    """A forward that decides by an attribute."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv, self.twice = nn.Conv2d(channels, channels, 3, padding=1), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x)) if self.twice else self.conv(x)
+
+
+@pytest.mark.parametrize("channels", [8, 32], ids=["folded", "rows"])
+def test_what_is_traced_follows_attributes(channels):
+    layer, x = Skip(Switched(channels)).eval(), random_tensor(4, channels, 8, 8)
+    gate = torch.tensor([1, 0, 1, 0])
+    with torch.no_grad():
+        once = check(layer, x, gate, "once")
+        layer.module.twice = True
+        assert not check(layer, x, gate, "twice").equal(once)
+        layer.module.forward = lambda x: x * 0
+        assert layer(x, gate).equal(x)
+
+
 def test_a_stride_needs_a_shortcut():
     down = nn.Sequential(nn.Conv2d(8, 12, 1, 2), nn.BatchNorm2d(12))
     x, gate = random_tensor(6, 8, 6, 6), torch.tensor(KEEPS["some"])
