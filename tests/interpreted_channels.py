@@ -11,7 +11,7 @@ import torch
 
 from dynops import ChannelPlan, ops
 from dynops.geometry import ConvGeometry
-from dynops.kernels import channel_lists, channels, channels_weight, gemm
+from dynops.kernels import channel_lists, channels, channels_weight, gemm, tiling
 from dynops.ops import channels as reference
 from dynops.testing import assert_within_budget, random_tensor
 
@@ -242,14 +242,14 @@ def test_other_configurations(name, limit, monkeypatch):
     if limit == "int64-offsets":
         monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
     else:
-        monkeypatch.setattr(gemm, "device_facts", lambda device: (90, 10**6))
+        monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
     check_all(Inputs(CASES[name], torch.float32))
 
 
 @pytest.mark.parametrize("name", ["3x3", "heads", "shared", "depthwise"])
 def test_weight_grad_in_slices_and_chunks(name, monkeypatch):
     """Pixels split among programs, and samples taken one after another."""
-    monkeypatch.setattr(gemm, "device_facts", lambda device: (90, 64))
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
     monkeypatch.setattr(channels_weight, "_COPIES", 1)
     case = replace(CASES[name], n=2, h=20, w=20)
     case = case if case.groups > 1 else replace(case, c=6, o=6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynops import ExpertPlan, ops
-from dynops.kernels import experts, gemm
+from dynops.kernels import experts, gemm, tiling
 from dynops.ops import expert_activations, expert_rows
 from dynops.ops import experts as reference
 from dynops.testing import assert_within_budget, random_tensor
@@ -167,7 +167,7 @@ def test_other_configurations(name, limit, monkeypatch):
     if limit == "int64-offsets":
         monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
     processors = {"int64-offsets": 1, "small-tiles": 10**6, "slices": 64}[limit]
-    monkeypatch.setattr(gemm, "device_facts", lambda device: (90, processors))
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, processors))
     inputs = Inputs(replace(CASES[name], t=150, e=2, i=6, o=6) if limit == "slices" else CASES[name], torch.float32)  # fmt: skip
     check(inputs.linear, experts.linear, reference._linear)
     check(inputs.weight_grad, experts.weight_grad, reference._weight_grad)

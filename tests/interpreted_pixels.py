@@ -10,7 +10,7 @@ import torch
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
-from dynops.kernels import gemm, pixels
+from dynops.kernels import gemm, pixels, tiling
 from dynops.ops import pixels as reference
 from dynops.testing import assert_within_budget, random_mask, random_tensor
 
@@ -215,7 +215,7 @@ def test_other_configurations(name, limit, monkeypatch):
     if limit == "int64-offsets":
         monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
     else:
-        monkeypatch.setattr(gemm, "device_facts", lambda device: (90, 10**6))
+        monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
     inputs = Inputs(CASES[name], torch.float32)
     check(inputs.conv, pixels.conv, reference._conv)
     check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
@@ -224,7 +224,7 @@ def test_other_configurations(name, limit, monkeypatch):
 
 def test_many_slices_of_rows(monkeypatch):
     """A weight gradient whose rows are split among programs and added in a second pass."""
-    monkeypatch.setattr(gemm, "device_facts", lambda device: (90, 64))
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
     for name in ("3x3", "depthwise"):
         inputs = Inputs(replace(CASES[name], h=14, w=14, mask="full"), torch.float32)
         check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)

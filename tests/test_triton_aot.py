@@ -23,7 +23,17 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, ops  # noqa: E402
 from dynops.geometry import ConvGeometry  # noqa: E402
-from dynops.kernels import blocks, channels, channels_weight, experts, experts_weight, gemm, pixels, rows  # noqa: E402
+from dynops.kernels import (  # noqa: E402
+    blocks,
+    channels,
+    channels_weight,
+    experts,
+    experts_weight,
+    gemm,
+    pixels,
+    rows,
+    tiling,
+)
 from dynops.kernels.pixels_weight import weight_grad_kernel  # noqa: E402
 
 BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -118,10 +128,10 @@ def run_all(
 
 def use(monkeypatch, arch: int, kind: str, tile=None) -> None:
     """Launches take this architecture, precision and tile."""
-    monkeypatch.setattr(gemm, "device_facts", lambda device: (arch, 1))
-    monkeypatch.setattr(gemm, "precision", lambda dtype, product="conv": kind)
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (arch, 1))
+    monkeypatch.setattr(tiling, "precision", lambda dtype, product="conv": kind)
     if tile is not None:
-        monkeypatch.setattr(gemm, "TILES", {(arch, kind): (tile,)})
+        monkeypatch.setattr(tiling, "TILES", {(arch, kind): (tile,)})
 
 
 def distinct(launches) -> list:
@@ -134,7 +144,7 @@ def distinct(launches) -> list:
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 def test_products(arch, kind, launches, monkeypatch, tmp_path):
     """The kernels with a matrix product: every tile of the table in bfloat16, the large ones in float32."""
-    tiles, dtype = gemm.TILES[arch, kind], torch.bfloat16 if kind == "half" else torch.float32
+    tiles, dtype = tiling.TILES[arch, kind], torch.bfloat16 if kind == "half" else torch.float32
     use(monkeypatch, arch, kind)
     run_all(dtype, epilogue=True)
     run_all(dtype, c=261, epilogue=True)  # not a multiple of 16
@@ -354,7 +364,7 @@ def test_expert_products(arch, kind, launches, monkeypatch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_small_expert_tiles(arch, launches, monkeypatch, tmp_path):
     """The tiles of few rows, with gate and up in one."""
-    small = [tile for tile in gemm.TILES[arch, "half"] if tile.m * tile.n <= 64 * 64]
+    small = [tile for tile in tiling.TILES[arch, "half"] if tile.m * tile.n <= 64 * 64]
     for tile in small:
         use(monkeypatch, arch, "half", tile)
         run_experts(torch.bfloat16)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import gemm
+from . import gemm, tiling
 from .layout import memory_format_of
 from .rows import words
 
@@ -73,7 +73,7 @@ def sides(
 def choose(
     x: Tensor, rows: int, n: int, k: int, batch: int, single: bool, base: bool = False
 ) -> tuple[dict, str]:
-    """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``, as :func:`gemm.choose`.
+    """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``, as :func:`tiling.choose`.
 
     Args:
         single: channels are loaded one by one: of a list, or of rows that are not aligned.
@@ -84,7 +84,7 @@ def choose(
         "tf32": 64 * 64 if base or single else 128 * 64,
         "ieee": 64 * 32 if base or single else 64 * 64,
     }
-    tile, kind = gemm.choose(x, rows, n, k, batch, indirect=single, largest=most)
+    tile, kind = tiling.choose(x, rows, n, k, batch, indirect=single, largest=most)
     return (tile | {"K": min(tile["K"], 32)} if single else tile), kind  # a deeper block spills
 
 
@@ -368,7 +368,7 @@ def slots(lists: Lists) -> Tensor | None:
 def _tile(width: int, layout) -> dict:
     """2048 elements of a map, long in the direction that is contiguous."""
     if layout == torch.channels_last:
-        return gemm.direct_tile(width)
+        return tiling.direct_tile(width)
     return {"M": 256, "N": 8, "num_warps": 4}
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import channel_lists, gemm
+from . import channel_lists, gemm, tiling
 from .channel_lists import Lists, all_channels, choose, gather, list_part, listed, scatter, sides
 from .channels_weight import conv_weight_grad
 from .gemm import finish, source_row
@@ -326,7 +326,7 @@ def _operands(x: Tensor, w: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jo
     if has_entries and ins.index is not None and g.taps > 1:
         x, reads, k_part = channel_lists.compact(x, ins), "slots", channel_lists.padded(ins.capacity)
     operands |= {"k_part": k_part, "in_channels": x.shape[1]}
-    single = reads != "slots" or gemm.is_ragged(operands) or (inner.index is not None and not packs)
+    single = reads != "slots" or tiling.is_ragged(operands) or (inner.index is not None and not packs)
     return x, w, operands, {"X_READS": reads, "W_PACKED": packs}, single
 
 
@@ -335,7 +335,7 @@ def _direct(x, w, out, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, rows
         out.zero_()
     whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]
     bias, scale, base = epilogue
-    tile = gemm.direct_tile(whole[1].size)
+    tile = tiling.direct_tile(whole[1].size)
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)
     with gemm.on_device(x):
         direct_conv_kernel[grid](

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import channel_lists, gemm
+from . import channel_lists, gemm, tiling
 from .channel_lists import Lists, choose, list_part, listed, sides
 from .gemm import source_row
 from .pixels_weight import chunk_rows
@@ -223,7 +223,7 @@ def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry,
     sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "n_part": n_part, "in_channels": x.shape[1], "out_channels": grad.shape[1]}  # fmt: skip
     capacities = {"k_capacity": ins.capacity, "n_capacity": outs.capacity}
     listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
-    single = any(listed_reads) or gemm.is_ragged(sizes)
+    single = any(listed_reads) or tiling.is_ragged(sizes)
     tile, precision = choose(x, outs.capacity, ins.capacity, rows, jobs * g.groups * g.taps, single)
     tiles = triton.cdiv(outs.capacity, tile["M"]) * triton.cdiv(ins.capacity, tile["N"])
     chunk = chunk_rows(rows, jobs * tiles * g.taps * g.groups, tile["K"], x.device)
@@ -262,7 +262,7 @@ def _direct(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, j
     rows = g.batch // jobs * g.out_h * g.out_w
     grad, x = gemm.rows_of(grad), gemm.rows_of(x)
     whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]
-    tile = gemm.direct_tile(whole[1].size)
+    tile = tiling.direct_tile(whole[1].size)
     grid = (g.taps * ins.size, triton.cdiv(whole[1].size, tile["N"]))
     chunk = chunk_rows(rows, jobs * grid[0] * grid[1], tile["M"], x.device)
     slices = triton.cdiv(rows, chunk)

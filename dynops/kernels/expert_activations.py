@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gemm
+from . import gemm, tiling
 from .gemm import activate
 
 CLAMPED = "clamped_swiglu"
@@ -202,7 +202,7 @@ def _launch(kernel, h: Tensor, tensors, activation, gated, interleaved, alpha, l
     if h.numel() == 0:
         return
     rows, inner = h.shape
-    tile = gemm.direct_tile(inner)
+    tile = tiling.direct_tile(inner)
     with gemm.on_device(h):
         kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(inner, tile["N"])](
             *tensors, rows, inner, alpha, limit, ACTIVATION=activation, GATED=gated,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gemm
+from . import gemm, tiling
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -102,7 +102,7 @@ def gather(
     x, out = x.contiguous(), x.new_empty(order.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
-    tile = gemm.direct_tile(x.shape[1])
+    tile = tiling.direct_tile(x.shape[1])
     weight = None if weight is None else weight.contiguous()
     with gemm.on_device(x):
         gather_pairs_kernel[_grid(out, tile)](
@@ -117,7 +117,7 @@ def combine(rows: Tensor, weight: Tensor | None, order, offsets, position: Tenso
     out = rows.new_empty(position.shape[0], rows.shape[1])
     if out.numel() == 0:
         return out
-    rows, tile = rows.contiguous(), gemm.direct_tile(rows.shape[1])
+    rows, tile = rows.contiguous(), tiling.direct_tile(rows.shape[1])
     weight = None if weight is None else weight.contiguous()
     with gemm.on_device(rows):
         combine_pairs_kernel[_grid(out, tile)](

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gemm
+from . import gemm, tiling
 from .expert_activations import activation, activation_grad, glu, pair_columns, split_pairs
 from .expert_rows import combine, dots, gather
 from .experts_weight import weight_grad
@@ -184,7 +184,7 @@ def _linear(
     x = x.contiguous()
     scale, bias, row_weight = (None if t is None else t.contiguous() for t in (scale, bias, row_weight))
     strides = weight.stride()[:2]
-    ragged = gemm.is_ragged({"k": k_size, "n": n_size, "expert": strides[0], "row": strides[1]})
+    ragged = tiling.is_ragged({"k": k_size, "n": n_size, "expert": strides[0], "row": strides[1]})
     heavy = activation == "gelu" or row_weight is not None
     tile, precision = choose(x, rows, experts, n_size, k_size, ragged, scale is not None, heavy)
     wide = gemm.is_wide(x, out) or weight.shape[1] * strides[1] >= gemm.INT32_LIMIT
@@ -202,7 +202,7 @@ def _linear(
 def choose(
     x: Tensor, rows: int, experts: int, n: int, k: int, ragged: bool, quantized: bool, heavy: bool
 ) -> tuple[dict, str]:
-    """The tile and the precision of the products ``[rows / experts, k] @ [k, n]``, as :func:`gemm.choose`.
+    """The tile and the precision of the products ``[rows / experts, k] @ [k, n]``, as :func:`tiling.choose`.
 
     Not much taller than an expert has rows when they are even: the weight is read for few rows as fast as for
     many, but a tile is multiplied whole. Tiles end where registers spilled: of single elements (``ragged``), of
@@ -217,4 +217,4 @@ def choose(
     tallest = max(32, triton.next_power_of_2(each))
     depth = min(k, 32) if ragged else k
     options = {"indirect": False, "largest": most, "tallest": tallest, "product": "matmul"}
-    return gemm.choose(x, each, n, depth, experts, **options)
+    return tiling.choose(x, each, n, depth, experts, **options)

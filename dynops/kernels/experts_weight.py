@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gemm
+from . import gemm, tiling
 from .pixels_weight import chunk_rows
 
 # ------------------------------------------------------------------------------------- kernels
@@ -151,7 +151,7 @@ def _weights(grad: Tensor, x: Tensor, rows: tuple, shape: tuple, packed_grad, pa
 
 def _bias(grad: Tensor, rows: tuple, shape: tuple, packed_grad: bool) -> Tensor:
     experts, outputs = shape
-    tile = gemm.direct_tile(outputs)
+    tile = tiling.direct_tile(outputs)
     programs = experts * triton.cdiv(outputs, tile["N"])
     slices = _slices(rows[1].shape[0], programs, tile["M"], grad.device)
     db = _copies(grad, slices, shape)
@@ -177,10 +177,10 @@ def _sum(copies: Tensor, dtype: torch.dtype) -> Tensor:
 
 def choose(x: Tensor, outputs: int, inputs: int, rows: int, experts: int, weighted: bool) -> tuple[dict, str]:
     """The tile and the precision of ``experts`` products ``[outputs, rows] @ [rows, inputs]``."""
-    ragged = gemm.is_ragged({"n": outputs, "k": inputs})
+    ragged = tiling.is_ragged({"n": outputs, "k": inputs})
     most = {
         "half": 128 * 128 if ragged or weighted else 128 * 256,
         "tf32": 64 * 64 if ragged else 128 * 128,
         "ieee": 32 * 32 if ragged else 64 * 64,
     }
-    return gemm.choose(x, outputs, inputs, rows, experts, indirect=True, largest=most, product="matmul")
+    return tiling.choose(x, outputs, inputs, rows, experts, indirect=True, largest=most, product="matmul")

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import gemm
+from . import gemm, tiling
 from .gemm import finish, load_pixels, lowest_tap, source_row, tap_set
 from .pixels_weight import conv_weight_grad
 from .rows import gather_rows, scatter_rows
@@ -258,16 +258,16 @@ def _gather(
     stored = {"WRITES_ROWS": writes_rows, "ACTIVATION": activation}
     with gemm.on_device(x):
         if gemm.is_narrow(sizes, g):
-            tile = gemm.direct_tile(out.shape[1])
+            tile = tiling.direct_tile(out.shape[1])
             grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
             direct_conv_kernel[grid](x, w, out, index, count, source, target, *epilogue, rows, **sizes, **options, **stored, **tile)  # fmt: skip
             return
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
-        tile, precision = gemm.choose(
+        tile, precision = tiling.choose(
             x, rows, sizes["n_size"], sizes["k_size"], g.groups,
-            indirect=source is not None, ragged=gemm.is_ragged(sizes), residual=epilogue[4] is not None,
+            indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=epilogue[4] is not None,
         )  # fmt: skip
         grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"]), g.groups)
         conv_kernel[grid](

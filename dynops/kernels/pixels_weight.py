@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import gemm
+from . import gemm, tiling
 from .gemm import load_pixels, source_row
 
 
@@ -174,11 +174,11 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
     options = {"READS": reads, "WIDE": gemm.is_wide(x, grad, source), **gemm.geometry_arguments(g)}
     narrow = gemm.is_narrow(sizes, g)
     if narrow:
-        tile = gemm.direct_tile(grad.shape[1])
+        tile = tiling.direct_tile(grad.shape[1])
         grid = (triton.cdiv(grad.shape[1], tile["N"]), g.taps * sizes["k_size"])
     else:
-        tile, precision = gemm.choose(
-            x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps, indirect=True, ragged=gemm.is_ragged(sizes)
+        tile, precision = tiling.choose(
+            x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps, indirect=True, ragged=tiling.is_ragged(sizes)
         )  # fmt: skip
         tiles = triton.cdiv(sizes["n_size"], tile["M"]) * triton.cdiv(sizes["k_size"], tile["N"])
         grid = (tiles, g.taps * g.groups)
@@ -201,5 +201,5 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
 
 def chunk_rows(rows: int, programs: int, block: int, device: torch.device) -> int:
     """Rows of a slice: so many slices that about four programs reach each SM, of 8 blocks at least."""
-    slices = max(1, 4 * gemm.device_facts(device)[1] // programs)
+    slices = max(1, 4 * tiling.device_facts(device)[1] // programs)
     return block * max(8, triton.cdiv(triton.cdiv(rows, slices), block))

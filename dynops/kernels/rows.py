@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gemm
+from . import gemm, tiling
 from .gemm import split_pixel
 
 _LONG = (
@@ -132,7 +132,7 @@ def merge_rows(
 
 
 def _tile(columns: int) -> dict:
-    return {"M": 1, "N": 2048, "num_warps": 4} if columns > _LONG else gemm.direct_tile(columns)
+    return {"M": 1, "N": 2048, "num_warps": 4} if columns > _LONG else tiling.direct_tile(columns)
 
 
 def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
