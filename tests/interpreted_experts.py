@@ -184,6 +184,32 @@ def mlp(case: Case, dtype, activation, gated, interleaved, bias: bool):
     return calling(tensors, *inputs.indices, *options)
 
 
+@pytest.mark.parametrize("processors", [1, 64])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("activation,gated,interleaved", [("silu", True, False), ("gelu", True, True), ("relu2", False, False)])  # fmt: skip
+def test_weights_by_tma(activation, gated, interleaved, transposed, processors, monkeypatch):
+    """The boxes in which sm_90 fetches weights. The expert without tokens is NaN and lies beside the others."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, processors))
+    boxes, from_tensor = [], gemm.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
+    )
+    t, h, i, e = (40, 64, 128, 5) if transposed else (40, 40, 24, 5)  # whole boxes; and ragged both ways
+    index = torch.randint(0, e - 1, (t, 2))
+    plan = ExpertPlan.from_topk(torch.where(index >= 2, index + 1, index).to(DEVICE), e)
+    shapes = (e, (2 * i if gated else i), h), (e, h, i)
+    up, down = (random_tensor(*shape, dtype=torch.bfloat16).to(DEVICE) for shape in shapes)
+    up[2], down[2] = NAN, NAN
+    if transposed:
+        up, down = (weight.mT.contiguous() for weight in (up, down))
+    biases = (random_tensor(e, n, dtype=torch.bfloat16).to(DEVICE) for n in (shapes[0][1], h))
+    x, weights = random_tensor(t, h, dtype=torch.bfloat16).to(DEVICE), random_tensor(t, 2).to(DEVICE)
+    options = (activation, gated, interleaved, transposed, transposed, 1.702, 0.7)
+    tensors = (x, up, down, None, None, *biases, weights)
+    check(calling(tensors, plan.order, plan.offsets, plan.position, *options), experts.mlp, reference._mlp)
+    assert boxes  # not for 8 columns of gate and 8 of up
+
+
 MLPS = [
     ("summed-weighted", "silu", True, False),
     ("summed-weighted", "gelu", True, True),

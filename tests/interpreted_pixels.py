@@ -222,6 +222,56 @@ def test_other_configurations(name, limit, monkeypatch):
     check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
+@pytest.mark.parametrize("name", ["3x3", "groups", "transposed-stride", "packed", "capacity", "wide"])
+def test_weights_by_tma(name, monkeypatch):
+    """The boxes in which sm_90 fetches weights. What lies beside a box's own part is NaN or another group's."""
+    case = replace(CASES[name], c=64 if name == "wide" else 32, o=40)
+    boxes, from_tensor = [], gemm.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
+    )
+    for processors in (1, 64):
+        monkeypatch.setattr(tiling, "device_facts", lambda device, n=processors: (90, n))
+        inputs = Inputs(case, torch.bfloat16)
+        check(inputs.conv, pixels.conv, reference._conv)
+        check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+    assert len(boxes) >= 2, "no box was made"
+
+
+@pytest.mark.parametrize(
+    "name", ["3x3", "groups", "dilation", "packed-in", "packed-out", "capacity", "capacity-packed", "empty"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_split_reductions(name, dtype, monkeypatch):
+    """Few rows: the reduction in parts, whose sums are added and finished by a second kernel."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
+    split, choose = [], tiling.parts
+    monkeypatch.setattr(tiling, "parts", lambda *given: split.append(choose(*given)) or split[-1])
+    case, packed = replace(CASES[name], c=72, o=36 if name == "groups" else 20), CASES[name].packed_out
+    inputs = Inputs(case, dtype)
+    rows, g = inputs.plan.num_rows, inputs.g
+    changes = {key: random_tensor(case.o, dtype=dtype) for key in ("bias", "scale", "shift")}
+    changes |= {
+        "gate": random_tensor(rows, dtype=dtype),
+        "residual": random_tensor(rows, case.o, dtype=dtype),
+    }
+    if not packed:
+        changes["base"] = random_tensor(g.batch, case.o, g.out_h, g.out_w, dtype=dtype)
+    check(inputs.conv, pixels.conv, reference._conv, activation="relu", **changes)
+    assert name == "empty" or max(split) > 1
+
+
+def test_programs_walk_over_tiles(monkeypatch):
+    """A capacity form with more tiles than programs: each walks over several."""
+    monkeypatch.setattr(tiling, "resident", lambda device: 2)
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
+    monkeypatch.setattr(tiling, "parts", lambda *given: 1)
+    for name in ("capacity", "capacity-packed", "capacity-exceeded", "capacity-transposed", "capacity-empty"):
+        case = replace(CASES[name], n=3, h=11, w=11, capacity=CASES[name].capacity * 5)
+        inputs = Inputs(case, torch.float32)
+        check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(case.o))
+
+
 def test_many_slices_of_rows(monkeypatch):
     """A weight gradient whose rows are split among programs and added in a second pass."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))

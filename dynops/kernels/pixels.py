@@ -41,26 +41,62 @@ __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatte
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
 def conv_kernel(
-    x, w, out, index, count, order, keys, source, target, bias, scale, shift, gate, residual,
+    x, w, w_box, out, index, count, order, keys, source, target, bias, scale, shift, gate, residual,
     rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
-    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows and output channels of one group.
+    """The convolution at the pixels of ``index``: a tile a program, or, with a count on the device, as many
+    programs as run at once, which walk over the tiles that have rows (a capacity may hold ten times the count,
+    and an empty program costs about a microsecond of an SM)."""
+    if count is None:
+        _conv_tile(
+            tl.program_id(0), x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+            rows, rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+            KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ACTIVATION, PRECISION,
+            WIDE, PARTS, M, N, K,
+        )  # fmt: skip
+    else:
+        valid = tl.minimum(rows, tl.load(count))
+        covered = valid
+        if (
+            WRITES_ROWS or order is not None
+        ):  # zeros past the count; rows without taps lie among those past it
+            covered = rows
+        for tile in range(tl.program_id(0), tl.cdiv(n_size, N) * tl.cdiv(covered, M), tl.num_programs(0)):
+            _conv_tile(
+                tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+                rows, valid, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+                KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ACTIVATION, PRECISION,
+                WIDE, PARTS, M, N, K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _conv_tile(
+    tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+    rows, valid_rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows and output channels of one group.
 
     The weight is ``[groups*n_size, taps, k_size]``, transposed ``[groups*k_size, taps, n_size]``;
-    ``lead`` is the stride of its first dimension. With ``order``, rows are taken in that order and
-    ``keys`` are their tap sets in the same order. A result goes to its row, its pixel, or, with
-    ``target`` (a row for each pixel, or -1), to that row.
+    ``lead`` is the stride of its first dimension. ``w_box``: the same as a matrix that TMA reads, or None.
+    With ``order``, rows are taken in that order and ``keys`` are their tap sets in the same order. A result
+    goes to its row, its pixel, or, with ``target`` (a row for each pixel, or -1), to that row. PARTS > 1: each
+    part of the reduction stores float32 sums ``[PARTS, rows, out_channels]``, for finish_parts_kernel.
     """
     n_tiles = tl.cdiv(n_size, N)
-    tile = tl.program_id(0)
     group = tl.program_id(1)
     first = (tile // n_tiles).to(tl.int64) * M if WIDE else (tile // n_tiles) * M
     slot = first + tl.arange(0, M)
-    channel = (tile % n_tiles) * N + tl.arange(0, N)  # within the group
+    first_channel = (tile % n_tiles) * N
+    channel = first_channel + tl.arange(0, N)  # within the group
     row = slot
     if order is not None:
         row = tl.load(order + slot, mask=slot < rows, other=rows).to(slot.dtype)
@@ -69,19 +105,25 @@ def conv_kernel(
     if order is not None:
         key = tl.load(keys + slot, mask=slot < rows, other=0)
         taps, walked = tap_set(key.to(tl.int32 if TAPS <= 31 else tl.int64), TAPS)
+        left = taps
         tap = lowest_tap(taps)
     else:
-        walked = TAPS
-        if count is not None:  # a tile past the count has nothing to compute
-            walked = tl.where(first < tl.load(count), TAPS, 0)
+        walked = tl.where(first < valid_rows, TAPS, 0)
         tap = 0
-    reduction = tl.arange(0, K)
-    channel_mask = channel < n_size
-    lead_at = group.to(tl.int64) * lead
-    w_group = w + lead_at * (k_size if TRANSPOSED else n_size)
-    acc = tl.zeros([M, N], tl.float32)
     start = 0
-    for _ in range(walked * tl.cdiv(k_size, K)):
+    steps = walked * tl.cdiv(k_size, K)
+    if PARTS > 1:
+        each = tl.cdiv(TAPS * tl.cdiv(k_size, K), PARTS)
+        begin = tl.program_id(2) * each
+        tap = begin % TAPS
+        start = (begin // TAPS) * K
+        steps = tl.maximum(0, tl.minimum(each, steps - begin))
+    channel_mask = channel < n_size
+    w_group = w + group.to(tl.int64) * lead * (k_size if TRANSPOSED else n_size)
+    reduction = tl.arange(0, K)
+    acc = tl.zeros([M, N], tl.float32)
+    # Taps are the inner loop: neighbouring ones read the same rows, which are then still in L1 (hence ".ca")
+    for _ in range(steps):
         k = start + reduction
         k_mask = k < k_size
         at, valid = source_row(
@@ -89,24 +131,40 @@ def conv_kernel(
             KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
         )  # fmt: skip
         x_at = at[:, None] * in_channels + (group * k_size + k)[None, :]
-        a = tl.load(x + x_at, mask=valid[:, None] & k_mask[None, :], other=0.0)
-        if TRANSPOSED:
-            w_at = k[:, None] * lead + tap * n_size + channel[None, :]
+        a = tl.load(
+            x + x_at,
+            mask=valid[:, None] & k_mask[None, :],
+            other=0.0,
+            cache_modifier=".ca" if TAPS > 1 else "",
+        )
+        if w_box is None:
+            if TRANSPOSED:
+                w_at = k[:, None] * lead + tap * n_size + channel[None, :]
+            else:
+                w_at = channel[None, :] * lead + tap * k_size + k[:, None]
+            b = tl.load(w_group + w_at, mask=k_mask[:, None] & channel_mask[None, :], other=0.0)
+        elif TRANSPOSED:
+            b = w_box.load([group * k_size + start, tap * n_size + first_channel])
         else:
-            w_at = channel[None, :] * lead + tap * k_size + k[:, None]
-        b = tl.load(w_group + w_at, mask=k_mask[:, None] & channel_mask[None, :], other=0.0)
+            b = w_box.load([group * n_size + first_channel, tap * k_size + start]).T
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        start += K
-        done = start >= k_size
-        start = tl.where(done, 0, start)
         if order is not None:
-            taps = tl.where(done, taps & (taps - 1), taps)
-            tap = lowest_tap(taps)
+            left &= left - 1
+            done = left == 0
+            left = tl.where(done, taps, left)
+            tap = lowest_tap(left)
         else:
-            tap += done.to(tl.int32)
+            tap += 1
+            done = tap == TAPS
+            tap = tl.where(done, 0, tap)
+        start += tl.where(done, K, 0)
     channel += group * n_size
-    z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+    if PARTS > 1:
+        at = (tl.program_id(2).to(tl.int64) * rows + slot)[:, None] * out_channels + channel[None, :]
+        tl.store(out + at, acc, mask=(slot < rows)[:, None] & channel_mask[None, :])
+    else:
+        z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
+        _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
 
 
 @triton.jit
@@ -127,6 +185,27 @@ def _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_ch
         at = at.to(tl.int64)
     at = at[:, None] * out_channels + channel[None, :]
     tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_parts_kernel(
+    sums, out, index, target, bias, scale, shift, gate, residual, rows, out_channels,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The parts of a reduction added in their order, then finished and stored as _conv_tile does it."""
+    row = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * M + tl.arange(0, M)
+    channel = tl.program_id(1) * N + tl.arange(0, N)
+    channel_mask = channel < out_channels
+    pixel = load_pixels(index, row, rows)
+    live = pixel >= 0
+    z = tl.zeros([M, N], tl.float32)
+    at = row.to(tl.int64)[:, None] * out_channels + channel[None, :]
+    for part in range(PARTS):
+        part_at = part * rows.to(tl.int64) * out_channels
+        z += tl.load(sums + part_at + at, mask=live[:, None] & channel_mask[None, :], other=0.0)
+    z = finish(z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
+    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
 
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
@@ -269,8 +348,27 @@ def _gather(
             x, rows, sizes["n_size"], sizes["k_size"], g.groups,
             indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=epilogue[4] is not None,
         )  # fmt: skip
-        grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"]), g.groups)
-        conv_kernel[grid](
-            x, w, out, index, count, order, keys, source, target, *epilogue, rows, **sizes, **options, **stored,
-            PRECISION=precision, **tile,
+        blocks = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
+        steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])
+        parts = tiling.parts(x.device, blocks * g.groups, steps)
+        sums = (
+            out
+            if parts == 1
+            else torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
+        )
+        programs = blocks if count is None else min(blocks, tiling.resident(x.device))
+        options["WIDE"] |= gemm.is_wide(sums)
+        conv_kernel[programs, g.groups, parts](
+            x, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *epilogue, rows,
+            **sizes, **options, **stored, PRECISION=precision, PARTS=parts, **tile,
         )  # fmt: skip
+        if parts > 1:
+            _finish_parts(sums, out, index, target, epilogue, rows, options["WIDE"], stored, parts)
+
+
+def _finish_parts(sums: Tensor, out: Tensor, index, target, epilogue, rows: int, wide: bool, stored: dict, parts: int) -> None:  # fmt: skip
+    channels = out.shape[1]
+    tile = tiling.direct_tile(channels)
+    finish_parts_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
+        sums, out, index, target, *epilogue, rows, channels, **stored, WIDE=wide, PARTS=parts, **tile
+    )

@@ -111,3 +111,23 @@ def direct_tile(channels: int) -> dict:
     """The tile of the kernels without a matrix product: 2048 elements."""
     n = min(64, max(16, triton.next_power_of_2(channels)))
     return {"M": 2048 // n, "N": n, "num_warps": 4}
+
+
+_MOST_PARTS = 16
+_PART_STEPS = 4  # of a part's pipeline of three at least, or filling it costs more than the SMs gained
+
+
+def parts(device: torch.device, programs: int, steps: int) -> int:
+    """Into how many parts, a power of two, a reduction of ``steps`` steps is split (split-K) so that SMs without
+    a program of their own get one; each part has sums of its own, added afterwards in a fixed order.
+
+    Few pixels with large weights need it: 12 rows of 512 channels at 7x7 are 32 programs of 72 steps.
+    """
+    processors = device_facts(device)[1]
+    most = min(_MOST_PARTS, processors // max(programs, 1), steps // _PART_STEPS)
+    return 1 << max(most.bit_length() - 1, 0)
+
+
+def resident(device: torch.device) -> int:
+    """About how many programs run at once: four on each SM, where registers and shared memory allow it."""
+    return 4 * device_facts(device)[1]
