@@ -6,8 +6,10 @@ The signatures and the meaning are those of the reference in ``dynops/ops/pixels
 reads the count on the host, and nothing uses atomics: every result is bitwise reproducible.
 
 **Forward.** An implicit GEMM. A program owns a tile of plan rows and output channels and walks over
-(tap, channel block), computing the pointers of each tap from the pixel; the product accumulates in
-float32, the epilogue is applied in registers, and the tile is stored at its pixels.
+(channel block, tap), computing the pointers of each tap from the pixel; the product accumulates in
+float32, the epilogue is applied in registers, and the tile is stored at its pixels. Weights come by TMA
+where there is one. In the capacity form a few programs walk over the tiles that the count covers. Where rows
+are so few that SMs would have nothing to do, the reduction is split into parts, added by a second kernel.
 
 **Input gradient.** The same kernel on the adjoint geometry: input pixel q gathers ``W[t]^T dy[p]`` over
 the active p that read it. Rows are first sorted by which taps are active for them (one integer sort, in

@@ -41,7 +41,7 @@ TILES = {
 def choose(
     x: Tensor, rows: int, n: int, k: int, batch: int, *,
     indirect: bool, ragged: bool = False, residual: bool = False, largest: dict | None = None,
-    tallest: int = 128, product: str = "conv",
+    tallest: int = 256, product: str = "conv",
 ) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
