@@ -10,7 +10,7 @@ import torch
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
-from dynops.kernels import gemm, pixels, tiling
+from dynops.kernels import gemm, pixels, rows, tiling
 from dynops.ops import pixels as reference
 from dynops.testing import assert_within_budget, random_mask, random_tensor
 
@@ -259,6 +259,21 @@ def test_split_reductions(name, dtype, monkeypatch):
         changes["base"] = random_tensor(g.batch, case.o, g.out_h, g.out_w, dtype=dtype)
     check(inputs.conv, pixels.conv, reference._conv, activation="relu", **changes)
     assert name == "empty" or max(split) > 1
+
+
+@pytest.mark.parametrize("name", ["3x3", "1x1", "depthwise", "transposed-stride", "packed-in", "capacity", "empty", "full", "one", "no-images"])  # fmt: skip
+def test_filled_beside(name, monkeypatch):
+    """The fill of a large map, which writes where the plan has no pixel and nowhere else."""
+    monkeypatch.setattr(rows, "_LARGE", 0)
+    inputs = Inputs(CASES[name], torch.float32)
+    g = inputs.g
+    base = random_tensor(g.batch, CASES[name].o, g.out_h, g.out_w)
+    for value in (None, base):
+        check(inputs.conv, pixels.conv, reference._conv, base=value)
+    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+    out = gemm.empty_map(base, *base.shape)
+    with rows.filled(out, base, inputs.plan.index, inputs.plan.count):
+        assert out.permute(0, 2, 3, 1)[inputs.plan.mask()].isnan().all(), "an active pixel was written"
 
 
 def test_programs_walk_over_tiles(monkeypatch):

@@ -25,6 +25,8 @@ Groups narrower than 16 channels (depthwise above all) use kernels without a mat
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +36,7 @@ from ..geometry import ConvGeometry
 from . import gemm, tiling
 from .gemm import finish, load_pixels, lowest_tap, source_row, tap_set
 from .pixels_weight import conv_weight_grad
-from .rows import gather_rows, scatter_rows
+from .rows import filled, gather_rows, scatter_rows
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatter_rows"]
 
@@ -273,16 +275,17 @@ def conv(
     """The convolution at the pixels of ``index``, with its epilogue."""
     g = ConvGeometry(*geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
-    if rows:
-        out = x.new_empty(index.shape[0], channels)
-    else:
-        out = gemm.empty_map(x, g.batch, channels, g.out_h, g.out_w)
-        out = out.zero_() if base is None else out.copy_(base)
     reads = "pixels" if source is None else "packed"
     ordered = bool(g.transposed) and g.stride_h * g.stride_w > 1
     epilogue = [None if t is None else t.contiguous() for t in (bias, scale, shift, gate, residual)]
-    _gather(x, weight, out, index, count, source, None, g, reads, rows, ordered, epilogue, activation)
-    return out.contiguous() if not rows and source is None and gemm.nchw(x) else out
+    if rows:
+        out = x.new_empty(index.shape[0], channels)
+        _gather(x, weight, out, index, count, source, None, g, reads, True, ordered, epilogue, activation)
+        return out
+    out = gemm.empty_map(x, g.batch, channels, g.out_h, g.out_w)
+    with filled(out, base, index, count):
+        _gather(x, weight, out, index, count, source, None, g, reads, False, ordered, epilogue, activation)
+    return out.contiguous() if source is None and gemm.nchw(x) else out
 
 
 def conv_input_grad(
@@ -303,10 +306,9 @@ def conv_input_grad(
     else:
         out = grad.new_zeros(source_rows, channels)
     if g.is_pointwise:  # every output pixel has an input pixel of its own
-        out.zero_()
-        _gather(
-            grad, weight, out, index, count, None, source, gemm.adjoint(g), "aligned" if rows else "pixels"
-        )
+        reads = "aligned" if rows else "pixels"
+        with filled(out, None, index, count) if source is None else contextlib.nullcontext():
+            _gather(grad, weight, out, index, count, None, source, gemm.adjoint(g), reads)
     else:
         active = torch.ops.dynops.inverse_index(index, count, list(g.out_shape))
         reads = "packed" if rows else "active"

@@ -1,6 +1,11 @@
-"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it; and merge_rows."""
+"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it; merge_rows; and ``filled``,
+what a map holds where a plan has no pixel."""
 
 from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -13,6 +18,9 @@ from .gemm import split_pixel
 _LONG = (
     4096  # columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535
 )
+# Bytes of a map from which it is filled beside the kernels that compute it: 32 MB are written in 8 us at 4 TB/s, and two
+# events, the inverse of the index and a launch cost the host about as much.
+_LARGE = 1 << 25
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -81,6 +89,20 @@ def merge_rows_kernel(
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pixels"])
+def fill_kernel(out, base, row_of, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """out = base, or zero, at the pixels that have no row; the others are not touched."""
+    pixel = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * M + tl.arange(0, M)
+    channel = tl.program_id(1) * N + tl.arange(0, N)
+    bare = tl.load(row_of + pixel, mask=pixel < pixels, other=0) < 0
+    mask = bare[:, None] & (channel < channels)[None, :]
+    at = pixel[:, None] * channels + channel[None, :]
+    value = tl.zeros([M, N], out.dtype.element_ty)
+    if base is not None:
+        value = tl.load(base + at, mask=mask)
+    tl.store(out + at, value, mask=mask)
+
+
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
     out = x.new_empty(index.shape[0], x.shape[1])
@@ -129,6 +151,48 @@ def merge_rows(
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
+
+
+@contextlib.contextmanager
+def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None) -> Iterator[None]:
+    """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
+
+    A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
+    by memory. Of 256 channels at 64x56x56 in bfloat16 it writes 103 MB, 24 us at 4.3 TB/s, where the convolution at a
+    density of 10 % takes about 40. A small map is filled whole beforehand.
+    """
+    if out.numel() * out.element_size() < _LARGE:
+        out.zero_() if base is None else out.copy_(base)
+        yield
+        return
+    base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
+    n, channels, h, w = out.shape
+    row_of, tile = torch.ops.dynops.inverse_index(index, count, [n, h, w]), _tile(channels)
+    grid = triton.cdiv(row_of.numel(), tile["M"]), triton.cdiv(channels, tile["N"])
+    with _aside(out):
+        fill_kernel[grid](words(out), base, row_of, row_of.numel(), channels, gemm.is_wide(out), **tile)
+    try:
+        yield
+    finally:
+        if out.is_cuda:  # base and row_of live till then
+            torch.cuda.current_stream(out.device).wait_stream(_side_stream(out.device))
+
+
+@contextlib.contextmanager
+def _aside(x: Tensor) -> Iterator[None]:
+    """Launches go to the side stream of the device of ``x``, after what the current one has been given so far."""
+    if not x.is_cuda:
+        yield
+        return
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        yield
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _tile(columns: int) -> dict:
