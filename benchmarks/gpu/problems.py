@@ -5,6 +5,7 @@ Densities are shares: of active output pixels, of live channels, of kept samples
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ class Problem:
     Attributes:
         op, kernel: the noun, and what of it is done.
         dense: the dense version's steps, or None where there is nothing to compare with.
-        ours: the steps at a density; True as its second argument: with plans that never wait for the host (the capacity form).
+        ours: the steps at a density. True as its second argument: with a plan of pixels that never waits for the
+            host (the capacity form). Samples, and the rows between a stack's layers, are then as many as there is
+            room for, which saves nothing: they stay compact.
         theory: FLOPs of the dense version / FLOPs that must be done, at a density.
         densities: those of the tables.
         continuous: whether ours can be asked for at any density, so that there is a break-even.
@@ -49,7 +52,7 @@ class Problem:
 
 
 def inverse(density: float) -> float:
-    return 1 / density
+    return 1 / density if density else math.inf
 
 
 # ----------------------------------------------------------------------------------------- pixels
@@ -107,7 +110,7 @@ def training_problem(case: layers.Case, mask: str, dtype: str) -> Problem:
 
 
 def _pixels(dtype: str) -> list[Problem]:
-    cases = list(dict.fromkeys(pixel_cases()))
+    cases = [case for case in dict.fromkeys(pixel_cases()) if case.n in BATCHES]
     found = []
     for case in cases:
         kinds = [kind for kind in case.mask_kinds if kind != "photo"]

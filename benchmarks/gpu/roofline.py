@@ -2,13 +2,14 @@
 
     python -m benchmarks.gpu roofline [--sheet H200] [--dtype bfloat16] [--op pixels] [--measured results.json]
 
-A step takes the longer of its FLOPs at the datasheet's rate and its bytes at the datasheet's bandwidth (``work.py`` counts
-both); steps follow one another, and each of their launches costs its gap. Nothing here was measured: these are times that a
-version can hardly beat, dense or ours, and the gap between them and a measurement is what remains to be won. They assume
+A step takes the longer of its FLOPs at the datasheet's rate and its bytes at the datasheet's bandwidth (``work.py``
+counts both); steps follow one another, and each of their launches costs its gap. Nothing here was measured: these are
+times that these steps can hardly beat, dense or ours, and a measurement's distance from them is what remains to be
+won; fewer steps, with fewer bytes, are another prediction. They assume
 
 * every SM at work: a grid with fewer programs than SMs is slower than this, and how many there are is the tiles' matter;
-* clocks and memory at the datasheet's figures, which a copy or a large product does not quite reach: ``Sheet.with_ceilings``
-  puts what was measured in their place;
+* clocks and memory at the datasheet's figures, which a copy or a large product does not quite reach:
+  ``Sheet.with_ceilings`` puts what was measured in their place;
 * every byte from device memory: a call whose bytes fit in the second-level cache, called again, may be faster
   (marked "L2").
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from .datasheets import SHEETS, Sheet, sheet_of
 from .problems import OPS, SIZES, Problem, problem_of
 from .work import Step
 
-# Seconds; assumed, not measured here. Between two kernels of which the second needs the first, in a stream or in a CUDA graph, the
-# device idles for about a microsecond, and filling and draining the SMs takes about one more.
+# Seconds; assumed, not measured here. Between two kernels of which the second needs the first, in a stream or in a
+# CUDA graph, the device idles for about a microsecond, and filling and draining the SMs takes about one more.
 GAP = 2e-6
-# What the driver and the runtime spend on the host for one launch (published figures are 4 to 6 us); Python and torch's dispatcher, which
-# come on top without a graph, are not counted. It matters where the device is faster than the host launches.
+# What driver and runtime spend on the host for one launch (published figures are 4 to 6 us). Python and torch's
+# dispatcher come on top without a graph, and are not counted. It matters where the device outruns the host.
 HOST_LAUNCH = 5e-6
 # Copying a count to the host and waking the thread that waits for it: until then it launches nothing.
 HOST_WAIT = 10e-6
@@ -45,6 +46,7 @@ class Time:
     """Seconds of some steps, and what they are made of."""
 
     seconds: float
+    work: float  # of these, without launches and waits
     bound: str  # the largest part: "compute", "memory", "launches"
     flops: float
     bytes: float
@@ -55,7 +57,8 @@ def time_of(steps: Iterable[Step], sheet: Sheet, dtype: str, graph: bool = True)
 
     Args:
         dtype: "bfloat16", "float16" or "float32".
-        graph: whether a CUDA graph is replayed. Else the host launches and waits, and the later of host and device counts.
+        graph: whether a CUDA graph is replayed. Else the host launches and waits; the later of host and device
+            counts.
     """
     steps = list(steps)
     parts = {"compute": 0.0, "memory": 0.0}
@@ -70,7 +73,7 @@ def time_of(steps: Iterable[Step], sheet: Sheet, dtype: str, graph: bool = True)
         seconds = max(seconds, launches * HOST_LAUNCH) + sum(step.waits for step in steps) * HOST_WAIT
     parts["launches"] = seconds - work
     sums = sum(step.flops for step in steps), sum(step.bytes for step in steps)
-    return Time(seconds, max(parts, key=parts.get), *sums)
+    return Time(seconds, work, max(parts, key=parts.get), *sums)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,14 @@ class Prediction:
 
     @property
     def realised(self) -> float | None:
-        """The largest share of the theoretical saving that can become time: speedup / theory."""
+        """speedup / theory, where dense and ours are both as fast as predicted. One that is measured may be higher: where
+        the dense version is further from its own prediction than ours."""
         return self.speedup / self.theory if self.dense else None
+
+    @property
+    def realised_by_work(self) -> float | None:
+        """The same without launches and waits: what the bytes and FLOPs of the steps allow, however few kernels do them."""
+        return self.dense.work / self.ours.work / self.theory if self.dense else None
 
     @property
     def in_cache(self) -> bool:
@@ -148,6 +157,16 @@ def break_even(problem: Problem, sheet: Sheet, graph: bool = True) -> float | No
     return low
 
 
+def predictions(
+    op: str, dtype: str, sheet: Sheet, graph: bool = True
+) -> Iterator[tuple[Prediction, float | None]]:
+    """Every problem of an op at each of its densities, with its break-even."""
+    for problem in OPS[op](dtype):
+        even = break_even(problem, sheet, graph)
+        for density in problem.densities:
+            yield predicted(problem, sheet, density, graph), even
+
+
 # ----------------------------------------------------------------------------------------- tables
 
 HEADER = [
@@ -163,7 +182,7 @@ HEADER = [
     "theory",
     "speed-up",
 ]
-HEADER += ["realised", "break-even"]
+HEADER += ["realised", "without launches", "break-even"]
 MEASURED_HEADER = [
     "case",
     "mask",
@@ -192,6 +211,7 @@ def cells(p: Prediction, even: float | None) -> list[str]:
         _number(p.theory if p.dense else None, "{:.2f}x"),
         _number(p.speedup, "{:.2f}x"),
         _number(p.realised, "{:.2f}"),
+        _number(p.realised_by_work, "{:.2f}"),
         _number(even, "{:.2f}"),
     ]
 
@@ -248,9 +268,15 @@ def record(p: Prediction, even: float | None) -> dict:
         "theory": p.theory if p.dense else None,
         "speedup": p.speedup,
         "realised": p.realised,
+        "realised_without_launches": p.realised_by_work,
         "break_even_density": even,
     }
     return {f"predicted_{k}": f"{v:.4g}" if isinstance(v, float) else v for k, v in named.items()}
+
+
+def records_of(op: str, dtype: str, sheet: Sheet) -> list[dict]:
+    """The lines of the CSV for an op, a CUDA graph replayed."""
+    return [record(p, even) for p, even in predictions(op, dtype, sheet)]
 
 
 def write_csv(path: Path, records: list[dict]) -> None:
@@ -272,14 +298,10 @@ def main(arguments: list[str]) -> None:
     records = []
     for name in [args.sheet] if args.sheet else list(SHEETS):
         for op in OPS if args.op == "all" else [args.op]:
-            lines = []
-            for problem in OPS[op](args.dtype):
-                even = break_even(problem, SHEETS[name], not args.eager)
-                for density in problem.densities:
-                    p = predicted(problem, SHEETS[name], density, not args.eager)
-                    lines.append(cells(p, even))
-                    records.append(record(p, even))
+            found = list(predictions(op, args.dtype, SHEETS[name], not args.eager))
+            lines = [cells(p, even) for p, even in found]
             print(f"\n{op}, {args.dtype}, predicted for {name}\n" + aligned(HEADER, lines))
+            records += [record(p, even) for p, even in found]
     if args.out:
         path = args.out / "gpu-roofline.csv"
         write_csv(path, records)

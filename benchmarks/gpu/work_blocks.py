@@ -143,7 +143,7 @@ def row_path(case: Case, mask: str, density: float, block: int, size: int) -> li
 
 @functools.lru_cache(maxsize=1024)
 def active_blocks(case: Case, mask: str, density: float, block: int) -> int:
-    return _plan(case, mask, density, block).num_rows
+    return _plan(case, mask, density, block).index.shape[0]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,13 +11,8 @@ SECTOR = 32  # bytes that memory is read in: of single channels in a row the nei
 
 
 def pair_share(case: Case, live: float) -> float:
-    """The share of the (input, output) pairs of channels that are live in both; depthwise: of the outputs."""
-    sides = 1 if case.conv.groups == case.conv.c else len(_sides(case))
-    if case.kind != "widths":
-        return live**sides
-    n = case.conv.n
-    steps = [0.5 + i / (n - 1) for i in range(n)] if n > 1 else [1.0]
-    return sum((step * live) ** sides for step in steps) / n
+    """The share of the (input, output) pairs of channels that are live in both, expected; depthwise: of the outputs."""
+    return live if case.conv.groups == case.conv.c else live ** len(_sides(case))
 
 
 def conv(case: Case, live: float, size: int) -> list[Step]:
@@ -47,7 +42,7 @@ def _sides(case: Case) -> list[str]:
 def _input(case: Case, ins: float, size: int) -> tuple[float, list[Step]]:
     """Bytes that the product reads of the input, and the steps that compact it."""
     shape = case.conv
-    if ins == 1:
+    if "in" not in case.sides:
         return in_pixels(shape) * shape.c * size, []
     live = in_pixels(shape) * shape.c * ins * size
     if case.packed:
@@ -73,7 +68,7 @@ def _weight(case: Case, jobs: int, ins: float, outs: float, size: int) -> tuple[
     shape = case.conv
     maps = in_pixels(shape) * shape.c * (ins if case.packed else 1)
     maps += out_pixels(shape) * shape.o * (outs if case.packed else 1)
-    if ins == 1 or unit(shape) == "vector" or jobs * weights(shape) > 2 * maps:
+    if "in" not in case.sides or unit(shape) == "vector" or jobs * weights(shape) > 2 * maps:
         return weights(shape) * size, []
     packed = jobs * shape.o * outs * shape.kernel**2 * _padded(shape.c * ins / shape.groups) * size
     lists = INDEX * jobs * (shape.c * ins + shape.o * outs)

@@ -102,13 +102,14 @@ def conv(
         share: of the input pixels that is read (:func:`read_share`).
         capacity: whether the index has room for every pixel.
         packed_in: whether x is rows on the plan of the pixels that are read; 1x1 on one plan: rows without a map of them.
-        packed_out: whether the output is rows: nothing is filled.
+        packed_out: whether the output is rows: nothing is filled, but rows past the count are written as zeros.
     """
     index = INDEX * (out_pixels(case) if capacity else active)
     read = _input_read(case, size, share) + weights(case) * size + index
     if packed_in and case.kernel > 1:
         read += INDEX * in_pixels(case) * share  # the map of rows, where it is looked at
-    product = Step("product", flops(case, active), read, active * case.o * size, unit(case))
+    written = (out_pixels(case) if capacity and packed_out else active) * case.o * size
+    product = Step("product", flops(case, active), read, written, unit(case))
     return [product] if packed_out else [fill(out_pixels(case) * case.o * size), product]
 
 
