@@ -7,7 +7,8 @@ counts both); steps follow one another, and each of their launches costs its gap
 times that these steps can hardly beat, dense or ours, and a measurement's distance from them is what remains to be
 won; fewer steps, with fewer bytes, are another prediction. They assume
 
-* every SM at work: a grid with fewer programs than SMs is slower than this, and how many there are is the tiles' matter;
+* every SM at work: where programs are fewer than SMs, neither the idle SMs nor the price of splitting a reduction over
+  them (the sums of its parts, and the kernel that adds them) is counted;
 * clocks and memory at the datasheet's figures, which a copy or a large product does not quite reach:
   ``Sheet.with_ceilings`` puts what was measured in their place;
 * every byte from device memory: a call whose bytes fit in the second-level cache, called again, may be faster
@@ -272,11 +273,6 @@ def record(p: Prediction, even: float | None) -> dict:
         "break_even_density": even,
     }
     return {f"predicted_{k}": f"{v:.4g}" if isinstance(v, float) else v for k, v in named.items()}
-
-
-def records_of(op: str, dtype: str, sheet: Sheet) -> list[dict]:
-    """The lines of the CSV for an op, a CUDA graph replayed."""
-    return [record(p, even) for p, even in predictions(op, dtype, sheet)]
 
 
 def write_csv(path: Path, records: list[dict]) -> None:
