@@ -1,0 +1,107 @@
+"""What an op must do at least: its steps, and what plans and moved rows cost. Layers: ``work_<noun>.py``.
+
+FLOPs are 2 x MACs. Bytes are the fewest that can pass through device memory: in each step, every input that is read is read once
+and every output is written once, indices and the filling of outputs included. A real kernel may move more (rows read for
+several tiles), and, where everything fits in the second-level cache and was there before, less.
+
+Launches are counted from ``csrc/cuda`` and ``dynops/kernels``, those of CUB and of torch's own sort included.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+INDEX = 4  # bytes of an index, of an entry of an inverse, of an offset
+
+
+class Step(NamedTuple):
+    """Kernels that run one after the other and together do one thing, after the step before it."""
+
+    name: str
+    flops: float = 0.0
+    read: float = 0.0  # bytes
+    written: float = 0.0
+    unit: str = "vector"  # see ``datasheets.Sheet.rate``
+    launches: int = 1
+    waits: int = 0  # how often the host waits for the device
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+
+def fill(size: float) -> Step:
+    """``size`` bytes of one value."""
+    return Step("fill", written=size)
+
+
+def copy(size: float) -> Step:
+    return Step("copy", read=size, written=size)
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+def mask_to_index(pixels: int, active: float, capacity: bool = False) -> list[Step]:
+    """A plan of a bool mask, ``active`` of whose ``pixels`` are set.
+
+    The compact form counts first, and the host waits for the count; the capacity form, with room for every pixel, writes -1
+    past it instead.
+    """
+    select = Step("select", read=pixels, written=INDEX * active, launches=2)
+    if capacity:
+        return [select, Step("fit capacity", read=INDEX * active, written=INDEX * pixels)]
+    return [Step("count", read=pixels, launches=2, waits=1), select]
+
+
+def inverse_index(pixels: int, rows: float) -> list[Step]:
+    """The row of each of ``pixels``, or -1."""
+    return [fill(INDEX * pixels), Step("inverse", read=INDEX * rows, written=INDEX * rows)]
+
+
+def needed_mask(in_pixels: int, rows: float, needed: float) -> list[Step]:
+    """A bool mask of the input pixels that ``rows`` outputs read, ``needed`` of them."""
+    return [fill(in_pixels), Step("mark needed", read=INDEX * rows, written=needed)]
+
+
+def expert_index(pairs: int, experts: int, index_size: int = 8) -> list[Step]:
+    """The pairs sorted by expert; ``index_size`` bytes of a choice. A radix sort takes a pass for each 8 bits of a key."""
+    passes = -(-experts.bit_length() // 8)
+    keys = 2 * INDEX * pairs  # and the pairs' numbers
+    return [
+        Step("keys", read=index_size * pairs, written=keys),
+        Step("sort", read=passes * keys, written=passes * keys, launches=2 + passes),
+        Step("places", read=keys, written=INDEX * (pairs + experts + 1)),
+    ]
+
+
+def channel_lists(samples: int, channels: int) -> list[Step]:
+    """The lists of a bool mask ``[samples, channels]``: eleven of torch's own kernels and a stable sort of 1-byte keys."""
+    mask = samples * channels
+    return [Step("lists", read=mask, written=INDEX * (mask + samples), launches=14)]
+
+
+def prefix_lists(samples: int, channels: int) -> list[Step]:
+    """The lists of a width for each sample."""
+    return [Step("prefixes", read=INDEX * samples, written=INDEX * samples * channels, launches=3)]
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def gather_rows(rows: float, row_size: float) -> list[Step]:
+    """``rows`` rows of ``row_size`` bytes, from where an index says."""
+    return [Step("gather rows", read=rows * (row_size + INDEX), written=rows * row_size)]
+
+
+def scatter_rows(rows: float, out_rows: int, row_size: float, base: bool = False) -> list[Step]:
+    """Rows to their places among ``out_rows``, over zero or a copy of ``base``."""
+    below = copy(out_rows * row_size) if base else fill(out_rows * row_size)
+    return [below, Step("scatter rows", read=rows * (row_size + INDEX), written=rows * row_size)]
+
+
+def merge_rows(rows: float, out_rows: int, row_size: float, add: bool) -> list[Step]:
+    """Rows to their places over ``base``, ``add``: summed with it; every output is written once."""
+    base = out_rows if add else out_rows - rows
+    read = (rows + base) * row_size + INDEX * out_rows
+    return [*inverse_index(out_rows, rows), Step("merge rows", read=read, written=out_rows * row_size)]
