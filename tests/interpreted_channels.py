@@ -12,7 +12,9 @@ import torch
 from dynops import ChannelPlan, ops
 from dynops.geometry import ConvGeometry
 from dynops.kernels import channel_lists, channels, channels_weight, gemm, tiling
+from dynops.kernels.channel_index import channel_index
 from dynops.ops import channels as reference
+from dynops.ops import index as index_reference
 from dynops.testing import assert_within_budget, random_tensor
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -307,3 +309,18 @@ def test_named_backend_runs_the_kernels():
         results[backend] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
     for got, expected in zip(results["triton"], results["reference"], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16, torch.float64], ids=str)  # fmt: skip
+@pytest.mark.parametrize("rows,size", [(0, 5), (1, 1), (3, 17), (2, 1025), (4, 0)])
+def test_channel_index(rows, size, dtype):
+    """Lists shorter than the mask's rows, as long, and longer than a program takes at once."""
+    mask = (torch.rand(rows, size) < 0.5).to(dtype)
+    if rows > 1 and size:
+        mask[0], mask[1] = 0, 1
+        if dtype.is_floating_point and dtype != torch.bfloat16:  # which the interpreter keeps as an integer
+            mask[0] = -0.0
+    for width in {0, 1, size // 2, size}:
+        got = channel_index(mask.to(DEVICE), width)
+        for value, expected in zip(got, index_reference._channel_index(mask, width), strict=True):
+            assert value.dtype == expected.dtype and torch.equal(value.cpu(), expected)

@@ -1,7 +1,7 @@
 """Plan building: mask to index, its inverse, and the input pixels that outputs read.
 
 Each op's reference below defines it; the C++ kernels of ``csrc/cpu/index.cpp`` (and on a GPU
-``csrc/cuda/pixels.cu``) take over under the same names.
+``csrc/cuda/pixels.cu``, and Triton's) take over.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..geometry import ConvGeometry
 from .registry import define
 
@@ -95,6 +96,14 @@ def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.where(position < count[:, None], first, -1), count
 
 
+def _run_channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    if mask.is_cuda and backends.has_triton() and not mask.is_complex():
+        from ..kernels.channel_index import channel_index
+
+        return channel_index(mask, size)
+    return _channel_index(mask, size)
+
+
 def _channel_index_fake(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return mask.new_empty((mask.shape[0], size), dtype=torch.int32), mask.new_empty(
         (mask.shape[0],), dtype=torch.int32
@@ -161,7 +170,7 @@ define(
 )
 define(
     "channel_index(Tensor mask, SymInt size) -> (Tensor, Tensor)",
-    _channel_index,
+    _run_channel_index,
     _channel_index_fake,
 )
 define(
