@@ -320,7 +320,7 @@ def test_channel_index(rows, size, dtype):
         mask[0], mask[1] = 0, 1
         if dtype.is_floating_point and dtype != torch.bfloat16:  # which the interpreter keeps as an integer
             mask[0] = -0.0
-    for width in {0, 1, size // 2, size}:
+    for width in {0, min(1, size), size // 2, size}:
         got = channel_index(mask.to(DEVICE), width)
         for value, expected in zip(got, index_reference._channel_index(mask, width), strict=True):
             assert value.dtype == expected.dtype and torch.equal(value.cpu(), expected)
