@@ -76,9 +76,9 @@ def expert_index(pairs: int, experts: int, index_size: int = 8) -> list[Step]:
 
 
 def channel_lists(samples: int, channels: int) -> list[Step]:
-    """The lists of a bool mask ``[samples, channels]``: eleven of torch's own kernels and a stable sort of 1-byte keys."""
+    """The lists of a bool mask ``[samples, channels]``."""
     mask = samples * channels
-    return [Step("lists", read=mask, written=INDEX * (mask + samples), launches=14)]
+    return [Step("lists", read=mask, written=INDEX * (mask + samples))]
 
 
 def prefix_lists(samples: int, channels: int) -> list[Step]:

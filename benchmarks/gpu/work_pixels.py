@@ -16,6 +16,7 @@ from .. import masks
 from ..layers import Case
 from .work import INDEX, Step, fill, inverse_index
 
+LARGE = 1 << 25  # bytes of a map that is filled beside its product (kernels.rows)
 NARROW = 16  # channels of a group below which the kernels make no matrix product (kernels.gemm.is_narrow)
 
 
@@ -110,7 +111,16 @@ def conv(
         read += INDEX * in_pixels(case) * share  # the map of rows, where it is looked at
     written = (out_pixels(case) if capacity and packed_out else active) * case.o * size
     product = Step("product", flops(case, active), read, written, unit(case))
-    return [product] if packed_out else [fill(out_pixels(case) * case.o * size), product]
+    return [product] if packed_out else filled(product, out_pixels(case), active, case.o * size)
+
+
+def filled(product: Step, pixels: int, active: float, row_size: int) -> list[Step]:
+    """``product``, and zeros in the rest of its output: before it, or, in a large map, beside it by an inverse of the index."""
+    if pixels * row_size < LARGE:
+        return [fill(pixels * row_size), product]
+    read, written = product.read + INDEX * pixels, product.written + (pixels - active) * row_size
+    beside = product._replace(name="product and fill", read=read, written=written, launches=2)
+    return [*inverse_index(pixels, active), beside]
 
 
 # -------------------------------------------------------------------------------------- gradients
@@ -136,7 +146,7 @@ def input_gradient(case: Case, active: float, size: int) -> list[Step]:
         product = Step(
             "product", flops(case, active), grad + w + INDEX * active, active * case.c * size, unit(case)
         )
-        return [fill(x), product]
+        return filled(product, in_pixels(case), active, case.c * size)
     inverse, taps = INDEX * out_pixels(case), case.kernel**2
     ordered = _tap_order(in_pixels(case), inverse, taps) if unit(case) == "conv" else []
     order = sum(step.written for step in ordered[-1:])
