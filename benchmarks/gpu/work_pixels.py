@@ -115,12 +115,11 @@ def conv(
 
 
 def filled(product: Step, pixels: int, active: float, row_size: int) -> list[Step]:
-    """``product``, and zeros in the rest of its output: before it, or, in a large map, beside it by an inverse of the index."""
+    """``product``, and zeros in the rest of its output: before it, or, in a large map, beside it (the index says where)."""
     if pixels * row_size < LARGE:
         return [fill(pixels * row_size), product]
-    read, written = product.read + INDEX * pixels, product.written + (pixels - active) * row_size
-    beside = product._replace(name="product and fill", read=read, written=written, launches=2)
-    return [*inverse_index(pixels, active), beside]
+    read, written = product.read + INDEX * active, product.written + (pixels - active) * row_size
+    return [product._replace(name="product and fill", read=read, written=written, launches=2)]
 
 
 # -------------------------------------------------------------------------------------- gradients

@@ -91,6 +91,24 @@ def load_pixels(index, row, rows):
 
 
 @triton.jit
+def rank(entries, last, value, STEPS: tl.constexpr, GAPS: tl.constexpr):
+    """How many of the ascending ``entries[:last]`` are <= value; with GAPS, how many have at most ``value``
+    channels before them that are not in the list. A binary search: ``last < 2**STEPS``."""
+    low = value * 0
+    high = low + last
+    for _ in range(STEPS):
+        middle = low + (high - low) // 2
+        searching = low < high
+        entry = tl.load(entries + middle, mask=searching, other=0)
+        if GAPS:
+            entry -= middle
+        below = entry <= value
+        low = tl.where(searching & below, middle + 1, low)
+        high = tl.where(searching & (entry > value), middle, high)
+    return low
+
+
+@triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     """The activation in float32. NaN stays NaN, as in torch."""
     if ACTIVATION == "relu":

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gemm, tiling
-from .gemm import split_pixel
+from .gemm import rank, split_pixel
 
 _LONG = (
     4096  # columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535
 )
 # Bytes of a map from which it is filled beside the kernels that compute it: 32 MB are written in 8 us at 4 TB/s, and two
-# events, the inverse of the index and a launch cost the host about as much.
+# events and a launch cost the host about as much.
 _LARGE = 1 << 25
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -89,18 +89,26 @@ def merge_rows_kernel(
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pixels"])
-def fill_kernel(out, base, row_of, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """out = base, or zero, at the pixels that have no row; the others are not touched."""
+@triton.jit(do_not_specialize=["rows", "pixels"])
+def fill_kernel(
+    out, base, index, count, rows, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """out = base, or zero, at the pixels that are not in the ascending index; the others are not touched."""
     pixel = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * M + tl.arange(0, M)
-    channel = tl.program_id(1) * N + tl.arange(0, N)
-    bare = tl.load(row_of + pixel, mask=pixel < pixels, other=0) < 0
-    mask = bare[:, None] & (channel < channels)[None, :]
-    at = pixel[:, None] * channels + channel[None, :]
-    value = tl.zeros([M, N], out.dtype.element_ty)
-    if base is not None:
-        value = tl.load(base + at, mask=mask)
-    tl.store(out + at, value, mask=mask)
+    last = rows
+    if count is not None:
+        last = tl.minimum(rows, tl.load(count))
+    row = rank(index, last, pixel, 31, False) - 1
+    entry = tl.load(index + row, mask=row >= 0, other=-1)
+    bare = (entry != pixel) & (pixel < pixels)
+    for start in range(0, channels, N):
+        channel = start + tl.arange(0, N)
+        mask = bare[:, None] & (channel < channels)[None, :]
+        at = pixel[:, None] * channels + channel[None, :]
+        value = tl.zeros([M, N], out.dtype.element_ty)
+        if base is not None:
+            value = tl.load(base + at, mask=mask)
+        tl.store(out + at, value, mask=mask)
 
 
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
@@ -166,15 +174,15 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
         yield
         return
     base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
-    n, channels, h, w = out.shape
-    row_of, tile = torch.ops.dynops.inverse_index(index, count, [n, h, w]), _tile(channels)
-    grid = triton.cdiv(row_of.numel(), tile["M"]), triton.cdiv(channels, tile["N"])
+    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
     with _aside(out):
-        fill_kernel[grid](words(out), base, row_of, row_of.numel(), channels, gemm.is_wide(out), **tile)
+        fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
+            words(out), base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
+        )
     try:
         yield
     finally:
-        if out.is_cuda:  # base and row_of live till then
+        if out.is_cuda:  # base lives till then
             torch.cuda.current_stream(out.device).wait_stream(_side_stream(out.device))
 
 
