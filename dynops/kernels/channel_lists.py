@@ -72,20 +72,21 @@ def sides(
 
 
 def choose(
-    x: Tensor, rows: int, n: int, k: int, batch: int, single: bool, base: bool = False
+    x: Tensor, rows: int, n: int, k: int, batch: int, single: bool, base: bool = False, *, family: str
 ) -> tuple[dict, str]:
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``, as :func:`tiling.choose`.
 
     Args:
         single: channels are loaded one by one: of a list, or of rows that are not aligned.
         base: the epilogue reads one.
+        family: "channels" or "channels_weight".
     """
     most = {
         "half": 64 * 64 if base else 128 * 128,
         "tf32": 64 * 64 if base or single else 128 * 64,
         "ieee": 64 * 32 if base or single else 64 * 64,
     }
-    tile, kind = tiling.choose(x, rows, n, k, batch, indirect=single, largest=most)
+    tile, kind = tiling.choose(x, rows, n, k, batch, family=family, indirect=single, largest=most)
     return (tile | {"K": min(tile["K"], 32)} if single else tile), kind  # a deeper block spills
 
 

@@ -299,7 +299,8 @@ def _conv(
     x, w, operands, constants, single = _operands(x, w, ins, outs, g, jobs, maps)
     # two tiles at least, where only some channels are live: one past those costs little
     n = outs.size if outs.index is None else max(16, outs.size // 2)
-    tile, precision = choose(x, rows, n, ins.capacity, jobs * g.groups, single, base is not None)
+    batch = jobs * g.groups
+    tile, precision = choose(x, rows, n, ins.capacity, batch, single, base is not None, family="channels")
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups)
     with gemm.on_device(x):
         conv_kernel[grid](

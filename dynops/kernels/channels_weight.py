@@ -224,7 +224,8 @@ def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry,
     capacities = {"k_capacity": ins.capacity, "n_capacity": outs.capacity}
     listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
     single = any(listed_reads) or tiling.is_ragged(sizes)
-    tile, precision = choose(x, outs.capacity, ins.capacity, rows, jobs * g.groups * g.taps, single)
+    batch = jobs * g.groups * g.taps
+    tile, precision = choose(x, outs.capacity, ins.capacity, rows, batch, single, family="channels_weight")
     tiles = triton.cdiv(outs.capacity, tile["M"]) * triton.cdiv(ins.capacity, tile["N"])
     chunk = chunk_rows(rows, jobs * tiles * g.taps * g.groups, tile["K"], x.device)
     slices = triton.cdiv(rows, chunk)

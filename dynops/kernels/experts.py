@@ -281,4 +281,4 @@ def choose(
     tallest = max(32, triton.next_power_of_2(each))
     depth = min(k, 32) if ragged else k
     options = {"indirect": False, "largest": most, "tallest": tallest, "product": "matmul"}
-    return tiling.choose(x, each, n, depth, experts, **options)
+    return tiling.choose(x, each, n, depth, experts, family="experts", **options)

@@ -183,4 +183,5 @@ def choose(x: Tensor, outputs: int, inputs: int, rows: int, experts: int, weight
         "tf32": 64 * 64 if ragged else 128 * 128,
         "ieee": 32 * 32 if ragged else 64 * 64,
     }
-    return tiling.choose(x, outputs, inputs, rows, experts, indirect=True, largest=most, product="matmul")
+    options = {"family": "experts_weight", "indirect": True, "largest": most, "product": "matmul"}
+    return tiling.choose(x, outputs, inputs, rows, experts, **options)

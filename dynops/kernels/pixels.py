@@ -350,7 +350,7 @@ def _gather(
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
         tile, precision = tiling.choose(
             x, rows, sizes["n_size"], sizes["k_size"], g.groups,
-            indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=epilogue[4] is not None,
+            family="pixels", indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=epilogue[4] is not None,
         )  # fmt: skip
         blocks = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
         steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])

@@ -178,7 +178,8 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
         grid = (triton.cdiv(grad.shape[1], tile["N"]), g.taps * sizes["k_size"])
     else:
         tile, precision = tiling.choose(
-            x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps, indirect=True, ragged=tiling.is_ragged(sizes)
+            x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps,
+            family="pixels_weight", indirect=True, ragged=tiling.is_ragged(sizes),
         )  # fmt: skip
         tiles = triton.cdiv(sizes["n_size"], tile["M"]) * triton.cdiv(sizes["k_size"], tile["N"])
         grid = (tiles, g.taps * g.groups)

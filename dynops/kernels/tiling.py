@@ -6,8 +6,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from . import configs
+from .configs import bucket, precision
 
 
 class Tile(NamedTuple):
@@ -38,17 +40,25 @@ TILES = {
 }
 
 
+# Multiply-adds that the tensor cores of an SM do in the time in which L2 gives it one element: 1024, 2048 and 4096
+# in a clock by the datasheets of A100, H100 and B200, over 64 bytes; in float32 half as many over elements twice as
+# long. Without tensor cores 64 or 128 over 16 elements.
+_TENSOR_CORES = {80: 32, 90: 64, 100: 128}
+_LOAD = {"half": _TENSOR_CORES, "tf32": _TENSOR_CORES, "ieee": {80: 4, 90: 8, 100: 8}}
+
+
 def choose(
     x: Tensor, rows: int, n: int, k: int, batch: int, *,
-    indirect: bool, ragged: bool = False, residual: bool = False, largest: dict | None = None,
+    family: str, indirect: bool, ragged: bool = False, residual: bool = False, largest: dict | None = None,
     tallest: int = 256, product: str = "conv",
 ) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
-    The largest tile that is not wider than ``n``, does not spill and still gives every SM one;
-    failing that, the smallest.
+    Of the tiles that do not spill and are not wider than ``n``: the one that was measured to be the fastest
+    nearest to this problem (``configs``), else the one that :func:`_work` expects to be.
 
     Args:
+        family: the kernel, as :meth:`configs.Config.tile` names it.
         indirect: the addresses of a step are themselves loaded in the step.
         ragged: channels are not a multiple of 16, so that loads are not vectors.
         residual: the epilogue reads one.
@@ -58,11 +68,41 @@ def choose(
     """
     kind = precision(x.dtype, product)
     arch, processors = device_facts(x.device)
-    widest = max(16, triton.next_power_of_2(n))
+    widest = max(16, 1 << bucket(n))  # triton.next_power_of_2 costs 2 us
     most = _largest(kind, ragged, residual) if largest is None else largest[kind]
-    tiles = [t for t in TILES[arch, kind] if t.n <= widest and t.m <= tallest and t.m * t.n <= most]
-    fills = (t for t in tiles if batch * triton.cdiv(rows, t.m) * triton.cdiv(n, t.n) >= processors)
-    return tile_arguments(next(fills, tiles[-1]), k, indirect), "ieee" if kind == "half" else kind
+
+    def fits(tile: Tile) -> bool:
+        return tile.n <= widest and tile.m <= tallest and tile.m * tile.n <= most
+
+    config = configs.of(x.device)
+    tuned = None if config is None else config.tile(family, kind, most, indirect, rows, n, k, batch)
+    tile = None if tuned is None else Tile(**tuned)
+    if tile is None or not fits(tile):
+        tiles, problem = filter(fits, TILES[arch, kind]), (rows, n, k, batch, family.endswith("_weight"))
+        tile = min(tiles, key=lambda t: _work(t, *problem, processors, _LOAD[kind][arch]))
+    return tile_arguments(tile, k, indirect), "ieee" if kind == "half" else kind
+
+
+def _work(
+    tile: Tile, rows: int, n: int, k: int, batch: int, slices: bool, processors: int, load: int
+) -> float:
+    """What the SM with most tiles has to do for one step of the reduction, in multiply-adds.
+
+    A tile multiplies m * n elements and loads m + n. Large ones load less for each product, small ones leave
+    fewer SMs idle in the last wave, and fewer of their rows and columns lie past the end.
+
+    Args:
+        slices: the reduction is cut where programs are too few, as ``pixels_weight.chunk_rows`` does.
+        load: the multiply-adds that take as long as one element loaded.
+    """
+    m, width = tile.m, tile.n
+    programs = batch * -(-rows // m) * -(-n // width)  # triton.cdiv costs 3 us
+    parts = max(1, min(4 * processors // programs, k // (8 * tile.k))) if slices else 1
+    loads = m + width
+    if parts > 1:  # each part is a float32 copy, written and read again
+        loads += 4 * m * width * parts / k
+    waves = -(-programs * parts // processors) / parts
+    return waves * (m * width + load * loads)
 
 
 def _largest(kind: str, ragged: bool, residual: bool) -> int:
@@ -83,7 +123,7 @@ def tile_arguments(tile: Tile, k: int, indirect: bool) -> dict:
 
     Triton splits the stages between the two levels of an indirect load: 5 for 3 tiles in flight.
     """
-    block = min(tile.k, max(16, triton.next_power_of_2(k)))
+    block = min(tile.k, max(16, 1 << bucket(k)))
     stages = 2 * tile.stages - 1 if indirect else tile.stages
     return {"M": tile.m, "N": tile.n, "K": block, "num_warps": tile.warps, "num_stages": stages}
 
@@ -98,18 +138,9 @@ def device_facts(device: torch.device) -> tuple[int, int]:
     return {9: 90, 10: 100}.get(major, 80), processors
 
 
-def precision(dtype: torch.dtype, product: str = "conv") -> str:
-    """The kind of product: "half", or for float32 "tf32" or "ieee", as torch's own "conv" or "matmul" takes it."""
-    if dtype != torch.float32:
-        return "half"
-    # what allow_tf32 sets too, and reading that one raises where both ways of setting it were used
-    setting = torch.backends.cudnn.conv if product == "conv" else torch.backends.cuda.matmul
-    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
-
-
 def direct_tile(channels: int) -> dict:
     """The tile of the kernels without a matrix product: 2048 elements."""
-    n = min(64, max(16, triton.next_power_of_2(channels)))
+    n = min(64, max(16, 1 << bucket(channels)))
     return {"M": 2048 // n, "N": n, "num_warps": 4}
 
 
