@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from .. import backends, context
 from ..geometry import BlockGeometry, pair
-from ..ops import checks
+from ..ops import auto, checks
 from ..ops.rows import memory_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
 from .bound import Bound
-from .rows import run_rows
+from .rows import autocast_dtype, checked_base, run_rows
 from .tiles import run_tiles
 
 PATHS = (None, "rows", "tiles")
@@ -39,7 +39,10 @@ class SparseBlocks(nn.Module):
             its input, a multiple of the factor.
         path: "rows" runs on packed rows (``[P, C]``, the pixels that each layer needs, no halo is copied;
             stacks of convolutions, norms, activations and sums only); "tiles" gathers the blocks of the
-            input with their halo and runs torch's own layers on them; None takes the faster.
+            input with their halo and runs torch's own layers on them; None takes the fastest: where break-even
+            densities of these layers were measured on this architecture of GPU, of the two and the module
+            itself with a mask the one that they say; else rows where they can, and the module itself where
+            all blocks are active. (A capacity plan's density is not known, and a compiler asks for none.)
 
     Shape:
         - x: ``[N, C, H, W]``, either memory format.
@@ -89,10 +92,11 @@ class SparseBlocks(nn.Module):
         plan = self._plan(mask_or_plan, out_shape, x)
         bound.check_mode()
         base = _base(base, x)
-        everything = active is None and plan.is_full and _covers(plan.geometry)
-        if everything and self.path is None and not bound.beats_dense(x, in_shape):
-            return self.module(x).contiguous(memory_format=memory_format_of(x))
-        if self._on_rows(bound, x):
+        path = self.path or self._fastest(bound, x, plan, in_shape, active is None)
+        if path == "dense":
+            return self._dense(x, plan, base)
+        if path == "rows":
+            bound.check_rows()
             return run_rows(bound.stack, bound.geometries(in_shape), x, plan.pixels(), base)
         layout = bound.layout(in_shape, plan.geometry)
         out = run_tiles(bound.stack, layout, x, plan, base)
@@ -142,13 +146,30 @@ class SparseBlocks(nn.Module):
             raise ValueError("mask_or_plan: expected blocks that do not overlap")
         return plan
 
-    def _on_rows(self, bound: Bound, x: Tensor) -> bool:
-        if self.path == "rows":
-            bound.check_rows()
-        if self.path is not None:
-            return self.path == "rows"
+    def _fastest(self, bound: Bound, x: Tensor, plan: BlockPlan, in_shape, may_be_dense: bool) -> str:
+        """The path that is expected to be the fastest: "dense", "rows" or "tiles"."""
+        everything = plan.is_full and _covers(plan.geometry)
+        paths = ["tiles"]
         # where only the reference runs, rows are the dense layer and a mask
-        return bound.rows and backends.choose(None, x.device, x.dtype) != "reference"
+        if bound.rows and backends.choose(None, x.device, x.dtype) != "reference":
+            paths.insert(0, "rows")
+        dtype, step = autocast_dtype(x) or x.dtype, (plan.geometry.step_h, plan.geometry.step_w)
+        if auto.decides(x.device, dtype, plan.count) and bound.fits_step(step):
+            costs = {path: bound.cost(path, plan, in_shape, x.device, dtype) for path in paths}
+            if None not in costs.values():
+                costs |= {"dense": 1.0} if may_be_dense else {}
+                return min(costs, key=costs.get)
+        if may_be_dense and everything and not bound.beats_dense(x, in_shape):
+            return "dense"
+        return paths[0]
+
+    def _dense(self, x: Tensor, plan: BlockPlan, base: Tensor | None) -> Tensor:
+        """The module itself, and what of it the plan keeps."""
+        out = self.module(x)
+        if not (plan.is_full and _covers(plan.geometry)):
+            base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
+            out = torch.where(plan.mask()[:, None], out, 0 if base is None else base)
+        return out.contiguous(memory_format=memory_format_of(x))
 
 
 def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeometry:

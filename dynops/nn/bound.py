@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..geometry import BlockGeometry
+from ..ops import auto
 from ..ops.pixels import beats_dense
+from ..plans import BlockPlan
 from .stack import Stack, layers_of
 from .tiles import Layout, layout_of, sizes_of
 
@@ -45,8 +48,12 @@ class Bound:
                     f"path: expected 'tiles' or None, as {layer.name} cannot run on rows, got 'rows'"
                 )
 
+    def fits_step(self, step: tuple[int, int]) -> bool:
+        """Whether every value's blocks are whole pixels where the output's lie ``step`` apart."""
+        return not any(step[i] % self.stack.multiple[i] for i in (0, 1))
+
     def check_step(self, step: tuple[int, int]) -> None:
-        if any(step[i] % self.stack.multiple[i] for i in (0, 1)):
+        if not self.fits_step(step):
             raise ValueError(f"block_size: expected a multiple of {self.stack.multiple}, got {step}")
 
     def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -69,6 +76,29 @@ class Bound:
         convs = (layer for layer in self.stack.layers if layer.fused is not None)
         geometries = self.geometries(in_shape)
         return any(beats_dense(x, layer.conv.weight, geometries[layer.out]) for layer in convs)
+
+    def cost(self, path: str, plan: BlockPlan, in_shape: tuple, device: torch.device, dtype) -> float | None:
+        """The time that "rows" or "tiles" take for a plan, over that of the dense module, expected from what was
+        measured of its convolutions (``ops.auto``). None where that says nothing of one of them.
+
+        Args:
+            dtype: that of the products.
+        """
+        whole = cost = 0.0
+        maps, geometries = self.layout(in_shape, plan.geometry).maps, self.geometries(in_shape)
+        for layer in self.stack.layers:
+            if layer.out not in geometries:
+                continue
+            g, tile, weight = geometries[layer.out], maps[layer.out], layer.conv.weight
+            share = auto.break_even(path, device, dtype, weight, g)
+            if share is None:
+                return None
+            computed = plan.num_blocks * tile.tile_h * tile.tile_w / (g.batch * g.out_h * g.out_w)
+            if path == "rows":  # where the halos of two blocks meet, rows have it once
+                computed = min(computed, 1.0)
+            macs = g.macs(1, weight.shape[1] * g.groups, weight.shape[0]) * g.out_h * g.out_w
+            whole, cost = whole + macs, cost + macs * computed / share
+        return cost / whole if whole else None
 
     def layout(self, in_shape: tuple[int, int, int], blocks: BlockGeometry) -> Layout:
         self.check_step((blocks.step_h, blocks.step_w))

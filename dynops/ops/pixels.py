@@ -25,7 +25,7 @@ from .. import backends
 from ..geometry import ConvGeometry, as_geometry
 from ..kernels import cpp
 from ..plans import PixelPlan
-from . import checks
+from . import auto, checks
 from .epilogue import ACTIVATIONS, apply_epilogue
 from .registry import define
 from .rows import gather_pixels, gather_rows, memory_format_of, scatter_pixels, scatter_rows, zero_past_count
@@ -330,7 +330,9 @@ def sparse_conv2d(
         gate: ``[N, H, W]``, ``[N, 1, H, W]`` or packed ``[P]``, a multiplier for each pixel.
         residual: ``[N, O, H, W]`` or packed ``[P, O]``, added before the activation.
         base: ``[N, O, H, W]``, the output where nothing is computed; zero if None.
-        backend: "cpp", "triton" or "reference"; None takes the fastest.
+        backend: "cpp", "triton" or "reference"; None takes the fastest. That is the dense layer and a mask where
+            a compact plan has a higher density than the break-even that was measured for such a layer on this
+            architecture of GPU; where none was, and under torch.compile, where it holds every pixel.
 
     Returns:
         ``[N, O, H, W]``, dtype of ``x``. Every floating argument gets its gradient, where it exists
@@ -345,7 +347,7 @@ def sparse_conv2d(
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)
     if backend is None and _dense_wins(plan, x, weight, g, epilogue):
-        return dense_layer(x, weight, bias, g, epilogue[0])
+        return _masked_dense(x, weight, bias, plan, g, epilogue, base)
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
 
@@ -376,7 +378,7 @@ def sparse_conv_transpose2d(
     x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
     if backend is None and _dense_wins(plan, x, weight, g, epilogue):
-        return dense_layer(x, weight, bias, g, epilogue[0])
+        return _masked_dense(x, weight, bias, plan, g, epilogue, base)
     return _pixel_conv(x, weight, bias, plan, None, g, epilogue, base, False, backend)
 
 
@@ -446,6 +448,9 @@ _DENSE_PIXELS = 1024
 
 
 def _dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epilogue) -> bool:
+    measured = auto.dense_is_faster(plan, x, weight, g)
+    if measured is not None:
+        return measured
     full = plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
     return full and not beats_dense(x, weight, g)
 
@@ -464,6 +469,16 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry,
     out = dense_conv(x, weight.to(x.dtype), g, None if bias is None else bias.to(x.dtype))
     # a channels_last weight turns an NCHW input's output into channels_last
     return ACTIVATIONS[activation](out).contiguous(memory_format=memory_format_of(x))
+
+
+def _masked_dense(x, weight, bias, plan, g, epilogue, base) -> Tensor:
+    """The op by the dense layer: all pixels are computed, those of the plan kept."""
+    if plan.is_full and checks.epilogue_is_plain(epilogue):
+        return dense_layer(x, weight, bias, g, epilogue[0])
+    out = auto.finish_dense(
+        dense_layer(x, weight, bias, g, ""), plan, epilogue, None if base is None else base.to(x.dtype)
+    )
+    return out.contiguous(memory_format=memory_format_of(x))
 
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:

@@ -1,0 +1,82 @@
+"""auto: whether the pixels of a plan, or all of them in the dense layer, are computed faster.
+
+Decided by the plan's density and what was measured on the device's architecture (``kernels.configs``). Where that
+has no answer, for a capacity plan (whose density the host does not know) and while a compiler traces, no density
+decides: then the dense layer runs only where a plan holds every pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry
+from ..kernels import configs
+from ..plans import PixelPlan
+from . import checks
+from .epilogue import ACTIVATIONS
+from .rows import scatter_pixels
+
+
+def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
+    """Whether the density of a plan with this ``count`` may decide at all."""
+    if torch.compiler.is_compiling() or count is not None:
+        return False
+    return configs.of(device) is not None and dtype in backends.FAST_DTYPES
+
+
+def break_even(
+    path: str, device: torch.device, dtype: torch.dtype, weight: Tensor, g: ConvGeometry
+) -> float | None:
+    """The share of a convolution's output pixels below which ``path`` is faster than the dense layer.
+
+    None where that was not measured: a transposed convolution, or groups that are neither one nor depthwise.
+
+    Args:
+        path: "pixels", "rows" or "tiles", as :meth:`configs.Config.shares` has them.
+        dtype: that of the product, which under autocast is not that of the input.
+    """
+    config, inputs = configs.of(device), weight.shape[1] * g.groups
+    depthwise = g.groups == inputs == weight.shape[0]
+    if config is None or g.transposed or not (g.groups == 1 or depthwise):
+        return None
+    form, pixels = "conv" if g.groups == 1 else "depthwise", g.batch * g.out_h * g.out_w
+    shares = config.shares(configs.precision(dtype), form, g.taps, inputs, weight.shape[0], pixels)
+    return None if shares is None else shares.get(path)
+
+
+def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool | None:
+    """Whether the dense layer computes a plan faster than the op does; None where that was not measured."""
+    if not decides(x.device, x.dtype, plan.count):
+        return None
+    share = break_even("pixels", x.device, x.dtype, weight, g)
+    return None if share is None else plan.num_rows > share * plan.num_pixels
+
+
+def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | None) -> Tensor:
+    """The op's result from that of the dense convolution, bias included: where(mask, epilogue(out), base or 0).
+
+    Args:
+        out: ``[N, O, H, W]``; written over where gradients are off.
+        epilogue: (activation, scale, shift, gate ``[P]``, residual ``[P, O]`` or ``[N, O, H, W]``).
+        base: ``[N, O, H, W]`` of ``out``'s dtype.
+    """
+    activation, scale, shift, gate, residual = epilogue
+    inactive = None if plan.is_full else (plan.inverse() < 0)[:, None]
+    if inactive is not None and torch.is_grad_enabled() and not checks.epilogue_is_empty(epilogue):
+        out = out.masked_fill(inactive, 0)  # an infinity there times a gradient of zero would be NaN
+    if scale is not None:
+        out = out * scale.to(out.dtype)[:, None, None]
+    if shift is not None:
+        out = out + shift.to(out.dtype)[:, None, None]
+    if gate is not None:
+        out = out * scatter_pixels(gate.to(out.dtype)[:, None], plan)
+    if residual is not None:
+        out = out + (residual if residual.dim() == 4 else scatter_pixels(residual, plan))
+    out = ACTIVATIONS[activation](out)
+    if inactive is None:
+        return out
+    if base is not None:
+        return torch.where(inactive, base, out)
+    return out.masked_fill(inactive, 0) if torch.is_grad_enabled() else out.masked_fill_(inactive, 0)
