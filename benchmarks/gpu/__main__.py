@@ -1,21 +1,27 @@
-"""The command line: ``python -m benchmarks.gpu roofline``."""
+"""The command line: ``python -m benchmarks.gpu audit|roofline|check|tune``; ``--help`` after a command for its own."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from . import roofline
+COMMANDS = {
+    "audit": "every kernel compiled for sm_80, sm_90 and sm_100, and what its machine code needs; no GPU is used",
+    "roofline": "the least time that each kernel can take, from datasheets; no GPU is needed",
+    "check": "builds, tests and measures on the GPU that is there",
+    "tune": "searches tiles on the GPU that is there",
+}
 
-COMMANDS = {"roofline": roofline.main}
 
-
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
-        raise SystemExit(
-            f"command: expected one of {', '.join(COMMANDS)}, got {' '.join(arguments) or 'none'}"
-        )
-    COMMANDS[arguments[0]](arguments[1:])
+        print("python -m benchmarks.gpu COMMAND")
+        print(*(f"  {name:<9} {what}" for name, what in COMMANDS.items()), sep="\n")
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    # imported here: a command needs what the others may lack
+    module = importlib.import_module(f".{arguments[0]}", __package__)
+    return module.main(arguments[1:]) or 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

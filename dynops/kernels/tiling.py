@@ -67,20 +67,34 @@ def choose(
         product: see :func:`precision`.
     """
     kind = precision(x.dtype, product)
-    arch, processors = device_facts(x.device)
-    widest = max(16, 1 << bucket(n))  # triton.next_power_of_2 costs 2 us
     most = _largest(kind, ragged, residual) if largest is None else largest[kind]
-
-    def fits(tile: Tile) -> bool:
-        return tile.n <= widest and tile.m <= tallest and tile.m * tile.n <= most
-
+    limits = Limits(most, max(16, 1 << bucket(n)), tallest)  # triton.next_power_of_2 costs 2 us
     config = configs.of(x.device)
     tuned = None if config is None else config.tile(family, kind, most, indirect, rows, n, k, batch)
     tile = None if tuned is None else Tile(**tuned)
-    if tile is None or not fits(tile):
-        tiles, problem = filter(fits, TILES[arch, kind]), (rows, n, k, batch, family.endswith("_weight"))
-        tile = min(tiles, key=lambda t: _work(t, *problem, processors, _LOAD[kind][arch]))
+    if tile is None or not limits.allow(tile):
+        tile = built_in(x.device, family, kind, limits, rows, n, k, batch)
     return tile_arguments(tile, k, indirect), "ieee" if kind == "half" else kind
+
+
+class Limits(NamedTuple):
+    """The most elements, columns and rows of a tile."""
+
+    most: int
+    widest: int
+    tallest: int
+
+    def allow(self, tile: Tile) -> bool:
+        return tile.n <= self.widest and tile.m <= self.tallest and tile.m * tile.n <= self.most
+
+
+def built_in(
+    device: torch.device, family: str, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int
+) -> Tile:
+    """The tile of the table that is expected to be the fastest for a problem; see :func:`choose`."""
+    arch, processors = device_facts(device)
+    problem, load = (rows, n, k, batch, family.endswith("_weight")), _LOAD[kind][arch]
+    return min(filter(limits.allow, TILES[arch, kind]), key=lambda t: _work(t, *problem, processors, load))
 
 
 def _work(

@@ -1,0 +1,148 @@
+"""python -m benchmarks.gpu tune: what ships for a GPU's architecture, measured on that GPU.
+
+First the tiles (``tune_tiles``) of the problems in ``tune_problems``, then, with the tiles that won, the break-even
+densities (``tune_break_even``), written to ``dynops/kernels/configs/<architecture>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+import torch
+
+from dynops.kernels import configs
+
+TILES_SHARE = 0.6  # of the time; break-even densities have the rest
+FLUSHED = 1 << 30  # bytes written before each call: more than any L2, and longer than a launch takes the host
+
+
+class DeviceClock:
+    """Times calls by device events, each with a cold L2. Writing it over lasts about as long as the host needs to
+    launch a call, whose launches are then not part of its time."""
+
+    def __init__(self, device: torch.device):
+        self._flush = torch.empty(FLUSHED // 4, dtype=torch.int32, device=device)
+        self._device = device
+
+    def now(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def medians(self, calls: dict[Hashable, Callable], rounds: int) -> dict[Hashable, float]:
+        """Median milliseconds of calls that take turns; every other round runs backwards."""
+        events: dict[Hashable, list] = {name: [] for name in calls}
+        for call in calls.values():
+            call()
+        order = list(calls.items())
+        for done in range(rounds):
+            for name, call in order if done % 2 == 0 else reversed(order):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._flush.zero_()
+                start.record()
+                call()
+                end.record()
+                events[name].append((start, end))
+        torch.cuda.synchronize(self._device)
+        return {
+            name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()
+        }
+
+
+class HostClock:
+    """For a dry run: one call of each, by the host's clock. What it says of a tile in the interpreter means nothing."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def medians(self, calls: dict[Hashable, Callable], rounds: int) -> dict[Hashable, float]:
+        times = {}
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name] = (time.perf_counter() - start) * 1e3
+        return times
+
+
+def facts(device: torch.device) -> dict:
+    """What the measurements depend on."""
+    import triton
+
+    gpu = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "none: a dry run, not a measurement"
+    )
+    return {
+        "gpu": gpu,
+        "driver": _driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
+def tune(device: torch.device, clock, seconds: float, log, found: list, layers: list) -> configs.Config:
+    """The config for a device.
+
+    Args:
+        clock: as :class:`DeviceClock`.
+        found, layers: what ``tune_problems`` and ``tune_break_even`` list, or a part of it.
+    """
+    from . import tune_break_even, tune_tiles
+
+    name = configs.architecture(device)
+    tiles = tune_tiles.search_all(found, device, clock, TILES_SHARE * seconds, log)
+    with configs.use(name, configs.Config({}, tiles, [])):
+        left = (1 - TILES_SHARE) * seconds
+        shares = tune_break_even.measure_all(layers, device, clock, left, log)
+    return configs.Config(facts(device), tiles, shares)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu tune", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=240, help="the time to spend (default 240)")
+    parser.add_argument("--out", type=Path, help=f"the folder to write to (default {configs.FOLDER})")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a few small problems in Triton's interpreter; needs --out"
+    )
+    options = parser.parse_args(arguments)
+    if options.dry_run and options.out is None:
+        parser.error("--dry-run: expected --out, as what it writes is no measurement")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("expected a GPU (--dry-run needs none)")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    options = _parse(arguments)
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before any is imported
+    from . import tune_break_even, tune_problems
+
+    device = torch.device("cpu" if options.dry_run else f"cuda:{torch.cuda.current_device()}")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # what a float32 problem is measured in
+    clock = HostClock() if options.dry_run else DeviceClock(device)
+    if options.dry_run:
+        found, layers = tune_problems.small_problems(), tune_break_even.small_layers()
+    else:
+        found, layers = tune_problems.every_problem(), tune_break_even.layers()
+    config = tune(device, clock, options.seconds, lambda line: print(line, flush=True), found, layers)
+    folder = options.out or configs.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{configs.architecture(device)}.json"
+    file.write_text(config.as_json())
+    print(f"{len(config.tiles)} tiles and {len(config.break_even)} break-even densities written to {file}")

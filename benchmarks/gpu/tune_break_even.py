@@ -1,0 +1,140 @@
+"""How dense a plan must be for the dense layer to be the faster way: what ``ops.auto`` decides by."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynops import BlockPlan, PixelPlan, ops
+from dynops.kernels import configs
+from dynops.nn import SparseBlocks
+from dynops.ops import auto
+
+from .. import masks
+from .tune_problems import RESNET
+
+PATHS = ("pixels", "rows", "tiles")
+DENSITIES = (0.4, 0.6, 0.8, 1.0)
+ROUNDS = 11
+BLOCK = 8  # pixels; a 7x7 map is cut at its edge
+
+
+class Layer(NamedTuple):
+    """A convolution ``[n, c, size, size]`` to o channels."""
+
+    n: int
+    c: int
+    o: int
+    size: int
+    kernel: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.n},{self.c},{self.o},{self.size} {self.kernel}x{self.kernel} {str(self.dtype)[6:]}"
+
+
+def layers() -> list[Layer]:
+    """The most important first."""
+    found = []
+    for dtype, batches in ((torch.bfloat16, (64, 1, 8, 256)), (torch.float32, (64, 1))):
+        for n in batches:
+            found += [Layer(n, c, c, h, 3, dtype) for c, h in RESNET]
+            found += [Layer(n, *pair, h, 1, dtype) for c, h in RESNET for pair in ((4 * c, c), (c, 4 * c))]
+    return found
+
+
+def small_layers() -> list[Layer]:
+    """For a dry run in Triton's interpreter."""
+    return [Layer(1, 16, 16, 8, kernel, torch.float16) for kernel in (3, 1)]
+
+
+def break_even(points: list[tuple[float, float]], dense: float) -> float:
+    """The density at which a path takes as long as the dense layer, the last one where it never does.
+
+    Between two that were measured the time is taken for a straight line, below the first for one through zero:
+    a path that is slower than dense even there.
+
+    Args:
+        points: (density, milliseconds), ascending.
+        dense: milliseconds.
+    """
+    before, time_before = 0.0, 0.0
+    for density, time in points:
+        if time > dense:
+            return before + (dense - time_before) / (time - time_before) * (density - before)
+        before, time_before = density, time
+    return before
+
+
+def measure(layer: Layer, device: torch.device, clock) -> dict:
+    """An entry of a config's break-even table, and the times that it comes from."""
+    n, c, o, size, kernel, dtype = layer
+    conv = nn.Conv2d(c, o, kernel, padding=kernel // 2, bias=False, device=device, dtype=dtype)
+    conv = conv.to(memory_format=torch.channels_last)
+    x = torch.randn(n, c, size, size, device=device, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    calls, computed = {}, {}
+    for density in DENSITIES:
+        for path, (call, share) in _paths(conv, x, density).items():
+            calls[path, density], computed[path, density] = call, share
+    with torch.inference_mode():
+        times = clock.medians(calls, ROUNDS)
+    dense = statistics.median(times["dense", density] for density in DENSITIES)
+    points = {path: [(computed[path, d], times[path, d]) for d in DENSITIES] for path in PATHS}
+    shares = {path: break_even(points[path], dense) for path in PATHS}
+    sizes = {"taps": kernel**2, "inputs": c, "outputs": o, "pixels": n * size**2}
+    entry = {"kind": configs.precision(dtype), "form": "conv", **sizes, "shares": shares}
+    return {**entry, "layer": layer.name, "dense_ms": dense, "points": points}
+
+
+def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callable, float]]:
+    """{path: (call, the share of the output's pixels that it computes)}, the plans built before.
+
+    "dense" is what ``auto`` runs in place of the others: the dense layer, and a mask.
+    """
+    n, _, size, _ = x.shape
+    generator = torch.Generator().manual_seed(0)
+    plan = PixelPlan.from_mask(masks.random(n, size, size, density, generator).to(x.device))
+    grid = -(-size // BLOCK)
+    active = masks.random(1, n, grid * grid, density, generator).view(n, grid, grid)
+    blocks = BlockPlan.from_blocks(active.to(x.device), (n, size, size), BLOCK)
+    covered = blocks.num_blocks * BLOCK**2 / (n * size**2)  # tiles are computed whole, also over the edge
+
+    def pixels():
+        return ops.sparse_conv2d(x, conv.weight, None, plan, padding=conv.padding, backend="triton")
+
+    def dense():
+        out = F.conv2d(x, conv.weight, None, padding=conv.padding)
+        return auto.finish_dense(out, plan, ("", None, None, None, None), None)
+
+    found = {"pixels": (pixels, plan.density), "dense": (dense, 1.0)}
+    for path, share in (("rows", min(covered, 1.0)), ("tiles", covered)):
+        found[path] = (partial(SparseBlocks(conv, BLOCK, path), x, blocks), share)
+    return found
+
+
+def measure_all(found: list[Layer], device: torch.device, clock, seconds: float, log) -> list[dict]:
+    """The break-even table, as far as the time reaches."""
+    entries, end = [], clock.now() + seconds
+    for i, layer in enumerate(found):
+        if clock.now() > end:
+            log(
+                f"not reached: the break-even of {len(found) - i} of {len(found)} layers, {layer.name} the first"
+            )
+            break
+        try:
+            entries.append(measure(layer, device, clock))
+        except torch.OutOfMemoryError as error:
+            log(f"{layer.name}: {str(error).splitlines()[0]}")
+            continue
+        shares = ", ".join(f"{path} {share:.2f}" for path, share in entries[-1]["shares"].items())
+        log(f"{layer.name}: break-even {shares}")
+    return entries
