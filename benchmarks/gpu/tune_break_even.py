@@ -18,6 +18,7 @@ from dynops.ops import auto
 
 from .. import masks
 from .tune_problems import RESNET
+from .tune_tiles import first_line
 
 PATHS = ("pixels", "rows", "tiles")
 DENSITIES = (0.4, 0.6, 0.8, 1.0)
@@ -132,8 +133,8 @@ def measure_all(found: list[Layer], device: torch.device, clock, seconds: float,
             break
         try:
             entries.append(measure(layer, device, clock))
-        except torch.OutOfMemoryError as error:
-            log(f"{layer.name}: {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # out of memory, or no kernel for the dense layer
+            log(f"{layer.name}: not measured, {first_line(error)}")
             continue
         shares = ", ".join(f"{path} {share:.2f}" for path, share in entries[-1]["shares"].items())
         log(f"{layer.name}: break-even {shares}")
