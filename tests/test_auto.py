@@ -132,7 +132,7 @@ def test_who_decides(ran):
         ops.sparse_conv2d(x, weight, bias, plan, padding=1, **options)
         return ran[-1]
 
-    with configs.use("cpu", config(pixels=0.5)):
+    with configs.use("cpu", config(pixels=0.5, full=0.9)):
         assert path() == "dense_layer"
         assert path(plan=sparse) == "_pixel_conv"
         assert path(plan=PixelPlan.full(plan.shape)) == "dense_layer"
@@ -143,7 +143,7 @@ def test_who_decides(ran):
         ran.clear()
         layer(x, mask)
         assert ran == ["dense_layer"]
-    with configs.use("cpu", config(pixels=1.0)):  # measured: the op wins even where a plan is full
+    with configs.use("cpu", config(pixels=0.5, full=1.0)):  # measured: the op wins even where a plan is full
         assert path(plan=PixelPlan.full(plan.shape)) == "_pixel_conv"
     assert path() == "_pixel_conv"
 

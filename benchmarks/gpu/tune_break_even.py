@@ -27,7 +27,7 @@ BLOCK = 8  # pixels; a 7x7 map is cut at its edge
 
 
 class Layer(NamedTuple):
-    """A convolution ``[n, c, size, size]`` to o channels."""
+    """A convolution ``[n, c, size, size]`` to o channels; in as many groups where it is depthwise."""
 
     n: int
     c: int
@@ -35,10 +35,15 @@ class Layer(NamedTuple):
     size: int
     kernel: int
     dtype: torch.dtype
+    form: str = "conv"
 
     @property
     def name(self) -> str:
-        return f"{self.n},{self.c},{self.o},{self.size} {self.kernel}x{self.kernel} {str(self.dtype)[6:]}"
+        dtype, kernel = str(self.dtype).removeprefix("torch."), f"{self.kernel}x{self.kernel}"
+        return f"{self.form} {self.n},{self.c},{self.o},{self.size} {kernel} {dtype}"
+
+
+DEPTHWISE = ((144, 56), (192, 28), (576, 14), (960, 7))  # of MobileNetV2
 
 
 def layers() -> list[Layer]:
@@ -48,12 +53,13 @@ def layers() -> list[Layer]:
         for n in batches:
             found += [Layer(n, c, c, h, 3, dtype) for c, h in RESNET]
             found += [Layer(n, *pair, h, 1, dtype) for c, h in RESNET for pair in ((4 * c, c), (c, 4 * c))]
+    found += [Layer(n, c, c, h, 3, torch.bfloat16, "depthwise") for n in (64, 1) for c, h in DEPTHWISE]
     return found
 
 
 def small_layers() -> list[Layer]:
     """For a dry run in Triton's interpreter."""
-    return [Layer(1, 16, 16, 8, kernel, torch.float16) for kernel in (3, 1)]
+    return [Layer(1, 16, 16, 8, 1, torch.float16), Layer(1, 16, 16, 8, 3, torch.float16, "depthwise")]
 
 
 def break_even(points: list[tuple[float, float]], dense: float) -> float:
@@ -76,8 +82,9 @@ def break_even(points: list[tuple[float, float]], dense: float) -> float:
 
 def measure(layer: Layer, device: torch.device, clock) -> dict:
     """An entry of a config's break-even table, and the times that it comes from."""
-    n, c, o, size, kernel, dtype = layer
-    conv = nn.Conv2d(c, o, kernel, padding=kernel // 2, bias=False, device=device, dtype=dtype)
+    n, c, o, size, kernel, dtype, form = layer
+    options = {"bias": False, "groups": c if form == "depthwise" else 1, "device": device, "dtype": dtype}
+    conv = nn.Conv2d(c, o, kernel, padding=kernel // 2, **options)
     conv = conv.to(memory_format=torch.channels_last)
     x = torch.randn(n, c, size, size, device=device, dtype=dtype).contiguous(
         memory_format=torch.channels_last
@@ -88,12 +95,19 @@ def measure(layer: Layer, device: torch.device, clock) -> dict:
             calls[path, density], computed[path, density] = call, share
     with torch.inference_mode():
         times = clock.medians(calls, ROUNDS)
-    dense = statistics.median(times["dense", density] for density in DENSITIES)
+    masked = statistics.median(times["dense", density] for density in DENSITIES[:-1])
     points = {path: [(computed[path, d], times[path, d]) for d in DENSITIES] for path in PATHS}
-    shares = {path: break_even(points[path], dense) for path in PATHS}
+    shares = {path: break_even(points[path], masked) for path in PATHS}
+    shares["full"] = break_even(points["pixels"], times["dense", DENSITIES[-1]])  # which has no mask
     sizes = {"taps": kernel**2, "inputs": c, "outputs": o, "pixels": n * size**2}
-    entry = {"kind": configs.precision(dtype), "form": "conv", **sizes, "shares": shares}
-    return {**entry, "layer": layer.name, "dense_ms": dense, "points": points}
+    entry = {"kind": configs.precision(dtype), "form": form, **sizes, "shares": shares}
+    return {
+        **entry,
+        "layer": layer.name,
+        "dense_ms": times["dense", DENSITIES[-1]],
+        "masked_dense_ms": masked,
+        "points": points,
+    }
 
 
 def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callable, float]]:
@@ -110,10 +124,12 @@ def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callab
     covered = blocks.num_blocks * BLOCK**2 / (n * size**2)  # tiles are computed whole, also over the edge
 
     def pixels():
-        return ops.sparse_conv2d(x, conv.weight, None, plan, padding=conv.padding, backend="triton")
+        return ops.sparse_conv2d(
+            x, conv.weight, None, plan, padding=conv.padding, groups=conv.groups, backend="triton"
+        )
 
     def dense():
-        out = F.conv2d(x, conv.weight, None, padding=conv.padding)
+        out = F.conv2d(x, conv.weight, None, padding=conv.padding, groups=conv.groups)
         return auto.finish_dense(out, plan, ("", None, None, None, None), None)
 
     found = {"pixels": (pixels, plan.density), "dense": (dense, 1.0)}

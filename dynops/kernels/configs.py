@@ -55,8 +55,9 @@ class Config:
     def shares(self, kind: str, form: str, taps: int, inputs: int, outputs: int, pixels: int) -> dict | None:
         """{path: the share of a convolution's output pixels below which that path is faster than the dense layer}.
 
-        Paths: "pixels" (the op), "rows" and "tiles" (``nn.SparseBlocks``); the pixels that a path computes are
-        counted with their halo. None where nothing near was measured.
+        Paths: "pixels" (the op), "rows" and "tiles" (``nn.SparseBlocks``), against the dense layer and a mask, and
+        "full" (the op on a plan of every pixel, against the dense layer alone: 1 where the op is not slower). The
+        pixels that a path computes are counted with their halo. None where nothing near was measured.
 
         Args:
             form: "conv" or "depthwise".

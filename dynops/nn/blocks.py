@@ -148,7 +148,8 @@ class SparseBlocks(nn.Module):
 
     def _fastest(self, bound: Bound, x: Tensor, plan: BlockPlan, in_shape, may_be_dense: bool) -> str:
         """The path that is expected to be the fastest: "dense", "rows" or "tiles"."""
-        everything = plan.is_full and _covers(plan.geometry)
+        if may_be_dense and plan.is_full and _covers(plan.geometry) and not bound.beats_dense(x, in_shape):
+            return "dense"
         paths = ["tiles"]
         # where only the reference runs, rows are the dense layer and a mask
         if bound.rows and backends.choose(None, x.device, x.dtype) != "reference":
@@ -159,8 +160,6 @@ class SparseBlocks(nn.Module):
             if None not in costs.values():
                 costs |= {"dense": 1.0} if may_be_dense else {}
                 return min(costs, key=costs.get)
-        if may_be_dense and everything and not bound.beats_dense(x, in_shape):
-            return "dense"
         return paths[0]
 
     def _dense(self, x: Tensor, plan: BlockPlan, base: Tensor | None) -> Tensor:
@@ -168,7 +167,7 @@ class SparseBlocks(nn.Module):
         out = self.module(x)
         if not (plan.is_full and _covers(plan.geometry)):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
-            out = torch.where(plan.mask()[:, None], out, 0 if base is None else base)
+            out = auto.keep_pixels(out, plan.pixels(), base)
         return out.contiguous(memory_format=memory_format_of(x))
 
 

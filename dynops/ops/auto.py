@@ -34,7 +34,7 @@ def break_even(
     None where that was not measured: a transposed convolution, or groups that are neither one nor depthwise.
 
     Args:
-        path: "pixels", "rows" or "tiles", as :meth:`configs.Config.shares` has them.
+        path: "pixels", "full", "rows" or "tiles", as :meth:`configs.Config.shares` has them.
         dtype: that of the product, which under autocast is not that of the input.
     """
     config, inputs = configs.of(device), weight.shape[1] * g.groups
@@ -50,7 +50,7 @@ def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry)
     """Whether the dense layer computes a plan faster than the op does; None where that was not measured."""
     if not decides(x.device, x.dtype, plan.count):
         return None
-    share = break_even("pixels", x.device, x.dtype, weight, g)
+    share = break_even("full" if plan.is_full else "pixels", x.device, x.dtype, weight, g)
     return None if share is None else plan.num_rows > share * plan.num_pixels
 
 
@@ -63,9 +63,10 @@ def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | N
         base: ``[N, O, H, W]`` of ``out``'s dtype.
     """
     activation, scale, shift, gate, residual = epilogue
-    inactive = None if plan.is_full else (plan.inverse() < 0)[:, None]
-    if inactive is not None and torch.is_grad_enabled() and not checks.epilogue_is_empty(epilogue):
-        out = out.masked_fill(inactive, 0)  # an infinity there times a gradient of zero would be NaN
+    if torch.is_grad_enabled() and not plan.is_full and not checks.epilogue_is_empty(epilogue):
+        out = out.masked_fill(
+            _inactive_mask(plan), 0
+        )  # an infinity there times a gradient of zero would be NaN
     if scale is not None:
         out = out * scale.to(out.dtype)[:, None, None]
     if shift is not None:
@@ -75,8 +76,39 @@ def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | N
     if residual is not None:
         out = out + (residual if residual.dim() == 4 else scatter_pixels(residual, plan))
     out = ACTIVATIONS[activation](out)
-    if inactive is None:
-        return out
-    if base is not None:
-        return torch.where(inactive, base, out)
-    return out.masked_fill(inactive, 0) if torch.is_grad_enabled() else out.masked_fill_(inactive, 0)
+    return out if plan.is_full else keep_pixels(out, plan, base)
+
+
+def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
+    """``out`` at the plan's pixels, ``base`` (or zero) elsewhere; written over where gradients are off.
+
+    There only inactive rows are touched: a mask would read and write all of a map that is dense almost everywhere.
+    """
+    maps = (out,) if base is None else (out, base)
+    rows_lie = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+    if torch.is_grad_enabled() or not rows_lie:
+        inactive = _inactive_mask(plan)
+        return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
+    rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)
+    index = _inactive_index(plan)
+    if base_rows:
+        rows.index_copy_(0, index, base_rows[0].index_select(0, index))
+    else:
+        rows.index_fill_(0, index, 0)
+    return out
+
+
+def _inactive_mask(plan: PixelPlan) -> Tensor:
+    """Bool ``[N, 1, H, W]``."""
+    return (plan.inverse() < 0)[:, None]
+
+
+def _inactive_index(plan: PixelPlan) -> Tensor:
+    """int64 flat positions of the pixels that are not in a compact plan (kept): their number is known, so that a GPU
+    is not waited for."""
+    index = plan._kept.get("inactive")
+    if index is None:
+        size = plan.num_pixels - plan.num_rows
+        index = torch.nonzero_static(plan.inverse().view(-1) < 0, size=size)[:, 0]
+        plan._kept["inactive"] = index
+    return index
