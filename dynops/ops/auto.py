@@ -64,9 +64,8 @@ def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | N
     """
     activation, scale, shift, gate, residual = epilogue
     if torch.is_grad_enabled() and not plan.is_full and not checks.epilogue_is_empty(epilogue):
-        out = out.masked_fill(
-            _inactive_mask(plan), 0
-        )  # an infinity there times a gradient of zero would be NaN
+        # an infinity there times a gradient of zero would be NaN
+        out = out.masked_fill(_inactive_mask(plan), 0)
     if scale is not None:
         out = out * scale.to(out.dtype)[:, None, None]
     if shift is not None:
