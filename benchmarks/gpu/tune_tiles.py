@@ -69,8 +69,8 @@ def shared_limit(device: torch.device) -> int:
 
 def limits_of(request: Request) -> tiling.Limits:
     """What a launcher takes for this product."""
-    tallest = max(32, 1 << configs.bucket(request.rows)) if request.family == "experts" else 128
-    return tiling.Limits(request.most, max(16, 1 << configs.bucket(request.n)), min(tallest, 128))
+    tallest = max(32, 1 << configs.bucket(request.rows)) if request.family == "experts" else 256
+    return tiling.Limits(request.most, max(16, 1 << configs.bucket(request.n)), tallest)
 
 
 def may_fit(tile: Tile, kind: str, shared: int) -> bool:
@@ -94,7 +94,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
             yield tile._replace(warps=warps)
     for m, n in ((2, 1), (1, 2), (0.5, 1), (1, 0.5)):
         m, n = int(tile.m * m), int(tile.n * n)
-        if 32 <= m <= 128 and 16 <= n <= 256:
+        if 32 <= m <= 256 and 16 <= n <= 256:
             yield tile._replace(m=m, n=n)
 
 
