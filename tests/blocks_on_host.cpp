@@ -1,11 +1,7 @@
-// csrc/cuda/blocks.cuh compiled for a CPU: every thread of every launch runs, one after another.
-// Built and called by test_cuda_on_host.py.
-#include <cuda_runtime.h>
+// csrc/cuda/blocks.cuh compiled for a CPU. Built and called by test_cuda_on_host.py.
+#include "block_of_threads.h"
 
 #include <type_traits>
-
-static dim3 blockIdx, blockDim, threadIdx, gridDim;
-double __shfl_xor_sync(unsigned, double, int);  // one thread a block of the map: never called
 
 #include "../csrc/cuda/blocks.cuh"
 
@@ -14,21 +10,7 @@ namespace {
 using namespace dynops;
 using namespace dynops::cuda;
 
-// Threads that take several items each.
-struct Host {
-  int64_t limit;
-
-  int64_t narrow() const { return limit; }
-
-  template <class Kernel, class... Arguments>
-  void operator()(const char*, int64_t, Kernel kernel, const Arguments&... arguments) const {
-    blockDim = dim3(32);
-    gridDim = dim3(7);
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
-    }
-  }
-};
+host::Threads with_limit(int64_t limit) { return {false, limit}; }
 
 }  // namespace
 
@@ -36,31 +18,31 @@ extern "C" {
 
 void gather(int64_t limit, const BlockGeometry* g, const Lines* lines, int64_t tiles, const void* map,
             const int32_t* index, void* out) {
-  gather_tiles(Host{limit}, *g, *lines, tiles, map, index, out);
+  gather_tiles(with_limit(limit), *g, *lines, tiles, map, index, out);
 }
 
 void replace(int64_t limit, const BlockGeometry* g, const Lines* lines, int64_t tiles, const void* values,
              const int32_t* inverse, const void* base, void* out) {
-  replace_tiles(Host{limit}, *g, *lines, tiles, values, inverse, base, out);
+  replace_tiles(with_limit(limit), *g, *lines, tiles, values, inverse, base, out);
 }
 
 #define ADD(name, T)                                                                                      \
   void name(int64_t limit, const BlockGeometry* g, const Lines* lines, int64_t tiles, const void* values, \
             const int32_t* inverse, const void* base, void* out) {                                        \
-    add_tiles<T>(Host{limit}, *g, *lines, tiles, values, inverse, base, out);                             \
+    add_tiles<T>(with_limit(limit), *g, *lines, tiles, values, inverse, base, out);                       \
   }
 ADD(add_float32, float)
 ADD(add_float16, __half)
 ADD(add_bfloat16, __nv_bfloat16)
 
 void cover(int64_t limit, const BlockGeometry* g, int64_t tiles, const int32_t* index, bool* mask) {
-  mark_blocks(Host{limit}, *g, tiles, index, mask);
+  mark_blocks(with_limit(limit), *g, tiles, index, mask);
 }
 
-#define MASK(name, T)                                                                            \
-  void name(int64_t limit, const BlockGeometry* g, const void* mask, int mean, double threshold, \
-            bool* active) {                                                                      \
-    mask_blocks<1>(Host{limit}, *g, static_cast<const T*>(mask), mean != 0, threshold, active);  \
+#define MASK(name, T)                                                                                  \
+  void name(int64_t limit, const BlockGeometry* g, const void* mask, int mean, double threshold,       \
+            bool* active) {                                                                            \
+    mask_blocks<32>(with_limit(limit), *g, static_cast<const T*>(mask), mean != 0, threshold, active); \
   }
 MASK(mask_bool, uint8_t)
 MASK(mask_int16, int16_t)

@@ -1,28 +1,15 @@
-// csrc/cuda/experts.cuh compiled for a CPU: every thread of every launch runs, one after another, and a
-// stable sort of the standard library stands for CUB's. Built and called by test_cuda_on_host.py.
-#include <cuda_runtime.h>
+// csrc/cuda/experts.cuh compiled for a CPU; a stable sort of the standard library stands for CUB's. Built and
+// called by test_cuda_on_host.py.
+#include "block_of_threads.h"
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
-
-static dim3 blockIdx, blockDim, threadIdx, gridDim;
 
 #include "../csrc/cuda/experts.cuh"
 
 namespace {
 
-// Threads that take several items each, the last before the first.
-struct Host {
-  template <class Kernel, class... Arguments>
-  void operator()(const char*, int64_t, Kernel kernel, const Arguments&... arguments) const {
-    blockDim = dim3(32);
-    gridDim = dim3(3);
-    for (blockIdx.x = gridDim.x; blockIdx.x-- > 0;) {
-      for (threadIdx.x = blockDim.x; threadIdx.x-- > 0;) kernel(arguments...);
-    }
-  }
-};
+using namespace dynops::cuda;
 
 struct Sort {
   int64_t rows;
@@ -39,14 +26,22 @@ struct Sort {
 
 extern "C" {
 
-#define PLAN(name, T)                                                                                   \
-  void plan_##name(const void* index, int64_t tokens, int64_t topk, int32_t experts, int64_t capacity,  \
-                   int32_t* order, int32_t* offsets, int32_t* position) {                               \
-    const int64_t rows = tokens * topk;                                                                 \
-    std::vector<int32_t> keys(rows, -1), sorted(rows, -1), pairs(rows, -1);                             \
-    dynops::cuda::plan_experts(Host(), Sort{rows}, static_cast<const T*>(index), tokens, topk, experts, \
-                               capacity,                                                                \
-                               {order, offsets, position, keys.data(), sorted.data(), pairs.data()});   \
+int serves(int64_t rows, int64_t experts) { return Split::serves(rows, experts); }
+int64_t parts(int64_t rows, int32_t experts) { return Split(rows, experts).parts; }
+int64_t scratch(int64_t rows, int64_t experts) { return expert_plan_scratch(rows, experts); }
+
+// sorts: by the sort, whatever the sizes; its scratch is 3 numbers a pair.
+#define PLAN(name, T)                                                                                      \
+  void plan_##name(int descending, int sorts, const void* index, int64_t tokens, int64_t topk,             \
+                   int32_t experts, int64_t capacity, int32_t* order, int32_t* offsets, int32_t* position, \
+                   int32_t* scratch) {                                                                     \
+    const host::Threads launch{descending != 0};                                                           \
+    const Sort sort{tokens * topk};                                                                        \
+    const Choices<T> choices{static_cast<const T*>(index), uint32_t(tokens), uint32_t(topk), experts,      \
+                             false};                                                                       \
+    const ExpertPlanMemory memory{order, offsets, position};                                               \
+    if (sorts) return plan_by_sort(launch, sort, choices, capacity, memory, scratch);                      \
+    plan_experts(launch, sort, choices, capacity, memory, scratch);                                        \
   }
 PLAN(uint8, uint8_t)
 PLAN(int8, int8_t)

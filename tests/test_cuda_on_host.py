@@ -1,18 +1,13 @@
-"""Values of the CUDA C++ kernels of blocks and experts on a CPU, thread after thread; on a GPU, where there is one, there.
-
-The kernels share no memory between threads, so that a host compiler can run them as they are.
-"""
+"""Values of the CUDA C++ kernels of blocks and experts on a CPU; on a GPU, where there is one, there."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from block_cases import CASES, Inputs, between_guards, check_gather, check_scatter, guards_are_whole, of_cases
+from cuda_on_host import NARROW, build, needs_nvcc, numbers, pointer
 
 from dynops.geometry import BlockGeometry
 from dynops.kernels import cuda
@@ -21,20 +16,7 @@ from dynops.ops import blocks as reference
 from dynops.ops import index as index_reference
 from dynops.testing import random_mask, random_tensor
 
-NVCC = shutil.which("nvcc")
-pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
-    pytest.mark.usefixtures("poisoned"),
-]
-NARROW = 2**30  # as in blocks.cu
-
-
-def pointer(x: torch.Tensor | None):
-    return ctypes.c_void_p(0 if x is None else x.data_ptr())
-
-
-def numbers(*values: int):
-    return (ctypes.c_int64 * len(values))(*values)
+pytestmark = [needs_nvcc, pytest.mark.usefixtures("poisoned")]
 
 
 class Host:
@@ -78,16 +60,6 @@ class Host:
         return numbers(1 if last else c, c if last else 1, x.element_size())
 
 
-def build(noun: str, folder: Path) -> ctypes.CDLL:
-    """The library of ``<noun>_on_host.cpp``."""
-    source, built = Path(__file__).parent / f"{noun}_on_host.cpp", folder / f"{noun}.so"
-    # nvcc hands C++ to the host compiler, with its own headers
-    command = [NVCC, "-shared", "-Xcompiler", "-fPIC", "-O1", "-std=c++17", source, "-o", built]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(built))
-
-
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> ctypes.CDLL:
     return build("blocks", tmp_path_factory.mktemp("host"))
@@ -95,7 +67,9 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def expert_library(tmp_path_factory) -> ctypes.CDLL:
-    return build("experts", tmp_path_factory.mktemp("host"))
+    library = build("experts", tmp_path_factory.mktemp("host"))
+    library.scratch.restype = library.parts.restype = ctypes.c_int64
+    return library
 
 
 @of_cases
@@ -154,7 +128,9 @@ def test_division(library):
     assert found == -1, int(n[found])
 
 
-EXPERTS = [(0, 2, 3), (1, 1, 1), (7, 3, 5), (64, 8, 100), (500, 2, 3)]  # T, K, E
+# T, K, E; the last ones have several parts, the very last too many experts for them
+EXPERTS = [(0, 2, 3), (1, 1, 1), (7, 3, 5), (64, 8, 100), (500, 2, 3)]
+SPLIT = [(1, 1, 1024), (1000, 1, 1), (1025, 1, 7), (700, 3, 300), (1500, 8, 60)]
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64"]
 
 
@@ -172,24 +148,61 @@ def expected_plan(index: torch.Tensor, experts: int, capacity: int):
     return index_reference._expert_index(torch.where(outside, experts, index.long()), experts, capacity)
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("sizes", EXPERTS)
-@pytest.mark.parametrize("capacity", [-1, 0, 1, 4, 10**6])
-def test_expert_index(capacity, sizes, dtype, expert_library):
+def check_expert_index(library, sizes, dtype: str, capacity: int, sorts: bool, descending: bool) -> None:
     tokens, topk, experts = sizes
     index = choices(tokens, topk, experts, dtype)
     expected = expected_plan(index, experts, capacity)
     plan = [between_guards(t.shape, t.stride(), torch.int32, "cpu").fill_(2**30) for t in expected]
-    run = getattr(expert_library, f"plan_{dtype}")
+    rows = ctypes.c_int64(tokens * topk)
+    needed = 3 * tokens * topk if sorts else library.scratch(rows, ctypes.c_int64(experts))
+    scratch = between_guards((needed,), (1,), torch.int32, "cpu")
     arguments = (
         ctypes.c_int64(tokens),
         ctypes.c_int64(topk),
         ctypes.c_int32(experts),
         ctypes.c_int64(capacity),
     )
-    run(pointer(index), *arguments, *map(pointer, plan))
+    run = getattr(library, f"plan_{dtype}")
+    run(
+        ctypes.c_int(descending),
+        ctypes.c_int(sorts),
+        pointer(index),
+        *arguments,
+        *map(pointer, [*plan, scratch]),
+    )
     for got, value in zip(plan, expected, strict=True):
         assert torch.equal(got, value) and guards_are_whole(got)
+    assert guards_are_whole(scratch)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("sizes", EXPERTS[1:])
+@pytest.mark.parametrize("capacity", [-1, 0, 1, 4, 10**6])
+def test_expert_index(capacity, sizes, dtype, expert_library):
+    for sorts in (False, True):
+        check_expert_index(expert_library, sizes, dtype, capacity, sorts, descending=False)
+
+
+@pytest.mark.parametrize("sizes", SPLIT)
+def test_expert_index_in_parts(sizes, expert_library):
+    tokens, topk, experts = sizes
+    parts = expert_library.parts(ctypes.c_int64(tokens * topk), ctypes.c_int32(experts))
+    assert parts == -(-tokens * topk // 1024)
+    for capacity, descending in ((-1, False), (-1, True), (40, False), (40, True)):
+        check_expert_index(expert_library, sizes, "int64", capacity, False, descending)
+
+
+def test_what_is_split_and_what_is_sorted(expert_library):
+    """csrc/cuda/multisplit.cuh: up to 1024 experts, 4096 pairs of each of 128 parts, 16384 counts."""
+    serves = expert_library.serves
+    for rows, experts, split in (
+        (128 * 4096, 64, True),
+        (128 * 4096 + 1, 64, False),
+        (15 * 4096, 1024, True),
+        (15 * 4096 + 1, 1024, False),
+        (1, 1025, False),
+    ):
+        assert bool(serves(ctypes.c_int64(rows), ctypes.c_int64(experts))) == split
 
 
 @pytest.mark.gpu
@@ -207,7 +220,7 @@ def test_on_a_gpu(case, dtype, nchw):
     not (torch.cuda.is_available() and cuda.AVAILABLE), reason="needs a GPU and a binary with CUDA"
 )
 @pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("sizes", EXPERTS)
+@pytest.mark.parametrize("sizes", [*EXPERTS, *SPLIT, (70_000, 1, 1000)])
 @pytest.mark.parametrize("capacity", [-1, 0, 4])
 def test_expert_index_on_a_gpu(capacity, sizes, dtype):
     tokens, topk, experts = sizes

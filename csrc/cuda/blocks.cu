@@ -43,7 +43,7 @@ void cuda_gather_tiles(const Tensor& x, const Tensor& index, IntHeaderOnlyArrayR
   if (out.numel() == 0) return;
   const Launch launch(x);
   if (x.numel() == 0) return launch.zero(out);  // every index is -1
-  gather_tiles(Threads(launch), g, lines_of(x, out), out.size(0), x.data_ptr(), at, out.data_ptr());
+  gather_tiles(launch, g, lines_of(x, out), out.size(0), x.data_ptr(), at, out.data_ptr());
 }
 
 // tiles, base and out are all channels_last or all contiguous. `inverse` [N, GH, GW] is of inverse_index.
@@ -58,17 +58,17 @@ void cuda_scatter_tiles(const Tensor& tiles, const Tensor& inverse, IntHeaderOnl
   if (out.numel() == 0) return;
   const Launch launch(out);
   const auto run = [&](auto scatter) {
-    scatter(Threads(launch), g, lines_of(out, tiles), tiles.size(0), tiles.data_ptr(), tile_of,
+    scatter(launch, g, lines_of(out, tiles), tiles.size(0), tiles.data_ptr(), tile_of,
             base ? base->data_ptr() : nullptr, out.data_ptr());
   };
-  if (!add || !(base || g.overlaps())) return run(replace_tiles<Threads>);  // zero and one tile: the tile
+  if (!add || !(base || g.overlaps())) return run(replace_tiles<Launch>);  // zero and one tile: the tile
   switch (out.scalar_type()) {
     case ScalarType::Float:
-      return run(add_tiles<float, Threads>);
+      return run(add_tiles<float, Launch>);
     case ScalarType::Half:
-      return run(add_tiles<__half, Threads>);
+      return run(add_tiles<__half, Launch>);
     case ScalarType::BFloat16:
-      return run(add_tiles<__nv_bfloat16, Threads>);
+      return run(add_tiles<__nv_bfloat16, Launch>);
     default:
       STD_TORCH_CHECK(false, "tiles: expected float32, float16 or bfloat16 to add, got another dtype");
   }
@@ -112,9 +112,8 @@ Tensor block_mask(const Tensor& given, IntHeaderOnlyArrayRef geometry, bool mean
   const Tensor blocks = empty_on(mask, {g.batch, g.grid_h, g.grid_w}, ScalarType::Bool);
   if (blocks.numel() == 0) return blocks;
   auto* active = static_cast<bool*>(blocks.data_ptr());
-  visit_values(mask, [&](const auto* values) {
-    mask_blocks<32>(Threads(launch), g, values, mean, threshold, active);
-  });
+  visit_values(mask,
+               [&](const auto* values) { mask_blocks<32>(launch, g, values, mean, threshold, active); });
   return blocks;
 }
 
@@ -125,7 +124,7 @@ Tensor block_cover(const Tensor& index, const OptionalTensor&, IntHeaderOnlyArra
   const Tensor mask = empty_on(index, {g.batch, g.height, g.width}, ScalarType::Bool);
   launch.zero(mask);
   if (index.numel() == 0 || mask.numel() == 0) return mask;
-  mark_blocks(Threads(launch), g, index.numel(), at, static_cast<bool*>(mask.data_ptr()));
+  mark_blocks(launch, g, index.numel(), at, static_cast<bool*>(mask.data_ptr()));
   return mask;
 }
 

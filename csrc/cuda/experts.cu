@@ -1,4 +1,4 @@
-// Plans of experts on a GPU: the pairs sorted by expert, with CUB.
+// Plans of experts on a GPU: the pairs split by expert, or where they are too many, sorted with CUB.
 //
 // Everything runs on the current stream, and nothing reads back from the device. An index outside [0, E] is
 // dropped: looking for one would synchronise.
@@ -38,8 +38,6 @@ int bits_of(int64_t largest) {
   return bits;
 }
 
-int32_t* numbers(const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor> expert_index(const Tensor& given, int64_t experts, int64_t capacity) {
   STD_TORCH_CHECK(given.dim() == 2, "index: expected [T, K], got ", given.dim(), " dimensions");
   STD_TORCH_CHECK(given.numel() <= INT32_MAX, "index: expected fewer than 2**31 pairs, got ", given.numel());
@@ -54,10 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_index(const Tensor& given, int64_t exp
     return {order, offsets, position};
   }
   const Tensor index = torch::stable::contiguous(given);
-  const Tensor scratch = empty_on(index, {3, rows}, ScalarType::Int);
-  int32_t* const keys = numbers(scratch);
-  const ExpertPlanMemory memory{numbers(order), numbers(offsets), numbers(position),
-                                keys,           keys + rows,      keys + 2 * rows};
+  const Tensor scratch = empty_on(index, {expert_plan_scratch(rows, experts)}, ScalarType::Int);
+  const ExpertPlanMemory memory{numbers(order), numbers(offsets), numbers(position)};
   const auto sort = [&](const int32_t* from, int32_t* sorted, const int32_t* pairs, int32_t* out) {
     with_temporary(launch, index, "sort", [&](void* temporary, size_t& bytes) {
       return cub::DeviceRadixSort::SortPairs(temporary, bytes, from, sorted, pairs, out, rows, 0,
@@ -65,7 +61,9 @@ std::tuple<Tensor, Tensor, Tensor> expert_index(const Tensor& given, int64_t exp
     });
   };
   visit_integers(index, [&](const auto* choices) {
-    plan_experts(Threads(launch), sort, choices, tokens, topk, int32_t(experts), capacity, memory);
+    const Choices<std::decay_t<decltype(*choices)>> pairs{choices, uint32_t(tokens), uint32_t(topk),
+                                                          int32_t(experts), false};
+    plan_experts(launch, sort, pairs, capacity, memory, numbers(scratch));
   });
   return {order, offsets, position};
 }

@@ -1,15 +1,16 @@
 // The kernels of experts.cu and the order they run in. Free of torch: tests/experts_on_host.cpp runs them on
 // a CPU, with a sort of its own.
 //
-// The plan is a stable sort of the pairs by expert. A capacity needs another sort before it, of the pairs in
-// the order of their claims: all first choices, then all second ones. A pair's rank among its expert's claims
-// says whether it is kept. What is dropped has the key E in the last sort, and so ends up last, in the order
-// of pairs.
+// The plan is a stable partition of the pairs by expert. A capacity needs another one before it, of the pairs
+// in the order of their claims: all first choices, then all second ones. A pair's rank among its expert's
+// claims says whether it is kept. What is dropped has the key E in the last partition, and so ends up last,
+// in the order of pairs. Both are done by multisplit.cuh, or where that does not serve, by a sort.
 #pragma once
 
 #include <cstdint>
 
 #include "items.cuh"
+#include "multisplit.cuh"
 
 namespace dynops::cuda {
 
@@ -30,14 +31,12 @@ __device__ __forceinline__ int32_t count_below(const int32_t* __restrict__ ascen
 
 // -------------------------------------------------------------------------------------- kernels
 
-// keys[i] = the expert of pair i, E where it is dropped; by_choice: of the i-th pair of all first choices,
-// all second ones, ...
+// keys[i] and pairs[i]: the i-th choice.
 template <class T>
-__global__ void write_keys(const T* __restrict__ index, int64_t tokens, int64_t topk, int32_t experts,
-                           bool by_choice, int32_t* __restrict__ keys, int32_t* __restrict__ pairs) {
-  for (int64_t i = first_item<int64_t>(); i < tokens * topk; i += item_stride<int64_t>()) {
-    const int64_t pair = by_choice ? i % tokens * topk + i / tokens : i, expert = int64_t(index[pair]);
-    keys[i] = expert < 0 || expert > experts ? experts : int32_t(expert);
+__global__ void write_keys(Choices<T> choices, int32_t* __restrict__ keys, int32_t* __restrict__ pairs) {
+  for (int64_t i = first_item<int64_t>(); i < choices.pairs(); i += item_stride<int64_t>()) {
+    const uint32_t pair = choices.pair(uint32_t(i));
+    keys[i] = choices.expert(pair);
     pairs[i] = int32_t(pair);
   }
 }
@@ -65,24 +64,58 @@ __global__ void write_places(const int32_t* __restrict__ sorted, const int32_t* 
 
 // ------------------------------------------------------------------------------------- launches
 
-// Memory of a plan of T * K pairs: int32 [P] but for offsets [E + 1]. keys, sorted and pairs are scratch.
+// Memory of a plan of P = T * K pairs: int32 [P] but for offsets [E + 1].
 struct ExpertPlanMemory {
-  int32_t *order, *offsets, *position, *keys, *sorted, *pairs;
+  int32_t *order, *offsets, *position;
 };
 
-// run: launches a kernel for a number of items; sort: stably by keys, pairs along with them.
-// capacity < 0: no limit.
-template <class Run, class Sort, class T>
-void plan_experts(const Run& run, const Sort& sort, const T* index, int64_t tokens, int64_t topk,
-                  int32_t experts, int64_t capacity, const ExpertPlanMemory& m) {
-  const int64_t rows = tokens * topk, places = rows > experts ? rows : int64_t(experts) + 1;
-  run("write_keys", rows, write_keys<T>, index, tokens, topk, experts, capacity >= 0, m.keys, m.pairs);
-  sort(m.keys, m.sorted, m.pairs, m.order);
+// Numbers of scratch memory that plan_experts needs.
+inline int64_t expert_plan_scratch(int64_t rows, int64_t experts) {
+  if (!Split::serves(rows, experts)) return 3 * rows;
+  return rows + Split(rows, int32_t(experts)).counts(int32_t(experts));
+}
+
+// Two launches; four with a capacity (>= 0).
+template <class Launch, class T>
+void plan_by_split(const Launch& launch, const Choices<T>& choices, int64_t capacity,
+                   const ExpertPlanMemory& m, int32_t* scratch) {
+  int32_t *const keys = scratch, *const counts = scratch + choices.pairs();
+  const PutRow rows{choices.experts, m.order, m.position};
+  if (capacity < 0) return split_pairs(launch, choices, counts, m.offsets, rows);
+  Choices<T> claims = choices;
+  claims.by_choice = true;
+  split_pairs(launch, claims, counts, m.offsets, PutKey{choices.experts, capacity, keys});
+  const Choices<int32_t> kept{keys, choices.tokens, choices.topk, choices.experts, false};
+  split_pairs(launch, kept, counts, m.offsets, rows);
+}
+
+// sort: stably by keys, pairs along with them.
+template <class Launch, class Sort, class T>
+void plan_by_sort(const Launch& launch, const Sort& sort, const Choices<T>& choices, int64_t capacity,
+                  const ExpertPlanMemory& m, int32_t* scratch) {
+  const int32_t experts = choices.experts;
+  const int64_t rows = choices.pairs(), places = rows > experts ? rows : int64_t(experts) + 1;
+  int32_t *const keys = scratch, *const sorted = scratch + rows, *const pairs = scratch + 2 * rows;
+  Choices<T> claims = choices;
+  claims.by_choice = capacity >= 0;
+  launch("write_keys", rows, write_keys<T>, claims, keys, pairs);
+  sort(keys, sorted, pairs, m.order);
   if (capacity >= 0) {
-    run("keep_first", rows, keep_first, m.sorted, m.order, rows, experts, capacity, m.keys, m.pairs);
-    sort(m.keys, m.sorted, m.pairs, m.order);
+    launch("keep_first", rows, keep_first, sorted, m.order, rows, experts, capacity, keys, pairs);
+    sort(keys, sorted, pairs, m.order);
   }
-  run("write_places", places, write_places, m.sorted, m.order, rows, experts, m.offsets, m.position);
+  launch("write_places", places, write_places, sorted, m.order, rows, experts, m.offsets, m.position);
+}
+
+// capacity < 0: no limit. There is at least one pair.
+template <class Launch, class Sort, class T>
+void plan_experts(const Launch& launch, const Sort& sort, const Choices<T>& choices, int64_t capacity,
+                  const ExpertPlanMemory& memory, int32_t* scratch) {
+  if (Split::serves(choices.pairs(), choices.experts)) {
+    plan_by_split(launch, choices, capacity, memory, scratch);
+  } else {
+    plan_by_sort(launch, sort, choices, capacity, memory, scratch);
+  }
 }
 
 }  // namespace dynops::cuda

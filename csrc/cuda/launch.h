@@ -2,16 +2,12 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 
 #include "../common/tensors.h"
-
-// Declared by torch only where USE_CUDA is defined. Weak, so that a binary with CUDA kernels loads into
-// a torch without CUDA, where nothing calls it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
 
 namespace dynops::cuda {
 
@@ -19,16 +15,57 @@ inline void check(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 
-// Makes the tensor's device current for a scope, and knows that device's current stream.
+// torch's current stream of a device. The function lies in libtorch_cuda, which this binary must not need: it
+// also loads beside a torch without CUDA. Python loads libtorch_cuda for itself alone, so that a weak symbol
+// would not find it either; here it is asked for by the name under which it is loaded.
+inline cudaStream_t current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t device, void** stream);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                              : nullptr);
+  }();
+  STD_TORCH_CHECK(function, "the current stream: expected libtorch_cuda.so to be loaded");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+constexpr int kThreads = 256;
+
+// Of a grid whose blocks stride over it.
+constexpr int64_t kMostBlocks = int64_t(1) << 20;
+
+// Makes the tensor's device current for a scope, and launches kernels on that device's current stream.
 class Launch {
  public:
-  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
+  explicit Launch(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
 
   cudaStream_t stream() const { return stream_; }
+
+  // A thread for each item, up to the largest grid.
+  template <class Kernel, class... Arguments>
+  void operator()(const char* name, int64_t items, Kernel kernel, const Arguments&... arguments) const {
+    blocks(name, (items + kThreads - 1) / kThreads, kThreads, kernel, arguments...);
+  }
+
+  template <class Kernel, class... Arguments>
+  void blocks(const char* name, int64_t blocks, int threads, Kernel kernel,
+              const Arguments&... arguments) const {
+    kernel<<<unsigned(std::min(blocks, kMostBlocks)), threads, 0, stream_>>>(arguments...);
+    check(cudaGetLastError(), name);
+  }
+
+  // Below it 32 bits hold every number and one stride of the largest grid more.
+  int64_t narrow() const { return int64_t(1) << 30; }
+
+  // Whether a CUDA graph records the stream.
+  bool captured() const {
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(stream_, &status), "capture");
+    return status != cudaStreamCaptureStatusNone;
+  }
 
   // Memory is freed in stream order by torch's allocator, as a tensor's is.
   Tensor bytes(const Tensor& like, int64_t count) const {
@@ -47,40 +84,15 @@ class Launch {
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t stream_;
 };
-
-constexpr int kThreads = 256;
-
-// Blocks for kernels that stride over the grid.
-inline int grid_for(int64_t items, int64_t per_block = kThreads) {
-  return int(std::min<int64_t>((items + per_block - 1) / per_block, int64_t(1) << 20));
-}
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype, std::nullopt,
                               like.device());
 }
 
-inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
-
-// Runs a kernel with a thread for each item, up to the largest grid.
-class Threads {
- public:
-  explicit Threads(const Launch& launch) : launch_(launch) {}
-
-  // Below it 32 bits hold every number and one stride of the largest grid more.
-  int64_t narrow() const { return int64_t(1) << 30; }
-
-  template <class Kernel, class... Arguments>
-  void operator()(const char* name, int64_t items, Kernel kernel, const Arguments&... arguments) const {
-    kernel<<<grid_for(items), kThreads, 0, launch_.stream()>>>(arguments...);
-    check_launch(name);
-  }
-
- private:
-  const Launch& launch_;
-};
+inline int32_t* numbers(const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
 
 // Calls a CUB function twice, as CUB wants it: for the size of its temporary memory, then to run.
 template <class F>

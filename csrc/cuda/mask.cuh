@@ -10,27 +10,80 @@ namespace dynops::cuda {
 template <class Word>
 struct MaskView {
   const Word* data;
+  int64_t pixels;
   Word value, largest;
 
-  __host__ __device__ bool active(int64_t i) const { return (data[i] & value) != 0; }
-  __host__ __device__ bool nan(int64_t i) const { return (data[i] & value) > largest; }
-};
-
-// Counts of a mask in one number: active elements below, NaN above.
-template <class Word>
-struct CountOf {
-  MaskView<Word> mask;
-
-  __host__ __device__ uint64_t operator()(int64_t i) const {
-    return uint64_t(mask.active(i)) | uint64_t(mask.nan(i)) << 32;
+  __device__ __forceinline__ bool active(Word element) const { return (element & value) != 0; }
+  __device__ __forceinline__ bool nan(Word element) const {
+    return sizeof(Word) > 1 && Word(element & value) > largest;
   }
 };
 
+// The same mask in vectors of 16 bytes at multiples of 16, wherever its memory begins: only the vectors at
+// its two ends are read element by element.
 template <class Word>
-struct IsActive {
-  MaskView<Word> mask;
+class MaskVectors {
+ public:
+  static constexpr int kElements = 16 / int(sizeof(Word));
 
-  __host__ __device__ bool operator()(int32_t i) const { return mask.active(i); }
+  explicit MaskVectors(const MaskView<Word>& mask)
+      : mask_(mask), begin_(int(reinterpret_cast<uintptr_t>(mask.data) % 16 / sizeof(Word))) {}
+
+  int64_t count() const { return (begin_ + mask_.pixels + kElements - 1) / kElements; }
+
+  // The pixel of the first element of a vector: below 0 where that lies before the mask.
+  __device__ __forceinline__ int64_t pixel(int64_t vector) const { return vector * kElements - begin_; }
+
+  // A bit for each active element of a vector. Beyond the ends of the mask nothing is active.
+  __device__ __forceinline__ uint32_t active(int64_t vector) const {
+    const Elements elements = load(vector);
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) bits |= uint32_t(mask_.active(elements[k])) << k;
+    return bits;
+  }
+
+  // The active elements of a vector below, the NaN above.
+  __device__ __forceinline__ uint64_t counts(int64_t vector) const {
+    const Elements elements = load(vector);
+    uint32_t active = 0, nan = 0;
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      active += mask_.active(elements[k]);
+      nan += mask_.nan(elements[k]);
+    }
+    return active | uint64_t(nan) << 32;
+  }
+
+ private:
+  struct Elements {
+    uint64_t halves[2];
+
+    __device__ __forceinline__ Word operator[](int k) const {
+      return Word(halves[k / kHalf] >> (k % kHalf * kBits));
+    }
+    __device__ __forceinline__ void set(int k, Word element) {
+      halves[k / kHalf] |= uint64_t(element) << (k % kHalf * kBits);
+    }
+    static constexpr int kHalf = kElements / 2, kBits = 8 * int(sizeof(Word));
+  };
+
+  __device__ __forceinline__ Elements load(int64_t vector) const {
+    const int64_t first = pixel(vector);
+    if (first >= 0 && first + kElements <= mask_.pixels) {
+      const ulonglong2 both = *reinterpret_cast<const ulonglong2*>(mask_.data + first);
+      return {{both.x, both.y}};
+    }
+    Elements elements{};
+#pragma unroll
+    for (int k = 0; k < kElements; ++k) {
+      if (first + k >= 0 && first + k < mask_.pixels) elements.set(k, mask_.data[first + k]);
+    }
+    return elements;
+  }
+
+  MaskView<Word> mask_;
+  int begin_;  // elements between the multiple of 16 bytes and the mask
 };
 
 }  // namespace dynops::cuda
