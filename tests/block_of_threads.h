@@ -37,18 +37,18 @@ static dim3 blockIdx, blockDim, threadIdx, gridDim;
 namespace host {
 
 #if defined(__SANITIZE_THREAD__)
+// What keeps the turns is no part of the kernels, and their memory is theirs only.
+#define UNSANITIZED __attribute__((no_sanitize("thread")))
 struct Sanitizer {
   void* fiber = nullptr;
 
   void create() { fiber = __tsan_create_fiber(0); }
   void destroy() { __tsan_destroy_fiber(fiber); }
   void current() { fiber = __tsan_get_current_fiber(); }
-  void enter() const { __tsan_switch_to_fiber(fiber, 1); }  // 1: orders nothing
+  UNSANITIZED void enter() const { __tsan_switch_to_fiber(fiber, 1); }  // 1: orders nothing
   static void arrive(void* barrier) { __tsan_release(barrier); }
   static void leave(void* barrier) { __tsan_acquire(barrier); }
 };
-// What keeps the turns is no part of the kernels, and their memory is theirs only.
-#define UNSANITIZED __attribute__((no_sanitize("thread")))
 #else
 #define UNSANITIZED
 struct Sanitizer {
@@ -82,8 +82,8 @@ class Block {
     kernel_ = &kernel;
     threads_.resize(blockDim.x);
     main_sanitizer_.current();
-    Sanitizer::arrive(&entry_);
     for (Thread& thread : threads_) start(thread);
+    Sanitizer::arrive(&entry_);
     while (!finished()) {
       for (unsigned i = 0; i < threads_.size(); ++i) turn(descending ? unsigned(threads_.size()) - 1 - i : i);
       open_barriers();
@@ -135,7 +135,7 @@ class Block {
     swapcontext(&main_, &threads_[i].context);
   }
 
-  void leave(Thread& self) {
+  UNSANITIZED void leave(Thread& self) {
     main_sanitizer_.enter();
     swapcontext(&self.context, &main_);
   }
