@@ -4,7 +4,7 @@ FLOPs are 2 x MACs. Bytes are the fewest that can pass through device memory: in
 and every output is written once, indices and the filling of outputs included. A real kernel may move more (rows read for
 several tiles), and, where everything fits in the second-level cache and was there before, less.
 
-Launches are counted from ``csrc/cuda`` and ``dynops/kernels``, those of CUB and of torch's own sort included.
+Launches are counted from ``csrc/cuda`` and ``dynops/kernels``.
 """
 
 from __future__ import annotations
@@ -45,13 +45,11 @@ def copy(size: float) -> Step:
 def mask_to_index(pixels: int, active: float, capacity: bool = False) -> list[Step]:
     """A plan of a bool mask, ``active`` of whose ``pixels`` are set.
 
-    The compact form counts first, and the host waits for the count; the capacity form, with room for every pixel, writes -1
-    past it instead.
+    Both count the parts of the mask first and write from there, the compact form after the host has waited for the counts;
+    the capacity form, with room for every pixel, writes -1 past them.
     """
-    select = Step("select", read=pixels, written=INDEX * active, launches=2)
-    if capacity:
-        return [select, Step("fit capacity", read=INDEX * active, written=INDEX * pixels)]
-    return [Step("count", read=pixels, launches=2, waits=1), select]
+    count = Step("count", read=pixels, waits=0 if capacity else 1)
+    return [count, Step("select", read=pixels, written=INDEX * (pixels if capacity else active))]
 
 
 def inverse_index(pixels: int, rows: float) -> list[Step]:
@@ -65,13 +63,10 @@ def needed_mask(in_pixels: int, rows: float, needed: float) -> list[Step]:
 
 
 def expert_index(pairs: int, experts: int, index_size: int = 8) -> list[Step]:
-    """The pairs sorted by expert; ``index_size`` bytes of a choice. A radix sort takes a pass for each 8 bits of a key."""
-    passes = -(-experts.bit_length() // 8)
-    keys = 2 * INDEX * pairs  # and the pairs' numbers
+    """The pairs sorted by expert; ``index_size`` bytes of a choice: counted, then placed (up to 1024 experts)."""
     return [
-        Step("keys", read=index_size * pairs, written=keys),
-        Step("sort", read=passes * keys, written=passes * keys, launches=2 + passes),
-        Step("places", read=keys, written=INDEX * (pairs + experts + 1)),
+        Step("count", read=index_size * pairs),
+        Step("place", read=index_size * pairs, written=INDEX * (2 * pairs + experts + 1)),
     ]
 
 
