@@ -49,8 +49,8 @@ def moved(tree, device: torch.device | str = DEVICE):
 
 @contextlib.contextmanager
 def products(kind: str):
-    """Products of float32 as ``kind`` says, in convolutions and matrix products alike."""
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    """Products of float32 as ``kind`` says, in convolutions, recurrent layers and matrix products alike."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -103,8 +104,6 @@ def with_modules(function, others: dict):
     """The function with other modules in place of those that it closes over."""
     if not others:
         return function
-    import types
-
     cells = tuple(
         types.CellType(others.get(cell.cell_contents, cell.cell_contents)) for cell in function.__closure__
     )
