@@ -8,12 +8,15 @@ from torch import Tensor
 from dynops import ChannelPlan
 from dynops.testing import dense_masked_conv2d
 
-_EVERYWHERE = torch.ones(1, 1, 1, dtype=torch.bool)
 # What a plan may look like; "every" is None, "ragged" mixes empty, full and random lists.
 KINDS = (
     "every", "random", "none", "one", "all", "ragged", "prefix", "shared", "shared prefix", "grouped",
     "capacity", "wide capacity",
 )  # fmt: skip
+
+
+def _everywhere(x: Tensor) -> Tensor:
+    return torch.ones(1, 1, 1, dtype=torch.bool, device=x.device)
 
 
 def channels_of(kind: str, n: int, c: int) -> tuple[ChannelPlan | None, Tensor]:
@@ -70,7 +73,7 @@ def masked_channel_conv2d(
 
     outs = [
         dense_masked_conv2d(
-            torch.where(at_channels(mask), x, 0), w, b, _EVERYWHERE,
+            torch.where(at_channels(mask), x, 0), w, b, _everywhere(x),
             gate=None if s is None else at_channels(s), activation=activation, **arguments,
         )
         for mask, w, b, s in zip(masks, parts(weight, 0), parts(bias, 0), parts(scale, 1), strict=True)
@@ -84,13 +87,13 @@ def sliced_channel_conv2d(x, weight, bias, in_mask, out_mask, **arguments) -> Te
     for sample, live_in, live_out in zip(x, in_mask, out_mask, strict=True):
         w = weight[live_out][:, live_in]
         b = None if bias is None else bias[live_out]
-        full = dense_masked_conv2d(x[:1], weight, None, _EVERYWHERE, **arguments)[0]
+        full = dense_masked_conv2d(x[:1], weight, None, _everywhere(x), **arguments)[0]
         out = torch.zeros_like(full)
         if live_out.any():
             some = live_in.any()  # F.conv2d takes no input of 0 channels
             w = w if some else w.new_zeros(w.shape[0], 1, *w.shape[2:])
             sample = sample[live_in] if some else sample[:1]
-            out[live_out] = dense_masked_conv2d(sample[None], w, b, _EVERYWHERE, **arguments)[0]
+            out[live_out] = dense_masked_conv2d(sample[None], w, b, _everywhere(x), **arguments)[0]
         outs.append(out)
     return torch.stack(outs)
 
