@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_cases import CASES, Inputs, between_guards, check_gather, check_scatter, guards_are_whole, of_cases
+from block_cases import CASES, Inputs, check_gather, check_scatter, of_cases
+from guards import between_guards, guards_are_whole
 
 from dynops.geometry import BlockGeometry
 from dynops.kernels import cuda
