@@ -75,11 +75,22 @@ def around(what: str, tensors: dict[str, Tensor]):
     for name, x in tensors.items():
         if x.numel():
             shared.setdefault(x.untyped_storage().data_ptr(), {})[name] = x
-    pages = [_Page(group) for group in shared.values()]
-    yield {**tensors, **{name: x for page in pages for name, x in page.copies.items()}}
-    for page in pages:
-        page.check(what)
-        page.copy_back()
+    with _alone(any(x.is_cuda for x in tensors.values())):
+        pages = [_Page(group) for group in shared.values()]
+        yield {**tensors, **{name: x for page in pages for name, x in page.copies.items()}}
+        for page in pages:
+            page.check(what)
+            page.copy_back()
+
+
+@contextlib.contextmanager
+def _alone(on_gpu: bool):
+    """Nothing else runs on the GPU: a kernel of another stream may write other elements of the same tensors."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    yield
+    if on_gpu:
+        torch.cuda.synchronize()
 
 
 class _Page:
