@@ -138,10 +138,9 @@ def span(x: Tensor) -> tuple[int, int]:
 
 def _bytes(x: Tensor) -> Tensor:
     """The whole storage of a tensor."""
-    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+    return x.new_empty(0, dtype=torch.uint8).set_(x.untyped_storage())
 
 
 def _placed(x: Tensor, memory: Tensor, offset: int) -> Tensor:
     """A tensor of the form of ``x`` at a byte offset of other memory."""
-    like = torch.empty(0, dtype=x.dtype, device=x.device)
-    return like.set_(memory.untyped_storage(), offset // x.element_size(), x.shape, x.stride())
+    return x.new_empty(0).set_(memory.untyped_storage(), offset // x.element_size(), x.shape, x.stride())
