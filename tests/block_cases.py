@@ -6,19 +6,17 @@ reads past an end or writes there is seen. Run by ``interpreted_blocks.py`` and 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from unittest import mock
 
 import pytest
 import torch
+from guards import GUARD, between_guards, guarded_outputs, guards_are_whole
 
 from dynops import BlockPlan, PixelPlan
 from dynops.geometry import BlockGeometry
 from dynops.ops import blocks as reference
 from dynops.testing import assert_within_budget, random_mask, random_tensor
 
-GUARD = 64  # elements
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,38 +87,6 @@ EXAMPLES = [
     for nchw in (False, True)
 ]
 of_cases = pytest.mark.parametrize("case,dtype,nchw", EXAMPLES)
-
-
-# -------------------------------------------------------------------------------------- guards
-
-
-def between_guards(size, stride, dtype, device, offset: int = GUARD) -> torch.Tensor:
-    """Memory of this shape, poisoned, between guards."""
-    elements = torch.Size(size).numel()
-    flat = torch.zeros(elements + 2 * offset, dtype=dtype, device=device)
-    flat.view(torch.uint8).fill_(0xFF)  # NaN in every floating dtype
-    return flat.as_strided(size, stride, offset)
-
-
-def guards_are_whole(x: torch.Tensor) -> bool:
-    flat = x.as_strided((x.numel() + 2 * x.storage_offset(),), (1,), 0).view(torch.uint8)
-    edge = x.storage_offset() * x.element_size()
-    return bool((flat[:edge] == 0xFF).all() and (flat[flat.numel() - edge :] == 0xFF).all())
-
-
-@contextlib.contextmanager
-def guarded_outputs():
-    """``torch.empty`` returns memory between guards, and they are looked at afterwards."""
-    made, empty = [], torch.empty
-
-    def guarded(size, *, dtype, device=None, memory_format=torch.contiguous_format):
-        like = empty(size, dtype=dtype, device="meta", memory_format=memory_format)
-        made.append(between_guards(size, like.stride(), dtype, device))
-        return made[-1]
-
-    with mock.patch.object(torch, "empty", guarded):
-        yield
-    assert made and all(map(guards_are_whole, made)), "written past an end of the output"
 
 
 class Inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import interpreter  # noqa: F401 (mends and checks the interpreter)
 import pytest
 import torch
 from block_cases import CASES, Inputs, check_gather, check_scatter, of_cases

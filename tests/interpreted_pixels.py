@@ -94,16 +94,24 @@ EXAMPLES = [(name, dtype) for dtype in DTYPES for name in (CASES if dtype == tor
 of_cases = pytest.mark.parametrize("name,dtype", EXAMPLES, ids=[f"{n}-{str(d)[6:]}" for n, d in EXAMPLES])
 
 
+def mask_of(shape, density: float, kind: str) -> torch.Tensor:
+    """``random_mask``, of which "last" is a kind too: random, and the last pixel of the buffer."""
+    mask = random_mask(shape, density, "random" if kind == "last" else kind)
+    mask.view(-1)[-1:] |= kind == "last"
+    return mask
+
+
 class Inputs:
     """The tensors of a case; ``double`` gives the same ones in float64."""
 
     def __init__(self, case: Case, dtype: torch.dtype):
         self.case, self.g, self.dtype = case, case.geometry, dtype
-        self.plan = PixelPlan.from_mask(random_mask(self.g.out_shape, 0.4, case.mask), case.capacity)
+        self.plan = PixelPlan.from_mask(mask_of(self.g.out_shape, 0.4, case.mask), case.capacity)
         in_plan = None
         if case.packed_in:
             in_capacity = case.capacity and self.g.batch * self.g.in_h * self.g.in_w
-            in_plan = PixelPlan.from_mask(random_mask(self.g.in_shape, 0.6), in_capacity)
+            in_mask = mask_of(self.g.in_shape, 0.6, "last" if case.mask == "last" else "random")
+            in_plan = PixelPlan.from_mask(in_mask, in_capacity)
         self.source = None if in_plan is None else in_plan.inverse()
         inner = case.o if case.extra is not None else case.c
         lead = case.c if case.extra is not None else case.o

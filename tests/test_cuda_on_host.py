@@ -6,8 +6,9 @@ import ctypes
 
 import pytest
 import torch
-from block_cases import CASES, Inputs, between_guards, check_gather, check_scatter, guards_are_whole, of_cases
+from block_cases import CASES, Inputs, check_gather, check_scatter, of_cases
 from cuda_on_host import NARROW, build, needs_nvcc, numbers, pointer
+from guards import between_guards, guards_are_whole
 
 from dynops.geometry import BlockGeometry
 from dynops.kernels import cuda

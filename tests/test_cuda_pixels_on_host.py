@@ -10,8 +10,8 @@ import mmap
 
 import pytest
 import torch
-from block_cases import between_guards, guards_are_whole
 from cuda_on_host import NARROW, build, int64, needs_nvcc, numbers, pointer
+from guards import between_guards, guards_are_whole
 
 from dynops.geometry import ConvGeometry
 from dynops.ops import index as reference
