@@ -516,6 +516,12 @@ def test_gather_pixels(dtype, layout, copies):
         assert rows.is_contiguous() and torch.equal(rows, rows_at(x, mask))
 
 
+@pytest.mark.parametrize("capacity", [None, 6])
+def test_gather_pixels_of_no_channels(capacity, copies):
+    plan = PixelPlan.from_mask(random_mask((3, 2, 2), 0.4), capacity)
+    assert ops.gather_pixels(torch.empty(3, 0, 2, 2), plan).shape == (plan.num_rows, 0)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("with_base", [False, True])
 def test_scatter_pixels(with_base, dtype, copies):

@@ -23,7 +23,7 @@ def zero_past_count(rows: Tensor, index: Tensor, count: Tensor | None) -> Tensor
 
 def _gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
-    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    flat = x.permute(0, 2, 3, 1).flatten(0, 2)
     if count is None:
         return flat[index.long()]
     rows = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
