@@ -49,6 +49,7 @@ class Row:
     gate_ms: float = 0.0  # of the gate called by itself; variant "gated": ours_ms has it too
     dense_p99_ms: float = 0.0  # 0 where it was not asked for
     ours_p99_ms: float = 0.0
+    failed: dict[str, str] = field(default_factory=dict)  # {version of either: why it could not run}
 
     @property
     def theory(self) -> float:
