@@ -100,7 +100,9 @@ class _Contender:
     call: Callable[[], Tensor]
     macs: float  # that must be computed, halo included
     block: int = 0
-    replay: Callable[[], Tensor] | None = None  # the same with a capacity plan, which a CUDA graph can capture
+    replay: Callable[[], Tensor] | None = (
+        None  # the same with a capacity plan, which a CUDA graph can capture
+    )
 
 
 def run(cases: list[Case], setting: Setting) -> list[Row]:

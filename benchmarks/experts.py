@@ -58,7 +58,9 @@ class Machine:
         rows: of 32 KB, that are read.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, side: int | None = None, rows: int = 1 << 14):
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, side: int | None = None, rows: int = 1 << 14
+    ):
         data = torch.ones(rows, 1 << 13, device=device)
         reads = {
             "sum": data.sum,
@@ -87,7 +89,9 @@ class Machine:
         )
 
 
-def _products(dtype: torch.dtype, device: torch.device, side: int) -> tuple[dict[str, Callable], dict[str, float]]:
+def _products(
+    dtype: torch.dtype, device: torch.device, side: int
+) -> tuple[dict[str, Callable], dict[str, float]]:
     """Calls of dense products, and billions of MACs of each."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     x = torch.randn(8, 256, 28, 28, device=device).to(dtype).contiguous(memory_format=torch.channels_last)

@@ -133,7 +133,9 @@ class Setting:
     variants: bool = True  # also rows with the plan reused and on packed rows, for random masks
     budget: Budget = field(default_factory=Budget)
     mask_kinds: tuple[str, ...] = ("random", "square", "photo")
-    graph: bool = False  # dense replayed from CUDA graphs; ours too, in the capacity form, where that is faster
+    graph: bool = (
+        False  # dense replayed from CUDA graphs; ours too, in the capacity form, where that is faster
+    )
 
     @property
     def mode(self) -> str:

@@ -68,6 +68,7 @@ def _kept(setting: Setting, dense: dict, contests: list[Contest], looks: dict) -
     ``{who: {version: ms}}``.
     """
     if setting.graph:  # ours has no graph: the number of its samples is known on the host
+        dense = replay.working(dense, {})
         dense = {name: replay.captured_or(call, name, {}) or call for name, call in dense.items()}
     looks[DENSE], kept = best_dense(dense, setting.device)
     calls = {(DENSE, name): call for name, call in kept.items()}

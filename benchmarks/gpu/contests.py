@@ -50,12 +50,28 @@ class Contest:
 
 
 # suite: its share of the benchmark's time. Those that come last are left out first.
-SUITES = {"pixels": 4, "experts": 2, "channels": 2, "samples": 3, "blocks": 3, "models": 5, "pixels, large": 3, "pixels, tf32": 1}
+SUITES = {
+    "pixels": 4,
+    "experts": 2,
+    "channels": 2,
+    "samples": 3,
+    "blocks": 3,
+    "models": 5,
+    "pixels, large": 3,
+    "pixels, tf32": 1,
+}
 
 
 def all_contests(tiny: bool = False) -> dict[str, list[Contest]]:
     """The contests of each suite; ``tiny``: of sizes for a dry run on a CPU."""
-    found = [*_pixels(tiny), *_experts(tiny), *_channels(tiny), *_samples(tiny), *_blocks(tiny), *_models(tiny)]
+    found = [
+        *_pixels(tiny),
+        *_experts(tiny),
+        *_channels(tiny),
+        *_samples(tiny),
+        *_blocks(tiny),
+        *_models(tiny),
+    ]
     if tiny:  # many CPUs have no instructions for bfloat16
         found = [dataclasses.replace(contest, dtype=torch.float32) for contest in found]
     return {suite: [contest for contest in found if contest.suite == suite] for suite in SUITES}
@@ -64,11 +80,21 @@ def all_contests(tiny: bool = False) -> dict[str, list[Contest]]:
 def _pixels(tiny: bool) -> list[Contest]:
     """3x3 layers of 56x56 maps, and of a street scene's, (H, W)."""
     if tiny:
-        sizes = {"pixels": [(2, 16, 12, 12)], "pixels, large": [(1, 16, 16, 20)], "pixels, tf32": [(2, 8, 12, 12)]}
+        sizes = {
+            "pixels": [(2, 16, 12, 12)],
+            "pixels, large": [(1, 16, 16, 20)],
+            "pixels, tf32": [(2, 8, 12, 12)],
+        }
     else:
         sizes = {
             "pixels": [(32, c, 56, 56) for c in (64, 256, 128, 512)],
-            "pixels, large": [(1, 64, 400, 700), (64, 64, 56, 56), (256, 256, 56, 56), (1, 256, 200, 350), (256, 64, 56, 56)],
+            "pixels, large": [
+                (1, 64, 400, 700),
+                (64, 64, 56, 56),
+                (256, 256, 56, 56),
+                (1, 256, 200, 350),
+                (256, 64, 56, 56),
+            ],
             "pixels, tf32": [(32, 64, 56, 56), (32, 256, 56, 56)],
         }
     found = []
@@ -96,7 +122,11 @@ def _channels(tiny: bool) -> list[Contest]:
 
 
 def _samples(tiny: bool) -> list[Contest]:
-    sizes = [("replace", 4, 8, 8)] if tiny else [("residual", 256, 64, 56), ("replace", 64, 256, 56), ("residual", 64, 512, 28)]
+    sizes = (
+        [("replace", 4, 8, 8)]
+        if tiny
+        else [("residual", 256, 64, 56), ("replace", 64, 256, 56), ("residual", 64, 512, 28)]
+    )
     shares = SHARES[::2] if tiny else SHARES
     cases = [samples.Case(*size, shares, ("plain",)) for size in sizes]
     return [
@@ -118,7 +148,12 @@ def _blocks(tiny: bool) -> list[Contest]:
             blocks.Case("SBNet 3x3", "3x3", blocks.conv3x3, 256, 100, 175, **options),
         ]
     return [
-        Contest("blocks", case.name, functools.partial(blocks.measure, case), compiled=not tiny and case.kind != "3x3")
+        Contest(
+            "blocks",
+            case.name,
+            functools.partial(blocks.measure, case),
+            compiled=not tiny and case.kind != "3x3",
+        )
         for case in cases
     ]
 
@@ -145,7 +180,9 @@ def _experts(tiny: bool) -> list[Contest]:
         return found
     return [
         *found,
-        Contest("experts", "one GEMM", lambda s: experts.gemm_rows(TOKENS[1:], s, _machine(s.device, s.dtype))),
+        Contest(
+            "experts", "one GEMM", lambda s: experts.gemm_rows(TOKENS[1:], s, _machine(s.device, s.dtype))
+        ),
     ]
 
 
@@ -180,7 +217,9 @@ def _mask_kinds() -> tuple[str, ...]:
     return "random", "square", "photo"
 
 
-def measure(contests: list[Contest], device: torch.device, seconds: float, write: Callable[[dict], None]) -> int:
+def measure(
+    contests: list[Contest], device: torch.device, seconds: float, write: Callable[[dict], None]
+) -> int:
     """Runs contests while there is time, and writes ``{"begun"}``, ``{"row"}``, ``{"expert"}``, ``{"failed", "error"}`` and
     ``{"done", "seconds"}``. Returns the exit code: 0, or DEVICE_LOST.
     """
@@ -217,12 +256,18 @@ def _settled(device: torch.device) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.contests", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.contests", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("suites", nargs="+", choices=SUITES)
-    parser.add_argument("--out", type=Path, required=True, help="rows are appended here, a JSON object a line")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="rows are appended here, a JSON object a line"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="no contest begins after these")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first ones")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes on a CPU: a dry run, not a measurement")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes on a CPU: a dry run, not a measurement"
+    )
     args = parser.parse_args(arguments)
     device = torch.device("cpu") if args.tiny else torch.device("cuda", 0)
     torch.manual_seed(0)

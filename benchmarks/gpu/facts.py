@@ -6,6 +6,7 @@ It only reads; no setting of the GPU is changed.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -36,7 +37,9 @@ def nvidia_smi(fields=FIELDS, index: int = 0) -> dict[str, str]:
     if found is None:
         single = [(field, _query((field,), index)) for field in fields]
         found = {field: values[field] for field, values in single if values}
-    return {k: v for k, v in found.items() if v and "not supported" not in v.lower() and "n/a" not in v.lower()}
+    return {
+        k: v for k, v in found.items() if v and "not supported" not in v.lower() and "n/a" not in v.lower()
+    }
 
 
 def _query(fields, index: int) -> dict[str, str] | None:
@@ -52,7 +55,11 @@ def _query(fields, index: int) -> dict[str, str] | None:
 
 def versions() -> dict[str, str]:
     """Of Python, torch and what it uses, Triton, and nvcc; "" where there is none."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+    }
     found["cudnn"] = str(torch.backends.cudnn.version() or "")
     try:
         found["triton"] = importlib.metadata.version("triton")
@@ -86,13 +93,11 @@ def ceilings(device: torch.device, side: int = SIDE, copied: int = COPIED) -> di
     of random bfloat16 matrices, and of float32 ones as tf32."""
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    found = {"bandwidth": 2 * copied / _median_seconds(lambda: target.copy_(source), device)}
-    del source, target
+    found = {"bandwidth": 2 * copied / _median_seconds(functools.partial(target.copy_, source), device)}
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     for name, dtype in (("half", torch.bfloat16), ("tf32", torch.float32)):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        product = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)  # noqa: E731
+        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
         found[name] = 2 * side**3 / _median_seconds(product, device)
     return found
 

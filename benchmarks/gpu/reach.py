@@ -59,20 +59,33 @@ def _reached(target: Target, values: Iterable[tuple[str, float | None]]) -> Reac
 def _targets() -> list[Target]:
     def realised(suite: str, group=None, densities=None):
         def value(row: Row) -> float | None:
-            own = row.suite == suite and row.dtype == HALF and row.variant == "plain" and not row.break_even_only
+            own = (
+                row.suite == suite
+                and row.dtype == HALF
+                and row.variant == "plain"
+                and not row.break_even_only
+            )
             own = own and (group is None or row.group in group)
             return row.realised if own and (densities is None or row.density in densities) else None
 
         return value
 
     return [
-        Target("pixels 3x3, batch 32 and more, 50 and 25 %: realised", 0.8, realised("layers", ("3x3",), (0.5, 0.25))),
+        Target(
+            "pixels 3x3, batch 32 and more, 50 and 25 %: realised",
+            0.8,
+            realised("layers", ("3x3",), (0.5, 0.25)),
+        ),
         Target("pixels 3x3, batch 32 and more, 10 %: realised", 0.7, realised("layers", ("3x3",), (0.1,))),
         Target("blocks: realised", 0.85, realised("blocks")),
         Target("channels: realised", 0.7, realised("channels")),
         Target("sample skipping: realised", 0.95, realised("samples", SAMPLES)),
         Target("ResNet-50 at 25 %, batch 64: realised", 0.7, realised("models", None, (0.25,))),
-        Target("auto, every pixel row: speed-up", 0.98, lambda row: row.speedup if row.suite == "layers" else None),
+        Target(
+            "auto, every pixel row: speed-up",
+            0.98,
+            lambda row: row.speedup if row.suite == "layers" else None,
+        ),
     ]
 
 

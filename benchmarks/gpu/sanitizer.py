@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from dynops import BlockPlan, PixelPlan, backends
 from dynops.geometry import ConvGeometry
 from dynops.ops import blocks, index, rows
 
+from .stages import FAILED, NOT_RUN, PASSED, Finished
+
 OPS = torch.ops.dynops
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Without its cache the allocator gives each tensor memory of its own, whose ends memcheck knows.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+TOOLS = ("memcheck", "racecheck")
 DONE = "kernels agree with their references"
 
 
@@ -39,13 +43,17 @@ class Call:
     def check(self, device: torch.device) -> None:
         """Raises AssertionError where they differ."""
         there = [a.to(device) if isinstance(a, Tensor) else a for a in self.arguments]
-        actual, expected = (_tensors(f(*args)) for f, args in ((self.op, there), (self.reference, self.arguments)))
+        actual, expected = (
+            _tensors(f(*args)) for f, args in ((self.op, there), (self.reference, self.arguments))
+        )
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
             a = a.cpu()
             assert a.shape == e.shape and a.dtype == e.dtype, f"{self.name}, result {i}: {a.shape} {a.dtype}"
             if self.rounds:
                 error = (a.double() - e.double()).norm() / e.double().norm()
-                assert error <= 4 * torch.finfo(e.dtype).eps, f"{self.name}, result {i}: differs by {error:.1e}"
+                assert error <= 4 * torch.finfo(e.dtype).eps, (
+                    f"{self.name}, result {i}: differs by {error:.1e}"
+                )
             else:
                 different = int((a != e).sum())
                 assert different == 0, f"{self.name}, result {i}: {different} of {e.numel()} values differ"
@@ -77,12 +85,25 @@ def _plan_calls() -> Iterator[Call]:
         yield Call(f"mask_to_index {dtype}", OPS.mask_to_index, index._mask_to_index, (_mask().to(dtype),))
     large = torch.rand(2, 300, 400) < 0.5  # more than one block of threads looks at
     yield Call("mask_to_index, large", OPS.mask_to_index, index._mask_to_index, (large,))
-    for mask, capacity in ((_mask(), N * H * W), (_mask(), 100), (_mask(), 0), (torch.zeros(N, H, W), 50), (large, 150_000)):
+    for mask, capacity in (
+        (_mask(), N * H * W),
+        (_mask(), 100),
+        (_mask(), 0),
+        (torch.zeros(N, H, W), 50),
+        (large, 150_000),
+    ):
         arguments = mask, capacity
-        yield Call(f"mask_to_index_capacity {capacity}", OPS.mask_to_index_capacity, index._mask_to_index_capacity, arguments)
+        yield Call(
+            f"mask_to_index_capacity {capacity}",
+            OPS.mask_to_index_capacity,
+            index._mask_to_index_capacity,
+            arguments,
+        )
     conv = ConvGeometry(N, 2 * H, 2 * W, H, W, 3, 3, 2, 2, 1, 1, 1, 1, 1, 0)
     for name, plan in _plans().items():
-        yield Call(f"inverse_index, {name}", OPS.inverse_index, index._inverse_index, (plan.index, plan.count, SHAPE))
+        yield Call(
+            f"inverse_index, {name}", OPS.inverse_index, index._inverse_index, (plan.index, plan.count, SHAPE)
+        )
         arguments = plan.index, plan.count, list(conv)
         yield Call(f"needed_mask, {name}", OPS.needed_mask, index._needed_mask, arguments)
 
@@ -103,7 +124,9 @@ def _row_calls() -> Iterator[Call]:
         for layout, x in _maps(dtype).items():
             for form, plan in _plans().items():
                 name = f"{dtype}, {layout}, {form}"
-                yield Call(f"gather_rows {name}", OPS.gather_rows, rows._gather_rows, (x, plan.index, plan.count))
+                yield Call(
+                    f"gather_rows {name}", OPS.gather_rows, rows._gather_rows, (x, plan.index, plan.count)
+                )
                 packed = torch.randn(plan.num_rows, C).to(dtype)
                 for base in (None, x):
                     arguments = packed, plan.index, plan.count, SHAPE, base
@@ -119,12 +142,16 @@ def _block_calls() -> Iterator[Call]:
             form = f"halo {halo}, capacity {capacity}"
             for mean in (False, True):
                 yield Call(f"block_mask {form}", OPS.block_mask, blocks._block_mask, (mask, g, mean, 0.25))
-            yield Call(f"block_cover {form}", OPS.block_cover, blocks._block_cover, (plan.index, plan.count, g))
+            yield Call(
+                f"block_cover {form}", OPS.block_cover, blocks._block_cover, (plan.index, plan.count, g)
+            )
             for dtype in DTYPES:
                 yield from _tile_calls(plan, g, dtype, form, overlap=halo > 0)
 
 
-def _tile_calls(plan: BlockPlan, g: list[int], dtype: torch.dtype, form: str, overlap: bool) -> Iterator[Call]:
+def _tile_calls(
+    plan: BlockPlan, g: list[int], dtype: torch.dtype, form: str, overlap: bool
+) -> Iterator[Call]:
     for layout, x in _maps(dtype).items():
         name, given = f"{dtype}, {layout}, {form}", (plan.index, plan.count, g)
         yield Call(f"gather_tiles {name}", OPS.gather_tiles, blocks._gather_tiles, (x, *given))
@@ -165,6 +192,21 @@ def command(program: str, tool: str, python: str) -> list[str]:
     return [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *script]
 
 
+_SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+
+
+def verdict(done: Finished, limit: float) -> tuple[str, str]:
+    """``(outcome, why)`` of a run under compute-sanitizer. Where the script itself did not get through, and nothing was found,
+    the tool could not run here (on some virtual machines it cannot)."""
+    found = [int(number) for number in _SUMMARY.findall(done.text)]
+    whole = DONE in done.text
+    if whole and found and not any(found) and done.ok:
+        return PASSED, "nothing found"
+    if whole and any(found):
+        return FAILED, f"{max(found)} found"
+    return NOT_RUN, f"could not run: {done.why(limit)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitizer", description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -174,11 +216,12 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cuda" and not hasattr(OPS, "cuda_gather_tiles"):
         raise SystemExit("dynops._C has no CUDA half: there are no kernels to call")
     count = 0
-    for count, call in enumerate(calls(), 1):
+    for call in calls():
         try:
             call.check(device)
         except Exception as error:
             raise SystemExit(f"{call.name}: {type(error).__name__}: {error}") from error
+        count += 1
     print(f"{count} calls: {DONE}")
     return 0
 

@@ -65,8 +65,8 @@ class Finished:
         return f"{reason}: {lines[-1][:300]}" if lines else reason
 
 
-def run(command: list[str], seconds: float, log: Path, **environment: str) -> Finished:
-    """Runs a command with its output in ``log``; after ``seconds`` it is interrupted, and later killed with its children.
+def run(command: list[str], seconds: float, log: Path, folder: Path, **environment: str) -> Finished:
+    """Runs a command in ``folder`` with its output in ``log``; after ``seconds`` it is interrupted, and later killed with its children.
 
     A command of its own process, so that neither a hang nor a device that was lost in it reaches the next one.
     """
@@ -76,6 +76,7 @@ def run(command: list[str], seconds: float, log: Path, **environment: str) -> Fi
         try:
             process = subprocess.Popen(
                 command,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -104,7 +105,9 @@ def _ended(process: subprocess.Popen, seconds: float) -> bool:
 
 def _stop(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)  # the command alone: its children would tell it of errors that are none
+        process.send_signal(
+            signal.SIGINT
+        )  # the command alone: its children would tell it of errors that are none
     _ended(process, GRACE)
     _signal(process, signal.SIGKILL)
     process.wait()
