@@ -143,40 +143,27 @@ def tune(check: Check) -> tuple[str, str, dict]:
 
 
 def benchmark(check: Check) -> tuple[str, str, dict]:
-    """The suites in order, each with its share of the time that is left when it begins."""
-    every = contests.all_contests(check.dry)
-    groups = (
-        [list(every)] if check.dry else [[suite] for suite in every]
-    )  # a dry run: one process, to be brief
-    for i, suites in enumerate(groups):
-        waiting = sum(contests.SUITES[suite] for group in groups[i:] for suite in group)
-        seconds = check.clock.left * sum(contests.SUITES[suite] for suite in suites) / waiting
-        _suite(check, suites, [contest.title for suite in suites for contest in every[suite]], seconds)
-    found = check.measured
-    detail = f"{len(found.rows) + len(found.experts)} rows, {len(found.failed)} contests failed, {len(found.left)} not run"
-    return PASSED if found.rows or found.experts else FAILED, detail, found.problems()
-
-
-def _suite(check: Check, suites: list[str], titles: list[str], seconds: float) -> None:
-    """Runs the contests of ``titles``; where one takes the process with it, a new process goes on after it."""
-    clock, begun = Clock(seconds), 0
-    name = suites[0].replace(", ", "-")
-    while begun < len(titles) and clock.left > outcome.START:
-        file = check.work / f"{name}-{begun}.jsonl"
+    """The contests, in one process as long as it lives; where one takes it along, a new one goes on after that."""
+    titles = [contest.title for contest in contests.in_order(check.dry)]
+    found, tried, first = check.measured, set(), 0
+    while first < len(titles) and check.clock.left > outcome.START:
+        file, limit = check.work / f"contests-{first}.jsonl", check.clock.left
         file.unlink(missing_ok=True)
-        limit = clock.left
-        arguments = ["-m", "benchmarks.gpu.contests", *suites, "--out", str(file), "--skip", str(begun)]
+        arguments = ["-m", "benchmarks.gpu.contests", "--out", str(file), "--skip", str(first)]
         arguments += [f"--seconds={limit - outcome.START:.0f}", *(["--tiny"] if check.dry else [])]
-        done = check.python(arguments, limit, f"{name}-{begun}")
-        ended = begun + check.measured.read(file, done, limit)
-        if done.ok or done.timed_out or ended == begun:
-            if ended == begun and not done.ok:
-                check.measured.failed[titles[begun]] = done.why(limit)
-                ended += 1
-            begun = ended
+        done = check.python(arguments, limit, f"contests-{first}")
+        begun = found.read(file, done, limit)
+        tried |= set(begun)
+        if done.ok or done.timed_out:
             break
-        begun = ended
-    check.measured.left += titles[begun:]
+        if not begun:
+            found.failed["all"] = done.why(limit)
+            break
+        first = titles.index(begun[-1]) + 1
+    found.left = [title for title in titles if title not in tried]
+    rows = len(found.rows) + len(found.experts)
+    detail = f"{rows} rows, {len(found.failed)} contests failed, {len(found.left)} not run"
+    return PASSED if rows else FAILED, detail, found.problems()
 
 
 STAGES = {

@@ -1,6 +1,6 @@
 """What is measured on a GPU: the benchmarks of ``benchmarks/`` on the cases that a GPU is for, in the order of their weight.
 
-    python -m benchmarks.gpu.contests SUITE... --out results.jsonl [--seconds 60] [--skip N]
+    python -m benchmarks.gpu.contests --out results.jsonl [--seconds 240] [--skip N]
 
 Runs as a process of its own that writes every row as soon as it has it: what was measured before a crash or a time limit
 remains. Lone convolutions have no compiled dense version, since a compiled one is the same cuDNN call; stacks, blocks and
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import functools
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,9 @@ BATCH_1 = "batch 1"  # the group of pixels' layers on large maps
 TOKENS = (1, 128, 2048, 8192)
 SHARES = (1.0, 0.75, 0.5, 0.25)
 DEVICE_LOST = 3  # exit code
+LONGEST = (
+    90.0  # seconds of one contest, or its suite's share where that is more; a compiler may take a minute
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ SUITES = {
 }
 
 
-def all_contests(tiny: bool = False) -> dict[str, list[Contest]]:
-    """The contests of each suite; ``tiny``: of sizes for a dry run on a CPU."""
+def in_order(tiny: bool = False) -> list[Contest]:
+    """Every contest, suite after suite; ``tiny``: of sizes for a dry run on a CPU."""
     found = [
         *_pixels(tiny),
         *_experts(tiny),
@@ -74,7 +79,7 @@ def all_contests(tiny: bool = False) -> dict[str, list[Contest]]:
     ]
     if tiny:  # many CPUs have no instructions for bfloat16
         found = [dataclasses.replace(contest, dtype=torch.float32) for contest in found]
-    return {suite: [contest for contest in found if contest.suite == suite] for suite in SUITES}
+    return [contest for suite in SUITES for contest in found if contest.suite == suite]
 
 
 def _pixels(tiny: bool) -> list[Contest]:
@@ -222,24 +227,38 @@ def measure(
 ) -> int:
     """Runs contests while there is time, and writes ``{"begun"}``, ``{"row"}``, ``{"expert"}``, ``{"failed", "error"}`` and
     ``{"done", "seconds"}``. Returns the exit code: 0, or DEVICE_LOST.
+
+    A suite has its share of the time that is left when it begins; a contest that hangs ends the process.
     """
     end = time.monotonic() + seconds
-    for contest in contests:
-        if time.monotonic() > end:
-            return 0
-        begun = time.monotonic()
-        write({"begun": contest.title})
-        try:
-            rows = contest.run(setting_of(contest, device))
-        except Exception as error:  # out of memory, what a library lacks, a bug of ours: the others still run
-            write({"failed": contest.title, "error": first_line(error)})
-            rows = []
-        for row in rows:
-            write({"row" if isinstance(row, Row) else "expert": row.as_dict()})
-        write({"done": contest.title, "seconds": time.monotonic() - begun})
-        if not _settled(device):
-            return DEVICE_LOST
+    suites = list(dict.fromkeys(contest.suite for contest in contests))
+    for i, suite in enumerate(suites):
+        left = max(end - time.monotonic(), 0.0)
+        share = left * SUITES[suite] / sum(SUITES[later] for later in suites[i:])
+        suite_end = time.monotonic() + share
+        for contest in (own for own in contests if own.suite == suite):
+            if time.monotonic() > suite_end:
+                break
+            faulthandler.dump_traceback_later(max(share, LONGEST), exit=True)
+            _run(contest, device, write)
+            faulthandler.cancel_dump_traceback_later()
+            if not _settled(device):
+                return DEVICE_LOST
     return 0
+
+
+def _run(contest: Contest, device: torch.device, write: Callable[[dict], None]) -> None:
+    begun = time.monotonic()
+    write({"begun": contest.title})
+    try:
+        rows = contest.run(setting_of(contest, device))
+    except Exception as error:  # out of memory, what a library lacks, a bug of ours: the others still run
+        traceback.print_exc()
+        write({"failed": contest.title, "error": first_line(error)})
+        rows = []
+    for row in rows:
+        write({"row" if isinstance(row, Row) else "expert": row.as_dict()})
+    write({"done": contest.title, "seconds": time.monotonic() - begun})
 
 
 def _settled(device: torch.device) -> bool:
@@ -259,7 +278,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.contests", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("suites", nargs="+", choices=SUITES)
     parser.add_argument(
         "--out", type=Path, required=True, help="rows are appended here, a JSON object a line"
     )
@@ -273,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # the best dense is cuDNN's fastest algorithm, not its first guess
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
-    contests = [contest for suite in args.suites for contest in all_contests(args.tiny)[suite]][args.skip :]
+    contests = in_order(args.tiny)[args.skip :]
     with args.out.open("a") as file:
 
         def write(line: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,8 +38,8 @@ class Measured:
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
-    def read(self, file: Path, done: Finished, limit: float) -> int:
-        """Takes what a worker wrote in ``file``; how many contests it began. One that it did not end is a failed one."""
+    def read(self, file: Path, done: Finished, limit: float) -> list[str]:
+        """Takes what a worker wrote in ``file``; the contests that it began. One that it did not end is a failed one."""
         begun: list[str] = []
         ended = set()
         for line in file.read_text().splitlines() if file.exists() else ():
@@ -60,7 +60,7 @@ class Measured:
         for title in begun:
             if title not in ended:
                 self.failed[title] = done.why(limit)
-        return len(begun)
+        return begun
 
     def problems(self) -> dict:
         versions = {f"{row.case}: {name}": why for row in self.rows for name, why in row.failed.items()}
@@ -142,6 +142,8 @@ def finish(facts: dict, stages: list[Stage], measured: Measured, out: Path, dry:
     sheet = sheet_of(facts.get("gpu", ""))
     sheet = sheet.with_ceilings(**ceilings) if sheet else None
     reached = reach.reach(measured.rows, measured.experts, ceilings)
+    if dry:
+        reached = [replace(r, verdict="dry run") for r in reached]
     label = f"{DRY}\n" if dry else ""
     if measured.rows or measured.experts:
         print(f"\n{label}{table(measured.rows, measured.experts, sheet)}\n\n{LEFT_OUT}")

@@ -24,13 +24,10 @@ class Reached:
     median: float | None
     worst_row: str
     rows: int
-
-    @property
-    def verdict(self) -> str:
-        return "not measured" if self.worst is None else "met" if self.worst >= self.wanted else "not met"
+    verdict: str
 
     def as_dict(self) -> dict:
-        return rounded({**asdict(self), "verdict": self.verdict})
+        return rounded(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,10 @@ def reach(rows: list[Row], experts: list[ExpertRow], ceilings: dict[str, float])
 def _reached(target: Target, values: Iterable[tuple[str, float | None]]) -> Reached:
     known = sorted((value, name) for name, value in values if value is not None)
     if not known:
-        return Reached(target.text, target.wanted, None, None, "", 0)
+        return Reached(target.text, target.wanted, None, None, "", 0, "not measured")
+    verdict = "met" if known[0][0] >= target.wanted else "not met"
     median = known[len(known) // 2][0]
-    return Reached(target.text, target.wanted, known[0][0], median, known[0][1], len(known))
+    return Reached(target.text, target.wanted, known[0][0], median, known[0][1], len(known), verdict)
 
 
 def _targets() -> list[Target]:
