@@ -137,7 +137,9 @@ def sanitize(check: Check) -> tuple[str, str, dict]:
 
 def tune(check: Check) -> tuple[str, str, dict]:
     seconds = check.tune_seconds
-    done = check.python(["-m", "benchmarks.gpu", "tune", "--seconds", f"{seconds:.0f}"], seconds + 60, "tune")
+    arguments = ["-m", "benchmarks.gpu", "tune", "--seconds", f"{seconds:.0f}"]
+    arguments += ["--dry-run", "--out", str(check.work / "configs")] if check.dry else []
+    done = check.python(arguments, seconds + 60, "tune")
     check.clock.end += done.seconds  # beside the budget of the others
     return (PASSED, f"{seconds:.0f} s", {}) if done.ok else (FAILED, done.why(seconds + 60), {})
 
