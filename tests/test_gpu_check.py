@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -190,6 +191,14 @@ def test_rows_survive_a_process_that_dies_and_the_next_one_goes_on(tmp_path):
     assert problems["not run"] == titles[4:] and detail.startswith("2 rows, 2 contests failed")
 
 
+def test_a_check_without_the_benchmark_keeps_what_was_measured(tmp_path, capsys):
+    (tmp_path / "nvidia-h200.json").write_text("measured")
+    found = {"gpu": "NVIDIA H200", "versions": {}, "ceilings": {}}
+    outcome.finish(found, [Stage("tests", PASSED, 1.0)], outcome.Measured(), tmp_path, dry=False)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["measured"]
+    assert "not measured" in capsys.readouterr().out
+
+
 def test_a_benchmark_that_never_begins_fails_once(tmp_path):
     some = check.Check(True, Clock(500), tmp_path)
     some.python = lambda *_, **__: finished("ImportError: libcudart", 1)
@@ -263,6 +272,21 @@ def test_replays_count_where_they_are_faster_and_compute_the_same(monkeypatch):
     assert "capturing" in found.failed["ours waits, graph"] and "differs" in found.failed["ours wrong, graph"]
     with pytest.raises(RuntimeError, match="nothing to compare"):
         compare({"NCHW": lacks}, ours, CPU, BRIEF, replays)
+
+
+@needs_binary
+@pytest.mark.parametrize("suite", ["pixels", "experts", "channels", "blocks"])
+def test_contests_with_replays_of_both_sides(monkeypatch, suite):
+    Replays(monkeypatch)
+    contest = next(contest for contest in contests.in_order(tiny=True) if contest.suite == suite)
+    rows = contest.run(dataclasses.replace(contests.setting_of(contest, CPU), graph=True))
+    assert rows
+    for row in rows:
+        if isinstance(row, Row):
+            assert set(row.ours_all) == {timing.EAGER, timing.GRAPH} and row.failed == {}
+            assert row.ours_ms == row.ours_all[row.ours_name] == min(row.ours_all.values())
+        else:
+            assert set(row.built_in_ms) == {reach.GROUPED, "loop"} and row.ours_ms > 0
 
 
 def test_difference_of_two_results():

@@ -156,6 +156,8 @@ def finish(facts: dict, stages: list[Stage], measured: Measured, out: Path, dry:
     for what, found in measured.problems().items():
         for item in found:
             print(f"{what}: {item}" + (f": {found[item]}" if isinstance(found, dict) else ""))
+    if not any(stage.name == "benchmark" for stage in stages):
+        return  # nothing was measured: what an earlier check wrote stays
     for path in write(facts, stages, measured, reached, out, dry):
         print(f"wrote {path}")
 
