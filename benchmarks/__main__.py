@@ -315,6 +315,7 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
 
 def write_readme(path: Path, results: Path) -> None:
     reports = [report.Report.load(found) for found in sorted(results.glob("*.json"))]
+    reports = [found for found in reports if not found.checks]  # of a GPU: their tables are other ones
     if not reports:
         raise SystemExit(f"{results}: there are no results (python -m benchmarks all --out {results})")
     readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))

@@ -14,7 +14,7 @@ from dynops import BlockPlan, PixelPlan
 from dynops.nn import SparseBlocks, SparseConv2d, SparseSequential
 
 from . import masks
-from .layers import BREAK_EVEN_DENSITIES, Setting
+from .layers import BREAK_EVEN_DENSITIES, Setting, on_device
 from .models import calibrated, dense_versions, with_backward
 from .report import Row
 from .resnet import Bottleneck
@@ -100,6 +100,9 @@ class _Contender:
     call: Callable[[], Tensor]
     macs: float  # that must be computed, halo included
     block: int = 0
+    replay: Callable[[], Tensor] | None = (
+        None  # the same with a capacity plan, which a CUDA graph can capture
+    )
 
 
 def run(cases: list[Case], setting: Setting) -> list[Row]:
@@ -113,7 +116,8 @@ def measure(case: Case, setting: Setting) -> list[Row]:
     """The rows of one stack: every mask and density, timed in one interleaved run with the dense stack."""
     generator = torch.Generator().manual_seed(0)
     module = case.module().to(device=setting.device, dtype=setting.dtype)
-    x = torch.randn(case.n, case.channels, case.h, case.w, generator=generator)
+    own = on_device(generator, setting.device)
+    x = torch.randn(case.n, case.channels, case.h, case.w, generator=own, device=own.device)
     x = x.to(device=setting.device, dtype=setting.dtype, memory_format=torch.channels_last)
     ours = {}
     stack = copy.deepcopy(module).to(memory_format=torch.channels_last)
@@ -123,7 +127,9 @@ def measure(case: Case, setting: Setting) -> list[Row]:
             ours[kind, density, variant] = contender
     with torch.inference_mode(not setting.backward):
         calls = {key: contender.call for key, contender in ours.items()}
-        times = compare(dense_versions(module, x, setting), calls, setting.device, setting.budget)
+        replays = {key: contender.replay for key, contender in ours.items() if contender.replay}
+        dense = dense_versions(module, x, setting)
+        times = compare(dense, calls, setting.device, setting.budget, replays if setting.graph else None)
     dense_macs = chain_macs(stack, case.in_shape)
     return [_row(case, setting, key, contender, dense_macs, times) for key, contender in ours.items()]
 
@@ -142,7 +148,7 @@ def _contenders(case: Case, setting: Setting, stack: nn.Module, x: Tensor, mask:
     plan = BlockPlan.from_mask(mask, block)
     macs = chain_macs(stack, case.in_shape, plan.pixels())
     layer = SparseBlocks(stack, block, path=case.path)
-    found = {"plain": _Contender(lambda: layer(x, mask), macs, block)}
+    found = {"plain": _Contender(lambda: layer(x, mask), macs, block, _capturable(layer, x, mask, plan))}
     if case.build is bottleneck and setting.variants:
         found["base=input"] = _Contender(lambda: layer(x, mask, base="input"), macs, block)
     if case.group == "scattered":
@@ -152,6 +158,10 @@ def _contenders(case: Case, setting: Setting, stack: nn.Module, x: Tensor, mask:
     if setting.backward:
         return {k: _Contender(with_backward(c.call, stack), c.macs, c.block) for k, c in found.items()}
     return found
+
+
+def _capturable(layer: SparseBlocks, x: Tensor, mask: Tensor, plan: BlockPlan) -> Callable[[], Tensor]:
+    return lambda: layer(x, BlockPlan.from_mask(mask, plan.block_size, capacity=plan.num_all))
 
 
 def _on_pixels(stack: nn.Module) -> nn.Module:
@@ -179,4 +189,5 @@ def _row(case, setting, key, contender, dense_macs: float, times: Comparison) ->
         dense_all=times.dense_all,
         break_even_only=density not in case.densities,
         block=contender.block,
+        **times.versions(key),
     )

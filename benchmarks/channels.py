@@ -12,7 +12,7 @@ from torch import Tensor
 from dynops import ChannelPlan, ops
 
 from . import layers
-from .layers import Setting, dense_versions, random_tensors, with_backward
+from .layers import Setting, dense_versions, on_device, random_tensors, with_backward
 from .report import Row
 from .timing import Comparison, compare, progress
 
@@ -147,7 +147,7 @@ def run(cases: list[Case], setting: Setting) -> list[Row]:
 def measure(case: Case, setting: Setting) -> list[Row]:
     """The rows of one layer: every share of live channels, timed in one interleaved run with the dense layer."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, grad = random_tensors(case.conv, setting, generator)
+    x, weight, grad = random_tensors(case.conv, setting, on_device(generator, setting.device))
     gate = torch.rand(case.conv.n, case.conv.o, generator=generator).to(x) if case.gated else None
     ours, macs = {}, {}
     for live in case.live:
@@ -158,7 +158,8 @@ def measure(case: Case, setting: Setting) -> list[Row]:
         dense = dense_versions(case.conv, setting, (x, weight, grad))
         if gate is not None:
             dense = {name: _gated(call, gate) for name, call in dense.items()}
-        times = compare(dense, ours, setting.device, setting.budget)
+        replays = ours if setting.graph else None  # a channel plan never waits for the device
+        times = compare(dense, ours, setting.device, setting.budget, replays)
     return [_row(case, setting, live, macs[live], times) for live in case.live]
 
 
@@ -215,4 +216,5 @@ def _row(case: Case, setting: Setting, live: float, macs: float, times: Comparis
         dense_name=times.dense_name,
         ours_ms=times.ours[live],
         dense_all=times.dense_all,
+        **times.versions(live),
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dynops import ExpertPlan, ops
 
+from . import expert_loops, replay
 from .expert_rows import ExpertRow
 from .layers import Setting
-from .timing import Budget, interleaved, progress
+from .timing import GRAPH, Budget, interleaved, progress
 
 TOKENS = (1, 16, 128, 512)
 ROUTINGS = 8  # that take turns, so that one token does not find its experts in the caches of the call before
@@ -51,18 +52,24 @@ class Machine:
     """What this machine reaches: measured again in every run, because its memory speed moves from minute to minute.
 
     The fastest of a few passes over 512 MB, and of a few dense products and convolutions, chosen once.
+
+    Args:
+        side: of the matrices of the dense product; None: 8192 on a GPU, 1024 on a CPU.
+        rows: of 32 KB, that are read.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        data = torch.ones(1 << 14, 1 << 13, device=device)
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, side: int | None = None, rows: int = 1 << 14
+    ):
+        data = torch.ones(rows, 1 << 13, device=device)
         reads = {
             "sum": data.sum,
             "sums of rows": _bound(data.sum, 1),
             "largest integer": data.view(torch.int32).amax,
         }
-        products, gmacs = _products(dtype, device)
+        products, gmacs = _products(dtype, device, side or (8192 if device.type == "cuda" else 1024))
         with torch.inference_mode():
-            first = interleaved({**reads, **products}, device, Budget(3.0, 5))
+            first = interleaved({**reads, **products}, device, Budget(3.0 if rows >= 1 << 14 else 0.0, 5))
         product = min(products, key=lambda name: first[name] / gmacs[name])
         self.calls = {READ: reads[min(reads, key=first.get)], PRODUCT: products[product]}
         self.megabytes, self.gmacs = data.numel() * 4 / 1e6, gmacs[product]
@@ -82,11 +89,13 @@ class Machine:
         )
 
 
-def _products(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Callable], dict[str, float]]:
+def _products(
+    dtype: torch.dtype, device: torch.device, side: int
+) -> tuple[dict[str, Callable], dict[str, float]]:
     """Calls of dense products, and billions of MACs of each."""
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     x = torch.randn(8, 256, 28, 28, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
-    calls, gmacs = {"mm": lambda: a @ b}, {"mm": 1024**3 / 1e9}
+    calls, gmacs = {"mm": lambda: a @ b}, {"mm": side**3 / 1e9}
     for size in (1, 3):
         weight = torch.randn(256, 256, size, size, device=device).to(dtype)
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -185,7 +194,7 @@ def run(setting: Setting, machine: Machine, quick: bool = False) -> list[ExpertR
         if not setting.backward:
             rows += [_int8_row(layer, module, count, setting, machine) for count in tokens[:2]]
     if not setting.backward:
-        rows += _gemm_rows(tokens, setting, machine)
+        rows += gemm_rows(tokens, setting, machine)
     return rows
 
 
@@ -198,7 +207,22 @@ def _routings(layer: Layer, tokens: int, inputs: int, setting: Setting) -> list[
 def _times(contenders: dict, routings: list[Routing], setting: Setting, machine: Machine) -> dict[str, float]:
     calls = {name: _cycling(run, routings) for name, run in contenders.items()}
     with contextlib.nullcontext() if setting.backward else torch.no_grad():
+        if setting.graph:
+            return _replayed_times(calls, setting, machine)
         return interleaved({**calls, **machine.calls}, setting.device, setting.budget)
+
+
+def _replayed_times(calls: dict[str, Callable], setting: Setting, machine: Machine) -> dict[str, float]:
+    """Of each contender the faster of its calls from Python and its replays from a CUDA graph, where one can be captured."""
+    failed: dict[str, str] = {}
+    calls = replay.working(calls, failed)
+    if "dynops" not in calls or len(calls) == 1:
+        raise RuntimeError(f"nothing to compare: {failed}")
+    graphs = {(GRAPH, name): replay.captured_or(call, name, failed) for name, call in calls.items()}
+    graphs = {name: call for name, call in graphs.items() if call is not None}
+    times = interleaved({**calls, **graphs, **machine.calls}, setting.device, setting.budget)
+    fastest = {name: min(times[name], times.get((GRAPH, name), times[name])) for name in calls}
+    return fastest | {name: times[name] for name in machine.calls}
 
 
 def _row(layer, tokens, setting, machine, routings, macs, elements, times, mode, weights=None) -> ExpertRow:
@@ -236,6 +260,31 @@ def _layer_row(layer: Layer, module, tokens: int, setting: Setting, machine: Mac
     return _row(layer, tokens, setting, machine, routings, elements, elements, times, setting.mode)
 
 
+def plain_rows(layer: Layer, tokens, setting: Setting, machine: Machine) -> list[ExpertRow]:
+    """The layer against what is written in PyTorch alone, without transformers: grouped_mm, and a loop over the experts."""
+    generator = torch.Generator(setting.device).manual_seed(0)
+
+    def weights(*shape: int) -> Tensor:
+        found = torch.randn(shape, generator=generator, device=setting.device)
+        return found.mul_(shape[2] ** -0.5).to(setting.dtype)
+
+    up = weights(layer.experts, 2 * layer.inner, layer.hidden)
+    down = weights(layer.experts, layer.hidden, layer.inner)
+
+    def ours(r: Routing):
+        return ops.experts_mlp(r.x, up, down, ExpertPlan.from_topk(r.index, layer.experts), r.weight)
+
+    contenders = {"dynops": ours}
+    for name, function in (("torch grouped_mm", expert_loops.grouped), ("loop", expert_loops.loop)):
+        contenders[name] = lambda r, function=function: function(r.x, r.index, r.weight, up, down)
+    elements, rows = 3 * layer.hidden * layer.inner, []
+    for count in tokens:
+        routings = _routings(layer, count, layer.hidden, setting)
+        times = _times(contenders, routings, setting, machine)
+        rows.append(_row(layer, count, setting, machine, routings, elements, elements, times, setting.mode))
+    return rows
+
+
 def _int8_row(layer: Layer, module, tokens: int, setting: Setting, machine: Machine) -> ExpertRow:
     """Eight-bit weights against the same layer's own: "built-in" is dynops in the dtype of the run."""
     routings = _routings(layer, tokens, layer.hidden, setting)
@@ -250,7 +299,7 @@ def _int8_row(layer: Layer, module, tokens: int, setting: Setting, machine: Mach
     return _row(layer, tokens, setting, machine, routings, elements, elements, times, setting.mode, "int8")
 
 
-def _gemm_rows(tokens, setting: Setting, machine: Machine) -> list[ExpertRow]:
+def gemm_rows(tokens, setting: Setting, machine: Machine) -> list[ExpertRow]:
     """One grouped GEMM of rows that lie by expert already, as torch's grouped_mm wants them."""
     layer = GEMM
     shape = (layer.experts, layer.inner, layer.inner)
@@ -265,8 +314,7 @@ def _gemm_rows(tokens, setting: Setting, machine: Machine) -> list[ExpertRow]:
             return ops.grouped_linear(r.x, weight, ExpertPlan.from_topk(r.index, layer.experts))
 
         def torch_grouped(r: Routing):
-            expert, order = r.index.flatten().sort()
-            ends = torch.bincount(expert, minlength=layer.experts).cumsum(0).to(torch.int32)
+            order, ends = expert_loops.by_expert(r.index, layer.experts)
             return F.grouped_mm(r.x[order // layer.topk], weight.mT, offs=ends)
 
         times = _times({"dynops": ours, "torch grouped_mm": torch_grouped}, routings, setting, machine)

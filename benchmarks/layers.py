@@ -128,10 +128,14 @@ class Setting:
     densities: tuple[float, ...] = (0.5, 0.25, 0.1)
     backward: bool = False
     compiled: bool = True
+    compiled_formats: tuple[str, ...] = ("NCHW", "channels_last")
     break_even: bool = True
     variants: bool = True  # also rows with the plan reused and on packed rows, for random masks
     budget: Budget = field(default_factory=Budget)
     mask_kinds: tuple[str, ...] = ("random", "square", "photo")
+    graph: bool = (
+        False  # dense replayed from CUDA graphs; ours too, in the capacity form, where that is faster
+    )
 
     @property
     def mode(self) -> str:
@@ -151,17 +155,21 @@ def run(cases: list[Case], setting: Setting, label: str = "layers") -> list[Row]
 def measure(case: Case, setting: Setting) -> list[Row]:
     """The rows of one layer: every mask and density, timed in one interleaved run with the dense layer."""
     generator = torch.Generator().manual_seed(0)
-    tensors = random_tensors(case, setting, generator)
-    plans, ours = {}, {}
+    tensors = random_tensors(case, setting, on_device(generator, setting.device))
+    last = tuple(t.contiguous(memory_format=torch.channels_last) for t in tensors)
+    plans, ours, replays = {}, {}, {}
     for kind, density in _masks_to_measure(case, setting):
         mask = masks.MASKS[kind](case.n, *case.out_size, density, generator).to(setting.device)
         plan = PixelPlan.from_mask(mask)
         with_variants = setting.variants and kind == "random" and density in setting.densities
-        for variant, call in _ours(case, setting, tensors, mask, plan, with_variants).items():
+        for variant, call in _ours(case, setting, last, mask, plan, with_variants).items():
             plans[kind, density, variant] = plan
             ours[kind, density, variant] = call
+        if setting.graph:
+            replays[kind, density, "plain"] = _capturable(case, last, mask)
     with torch.inference_mode(not setting.backward):
-        times = compare(dense_versions(case, setting, tensors), ours, setting.device, setting.budget)
+        dense = dense_versions(case, setting, tensors)
+        times = compare(dense, ours, setting.device, setting.budget, replays if setting.graph else None)
     return [_row(case, setting, key, plans[key], times) for key in ours]
 
 
@@ -177,11 +185,17 @@ def random_tensors(case: Case, setting: Setting, generator: torch.Generator) -> 
     """``(x [N, C, H, W], weight [O, C/groups, k, k], grad [N, O, H', W'])``, made outside inference mode
     so that the weight has a version and its packed form is kept, as a layer's is."""
     fan_in = case.c // case.groups * case.kernel**2
-    x = torch.randn(case.n, case.c, case.h, case.w, generator=generator)
-    weight = torch.randn(case.o, case.c // case.groups, case.kernel, case.kernel, generator=generator)
-    grad = torch.randn(case.n, case.o, *case.out_size, generator=generator) if setting.backward else x[:0]
+    where = {"generator": generator, "device": generator.device}
+    x = torch.randn(case.n, case.c, case.h, case.w, **where)
+    weight = torch.randn(case.o, case.c // case.groups, case.kernel, case.kernel, **where)
+    grad = torch.randn(case.n, case.o, *case.out_size, **where) if setting.backward else x[:0]
     options = {"device": setting.device, "dtype": setting.dtype}
     return x.to(**options), weight.div_(fan_in**0.5).to(**options), grad.to(**options)
+
+
+def on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """A generator for tensors: on a GPU its own there, since a CPU takes seconds for a large map."""
+    return torch.Generator(device).manual_seed(0) if device.type == "cuda" else generator
 
 
 def with_backward(call, grad: Tensor, *inputs: Tensor):
@@ -210,6 +224,8 @@ def dense_versions(case: Case, setting: Setting, tensors) -> dict:
         x, weight, grad = (t.contiguous(memory_format=memory_format).detach() for t in tensors)
         x.requires_grad_(setting.backward), weight.requires_grad_(setting.backward)
         for function_name, function in functions.items():
+            if function_name == "compiled" and format_name not in setting.compiled_formats:
+                continue
             call = _bound(function, x, weight)
             name = f"{format_name} {function_name}"
             dense[name] = with_backward(call, grad, x, weight) if setting.backward else call
@@ -245,6 +261,15 @@ def _ours(case: Case, setting: Setting, tensors, mask: Tensor, plan: PixelPlan, 
     return calls
 
 
+def _capturable(case: Case, tensors, mask: Tensor):
+    """What "plain" does, in the form that a CUDA graph can capture: the plan has room for every pixel."""
+    x, weight, _ = tensors
+    arguments = {"stride": case.stride, "padding": case.padding, "groups": case.groups}
+    return lambda: ops.sparse_conv2d(
+        x, weight, None, PixelPlan.from_mask(mask, capacity=mask.numel()), **arguments
+    )
+
+
 def _row(case: Case, setting: Setting, key, plan: PixelPlan, times: Comparison) -> Row:
     kind, density, variant = key
     computed = case.dense_macs * plan.num_rows / max(plan.num_pixels, 1)
@@ -264,6 +289,7 @@ def _row(case: Case, setting: Setting, key, plan: PixelPlan, times: Comparison) 
         dense_name=times.dense_name,
         ours_ms=times.ours[key],
         dense_all=times.dense_all,
+        **times.versions(key),
     )
 
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynops
+from dynops import PixelPlan
 from dynops.plans import resize_mask
 
 from . import masks
 from .layers import Setting
 from .report import Row
-from .timing import best_dense, interleaved, progress
+from .timing import Comparison, best_dense, compare, interleaved, progress
 
 SIZES = ((224, 224), (576, 512))  # the photograph is 600 x 512; cropped to a multiple of the model's 32
 CELL = 32  # pixels on a side of a cell of the coarse mask
@@ -28,6 +29,12 @@ def photo_input(size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[2:]) == size:
         return image
     return F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def photo_batch(size: tuple[int, int], n: int) -> Tensor:
+    """``[n, 3, H, W]``: the photograph, sample i shifted by i/n of its width."""
+    image = photo_input(size)
+    return torch.cat([image.roll(i * size[1] // n, 3) for i in range(n)])
 
 
 def gate(image: Tensor, density: float, cell: int) -> Tensor:
@@ -113,55 +120,63 @@ class LayerMacs:
 
 
 def run(
-    setting: Setting, sizes=SIZES, gates=tuple(GATES), build=build_resnet50, name="ResNet-50"
+    setting: Setting, sizes=SIZES, gates=tuple(GATES), build=build_resnet50, name="ResNet-50", n=1
 ) -> list[Row]:
-    """Rows of ``build``'s model at each input size, mask and density; the gate's time counts as ours."""
+    """Rows of ``build``'s model at each input size, mask and density, batch ``n``; the gate's time counts as ours."""
     rows = []
     for size in progress(list(sizes), name, "size"):
-        rows += measure(build, name, size, gates, setting)
+        rows += measure(build, name, size, gates, setting, n)
     return rows
 
 
-def measure(build, name: str, size: tuple[int, int], gates, setting: Setting) -> list[Row]:
-    image = photo_input(size)
-    model = build(normalised(image))
-    macs = LayerMacs(model, normalised(image))
-    options = {"device": setting.device, "dtype": setting.dtype}
-    model.to(**options)
+def measure(build, name: str, size: tuple[int, int], gates, setting: Setting, n: int = 1) -> list[Row]:
+    image = photo_batch(size, n)
+    model = build(normalised(image[:1]))
     image = image.to(setting.device)
+    macs = LayerMacs(model.to(setting.device), normalised(image))
+    model.to(setting.dtype)
     x = normalised(image).to(setting.dtype)
-    ours, plans = {}, {}
+    ours, replays, plans = {}, {}, {}
     converted, kept_dense = _convert(model)
     for kind in gates:
         for density in setting.densities:
             ours[kind, density] = _ours(converted, image, x, density, GATES[kind], setting)
+            replays[kind, density] = _capturable(converted, image, x, density, GATES[kind])
             plans[kind, density] = macs.computed(gate(image, density, GATES[kind]), kept_dense)
     with torch.inference_mode(not setting.backward):
-        first_look, dense = best_dense(dense_versions(model, x, setting), setting.device)
-        beside = _frozen(model, x) if setting.compiled and not setting.backward else {}
-        times = interleaved({**dense, **beside, **ours}, setting.device, setting.budget)
-    best = min(dense, key=times.get)
-    dense_all = first_look | {n: times[n] for n in (*dense, *beside)}
-    dtype = str(setting.dtype).removeprefix("torch.")
+        times = _times(model, x, setting, ours, replays)
     return [
         Row(
             suite="models",
             group=name,
-            case=f"{name}, {size[0]}x{size[1]}",
+            case=f"{name}, {size[0]}x{size[1]}" + (f", batch {n}" if n > 1 else ""),
             mask=kind,
             density=density,
             variant="plain",
             mode=setting.mode,
-            dtype=dtype,
+            dtype=str(setting.dtype).removeprefix("torch."),
             gmacs=macs.dense / 1e9,
             computed_gmacs=plans[kind, density] / 1e9,
-            dense_ms=times[best],
-            dense_name=best,
-            ours_ms=times[kind, density],
-            dense_all=dense_all,
+            dense_ms=times.dense_ms,
+            dense_name=times.dense_name,
+            ours_ms=times.ours[kind, density],
+            dense_all=times.dense_all,
+            **times.versions((kind, density)),
         )
         for kind, density in ours
     ]
+
+
+def _times(model: nn.Module, x: Tensor, setting: Setting, ours: dict, replays: dict) -> Comparison:
+    dense = dense_versions(model, x, setting)
+    if setting.graph:
+        return compare(dense, ours, setting.device, setting.budget, replays)
+    first_look, dense = best_dense(dense, setting.device)
+    beside = _frozen(model, x) if setting.compiled and not setting.backward else {}
+    times = interleaved({**dense, **beside, **ours}, setting.device, setting.budget)
+    best = min(dense, key=times.get)
+    dense_all = first_look | {n: times[n] for n in (*dense, *beside)}
+    return Comparison({key: times[key] for key in ours}, times[best], best, dense_all)
 
 
 def _convert(model: nn.Module) -> tuple[nn.Module, set[str]]:
@@ -187,6 +202,18 @@ def _ours(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: 
     return with_backward(call, converted) if setting.backward else call
 
 
+def _capturable(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: int) -> Callable:
+    """The same with a plan that has room for every cell, which a CUDA graph can capture."""
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def call():
+        mask = gate(image, density, cell)
+        with dynops.active(PixelPlan.from_mask(mask, capacity=mask.numel())):
+            return converted(x)
+
+    return call
+
+
 def dense_versions(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable]:
     """{NCHW, channels_last} x {eager, torch.compile}."""
     torch._dynamo.reset()
@@ -195,7 +222,7 @@ def dense_versions(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, C
     for format_name, memory_format in formats.items():
         own = copy.deepcopy(model).to(memory_format=memory_format)
         functions = {"eager": own}
-        if setting.compiled:
+        if setting.compiled and format_name in setting.compiled_formats:
             functions["compiled"] = torch.compile(own, dynamic=False)
         for function_name, function in functions.items():
             call = _bound(function, x.contiguous(memory_format=memory_format))

@@ -49,6 +49,7 @@ class Row:
     gate_ms: float = 0.0  # of the gate called by itself; variant "gated": ours_ms has it too
     dense_p99_ms: float = 0.0  # 0 where it was not asked for
     ours_p99_ms: float = 0.0
+    failed: dict[str, str] = field(default_factory=dict)  # {version of either: why it could not run}
 
     @property
     def theory(self) -> float:
@@ -105,6 +106,7 @@ class Report:
     experts: list[ExpertRow] = field(default_factory=list)
     copies: list[CopyRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    checks: dict = field(default_factory=dict)  # what came of the stages of ``benchmarks.gpu check``
 
     def save(self, folder: Path, stem: str, plot: bool = False) -> list[Path]:
         """Writes ``stem``.json and .csv, and .png if asked and matplotlib is there; returns the paths."""
@@ -118,8 +120,10 @@ class Report:
             "experts": [row.as_dict() for row in self.experts],
             "copies": [row.as_dict() for row in self.copies],
         }
+        if self.checks:
+            content["checks"] = self.checks
         paths[0].write_text(json.dumps(content, indent=1) + "\n")
-        self._write_csv(paths[1])
+        write_csv(paths[1], self.rows or self.memory or self.experts)
         image = folder / f"{stem}.png"
         draw = _plot if self.rows else plot_experts
         if plot and (self.rows or self.experts) and draw(self.rows or self.experts, self.title(), image):
@@ -131,17 +135,6 @@ class Report:
         row = (self.rows or self.experts)[0]
         return f"{self.machine['device']}, {self.machine['threads']} threads, {row.dtype}, {row.mode}"
 
-    def _write_csv(self, path: Path) -> None:
-        records = [row.as_dict() for row in self.rows or self.memory or self.experts]
-        for record in records:
-            for key, value in record.items():
-                if isinstance(value, dict):
-                    record[key] = "; ".join(f"{k}: {v}" for k, v in value.items())
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
-            writer.writeheader()
-            writer.writerows(records)
-
     @classmethod
     def load(cls, path: Path) -> Report:
         content = json.loads(path.read_text())
@@ -149,7 +142,20 @@ class Report:
         memory = [MemoryRow.from_dict(r) for r in content["memory"]]
         experts = [ExpertRow.from_dict(r) for r in content.get("experts", [])]
         copies = [CopyRow.from_dict(r) for r in content.get("copies", [])]
-        return cls(content["machine"], rows, memory, experts, copies, content["notes"])
+        checks = content.get("checks", {})
+        return cls(content["machine"], rows, memory, experts, copies, content["notes"], checks)
+
+
+def write_csv(path: Path, rows: list) -> None:
+    records = [row.as_dict() for row in rows]
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, dict):
+                record[key] = "; ".join(f"{k}: {v}" for k, v in value.items())
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else [])
+        writer.writeheader()
+        writer.writerows(records)
 
 
 # --------------------------------------------------------------------------------------- the machine

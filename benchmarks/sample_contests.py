@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import replay
 from .layers import Setting
 from .models import dense_versions
 from .report import Row
@@ -66,6 +67,9 @@ def _kept(setting: Setting, dense: dict, contests: list[Contest], looks: dict) -
     """``{(who, version): call}`` of those that take part, who being DENSE, a contest's number or a gate; fills ``looks``,
     ``{who: {version: ms}}``.
     """
+    if setting.graph:  # ours has no graph: the number of its samples is known on the host
+        dense = replay.working(dense, {})
+        dense = {name: replay.captured_or(call, name, {}) or call for name, call in dense.items()}
     looks[DENSE], kept = best_dense(dense, setting.device)
     calls = {(DENSE, name): call for name, call in kept.items()}
     budget = Budget(0.15 * setting.budget.seconds, min_rounds=2, max_rounds=10, warmup=1, calls=1)

@@ -150,7 +150,7 @@ def layer_versions(inner: nn.Module, mode: str, setting: Setting) -> dict[str, S
     for name, memory_format in FORMATS.items():
         own = copy.deepcopy(inner).to(memory_format=memory_format)
         found[f"{name} eager"] = Skip(own, mode=mode).eval()
-        if setting.compiled and not setting.backward:
+        if setting.compiled and name in setting.compiled_formats and not setting.backward:
             compiled = torch.compile(own, dynamic=True)
             found[f"{name} compiled"] = Skip(compiled, mode=mode, path="samples").eval()
     return found

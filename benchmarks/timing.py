@@ -10,9 +10,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+
+from . import replay
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def all_times(
 
     The first call of a turn is not timed: it finds the caches as the contender before left them, which says
     nothing of either. Every other round runs backwards, so that no contender always follows the same one.
+    On a GPU the time is that between two events on the stream, and every call finds the second-level cache flushed.
     """
     _keep_memory()
     for call in contenders.values():
@@ -80,11 +83,9 @@ def _keep_memory() -> None:
 
 def _once(call: Callable, device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return replay.device_ms(call, device)
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -119,19 +120,83 @@ def best_dense(
 class Comparison:
     """Ours against the best dense version, milliseconds from one interleaved run."""
 
-    ours: dict  # {contender: ms}
+    ours: dict  # {contender: ms}, of its fastest version
     dense_ms: float
     dense_name: str
     dense_all: dict[str, float]  # every dense version; those that were not kept: of the first look
+    ours_all: dict = field(default_factory=dict)  # {contender: {version: ms}} where there are several
+    failed: dict[str, str] = field(default_factory=dict)  # {version: why it could not run}
+
+    def versions(self, contender) -> dict:
+        """Fields of a row: which version of ours was the fastest, all of them, and what could not run."""
+        found = self.ours_all.get(contender, {})
+        return {
+            "ours_name": min(found, key=found.get) if found else "",
+            "ours_all": found,
+            "failed": self.failed,
+        }
 
 
-def compare(dense: dict[str, Callable], ours: dict, device: torch.device, budget: Budget) -> Comparison:
-    """Times ``ours`` {contender: call} in turns with the fastest of the ``dense`` versions."""
+def compare(
+    dense: dict[str, Callable],
+    ours: dict,
+    device: torch.device,
+    budget: Budget,
+    replays: dict | None = None,
+) -> Comparison:
+    """Times ``ours`` {contender: call} in turns with the fastest of the ``dense`` versions.
+
+    Args:
+        replays: for contenders of ours the call in a form that a CUDA graph can capture. With it every dense version is
+            replayed from a graph as well, and of ours the faster of "eager" and "graph" counts. What cannot run
+            or be captured is left out and named in ``failed``.
+
+    Raises:
+        RuntimeError: no dense version runs, or none of a contender.
+    """
+    if replays is not None:
+        return _compare_replays(dense, ours, device, budget, replays)
     first_look, kept = best_dense(dense, device)
     times = interleaved({**kept, **ours}, device, budget)
     best = min(kept, key=times.get)
     dense_all = first_look | {name: times[name] for name in kept}
     return Comparison({key: times[key] for key in ours}, times[best], best, dense_all)
+
+
+EAGER, GRAPH = "eager", "graph"
+MOST_DIFFERENT = 0.05  # of the norm; two ways through a network of bfloat16 differ by a few roundings a layer
+
+
+def _compare_replays(dense: dict, ours: dict, device, budget: Budget, replays: dict) -> Comparison:
+    failed: dict[str, str] = {}
+    dense = {name: _captured(call, name, failed) for name, call in replay.working(dense, failed).items()}
+    calls = {(EAGER, key): call for key, call in replay.working(ours, failed).items()}
+    for key, call in replays.items():
+        found = replay.captured_or(call, f"ours {key}, graph", failed)
+        if found is not None and _agrees(found, calls.get((EAGER, key)), f"ours {key}, graph", failed):
+            calls[GRAPH, key] = found
+    if not dense or any((EAGER, key) not in calls and (GRAPH, key) not in calls for key in ours):
+        raise RuntimeError(f"nothing to compare: {failed}")
+    first_look, kept = best_dense(dense, device)
+    times = interleaved({**kept, **calls}, device, budget)
+    best = min(kept, key=times.get)
+    versions = {key: {v: times[v, key] for v in (EAGER, GRAPH) if (v, key) in calls} for key in ours}
+    dense_all = first_look | {name: times[name] for name in kept}
+    fastest = {key: min(found.values()) for key, found in versions.items()}
+    return Comparison(fastest, times[best], best, dense_all, versions, failed)
+
+
+def _agrees(found: Callable, eager: Callable | None, name: str, failed: dict[str, str]) -> bool:
+    """Whether a replay computes what the call does: a fast one that does not is no result."""
+    differs = 0.0 if eager is None else replay.difference(found(), eager())
+    if differs > MOST_DIFFERENT:
+        failed[name] = f"differs from the call by {differs:.1e} of its norm"
+    return differs <= MOST_DIFFERENT
+
+
+def _captured(call: Callable, name: str, failed: dict[str, str]) -> Callable:
+    """From a graph, or as it is where it cannot be captured."""
+    return replay.captured_or(call, f"dense {name}, graph", failed) or call
 
 
 def progress(items: list, label: str, unit: str = "case") -> Iterator:
