@@ -1,6 +1,7 @@
 # make bench   the headline benchmark, about 2 minutes      make test   the whole test suite
 # make lint    ruff and clang-format, checks only           make asan   CPU tests under ASan and UBSan
 # make cuda    compile the CUDA half (needs nvcc, no GPU)   make clean  remove what was built
+# make gpu-audit   compile every GPU kernel for three architectures; a table of what each needs (no GPU)
 #
 # Without PYTHON these make .venv, install requirements.txt into it (once) and build in place. With
 # PYTHON=/path/to/python, an interpreter that has torch, nothing is downloaded or installed.
@@ -8,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench test lint asan cuda clean build FORCE
+.PHONY: bench test lint asan cuda gpu-audit clean build FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -86,6 +87,10 @@ asan: $(READY)
 # Into its own folder: that nvcc accepts the sources, for TORCH_CUDA_ARCH_LIST, is all that is wanted.
 cuda: $(READY)
 	FORCE_CUDA=1 $(BUILD_EXT) --build-lib build/cuda/lib --build-temp build/cuda/tmp
+
+# Fails where a kernel spills, lacks tensor cores, or needs more than an SM has. ARGS: --arch 90, --kernel NAME, --out DIR.
+gpu-audit: build
+	$(PY) -m benchmarks.gpu audit $(ARGS)
 
 clean:
 	rm -rf build dist dynops.egg-info dynops/_C*.so benchmarks/out .pytest_cache .hypothesis .ruff_cache

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..text import aligned
+from . import compiled, forms, nvcc, rules
 
 ARCHS = (80, 90, 100)
 LEGEND = """\
@@ -30,16 +31,16 @@ many of them move 16 bytes. LDG, STG: loads and stores, and how many of them mov
 
 @dataclass(frozen=True)
 class Row:
-    """One binary: where it comes from, what it needs, and what is wrong with it."""
+    """One binary: where it comes from, what it needs, and what is wrong with it. No binary: it did not compile."""
 
     kernel: str
-    form: str
-    type: str
     arch: int
-    tile: str
     compiler: str
-    binary: object  # compiled.Binary, which is imported where there is Triton; None where it did not compile
+    binary: compiled.Binary | None
     problems: tuple[str, ...]
+    form: str = ""
+    type: str = ""
+    tile: str = ""
 
     @property
     def title(self) -> str:
@@ -69,39 +70,28 @@ class Row:
 # ---------------------------------------------------------------------------------- what is compiled
 
 
-def triton_rows(configuration) -> list[Row]:
+def triton_rows(configuration: forms.Configuration) -> list[Row]:
     """Compiles one launch of Triton's; runs in a process of its own."""
-    from . import compiled, rules
-
     c = configuration
-    named = (c.launch.title, f"{c.noun}: {c.form}", c.type, c.arch, c.launch.tile, compiled.compiler(c.arch))
+    where = {"kernel": c.launch.title, "form": f"{c.noun}: {c.form}", "type": c.type, "tile": c.launch.tile}
+    where |= {"arch": c.arch, "compiler": compiled.compiler(c.arch)}
     try:
         binary = compiled.binary(c.launch, c.arch)
     except Exception as error:  # whatever the compiler raises is a finding about this kernel
-        return [Row(*named, None, (_does_not_compile(error),))]
-    return [Row(*named, binary, tuple(rules.problems(binary, c.vectors)))]
+        return [Row(**where, binary=None, problems=(_does_not_compile(error),))]
+    return [Row(**where, binary=binary, problems=tuple(rules.problems(binary, c.vectors)))]
 
 
 def cuda_rows(source: Path, arch: int) -> list[Row]:
     """Compiles one file of CUDA C++; runs in a process of its own."""
-    from . import nvcc, rules
-
+    compiler = nvcc.compiler()
     try:
         binaries = nvcc.binaries(source, arch)
     except RuntimeError as error:
-        return [Row(source.name, "", "", arch, "", nvcc.compiler(), None, (_does_not_compile(error),))]
+        return [Row(source.name, arch, compiler, None, (_does_not_compile(error),))]
     return [
-        Row(
-            f"{source.name}: {name}",
-            form,
-            "",
-            arch,
-            "",
-            nvcc.compiler(),
-            binary,
-            tuple(rules.problems(binary)),
-        )
-        for name, form, binary in binaries
+        Row(f"{source.name}: {name}", arch, compiler, binary, tuple(rules.problems(binary)), form=arguments)
+        for name, arguments, binary in binaries
     ]
 
 
@@ -116,13 +106,19 @@ def run_all(tasks: list[tuple[Callable, tuple]], processes: int) -> Iterable[Row
     with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
         futures = [pool.submit(function, *arguments) for function, arguments in tasks]
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            if sys.stderr.isatty():
-                print(f"\r{done} of {len(tasks)} compiled", end="", file=sys.stderr, flush=True)
             yield from future.result()
-    print(file=sys.stderr, end="\n" if sys.stderr.isatty() else "")
+            _progress(done, len(tasks))
 
 
-def quick(configurations: list) -> list:
+def _progress(done: int, total: int) -> None:
+    """A count on stderr: one line on a terminal, else one for every hundred."""
+    if sys.stderr.isatty():
+        print(f"\r{done} of {total} compiled", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done % 100 == 0 or done == total:
+        print(f"{done} of {total} compiled", file=sys.stderr, flush=True)
+
+
+def quick(configurations: list[forms.Configuration]) -> list[forms.Configuration]:
     """The first configuration of each kernel on each architecture."""
     first: dict = {}
     for configuration in configurations:
@@ -200,17 +196,12 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu audit", description=__doc__.partition("\n\n")[2]
     )
-    parser.add_argument(
-        "--arch", type=int, action="append", choices=ARCHS, help="only this one; may be repeated"
-    )
-    parser.add_argument(
-        "--kernel", default="", help="only kernels whose name has this in it; all of their binaries are shown"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one binary of each Triton kernel, and no CUDA C++"
-    )
-    parser.add_argument("--out", type=Path, help="folder for gpu-audit.csv and gpu-audit.json")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
+    add = parser.add_argument
+    add("--arch", type=int, action="append", choices=ARCHS, help="only this one; may be repeated")
+    add("--kernel", default="", help="only kernels with this in their names; all of their binaries are shown")
+    add("--quick", action="store_true", help="one binary of each Triton kernel, and no CUDA C++")
+    add("--out", type=Path, help="folder for gpu-audit.csv and gpu-audit.json")
+    add("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     return parser.parse_args(arguments)
 
 
@@ -218,13 +209,13 @@ def main(arguments: list[str]) -> int:
     options = parsed(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise SystemExit(
-            "TRITON_INTERPRET is set: kernels are decorated for the interpreter and cannot be compiled"
+            "TRITON_INTERPRET is set: kernels are made for the interpreter and cannot be compiled"
         )
-    from . import forms, nvcc
-
     archs = options.arch or ARCHS
     every = [configuration for arch in archs for configuration in forms.configurations(arch)]
     failures = [f"{kernel} | no form launches it" for kernel in forms.unlaunched([c.launch for c in every])]
+    for arch in archs:
+        failures += [f"{tile} | no form launches this tile" for tile in forms.unlaunched_tiles(arch, every)]
     chosen = [c for c in every if options.kernel in c.launch.title]
     tasks = [(triton_rows, (c,)) for c in (quick(chosen) if options.quick else chosen)]
     if nvcc.find() is None:
@@ -232,10 +223,11 @@ def main(arguments: list[str]) -> int:
     elif not options.quick:
         tasks = [(cuda_rows, (source, arch)) for source in nvcc.sources() for arch in archs] + tasks
     rows = [row for row in run_all(tasks, options.processes) if options.kernel in row.kernel]
+    if not rows:
+        raise SystemExit(f"--kernel: no kernel has {options.kernel} in its name")
     failures += [f"{row.title} | {problem}" for row in rows for problem in row.problems]
-    print(
-        table(rows if options.kernel else worst(rows)), LEGEND, *(summary(rows, a) for a in archs), sep="\n"
-    )
+    print(table(rows if options.kernel else worst(rows)), LEGEND, sep="\n")
+    print(*(summary(rows, arch) for arch in archs), sep="\n")
     for failure in sorted(failures):
         print(f"FAILED {failure}")
     if options.out:

@@ -40,10 +40,13 @@ class Configuration:
     vectors: bool
 
 
-def configurations(arch: int, forms: dict[str, tuple[Form, ...]] = FORMS) -> list[Configuration]:
-    """The distinct binaries of an architecture; one that several forms need is listed with the first."""
+def configurations(arch: int, forms: dict[str, tuple[Form, ...]] | None = None) -> list[Configuration]:
+    """The distinct binaries of an architecture; one that several forms need is listed with the first.
+
+    ``forms``: those of each noun, by default all.
+    """
     found: dict[Launch, Configuration] = {}
-    for noun, some in forms.items():
+    for noun, some in (FORMS if forms is None else forms).items():
         for form in some:
             for dtype in form.dtypes:
                 for launch in form.launches(arch, dtype):
@@ -64,7 +67,7 @@ def _type(launch: Launch, dtype: torch.dtype) -> str:
 def unlaunched_tiles(arch: int, configurations: list[Configuration]) -> list[str]:
     """The tiles of the architecture's tables with which no product is launched."""
     used = set()
-    for c in configurations:
+    for c in (c for c in configurations if c.arch == arch):
         values = dict(c.launch.constants) | dict(c.launch.options)
         if "PRECISION" in values:
             kind = c.type if c.type in ("tf32", "ieee") else "half"

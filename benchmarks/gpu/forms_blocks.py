@@ -11,6 +11,7 @@ from dynops.kernels import blocks, rows
 
 from .launches import Form, wide
 
+HALF = (torch.bfloat16,)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = ("gather_tiles_kernel", "scatter_tiles_kernel")
 ROWS = ("merge_rows_kernel", "scatter_rows_kernel")
@@ -39,9 +40,9 @@ def _samples(dtype: torch.dtype, columns: int = 16 * 2048) -> None:
 
 FORMS = (
     Form("tiles", _tiles, TYPES, vectors=BLOCKS),
-    Form("tiles, 64-bit offsets", wide(_tiles), vectors=BLOCKS),
+    Form("tiles, 64-bit offsets", wide(_tiles), HALF, vectors=BLOCKS),
     Form("tiles, NCHW", partial(_tiles, layout=torch.contiguous_format)),
     Form("samples", _samples, vectors=ROWS),
     Form("samples of 19 values", partial(_samples, columns=19)),
-    Form("samples, 64-bit offsets", wide(_samples), vectors=ROWS),
+    Form("samples, 64-bit offsets", wide(_samples), HALF, vectors=ROWS),
 )

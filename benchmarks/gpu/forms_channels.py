@@ -67,11 +67,11 @@ FORMS = (
     Form("3x3, x compact", partial(_convolution, kernel=3, **LISTED), HALF),
     Form("3x3, two groups", partial(_convolution, width=64, kernel=3, groups=2), HALF),
     Form("3x3, two heads", partial(_convolution, width=64, kernel=3, heads=2), HALF),
-    Form("3x3, shared lists", partial(_convolution, kernel=3, shared=True, epilogue=True)),
+    Form("3x3, shared lists", partial(_convolution, kernel=3, shared=True, epilogue=True), HALF),
     Form("3x3, float16", partial(_convolution, kernel=3), (torch.float16,)),
     Form("3x3, 64-bit offsets", wide(partial(_convolution, kernel=3)), HALF),
     Form("depthwise", partial(_convolution, width=64, kernel=3, groups=64, epilogue=True), (torch.float16, torch.float32)),
-    Form("depthwise, packed", partial(_convolution, width=64, kernel=3, groups=64, packed=True)),
+    Form("depthwise, packed", partial(_convolution, width=64, kernel=3, groups=64, packed=True), HALF),
     Form("moved", _moved),
     Form("moved, 64-bit offsets", wide(_moved), HALF),
 )  # fmt: skip

@@ -65,21 +65,22 @@ def _rows(dtype: torch.dtype) -> None:
     pixels.scatter_rows(rows, plan.index, None, [2, 8, 8], None)
 
 
+HALF = (torch.bfloat16,)
 FORMS = (
     Form("3x3", _convolution, every_tile=TYPES, vectors=("conv_kernel",)),
     Form("3x3, epilogue", partial(_convolution, epilogue=True)),
     Form("3x3, ragged, epilogue", partial(_convolution, channels=261, epilogue=True)),
     Form("3x3, packed", partial(_convolution, packed=True)),
     Form("3x3, packed, ragged, epilogue", partial(_convolution, channels=261, packed=True, epilogue=True)),
-    Form("3x3, 64-bit offsets", wide(_convolution)),
+    Form("3x3, 64-bit offsets", wide(_convolution), HALF),
     Form("1x1", partial(_convolution, kernel=1)),
     Form("1x1, packed, epilogue", partial(_convolution, kernel=1, packed=True, epilogue=True)),
     Form("7x7 stride 2 of 3 channels", partial(_convolution, channels=3, outputs=64, kernel=7, stride=2)),
     Form("4x4 stride 2, transposed", partial(_convolution, kernel=4, stride=2, transposed=True, epilogue=True)),
     Form("3x3, float16", _convolution, (torch.float16,)),
     Form("depthwise", partial(_convolution, channels=64, groups=64, epilogue=True), (torch.float16, torch.float32)),
-    Form("depthwise, transposed", partial(_convolution, channels=64, kernel=4, stride=2, groups=64, transposed=True)),
-    Form("depthwise, packed", partial(_convolution, channels=64, groups=64, packed=True)),
+    Form("depthwise, transposed", partial(_convolution, channels=64, kernel=4, stride=2, groups=64, transposed=True), HALF),
+    Form("depthwise, packed", partial(_convolution, channels=64, groups=64, packed=True), HALF),
     Form("rows", _rows, (torch.uint8, torch.bfloat16, torch.float32, torch.float64)),
-    Form("rows, 64-bit offsets", wide(_rows)),
+    Form("rows, 64-bit offsets", wide(_rows), HALF),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import subprocess
@@ -68,6 +69,7 @@ def count(text: str) -> dict[str, int]:
     }
 
 
+@functools.cache
 def version(tool: Path | str) -> str:
     """The release that a CUDA tool says it is: ``13.1.80``."""
     said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
