@@ -9,6 +9,7 @@ import torch
 from dynops import ChannelPlan
 from dynops.geometry import ConvGeometry
 from dynops.kernels import channels
+from dynops.kernels.channel_index import channel_index
 
 from .launches import Form, wide
 
@@ -57,6 +58,11 @@ def _moved(dtype: torch.dtype) -> None:
         channels.scatter(packed, plan.index, plan.count, 64, None)
 
 
+def _plans(dtype: torch.dtype) -> None:
+    for width in (64, 261):
+        channel_index(torch.ones(4, width, dtype=dtype), 64)
+
+
 LISTED = {"size": 7, "batch": 64}  # maps too small for compact copies
 HALF = (torch.bfloat16,)
 FORMS = (
@@ -72,6 +78,7 @@ FORMS = (
     Form("3x3, 64-bit offsets", wide(partial(_convolution, kernel=3)), HALF),
     Form("depthwise", partial(_convolution, width=64, kernel=3, groups=64, epilogue=True), (torch.float16, torch.float32)),
     Form("depthwise, packed", partial(_convolution, width=64, kernel=3, groups=64, packed=True), HALF),
+    Form("plans", _plans, (torch.bool, torch.uint8, torch.float32)),
     Form("moved", _moved),
     Form("moved, 64-bit offsets", wide(_moved), HALF),
 )  # fmt: skip
