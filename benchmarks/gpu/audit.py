@@ -10,7 +10,6 @@ import argparse
 import concurrent.futures
 import csv
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -178,7 +177,7 @@ def summary(rows: list[Row], arch: int) -> str:
 
 
 def write(rows: list[Row], folder: Path) -> None:
-    """gpu-audit.csv and gpu-audit.json."""
+    """gpu-audit.csv: every row."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [row.record() for row in sorted(rows, key=lambda row: (row.kernel, row.arch, row.badness))]
     names = max(records, key=len, default={}).keys()
@@ -186,7 +185,6 @@ def write(rows: list[Row], folder: Path) -> None:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-    (folder / "gpu-audit.json").write_text(json.dumps(records, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -200,7 +198,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add("--arch", type=int, action="append", choices=ARCHS, help="only this one; may be repeated")
     add("--kernel", default="", help="only kernels with this in their names; all of their binaries are shown")
     add("--quick", action="store_true", help="one binary of each Triton kernel, and no CUDA C++")
-    add("--out", type=Path, help="folder for gpu-audit.csv and gpu-audit.json")
+    add("--out", type=Path, help="folder for gpu-audit.csv")
     add("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     return parser.parse_args(arguments)
 
