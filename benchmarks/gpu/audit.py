@@ -196,7 +196,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--arch", type=int, action="append", choices=ARCHS, help="only this one; may be repeated")
-    add("--kernel", default="", help="only kernels with this in their names; all of their binaries are shown")
+    add(
+        "--kernel",
+        default="",
+        help="only kernels with this in their names, Triton's first; shows all their binaries",
+    )
     add("--quick", action="store_true", help="one binary of each Triton kernel, and no CUDA C++")
     add("--out", type=Path, help="folder for gpu-audit.csv")
     add("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
@@ -218,7 +222,7 @@ def main(arguments: list[str]) -> int:
     tasks = [(triton_rows, (c,)) for c in (quick(chosen) if options.quick else chosen)]
     if nvcc.find() is None:
         print("csrc/cuda: skipped, there is no nvcc")
-    elif not options.quick:
+    elif not options.quick and not (options.kernel and chosen):
         tasks = [(cuda_rows, (source, arch)) for source in nvcc.sources() for arch in archs] + tasks
     rows = [row for row in run_all(tasks, options.processes) if options.kernel in row.kernel]
     if not rows:
