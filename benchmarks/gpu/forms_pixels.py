@@ -66,8 +66,8 @@ def _filled(dtype: torch.dtype) -> None:
     x = torch.zeros(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     plan = PixelPlan.full((2, 8, 8))
     with mock.patch.object(rows, "_LARGE", 0):
-        for base in (None, x):
-            with rows.filled(x, base, plan.index, None):
+        for base, count in ((None, None), (x, None), (x, torch.tensor([128], dtype=torch.int32))):
+            with rows.filled(x, base, plan.index, count):
                 pass
 
 
