@@ -10,10 +10,9 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from dynops import kernels
-from dynops.kernels import tiling
 
 from . import forms_blocks, forms_channels, forms_experts, forms_pixels
-from .launches import TYPES, Form, Launch
+from .launches import TYPES, Form, Launch, tiles
 
 FORMS = {
     "pixels": forms_pixels.FORMS,
@@ -65,17 +64,16 @@ def _type(launch: Launch, dtype: torch.dtype) -> str:
 
 
 def unlaunched_tiles(arch: int, configurations: list[Configuration]) -> list[str]:
-    """The tiles of the architecture's tables with which no product is launched."""
+    """The tiles that launches may take on an architecture with which no product is launched."""
     used = set()
     for c in (c for c in configurations if c.arch == arch):
         values = dict(c.launch.constants) | dict(c.launch.options)
         if "PRECISION" in values:
             kind = c.type if c.type in ("tf32", "ieee") else "half"
             used.add((kind, values["M"], values["N"], values["num_warps"]))
-    every = [(kind, tile) for (owner, kind), tiles in tiling.TILES.items() if owner == arch for tile in tiles]
     return [
         f"{kind} {t.m}x{t.n} w{t.warps} | sm_{arch}"
-        for kind, t in every
+        for kind, t in tiles(arch)
         if (kind, t.m, t.n, t.warps) not in used
     ]
 

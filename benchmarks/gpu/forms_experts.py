@@ -71,6 +71,7 @@ FORMS = (
     Form("gated gelu, ragged, one choice, gradients", partial(_mlp, hidden=261, inner=261, activation="gelu", topk=1, grads=True), HALF),
     Form("interleaved, transposed", partial(_mlp, activation="clamped_swiglu", interleaved=True, transposed=True), HALF),
     Form("gated gelu, one choice", partial(_mlp, activation="gelu", topk=1), HALF),
+    Form("gated, split", partial(_mlp, grads=True), processors=2048),
     Form("gated, float16", partial(_mlp, grads=True), (torch.float16,)),
     Form("gated, 64-bit offsets", wide(partial(_mlp, grads=True)), HALF),
     Form("rows", _rows),

@@ -78,12 +78,15 @@ def _rows(dtype: torch.dtype) -> None:
     pixels.scatter_rows(values, plan.index, None, [2, 8, 8], None)
 
 
+MANY = 2048  # SMs, so that reductions are split
 HALF = (torch.bfloat16,)
 FORMS = (
     Form("3x3", _convolution, every_tile=TYPES, vectors=("conv_kernel",)),
     Form("3x3, epilogue", partial(_convolution, epilogue=True)),
     Form("3x3, ragged, epilogue", partial(_convolution, channels=261, epilogue=True)),
     Form("3x3, packed", partial(_convolution, packed=True)),
+    Form("3x3, split, epilogue", partial(_convolution, epilogue=True), processors=MANY),
+    Form("3x3, split, packed", partial(_convolution, packed=True), HALF, processors=MANY),
     Form("3x3, capacity", partial(_convolution, capacity=True)),
     Form("3x3, capacity, packed, epilogue", partial(_convolution, capacity=True, packed=True, epilogue=True)),
     Form("3x3, capacity, ragged", partial(_convolution, channels=261, capacity=True, grads=False)),

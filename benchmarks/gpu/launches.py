@@ -16,7 +16,8 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dynops.kernels import gemm, tiling
+from dynops.kernels import configs, gemm, tiling
+from dynops.kernels.tiling import Tile
 
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -97,14 +98,25 @@ def _type(value) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def tiles(arch: int) -> list[tuple[str, Tile]]:
+    """The kinds of product and the tiles that a launch may take: those of the tables, and those that were measured."""
+    config = configs.shipped(f"sm_{arch}")
+    measured = [(e["kind"], Tile(**e["tile"])) for e in config.tiles] if config is not None else []
+    table = [(kind, tile) for (owner, kind), some in tiling.TILES.items() if owner == arch for tile in some]
+    return list(dict.fromkeys(table + measured))
+
+
 @contextlib.contextmanager
-def recorded(arch: int, float32: str = "ieee", processors: int = 1) -> Iterator[list[Launch]]:
+def recorded(
+    arch: int, float32: str = "ieee", processors: int = 1, wanted: tuple[str, Tile] | None = None
+) -> Iterator[list[Launch]]:
     """Within it, the launches are appended to the list, as a GPU would get them.
 
     Args:
         arch: the GPU's architecture: 80, 90 or 100.
         float32: how products of float32 are computed, "tf32" or "ieee".
-        processors: the GPU's SMs: with more of them a launch takes a smaller tile.
+        processors: the GPU's SMs: where there are many, reductions are split.
+        wanted: a kind of product and the tile that it takes where it may; others take the largest that they may.
     """
     launches: list[Launch] = []
 
@@ -114,10 +126,16 @@ def recorded(arch: int, float32: str = "ieee", processors: int = 1) -> Iterator[
     def precision(dtype: torch.dtype, product: str = "conv") -> str:
         return float32 if dtype == torch.float32 else "half"
 
+    def built_in(device, family: str, kind: str, limits: tiling.Limits, *problem: int) -> Tile:
+        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]):
+            return wanted[1]
+        return next(filter(limits.allow, tiling.TILES[arch, kind]))  # large first
+
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tiling, "device_facts", lambda device: (arch, processors)),
         mock.patch.object(tiling, "precision", precision),
+        mock.patch.object(tiling, "built_in", built_in),
     ):
         yield launches
 
@@ -130,7 +148,8 @@ class Form:
         name: as the table shows it.
         run: calls the launchers with CPU tensors of a dtype.
         dtypes: those that it is called with.
-        every_tile: the dtypes with which it is also called as on GPUs of more SMs: launches take every smaller tile.
+        every_tile: the dtypes with which launches take every tile that they may, and not only the largest.
+        processors: the SMs of the GPU that it is called for.
         vectors: the kernels, by name, that have to move 16 bytes at a time in this form.
     """
 
@@ -138,14 +157,15 @@ class Form:
     run: Callable[[torch.dtype], None]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     every_tile: tuple[torch.dtype, ...] = ()
+    processors: int = 1
     vectors: tuple[str, ...] = ()
 
     def launches(self, arch: int, dtype: torch.dtype) -> list[Launch]:
         """The distinct launches that a GPU of this architecture gets."""
         found: dict[Launch, None] = {}
-        for processors in [2**i for i in range(16)] if dtype in self.every_tile else [1]:
+        for wanted in [None, *tiles(arch)] if dtype in self.every_tile else [None]:
             for float32 in ("tf32", "ieee") if dtype == torch.float32 else ("ieee",):
-                with recorded(arch, float32, processors) as launches:
+                with recorded(arch, float32, self.processors, wanted) as launches:
                     self.run(dtype)
                 found |= dict.fromkeys(launches)
         return list(found)
