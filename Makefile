@@ -1,6 +1,7 @@
 # make bench   the headline benchmark, about 2 minutes      make test   the whole test suite
 # make lint    ruff and clang-format, checks only           make asan   CPU tests under ASan and UBSan
 # make cuda    compile the CUDA half (needs nvcc, no GPU)   make clean  remove what was built
+# make gpu-audit   compile every GPU kernel for three architectures; a table of what each needs (no GPU)
 # make gpu-check   on a machine with a GPU and nvcc: build for it, test and measure, in under 10 minutes
 #
 # Without PYTHON these make .venv, install requirements.txt into it (once) and build in place. With
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench test lint asan cuda gpu-check clean build FORCE
+.PHONY: bench test lint asan cuda gpu-audit gpu-check clean build FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -88,6 +89,9 @@ asan: $(READY)
 cuda: $(READY)
 	FORCE_CUDA=1 $(BUILD_EXT) --build-lib build/cuda/lib --build-temp build/cuda/tmp
 
+# Fails where a kernel spills, lacks tensor cores, or needs more than an SM has. ARGS: --arch 90, --kernel NAME, --out DIR.
+gpu-audit: build
+	$(PY) -m benchmarks.gpu audit $(ARGS)
 # PYTHON, else .venv where there is one, else python3: nothing is made, downloaded or installed.
 GPU_PY = $(if $(PYTHON),$(PY),$(or $(wildcard $(CURDIR)/.venv/bin/python),python3))
 gpu-check:

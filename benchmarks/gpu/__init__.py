@@ -1,1 +1,1 @@
-"""What can be said of the GPU kernels without a GPU, and what is run on one: ``python -m benchmarks.gpu``."""
+"""The GPU half: what can be known of its kernels without a GPU, and what is measured on one."""
