@@ -92,6 +92,7 @@ cuda: $(READY)
 # Fails where a kernel spills, lacks tensor cores, or needs more than an SM has. ARGS: --arch 90, --kernel NAME, --out DIR.
 gpu-audit: build
 	$(PY) -m benchmarks.gpu audit $(ARGS)
+
 # PYTHON, else .venv where there is one, else python3: nothing is made, downloaded or installed.
 GPU_PY = $(if $(PYTHON),$(PY),$(or $(wildcard $(CURDIR)/.venv/bin/python),python3))
 gpu-check:

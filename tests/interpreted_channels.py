@@ -64,7 +64,9 @@ class Case:
             return ChannelPlan.prefix(torch.randint(1, size + 1, (self.n,)), size, DEVICE)
         if kind == "padded":
             index = [sorted(torch.randperm(size)[: size // 2].tolist()) for _ in range(self.n)]
-            index = torch.nn.functional.pad(torch.tensor(index, device=DEVICE), (0, size), value=-1)
+            index = torch.nn.functional.pad(
+                torch.tensor(index, dtype=torch.int64, device=DEVICE), (0, size), value=-1
+            )
             return ChannelPlan.from_index(index, size)
         mask = torch.rand(shape, device=DEVICE) < 0.5
         if kind == "shared":

@@ -22,9 +22,11 @@ import torch
 
 from dynops import PixelPlan, SamplePlan, kernels
 from dynops.kernels import blocks, channels, channels_weight, experts, gemm, pixels, rows, tiling
+from dynops.kernels.channel_index import channel_index
 from dynops.ops import channels as channel_reference
 from dynops.ops import expert_activations, expert_rows
 from dynops.ops import experts as expert_reference
+from dynops.ops import index as index_reference
 from dynops.ops import pixels as pixel_reference
 from dynops.ops import rows as row_reference
 from dynops.testing import random_tensor
@@ -262,6 +264,17 @@ def test_channel_lists(r, size, kind):
         for base in (None, x):
             arguments = (packed + 1, plan.index, plan.count, size, base)
             assert channels.scatter(*arguments).equal(channel_reference._scatter(*arguments))
+
+
+@pytest.mark.parametrize(
+    "rows,size", [(0, 5), (1, 1), (2, 15), (1, 16), (3, 17), (2, 1024), (1, 1025), (4, 0)]
+)
+def test_channel_plans(rows, size):
+    mask = random_tensor(rows, size) * (torch.rand(rows, size) < 0.5)
+    mask[:, size - 1 :] = 1  # the last of the buffer
+    for width in {0, min(1, size), size}:
+        for got, expected in zip(channel_index(mask, width), index_reference._channel_index(mask, width), strict=True):  # fmt: skip
+            assert got.dtype == expected.dtype and got.equal(expected)
 
 
 # --------------------------------------------------------------------------------------- experts
