@@ -72,17 +72,19 @@ def sides(
 
 
 def choose(
-    x: Tensor, rows: int, n: int, k: int, batch: int, single: bool, base: bool = False, *, family: str
-) -> tuple[dict, str]:
+    x: Tensor, rows: int, n: int, k: int, batch: int, single: bool, base: bool = False, wide: bool = False, *,
+    family: str,
+) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``, as :func:`tiling.choose`.
 
     Args:
         single: channels are loaded one by one: of a list, or of rows that are not aligned.
         base: the epilogue reads one.
+        wide: offsets are 64-bit numbers.
         family: "channels" or "channels_weight".
     """
     most = {
-        "half": 64 * 64 if base else 128 * 128,
+        "half": 64 * 64 if base or wide else 128 * 128,
         "tf32": 64 * 64 if base or single else 128 * 64,
         "ieee": 64 * 32 if base or single else 64 * 64,
     }

@@ -299,15 +299,15 @@ def _conv(
     x, w, operands, constants, single = _operands(x, w, ins, outs, g, jobs, maps)
     # two tiles at least, where only some channels are live: one past those costs little
     n = outs.size if outs.index is None else max(16, outs.size // 2)
-    batch = jobs * g.groups
-    tile, precision = choose(x, rows, n, ins.capacity, batch, single, base is not None, family="channels")
+    problem, wide = (rows, n, ins.capacity, jobs * g.groups), gemm.is_wide(x, out)
+    tile, precision = choose(x, *problem, single, base is not None, wide, family="channels")
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups)
     with gemm.on_device(x):
         conv_kernel[grid](
             x, w, out, bias=epilogue[0], scale=epilogue[1], base=base, rows=rows,
             k_size=ins.size, n_size=outs.size, out_channels=out.shape[1], **ins.arguments("in"),
             **outs.arguments("out"), **operands, **constants, **gemm.geometry_arguments(g), PACKED_OUT=outs.packed,
-            ACTIVATION=activation, PRECISION=precision, WIDE=gemm.is_wide(x, out), **tile,
+            ACTIVATION=activation, PRECISION=precision, WIDE=wide, **tile,
         )  # fmt: skip
 
 
