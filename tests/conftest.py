@@ -12,6 +12,16 @@ import torch
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--part", default="0/1", help="i/n: of n parts of the tests the i-th, counted from 0")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--part").split("/"))
+    items[:] = items[len(items) * part // parts : len(items) * (part + 1) // parts]
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state, whatever ran before it."""

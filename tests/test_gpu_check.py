@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 
@@ -398,3 +400,15 @@ def test_the_table_has_every_row_with_its_prediction_beside(tmp_path):
     loaded = Report.load(paths[0])
     assert loaded.machine["device"] == "NVIDIA H200" and loaded.machine["ceilings"] == {"half": 1e15}
     assert loaded.rows == measured.rows and loaded.checks["stages"][0]["outcome"] == PASSED
+
+
+@pytest.mark.parametrize("tests", [0, 1, 2, 3, 7, 100])
+def test_parts_have_every_test_once(tests):
+    """What ``--part`` leaves of a file's tests, over all the parts that the check runs."""
+    found = []
+    for part in range(check.TEST_PARTS):
+        items = list(range(tests))
+        options = SimpleNamespace(getoption=lambda name, part=part: f"{part}/{check.TEST_PARTS}")
+        conftest.pytest_collection_modifyitems(options, items)
+        found += items
+    assert found == list(range(tests))

@@ -30,7 +30,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 570.0  # of all stages but tune
 FOR_THE_BENCHMARK = 200.0  # that no stage before it may use
 LIMITS = {"facts": 60.0, "build": 150.0, "tests": 180.0, "sanitizer": 90.0}
-TESTS_AT_A_TIME = 6  # files; Triton compiles on the host while others use the GPU
+TESTS_AT_A_TIME = (
+    12  # processes; Triton compiles on the host, for a second or two a form, while others use the GPU
+)
+TEST_PARTS = 3  # of each file
 DRY_TESTS = ("tests/test_plans.py", "-k", "capacity")  # a handful
 NO_TIME = "no time was left"
 
@@ -86,12 +89,16 @@ def build(check: Check) -> tuple[str, str, dict]:
 
 
 def tests(check: Check) -> tuple[str, str, dict]:
-    """Every test that is marked ``gpu``, the files side by side."""
+    """Every test that is marked ``gpu``, parts of the files side by side."""
     if check.dry:
         jobs = {"dry": list(DRY_TESTS)}
     else:
         files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
-        jobs = {path.stem: [str(path.relative_to(ROOT)), "-m", "gpu"] for path in files}
+        jobs = {
+            f"{path.stem}-{part}": [str(path.relative_to(ROOT)), "-m", "gpu", f"--part={part}/{TEST_PARTS}"]
+            for path in files
+            for part in range(TEST_PARTS)
+        }
     limit = check.limit("tests")
 
     def one(job: tuple[str, list[str]]) -> junit.Counts:
