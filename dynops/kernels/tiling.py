@@ -22,8 +22,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Large first. Each was compiled ahead of time for its architecture: no spills, and tensor cores
-# wherever the precision has them (make gpu-audit). The rates were not measured.
+# Large first. Each is compiled ahead of time for its architecture by make gpu-audit: no spills, and tensor cores
+# wherever the precision has them. The rates were not measured.
 _SMALL = (Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(32, 16, 64, 4, 3))
 _SMALL_TF32 = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(32, 16, 32, 4, 3))
 _IEEE = (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
