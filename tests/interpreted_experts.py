@@ -184,8 +184,7 @@ def mlp(case: Case, dtype, activation, gated, interleaved, bias: bool):
     return calling(tensors, *inputs.indices, *options)
 
 
-@pytest.mark.parametrize("processors", [1, 64])
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("processors,transposed", [(1, False), (64, False), (64, True)])
 @pytest.mark.parametrize("activation,gated,interleaved", [("silu", True, False), ("gelu", True, True), ("relu2", False, False)])  # fmt: skip
 def test_weights_by_tma(activation, gated, interleaved, transposed, processors, monkeypatch):
     """The boxes in which sm_90 fetches weights. The expert without tokens is NaN and lies beside the others."""

@@ -238,18 +238,18 @@ def test_weights_by_tma(name, monkeypatch):
     monkeypatch.setattr(
         gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
     )
-    for processors in (1, 64):
+    for processors in (1, 64) if name == "3x3" else (64,):
         monkeypatch.setattr(tiling, "device_facts", lambda device, n=processors: (90, n))
         inputs = Inputs(case, torch.bfloat16)
         check(inputs.conv, pixels.conv, reference._conv)
         check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
-    assert len(boxes) >= 2, "no box was made"
+    assert boxes, "no box was made"
 
 
-@pytest.mark.parametrize(
-    "name", ["3x3", "groups", "dilation", "packed-in", "packed-out", "capacity", "capacity-packed", "empty"]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SPLIT = [(name, torch.float32) for name in ("groups", "dilation", "packed-in", "packed-out", "capacity", "capacity-packed", "empty")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,dtype", [*SPLIT, ("3x3", torch.bfloat16)])
 def test_split_reductions(name, dtype, monkeypatch):
     """Few rows: the reduction in parts, whose sums are added and finished by a second kernel."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
@@ -272,7 +272,7 @@ def test_split_reductions(name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["3x3", "1x1", "depthwise", "transposed-stride", "packed-in", "capacity", "empty", "full", "one", "no-images"])  # fmt: skip
 def test_filled_beside(name, monkeypatch):
     """The fill of a large map, which writes where the plan has no pixel and nowhere else."""
-    monkeypatch.setattr(rows, "_LARGE", 0)
+    monkeypatch.setattr(rows, "_LARGE", 1)
     inputs = Inputs(CASES[name], torch.float32)
     g = inputs.g
     base = random_tensor(g.batch, CASES[name].o, g.out_h, g.out_w)

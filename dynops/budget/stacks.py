@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..nn import SparseBlocks, SparseSequential
 from ..nn import sequential as chains
-from ..nn.blocks import _covers
 from ..nn.rows import _plans as plans_of_stack
 from ..plans import BlockPlan, PixelPlan, as_pixel_plan
 from .dense_rules import Cost, conv_macs
@@ -46,11 +45,11 @@ def of_blocks(module: SparseBlocks, x: Tensor, mask_or_plan) -> Computed:
     if mask_or_plan is None:
         return Computed(_zero(x) + dense, dense)
     plan = module._plan(mask_or_plan, bound.output_shape(in_shape), x)
-    whole = plan.is_full and _covers(plan.geometry) and module.path is None
-    if whole and not bound.beats_dense(x, in_shape):
+    path = module.path or module._fastest(bound, x, plan, in_shape, True)
+    if path == "dense":
         return Computed(_zero(x) + dense, dense)
     live = _zero(x)
-    if module._on_rows(bound, x):
+    if path == "rows":
         plans = plans_of_stack(bound.stack, geometries, plan.pixels())
         for c in convs:
             live = live + _pixels(plans[c.out]) * conv_macs(c.conv, 1)
