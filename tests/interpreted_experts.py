@@ -206,7 +206,10 @@ def test_weights_by_tma(activation, gated, interleaved, transposed, processors, 
     options = (activation, gated, interleaved, transposed, transposed, 1.702, 0.7)
     tensors = (x, up, down, None, None, *biases, weights)
     check(calling(tensors, plan.order, plan.offsets, plan.position, *options), experts.mlp, reference._mlp)
-    assert boxes  # not for 8 columns of gate and 8 of up
+    halves_of_8 = (
+        gated and not interleaved and not transposed and processors > 1
+    )  # columns: too few for a box
+    assert len(boxes) == (1 if halves_of_8 else 2)
 
 
 MLPS = [

@@ -243,7 +243,7 @@ def test_weights_by_tma(name, monkeypatch):
         inputs = Inputs(case, torch.bfloat16)
         check(inputs.conv, pixels.conv, reference._conv)
         check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
-    assert boxes, "no box was made"
+    assert len(boxes) == (2 if name == "3x3" else 1), "one for the forward product of each run"
 
 
 SPLIT = [(name, torch.float32) for name in ("groups", "dilation", "packed-in", "packed-out", "capacity", "capacity-packed", "empty")]  # fmt: skip

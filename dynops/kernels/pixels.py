@@ -53,8 +53,8 @@ def conv_kernel(
     PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The convolution at the pixels of ``index``: a tile a program, or, with a count on the device, as many
-    programs as run at once, which walk over the tiles that have rows (a capacity may hold ten times the count,
-    and an empty program costs about a microsecond of an SM)."""
+    programs as run at once, which walk over the tiles that have rows. (A capacity may hold ten times the count,
+    and a program without rows still has to be given its shared memory on an SM: expected to cost, not measured.)"""
     if count is None:
         _conv_tile(
             tl.program_id(0), x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
