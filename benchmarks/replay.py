@@ -76,15 +76,15 @@ def working(calls: dict, failed: dict[str, str]) -> dict:
 
 
 @functools.cache
-def flush(device: torch.device) -> Callable[[], object]:
-    """Reads four times as many bytes as the second-level cache holds, so that a call after it finds nothing there.
+def flush(device: torch.device, least: int = 0) -> Callable[[], object]:
+    """Reads four times as many bytes as the second-level cache holds, or ``least``, so that a call after it finds nothing there.
 
     It reads, because lines that it had written would be written back in the time of the call. It also takes
     longer than a launch: the host is ahead of the device when the call begins.
     """
-    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
     with torch.inference_mode(False):
-        data = torch.zeros(size, dtype=torch.int32, device=device)
+        data = torch.zeros(max(4 * cache, least) // 4, dtype=torch.int32, device=device)
     return data.amax
 
 

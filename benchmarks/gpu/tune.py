@@ -10,7 +10,6 @@ import argparse
 import datetime
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -19,17 +18,21 @@ import torch
 
 from dynops.kernels import configs
 
+from .. import replay
+from .facts import nvidia_smi
+
 TILES_SHARE = 0.6  # of the time; break-even densities have the rest
-FLUSHED = 1 << 30  # bytes written before each call: more than any L2, and longer than a launch takes the host
+FLUSHED = (
+    1 << 30
+)  # bytes read before each call: more than any L2, and longer than the host takes to launch the call
 
 
 class DeviceClock:
-    """Times calls by device events, each with a cold L2. Writing it over lasts about as long as the host needs to
-    launch a call, whose launches are then not part of its time."""
+    """Times calls by device events, each with a cold L2. Reading past it lasts longer than the host needs to launch a
+    call, whose launches are then not part of its time."""
 
     def __init__(self, device: torch.device):
-        self._flush = torch.empty(FLUSHED // 4, dtype=torch.int32, device=device)
-        self._device = device
+        self._flush, self._device = replay.flush(device, FLUSHED), device
 
     def now(self) -> float:
         """Seconds."""
@@ -44,7 +47,7 @@ class DeviceClock:
         for done in range(rounds):
             for name, call in order if done % 2 == 0 else reversed(order):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._flush.zero_()
+                self._flush()
                 start.record()
                 call()
                 end.record()
@@ -79,20 +82,11 @@ def facts(device: torch.device) -> dict:
     )
     return {
         "gpu": gpu,
-        "driver": _driver() if device.type == "cuda" else None,
+        "driver": nvidia_smi(("driver_version",)).get("driver_version") if device.type == "cuda" else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None
 
 
 def tune(device: torch.device, clock, seconds: float, log, found: list, layers: list) -> configs.Config:
