@@ -353,6 +353,8 @@ def test_verdict_of_the_sanitizer():
     assert sanitizer.verdict(finished(f"{done}== RACECHECK SUMMARY: 0 hazards displayed"), 9.0)[0] == PASSED
     found = sanitizer.verdict(finished(f"{done}== ERROR SUMMARY: 3 errors", 9), 9.0)
     assert found == (FAILED, "3 found")
+    ended = "== Invalid __global__ write of size 4 bytes\nRuntimeError: unspecified launch failure\n"
+    assert sanitizer.verdict(finished(f"{ended}== ERROR SUMMARY: 2 errors", 9), 9.0) == (FAILED, "2 found")
     refused = sanitizer.verdict(finished("== Error: Device not supported\n== ERROR SUMMARY: 1 error", 9), 9.0)
     assert refused[0] == NOT_RUN and "could not run" in refused[1]
 

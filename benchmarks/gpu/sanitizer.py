@@ -193,16 +193,19 @@ def command(program: str, tool: str, python: str) -> list[str]:
 
 
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+_FINDING = re.compile(
+    r"Invalid __\w+__ (?:read|write|atomic)|Race reported"
+)  # in a kernel, not of the tool itself
 
 
 def verdict(done: Finished, limit: float) -> tuple[str, str]:
-    """``(outcome, why)`` of a run under compute-sanitizer. Where the script itself did not get through, and nothing was found,
-    the tool could not run here (on some virtual machines it cannot)."""
+    """``(outcome, why)`` of a run under compute-sanitizer. Where the script itself did not get through, and nothing was found
+    in a kernel, the tool could not run here (on some virtual machines it cannot)."""
     found = [int(number) for number in _SUMMARY.findall(done.text)]
     whole = DONE in done.text
     if whole and found and not any(found) and done.ok:
         return PASSED, "nothing found"
-    if whole and any(found):
+    if any(found) and (whole or _FINDING.search(done.text)):  # a bad access may end the script
         return FAILED, f"{max(found)} found"
     return NOT_RUN, f"could not run: {done.why(limit)}"
 
