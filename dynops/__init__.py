@@ -4,6 +4,7 @@ from . import budget, gates, integrations, nn, ops
 from .backends import build_info
 from .context import active
 from .convert import convert_, revert_
+from .kept import refresh
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
 from .tune import suggest_block_size
 
@@ -24,6 +25,7 @@ __all__ = [
     "integrations",
     "nn",
     "ops",
+    "refresh",
     "revert_",
     "suggest_block_size",
 ]

@@ -1,16 +1,11 @@
-"""Finds the binary, names the backends, chooses one, and keeps packed weights."""
+"""Finds the binary, names the backends, and chooses one."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import weakref
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 NAMES = ("cpp", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,94 +84,3 @@ def _triton_interprets() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-class WeightCache:
-    """What a kernel makes of a weight (packed, converted), kept while the weight lives unchanged.
-
-    An entry is found by the identity of the weight and is valid for one version of it: an in-place
-    operation or ``load_state_dict`` bumps the version, and the next use packs again. So it does after
-    the step of a ``torch.optim`` optimiser (the fused ones bump nothing) and where ``weight.data``
-    was assigned. Writing through ``weight.data`` bumps nothing and is not seen; call :meth:`clear`
-    after it.
-    """
-
-    def __init__(self):
-        self._entries: dict[int, _Entry] = {}  # by id(weight); an entry goes with its weight
-
-    def get(self, weight: Tensor, key, make):
-        """``make()`` for this weight and key, or what it returned last time."""
-        if weight.is_inference():  # has no version: a change could not be noticed
-            return make()
-        storage = weight.untyped_storage()
-        version = (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        entry = self._entries.get(id(weight))
-        # the storage too: a freed one's address comes back, as in module.half().float()
-        if (
-            entry is None
-            or entry.weight() is not weight
-            or entry.version != version
-            or entry.storage.cdata != storage._cdata
-        ):
-            entry = self._entries[id(weight)] = _Entry(
-                self._entries, weight, version, StorageWeakRef(storage)
-            )
-        packed = entry.made.get(key)
-        if packed is None:
-            packed = entry.made[key] = make()
-        return packed
-
-    def drop(self, weight: Tensor) -> None:
-        """Forgets what was made of one weight."""
-        self._entries.pop(id(weight), None)
-
-    def clear(self) -> None:
-        """Forgets every packed weight."""
-        self._entries.clear()
-
-
-class _Entry:
-    """What was made of one version of one weight. Threads may make the same twice; either is right."""
-
-    __slots__ = ("made", "storage", "version", "weight")
-
-    def __init__(self, entries: dict, weight: Tensor, version: tuple, storage: StorageWeakRef):
-        key = id(weight)
-
-        def forget(dead, entries=entries):
-            entry = entries.get(key)
-            if entry is not None and entry.weight is dead:  # not that of a newer tensor at this address
-                entries.pop(key, None)
-
-        self.weight = weakref.ref(weight, forget)
-        self.version, self.storage, self.made = version, storage, {}
-
-
-weight_cache = WeightCache()
-
-
-def kept(weight: Tensor, key: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """``make(weight)``, a view or a function of a weight; where no gradient is needed the same tensor every time.
-
-    What kernels pack is found by the identity of the weight that they get: a new view at each call would be packed
-    at each call.
-    """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or (torch.is_grad_enabled() and weight.requires_grad):
-        return make(weight)
-
-    def detached() -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return make(weight.detach())
-
-    return weight_cache.get(weight, ("kept", key), detached)
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
-def _drop_stepped(optimizer, args, kwargs) -> None:
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            weight_cache.drop(weight)
-
-
-register_optimizer_step_post_hook(_drop_stepped)

@@ -6,6 +6,7 @@ Same signatures as the references in ``ops/pixels.py``, ``ops/rows.py`` and ``op
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_block_geometry, as_geometry
+from ..kept import kept
 from .layout import memory_format_of
 
 _CHANNELS_LAST = torch.channels_last
@@ -93,7 +95,7 @@ def _packed_weight(weight: Tensor, g: ConvGeometry, setup: _Setup, input_grad: b
             weight, g.groups, bool(g.transposed), input_grad, merged, setup.dot
         )
 
-    return backends.weight_cache.get(weight, (setup, g.groups, g.transposed, input_grad), make)
+    return kept.get((setup, g.groups, g.transposed, input_grad), make, weight)
 
 
 def _winograd_weight(weight: Tensor, input_grad: bool) -> Tensor:
@@ -103,21 +105,22 @@ def _winograd_weight(weight: Tensor, input_grad: bool) -> Tensor:
         turned = weight.flip(2, 3).transpose(0, 1).contiguous() if input_grad else weight
         return torch.ops.dynops.cpu_pack_winograd(turned)
 
-    return backends.weight_cache.get(weight, ("winograd", input_grad), make)
+    return kept.get(("winograd", input_grad), make, weight)
 
 
-def _quads(index: Tensor, count: Tensor | None, g: ConvGeometry, kept: dict | None = None) -> Tensor | None:
+def _quads(
+    index: Tensor, count: Tensor | None, g: ConvGeometry, derived: Callable | None = None
+) -> Tensor | None:
     """The tiles of 2 x 2 pixels that hold the active ones, or None where these are too few or too scattered.
 
-    ``kept``: a plan's, for its next convolution: 18 us of the 320 of one of 32 channels at 16 x 16, batch 16.
+    ``derived``: a plan's, for its next convolution: 18 us of the 320 of one of 32 channels at 16 x 16, batch 16.
     """
     if index.shape[0] < _WINOGRAD_ROWS:
         return None
-    quads = None if kept is None else kept.get("quads")
-    if quads is None:
+    if derived is None:
         quads = _cpu_quads(index, count, g)
-        if kept is not None:
-            kept["quads"] = quads
+    else:
+        quads = derived("quads", lambda: _cpu_quads(index, count, g))
     return quads if quads.shape[0] else None
 
 
@@ -141,12 +144,12 @@ def conv(
     residual,
     base,
     rows,
-    kept=None,
+    derived=None,
 ):
-    """See ``ops.pixels._conv``. ``kept``: that of the plan, where there is one."""
+    """See ``ops.pixels._conv``. ``derived``: that of the plan, where there is one."""
     g = as_geometry(geometry)
     setup = _setup(g, weight.shape, x.dtype, source is not None)
-    quads = _quads(index, count, g, kept) if setup.winograd else None
+    quads = _quads(index, count, g, derived) if setup.winograd else None
     packed = _packed_weight(weight, g, setup, False) if quads is None else _winograd_weight(weight, False)
     if rows:
         out = x.new_empty((index.shape[0], setup.out_channels))

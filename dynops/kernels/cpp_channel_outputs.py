@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kept import kept
 from .cpp import _bf16_dot, _last
 
 _CHANNELS_LAST = torch.channels_last
@@ -56,7 +56,7 @@ def _packed_weight(weight: Tensor, dtype: torch.dtype, step: int) -> Tensor:
         padded = F.pad(weight.detach().to(dtype), (0, 0, 0, 0, 0, chunks * depth - inputs))
         return padded.view(outputs, chunks, depth, -1).permute(1, 0, 3, 2).contiguous()
 
-    return backends.weight_cache.get(weight, ("masked_output", dtype), make)
+    return kept.get(("masked_output", dtype), make, weight)
 
 
 def conv(x, weight, bias, mask, partial, begin, geometry):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
+from ..kept import kept
 from . import cpp
 
 if backends.has_binary():
@@ -94,7 +95,7 @@ def _packed(weight: Tensor, g: ConvGeometry, setup, winograd: bool) -> Tensor:
         pack = torch.ops.dynops.cpu_pack_weight
         return torch.stack([pack(w, g.groups, False, False, setup.merged, setup.dot) for w in weight])
 
-    return backends.weight_cache.get(weight, ("mixed", winograd, setup, g.groups), make)
+    return kept.get(("mixed", winograd, setup, g.groups), make, weight)
 
 
 def _mix_outputs(x, packed, mix, bias, g, activation, merged: bool, out) -> None:

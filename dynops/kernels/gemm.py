@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import backends
 from ..geometry import ConvGeometry
+from ..kept import kept
 from . import tiling
 
 # Sizes that change from input to input: not specialised on, so a new one compiles nothing.
@@ -214,15 +214,13 @@ def tap_order(
 def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``[A, B, kh, kw]`` as ``[A, kh*kw, B]`` of this dtype: no copy where it is channels_last.
 
-    A copy is kept for the next call (``backends.weight_cache``), except under CUDA graph capture,
-    where it becomes part of the graph, so that a replay sees the weight as it is then.
+    A copy is kept for the next call (``dynops.kept``), except under CUDA graph capture, where it
+    becomes part of the graph, so that a replay sees the weight as it is then.
     """
     make = functools.partial(_weight_rows, weight, dtype)
     if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         return make()
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return make()
-    return backends.weight_cache.get(weight, ("triton", dtype), make)
+    return kept.get(("triton", dtype), make, weight)
 
 
 def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import kept
+from ..kept import kept, needs_graph
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..ops.rows import memory_format_of
 from ..plans import ChannelPlan
@@ -284,12 +286,19 @@ class ChannelGatedConv2d(nn.Conv2d):
         c = self.base_channels
         if self.use_group:
             o = self.out_channels // self.p
-            weight = kept(self.weight, "first", lambda weight: torch.cat(
-                [weight[i * o : (i + 1) * o, i * c : (i + 1) * c] for i in range(self.p)]
-            ))  # fmt: skip
+            weight = self._made_of_weight(
+                ("first", o, c),
+                lambda w: torch.cat([w[i * o : (i + 1) * o, i * c : (i + 1) * c] for i in range(self.p)]),
+            )
             return self._dense(input, weight, self.bias, self.p)
         first = input[:, :c] if self.groups == 1 else self._of_groups(input, 0, c)
         return self._dense(first, self.weight[:, :c], self.bias, self.groups)
+
+    def _made_of_weight(self, key, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """``make(self.weight)``; where no gradient is needed the same tensor every time, which is then packed once."""
+        if needs_graph(self.weight):
+            return make(self.weight)
+        return kept.get(key, lambda: make(self.weight), self.weight, self.mask)
 
     def _of_groups(self, input: Tensor, begin: int, end: int) -> Tensor:
         """Channels begin to end of each group."""
@@ -299,8 +308,8 @@ class ChannelGatedConv2d(nn.Conv2d):
         """Input, weight and the range of the input's channels of the second sum."""
         c, inputs = self.base_channels, self.in_channels // self.groups
         if self.use_group:
-            return input, kept(self.weight, "rest", lambda weight: weight * (1 - self.mask)), None
-        weight = kept(self.weight, "rest", lambda weight: weight[:, c:])
+            return input, self._made_of_weight("rest", lambda w: w * (1 - self.mask)), None
+        weight = self.weight[:, c:]
         if self.groups == 1:
             return input, weight, (c, inputs)
         return self._of_groups(input, c, inputs), weight, None

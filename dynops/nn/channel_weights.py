@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import kept
 from ..geometry import pair
 from ..ops import mixed_conv2d
 
@@ -102,7 +101,7 @@ class CondConv2d(nn.Module):
             x = self._pad_same(x)
         return mixed_conv2d(
             x,
-            kept(self.weight, "kernels", lambda weight: weight.view(-1, *self.weight_shape)),
+            self.weight.view(-1, *self.weight_shape),
             routing_weights,
             self.bias,
             stride=self.stride,

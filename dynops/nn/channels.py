@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..backends import kept
 from ..ops import channel_conv2d, channel_linear, packed_channel_conv2d
 from ..plans import ChannelPlan, as_channel_plan
 from .channel_norm import norm_channels
@@ -181,6 +180,6 @@ class ChannelLinear(FromDense, nn.Linear):
         """The layer as a 1x1 convolution of a map ``[N, width, 1, rows]``."""
         rows = x.shape[1:-1].numel()
         as_map = x.reshape(x.shape[0], 1, rows, x.shape[-1]).permute(0, 3, 1, 2)
-        weight = kept(self.weight, "map", lambda weight: weight[:, :, None, None])
+        weight = self.weight[:, :, None, None]
         out = packed_channel_conv2d(as_map, weight, self.bias, in_plan, out_plan, activation=activation, scale=scale)  # fmt: skip
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], out.shape[1])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import weight_cache
+from ..kept import kept
 from .layers import Conv, finish
+from .norm import fold
 
 
 def folds(stack) -> bool:
@@ -36,17 +36,10 @@ def _folded(layer: Conv) -> tuple[Tensor, Tensor | None]:
     weight, bias = layer.conv.weight, layer.conv.bias
     if layer.norm is None:
         return weight, bias
-    scale, shift = layer.fused.fold(layer.norm)  # the same tensors until the norm changes
-    version = None if bias is None or bias.is_inference() else bias._version
-    kept = weight_cache.get(weight, "folded", list)
-    if kept:
-        of_scale, of_bias, of_version, folded = kept[0]
-        if of_scale is scale and of_bias is bias and of_version == version:
-            return folded
-    with torch.inference_mode(False), torch.no_grad():
-        wide = weight.detach() * scale.to(weight.dtype).view(-1, 1, 1, 1)
-        moved = shift if bias is None else shift + bias.detach() * scale
-        folded = wide, moved.to(weight.dtype)
-    if bias is None or not bias.is_inference():
-        kept[:] = [(scale, bias, version, folded)]
-    return folded
+    scale, shift = fold(layer.norm)
+
+    def make() -> tuple[Tensor, Tensor]:
+        moved = shift if bias is None else shift + bias * scale
+        return weight * scale.to(weight.dtype).view(-1, 1, 1, 1), moved.to(weight.dtype)
+
+    return kept.get("folded", make, weight, bias, scale, shift)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kept import kept, needs_graph
 from ..ops.epilogue import apply_epilogue
 from ..plans import PixelPlan
 
@@ -17,70 +16,19 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm._buffers["running_mean"] is None
 
 
-class Fold:
-    """``scale, shift`` ``[C]`` of one norm, with ``norm(x) = scale * x + shift`` in eval mode.
-
-    Kept until a parameter or a statistic is another tensor or was changed in place (a write through
-    ``.data`` is not seen), except where a gradient flows through them.
-    """
-
-    def __init__(self):
-        self._entry = None
-
-    def __call__(self, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-        parameters, buffers = (
-            norm._parameters,
-            norm._buffers,
-        )  # nn.Module.__getattr__ costs half a microsecond
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-        if grad or torch.compiler.is_compiling():
-            return _fold(norm.eps, weight, bias, mean, var)
-        entry = self._entry
-        if (
-            entry is not None
-            and entry[0] is weight
-            and entry[1] is bias
-            and entry[2] is mean
-            and entry[3] is var
-            and entry[4] == norm.eps
-            and entry[5] == _versions(weight, bias, mean, var)
-        ):
-            return entry[6]
-        return self._make(norm.eps, weight, bias, mean, var)
-
-    def _make(self, eps: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            folded = _fold(eps, *tensors)
-        if not any(t is not None and t.is_inference() for t in tensors):  # those have no version
-            self._entry = (*tensors, eps, _versions(*tensors), folded)
-        return folded
-
-
-def _versions(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> tuple[int, ...]:
-    return (
-        0 if weight is None else weight._version,
-        0 if bias is None else bias._version,
-        mean._version,
-        var._version,
-    )
-
-
-_folds: WeakKeyDictionary[nn.Module, Fold] = WeakKeyDictionary()
-
-
-def fold_of(norm: nn.BatchNorm2d | None) -> Fold:
-    """The :class:`Fold` that is kept with ``norm``."""
-    kept = _folds.get(norm) if norm is not None and not torch.compiler.is_compiling() else Fold()
-    if kept is None:
-        kept = _folds[norm] = Fold()
-    return kept
-
-
 def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The scale and shift of ``norm``, kept with it (see :class:`Fold`)."""
-    return fold_of(norm)(norm)
+    """``scale, shift`` ``[C]`` with ``norm(x) = scale * x + shift`` in eval mode.
+
+    Kept until a parameter or a statistic changes (``dynops.kept``), except where a gradient flows through them.
+    """
+    parameters, buffers = norm._parameters, norm._buffers  # nn.Module.__getattr__ costs half a microsecond
+    weight, bias = parameters["weight"], parameters["bias"]
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if needs_graph(weight, bias, mean, var):
+        return _fold(norm.eps, weight, bias, mean, var)
+    return kept.get(
+        ("fold", norm.eps), lambda: _fold(norm.eps, weight, bias, mean, var), var, mean, weight, bias
+    )
 
 
 def _fold(eps: float, weight, bias, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from ..ops.epilogue import ACTIVATIONS
 from ..ops.pixels import _pixel_conv
 from ..ops.rows import gather_rows, memory_format_of, scatter_pixels
 from ..plans import PixelPlan
-from .norm import fold_of, norm_rows, uses_batch_statistics
+from .norm import fold, norm_rows, uses_batch_statistics
 
 _NOTHING = ("", None, None, None, None)
 
@@ -37,7 +37,6 @@ class FusedConv:
         self.conv, self.norm, self.activation = conv, norm, activation
         self.in_channels = conv.in_channels
         self.parameters = conv._parameters  # nn.Module.__getattr__ costs half a microsecond
-        self.fold = fold_of(norm)
 
     def __call__(
         self,
@@ -55,7 +54,6 @@ class FusedConv:
             self.check(values)
         if autocast is not None and values.dtype != torch.float64:
             values, bias = values.to(autocast), None if bias is None else bias.to(autocast)
-            weight = weight.to(autocast) if weight.requires_grad else weight
         elif values.dtype is not weight.dtype:
             raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {values.dtype}")
         if residual is not None and residual.dtype is not values.dtype:
@@ -67,7 +65,7 @@ class FusedConv:
             out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
             return norm_rows(norm, out, plan, residual, self.activation)
         else:
-            epilogue = (self.activation, *self.fold(norm), None, residual)
+            epilogue = (self.activation, *fold(norm), None, residual)
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
 
     def check(self, x: Tensor) -> None:

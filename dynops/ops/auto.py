@@ -105,9 +105,7 @@ def _inactive_mask(plan: PixelPlan) -> Tensor:
 def _inactive_index(plan: PixelPlan) -> Tensor:
     """int64 flat positions of the pixels that are not in a compact plan (kept): their number is known, so that a GPU
     is not waited for."""
-    index = plan._kept.get("inactive")
-    if index is None:
-        size = plan.num_pixels - plan.num_rows
-        index = torch.nonzero_static(plan.inverse().view(-1) < 0, size=size)[:, 0]
-        plan._kept["inactive"] = index
-    return index
+    size = plan.num_pixels - plan.num_rows
+    return plan.derived(
+        "inactive", lambda: torch.nonzero_static(plan.inverse().view(-1) < 0, size=size)[:, 0]
+    )

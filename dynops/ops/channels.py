@@ -516,8 +516,7 @@ def channel_linear(
     if rows == 0:  # a convolution takes no empty map
         return F.linear(x, weight, bias)
     as_map = x.reshape(x.shape[0], 1, rows, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last, no copy
-    weight_map = backends.kept(weight, "map", lambda weight: weight[:, :, None, None])
-    out = _channel_conv(as_map, weight_map, bias, in_plan, out_plan, False, False, (1, 0, 1, 1, "zeros"), activation, scale, base, backend)  # fmt: skip
+    out = _channel_conv(as_map, weight[:, :, None, None], bias, in_plan, out_plan, False, False, (1, 0, 1, 1, "zeros"), activation, scale, base, backend)  # fmt: skip
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 

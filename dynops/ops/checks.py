@@ -81,7 +81,7 @@ def conv_tensors(x: Tensor, weight, bias) -> tuple[Tensor, Tensor, Tensor | None
     autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype) if weight.requires_grad else weight
+        x = x.to(dtype)  # the weight where it is packed: a cast one would be packed again at every call
         bias = None if bias is None else bias.to(dtype)
     same(weight, "weight", x, dtype=not autocast)
     if bias is not None:

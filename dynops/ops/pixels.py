@@ -506,7 +506,7 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
         residual = residual if in_place else gather_rows(residual, plan.index, plan.count)
     if direct:
-        out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, None if same_rows else plan._kept)  # fmt: skip
+        out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, None if same_rows else plan.derived)  # fmt: skip
         if rows or source is not None:
             return out
         return out.contiguous(memory_format=memory_format_of(x))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..geometry import BlockGeometry, is_int, pair
+from .derived import Derived, plain
 from .masks import MAX_PIXELS, check_mask, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
 
 
-class BlockPlan:
+class BlockPlan(Derived):
     """The active blocks of one resolution.
 
     Attributes:
@@ -31,8 +32,11 @@ class BlockPlan:
     def __init__(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None = None):
         if index.dtype != torch.int32 or index.dim() != 1:
             raise TypeError(f"index: expected int32 [B], got {index.dtype} {tuple(index.shape)}")
-        self.index, self.geometry, self.count = index, geometry, count
-        self._pixels: PixelPlan | None = None
+        self.index, self.geometry, self.count = plain(index), geometry, plain(count)
+        super().__init__()
+
+    def _indices(self) -> tuple[Tensor, Tensor | None]:
+        return self.index, self.count
 
     @classmethod
     def from_mask(
@@ -143,14 +147,13 @@ class BlockPlan:
 
     def pixels(self) -> PixelPlan:
         """The :class:`PixelPlan` of the pixels that active blocks cover (kept)."""
-        if self._pixels is None:
-            if self.count is not None or torch.compiler.is_compiling():
-                mask = self.mask()
-                self._pixels = PixelPlan.from_mask(mask, mask.numel())
-            else:
-                index = torch.ops.dynops.block_pixels.default(self.index, self.geometry)
-                self._pixels = PixelPlan(index, self.shape)
-        return self._pixels
+        return self.derived("pixels", self._make_pixels)
+
+    def _make_pixels(self) -> PixelPlan:
+        if self.count is not None or torch.compiler.is_compiling():
+            mask = self.mask()
+            return PixelPlan.from_mask(mask, mask.numel())
+        return PixelPlan(torch.ops.dynops.block_pixels.default(self.index, self.geometry), self.shape)
 
     def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:
         """The output blocks of a convolution without padding of these tiles: SBNet's way from input to output.

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from ..geometry import is_int
+from .derived import Derived, plain
 from .masks import check_mask_dtype, raising
 
 
-class ChannelPlan:
+class ChannelPlan(Derived):
     """The live channels of each sample of a batch.
 
     Attributes:
@@ -47,14 +48,15 @@ class ChannelPlan:
                 f"count: expected one for each of the {index.shape[0]} lists, a multiple of {heads} heads, "
                 f"got {count.shape[0]}"
             )
-        self.index = index
-        self.count = count
+        self.index, self.count = plain(index), plain(count)
         self.channels = channels
         self.heads = heads
         self.shared = shared
         self.capacity = capacity
-        self._width: int | None = None
-        self._is_full: bool | None = None
+        super().__init__()
+
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        return self.count, self.index
 
     @classmethod
     def from_mask(cls, mask: Tensor, capacity: int | None = None) -> ChannelPlan:
@@ -183,17 +185,14 @@ class ChannelPlan:
         """Channels of a packed tensor on this plan: the capacity, or the longest list (which synchronises, once)."""
         if self.capacity is not None:
             return self.index.shape[1]
-        if self._width is None:
-            self._width = int(self.count.max()) if self.count.numel() else 0
-        return self._width
+        return self.derived("width", lambda: int(self.count.max()) if self.count.numel() else 0)
 
     @property
     def is_full(self) -> bool:
         """Whether every list has every channel (on a GPU False: looking would synchronise)."""
-        if self._is_full is None:
-            looks = self.index.device.type == "cpu" and not torch.compiler.is_compiling()
-            self._is_full = looks and self.count.numel() > 0 and int(self.count.min()) == self.channels
-        return self._is_full
+        if self.index.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return self.derived("full", lambda: self.count.numel() > 0 and int(self.count.min()) == self.channels)
 
     @property
     def density(self) -> float:

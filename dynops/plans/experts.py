@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import is_int
+from .derived import plain
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -37,8 +38,9 @@ class ExpertPlan:
                 f"order, offsets, position: expected [T * K], [E + 1] and [T, K], got {tuple(order.shape)}, "
                 f"{tuple(offsets.shape)} and {tuple(position.shape)}"
             )
-        self.order, self.offsets = order.contiguous(), offsets.contiguous()  # kernels read them flat
-        self.position, self.capacity = position.contiguous(), capacity
+        # kernels read them flat
+        self.order, self.offsets, self.position = (plain(t.contiguous()) for t in (order, offsets, position))
+        self.capacity = capacity
 
     @classmethod
     def from_topk(cls, index: Tensor, num_experts: int, capacity: int | None = None) -> ExpertPlan:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry, is_int, pair
+from .derived import Derived, plain
 from .masks import check_mask, raising, resize_mask
 
 
-class PixelPlan:
+class PixelPlan(Derived):
     """The pixels of one resolution that are computed.
 
     Attributes:
@@ -27,14 +30,13 @@ class PixelPlan:
     def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
         if index.dtype != torch.int32 or index.dim() != 1:
             raise TypeError(f"index: expected int32 [P], got {index.dtype} {tuple(index.shape)}")
-        self.index = index
+        self.index, self.count = plain(index), plain(count)
         self.shape = tuple(shape)
-        self.count = count
-        self._inverse: Tensor | None = None
-        self._as_rows: PixelPlan | None = None
-        self._pointwise: dict[int, ConvGeometry] = {}
-        self._kept: dict = {}  # what kernels made of the index
         self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
+        super().__init__()
+
+    def _indices(self) -> tuple[Tensor, Tensor | None]:
+        return self.index, self.count
 
     @classmethod
     def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
@@ -101,27 +103,22 @@ class PixelPlan:
 
     def inverse(self) -> Tensor:
         """int32 ``[N, H, W]``: the row of each pixel, or -1 where it is not active (kept)."""
-        if self._inverse is None:
-            self._inverse = torch.ops.dynops.inverse_index(self.index, self.count, self.shape)
-        return self._inverse
+        return self.derived(
+            "inverse", lambda: torch.ops.dynops.inverse_index(self.index, self.count, self.shape)
+        )
 
     def as_rows(self) -> PixelPlan:
         """The plan of a map ``[1, C, 1, P]`` whose pixels are this plan's rows (kept)."""
-        if self._as_rows is None:
-            full = PixelPlan.full((1, 1, self.num_rows), self.device)
-            index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
-            self._as_rows = PixelPlan(index, full.shape, self.count)
-        return self._as_rows
+        return self.derived("rows", self._make_rows)
+
+    def _make_rows(self) -> PixelPlan:
+        full = PixelPlan.full((1, 1, self.num_rows), self.device)
+        index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
+        return PixelPlan(index, full.shape, self.count)
 
     def pointwise(self, groups: int) -> ConvGeometry:
         """The geometry of a 1x1 convolution from this resolution to itself (kept)."""
-        geometry = self._pointwise.get(groups)
-        if geometry is None:
-            n, h, w = self.shape
-            geometry = self._pointwise[groups] = ConvGeometry(
-                n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, groups, 0
-            )
-        return geometry
+        return _pointwise(self.shape, groups)
 
     def needed(self, kernel_size, stride=1, padding=0, dilation=1, in_size=None) -> PixelPlan:
         """The plan of the input pixels that a convolution reads to compute this plan's outputs.
@@ -179,6 +176,12 @@ class PixelPlan:
     def __repr__(self) -> str:
         form = "" if self.count is None else ", capacity form"
         return f"PixelPlan({self.num_rows} of {self.num_pixels} pixels, shape={self.shape}{form})"
+
+
+@functools.lru_cache(maxsize=4096)
+def _pointwise(shape: tuple[int, int, int], groups: int) -> ConvGeometry:
+    n, h, w = shape
+    return ConvGeometry(n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, groups, 0)
 
 
 def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan") -> PixelPlan:

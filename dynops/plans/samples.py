@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..geometry import is_int
+from .derived import Derived, plain
 from .masks import MAX_PIXELS, check_mask_dtype, raising
 from .pixels import PixelPlan
 
 
-class SamplePlan:
+class SamplePlan(Derived):
     """The samples of a batch that are computed: those that run a layer, or that have not left it yet.
 
     Attributes:
@@ -30,8 +31,11 @@ class SamplePlan:
     def __init__(self, index: Tensor, batch: int, count: Tensor | None = None):
         if index.dtype != torch.int32 or index.dim() != 1:
             raise TypeError(f"index: expected int32 [K], got {index.dtype} {tuple(index.shape)}")
-        self.index, self.batch, self.count = index, batch, count
-        self._pixels: dict[tuple[int, int], PixelPlan] = {}
+        self.index, self.batch, self.count = plain(index), batch, plain(count)
+        super().__init__()
+
+    def _indices(self) -> tuple[Tensor, Tensor | None]:
+        return self.index, self.count
 
     @classmethod
     def from_mask(cls, keep: Tensor, capacity: int | None = None) -> SamplePlan:
@@ -103,18 +107,18 @@ class SamplePlan:
         Raises:
             ValueError: more than 2**31 - 1 pixels in the batch.
         """
-        plan = self._pixels.get(size)
-        if plan is None:
-            shape, area = (self.batch, *size), size[0] * size[1]
-            if self.batch * area > MAX_PIXELS:
-                raise ValueError(f"size: expected at most {MAX_PIXELS} pixels in the batch, got {shape}")
-            within = torch.arange(area, dtype=torch.int32, device=self.device)
-            index = self.index[:, None] * area + within
-            if self.count is not None:
-                index = torch.where(self.index[:, None] < 0, -1, index)
-            plan = PixelPlan(index.view(-1), shape, None if self.count is None else self.count * area)
-            plan._samples = self
-            self._pixels[size] = plan
+        return self.derived(("pixels", size), lambda: self._make_pixels(size))
+
+    def _make_pixels(self, size: tuple[int, int]) -> PixelPlan:
+        shape, area = (self.batch, *size), size[0] * size[1]
+        if self.batch * area > MAX_PIXELS:
+            raise ValueError(f"size: expected at most {MAX_PIXELS} pixels in the batch, got {shape}")
+        within = torch.arange(area, dtype=torch.int32, device=self.device)
+        index = self.index[:, None] * area + within
+        if self.count is not None:
+            index = torch.where(self.index[:, None] < 0, -1, index)
+        plan = PixelPlan(index.view(-1), shape, None if self.count is None else self.count * area)
+        plan._samples = self
         return plan
 
     def dropped(self) -> SamplePlan:

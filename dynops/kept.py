@@ -1,0 +1,265 @@
+"""What is made of tensors (packed weights, folded norms, inverse indices), kept while these stay as they are.
+
+One rule for all of it. A thing is kept with the memory that it was made of, and is made again where
+
+- the memory is another one: ``p.data = …``, ``.to(…)``, ``load_state_dict(assign=True)``;
+- the version counter of a tensor moved: any in-place operation that autograd sees;
+- an optimiser of ``torch.optim`` stepped: all is forgotten, since fused steps move no counter;
+- on a CPU, the **fingerprint** of the content differs: ``F.batch_norm`` moves running statistics without a
+  counter, and so do collectives, FSDP2, ``weight.data``, other processes and numpy. Up to 16 KB (norms) every byte is
+  read, of more 66 cache lines (1 KB in 64 parts), of stacked experts two lines of each at least.
+
+A fingerprint does not see one element that is written through ``.data`` in a large weight; on a GPU, where reading it
+would wait for the device, there is none at all. :func:`refresh` is for these. ``DYNOPS_CHECK_KEPT=1`` in the environment
+compares whole contents, on every device, and warns where something went unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import backends
+
+# Without a binary nothing is kept: a source tree that was not built runs the reference, and slowly anyway.
+fingerprint = backends._C.fingerprint if backends.has_binary() else None
+
+_LINES = 64  # that a fingerprint reads of a large tensor: 0.5 us in the caches, 1.5 us out of them
+_LINES_A_SLICE = (
+    2  # of each expert or kernel in a stack [E, O, I] or [E, O, I, kh, kw]: a step may touch 2 of 64
+)
+_MOST_ENTRIES = 1024  # of one memory: views at ever new places would gather
+_compare_whole = os.environ.get("DYNOPS_CHECK_KEPT", "") not in ("", "0")
+
+
+class Mark:
+    """What a few tensors held at one moment."""
+
+    __slots__ = ("_marks", "_memory", "_seen", "_storages", "_whole", "begins")
+
+    def __init__(self, *tensors: Tensor | None):
+        self._marks = _marks(tensors)
+        present = [t for t in tensors if t is not None]
+        self.begins = [t.data_ptr() for t in present]
+        self._memory = tuple(chain.from_iterable(_memory(t) for t in present if t.is_cpu))
+        self._seen = fingerprint(*self._memory)
+        # elsewhere the memory itself: a freed one's address comes back, as in module.half().float()
+        self._storages = tuple(weakref.ref(t.untyped_storage()) for t in present if not t.is_cpu)
+        self._whole = _whole(present) if _compare_whole else None
+
+    def holds(self, *tensors: Tensor | None) -> bool:
+        """Whether ``tensors``, of the same shapes, strides and dtypes, hold the same now, as far as can be seen at once."""
+        try:
+            marks = []
+            for t in tensors:
+                marks += (0, 0) if t is None else (t.data_ptr(), t._version)
+        except RuntimeError:  # a tensor made in inference mode has no version
+            marks = _marks(tensors)
+        if marks != self._marks or self._seen != fingerprint(*self._memory):
+            return False
+        return (not self._storages and self._whole is None) or self._is_really_same(tensors)
+
+    def _is_really_same(self, tensors: tuple) -> bool:
+        present = [t for t in tensors if t is not None]
+        elsewhere = (t for t in present if not t.is_cpu)
+        for storage, t in zip(self._storages, elsewhere, strict=True):
+            if storage() is not t.untyped_storage() or not _shows_changes(t):
+                return False
+        if self._whole is not None and self._whole != _whole(present):
+            warnings.warn(_unnoticed(present), stacklevel=4)
+            return False
+        return True
+
+
+class Kept:
+    """Things made of tensors, by the memory, place, shape and dtype of these and a key."""
+
+    def __init__(self):
+        self._slots: dict[int, _Slot] = {}  # by id(storage): a slot goes with its storage
+        self._epoch = 0
+        self.stepped = False  # an optimiser's step only sets this: Dynamo traces it in a compiled step
+
+    def get(self, key, make: Callable[[], object], tensor: Tensor, *others: Tensor | None):
+        """``make()``, or what it returned for this ``key`` while the tensors stay as they are.
+
+        Args:
+            key: hashable; with the layout of ``tensor`` all that ``make`` depends on beside the tensors' content.
+            make: returns a tensor or a tuple of them; runs without gradients, and never in inference mode, so that
+                what an evaluation made may be saved for a backward later.
+            tensor, others: what ``make`` reads.
+        """
+        if self.stepped:
+            self.clear()
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:  # a fake tensor, or one of a mesh
+            return make()
+        slot = self._slots.get(id(tensor.untyped_storage()))
+        place = key, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        entry = None if slot is None else slot.get(place)
+        if entry is not None and entry.mark.holds(tensor, *others):
+            return entry.made if entry.event is None else entry.on_this_stream()
+        return self._remake(place, make, tensor, *others)
+
+    def _remake(self, place: tuple, make: Callable[[], object], *tensors: Tensor | None):
+        if not can_keep(*tensors):
+            return made_plain(make)
+        epoch = self._epoch
+        mark = Mark(*tensors)  # before: what is written meanwhile is then noticed
+        made = made_plain(make)
+        # A view would keep its own memory alive for ever. And another thread's optimiser may have stepped.
+        if epoch == self._epoch and not _shares_memory(made, tensors):
+            storage = tensors[0].untyped_storage()
+            slot = self._slots.get(id(storage))
+            if slot is None:
+                slot = self._slots[id(storage)] = _Slot(storage, self._slots)
+            elif len(slot) >= _MOST_ENTRIES:
+                slot.clear()
+            slot[place] = _Entry(mark, made)
+        return made
+
+    def drop(self, *tensors: Tensor) -> None:
+        """Forgets all that was made of these tensors, or of others together with them."""
+        begins = {t.data_ptr() for t in tensors}
+        for slot in list(self._slots.values()):
+            for place, entry in list(slot.items()):
+                if not begins.isdisjoint(entry.mark.begins):
+                    slot.pop(place, None)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.stepped = False
+        self._epoch += 1
+        self._slots.clear()
+
+    def __len__(self) -> int:
+        return sum(map(len, list(self._slots.values())))
+
+
+class _Slot(dict):
+    """What was made of one memory, by key and layout. Not found by the tensor: weak references to parameters hinder
+    ``torch.utils.swap_tensors``, and a view or ``detach()`` of a weight is the same weight."""
+
+    __slots__ = ("storage",)
+
+    def __init__(self, storage: torch.UntypedStorage, slots: dict):
+        super().__init__()
+        key = id(storage)
+        self.storage = weakref.ref(storage, lambda dead: slots.pop(key, None))
+
+
+class _Entry:
+    """What was made of one content. Threads may make the same twice; either is right."""
+
+    __slots__ = ("event", "made", "mark", "stream")
+
+    def __init__(self, mark: Mark, made):
+        self.mark, self.made = mark, made
+        self.event = self.stream = None
+        first = next((m for m in _tensors(made) if m.is_cuda), None)
+        if first is not None:  # the moment from which other streams may read it
+            self.stream = torch.cuda.current_stream(first.device)
+            self.event = torch.cuda.Event()
+            self.event.record(self.stream)
+
+    def on_this_stream(self):
+        """``made``, which the current stream of its device may read from here on."""
+        stream = torch.cuda.current_stream(self.stream.device)
+        if stream != self.stream:
+            stream.wait_event(self.event)
+            for made in _tensors(self.made):
+                made.record_stream(stream)
+        return self.made
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether what is made of ``tensors`` is part of a graph (a gradient's, a compiler's, a transform's), and cannot be kept."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def can_keep(*tensors: Tensor | None) -> bool:
+    """Whether a change of these tensors can be noticed."""
+    return fingerprint is not None and all(t is None or t.is_cpu or _shows_changes(t) for t in tensors)
+
+
+def made_plain(make: Callable[[], object]):
+    """``make()`` without gradients and outside of inference mode, whose tensors no backward may save."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
+
+
+def _shows_changes(t: Tensor) -> bool:
+    """Whether a change of a tensor that is not on a CPU can be noticed; and it is not to be part of a CUDA graph, whose
+    replay sees the tensor as it is then."""
+    return not t.is_inference() and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _marks(tensors: tuple) -> list[int]:
+    """Where each tensor lies, and its version (one made in inference mode has none)."""
+    marks = ((0, 0) if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    return list(chain.from_iterable(marks))
+
+
+def _memory(t: Tensor) -> tuple[int, int, int]:
+    """Where ``t`` begins, the bytes from there to its end, gaps included, and how many lines to read of them."""
+    if t.numel() == 0:
+        return 0, 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    lines = max(_LINES, _LINES_A_SLICE * t.shape[0]) if t.dim() in (3, 5) else _LINES
+    return t.data_ptr(), (reach + 1) * t.element_size(), lines
+
+
+def _whole(tensors: list) -> int:
+    """A hash of all of the content, from any device."""
+    copies = [t.detach().cpu().contiguous() for t in tensors]
+    return fingerprint(*chain.from_iterable((*_memory(t)[:2], 0) for t in copies))
+
+
+def _unnoticed(tensors: list) -> str:
+    shapes = ", ".join(str(list(t.shape)) for t in tensors)
+    return (
+        f"dynops: a tensor of shape {shapes} was written in a way that neither its version nor its fingerprint shows; "
+        "call dynops.refresh(module) after such a write"
+    )
+
+
+def _tensors(made) -> tuple:
+    return (made,) if isinstance(made, Tensor) else tuple(m for m in made if m is not None)
+
+
+def _shares_memory(made, tensors: tuple) -> bool:
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    return any(m.untyped_storage() is storage for m in _tensors(made) for storage in storages)
+
+
+kept = Kept()
+
+
+def refresh(module: nn.Module | None = None) -> None:
+    """Forgets what was made of a module's parameters and buffers: packed weights, folded norms.
+
+    Needed only after a write that dynops cannot notice: of single elements through ``.data`` on a CPU; on a GPU through
+    ``.data``, a collective, or another process, and where ``F.batch_norm`` moved running statistics.
+
+    Args:
+        module: the module that was written to; None: all modules.
+    """
+    if module is None:
+        return kept.clear()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module or None, got {type(module).__name__}")
+    kept.drop(*module.parameters(), *module.buffers())
+
+
+def _note_step(optimizer, args, kwargs) -> None:
+    kept.stepped = True
+
+
+register_optimizer_step_post_hook(_note_step)
