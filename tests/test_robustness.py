@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
-import gc
 import os
 import pathlib
 import resource
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 
 import dynops
 from dynops import PixelPlan, backends, ops
+from dynops.kept import kept
 from dynops.testing import available_backends, in_layout, random_mask, random_tensor
 
 BACKENDS = available_backends()
@@ -88,7 +87,7 @@ def test_threads_share_a_layer(dtype):
         exact = [expected(v.double(), layer.weight.double(), layer.bias.double(), mask) for v in xs]
     for round_ in range(5):
         plan = PixelPlan.from_mask(mask)
-        backends.weight_cache.clear()
+        kept.clear()
 
         def work(i, plan=plan, round_=round_):
             with torch.set_grad_enabled(bool(round_ % 2)):
@@ -139,7 +138,7 @@ def test_fork_after_use(backend):
     """A child that is forked after its parent used the threads computes the right answer."""
     out = run_script(f"""
         import os, sys, torch, torch.nn.functional as F
-        from dynops import PixelPlan, ops
+        from dynops import PixelPlan, backends, ops
         torch.set_num_threads(2)
         x = torch.rand(4, 32, 28, 28).contiguous(memory_format=torch.channels_last)
         weight, mask = torch.rand(32, 32, 3, 3), torch.rand(4, 28, 28) < 0.5
@@ -166,212 +165,7 @@ def test_fork_after_use(backend):
     assert out.split() == ["child", "parent"]
 
 
-# ------------------------------------------------------------------------------- weight cache
-
-
-class Net(torch.nn.Module):
-    """A weight and what the op makes of it, checked against the dense layer at every call."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        x, weight, bias, self.mask = inputs(dtype=dtype)
-        self.x, self.plan = x, PixelPlan.from_mask(self.mask)
-        self.weight, self.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
-
-    def check(self):
-        with torch.no_grad():
-            for weight in (self.weight, self.weight[8:16]):
-                x, bias = self.x.to(weight.dtype), self.bias[: len(weight)]
-                out = ops.sparse_conv2d(x, weight, bias, self.plan, padding=1)
-                assert_near(out, expected(x.double(), weight.double(), bias.double(), self.mask))
-
-
-def in_place(net):
-    with torch.no_grad():
-        net.weight.mul_(3)
-
-
-def part_in_place(net):
-    with torch.no_grad():
-        net.weight[3].add_(1)
-
-
-def through_a_view(net):
-    net.weight.detach().view(-1).neg_()
-
-
-def in_inference_mode(net):
-    with torch.inference_mode():
-        net.weight.add_(1)
-
-
-def optimiser(make):
-    def change(net):
-        net.weight.grad = torch.ones_like(net.weight)
-        make([net.weight]).step()
-
-    return change
-
-
-def load(net):
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
-
-
-def load_assign(net):
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}, assign=True)
-
-
-def data_swap(net):
-    net.weight.data = net.weight.data * 2
-
-
-def data_swap_where_memory_is_reused(net):
-    """The second swap is likely to get the address that the first one freed."""
-    shape = net.weight.shape
-    net.weight.data = torch.empty(0)
-    net.weight.data = random_tensor(*shape) * 5
-
-
-def there_and_back(net):
-    """float32 to bfloat16 and back: the same address and version are likely, the values are rounded."""
-    net.bfloat16().float()
-
-
-def memory_format(net):
-    net.to(memory_format=torch.channels_last)
-
-
-def same_data_other_strides(net):
-    with torch.no_grad():
-        square = net.weight.data.as_strided(net.weight.shape, (9, 9 * 24, 1, 3))
-    net.weight.data = square
-
-
-CHANGES = {
-    f.__name__: f
-    for f in (
-        in_place, part_in_place, through_a_view, in_inference_mode, load, load_assign, data_swap,
-        data_swap_where_memory_is_reused, there_and_back, memory_format, same_data_other_strides,
-    )
-} | {
-    "sgd": optimiser(lambda p: torch.optim.SGD(p, lr=1.0)),
-    "sgd_foreach": optimiser(lambda p: torch.optim.SGD(p, lr=1.0, foreach=True)),
-    "adam": optimiser(lambda p: torch.optim.Adam(p, lr=1.0)),
-    "adam_fused": optimiser(lambda p: torch.optim.Adam(p, lr=1.0, fused=True)),  # bumps no version
-    "sgd_fused": optimiser(lambda p: torch.optim.SGD(p, lr=1.0, fused=True)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_weight_is_seen(change):
-    net = Net()
-    net.check()
-    net.check()
-    before = net.weight.detach().clone()
-    for _ in range(3):
-        change(net)
-        net.check()
-        assert net.weight.dtype == torch.float32
-    assert change is memory_format or not torch.equal(net.weight, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_weight_of_another_dtype_is_seen(dtype):
-    net = Net()
-    net.check()
-    net.to(dtype).check()
-    in_place(net)
-    net.check()
-    net.float().check()
-
-
-def test_a_copy_has_its_own_weight():
-    net = Net()
-    net.check()
-    twin = copy.deepcopy(net)
-    twin.check()
-    in_place(twin)
-    twin.check()
-    net.check()
-
-
-def test_inference_tensors():
-    """They have no version, so that nothing may be kept."""
-    with torch.inference_mode():
-        net = Net()
-        net.weight.data = net.weight.data.clone()
-        assert net.weight.is_inference()
-        for _ in range(2):
-            net.check()
-            net.weight.mul_(2)
-        net.check()
-
-
-def test_the_cache_calls_make_once_for_a_version():
-    cache, calls, weight = backends.WeightCache(), [], torch.nn.Parameter(torch.rand(3))
-
-    def make():
-        calls.append(weight.detach().clone())
-        return calls[-1]
-
-    assert cache.get(weight, "a", make) is cache.get(weight, "a", make) and len(calls) == 1
-    assert cache.get(weight, "b", make) is not cache.get(weight, "a", make) and len(calls) == 2
-    in_place(type("Holder", (), {"weight": weight}))
-    assert torch.equal(cache.get(weight, "a", make), weight) and len(calls) == 3
-    cache.clear()
-    cache.get(weight, "a", make)
-    assert len(calls) == 4
-
-
-def test_the_cache_notices_an_address_that_is_reused():
-    """As in ``module.half().float()``: version, address and shape are those of the freed memory."""
-    cache, weight = backends.WeightCache(), torch.nn.Parameter(torch.zeros(1000))
-    memory = torch.zeros(1000)  # two storages over one piece of memory stand for a reused address
-    for value in (1.0, 2.0):
-        memory.fill_(value)
-        weight.data = torch.from_numpy(memory.numpy())
-        assert cache.get(weight, "key", lambda: weight.detach().clone())[0] == value
-
-
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="the reference packs nothing")
-def test_the_cache_is_used(monkeypatch):
-    net, cached = Net(), backends.WeightCache.get
-    net.check()
-
-    def refuse():
-        raise AssertionError("packed again")
-
-    def get(self, weight, key, make):
-        return cached(self, weight, key, refuse if weight is net.weight else make)
-
-    monkeypatch.setattr(backends.WeightCache, "get", get)
-    net.check()
-    in_place(net)
-    with pytest.raises(AssertionError, match="packed again"):
-        net.check()
-
-
-def test_a_compiled_fused_step_is_seen():
-    net = Net()
-    optimizer = torch.optim.SGD([net.weight], lr=1.0, fused=True)
-    net.check()
-    for _ in range(2):
-        net.weight.grad = torch.ones_like(net.weight)
-        torch.compile(optimizer.step, backend="aot_eager")()
-        net.check()
-
-
-def test_a_dead_weight_leaves_the_cache():
-    gc.collect()
-    before = len(backends.weight_cache._entries)
-    nets = [Net() for _ in range(3)]
-    for net in nets:
-        net.check()
-    refs = [weakref.ref(net.weight) for net in nets]
-    del nets, net
-    gc.collect()
-    assert all(ref() is None for ref in refs)
-    assert len(backends.weight_cache._entries) <= before
+# ------------------------------------------------------------------------------------------ leaks
 
 
 def test_a_graph_that_was_used_frees_its_tensors():
@@ -527,7 +321,7 @@ ISA_SCRIPT = """
     import itertools, sys
     import torch
     import dynops
-    from dynops import PixelPlan, ops
+    from dynops import PixelPlan, backends, ops
     from dynops.testing import assert_within_budget, dense_masked_conv2d, in_layout, random_mask, random_tensor
 
     torch.manual_seed(0)
@@ -602,11 +396,12 @@ def test_the_instruction_sets_are_named():
 FLOORS = {
     "geometry": set(),
     "backends": {"_C"},
-    "plans": {"geometry", "plans"},
-    "kernels": {"geometry", "backends", "kernels"},
-    "ops": {"geometry", "backends", "plans", "kernels", "ops"},
+    "kept": {"backends"},
+    "plans": {"geometry", "kept", "plans"},
+    "kernels": {"geometry", "backends", "kept", "kernels"},
+    "ops": {"geometry", "backends", "kept", "plans", "kernels", "ops"},
     "context": {"geometry", "plans", "ops"},
-    "nn": {"geometry", "backends", "plans", "ops", "context", "nn"},
+    "nn": {"geometry", "backends", "kept", "plans", "ops", "context", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},
     "gates": {"gates"},
     "budget": {"geometry", "plans", "ops", "nn", "context", "budget"},
