@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -32,6 +30,7 @@ class PixelPlan(Derived):
             raise TypeError(f"index: expected int32 [P], got {index.dtype} {tuple(index.shape)}")
         self.index, self.count = plain(index), plain(count)
         self.shape = tuple(shape)
+        self._pointwise: dict[int, ConvGeometry] = {}
         self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
         super().__init__()
 
@@ -118,7 +117,13 @@ class PixelPlan(Derived):
 
     def pointwise(self, groups: int) -> ConvGeometry:
         """The geometry of a 1x1 convolution from this resolution to itself (kept)."""
-        return _pointwise(self.shape, groups)
+        geometry = self._pointwise.get(groups)
+        if geometry is None:
+            n, h, w = self.shape
+            geometry = self._pointwise[groups] = ConvGeometry(
+                n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, groups, 0
+            )
+        return geometry
 
     def needed(self, kernel_size, stride=1, padding=0, dilation=1, in_size=None) -> PixelPlan:
         """The plan of the input pixels that a convolution reads to compute this plan's outputs.
@@ -176,12 +181,6 @@ class PixelPlan(Derived):
     def __repr__(self) -> str:
         form = "" if self.count is None else ", capacity form"
         return f"PixelPlan({self.num_rows} of {self.num_pixels} pixels, shape={self.shape}{form})"
-
-
-@functools.lru_cache(maxsize=4096)
-def _pointwise(shape: tuple[int, int, int], groups: int) -> ConvGeometry:
-    n, h, w = shape
-    return ConvGeometry(n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, groups, 0)
 
 
 def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan") -> PixelPlan:
