@@ -42,17 +42,19 @@ _compare_whole = os.environ.get("DYNOPS_CHECK_KEPT", "") not in ("", "0")
 class Mark:
     """What a few tensors held at one moment."""
 
-    __slots__ = ("_marks", "_memory", "_seen", "_storages", "_whole", "begins")
+    __slots__ = ("_marks", "_memory", "_seen", "_storages", "_whole")
 
     def __init__(self, *tensors: Tensor | None):
-        self._marks = _marks(tensors)
-        present = [t for t in tensors if t is not None]
-        self.begins = [t.data_ptr() for t in present]
-        self._memory = tuple(chain.from_iterable(_memory(t) for t in present if t.is_cpu))
+        self._marks, self._memory, self._storages = _marks(tensors), [], []
+        for t in tensors:
+            if t is None:
+                continue
+            if t.is_cpu:
+                self._memory += _memory(t)
+            else:  # the memory itself: a freed one's address comes back, as in module.half().float()
+                self._storages.append(weakref.ref(t.untyped_storage()))
         self._seen = fingerprint(*self._memory)
-        # elsewhere the memory itself: a freed one's address comes back, as in module.half().float()
-        self._storages = tuple(weakref.ref(t.untyped_storage()) for t in present if not t.is_cpu)
-        self._whole = _whole(present) if _compare_whole else None
+        self._whole = _whole(tensors) if _compare_whole else None
 
     def holds(self, *tensors: Tensor | None) -> bool:
         """Whether ``tensors``, of the same shapes, strides and dtypes, hold the same now, as far as can be seen at once."""
@@ -66,13 +68,17 @@ class Mark:
             return False
         return (not self._storages and self._whole is None) or self._is_really_same(tensors)
 
+    def lies_at(self, begins: set[int]) -> bool:
+        """Whether one of the tensors begins at one of these addresses."""
+        return not begins.isdisjoint(self._marks[::2])
+
     def _is_really_same(self, tensors: tuple) -> bool:
         present = [t for t in tensors if t is not None]
         elsewhere = (t for t in present if not t.is_cpu)
         for storage, t in zip(self._storages, elsewhere, strict=True):
             if storage() is not t.untyped_storage() or not _shows_changes(t):
                 return False
-        if self._whole is not None and self._whole != _whole(present):
+        if self._whole is not None and self._whole != _whole(tensors):
             warnings.warn(_unnoticed(present), stacklevel=4)
             return False
         return True
@@ -128,7 +134,7 @@ class Kept:
         begins = {t.data_ptr() for t in tensors}
         for slot in list(self._slots.values()):
             for place, entry in list(slot.items()):
-                if not begins.isdisjoint(entry.mark.begins):
+                if entry.mark.lies_at(begins):
                     slot.pop(place, None)
 
     def clear(self) -> None:
@@ -191,8 +197,13 @@ def can_keep(*tensors: Tensor | None) -> bool:
 
 def made_plain(make: Callable[[], object]):
     """``make()`` without gradients and outside of inference mode, whose tensors no backward may save."""
-    with torch.inference_mode(False), torch.no_grad():
-        return make()
+    if torch.is_inference_mode_enabled():  # entering either takes more than a microsecond
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return make()
+    return make()
 
 
 def _shows_changes(t: Tensor) -> bool:
@@ -203,22 +214,27 @@ def _shows_changes(t: Tensor) -> bool:
 
 def _marks(tensors: tuple) -> list[int]:
     """Where each tensor lies, and its version (one made in inference mode has none)."""
-    marks = ((0, 0) if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
-    return list(chain.from_iterable(marks))
+    marks = []
+    for t in tensors:
+        marks += (0, 0) if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version)
+    return marks
 
 
 def _memory(t: Tensor) -> tuple[int, int, int]:
     """Where ``t`` begins, the bytes from there to its end, gaps included, and how many lines to read of them."""
     if t.numel() == 0:
         return 0, 0, 0
-    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    if t.is_contiguous():
+        elements = t.numel()
+    else:
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     lines = max(_LINES, _LINES_A_SLICE * t.shape[0]) if t.dim() in (3, 5) else _LINES
-    return t.data_ptr(), (reach + 1) * t.element_size(), lines
+    return t.data_ptr(), elements * t.element_size(), lines
 
 
-def _whole(tensors: list) -> int:
+def _whole(tensors: tuple) -> int:
     """A hash of all of the content, from any device."""
-    copies = [t.detach().cpu().contiguous() for t in tensors]
+    copies = [t.detach().cpu().contiguous() for t in tensors if t is not None]
     return fingerprint(*chain.from_iterable((*_memory(t)[:2], 0) for t in copies))
 
 

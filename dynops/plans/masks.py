@@ -22,9 +22,15 @@ _MASK_DTYPES = {
 
 
 def raising(op, *arguments):
-    """``op(*arguments)``, where a NaN in the mask is a ValueError instead of the op's RuntimeError."""
+    """``op(*arguments)``, where a NaN in the mask is a ValueError instead of the op's RuntimeError.
+
+    Never in inference mode, so that a plan that an evaluation built may serve training.
+    """
     try:
-        return op(*arguments)
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return op(*arguments)
+        with torch.inference_mode(False):
+            return op(*arguments)
     except RuntimeError as error:
         if "NaN" in str(error):
             raise ValueError("mask: expected numbers, got NaN in it") from None
