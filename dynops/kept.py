@@ -262,7 +262,7 @@ def refresh(module: nn.Module | None = None) -> None:
     """Forgets what was made of a module's parameters and buffers: packed weights, folded norms.
 
     Needed only after a write that dynops cannot notice: of single elements through ``.data`` on a CPU; on a GPU through
-    ``.data``, a collective, or another process, and where ``F.batch_norm`` moved running statistics.
+    ``.data``, a collective, another process, or ``F.batch_norm`` that no layer called.
 
     Args:
         module: the module that was written to; None: all modules.

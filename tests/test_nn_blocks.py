@@ -533,6 +533,24 @@ def test_state_copies_and_pickles():
     assert torch.equal(layer(x, mask), reference)
 
 
+@pytest.mark.parametrize("mask", [torch.zeros(1, 1, 1), torch.ones(1, 1, 1)], ids=["empty", "full"])
+def test_a_transposed_tile_whose_cut_is_longer_than_what_it_reaches(mask):
+    module = nn.Sequential(nn.ConvTranspose2d(3, 3, 1, stride=3, padding=1), nn.MaxPool2d(1, 3)).eval()
+    blocks, x = SparseBlocks(module, 1).eval(), random_tensor(1, 3, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(blocks(x, mask), module(x) * mask[:, None])
+
+
+def test_a_setting_inside_that_changes():
+    conv = nn.Conv2d(8, 8, 3, padding=1, stride=1)
+    blocks, x = SparseBlocks(nn.Sequential(conv, nn.ReLU()), 4).eval(), random_tensor(1, 8, 16, 16)
+    for padding, dilation in ((1, 1), (2, 2), (3, 3)):
+        conv.padding, conv.dilation = (padding, padding), (dilation, dilation)
+        with torch.no_grad():
+            out = blocks(x, torch.ones(1, 16, 16))
+            torch.testing.assert_close(out, conv(x).relu(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_module_inside_that_is_replaced():
     layer = SparseBlocks(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), 4)
     x, mask = random_tensor(1, 4, 8, 8), torch.eye(8)[None]

@@ -131,7 +131,9 @@ class Conv(Layer):
             short |= pads[-2] > 0 or pads[-1] > 0
         bias = None if short else c.bias
         y = F.conv_transpose2d(x, c.weight, bias, c.stride, 0, 0, c.groups, c.dilation)
-        y = F.pad(y, pads) if any(pads) else y
+        if short:  # first: F.pad refuses to cut more than there is, though it also fills
+            y = F.pad(y, [max(p, 0) for p in pads])
+        y = F.pad(y, [min(p, 0) for p in pads]) if min(pads) < 0 else y
         return y if c.bias is None or bias is not None else y + c.bias.to(y.dtype).view(-1, 1, 1)
 
 

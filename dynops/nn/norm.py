@@ -26,9 +26,10 @@ def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     mean, var = buffers["running_mean"], buffers["running_var"]
     if needs_graph(weight, bias, mean, var):
         return _fold(norm.eps, weight, bias, mean, var)
-    return kept.get(
-        ("fold", norm.eps), lambda: _fold(norm.eps, weight, bias, mean, var), var, mean, weight, bias
-    )
+    # The statistics' own versions do not move; that of the number of batches does, which is what shows on a GPU.
+    batches = buffers.get("num_batches_tracked")
+    tensors = var, mean, weight, bias, batches
+    return kept.get(("fold", norm.eps), lambda: _fold(norm.eps, weight, bias, mean, var), *tensors)
 
 
 def _fold(eps: float, weight, bias, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
