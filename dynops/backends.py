@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from . import modes
+
 NAMES = ("cpp", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,8 +163,7 @@ def kept(weight: Tensor, key: str, make: Callable[[Tensor], Tensor]) -> Tensor:
     What kernels pack is found by the identity of the weight that they get: a new view at each call would be packed
     at each call.
     """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if traced or (torch.is_grad_enabled() and weight.requires_grad):
+    if not modes.plain(weight):
         return make(weight)
 
     def detached() -> Tensor:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import active
+from .modes import autocast_dtype
 from .nn.norm import norm_rows
-from .nn.rows import FusedConv, autocast_dtype
+from .nn.rows import FusedConv
 from .nn.shapes import conv_geometry, conv_transpose_geometry
 from .nn.trace import Ref, Step, Trace, find
 from .ops.epilogue import ACTIVATIONS

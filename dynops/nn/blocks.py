@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from .. import backends, context
 from ..geometry import BlockGeometry, pair
+from ..modes import autocast_dtype
 from ..ops import auto, checks
 from ..ops.rows import memory_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
 from .bound import Bound
-from .rows import autocast_dtype, checked_base, run_rows
+from .rows import checked_base, run_rows
 from .tiles import run_tiles
 
 PATHS = (None, "rows", "tiles")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..ops.epilogue import apply_epilogue
 from ..plans import PixelPlan
 
@@ -34,8 +35,7 @@ class Fold:
         )  # nn.Module.__getattr__ costs half a microsecond
         weight, bias = parameters["weight"], parameters["bias"]
         mean, var = buffers["running_mean"], buffers["running_var"]
-        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-        if grad or torch.compiler.is_compiling():
+        if not modes.plain(weight, bias, mean, var):
             return _fold(norm.eps, weight, bias, mean, var)
         entry = self._entry
         if (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import ConvGeometry
+from ..modes import autocast_dtype
 from ..ops import checks
 from ..ops.epilogue import ACTIVATIONS
 from ..ops.pixels import _pixel_conv
@@ -14,14 +15,6 @@ from ..plans import PixelPlan
 from .norm import fold_of, norm_rows, uses_batch_statistics
 
 _NOTHING = ("", None, None, None, None)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that a convolution of ``x`` runs in under autocast, or None outside it."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..modes import autocast_dtype
 from ..ops import gather_pixels, scatter_pixels
 from ..ops.rows import memory_format_of
 from ..plans import PixelPlan, as_pixel_plan
@@ -14,7 +15,7 @@ from .activations import ELEMENTWISE, fused_name
 from .masked import MaskedBatchNorm2d
 from .norm import norm_rows
 from .pixels import SparseConv2d, SparseConvTranspose2d
-from .rows import FusedConv, autocast_dtype
+from .rows import FusedConv
 from .shapes import geometry_of
 
 _CONVS = (nn.Conv2d, SparseConv2d)

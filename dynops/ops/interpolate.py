@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import modes
 from ..plans import PixelPlan
 from . import checks
 from .registry import define
@@ -118,7 +119,7 @@ def interpolate_pixels(
     else:
         filled, reached = _fill_gaussian(rows, plan, selected, kernel_size, sigma)
         # one look at the device to save the search; where that must not be, the search
-        if plan.count is None and not torch.compiler.is_compiling() and bool(reached.all()):
+        if plan.count is None and not modes.sizes_are_fixed(reached) and bool(reached.all()):
             out = filled
         else:
             out = torch.where(reached, filled, _fill_nearest(rows, plan))

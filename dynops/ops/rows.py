@@ -13,6 +13,7 @@ from .. import backends
 from ..kernels import cpp
 from ..kernels.layout import memory_format_of as memory_format_of  # for those who import it from here
 from ..plans import PixelPlan
+from . import batching
 from .registry import define
 
 
@@ -164,6 +165,22 @@ def _merge_backward(ctx, grad):
     return drows, None, None, dbase, dscale, None
 
 
+def _merge_jvp(op, primals, tangents):
+    """Linear in rows and base; times the scale stands their difference, or without ``mix`` the rows."""
+    rows, index, count, base, scale, mix = primals
+    d_rows, _, _, d_base, d_scale, _ = tangents
+    out = None
+    if d_rows is not None or d_base is not None:
+        d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
+        out = op(d_rows, index, count, torch.zeros_like(base) if d_base is None else d_base, scale, mix)
+    if d_scale is not None:
+        change = (rows - _gather(base, index, count)) if mix else rows
+        change = change * d_scale.to(change.dtype)[:, None]
+        change = scatter_rows(change, index, count, [base.shape[0], 1, 1], None).flatten(1)
+        out = change if out is None else out + change
+    return out
+
+
 def _gather(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """Rows of ``[N, F]``."""
     return gather_rows(x[:, :, None, None], index, count)
@@ -175,6 +192,8 @@ gather_rows = define(
     _gather_rows_fake,
     _gather_setup,
     _gather_backward,
+    terms="x",
+    vmap=batching.passive(1, "x"),
 )
 scatter_rows = define(
     "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
@@ -182,6 +201,8 @@ scatter_rows = define(
     _scatter_rows_fake,
     _scatter_setup,
     _scatter_backward,
+    terms="rows, base",
+    vmap=batching.passive(1, "rows", "base"),
 )
 merge_rows = define(
     "merge_rows(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix) -> Tensor",
@@ -189,6 +210,8 @@ merge_rows = define(
     _merge_rows_fake,
     _merge_setup,
     _merge_backward,
+    jvp=_merge_jvp,
+    vmap=batching.passive(1, "rows", "base"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import BlockGeometry, is_int, pair
 from .masks import MAX_PIXELS, check_mask, raising
 from .pixels import PixelPlan
@@ -144,12 +145,15 @@ class BlockPlan:
     def pixels(self) -> PixelPlan:
         """The :class:`PixelPlan` of the pixels that active blocks cover (kept)."""
         if self._pixels is None:
-            if self.count is not None or torch.compiler.is_compiling():
+            if self.count is not None or modes.sizes_are_fixed(self.index):
                 mask = self.mask()
-                self._pixels = PixelPlan.from_mask(mask, mask.numel())
+                pixels = PixelPlan.from_mask(mask, mask.numel())
             else:
                 index = torch.ops.dynops.block_pixels.default(self.index, self.geometry)
-                self._pixels = PixelPlan(index, self.shape)
+                pixels = PixelPlan(index, self.shape)
+            if modes.transformed():  # whose tensors end with it
+                return pixels
+            self._pixels = pixels
         return self._pixels
 
     def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import ConvGeometry, is_int, pair
 from .masks import check_mask, raising, resize_mask
 
@@ -43,8 +44,8 @@ class PixelPlan:
         Args:
             mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating; nonzero = active.
             capacity: size of the capacity form; ``None`` builds the compact form (inside
-                ``torch.compile``, where sizes must not depend on data: the capacity form with
-                room for every pixel).
+                ``torch.compile``, in a ``vmap`` over the mask and of a meta tensor, where sizes must
+                not depend on data: the capacity form with room for every pixel).
 
         Raises:
             TypeError: ``mask`` is not a tensor, or is complex or quantised.
@@ -53,7 +54,7 @@ class PixelPlan:
         """
         mask = check_mask(mask)
         shape = tuple(mask.shape)
-        if capacity is None and torch.compiler.is_compiling():
+        if capacity is None and modes.sizes_are_fixed(mask):
             capacity = shape[0] * shape[1] * shape[2]
         if capacity is None:
             return cls(raising(torch.ops.dynops.mask_to_index.default, mask), shape)
@@ -101,17 +102,23 @@ class PixelPlan:
 
     def inverse(self) -> Tensor:
         """int32 ``[N, H, W]``: the row of each pixel, or -1 where it is not active (kept)."""
-        if self._inverse is None:
-            self._inverse = torch.ops.dynops.inverse_index(self.index, self.count, self.shape)
-        return self._inverse
+        if self._inverse is not None:
+            return self._inverse
+        inverse = torch.ops.dynops.inverse_index(self.index, self.count, self.shape)
+        if not modes.transformed():  # a transform's tensors end with it
+            self._inverse = inverse
+        return inverse
 
     def as_rows(self) -> PixelPlan:
         """The plan of a map ``[1, C, 1, P]`` whose pixels are this plan's rows (kept)."""
-        if self._as_rows is None:
-            full = PixelPlan.full((1, 1, self.num_rows), self.device)
-            index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
-            self._as_rows = PixelPlan(index, full.shape, self.count)
-        return self._as_rows
+        if self._as_rows is not None:
+            return self._as_rows
+        full = PixelPlan.full((1, 1, self.num_rows), self.device)
+        index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
+        rows = PixelPlan(index, full.shape, self.count)
+        if not modes.transformed():
+            self._as_rows = rows
+        return rows
 
     def pointwise(self, groups: int) -> ConvGeometry:
         """The geometry of a 1x1 convolution from this resolution to itself (kept)."""

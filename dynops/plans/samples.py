@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import is_int
 from .masks import MAX_PIXELS, check_mask_dtype, raising
 from .pixels import PixelPlan
@@ -49,7 +50,7 @@ class SamplePlan:
         """
         keep = check_keep(keep)
         batch = keep.shape[0]
-        if capacity is None and torch.compiler.is_compiling():
+        if capacity is None and modes.sizes_are_fixed(keep):
             capacity = batch
         if capacity is None:
             return cls(raising(torch.ops.dynops.mask_to_index.default, keep), batch)
@@ -114,7 +115,8 @@ class SamplePlan:
                 index = torch.where(self.index[:, None] < 0, -1, index)
             plan = PixelPlan(index.view(-1), shape, None if self.count is None else self.count * area)
             plan._samples = self
-            self._pixels[size] = plan
+            if not modes.transformed():  # whose tensors end with it
+                self._pixels[size] = plan
         return plan
 
     def dropped(self) -> SamplePlan:

@@ -1,0 +1,74 @@
+"""What watches a computation: a compiler, a transform of ``torch.func``, forward-mode AD, a gradient, a subclass.
+
+Every short cut that goes past PyTorch's dispatcher asks here first. Autocast is asked for here too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_transforms = torch._C._are_functorch_transforms_active
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or a level of forward-mode AD is active, whatever it is of."""
+    return _transforms() or forward_ad._current_level >= 0
+
+
+def differentiated(*values) -> bool:
+    """Whether a derivative, or another transform, of a function of these tensors may be asked for.
+
+    Then the function is composed of ops that have derivatives; a fused one would have none. Values that are no
+    tensors do not count.
+    """
+    if transformed():
+        return True
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+def plain(*values) -> bool:
+    """Whether nothing at all watches a function of these tensors, so that a kernel may be called by itself."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    grad = torch.is_grad_enabled()
+    for value in values:
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN or (grad and value.requires_grad)):
+            return False
+    return True
+
+
+def sizes_are_fixed(x: Tensor) -> bool:
+    """Whether sizes must not depend on the values of ``x``: in a compiler, of meta tensors, in a ``vmap`` over it."""
+    return torch.compiler.is_compiling() or x.is_meta or is_batched(x)
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether reading a value of ``x`` costs nothing: on a CPU, where it has one."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(x)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a ``torch.func.vmap`` is over ``x``."""
+    if not _transforms():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast makes of ``x``, or None: outside it, for float64, on a device without autocast."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
