@@ -5,17 +5,23 @@ Every short cut that goes past PyTorch's dispatcher asks here first. Autocast is
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _transforms = torch._C._are_functorch_transforms_active
+_has_key = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP_MODE = torch._C._dispatch_key_parse(
+    "VmapMode"
+)  # of the vmap inside of torch.autograd: is_grads_batched
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` or a level of forward-mode AD is active, whatever it is of."""
-    return _transforms() or forward_ad._current_level >= 0
+    """Whether a transform of ``torch.func``, batched gradients or forward-mode AD are active, whatever of."""
+    return _transforms() or forward_ad._current_level >= 0 or _has_key(_VMAP_MODE)
 
 
 def differentiated(*values) -> bool:
@@ -72,3 +78,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Tensor):
+    """A context without autocast on the device of ``x``, where there is such a thing."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)

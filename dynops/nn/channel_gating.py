@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..backends import kept
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..ops.rows import memory_format_of
@@ -261,7 +262,7 @@ class ChannelGatedConv2d(nn.Conv2d):
         if self.shuffle:
             input = input.unflatten(1, (self.p, -1)).transpose(1, 2).flatten(1, 2)
         partial = self._partial(input)
-        needs_grad = torch.is_grad_enabled() and (partial.requires_grad or self.threshold.requires_grad)
+        needs_grad = modes.differentiated(partial, self.threshold)
         if needs_grad or uses_batch_statistics(self.bn):
             excess = self.bn(partial) - self.threshold
             gate = excess > 0

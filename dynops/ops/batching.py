@@ -13,24 +13,53 @@ import torch
 from torch import Tensor
 
 _MOST = 2**31  # an index is int32
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
-def vmap_rule(op, rule: Callable | None) -> Callable:
-    """What ``torch.library.register_vmap`` wants, of a rule as above."""
+def vmap_rules(op, rule: Callable | None) -> tuple[Callable, Callable]:
+    """What ``torch.library.register_vmap`` wants, of a rule as above; and the kernel of the Batched key, which is that
+    of the vmap inside of ``torch.autograd`` (``is_grads_batched``)."""
     names = [argument.name for argument in op._schema.arguments]
 
-    def run(info, in_dims, *arguments):
+    def run(size, in_dims, arguments):
         batched = {name for name, dim in zip(names, in_dims, strict=True) if isinstance(dim, int)}
         arguments = {
             name: value.movedim(dim, 0) if isinstance(dim, int) else value
             for name, value, dim in zip(names, arguments, in_dims, strict=True)
         }
         done = None
-        if rule is not None and info.batch_size:
-            done = rule(op, info.batch_size, batched, arguments)
-        return _one_by_one(op, info.batch_size, batched, arguments) if done is None else done
+        if rule is not None and size:
+            done = rule(op, size, batched, dict(arguments))
+        return _one_by_one(op, size, batched, arguments) if done is None else done
 
-    return run
+    def of_functorch(info, in_dims, *arguments):
+        return run(info.batch_size, in_dims, arguments)
+
+    def of_autograd(*arguments):
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        in_dims = [0 if _is_batched(value) else None for value in arguments]
+        arguments = [
+            value if d is None else torch._remove_batch_dim(value, level, 0, 0)
+            for value, d in zip(arguments, in_dims, strict=True)
+        ]
+        size = next(value.shape[0] for value, d in zip(arguments, in_dims, strict=True) if d is not None)
+        out, dims = run(size, in_dims, arguments)
+        if isinstance(out, Tensor):
+            return _as_batched(out, dims, level)
+        return tuple(_as_batched(o, d, level) for o, d in zip(out, dims, strict=True))
+
+    return of_functorch, of_autograd
+
+
+def _as_batched(out: Tensor, dim: int | None, level: int) -> Tensor:
+    if dim is None:
+        return out
+    return torch._add_batch_dim(out.movedim(dim, 0).contiguous(), 0, level)  # it wants examples outermost in memory
+
+
+def _is_batched(value) -> bool:
+    return isinstance(value, Tensor) and torch._C._dispatch_keys(value).has(_BATCHED)
 
 
 def _one_by_one(op, size: int, batched: set[str], arguments: dict):

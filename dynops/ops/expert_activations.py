@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, modes
 from ..kernels import cpp_experts
 from . import expert_checks as checks
-from .epilogue import ACTIVATION_GRADS, ACTIVATIONS
+from .epilogue import ACTIVATION_GRADS, ACTIVATIONS, DIFFERENTIABLE_GRADS
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -45,10 +45,12 @@ def _activation(
     return ACTIVATIONS[activation](gate) * up
 
 
-def _activation_grad(grad: Tensor, z: Tensor, activation, gated, interleaved, alpha, limit) -> Tensor:
+def _activation_grad(
+    grad: Tensor, z: Tensor, activation, gated, interleaved, alpha, limit, grads=ACTIVATION_GRADS
+) -> Tensor:
     """dz ``[P, 2 * I]`` from ``grad`` ``[P, I]``."""
     if not gated:
-        return ACTIVATION_GRADS[activation](grad, z)
+        return grads[activation](grad, z)
     gate, up = _halves(z, interleaved)
     if activation == "clamped_swiglu":
         clamped = gate.clamp(max=limit)
@@ -57,7 +59,7 @@ def _activation_grad(grad: Tensor, z: Tensor, activation, gated, interleaved, al
         d_gate = torch.where(gate <= limit, grad * (up.clamp(-limit, limit) + 1) * slope, 0)
         d_up = torch.where(up.abs() <= limit, grad * clamped * s, 0)
     else:
-        d_gate, d_up = ACTIVATION_GRADS[activation](grad * up, gate), grad * ACTIVATIONS[activation](gate)
+        d_gate, d_up = grads[activation](grad * up, gate), grad * ACTIVATIONS[activation](gate)
     return torch.stack((d_gate, d_up), 2).flatten(1) if interleaved else torch.cat((d_gate, d_up), 1)
 
 
@@ -102,7 +104,7 @@ def _setup_context(ctx, inputs, output):
 def _derivative(grad: Tensor, z: Tensor, options: tuple) -> Tensor:
     """dz by the kernel; where a derivative of it may be asked for, in plain PyTorch, which has them of any order."""
     if modes.differentiated(grad, z):
-        return _activation_grad(grad, z, *options[:-1])
+        return _activation_grad(grad, z, *options[:-1], DIFFERENTIABLE_GRADS)
     return _grad(grad, z, *options)
 
 

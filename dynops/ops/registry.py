@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import modes
-from .batching import vmap_rule
+from .batching import vmap_rules
 
 library = torch.library.Library("dynops", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -76,7 +76,9 @@ def define(
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dynops::{name}", fake, lib=library)
     overload = getattr(torch.ops.dynops, name).default
-    torch.library.register_vmap(f"dynops::{name}", vmap_rule(overload, vmap), lib=library)
+    rule, batched_kernel = vmap_rules(overload, vmap)
+    torch.library.register_vmap(f"dynops::{name}", rule, lib=library)
+    library.impl(name, batched_kernel, "Batched")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"dynops::{name}", "CUDA"):
         implementation = _or_binary(overload, implementation)
     if backward is None:
@@ -143,7 +145,8 @@ def _autograd_kernel(overload, setup_context, backward, jvp) -> Callable:
             primals, tangents = _unpack(arguments)
             if any(tangent is not None for tangent in tangents):
                 setup_context(_NOTHING, primals, None)  # refuses what has no derivative
-                output = kernel(keyset, *primals)
+                with forward_ad._set_fwd_grad_enabled(False):  # what is saved for backward keeps its tangent
+                    output = kernel(keyset, *arguments)
                 return _make_dual(output, jvp(overload, primals, tangents))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             with enable_single_level_autograd_function():

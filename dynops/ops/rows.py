@@ -157,7 +157,7 @@ def _merge_backward(ctx, grad):
             if scale is not None:
                 left = torch.where(scale[:, None] == 1, left, (1 - scale.to(dkept.dtype))[:, None] * dkept)
             dbase = scatter_rows(left, index, count, [grad.shape[0], 1, 1], grad[:, :, None, None])
-            dbase = dbase.flatten(1)
+            dbase = dbase[:, :, 0, 0]
     if scale is not None and ctx.needs_input_grad[4]:
         change = rows if base is None else rows - _gather(base, index, count)
         dscale = torch.linalg.vecdot(dkept, change.to(dkept.dtype)).to(scale.dtype)
