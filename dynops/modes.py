@@ -17,6 +17,7 @@ _has_key = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_MODE = torch._C._dispatch_key_parse(
     "VmapMode"
 )  # of the vmap inside of torch.autograd: is_grads_batched
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def transformed() -> bool:
@@ -61,7 +62,9 @@ def may_look(x: Tensor) -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether a ``torch.func.vmap`` is over ``x``."""
+    """Whether a ``torch.func.vmap`` (or that of batched gradients) is over ``x``."""
+    if _has_key(_VMAP_MODE):
+        return torch._C._dispatch_keys(x).has(_BATCHED)
     if not _transforms():
         return False
     functorch = torch._C._functorch

@@ -71,6 +71,7 @@ def cases(t: Maker) -> dict[str, list]:
     two = torch.tensor([2], dtype=torch.int32)
     live = torch.rand(2, 6, 4, 3, generator=torch.Generator().manual_seed(6)) < 0.5
     g = _geometry()
+    # fmt: off
     return {
         "gather_rows": [t(2, 3, 4, 3), index, count],
         "gather_rows/capacity": [t(2, 3, 4, 3), full, valid],
@@ -80,12 +81,12 @@ def cases(t: Maker) -> dict[str, list]:
         "merge_rows/add": [t(3, 3), dropped, two, t(4, 3), t(3), False],
         "merge_rows/plain": [t(2, 3), samples, None, t(4, 3), None, False],
         "pixel_conv": [t(2, 4, 4, 3), t(6, 4, 3, 3), t(6), index, count, None, g, "", *none4, t(2, 6, 4, 3), False, b],
-        "pixel_conv/rows": [t(rows, 4), t(6, 2, 3, 3), t(6), full, valid, source, _geometry(2), "", *none4, None, True, b],  # fmt: skip
-        "pixel_conv/transposed": [t(2, 4, 4, 3), t(4, 3, 3, 3), None, index, count, None, _geometry(2, 1), "", *none4, None, False, b],  # fmt: skip
+        "pixel_conv/rows": [t(rows, 4), t(6, 2, 3, 3), t(6), full, valid, source, _geometry(2), "", *none4, None, True, b],
+        "pixel_conv/transposed": [t(2, 4, 4, 3), t(4, 3, 3, 3), None, index, count, None, _geometry(2, 1), "", *none4, None, False, b],
         "pixel_conv_input_grad": [t(2, 6, 4, 3), t(6, 4, 3, 3), index, count, None, 0, g, False, b],
         "pixel_conv_input_grad/rows": [t(20, 6), t(6, 4, 3, 3), full, valid, source, rows, g, True, b],
         "pixel_conv_weight_grad": [t(2, 6, 4, 3), t(2, 4, 4, 3), index, count, None, [6, 4, 3, 3], g, False, True, b],
-        "pixel_conv_weight_grad/rows": [t(len(index), 6), t(rows, 4), index, count, source, [6, 2, 3, 3], _geometry(2), True, False, b],  # fmt: skip
+        "pixel_conv_weight_grad/rows": [t(len(index), 6), t(rows, 4), index, count, source, [6, 2, 3, 3], _geometry(2), True, False, b],
         "gather_tiles": [t(2, 3, 3, 4), blocks, no_count, wide],
         "scatter_tiles": [t(len(blocks), 3, 2, 2), blocks, no_count, narrow, t(2, 3, 3, 4), False],
         "scatter_tiles/add": [t(len(blocks), 3, 4, 4), blocks, no_count, wide, t(2, 3, 3, 4), True],
@@ -94,7 +95,7 @@ def cases(t: Maker) -> dict[str, list]:
         "channel_conv": [t(2, 4, 4, 3), t(6, 4, 3, 3), t(6), *lists, g, 1, "", None, t(2, 6, 4, 3), False, -1, b],
         "channel_conv/packed": [t(2, li[2], 4, 3), t(6, 4, 3, 3), t(6), *lists, g, 1, "", None, None, True, lo[2], b],
         "channel_conv_input_grad": [t(2, 6, 4, 3), t(6, 4, 3, 3), *lists, g, 1, -1, False, b],
-        "channel_conv_weight_grad": [t(2, lo[2], 4, 3), t(2, 4, 4, 3), *lists, [6, 4, 3, 3], g, 1, False, True, True, b],  # fmt: skip
+        "channel_conv_weight_grad": [t(2, lo[2], 4, 3), t(2, 4, 4, 3), *lists, [6, 4, 3, 3], g, 1, False, True, True, b],
         "weighted_conv": [t(2, 4, 4, 3), t(2, 1, 6, 4, 3, 3), t(1, 1, 6), None, g, "", b],
         "weighted_conv/regions": [t(2, 4, 4, 3), t(1, 2, 6, 4, 3, 3), t(1, 2, 6), region, g, "", b],
         "weighted_conv_input_grad": [t(2, 6, 4, 3), t(1, 2, 6, 4, 3, 3), region, g, b],
@@ -120,7 +121,8 @@ def cases(t: Maker) -> dict[str, list]:
         "grouped_linear/packed": [t(10, 4), t(3, 4, 6), None, t(3, 6), t(5, 2), *plan, True, True, True, "", b],
         "grouped_weight_grad": [t(5, 6), t(5, 4), t(5, 2), *plan, False, False, False, True, b],
         "grouped_weight_grad/packed": [t(10, 6), t(10, 4), t(5, 2), *plan, True, True, True, False, b],
-    }  # fmt: skip
+    }
+    # fmt: on
 
 
 def differentiable_ops() -> set[str]:

@@ -10,7 +10,7 @@ from ..modes import autocast_dtype
 from ..ops import checks
 from ..ops.epilogue import ACTIVATIONS
 from ..ops.pixels import _pixel_conv
-from ..ops.rows import gather_rows, memory_format_of, scatter_pixels
+from ..ops.rows import gather_rows, in_format, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .norm import fold_of, norm_rows, uses_batch_statistics
 
@@ -113,7 +113,7 @@ def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor |
         if base is not None:
             base = checked_base(base, x, plan, values.shape[1], values.dtype)
         out = scatter_pixels(values, plan, base)
-    return out.contiguous(memory_format=memory_format_of(x))
+    return in_format_of(out, x)
 
 
 def _conv_rows(layer, values, in_plan, plan, geometry, autocast, residual: Tensor | None) -> Tensor:
@@ -127,7 +127,7 @@ class _Rows:
     """The values of one run: the dense input, and rows at the plan of each value."""
 
     def __init__(self, x: Tensor, plans: dict[int, PixelPlan]):
-        self.x = x.contiguous(memory_format=torch.channels_last)  # once for all its readers
+        self.x = in_format(x, torch.channels_last)  # once for all its readers
         self.plans, self.values = plans, {}
         self._inputs: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
 

@@ -88,8 +88,8 @@ def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
     There only inactive rows are touched: a mask would read and write all of a map that is dense almost everywhere.
     """
     maps = (out,) if base is None else (out, base)
-    rows_lie = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
-    if torch.is_grad_enabled() or modes.transformed() or not rows_lie:
+    watched = torch.is_grad_enabled() or modes.transformed()
+    if watched or not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
         inactive = _inactive_mask(plan)
         return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
     rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)

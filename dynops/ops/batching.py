@@ -55,7 +55,9 @@ def vmap_rules(op, rule: Callable | None) -> tuple[Callable, Callable]:
 def _as_batched(out: Tensor, dim: int | None, level: int) -> Tensor:
     if dim is None:
         return out
-    return torch._add_batch_dim(out.movedim(dim, 0).contiguous(), 0, level)  # it wants examples outermost in memory
+    return torch._add_batch_dim(
+        out.movedim(dim, 0).contiguous(), 0, level
+    )  # it wants examples outermost in memory
 
 
 def _is_batched(value) -> bool:

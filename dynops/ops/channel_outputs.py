@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import backends, modes
 from ..geometry import as_geometry, is_int
 from ..kernels import cpp_channel_outputs
-from ..kernels.layout import memory_format_of
+from ..kernels.layout import in_format_of, memory_format_of
 from ..plans.masks import check_mask_dtype
 from . import batching, checks
 from .pixels import dense_conv, dense_conv_grads
@@ -82,7 +82,7 @@ def _backward(ctx, grad):
         dx, dw = dense_conv_grads(live, read, weight, as_geometry(ctx.geometry), [need_x, need_w])
     if need_x:
         after = x.shape[1] - ctx.begin - read.shape[1]
-        dx = F.pad(dx, (0, 0, 0, 0, ctx.begin, after)).contiguous(memory_format=memory_format_of(x))
+        dx = in_format_of(F.pad(dx, (0, 0, 0, 0, ctx.begin, after)), x)
     return dx, dw, db, None, (grad if need_partial else None), None, None, None
 
 

@@ -113,9 +113,14 @@ def _conv_weight_grad(
     return torch.stack(dw, 1), torch.stack(db, 1) if bias else grad.new_empty(0)
 
 
+def _as_rows(weight: Tensor) -> Tensor:
+    """``flatten(1)``, which the vmap of batched gradients does not know."""
+    return weight.reshape(weight.shape[0], weight.shape[1:].numel())
+
+
 def _mix(mix: Tensor, weight: Tensor) -> Tensor:
     """``[N, 1, O, C/groups, kh, kw]``: each sample's sum of the ``weight[e]``."""
-    return (mix.to(weight.dtype) @ weight.flatten(1)).view(-1, 1, *weight.shape[1:])
+    return (mix.to(weight.dtype) @ _as_rows(weight)).view(-1, 1, *weight.shape[1:])
 
 
 def _mixed_conv(
@@ -292,9 +297,9 @@ def _mixed_backward(ctx, grad):
     if need_w or need_mix or need_b:
         shape = [grad.shape[0], 1, *weight.shape[1:]]
         each, db = _weight_grad(grad, x, None, shape, ctx.geometry, need_b, ctx.backend)
-        each = each.flatten(1)
+        each = _as_rows(each)
         dw = (mix.to(each.dtype).t() @ each).view_as(weight) if need_w else None
-        dmix = (each @ weight.flatten(1).t()).to(mix.dtype) if need_mix else None
+        dmix = (each @ _as_rows(weight).t()).to(mix.dtype) if need_mix else None
         db = _like_bias(db, ctx.bias_batch) if need_b else None
     return dx, dw, dmix, db, None, None, None
 

@@ -60,7 +60,7 @@ def _activation_grad(
         d_up = torch.where(up.abs() <= limit, grad * clamped * s, 0)
     else:
         d_gate, d_up = grads[activation](grad * up, gate), grad * ACTIVATIONS[activation](gate)
-    return torch.stack((d_gate, d_up), 2).flatten(1) if interleaved else torch.cat((d_gate, d_up), 1)
+    return torch.stack((d_gate, d_up), 2).reshape(z.shape) if interleaved else torch.cat((d_gate, d_up), 1)
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema

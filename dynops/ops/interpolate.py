@@ -14,7 +14,7 @@ from .. import modes
 from ..plans import PixelPlan
 from . import checks
 from .registry import define
-from .rows import gather_pixels, memory_format_of, scatter_pixels
+from .rows import gather_pixels, in_format, memory_format_of, scatter_pixels
 from .watch import watchers
 
 MODES = ("gaussian", "nearest")
@@ -124,7 +124,7 @@ def interpolate_pixels(
         else:
             out = torch.where(reached, filled, _fill_nearest(rows, plan))
         out = torch.where(selected, scatter_pixels(rows, plan), out)
-    return out.contiguous(memory_format=memory_format_of(x) if x.dim() == 4 else torch.channels_last)
+    return in_format(out, memory_format_of(x) if x.dim() == 4 else torch.channels_last)
 
 
 def _fill_nearest(rows: Tensor, plan: PixelPlan) -> Tensor:

@@ -28,7 +28,15 @@ from ..plans import PixelPlan
 from . import auto, batching, checks
 from .epilogue import ACTIVATIONS, apply_epilogue
 from .registry import define
-from .rows import gather_pixels, gather_rows, memory_format_of, scatter_pixels, scatter_rows, zero_past_count
+from .rows import (
+    gather_pixels,
+    gather_rows,
+    in_format_of,
+    memory_format_of,
+    scatter_pixels,
+    scatter_rows,
+    zero_past_count,
+)
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -514,7 +522,7 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry,
     """The dense layer itself, for a plan that holds every pixel."""
     out = dense_conv(x, weight.to(x.dtype), g, None if bias is None else bias.to(x.dtype))
     # a channels_last weight turns an NCHW input's output into channels_last
-    return ACTIVATIONS[activation](out).contiguous(memory_format=memory_format_of(x))
+    return in_format_of(ACTIVATIONS[activation](out), x)
 
 
 def _masked_dense(x, weight, bias, plan, g, epilogue, base) -> Tensor:
@@ -524,7 +532,7 @@ def _masked_dense(x, weight, bias, plan, g, epilogue, base) -> Tensor:
     out = auto.finish_dense(
         dense_layer(x, weight, bias, g, ""), plan, epilogue, None if base is None else base.to(x.dtype)
     )
-    return out.contiguous(memory_format=memory_format_of(x))
+    return in_format_of(out, x)
 
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
@@ -563,7 +571,7 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
         if rows:
             return zero_past_count(out, index, count)
-        return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
+        return in_format_of(scatter_pixels(out, plan, base), x)
     return _convolution(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 

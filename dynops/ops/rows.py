@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .. import backends
 from ..kernels import cpp
-from ..kernels.layout import memory_format_of as memory_format_of  # for those who import it from here
+from ..kernels.layout import in_format as in_format  # for those who import it from here
+from ..kernels.layout import in_format_of as in_format_of
+from ..kernels.layout import memory_format_of as memory_format_of
 from ..plans import PixelPlan
 from . import batching
 from .registry import define
@@ -176,7 +178,7 @@ def _merge_jvp(op, primals, tangents):
     if d_scale is not None:
         change = (rows - _gather(base, index, count)) if mix else rows
         change = change * d_scale.to(change.dtype)[:, None]
-        change = scatter_rows(change, index, count, [base.shape[0], 1, 1], None).flatten(1)
+        change = scatter_rows(change, index, count, [base.shape[0], 1, 1], None)[:, :, 0, 0]
         out = change if out is None else out + change
     return out
 
