@@ -17,6 +17,7 @@ _has_key = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_MODE = torch._C._dispatch_key_parse(
     "VmapMode"
 )  # of the vmap inside of torch.autograd: is_grads_batched
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
@@ -51,14 +52,19 @@ def plain(*values) -> bool:
     return True
 
 
+def tracing() -> bool:
+    """Whether a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
 def sizes_are_fixed(x: Tensor) -> bool:
-    """Whether sizes must not depend on the values of ``x``: in a compiler, of meta tensors, in a ``vmap`` over it."""
-    return torch.compiler.is_compiling() or x.is_meta or is_batched(x)
+    """Whether sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
+    return tracing() or x.is_meta or is_batched(x)
 
 
 def may_look(x: Tensor) -> bool:
     """Whether reading a value of ``x`` costs nothing: on a CPU, where it has one."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(x)
+    return x.device.type == "cpu" and not tracing() and not is_batched(x)
 
 
 def is_batched(x: Tensor) -> bool:
