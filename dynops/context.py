@@ -7,6 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
+from . import modes
 from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
 
 
@@ -110,7 +111,7 @@ class active:
 
 def _without_nan(mask: Tensor) -> Tensor:
     """The mask, or an error where it has a NaN (not checked where checking would synchronise)."""
-    checked = mask.is_floating_point() and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    checked = mask.is_floating_point() and modes.may_look(mask)
     if checked and bool(mask.isnan().any()):
         raise ValueError("mask: expected numbers, got NaN in it")
     return mask

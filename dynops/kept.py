@@ -183,13 +183,6 @@ class _Entry:
         return self.made
 
 
-def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether what is made of ``tensors`` is part of a graph (a gradient's, a compiler's, a transform's), and cannot be kept."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def can_keep(*tensors: Tensor | None) -> bool:
     """Whether a change of these tensors can be noticed."""
     return fingerprint is not None and all(t is None or t.is_cpu or _shows_changes(t) for t in tensors)

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import active
+from .modes import autocast_dtype
 from .nn.norm import norm_rows
-from .nn.rows import FusedConv, autocast_dtype
+from .nn.rows import FusedConv
 from .nn.shapes import conv_geometry, conv_transpose_geometry
 from .nn.trace import Ref, Step, Trace, find
 from .ops.epilogue import ACTIVATIONS
-from .ops.rows import gather_pixels, memory_format_of, scatter_pixels
+from .ops.rows import gather_pixels, in_format, in_format_of, scatter_pixels
 from .plans import PixelPlan
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -97,10 +98,7 @@ class _Conv:
         values = _dense(x)
         if values.dim() != 4:
             raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(values.shape)}")
-        if not values.is_contiguous(memory_format=torch.channels_last):
-            values = env[self.x] = values.contiguous(
-                memory_format=torch.channels_last
-            )  # once for all readers
+        values = env[self.x] = in_format(values, torch.channels_last)  # once for all readers
         if self.pads is not None:
             values = F.pad(values, self.pads, mode=self.conv.padding_mode)
         self.fused.check(values)
@@ -279,7 +277,7 @@ class Program:
                 env[value] = None
         out = _dense(env[self.output])
         if isinstance(out, Tensor) and out.dim() == 4:
-            return out.contiguous(memory_format=memory_format_of(x))
+            return in_format_of(out, x)
         return out
 
 

@@ -26,10 +26,10 @@ def _log_beta(alpha: float, beta: float) -> float:
 
 
 class _BetaCdf(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, alpha: float, beta: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.parameters = alpha, beta
+    def forward(x: Tensor, alpha: float, beta: float) -> Tensor:
         x = x.clamp(0, 1)
         mirrored = x > (alpha + 1) / (alpha + beta + 2)  # there the fraction of the other tail converges
         at = torch.where(mirrored, 1 - x, x)
@@ -38,11 +38,21 @@ class _BetaCdf(torch.autograd.Function):
         return torch.where(mirrored, 1 - tail, tail)
 
     @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, *ctx.parameters = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
+        return _BetaCdf.jvp(ctx, grad, None, None), None, None
+
+    @staticmethod
+    def jvp(ctx, grad: Tensor, *_) -> Tensor:
         (x,), (alpha, beta) = ctx.saved_tensors, ctx.parameters
         at = x.clamp(_EDGE, 1 - _EDGE)
         log = (alpha - 1) * at.log() + (beta - 1) * (-at).log1p() - _log_beta(alpha, beta)
-        return grad * log.exp() * ((x >= 0) & (x <= 1)), None, None
+        return grad * log.exp() * ((x >= 0) & (x <= 1))
 
 
 def _incomplete(x: Tensor, a: Tensor, b: Tensor, log_beta: float) -> Tensor:

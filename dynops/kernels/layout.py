@@ -5,12 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import modes
+
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format that an output in the format of ``x`` [N, C, H, W] has."""
+    if modes.is_batched(x):  # whose examples have none
+        return torch.contiguous_format
     if not x.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
     # one channel, or one pixel, is contiguous both ways: then only the strides tell
     if x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1]):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def in_format(out: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``out`` in a memory format; a tensor under vmap, which has none, as it is."""
+    return out if modes.is_batched(out) else out.contiguous(memory_format=memory_format)
+
+
+def in_format_of(out: Tensor, x: Tensor) -> Tensor:
+    """``out`` in the memory format of ``x``."""
+    return in_format(out, memory_format_of(x))

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from .. import backends, context
 from ..geometry import BlockGeometry, pair
+from ..modes import autocast_dtype
 from ..ops import auto, checks
-from ..ops.rows import memory_format_of
+from ..ops.rows import in_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
 from .bound import Bound
-from .rows import autocast_dtype, checked_base, run_rows
+from .rows import checked_base, run_rows
 from .tiles import run_tiles
 
 PATHS = (None, "rows", "tiles")
@@ -100,7 +101,7 @@ class SparseBlocks(nn.Module):
             return run_rows(bound.stack, bound.geometries(in_shape), x, plan.pixels(), base)
         layout = bound.layout(in_shape, plan.geometry)
         out = run_tiles(bound.stack, layout, x, plan, base)
-        return out.contiguous(memory_format=memory_format_of(x))
+        return in_format_of(out, x)
 
     def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(N, H, W)`` of the output for an input of ``in_shape = (N, H, W)``."""
@@ -168,7 +169,7 @@ class SparseBlocks(nn.Module):
         if not (plan.is_full and _covers(plan.geometry)):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
             out = auto.keep_pixels(out, plan.pixels(), base)
-        return out.contiguous(memory_format=memory_format_of(x))
+        return in_format_of(out, x)
 
 
 def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeometry:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kept import kept, needs_graph
+from .. import modes
+from ..kept import kept
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..ops.rows import memory_format_of
 from ..plans import ChannelPlan
@@ -263,7 +264,7 @@ class ChannelGatedConv2d(nn.Conv2d):
         if self.shuffle:
             input = input.unflatten(1, (self.p, -1)).transpose(1, 2).flatten(1, 2)
         partial = self._partial(input)
-        needs_grad = torch.is_grad_enabled() and (partial.requires_grad or self.threshold.requires_grad)
+        needs_grad = modes.differentiated(partial, self.threshold)
         if needs_grad or uses_batch_statistics(self.bn):
             excess = self.bn(partial) - self.threshold
             gate = excess > 0
@@ -296,7 +297,7 @@ class ChannelGatedConv2d(nn.Conv2d):
 
     def _made_of_weight(self, key, make: Callable[[Tensor], Tensor]) -> Tensor:
         """``make(self.weight)``; where no gradient is needed the same tensor every time, which is then packed once."""
-        if needs_graph(self.weight):
+        if not modes.plain(self.weight):
             return make(self.weight)
         return kept.get(key, lambda: make(self.weight), self.weight, self.mask)
 

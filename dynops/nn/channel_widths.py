@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..geometry import is_int
 from ..ops import channel_conv2d, channel_linear
 from ..plans import ChannelPlan
@@ -52,7 +53,7 @@ class Side:
         switches = len(self.list)
         if isinstance(width, Tensor):
             _of_samples(width, torch.int64, f"the index of one of {switches} switches")
-            if width.device.type == "cpu" and not torch.compiler.is_compiling() and width.numel():
+            if modes.may_look(width) and width.numel():
                 _within(int(width.min()), int(width.max()), 0, switches - 1)
             if len(set(self.list)) == 1:
                 return self.most

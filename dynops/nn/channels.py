@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import modes
 from ..ops import channel_conv2d, channel_linear, packed_channel_conv2d
 from ..plans import ChannelPlan, as_channel_plan
 from .channel_norm import norm_channels
@@ -118,11 +119,9 @@ def _plan(mask_or_plan, name: str) -> ChannelPlan | None:
 
 def _folds(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     """Whether the convolution's scale and bias can take the norm: no gradient, and a range that holds shift / factor."""
-    if torch.is_grad_enabled() or uses_batch_statistics(norm):
+    if torch.is_grad_enabled() or modes.transformed() or uses_batch_statistics(norm):
         return False
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return dtype != torch.float16
+    return (modes.autocast_dtype(x) or x.dtype) != torch.float16
 
 
 class ChannelLinear(FromDense, nn.Linear):

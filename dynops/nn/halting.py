@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import modes
 from ..geometry import is_int
 from ..ops import gather_samples, scatter_samples
 from ..ops.samples import SampleLayout
@@ -215,7 +216,7 @@ def _after(rule: HaltingRule, state: Any, average: list, total: Tensor, weight: 
         average = [_add(*pair, weight) for pair in zip(average or [None] * len(leaves), leaves, strict=True)]
     if score is None:
         return _Rows(state, average, total, None)
-    learns = not rule.weighted and score.requires_grad and torch.is_grad_enabled()
+    learns = not rule.weighted and modes.differentiated(score)
     gate = 1 - (score - score.detach()) if learns else None
     return _Rows(state, average, total + score, gate)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..geometry import BlockGeometry, pair
 from ..ops.epilogue import ACTIVATIONS
 from ..plans import PixelPlan
@@ -139,7 +140,7 @@ class Conv(Layer):
 
 def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """``activation(y + residual)``, in place where nothing else needs ``y``."""
-    free = not (torch.is_grad_enabled() and y.requires_grad)
+    free = not modes.differentiated(y)
     if residual is not None:
         residual = residual.to(y.dtype)  # differs under autocast only, where rows have it so too
         own = free and residual.shape == y.shape and not residual.requires_grad

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import context
 from ..ops import gather_pixels, scatter_pixels
-from ..ops.rows import memory_format_of
+from ..ops.rows import in_format_of
 from ..plans import PixelPlan, as_pixel_plan
 from .norm import norm_rows
 
@@ -31,7 +31,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
             return nn.BatchNorm2d.forward(self, input)
         self._check_input_dim(input)
         out = scatter_pixels(norm_rows(self, gather_pixels(input, plan), plan), plan)
-        return out.contiguous(memory_format=memory_format_of(input))
+        return in_format_of(out, input)
 
 
 class _MaskedPool:

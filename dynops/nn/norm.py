@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kept import kept, needs_graph
+from .. import modes
+from ..kept import kept
 from ..ops.epilogue import apply_epilogue
 from ..plans import PixelPlan
 
@@ -24,7 +25,7 @@ def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     parameters, buffers = norm._parameters, norm._buffers  # nn.Module.__getattr__ costs half a microsecond
     weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
-    if needs_graph(weight, bias, mean, var):
+    if not modes.plain(weight, bias, mean, var):
         return _fold(norm.eps, weight, bias, mean, var)
     # The statistics' own versions do not move; that of the number of batches does, which is what shows on a GPU.
     batches = buffers.get("num_batches_tracked")

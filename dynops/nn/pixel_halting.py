@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 
 from ..ops import gather_pixels
-from ..ops.rows import memory_format_of
+from ..ops.rows import in_format_of
 from ..plans import PixelPlan, SamplePlan
 from .halting import HaltingRule, run, score_of
 from .sample_halting import HaltingOutput
@@ -102,7 +102,7 @@ class SpatialHalting(nn.Module):
         rule = HaltingRule(len(self.halts) + 1, self.epsilon, self.weighted, self.max_fraction)
         size, rows = (n, h, w), value.permute(0, 2, 3, 1).reshape(n * h * w, c)
         out = run(rule, rows, n * h * w, self._step(size), self._score(size), mixes=True, dense=self.dense)
-        output = _map(out.output, size).contiguous(memory_format=memory_format_of(x))
+        output = in_format_of(_map(out.output, size), x)
         return HaltingOutput(output, out.ponder.view(n, 1, h, w), out.steps.view(n, 1, h, w))
 
     def _step(self, size: tuple[int, int, int]) -> Callable:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..geometry import is_int
 
 NOISE_EPSILON = 1e-2  # the least standard deviation of a noisy router, as in Shazeer's code (tensor2tensor)
@@ -122,7 +123,7 @@ class TopKRouter(nn.Module):
             raise TypeError(f"x: expected a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.shape[-1:] != (self.hidden,):
             raise ValueError(f"x: expected [..., {self.hidden}], got shape {tuple(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        with modes.without_autocast(x):
             return self._route(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def _route(self, x: Tensor) -> Routing:

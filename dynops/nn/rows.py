@@ -6,22 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import ConvGeometry
+from ..modes import autocast_dtype
 from ..ops import checks
 from ..ops.epilogue import ACTIVATIONS
 from ..ops.pixels import _pixel_conv
-from ..ops.rows import gather_rows, memory_format_of, scatter_pixels
+from ..ops.rows import gather_rows, in_format, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .norm import fold, norm_rows, uses_batch_statistics
 
 _NOTHING = ("", None, None, None, None)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that a convolution of ``x`` runs in under autocast, or None outside it."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:
@@ -118,7 +111,7 @@ def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor |
         if base is not None:
             base = checked_base(base, x, plan, values.shape[1], values.dtype)
         out = scatter_pixels(values, plan, base)
-    return out.contiguous(memory_format=memory_format_of(x))
+    return in_format_of(out, x)
 
 
 def _conv_rows(layer, values, in_plan, plan, geometry, autocast, residual: Tensor | None) -> Tensor:
@@ -132,7 +125,7 @@ class _Rows:
     """The values of one run: the dense input, and rows at the plan of each value."""
 
     def __init__(self, x: Tensor, plans: dict[int, PixelPlan]):
-        self.x = x.contiguous(memory_format=torch.channels_last)  # once for all its readers
+        self.x = in_format(x, torch.channels_last)  # once for all its readers
         self.plans, self.values = plans, {}
         self._inputs: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
 

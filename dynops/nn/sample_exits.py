@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import modes
 from ..ops import gather_samples
 from ..ops.rows import memory_format_of
 from ..plans import SamplePlan, most_of
@@ -225,7 +226,7 @@ class EarlyExit(_Exits):
 
     def _run_stage(self, exit: int, state: Any) -> Any:
         stage, found = self.stages[exit], self._traced.get(exit)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or modes.transformed():
             return stage(state)
         if found is None or not found.holds(stage, "replace"):
             found = self._traced[exit] = SampleStack(stage, "replace")

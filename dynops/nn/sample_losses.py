@@ -15,10 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import modes
+
 Exits = Sequence[Tensor] | Tensor
 
 
 class _Rescale(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:
         return x.view_as(x)
@@ -31,6 +35,10 @@ class _Rescale(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         return grad * ctx.scale, None
 
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _):
+        return tangent * ctx.scale
+
 
 def gradient_rescale(x: Any, scale: float) -> Any:
     """``x`` (a tensor or a pytree of them), whose gradient is multiplied by ``scale`` on its way back.
@@ -38,7 +46,7 @@ def gradient_rescale(x: Any, scale: float) -> Any:
     Paper: Li et al., Improved techniques for training adaptive deep networks (ICCV 2019), gradient
         equilibrium.
     """
-    if scale == 1 or not torch.is_grad_enabled():
+    if scale == 1 or not (torch.is_grad_enabled() or modes.transformed()):
         return x
 
     def rescaled(leaf: Tensor) -> Tensor:

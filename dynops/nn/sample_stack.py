@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, context
+from ..modes import autocast_dtype
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
 from .activations import ELEMENTWISE
 from .bound import Bound
 from .folded import folds, run_folded
-from .rows import autocast_dtype, run_rows
+from .rows import run_rows
 from .stack import KINDS
 
 _LAYERS = (*KINDS, *ELEMENTWISE, nn.Identity, nn.Dropout, nn.Dropout2d)

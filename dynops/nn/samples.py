@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import modes
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, check_keep, most_of
 from .sample_stack import SampleStack
@@ -109,7 +110,7 @@ class Skip(nn.Module):
         if self.max_fraction is None:
             return SamplePlan.from_mask(keep)
         most = most_of(self.max_fraction, keep.shape[0])
-        if keep.is_cuda or torch.compiler.is_compiling():
+        if keep.is_cuda or modes.sizes_are_fixed(keep):
             return SamplePlan.from_mask(keep, most)
         plan = SamplePlan.from_mask(keep)
         return plan if plan.num_rows <= most else SamplePlan(plan.index[:most], plan.batch)
@@ -118,7 +119,7 @@ class Skip(nn.Module):
         plan = self.plan(gate)
         scale, trains = None, False  # of the kept samples; None: 1
         if isinstance(gate, Tensor) and gate.is_floating_point():
-            trains = gate.requires_grad and torch.is_grad_enabled()
+            trains = modes.differentiated(gate)
             if trains or not _is_hard(gate):
                 scale = gather_samples(gate.reshape(-1), plan)
         if plan.is_empty:
@@ -162,7 +163,7 @@ class Skip(nn.Module):
         """F as a stack of layers, where this call may run without calling it."""
         if self.path == "samples" or type(self.shortcut) is not nn.Identity or torch.compiler.is_compiling():
             return None
-        if self.path is None and torch.is_grad_enabled():
+        if (self.path is None and torch.is_grad_enabled()) or modes.transformed():
             return None
         if self._stack is None or not self._stack.holds(self.module, self.mode):
             self._stack = SampleStack(self.module, self.mode)
@@ -183,8 +184,7 @@ def _outside_graph(layer: Skip, x: Any, gate: Tensor | SamplePlan) -> Any:
 
 def _is_hard(gate: Tensor) -> bool:
     """Whether every gate is 0 or 1, where looking costs nothing: nothing is multiplied then, and F can run on rows."""
-    looks = gate.device.type == "cpu" and not torch.compiler.is_compiling()
-    return looks and bool(((gate == 0) | (gate == 1)).all())
+    return modes.may_look(gate) and bool(((gate == 0) | (gate == 1)).all())
 
 
 def _map(function, *trees: Any) -> Any:

@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..modes import autocast_dtype
 from ..ops import gather_pixels, scatter_pixels
-from ..ops.rows import memory_format_of
+from ..ops.rows import in_format_of
 from ..plans import PixelPlan, as_pixel_plan
 from .activations import ELEMENTWISE, fused_name
 from .masked import MaskedBatchNorm2d
 from .norm import norm_rows
 from .pixels import SparseConv2d, SparseConvTranspose2d
-from .rows import FusedConv, autocast_dtype
+from .rows import FusedConv
 from .shapes import geometry_of
 
 _CONVS = (nn.Conv2d, SparseConv2d)
@@ -98,7 +99,7 @@ class SparseSequential(nn.Sequential):
             in_plan = out_plan
         if in_plan is None:  # an empty chain
             value = gather_pixels(value, plan)
-        return scatter_pixels(value, plan, base).contiguous(memory_format=memory_format_of(input))
+        return in_format_of(scatter_pixels(value, plan, base), input)
 
 
 def _flat(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

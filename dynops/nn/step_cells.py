@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from .. import modes
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
 
@@ -229,7 +230,7 @@ def check_lengths(lengths, batch: int, steps: int, device: torch.device) -> Tens
         raise TypeError(f"lengths: expected integers [B], got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths: expected [{batch}], as x has sequences, got shape {tuple(lengths.shape)}")
-    checkable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    checkable = modes.may_look(lengths)
     if checkable and batch and not (int(lengths.min()) >= 0 and int(lengths.max()) <= steps):
         raise ValueError(
             f"lengths: expected values in [0, {steps}], got {int(lengths.min())} to {int(lengths.max())}"
@@ -272,10 +273,7 @@ def check_state(state, mode: str, layers: int, batch: int, hidden: int, x: Tenso
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, as it is for ``nn.LSTM``; else that of ``x``."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return modes.autocast_dtype(x) or x.dtype
 
 
 def alive_steps(lengths: Tensor | None, steps: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..geometry import is_int
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
@@ -290,7 +291,7 @@ class SkimRNN(nn.Module):
             skim = step_cells.check_decisions(skim, "skim", (batch, steps), x.device, self.batch_first)
             skim = (skim if skim.is_floating_point() else skim != 0).to(x.dtype)
         both = self.dense or (self.soft and self.training and skim is None)
-        with torch.autocast(x.device.type, enabled=False):
+        with modes.without_autocast(x):
             run = self._steps if both else self._steps_outside_graph
             return run(x, state, skim, step_cells.alive_steps(lengths, steps), both)
 
@@ -356,7 +357,7 @@ class SkimRNN(nn.Module):
             skim == 0 if alive is None else (skim == 0) & alive
         )  # a skim that is NaN goes to the small plan, which raises
         plans = (SamplePlan.from_mask(skim), SamplePlan.from_mask(keep))
-        trains = skim.requires_grad and torch.is_grad_enabled()
+        trains = modes.differentiated(skim)
         new = state
         for plan, cell, share in zip(plans, (small, big), (skim, 1 - skim), strict=True):
             if plan.is_empty:

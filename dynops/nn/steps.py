@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from . import step_cells
 from .step_cells import Packing, State, compacted_cell, run_cells, run_packed, run_scaled
 
@@ -148,7 +149,7 @@ class SkipRNN(nn.RNNBase):
     ) -> SkipOutput:
         x = step_cells.check_steps(x, self.input_size, self.batch_first)
         dtype = step_cells.computing_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with modes.without_autocast(x):
             run = self._prepare(x.to(dtype), state, lengths)
             if isinstance(updates, Tensor) or not (updates is None or callable(updates)):
                 shape = tuple(x.shape[:2])
@@ -321,7 +322,7 @@ class SkipRNN(nn.RNNBase):
         nan, soft = torch.stack([u.isnan().any(), ((u != 0) & (u != 1)).any()]).tolist()
         if nan:
             raise ValueError("updates: expected numbers, got NaN")
-        return soft or (u.requires_grad and torch.is_grad_enabled())
+        return soft or modes.differentiated(u)
 
     def _run_chosen(
         self, run: _Run, data: Tensor, packing: Packing, first: State, scale: Tensor | None
@@ -396,5 +397,4 @@ def _count_to(room: Tensor | float, rate: Tensor) -> Tensor:
 
 
 def _needs_gradient(layer: SkipRNN, run: _Run) -> bool:
-    tensors = (run.x, *run.state, run.probability, *layer.parameters())
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return modes.differentiated(run.x, *run.state, run.probability, *layer.parameters())

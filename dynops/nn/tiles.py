@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import BlockGeometry
 from ..ops.blocks import _gather, _scatter
 from ..plans import BlockPlan
@@ -165,7 +166,7 @@ class Blocks:
         lines = [_lines_outside(span, grid, size) for span, grid, size in _axes(g)]
         if not any(lines):
             return tiles
-        if tiles.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if tiles.device.type != "cpu" or torch.is_grad_enabled() or not modes.plain(tiles):
             return self._filled(tiles, g, how)
         for axis, outside in enumerate(lines):
             for line, before, after in outside:

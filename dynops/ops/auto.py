@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..geometry import ConvGeometry
 from ..kernels import configs
 from ..plans import PixelPlan
@@ -21,7 +21,7 @@ from .rows import scatter_pixels
 
 def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
     """Whether the density of a plan with this ``count`` may decide at all."""
-    if torch.compiler.is_compiling() or count is not None:
+    if torch.compiler.is_compiling() or modes.transformed() or count is not None:
         return False
     return configs.of(device) is not None and dtype in backends.FAST_DTYPES
 
@@ -63,7 +63,11 @@ def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | N
         base: ``[N, O, H, W]`` of ``out``'s dtype.
     """
     activation, scale, shift, gate, residual = epilogue
-    if torch.is_grad_enabled() and not plan.is_full and not checks.epilogue_is_empty(epilogue):
+    if (
+        (torch.is_grad_enabled() or modes.transformed())
+        and not plan.is_full
+        and not checks.epilogue_is_empty(epilogue)
+    ):
         # an infinity there times a gradient of zero would be NaN
         out = out.masked_fill(_inactive_mask(plan), 0)
     if scale is not None:
@@ -84,8 +88,8 @@ def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
     There only inactive rows are touched: a mask would read and write all of a map that is dense almost everywhere.
     """
     maps = (out,) if base is None else (out, base)
-    rows_lie = all(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
-    if torch.is_grad_enabled() or not rows_lie:
+    watched = torch.is_grad_enabled() or modes.transformed()
+    if watched or not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
         inactive = _inactive_mask(plan)
         return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
     rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)

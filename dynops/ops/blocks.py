@@ -21,7 +21,7 @@ from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
 from ..kernels import cpp, cuda
 from ..kernels.layout import memory_format_of
 from ..plans import BlockPlan
-from . import checks
+from . import batching, checks
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -198,6 +198,8 @@ _gather = define(
     _fake_gather_tiles,
     _gather_setup,
     _gather_backward,
+    terms="x",
+    vmap=batching.passive(1, "x"),
 )
 _scatter = define(
     "scatter_tiles(Tensor tiles, Tensor index, Tensor? count, SymInt[] geometry, Tensor? base, bool add) -> Tensor",
@@ -205,6 +207,8 @@ _scatter = define(
     _fake_scatter_tiles,
     _scatter_setup,
     _scatter_backward,
+    terms="tiles, base",
+    vmap=batching.passive(1, "tiles", "base"),
 )
 
 # ------------------------------------------------------------------------------ public functions

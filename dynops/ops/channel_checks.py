@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import modes
 from ..plans import ChannelPlan
 from . import checks
 from .epilogue import ACTIVATIONS
@@ -37,7 +37,7 @@ def base_of(base, shape: tuple[int, ...], x: Tensor) -> None:
         raise TypeError(f"base: expected a tensor, got {type(base).__name__}")
     if tuple(base.shape) != tuple(shape):
         raise ValueError(f"base: expected the output's shape {tuple(shape)}, got {tuple(base.shape)}")
-    checks.same(base, "base", x, dtype=not torch.is_autocast_enabled(x.device.type))
+    checks.same(base, "base", x, dtype=modes.autocast_dtype(x) is None)
 
 
 def conv_arguments(x, weight, bias, in_plan, out_plan, packed_in: bool, options, activation, scale, base):

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..geometry import ConvGeometry, as_geometry, is_int, pair
 from ..kernels import cpp_channel_outputs
 from ..kernels.layout import memory_format_of
-from . import checks
+from . import batching, checks
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -151,21 +151,48 @@ def _fake_kernel_grad(grad, x, geometry, upsample, backend):
     return _fake_map(grad, grad.shape[0], g.groups * g.taps, *grad.shape[2:])
 
 
+# Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
+
+
+def _input_grad_backward(ctx, dx):
+    grad, kernels = ctx.saved_tensors
+    need_grad, need_kernels = ctx.needs_input_grad[:2]
+    options = (ctx.geometry, ctx.upsample, ctx.backend)
+    d_grad = _convolution(dx, kernels, *options) if need_grad else None
+    return d_grad, (_kernel_grad(grad, dx, *options) if need_kernels else None), None, None, None
+
+
+def _kernel_grad_backward(ctx, d_kernels):
+    grad, x = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    options = (ctx.geometry, ctx.upsample, ctx.backend)
+    d_grad = _convolution(x, d_kernels, *options) if need_grad else None
+    return d_grad, (_input_grad(grad, d_kernels, *options) if need_x else None), None, None, None
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.geometry, ctx.upsample, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
 _input_grad = define(
     "local_conv_input_grad(Tensor grad, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
     _run_input_grad,
     _fake_input_grad,
+    _setup_context,
+    _input_grad_backward,
+    terms="grad kernels",
+    vmap=batching.samples("grad", "kernels"),
 )
 _kernel_grad = define(
     "local_conv_kernel_grad(Tensor grad, Tensor x, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
     _run_kernel_grad,
     _fake_kernel_grad,
+    _setup_context,
+    _kernel_grad_backward,
+    terms="grad x",
+    vmap=batching.samples("grad", "x"),
 )
-
-
-def _setup_context(ctx, inputs, output):
-    x, kernels, ctx.geometry, ctx.upsample, ctx.backend = inputs
-    ctx.save_for_backward(x, kernels)
 
 
 def _backward(ctx, grad):
@@ -182,6 +209,8 @@ _convolution = define(
     _fake_conv,
     _setup_context,
     _backward,
+    terms="x kernels",
+    vmap=batching.samples("x", "kernels"),
 )
 
 # ------------------------------------------------------------------------------ public functions
@@ -235,8 +264,7 @@ def local_conv2d(
     checks.tensor(kernels, "kernels", 4, "[N, groups * kh * kw, out_H, out_W]")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := modes.autocast_dtype(x)) is not None:
         x, kernels = x.to(dtype), kernels.to(dtype)
     checks.same(kernels, "kernels", x)
     if not is_int(upsample, 1):

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..geometry import as_geometry, is_int
 from ..kernels import cpp_channel_outputs
-from ..kernels.layout import memory_format_of
+from ..kernels.layout import in_format_of, memory_format_of
 from ..plans.masks import check_mask_dtype
-from . import checks
+from . import batching, checks
 from .pixels import dense_conv, dense_conv_grads
 from .registry import define
 
@@ -82,7 +82,7 @@ def _backward(ctx, grad):
         dx, dw = dense_conv_grads(live, read, weight, as_geometry(ctx.geometry), [need_x, need_w])
     if need_x:
         after = x.shape[1] - ctx.begin - read.shape[1]
-        dx = F.pad(dx, (0, 0, 0, 0, ctx.begin, after)).contiguous(memory_format=memory_format_of(x))
+        dx = in_format_of(F.pad(dx, (0, 0, 0, 0, ctx.begin, after)), x)
     return dx, dw, db, None, (grad if need_partial else None), None, None, None
 
 
@@ -93,6 +93,8 @@ _convolution = define(
     _fake_conv,
     _setup_context,
     _backward,
+    terms="x weight, bias, partial",
+    vmap=batching.samples("x", "mask", "partial"),
 )
 
 # ------------------------------------------------------------------------------ public functions
@@ -190,7 +192,7 @@ def _partial(partial, out_shape: tuple[int, ...], x: Tensor) -> Tensor | None:
     checks.tensor(partial, "partial", 4, "[N, O, out_H, out_W]")
     if tuple(partial.shape) != out_shape:
         raise ValueError(f"partial: expected the output's shape {out_shape}, got {tuple(partial.shape)}")
-    checks.same(partial, "partial", x, dtype=not torch.is_autocast_enabled(x.device.type))
+    checks.same(partial, "partial", x, dtype=modes.autocast_dtype(x) is None)
     return partial.to(x.dtype)  # differs under autocast only
 
 

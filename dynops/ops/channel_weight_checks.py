@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import modes
 from ..geometry import ConvGeometry
 from . import checks
 from .epilogue import ACTIVATIONS
@@ -27,9 +28,8 @@ def tensors(x, weight, name: str, shapes: dict[int, str], bias) -> tuple[Tensor,
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a tensor or None, got {type(bias).__name__}")
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-    if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = modes.autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     checks.same(weight, name, x)
@@ -76,7 +76,7 @@ def region_of(region, g: ConvGeometry, regions: int, x: Tensor) -> Tensor:
             f"region: expected the output's [N, H, W] = {g.out_shape}, got {tuple(region.shape)}"
         )
     checks.same(region, "region", x, dtype=False)
-    if region.device.type == "cpu" and region.numel() and not torch.compiler.is_compiling():
+    if region.numel() and modes.may_look(region):
         low, high = (int(bound) for bound in torch.aminmax(region))
         if low < 0 or high >= regions:
             raise ValueError(f"region: expected values in [0, {regions}), got {low} to {high}")

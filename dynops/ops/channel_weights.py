@@ -18,10 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..geometry import ConvGeometry, as_geometry
 from ..kernels import cpp_channel_weights
 from ..kernels.layout import memory_format_of
+from . import batching
 from . import channel_weight_checks as checks
 from .epilogue import ACTIVATIONS
 from .pixels import dense_conv, dense_conv_grads
@@ -112,9 +113,14 @@ def _conv_weight_grad(
     return torch.stack(dw, 1), torch.stack(db, 1) if bias else grad.new_empty(0)
 
 
+def _as_rows(weight: Tensor) -> Tensor:
+    """``flatten(1)``, which the vmap of batched gradients does not know."""
+    return weight.reshape(weight.shape[0], weight.shape[1:].numel())
+
+
 def _mix(mix: Tensor, weight: Tensor) -> Tensor:
     """``[N, 1, O, C/groups, kh, kw]``: each sample's sum of the ``weight[e]``."""
-    return (mix.to(weight.dtype) @ weight.flatten(1)).view(-1, 1, *weight.shape[1:])
+    return (mix.to(weight.dtype) @ _as_rows(weight)).view(-1, 1, *weight.shape[1:])
 
 
 def _mixed_conv(
@@ -188,16 +194,56 @@ def _fake_mixed(x, weight, mix, bias, geometry, activation, backend):
     return _fake_map(x, g.batch, weight.shape[1], g.out_h, g.out_w)
 
 
+# Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
+
+
+def _input_grad_setup(ctx, inputs, output):
+    grad, weight, region, ctx.geometry, ctx.backend = inputs
+    ctx.save_for_backward(grad, weight, region)
+
+
+def _input_grad_backward(ctx, dx):
+    grad, weight, region = ctx.saved_tensors
+    need_grad, need_w = ctx.needs_input_grad[:2]
+    d_grad = _convolution(dx, weight, None, region, ctx.geometry, "", ctx.backend) if need_grad else None
+    dw = _weight_grad(grad, dx, region, weight.shape, ctx.geometry, False, ctx.backend)[0] if need_w else None
+    return d_grad, dw, None, None, None
+
+
+def _weight_grad_setup(ctx, inputs, output):
+    grad, x, region, _, ctx.geometry, ctx.bias, ctx.backend = inputs
+    ctx.save_for_backward(grad, x, region)
+
+
+def _weight_grad_backward(ctx, dw, db):
+    grad, x, region = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    d_grad = dx = None
+    if need_grad:
+        d_grad = _convolution(x, dw, db if ctx.bias else None, region, ctx.geometry, "", ctx.backend)
+    if need_x:
+        dx = _input_grad(grad, dw, region, ctx.geometry, ctx.backend)
+    return d_grad, dx, *[None] * 5
+
+
 _input_grad = define(
     "weighted_conv_input_grad(Tensor grad, Tensor weight, Tensor? region, SymInt[] geometry, str backend) -> Tensor",
     _run_input_grad,
     _fake_input_grad,
+    _input_grad_setup,
+    _input_grad_backward,
+    terms="grad weight",
+    vmap=batching.samples("grad", "region", one_or_each=("weight",)),
 )
 _weight_grad = define(
     "weighted_conv_weight_grad(Tensor grad, Tensor x, Tensor? region, SymInt[] weight_shape, SymInt[] geometry, "
     "bool bias, str backend) -> (Tensor, Tensor)",
     _run_weight_grad,
     _fake_weight_grad,
+    _weight_grad_setup,
+    _weight_grad_backward,
+    terms="grad x; grad",
+    vmap=batching.sample_weight_grad,
 )
 
 # ----------------------------------------------------------------------------------- autograd
@@ -251,9 +297,9 @@ def _mixed_backward(ctx, grad):
     if need_w or need_mix or need_b:
         shape = [grad.shape[0], 1, *weight.shape[1:]]
         each, db = _weight_grad(grad, x, None, shape, ctx.geometry, need_b, ctx.backend)
-        each = each.flatten(1)
+        each = _as_rows(each)
         dw = (mix.to(each.dtype).t() @ each).view_as(weight) if need_w else None
-        dmix = (each @ weight.flatten(1).t()).to(mix.dtype) if need_mix else None
+        dmix = (each @ _as_rows(weight).t()).to(mix.dtype) if need_mix else None
         db = _like_bias(db, ctx.bias_batch) if need_b else None
     return dx, dw, dmix, db, None, None, None
 
@@ -265,6 +311,8 @@ _convolution = define(
     _fake_conv,
     _setup_context,
     _backward,
+    terms="x weight, bias",
+    vmap=batching.samples("x", "region", one_or_each=("weight", "bias")),
 )
 _mixed = define(
     "mixed_conv(Tensor x, Tensor weight, Tensor mix, Tensor? bias, SymInt[] geometry, str activation, "
@@ -273,6 +321,8 @@ _mixed = define(
     _fake_mixed,
     _mixed_setup_context,
     _mixed_backward,
+    terms="x weight mix, bias",
+    vmap=batching.samples("x", "mix", one_or_each=("bias",)),
 )
 
 # ------------------------------------------------------------------------------ public functions
@@ -421,8 +471,7 @@ def mixed_conv2d(
 def _finished(op, arguments: tuple, activation: str | None, backend: str | None) -> Tensor:
     """Runs the op with its activation, fused where no gradient is needed."""
     activation = checks.activation_of(activation)
-    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    if not needs_grad:
+    if not modes.differentiated(*arguments):
         return op(*arguments, activation, backend or "")
     return ACTIVATIONS[activation](op(*arguments, "", backend or ""))
 

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..geometry import ConvGeometry, as_geometry
 from ..kernels import cpp_channels
 from ..kernels.layout import memory_format_of
 from ..plans import ChannelPlan
-from . import channel_checks, checks
+from . import batching, channel_checks, checks
 from .epilogue import ACTIVATIONS
 from .pixels import dense_conv, dense_conv_grads, dense_layer
 from .registry import define
@@ -246,11 +246,53 @@ def _fake_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_
     return grad.new_empty(weight_shape), grad.new_empty(weight_shape[0] if bias else 0)
 
 
+# Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
+
+
+def _input_grad_setup(ctx, inputs, output):
+    *tensors, ctx.geometry, ctx.heads, ctx.in_width, ctx.packed_out, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _input_grad_backward(ctx, dx):
+    grad, weight, *lists = ctx.saved_tensors
+    need_grad, need_w = ctx.needs_input_grad[:2]
+    packed_in, d_grad, dw = ctx.in_width >= 0, None, None
+    if need_grad:
+        out_width = grad.shape[1] if ctx.packed_out else -1
+        d_grad = _convolution(dx, weight, None, *lists, ctx.geometry, ctx.heads, "", None, None, packed_in, out_width, ctx.backend)  # fmt: skip
+    if need_w:
+        dw, _ = _weight_grad(grad, dx, *lists, weight.shape, ctx.geometry, ctx.heads, packed_in, ctx.packed_out, False, ctx.backend)  # fmt: skip
+    return d_grad, dw, *[None] * 9
+
+
+def _weight_grad_setup(ctx, inputs, output):
+    *tensors, _, ctx.geometry, ctx.heads, ctx.packed_in, ctx.packed_out, ctx.bias, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _weight_grad_backward(ctx, dw, db):
+    grad, x, *lists = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    d_grad = dx = None
+    if need_grad:
+        out_width = grad.shape[1] if ctx.packed_out else -1
+        d_grad = _convolution(x, dw, db if ctx.bias else None, *lists, ctx.geometry, ctx.heads, "", None, None, ctx.packed_in, out_width, ctx.backend)  # fmt: skip
+    if need_x:
+        in_width = x.shape[1] if ctx.packed_in else -1
+        dx = _input_grad(grad, dw, *lists, ctx.geometry, ctx.heads, in_width, ctx.packed_out, ctx.backend)
+    return d_grad, dx, *[None] * 11
+
+
 _input_grad = define(
     "channel_conv_input_grad(Tensor grad, Tensor weight, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] geometry, int heads, SymInt in_width, bool packed_out, str backend) -> Tensor",
     _run_input_grad,
     _fake_input_grad,
+    _input_grad_setup,
+    _input_grad_backward,
+    terms="grad weight",
+    vmap=batching.samples("grad", lists=("in_index", "in_count", "out_index", "out_count")),
 )
 _weight_grad = define(
     "channel_conv_weight_grad(Tensor grad, Tensor x, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
@@ -258,6 +300,9 @@ _weight_grad = define(
     "bool bias, str backend) -> (Tensor, Tensor)",
     _run_weight_grad,
     _fake_weight_grad,
+    _weight_grad_setup,
+    _weight_grad_backward,
+    terms="grad x; grad",
 )
 
 # ----------------------------------------------------------------------------------- autograd
@@ -296,6 +341,8 @@ _gather_op = define(
     _fake_gather,
     _gather_setup,
     _gather_backward,
+    terms="x",
+    vmap=batching.passive(2, "x"),
 )
 _scatter_op = define(
     "scatter_channels(Tensor packed, Tensor index, Tensor count, SymInt channels, Tensor? base) -> Tensor",
@@ -303,6 +350,8 @@ _scatter_op = define(
     _fake_scatter,
     _scatter_setup,
     _scatter_backward,
+    terms="packed, base",
+    vmap=batching.passive(2, "packed", "base"),
 )
 
 
@@ -341,6 +390,8 @@ _convolution = define(
     _fake_conv,
     _setup_context,
     _backward,
+    terms="x weight, bias, base",
+    vmap=batching.samples("x", "scale", "base", lists=("in_index", "in_count", "out_index", "out_count")),
 )
 
 # ------------------------------------------------------------------------------ public functions
@@ -533,11 +584,9 @@ def _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, opt
     out_lists = (None, None) if out_plan is None else (out_plan.index, out_plan.count)
     out_width = out_plan.width if packed_out else -1
     base = None if base is None else base.to(x.dtype)  # differs under autocast only
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, scale, base)
-    )
+    differentiated = modes.differentiated(x, weight, bias, scale, base)
     lists = (*in_lists, *out_lists, g, heads)
-    if not needs_grad or (not activation and scale is None):
+    if not differentiated or (not activation and scale is None):
         weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
         return _convolution(x, weight, bias, *lists, activation, scale, base, packed_in, out_width, backend or "")  # fmt: skip
     out = _convolution(x, weight.to(x.dtype), bias, *lists, "", None, None, packed_in, out_width, backend or "")  # fmt: skip

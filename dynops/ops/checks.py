@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import modes
 from ..geometry import ConvGeometry, pair
 from ..plans import PixelPlan
 from .epilogue import ACTIVATIONS
@@ -78,9 +79,9 @@ def conv_tensors(x: Tensor, weight, bias) -> tuple[Tensor, Tensor, Tensor | None
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    dtype = modes.autocast_dtype(x)
+    autocast = dtype is not None
     if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)  # the weight where it is packed: a cast one would be packed again at every call
         bias = None if bias is None else bias.to(dtype)
     same(weight, "weight", x, dtype=not autocast)

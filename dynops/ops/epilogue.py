@@ -29,6 +29,15 @@ ACTIVATION_GRADS = {  # (grad, input) -> the input's gradient
 }
 
 
+def _silu_grad(g: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return g * s * (1 + z * (1 - s))
+
+
+# the same, with derivatives of their own: aten's silu_backward has none
+DIFFERENTIABLE_GRADS = {**ACTIVATION_GRADS, "silu": _silu_grad}
+
+
 def apply_epilogue(
     rows: Tensor,  # [P, O]
     activation: str,

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..kernels import cpp_experts
 from . import expert_checks as checks
-from .epilogue import ACTIVATION_GRADS, ACTIVATIONS
+from .epilogue import ACTIVATION_GRADS, ACTIVATIONS, DIFFERENTIABLE_GRADS
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -45,10 +45,12 @@ def _activation(
     return ACTIVATIONS[activation](gate) * up
 
 
-def _activation_grad(grad: Tensor, z: Tensor, activation, gated, interleaved, alpha, limit) -> Tensor:
+def _activation_grad(
+    grad: Tensor, z: Tensor, activation, gated, interleaved, alpha, limit, grads=ACTIVATION_GRADS
+) -> Tensor:
     """dz ``[P, 2 * I]`` from ``grad`` ``[P, I]``."""
     if not gated:
-        return ACTIVATION_GRADS[activation](grad, z)
+        return grads[activation](grad, z)
     gate, up = _halves(z, interleaved)
     if activation == "clamped_swiglu":
         clamped = gate.clamp(max=limit)
@@ -57,8 +59,8 @@ def _activation_grad(grad: Tensor, z: Tensor, activation, gated, interleaved, al
         d_gate = torch.where(gate <= limit, grad * (up.clamp(-limit, limit) + 1) * slope, 0)
         d_up = torch.where(up.abs() <= limit, grad * clamped * s, 0)
     else:
-        d_gate, d_up = ACTIVATION_GRADS[activation](grad * up, gate), grad * ACTIVATIONS[activation](gate)
-    return torch.stack((d_gate, d_up), 2).flatten(1) if interleaved else torch.cat((d_gate, d_up), 1)
+        d_gate, d_up = grads[activation](grad * up, gate), grad * ACTIVATIONS[activation](gate)
+    return torch.stack((d_gate, d_up), 2).reshape(z.shape) if interleaved else torch.cat((d_gate, d_up), 1)
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema
@@ -99,13 +101,43 @@ def _setup_context(ctx, inputs, output):
     ctx.options = inputs[1:]
 
 
+def _derivative(grad: Tensor, z: Tensor, options: tuple) -> Tensor:
+    """dz by the kernel; where a derivative of it may be asked for, in plain PyTorch, which has them of any order."""
+    if modes.differentiated(grad, z):
+        return _activation_grad(grad, z, *options[:-1], DIFFERENTIABLE_GRADS)
+    return _grad(grad, z, *options)
+
+
 def _backward(ctx, grad):
-    return _grad(grad, ctx.saved_tensors[0], *ctx.options), *[None] * len(ctx.options)
+    return _derivative(grad, ctx.saved_tensors[0], ctx.options), *[None] * len(ctx.options)
+
+
+def _jvp(op, primals, tangents):
+    z, *options = primals
+    gated, interleaved = options[1:3]
+    rows = z.shape[0], z.shape[1] // 2 if gated else z.shape[1]
+    slope = _derivative(z.new_ones(rows), z, tuple(options)) * tangents[0]
+    return sum(_halves(slope, interleaved)) if gated else slope
+
+
+def _refuse(ctx, inputs, output):
+    raise RuntimeError(
+        "dynops::expert_activation_grad: has no derivative; that of dynops.ops.expert_activation composes it in "
+        "plain PyTorch where one is asked for"
+    )
 
 
 _OPTIONS = "str activation, bool gated, bool interleaved, float alpha, float limit, str backend"
-_grad = define(f"expert_activation_grad(Tensor grad, Tensor z, {_OPTIONS}) -> Tensor", _run_grad, _fake_grad)
-_apply = define(f"expert_activation(Tensor z, {_OPTIONS}) -> Tensor", _run, _fake, _setup_context, _backward)
+_grad = define(
+    f"expert_activation_grad(Tensor grad, Tensor z, {_OPTIONS}) -> Tensor",
+    _run_grad,
+    _fake_grad,
+    _refuse,
+    _refuse,
+)
+_apply = define(
+    f"expert_activation(Tensor z, {_OPTIONS}) -> Tensor", _run, _fake, _setup_context, _backward, jvp=_jvp
+)
 
 
 def expert_activation(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..plans import ExpertPlan
 from . import checks
 from .epilogue import ACTIVATIONS
@@ -116,7 +117,7 @@ def activation(name: str | None, gated: bool) -> str:
 
 def autocast(x: Tensor, *others) -> tuple:
     """``x`` and the tensors that go with it in autocast's dtype; int8 weights stay."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    dtype = modes.autocast_dtype(x)
+    if dtype is None:
         return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))

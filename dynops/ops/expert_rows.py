@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends
 from ..kernels import cpp_experts
 from ..plans import ExpertPlan
+from . import batching
 from . import expert_checks as checks
 from .registry import define
 
@@ -64,6 +65,13 @@ def _dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position) -> Te
     return torch.where(position < 0, 0, sums)
 
 
+def _weighted(rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Packed rows times the weight ``[T, K]`` of their pair; dropped ones zero, whatever theirs is."""
+    live = torch.arange(order.shape[0], device=rows.device) < offsets[-1]
+    weighted = rows * weight.reshape(-1)[order.long()][:, None]
+    return torch.where(live[:, None], weighted, 0).to(rows.dtype)
+
+
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
@@ -108,7 +116,36 @@ def _fake_dots(x, rows, packed, order, offsets, position, backend):
 
 
 _PLAN = "Tensor order, Tensor offsets, Tensor position, str backend"
-pair_dots = define(f"pair_dots(Tensor x, Tensor rows, bool packed, {_PLAN}) -> Tensor", _run_dots, _fake_dots)
+
+
+def _dots_setup(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    x, rows, ctx.packed, *plan = tensors
+    ctx.save_for_backward(x, rows, *plan)
+
+
+def _dots_backward(ctx, grad):
+    x, rows, *plan = ctx.saved_tensors
+    need_x, need_rows = ctx.needs_input_grad[:2]
+    dx = d_rows = None
+    if need_x and ctx.packed:
+        dx = _weighted(rows, grad, *plan[:2])
+    elif need_x:
+        dx = combine(rows, grad, *plan, ctx.backend).to(x.dtype)
+    if need_rows:
+        d_rows = _weighted(x, grad, *plan[:2]) if ctx.packed else gather(x, grad, *plan, ctx.backend)
+        d_rows = d_rows.to(rows.dtype)
+    return dx, d_rows, *[None] * 5
+
+
+pair_dots = define(
+    f"pair_dots(Tensor x, Tensor rows, bool packed, {_PLAN}) -> Tensor",
+    _run_dots,
+    _fake_dots,
+    _dots_setup,
+    _dots_backward,
+    terms="x rows",
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -139,6 +176,8 @@ gather = define(
     _fake_gather,
     _setup_context,
     _gather_backward,
+    terms="x weight",
+    vmap=batching.passive(1, "x"),
 )
 combine = define(
     f"combine_pairs(Tensor rows, Tensor? weight, {_PLAN}) -> Tensor",
@@ -146,6 +185,8 @@ combine = define(
     _fake_combine,
     _setup_context,
     _combine_backward,
+    terms="rows weight",
+    vmap=batching.passive(1, "rows"),
 )
 
 # ------------------------------------------------------------------------------ public functions

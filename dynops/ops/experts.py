@@ -25,14 +25,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..kernels import cpp_experts
 from ..plans import ExpertPlan
 from . import expert_checks as checks
 from .epilogue import ACTIVATIONS
 from .expert_activations import _activation, expert_activation
 from .expert_checks import QuantizedExperts
-from .expert_rows import _combine, _gather, combine, pair_dots
+from .expert_rows import _combine, _gather, _weighted, combine, pair_dots
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -49,13 +49,6 @@ def _spans(offsets: Tensor):
     """(e, begin, end) of the experts that have rows."""
     bounds = offsets.tolist()
     return [(e, b, c) for e, (b, c) in enumerate(itertools.pairwise(bounds)) if c > b]
-
-
-def _weighted(rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """Packed rows times the weight ``[T, K]`` of their pair; dropped ones zero, whatever theirs is."""
-    live = torch.arange(order.shape[0], device=rows.device) < offsets[-1]
-    weighted = rows * weight.reshape(-1)[order.long()][:, None]
-    return torch.where(live[:, None], weighted, 0).to(rows.dtype)
 
 
 def _linear(
@@ -188,12 +181,51 @@ def _fake_mlp(x, up, down, *others):
     return x.new_empty(x.shape)
 
 
+def _weight_grad_setup(ctx, inputs, output):
+    grad, x, row_weight, *plan, ctx.packed_grad, ctx.packed_x, ctx.transposed, ctx.bias, ctx.backend = inputs
+    ctx.save_for_backward(grad, x, row_weight, *plan)
+
+
+def _weight_grad_backward(ctx, dw, db):
+    """The gradients of a grouped linear layer's are such layers with ``dw`` and ``db`` as weight and bias."""
+    grad, x, row_weight, *plan = ctx.saved_tensors
+    need_grad, need_x, need_rw = ctx.needs_input_grad[:3]
+    db = db if ctx.bias else None
+    d_grad = dx = d_rows = None
+
+    def forward(weights, packed):
+        return _grouped(
+            x, dw, None, db, weights, *plan, ctx.packed_x, packed, ctx.transposed, "", ctx.backend
+        )
+
+    if need_grad:
+        d_grad = forward(row_weight, ctx.packed_grad)
+    if need_x:
+        options = (ctx.packed_grad, ctx.packed_x, not ctx.transposed, "", ctx.backend)
+        dx = _grouped(grad, dw, None, None, row_weight, *plan, *options)
+    if need_rw:
+        d_rows = pair_dots(grad, forward(None, True), ctx.packed_grad, *plan, ctx.backend).to(
+            row_weight.dtype
+        )
+    return d_grad, dx, d_rows, *[None] * 8
+
+
+def _refuse(ctx, inputs, output):
+    raise RuntimeError(
+        "dynops::experts_mlp: has no gradient, and an argument needs one; dynops.ops.experts_mlp composes it from "
+        "ops that have one"
+    )
+
+
 _PLAN = "Tensor order, Tensor offsets, Tensor position"
 _weights_grad = define(
     f"grouped_weight_grad(Tensor grad, Tensor x, Tensor? row_weight, {_PLAN}, bool packed_grad, bool packed_x, "
     "bool transposed, bool bias, str backend) -> (Tensor, Tensor)",
     _run_weight_grad,
     _fake_weight_grad,
+    _weight_grad_setup,
+    _weight_grad_backward,
+    terms="grad x row_weight; grad row_weight",
 )
 
 # ----------------------------------------------------------------------------------- autograd
@@ -256,6 +288,7 @@ _grouped = define(
     _fake_linear,
     _setup_context,
     _backward,
+    terms="x weight row_weight, bias row_weight",
 )
 _whole_mlp = define(
     "experts_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_scale, Tensor? down_scale, Tensor? up_bias, "
@@ -263,6 +296,8 @@ _whole_mlp = define(
     "bool up_transposed, bool down_transposed, float alpha, float limit, str backend) -> Tensor",
     _run_mlp,
     _fake_mlp,
+    _refuse,
+    _refuse,
 )
 
 # ------------------------------------------------------------------------------ public functions
@@ -336,7 +371,7 @@ def grouped_linear(
     activation = checks.activation(activation, gated=False)
     indices = (plan.order, plan.offsets, plan.position)
     tensors = (x, matrix, scale, bias)
-    if not activation or not _needs_grad(*tensors, topk_weight):
+    if not activation or not modes.differentiated(*tensors, topk_weight):
         options = (packed_in, packed_out, transposed, activation, backend or "")
         return _grouped(*tensors, topk_weight, *indices, *options)
     y = _grouped(*tensors, None, *indices, packed_in, True, transposed, "", backend or "")
@@ -426,17 +461,13 @@ def experts_mlp(
     inner = up_outputs // 2 if gated else up_outputs
     checks.fits(down_matrix, "down", down_transposed, plan.num_experts, inner, "up")
     options = {"gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit}
-    if _needs_grad(x, *ups, *downs, topk_weight):
+    if modes.differentiated(x, *ups, *downs, topk_weight):
         rows = linear(x, ups, None, False, True, up_transposed)
         rows = expert_activation(rows, activation or None, **options, backend=backend)
         return linear(rows, downs, topk_weight, True, False, down_transposed)
     tensors = (up_matrix, down_matrix, up_scale, down_scale, up_bias, down_bias, topk_weight)
     flips = (up_transposed, down_transposed)
     return _whole_mlp(x, *tensors, *indices, activation, gated, interleaved, *flips, float(alpha), float(limit), name)  # fmt: skip
-
-
-def _needs_grad(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 __all__ = ["experts_mlp", "grouped_linear", "quantize_experts"]

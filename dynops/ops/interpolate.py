@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import modes
 from ..plans import PixelPlan
 from . import checks
 from .registry import define
-from .rows import gather_pixels, memory_format_of, scatter_pixels
+from .rows import gather_pixels, in_format, memory_format_of, scatter_pixels
 from .watch import watchers
 
 MODES = ("gaussian", "nearest")
@@ -118,12 +119,12 @@ def interpolate_pixels(
     else:
         filled, reached = _fill_gaussian(rows, plan, selected, kernel_size, sigma)
         # one look at the device to save the search; where that must not be, the search
-        if plan.count is None and not torch.compiler.is_compiling() and bool(reached.all()):
+        if plan.count is None and not modes.sizes_are_fixed(reached) and bool(reached.all()):
             out = filled
         else:
             out = torch.where(reached, filled, _fill_nearest(rows, plan))
         out = torch.where(selected, scatter_pixels(rows, plan), out)
-    return out.contiguous(memory_format=memory_format_of(x) if x.dim() == 4 else torch.channels_last)
+    return in_format(out, memory_format_of(x) if x.dim() == 4 else torch.channels_last)
 
 
 def _fill_nearest(rows: Tensor, plan: PixelPlan) -> Tensor:

@@ -21,14 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from .. import backends, modes
 from ..geometry import ConvGeometry, as_geometry
 from ..kernels import cpp
 from ..plans import PixelPlan
-from . import auto, checks
+from . import auto, batching, checks
 from .epilogue import ACTIVATIONS, apply_epilogue
 from .registry import define
-from .rows import gather_pixels, gather_rows, memory_format_of, scatter_pixels, scatter_rows, zero_past_count
+from .rows import (
+    gather_pixels,
+    gather_rows,
+    in_format_of,
+    memory_format_of,
+    scatter_pixels,
+    scatter_rows,
+    zero_past_count,
+)
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -232,17 +240,61 @@ def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, row
     return grad.new_empty(weight_shape), grad.new_empty(channels if bias else 0)
 
 
+# Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
+
+
+def _input_grad_setup(ctx, inputs, output):
+    grad, weight, index, count, source, _, ctx.geometry, ctx.rows, ctx.backend = inputs
+    ctx.save_for_backward(grad, weight, index, count, source)
+
+
+def _input_grad_backward(ctx, dx):
+    grad, weight, *plan = ctx.saved_tensors
+    need_grad, need_w = ctx.needs_input_grad[:2]
+    options = (ctx.geometry, "", None, None, None, None, None, ctx.rows, ctx.backend)
+    d_grad = _convolution(dx, weight, None, *plan, *options) if need_grad else None
+    if need_w:
+        dw, _ = _weight_grad(grad, dx, *plan, weight.shape, ctx.geometry, ctx.rows, False, ctx.backend)
+    return d_grad, dw if need_w else None, *[None] * 7
+
+
+def _weight_grad_setup(ctx, inputs, output):
+    grad, x, index, count, source, _, ctx.geometry, ctx.rows, ctx.bias, ctx.backend = inputs
+    ctx.save_for_backward(grad, x, index, count, source)
+
+
+def _weight_grad_backward(ctx, dw, db):
+    grad, x, index, count, source = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    plan, d_grad, dx = (index, count, source), None, None
+    if need_grad:
+        options = (ctx.geometry, "", None, None, None, None, None, ctx.rows, ctx.backend)
+        d_grad = _convolution(x, dw, db if ctx.bias else None, *plan, *options)
+    if need_x:
+        source_rows = 0 if source is None else x.shape[0]
+        dx = _input_grad(grad, dw, *plan, source_rows, ctx.geometry, ctx.rows, ctx.backend)
+    return d_grad, dx, *[None] * 8
+
+
 _input_grad = define(
     "pixel_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, "
     "SymInt source_rows, SymInt[] geometry, bool rows, str backend) -> Tensor",
     _run_input_grad,
     _fake_input_grad,
+    _input_grad_setup,
+    _input_grad_backward,
+    terms="grad weight",
+    vmap=batching.pixel_conv_input_grad,
 )
 _weight_grad = define(
     "pixel_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
     "SymInt[] weight_shape, SymInt[] geometry, bool rows, bool bias, str backend) -> (Tensor, Tensor)",
     _run_weight_grad,
     _fake_weight_grad,
+    _weight_grad_setup,
+    _weight_grad_backward,
+    terms="grad x; grad",
+    vmap=batching.pixel_conv_weight_grad,
 )
 
 # ----------------------------------------------------------------------------------- autograd
@@ -290,6 +342,8 @@ _convolution = define(
     _fake_conv,
     _setup_context,
     _backward,
+    terms="x weight, bias, base",
+    vmap=batching.pixel_conv,
 )
 
 # ------------------------------------------------------------------------------ public functions
@@ -468,7 +522,7 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry,
     """The dense layer itself, for a plan that holds every pixel."""
     out = dense_conv(x, weight.to(x.dtype), g, None if bias is None else bias.to(x.dtype))
     # a channels_last weight turns an NCHW input's output into channels_last
-    return ACTIVATIONS[activation](out).contiguous(memory_format=memory_format_of(x))
+    return in_format_of(ACTIVATIONS[activation](out), x)
 
 
 def _masked_dense(x, weight, bias, plan, g, epilogue, base) -> Tensor:
@@ -478,7 +532,7 @@ def _masked_dense(x, weight, bias, plan, g, epilogue, base) -> Tensor:
     out = auto.finish_dense(
         dense_layer(x, weight, bias, g, ""), plan, epilogue, None if base is None else base.to(x.dtype)
     )
-    return out.contiguous(memory_format=memory_format_of(x))
+    return in_format_of(out, x)
 
 
 def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend) -> Tensor:
@@ -496,11 +550,10 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
     backend = backend or ""
     if base is not None:
         base = base.to(x.dtype)  # differs under autocast only
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, scale, shift, gate, residual, base)
-    )
-    plain = not needs_grad and type(x) is Tensor and not torch.compiler.is_compiling()
-    direct = plain and _kernels(backend, x) is cpp  # which takes rows [P, C] for such a map too
+    tensors = (x, weight, bias, scale, shift, gate, residual, base)
+    direct = (
+        modes.plain(*tensors) and _kernels(backend, x) is cpp
+    )  # which takes rows [P, C] for such a map too
     if residual is not None and residual.dim() == 4:
         # read where it lies: SBNet's bottleneck of 400 x 700 x 256 takes 58.6 ms at 50 % instead of 62.9
         in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
@@ -512,13 +565,13 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         return out.contiguous(memory_format=memory_format_of(x))
     if same_rows:
         x = x.t()[None, :, None]
-    if needs_grad and not checks.epilogue_is_empty(epilogue):
+    if modes.differentiated(*tensors) and not checks.epilogue_is_empty(epilogue):
         weight = weight.to(x.dtype)
         out = _convolution(x, weight, bias, index, count, source, g, "", None, None, None, None, None, True, backend)  # fmt: skip
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
         if rows:
             return zero_past_count(out, index, count)
-        return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
+        return in_format_of(scatter_pixels(out, plan, base), x)
     return _convolution(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 

@@ -1,12 +1,22 @@
-"""Registers an op under ``torch.ops.dynops``: its schema, its reference, its fake, its gradient."""
+"""Registers an op under ``torch.ops.dynops``: its schema, its reference, its fake, and its rules.
+
+The rules are those of reverse-mode AD (``backward``, made of ops, so that it has derivatives of its own), of
+forward-mode AD (``terms``, or ``jvp``) and of ``torch.func.vmap`` (``vmap``, else slice by slice).
+"""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from .. import modes
+from .batching import vmap_rules
 
 library = torch.library.Library("dynops", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -15,9 +25,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Op:
     """A registered op, called by the shortest way.
 
-    Where something traces (a compiler, a tensor subclass) the call goes through the dispatcher; where a
-    gradient is needed through one ``autograd.Function``, which took 60 us less of a small layer's
-    training step than ``register_autograd``; else straight to the implementation.
+    Where something watches (a compiler, a transform, forward-mode AD, a tensor subclass) the call goes through the
+    dispatcher, as it does for a meta tensor; where a gradient is needed through one ``autograd.Function``, which
+    took 60 us less of a small layer's training step than ``register_autograd``; else straight to the implementation.
     """
 
     def __init__(self, name: str, implementation: Callable, function: type[torch.autograd.Function] | None):
@@ -25,11 +35,8 @@ class Op:
         self.implementation, self.function = implementation, function
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or modes.transformed() or arguments[0].is_meta:
             return self.overload(*arguments)
-        if torch._C._are_functorch_transforms_active():  # torch.func.grad
-            run = self.overload if self.function is None else self.function.transformed.apply
-            return run(*arguments)
         needs_grad = False
         for value in arguments:
             if isinstance(value, Tensor):
@@ -47,26 +54,42 @@ def define(
     fake: Callable,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    *,
+    terms: str = "",
+    jvp: Callable | None = None,
+    vmap: Callable | None = None,
 ) -> Op:
     """Defines ``dynops::<schema>`` with a Python implementation for every device, and its gradient if any.
 
     A kernel that the binary registers for one device goes before it.
+
+    Args:
+        setup_context, backward: as ``torch.library.register_autograd`` has them. ``backward`` calls ops that have a
+            gradient. None: the result is integer or bool.
+        terms: the result as a sum of products of arguments, for example "x weight, bias": linear in each. From it
+            follows the derivative of forward-mode AD.
+        jvp: that derivative where ``terms`` cannot say it: ``(op, primals, tangents)`` to the result's tangent.
+        vmap: a rule of :mod:`dynops.ops.batching`; None: the op runs slice by slice.
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dynops::{name}", fake, lib=library)
+    overload = getattr(torch.ops.dynops, name).default
+    rule, batched_kernel = vmap_rules(overload, vmap)
+    torch.library.register_vmap(f"dynops::{name}", rule, lib=library)
+    library.impl(name, batched_kernel, "Batched")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"dynops::{name}", "CUDA"):
-        implementation = _or_binary(name, implementation)
+        implementation = _or_binary(overload, implementation)
     if backward is None:
         return Op(name, implementation, None)
-    torch.library.register_autograd(f"dynops::{name}", backward, setup_context=setup_context, lib=library)
+    jvp = jvp or _jvp_of(overload, terms)
+    library.impl(name, _autograd_kernel(overload, setup_context, backward, jvp), "Autograd", with_keyset=True)
     return Op(name, implementation, _function(name, implementation, setup_context, backward))
 
 
-def _or_binary(name: str, implementation: Callable) -> Callable:
+def _or_binary(overload, implementation: Callable) -> Callable:
     """``implementation``, but on a GPU the kernel that the binary registers under this op's name."""
-    overload = getattr(torch.ops.dynops, name).default
 
     def run(*arguments):
         if any(isinstance(value, Tensor) and value.is_cuda for value in arguments):
@@ -78,21 +101,139 @@ def _or_binary(name: str, implementation: Callable) -> Callable:
 
 
 def _function(name: str, implementation, setup_context, backward) -> type[torch.autograd.Function]:
+    """The op in eager mode. With a ``setup_context`` of its own torch would bind a signature at each call: 40 us."""
+
     def forward(ctx, *inputs):
         output = implementation(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
-    once = once_differentiable(backward)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), methods)
 
-    def backward_once(ctx, *grads):  # what once_differentiable does is needed under create_graph only
-        return (once if torch.is_grad_enabled() else backward)(ctx, *grads)
 
-    def make(**methods):
-        methods = {key: staticmethod(method) for key, method in methods.items()}
-        return type(name, (torch.autograd.Function,), methods)
+# ---------------------------------------------------------------------- in the dispatcher
 
-    # torch.func asks for a setup_context of its own; with one, torch binds a signature at each call: 40 us
-    function = make(forward=forward, backward=backward_once)
-    function.transformed = make(forward=implementation, setup_context=setup_context, backward=once)
-    return function
+
+def _autograd_kernel(overload, setup_context, backward, jvp) -> Callable:
+    """The op under torch's Autograd key: both modes of differentiation, at one level of ``torch.func``."""
+
+    def below(keyset, arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx, *inputs):
+        *arguments, keyset = inputs
+        if (
+            torch._C._are_functorch_transforms_active()
+        ):  # the levels below this one have gradients of their own
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below(keyset, arguments)
+        else:
+            output = below(keyset, arguments)
+        setup_context(ctx, tuple(arguments), output)
+        return output
+
+    def backward_below(ctx, *grads):
+        return *backward(_Alive(ctx), *unwrap_dead_wrappers(grads)), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_below)}
+    function = type(overload._opname, (_SingleLevelFunction,), methods)
+
+    def kernel(keyset, *arguments):
+        if modes.transformed() and torch._C._is_fwd_grad_enabled():
+            primals, tangents = _unpack(arguments)
+            if any(tangent is not None for tangent in tangents):
+                setup_context(_NOTHING, primals, None)  # refuses what has no derivative
+                with forward_ad._set_fwd_grad_enabled(False):  # what is saved for backward keeps its tangent
+                    output = kernel(keyset, *arguments)
+                return _make_dual(output, jvp(overload, primals, tangents))
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            with enable_single_level_autograd_function():
+                return function.apply(*arguments, keyset)
+        return below(keyset, arguments)
+
+    return kernel
+
+
+_NOTHING = types.SimpleNamespace(save_for_backward=lambda *tensors: None)
+
+
+class _Alive:
+    """A context whose saved tensors are not those of a transform that has ended (``vjp`` returns a function)."""
+
+    def __init__(self, ctx):
+        self._ctx = ctx
+
+    def __getattr__(self, name: str):
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self) -> tuple:
+        return unwrap_dead_wrappers(self._ctx.saved_tensors)
+
+
+def _unpack(arguments: tuple) -> tuple[tuple, tuple]:
+    """(primals, tangents) of the current level; the tangent of what has none is None."""
+    pairs = [
+        torch._VF._unpack_dual(a, level=0) if isinstance(a, Tensor) and a.is_floating_point() else (a, None)
+        for a in arguments
+    ]
+    return tuple(p for p, _ in pairs), tuple(t for _, t in pairs)
+
+
+def _make_dual(output, tangent):
+    if isinstance(output, tuple):
+        return tuple(_make_dual(*pair) for pair in zip(output, tangent, strict=True))
+    return output if tangent is None else torch._VF._make_dual(output, tangent, level=0)
+
+
+def _jvp_of(overload, terms: str) -> Callable:
+    """The derivative of sums of products: the op itself, with tangents in the place of arguments.
+
+    ``terms``: those of each result, with ";" between. Where the first factor of a product is None there is no such
+    product; another factor that is None is one.
+    """
+    names = [argument.name for argument in overload._schema.arguments]
+    optional = ["Optional" in str(argument.type) for argument in overload._schema.arguments]
+    results = [
+        [tuple(names.index(name) for name in term.split()) for term in result.split(",")]
+        for result in terms.split(";")
+    ]
+    every = [product for result in results for product in result]
+
+    def jvp(op, primals: tuple, tangents: tuple):
+        totals = [None] * len(results)
+        products = [product for product in every if primals[product[0]] is not None]
+        pending = [i for i in dict.fromkeys(sum(products, ())) if tangents[i] is not None]
+        while pending:
+            varied, dropped = _vary(pending, products if len(results) == 1 else [])
+            arguments = list(primals)
+            for i in dropped:
+                arguments[i] = None if optional[i] else torch.zeros_like(primals[i])
+            for i in varied:
+                arguments[i] = tangents[i]
+            pending = [i for i in pending if i not in varied]
+            changes = op(*arguments)
+            for k, change in enumerate((changes,) if len(results) == 1 else changes):
+                if any(not varied.isdisjoint(product) for product in results[k]):
+                    totals[k] = change if totals[k] is None else totals[k] + change
+        return totals[0] if len(results) == 1 else tuple(totals)
+
+    return jvp
+
+
+def _vary(pending: list[int], products: list[tuple[int, ...]]) -> tuple[set[int], list[int]]:
+    """Factors of which one call of the op may take the tangents: one in each product; and those that it takes as zero,
+    in the products that have none."""
+    varied, dropped = {pending[0]}, []
+    for product in products:
+        if varied.isdisjoint(product):
+            taken = {i for other in products if not varied.isdisjoint(other) for i in other}
+            alone = [i for i in product if i not in taken]
+            i = next((i for i in alone if i in pending), None)
+            if i is None:
+                dropped.append(alone[0])
+            else:
+                varied.add(i)
+    return varied, dropped

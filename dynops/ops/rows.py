@@ -11,8 +11,11 @@ from torch import Tensor
 
 from .. import backends
 from ..kernels import cpp
-from ..kernels.layout import memory_format_of as memory_format_of  # for those who import it from here
+from ..kernels.layout import in_format as in_format  # for those who import it from here
+from ..kernels.layout import in_format_of as in_format_of
+from ..kernels.layout import memory_format_of as memory_format_of
 from ..plans import PixelPlan
+from . import batching
 from .registry import define
 
 
@@ -156,12 +159,28 @@ def _merge_backward(ctx, grad):
             if scale is not None:
                 left = torch.where(scale[:, None] == 1, left, (1 - scale.to(dkept.dtype))[:, None] * dkept)
             dbase = scatter_rows(left, index, count, [grad.shape[0], 1, 1], grad[:, :, None, None])
-            dbase = dbase.flatten(1)
+            dbase = dbase[:, :, 0, 0]
     if scale is not None and ctx.needs_input_grad[4]:
         change = rows if base is None else rows - _gather(base, index, count)
         dscale = torch.linalg.vecdot(dkept, change.to(dkept.dtype)).to(scale.dtype)
         dscale = zero_past_count(dscale[:, None], index, count)[:, 0]
     return drows, None, None, dbase, dscale, None
+
+
+def _merge_jvp(op, primals, tangents):
+    """Linear in rows and base; times the scale stands their difference, or without ``mix`` the rows."""
+    rows, index, count, base, scale, mix = primals
+    d_rows, _, _, d_base, d_scale, _ = tangents
+    out = None
+    if d_rows is not None or d_base is not None:
+        d_rows = torch.zeros_like(rows) if d_rows is None else d_rows
+        out = op(d_rows, index, count, torch.zeros_like(base) if d_base is None else d_base, scale, mix)
+    if d_scale is not None:
+        change = (rows - _gather(base, index, count)) if mix else rows
+        change = change * d_scale.to(change.dtype)[:, None]
+        change = scatter_rows(change, index, count, [base.shape[0], 1, 1], None)[:, :, 0, 0]
+        out = change if out is None else out + change
+    return out
 
 
 def _gather(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
@@ -175,6 +194,8 @@ gather_rows = define(
     _gather_rows_fake,
     _gather_setup,
     _gather_backward,
+    terms="x",
+    vmap=batching.passive(1, "x"),
 )
 scatter_rows = define(
     "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
@@ -182,6 +203,8 @@ scatter_rows = define(
     _scatter_rows_fake,
     _scatter_setup,
     _scatter_backward,
+    terms="rows, base",
+    vmap=batching.passive(1, "rows", "base"),
 )
 merge_rows = define(
     "merge_rows(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix) -> Tensor",
@@ -189,6 +212,8 @@ merge_rows = define(
     _merge_rows_fake,
     _merge_setup,
     _merge_backward,
+    jvp=_merge_jvp,
+    vmap=batching.passive(1, "rows", "base"),
 )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import backends
+from .. import backends, modes
 from ..kernels import cpp
 from ..plans import SamplePlan
 from .rows import gather_rows, memory_format_of, merge_rows, scatter_rows
@@ -148,14 +148,7 @@ def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, sca
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing traces or needs a gradient, so that a CPU kernel can be called by itself."""
-    return (
-        x.device.type == "cpu"
-        and type(x) is Tensor
-        and backends.has_binary()
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return x.device.type == "cpu" and backends.has_binary() and modes.plain(x)
 
 
 def _format_of(x: Tensor) -> torch.memory_format:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import BlockGeometry, is_int, pair
 from .derived import Derived, plain
 from .masks import MAX_PIXELS, check_mask, raising
@@ -150,7 +151,7 @@ class BlockPlan(Derived):
         return self.derived("pixels", self._make_pixels)
 
     def _make_pixels(self) -> PixelPlan:
-        if self.count is not None or torch.compiler.is_compiling():
+        if self.count is not None or modes.sizes_are_fixed(self.index):
             mask = self.mask()
             return PixelPlan.from_mask(mask, mask.numel())
         return PixelPlan(torch.ops.dynops.block_pixels.default(self.index, self.geometry), self.shape)

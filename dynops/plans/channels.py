@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import is_int
 from .derived import Derived, plain
 from .masks import check_mask_dtype, raising
@@ -78,7 +79,7 @@ class ChannelPlan(Derived):
             raise ValueError(f"mask: expected [N, C], [C] or [N, G, C], got shape {tuple(mask.shape)}")
         if capacity is not None and not is_int(capacity, 0):
             raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        if capacity is None and torch.compiler.is_compiling():
+        if capacity is None and modes.sizes_are_fixed(mask):
             capacity = mask.shape[-1]
         channels, heads = mask.shape[-1], mask.shape[1] if mask.dim() == 3 else 1
         rows = mask.detach().reshape(mask.shape[:-1].numel(), channels)
@@ -140,8 +141,10 @@ class ChannelPlan(Derived):
             widths = torch.tensor([width] if is_int(width) else list(width), device=device)
             if widths.is_floating_point() and widths.numel():
                 raise TypeError(f"width: expected an int or ints [N], got {width!r}")
-        looks = not widths.is_cuda or not isinstance(width, Tensor)
-        if looks and not torch.compiler.is_compiling() and widths.numel():
+        looks = modes.may_look(widths) or (
+            not isinstance(width, Tensor) and not modes.sizes_are_fixed(widths)
+        )
+        if looks and widths.numel():
             least, most = int(widths.min()), int(widths.max())
             if least < 0 or most > channels:
                 raise ValueError(f"width: expected ints in [0, {channels}], got {least} to {most}")
@@ -190,7 +193,7 @@ class ChannelPlan(Derived):
     @property
     def is_full(self) -> bool:
         """Whether every list has every channel (on a GPU False: looking would synchronise)."""
-        if self.index.device.type != "cpu" or torch.compiler.is_compiling():
+        if not modes.may_look(self.count):
             return False
         return self.derived("full", lambda: self.count.numel() > 0 and int(self.count.min()) == self.channels)
 

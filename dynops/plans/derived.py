@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..kept import Mark, can_keep, made_plain
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ class Derived:
         they are at each replay.
         """
         indices = self._indices()
+        if modes.transformed():  # whose tensors end with it
+            return make()
         traced = torch.compiler.is_compiling() or type(indices[0]) is not Tensor
         if traced or (self._graph and _captures(indices[0])):
             found = self._made.get(key)
@@ -58,7 +61,7 @@ def _captures(index: Tensor) -> bool:
 
 def plain(index: Tensor | None) -> Tensor | None:
     """``index`` as a tensor that a backward may save, which one made in inference mode is not."""
-    if index is None or torch.compiler.is_compiling() or not index.is_inference():
+    if index is None or torch.compiler.is_compiling() or modes.transformed() or not index.is_inference():
         return index
     with torch.inference_mode(False):
         return index.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import ConvGeometry, is_int, pair
 from .derived import Derived, plain
 from .masks import check_mask, raising, resize_mask
@@ -44,8 +45,8 @@ class PixelPlan(Derived):
         Args:
             mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating; nonzero = active.
             capacity: size of the capacity form; ``None`` builds the compact form (inside
-                ``torch.compile``, where sizes must not depend on data: the capacity form with
-                room for every pixel).
+                ``torch.compile``, in a ``vmap`` over the mask and of a meta tensor, where sizes must
+                not depend on data: the capacity form with room for every pixel).
 
         Raises:
             TypeError: ``mask`` is not a tensor, or is complex or quantised.
@@ -54,7 +55,7 @@ class PixelPlan(Derived):
         """
         mask = check_mask(mask)
         shape = tuple(mask.shape)
-        if capacity is None and torch.compiler.is_compiling():
+        if capacity is None and modes.sizes_are_fixed(mask):
             capacity = shape[0] * shape[1] * shape[2]
         if capacity is None:
             return cls(raising(torch.ops.dynops.mask_to_index.default, mask), shape)

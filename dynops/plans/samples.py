@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..geometry import is_int
 from .derived import Derived, plain
 from .masks import MAX_PIXELS, check_mask_dtype, raising
@@ -53,7 +54,7 @@ class SamplePlan(Derived):
         """
         keep = check_keep(keep)
         batch = keep.shape[0]
-        if capacity is None and torch.compiler.is_compiling():
+        if capacity is None and modes.sizes_are_fixed(keep):
             capacity = batch
         if capacity is None:
             return cls(raising(torch.ops.dynops.mask_to_index.default, keep), batch)

@@ -1,0 +1,99 @@
+"""What watches a computation: a compiler, a transform of ``torch.func``, forward-mode AD, a gradient, a subclass.
+
+Every short cut that goes past PyTorch's dispatcher asks here first. Autocast is asked for here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_transforms = torch._C._are_functorch_transforms_active
+_has_key = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP_MODE = torch._C._dispatch_key_parse(
+    "VmapMode"
+)  # of the vmap inside of torch.autograd: is_grads_batched
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func``, batched gradients or forward-mode AD are active, whatever of."""
+    if _transforms() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and _has_key(_VMAP_MODE)
+
+
+def differentiated(*values) -> bool:
+    """Whether a derivative, or another transform, of a function of these tensors may be asked for.
+
+    Then the function is composed of ops that have derivatives; a fused one would have none. Values that are no
+    tensors do not count.
+    """
+    if transformed():
+        return True
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+def plain(*values) -> bool:
+    """Whether nothing at all watches a function of these tensors, so that a kernel may be called by itself."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    grad = torch.is_grad_enabled()
+    for value in values:
+        if isinstance(value, Tensor) and (type(value) not in _PLAIN or (grad and value.requires_grad)):
+            return False
+    return True
+
+
+def tracing() -> bool:
+    """Whether a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def sizes_are_fixed(x: Tensor) -> bool:
+    """Whether sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
+    return tracing() or x.is_meta or is_batched(x)
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether reading a value of ``x`` costs nothing: on a CPU, where it has one."""
+    return x.device.type == "cpu" and not tracing() and not is_batched(x)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a ``torch.func.vmap`` (or that of batched gradients) is over ``x``."""
+    if not torch.compiler.is_compiling() and _has_key(_VMAP_MODE):
+        return torch._C._dispatch_keys(x).has(_BATCHED)
+    if not _transforms():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast makes of ``x``, or None: outside it, for float64, on a device without autocast."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(x: Tensor):
+    """A context without autocast on the device of ``x``, where there is such a thing."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
