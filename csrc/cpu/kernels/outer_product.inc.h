@@ -5,14 +5,20 @@ static __attribute__((noinline)) void outer_tile(const OuterProduct& p, const fl
   Vec acc[MR][NV];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   const float* x = p.x;
-  for (int k = 0; k < p.rows; ++k, grad += MR, x += kPanelWidth) {
-    Vec b[NV];
-    UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
-    UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec a = broadcast(grad[i]);
-      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(a, b[v], acc[i][v]);
+  KeptSums<MR, NV> kept;
+  for (int first = 0; first < p.rows; first += kSumLength) {
+    if (first) kept.take(acc);
+    const int end = p.rows - first < kSumLength ? p.rows : first + kSumLength;
+    for (int k = first; k < end; ++k, grad += MR, x += kPanelWidth) {
+      Vec b[NV];
+      UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
+      UNROLL for (int i = 0; i < MR; ++i) {
+        const Vec a = broadcast(grad[i]);
+        UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(a, b[v], acc[i][v]);
+      }
     }
   }
+  if (!kept.empty) kept.add_to(acc);
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) {
       const int n = p.columns - v * Vec::kLanes;
