@@ -6,9 +6,10 @@ static __attribute__((noinline)) void outer_tile(const OuterProduct& p, const fl
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   const float* x = p.x;
   KeptSums<MR, NV> kept;
-  for (int first = 0; first < p.rows; first += kSumLength) {
+  const int parts = (p.rows + p.length - 1) / p.length, part = parts ? (p.rows + parts - 1) / parts : 1;
+  for (int first = 0; first < p.rows; first += part) {
     if (first) kept.take(acc);
-    const int end = p.rows - first < kSumLength ? p.rows : first + kSumLength;
+    const int end = p.rows - first < part ? p.rows : first + part;
     for (int k = first; k < end; ++k, grad += MR, x += kPanelWidth) {
       Vec b[NV];
       UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
