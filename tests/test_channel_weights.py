@@ -84,6 +84,9 @@ class Conv:
         return act(torch.cat(outs) if outs else self.dense(x, weight.new_zeros(weight.shape[1:]), None))
 
     def region_oracle(self, x, weights, region, bias=None) -> Tensor:
+        if weights.dim() == 5 and (bias is None or bias.dim() == 2):  # the same dense layers for all samples
+            every = [self.dense(x, w, None if bias is None else bias[r]) for r, w in enumerate(weights)]
+            return sum(torch.where((region == r)[:, None], y, 0) for r, y in enumerate(every))
         samples = []
         for i in range(x.shape[0]):
             w = weights if weights.dim() == 5 else weights[i]
@@ -372,7 +375,7 @@ def test_region_of_no_sample_and_no_bias(backend):
 @ignore_even_same
 @each({k: v for k, v in CONVS.items() if v.n})
 def test_mixed(conv, backend):
-    tensors = mixed_tensors(conv)
+    tensors = mixed_tensors(conv, 4 if conv.n > 1 else 12)  # the error of a gradient of 4 numbers is luck
     check_mixed(conv, backend, tensors, ())
     check_mixed(conv, backend, tensors)
 
