@@ -13,6 +13,8 @@ The oracle (:func:`dense_masked_conv2d`) is plain ``F.conv2d`` and a mask. It sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +43,23 @@ def available_backends() -> tuple[str, ...]:
 # ------------------------------------------------------------------------------- error budget
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, dense: Tensor, what: str = "result") -> None:
+def in_both_formats(tensors: dict[str, Tensor | None]) -> list[dict[str, Tensor | None]]:
+    """``tensors`` as they are; and, where the first map ``[_, _, H, W]`` is, with all of them in the other format than it.
+
+    For the yardstick of :func:`assert_within_budget`: torch sums the two memory formats in orders of their own. One is up
+    to 2.7 times as exact as the other, and which one depends on sizes and on the CPU.
+    """
+    maps = {k: t for k, t in tensors.items() if t is not None and t.dim() == 4}
+    if not maps:
+        return [tensors]
+    last = next(iter(maps.values())).is_contiguous(memory_format=torch.channels_last)
+    other = torch.contiguous_format if last else torch.channels_last
+    return [tensors, tensors | {k: t.contiguous(memory_format=other) for k, t in maps.items()}]
+
+
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, dense: Tensor | Sequence[Tensor], what: str = "result"
+) -> None:
     """Checks ``actual`` against the exact result, with the dense op's own error as the yardstick.
 
     In the Euclidean norm ``|actual - exact|`` may be at most ``2 |dense - exact|`` plus one rounding
@@ -52,7 +70,9 @@ def assert_within_budget(actual: Tensor, exact: Tensor, dense: Tensor, what: str
     Args:
         actual: the result under test.
         exact: the same result from float64 inputs and arithmetic.
-        dense: the same result from the dense PyTorch op in ``actual``'s dtype.
+        dense: the same result from the dense PyTorch op in ``actual``'s dtype; or several, of the op in both memory
+            formats. Then the most exact one is the yardstick; the first, where fewer than 100 numbers are not zero,
+            whose errors are luck. What is one of them to the bit is the dense op, and passes.
         what: named in the error.
 
     Raises:
@@ -60,6 +80,11 @@ def assert_within_budget(actual: Tensor, exact: Tensor, dense: Tensor, what: str
             ``exact`` is, or an error over the budget.
     """
     assert exact.dtype == torch.float64, f"{what}: exact: expected float64, got {exact.dtype}"
+    if not isinstance(dense, Tensor):
+        if any(torch.equal(actual, d) for d in dense if d.dtype == actual.dtype):
+            return
+        several = dense if exact.count_nonzero() >= 100 else dense[:1]
+        dense = min(several, key=lambda d: float((d.detach().double() - exact.detach()).norm()))
     for name, value in (("dense", dense), ("exact", exact)):
         assert actual.shape == value.shape, (
             f"{what}: shape {tuple(actual.shape)}, but {name} has {tuple(value.shape)}"

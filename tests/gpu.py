@@ -7,14 +7,14 @@ then known to be right before it meets a GPU.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan
-from dynops.testing import assert_within_budget, available_backends, random_tensor
+from dynops.testing import assert_within_budget, available_backends, in_both_formats, random_tensor
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -99,27 +99,28 @@ def compare(ours: Callable, oracle: Callable, tensors: dict[str, Tensor], grads=
     exact = run(oracle, double, grads, dy)
     there = moved(tensors)
     with products(kind):
-        dense = run(oracle, there, grads, dy)
+        both = [run(oracle, tensors, grads, dy) for tensors in in_both_formats(there)]
+        dense = list(zip(*both, strict=True))
         actual = run(ours, there, grads, dy)
         if kind == "tf32":  # where cuDNN's choice for a shape has no TF32, TF32 itself is the yardstick
             rounded = run(oracle, {n: rounded_to_tf32(v) for n, v in there.items()}, grads, dy)
-            dense = [_worse(e, *both) for e, *both in zip(exact, dense, rounded, strict=True)]
+            dense = [[_worse(e, d, r) for d in ds] for e, ds, r in zip(exact, dense, rounded, strict=True)]
     for name, a, e, d in zip(("output", *grads), actual, exact, dense, strict=True):
         what = name if name == "output" else f"gradient of {name}"
         assert a.device == DEVICE, f"{what}: on {a.device}"
-        assert_close(a.cpu(), e, d.cpu(), what, kind)
+        assert_close(a.cpu(), e, [found.cpu() for found in d], what, kind)
     return actual[0]
 
 
 def assert_close(
-    actual: Tensor, exact: Tensor, dense: Tensor, what: str = "output", kind: str = "ieee"
+    actual: Tensor, exact: Tensor, dense: Sequence[Tensor], what: str = "output", kind: str = "ieee"
 ) -> None:
     """Within the error budget; a few numbers, whose dense error may be zero by luck, within four roundings."""
     size = exact.norm()
     few = exact.numel() < 500 and actual.shape == exact.shape
     if not few or (actual.double() - exact).norm() > max(1e-5, 4 * _EPS[kind]) * size:
         assert_within_budget(actual, exact, dense, what)
-    assert actual.dtype == dense.dtype and actual.shape == dense.shape, what
+    assert actual.dtype == dense[0].dtype and actual.shape == dense[0].shape, what
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:

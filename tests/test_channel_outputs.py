@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from dynops import ops
 from dynops.geometry import ConvGeometry
 from dynops.kernels import cpp_channel_outputs
-from dynops.testing import LAYOUTS, assert_within_budget, available_backends, in_layout, random_tensor
+from dynops.testing import (
+    LAYOUTS,
+    assert_within_budget,
+    available_backends,
+    in_both_formats,
+    in_layout,
+    random_tensor,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -66,7 +73,8 @@ def compare(run, dense, *leaves):
         dy = random_tensor(*dense(*leaves).shape, dtype=leaves[0].dtype)
     exact = gradients(dense, dy, *(leaf.double() for leaf in leaves))
     names = ("output", *(f"gradient {i}" for i in range(len(leaves))))
-    rows = (gradients(run, dy, *leaves), exact, gradients(dense, dy, *leaves), names)
+    both = [gradients(dense, dy, *t.values()) for t in in_both_formats(dict(enumerate(leaves)))]
+    rows = (gradients(run, dy, *leaves), exact, list(zip(*both, strict=True)), names)
     for actual, e, d, name in zip(*rows, strict=True):
         assert_within_budget(actual, e, d, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,6 +20,7 @@ from dynops.testing import (
     dense_from_rows,
     dense_masked_conv2d,
     dense_masked_conv_transpose2d,
+    in_both_formats,
     in_layout,
     random_mask,
     random_tensor,
@@ -187,17 +189,18 @@ def compare(ours, oracle, tensors: dict, grads=()) -> Tensor:
         return dy.to(out.dtype)
 
     exact, exact_grads = run(oracle, tensors, grads, dy_of, torch.float64)
-    dense, dense_grads = run(oracle, tensors, grads, dy_of)
+    dense, dense_grads = zip(*(run(oracle, t, grads, dy_of) for t in in_both_formats(tensors)), strict=True)
     actual, actual_grads = run(ours, tensors, grads, dy_of)
     assert_close(actual, exact, dense, "output")
     for name in grads:
         assert actual_grads[name].shape == tensors[name].shape
-        assert_close(actual_grads[name], exact_grads[name], dense_grads[name], f"gradient of {name}")
+        both = [found[name] for found in dense_grads]
+        assert_close(actual_grads[name], exact_grads[name], both, f"gradient of {name}")
     return actual
 
 
-def assert_close(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> None:
-    if dense.dtype == torch.float64:  # nothing is more exact than it: rounding of a sum in another order
+def assert_close(actual: Tensor, exact: Tensor, dense: Sequence[Tensor], what: str) -> None:
+    if dense[0].dtype == torch.float64:  # nothing is more exact than it: rounding of a sum in another order
         assert actual.dtype == torch.float64 and actual.shape == exact.shape, what
         assert (actual - exact).norm() <= 1e-14 * max(exact.numel(), 1) * exact.norm(), what
     else:

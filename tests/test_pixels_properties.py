@@ -74,6 +74,7 @@ def close_to_dense(run):
     """
 
     def near(actual, exact, dense, what="result"):
+        dense = dense[0]
         assert actual.shape == dense.shape and actual.dtype == dense.dtype
         assert actual.isfinite().all(), what
         error, size = (actual.double() - exact).norm(), exact.norm() + dense.double().norm()

@@ -257,7 +257,7 @@ class ChannelWeightGrad {
       kernels().gather_columns(w.in.data() + first, height, column * 4, Dtype::kFloat32, columns, w.x.data());
       const float* grad = grad_map(slot) + first * live_outputs + out_begin * height;
       kernels().outer_product({height, grad, w.x.data(), w.sums.data(), kernels().panel_width, split, 0,
-                               split.tiles, columns, first > 0});
+                               split.tiles, columns, first > 0, outer_length(grad_.pixels() * g_.batch)});
     }
   }
 

@@ -110,6 +110,15 @@ struct DepthwisePairs {
   Dtype dtype;          // of in and out
 };
 
+// Products in a float32 sum. Its error grows with its length, so a longer one is the sum of several: one sum
+// of 1152 products was 1.7 times as far from the exact one as the dense layer's, of 18432 products 7.9 times;
+// so they are 0.65 and 1.0 times as far, and take up to 1 % more time. Pairs of bfloat16 are rounded to it in
+// the end, which is 300 times the error of one sum of 18432.
+inline constexpr int32_t kSumLength = 128;
+// The same of a weight's gradient from so many rows in all. The dense layer sums a small map line by line,
+// and is 2.3 times as exact as one sum of 72 products; half as long everywhere would take 2.5 % more time.
+inline int32_t outer_length(int64_t rows) { return rows <= 2 * kSumLength ? kSumLength / 2 : kSumLength; }
+
 // dw[o][c] (+)= sum_k grad[k][o] * x[k][c] over a block of rows, for one panel of columns.
 struct OuterProduct {
   int32_t rows;
@@ -121,6 +130,7 @@ struct OuterProduct {
   int32_t tile_begin, tile_end;
   int32_t columns;  // of this panel, <= panel width
   bool add;         // to dw, rather than overwrite it
+  int32_t length;   // products in a sum
 };
 
 // The live channels of one sample (or head, or group).

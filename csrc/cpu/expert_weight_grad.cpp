@@ -76,7 +76,7 @@ class ExpertWeightGrad {
     for (int64_t row = 0; row < rows; row += kBlock) {
       const int64_t height = std::min(kBlock, rows - row);
       pack_left(first + row, height, begin, lines, w);
-      add_block(first + row, height, lines, row > 0, sums, w);
+      add_block(first + row, height, lines, row > 0, outer_length(rows), sums, w);
     }
     if (!direct) kernels().from_float(sums, lines * width_, dtype_, to);
   }
@@ -103,7 +103,8 @@ class ExpertWeightGrad {
   }
 
   // sums (+)= the outer products of a block of rows, panel by panel of `right`.
-  void add_block(int64_t first, int64_t height, int64_t lines, bool add, float* sums, Work& w) const {
+  void add_block(int64_t first, int64_t height, int64_t lines, bool add, int32_t length, float* sums,
+                 Work& w) const {
     const TileSplit split{int32_t(lines)};
     const int64_t width = kernels().panel_width;
     w.in.resize(size_t(kBlock));
@@ -114,7 +115,7 @@ class ExpertWeightGrad {
       kernels().gather_columns(w.in.data(), int32_t(height), column * size_of(dtype_), dtype_, columns,
                                w.right.data());
       kernels().outer_product({int32_t(height), w.left.data(), w.right.data(), sums + column, width_, split,
-                               0, split.tiles, columns, add});
+                               0, split.tiles, columns, add, length});
     }
   }
 

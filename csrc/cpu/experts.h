@@ -147,8 +147,7 @@ class ExpertProduct {
   // The GEMM with its operands exchanged: rows of the weight, as they lie, meet packed panels of x.
   void turned(ExpertWork& work, const ExpertColumns& columns, int64_t rows, const ExpertColumns* next) const;
   Ahead rows_after(const ExpertColumns& columns, int run, int64_t end, const ExpertColumns* next) const;
-  // A part of the depth, in segments of equal depth. Each has sums of its own, which are added up: one sum
-  // over 1024 products would be 2.3 times as far from the exact one as torch's.
+  // A part of the depth, in segments of equal depth. Each has sums of its own, which are added up.
   struct DepthBlock {
     int32_t segments, depth;
     size_t first;  // of segment_

@@ -21,6 +21,33 @@ constexpr int kWideVectors = kPanelVectors;
 #endif
 constexpr int kPanelWidth = kPanelVectors * Vec::kLanes;
 
+// The sums of a tile so far, in the L1 cache: of parts of a reduction that is longer than kSumLength.
+template <int MR, int NV>
+struct KeptSums {
+  alignas(64) float sums[MR][NV][Vec::kLanes];  // else every access spans two lines: 2 % of the time
+  bool empty = true;
+
+  __attribute__((always_inline)) KeptSums() {
+    asm("" : "=m"(sums));  // nothing reads them while they are empty, which GCC does not see
+  }
+  // Takes what `acc` holds, and clears it.
+  __attribute__((always_inline)) void take(Vec (&acc)[MR][NV]) {
+    if (!empty) add_to(acc);
+    empty = false;
+    UNROLL for (int i = 0; i < MR; ++i) {
+      UNROLL for (int v = 0; v < NV; ++v) {
+        store(sums[i][v], acc[i][v]);
+        acc[i][v] = zero();
+      }
+    }
+  }
+  __attribute__((always_inline)) void add_to(Vec (&acc)[MR][NV]) const {
+    UNROLL for (int i = 0; i < MR; ++i) {
+      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = add(acc[i][v], load(sums[i][v]));
+    }
+  }
+};
+
 template <Dtype kIn>
 FORCE_INLINE Vec load_as(const char* p) {
   if constexpr (kIn == Dtype::kFloat32) return load((const float*)p);

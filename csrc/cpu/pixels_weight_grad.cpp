@@ -147,7 +147,7 @@ class WeightGrad {
     const bool direct = dtype_ == Dtype::kFloat32;
     kernels().outer_product({int32_t(rows_), grad + group * group_out_ * rows_, x,
                              direct ? reinterpret_cast<float*>(to) : sums.data(), direct ? line_ : width,
-                             split_, begin, end, columns, false});
+                             split_, begin, end, columns, false, outer_length(rows_)});
     if (direct) return;
     int64_t row = 0;
     for (int32_t tile = 0; tile < end; row += split_.height(tile++)) {
@@ -247,7 +247,8 @@ class WeightGrad {
     kernels().outer_product({int32_t(height), w.grad.data() + group * group_out_ * height, w.x.data(),
                              dw + group * group_out_ * group_in_ + column, group_in_, split_,
                              int32_t(part(split_.tiles, share, shares_)),
-                             int32_t(part(split_.tiles, share + 1, shares_)), columns, add});
+                             int32_t(part(split_.tiles, share + 1, shares_)), columns, add,
+                             outer_length(rows_)});
   }
 
   const Geometry& g_;

@@ -15,6 +15,8 @@ and a mixed weight is ``W[n] = sum_e mix[n, e] weight[e]``. ``_conv``, ``_conv_i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,9 @@ def _sample_conv(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     """The convolution with ``weight`` ``[N or 1, O, C/groups, kh, kw]``."""
     if weight.shape[0] == 1 or g.batch == 0:
         return dense_conv(x, weight.new_zeros(weight.shape[1:]) if g.batch == 0 else weight[0], g)
-    grouped, gg = _as_groups(x, g)
-    return dense_conv(grouped, weight.flatten(0, 1), gg).view(g.batch, -1, g.out_h, g.out_w)
+    # not as groups: torch sums those in an order that is 2.8 times less exact where there is one output
+    one = g._replace(batch=1)
+    return torch.cat([dense_conv(image, w, one) for image, w in zip(x.split(1), weight.unbind(), strict=True)])
 
 
 def _sample_conv_grads(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, wanted: list[bool]):
@@ -288,6 +291,14 @@ def _mixed_setup_context(ctx, inputs, output):
     ctx.geometry, ctx.backend, ctx.bias_batch = geometry, backend, 0 if bias is None else bias.shape[0]
 
 
+def _inner_products(each: Tensor, weight: Tensor) -> Tensor:
+    """``each @ weight.flatten(1).t()``, ``[N, E]``, output by output: one float32 sum over the 14400 numbers of a weight
+    was 2.5 times as far from the exact one."""
+    per_output = each.view(each.shape[0], weight.shape[1], math.prod(weight.shape[2:])).transpose(0, 1)
+    by_output = weight.reshape(*weight.shape[:2], math.prod(weight.shape[2:]))
+    return torch.bmm(per_output, by_output.permute(1, 2, 0)).sum(0)
+
+
 def _mixed_backward(ctx, grad):
     x, weight, mix = ctx.saved_tensors
     need_x, need_w, need_mix, need_b = ctx.needs_input_grad[:4]
@@ -299,7 +310,7 @@ def _mixed_backward(ctx, grad):
         each, db = _weight_grad(grad, x, None, shape, ctx.geometry, need_b, ctx.backend)
         each = _as_rows(each)
         dw = (mix.to(each.dtype).t() @ each).view_as(weight) if need_w else None
-        dmix = (each @ _as_rows(weight).t()).to(mix.dtype) if need_mix else None
+        dmix = _inner_products(each, weight).to(mix.dtype) if need_mix else None
         db = _like_bias(db, ctx.bias_batch) if need_b else None
     return dx, dw, dmix, db, None, None, None
 

@@ -199,11 +199,12 @@ FORCE_INLINE void depthwise_outer_ragged(int rows, int segments, const char* con
                                          const char* const* grad, Dtype dtype, int64_t channel, int n,
                                          float* dw) {
   const int64_t byte = channel * size_of(dtype);
-  Vec acc = load((const char*)(dw + channel), Dtype::kFloat32, n);
+  Vec acc = zero();
   for (int k = 0; k < rows; ++k, x += segments) {
     acc = fma(load(x[0] + byte, dtype, n), load(grad[k] + byte, dtype, n), acc);
   }
-  store((char*)(dw + channel), acc, Dtype::kFloat32, n);
+  char* to = (char*)(dw + channel);
+  store(to, add(acc, load(to, Dtype::kFloat32, n)), Dtype::kFloat32, n);
 }
 
 template <Dtype kIn>

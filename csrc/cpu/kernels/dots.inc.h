@@ -69,30 +69,43 @@ static __attribute__((noinline)) void dots_tile(const Dots& d, const char* const
   UNROLL for (int i = 0; i < MR; ++i) x[i] = rows[i];
   Vec acc[MR][kChains];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int u = 0; u < kChains; ++u) acc[i][u] = zero(); }
+  KeptSums<MR, kChains> kept;
+  constexpr int kRound = kChains * Depth::kLanes, kPart = kSumLength / 2 * kRound;
+  int length = 0;  // of the longest of these sums
   const char* weight = d.weight;
   for (int s = 0; s < d.segments; ++s) {
     int64_t at = d.segment[s];
-    int k = 0;
-    for (; k + kChains * Depth::kLanes <= d.depth; k += kChains * Depth::kLanes) {
-#if defined(__x86_64__)
-      asm("" : "+r"(at));  // else GCC steps MR pointers instead of one offset, and spills them at each tap
-#endif
-      UNROLL for (int u = 0; u < kChains; ++u) {
-        const Depth w = Depth::whole(weight + u * Depth::kBytes);
-        UNROLL for (int i = 0; i < MR; ++i) {
-          acc[i][u] = Depth::multiply(Depth::whole(x[i] + at + u * Depth::kBytes), w, acc[i][u]);
-        }
+    for (int begin = 0; begin < d.depth; begin += kPart) {
+      const int depth = d.depth - begin < kPart ? d.depth - begin : kPart;
+      const int more = depth / kRound + (depth % kRound + Depth::kLanes - 1) / Depth::kLanes;
+      if (length + more > kSumLength) {
+        kept.take(acc);
+        length = 0;
       }
-      at += kChains * Depth::kBytes, weight += kChains * Depth::kBytes;
-    }
-    for (; k < d.depth; k += Depth::kLanes) {
-      const int n = d.depth - k < Depth::kLanes ? d.depth - k : Depth::kLanes;
-      const Depth w = Depth::part(weight, n);
-      UNROLL for (int i = 0; i < MR; ++i) acc[i][0] =
-          Depth::multiply(Depth::part(x[i] + at, n), w, acc[i][0]);
-      at += n * Depth::kElement, weight += n * Depth::kElement;
+      length += more;
+      int k = 0;
+      for (; k + kRound <= depth; k += kRound) {
+#if defined(__x86_64__)
+        asm("" : "+r"(at));  // else GCC steps MR pointers instead of one offset, and spills them at each tap
+#endif
+        UNROLL for (int u = 0; u < kChains; ++u) {
+          const Depth w = Depth::whole(weight + u * Depth::kBytes);
+          UNROLL for (int i = 0; i < MR; ++i) {
+            acc[i][u] = Depth::multiply(Depth::whole(x[i] + at + u * Depth::kBytes), w, acc[i][u]);
+          }
+        }
+        at += kChains * Depth::kBytes, weight += kChains * Depth::kBytes;
+      }
+      for (; k < depth; k += Depth::kLanes) {
+        const int n = depth - k < Depth::kLanes ? depth - k : Depth::kLanes;
+        const Depth w = Depth::part(weight, n);
+        UNROLL for (int i = 0; i < MR; ++i) acc[i][0] =
+            Depth::multiply(Depth::part(x[i] + at, n), w, acc[i][0]);
+        at += n * Depth::kElement, weight += n * Depth::kElement;
+      }
     }
   }
+  if (!kept.empty) kept.add_to(acc);
   Vec total[kDotRows];
   UNROLL for (int i = 0; i < kDotRows; ++i) {
     total[i] = i < MR ? acc[i < MR ? i : 0][0] : zero();

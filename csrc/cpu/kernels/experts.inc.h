@@ -79,8 +79,13 @@ static __attribute__((noinline)) void row_dots_tile(const DotTile& t, float* sum
   UNROLL for (int c = 0; c < kDotColumns; ++c) weight[c] = t.weight[c];
   Vec acc[MR][kDotColumns];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = zero(); }
-  int64_t k = 0;
+  KeptSums<MR, kDotColumns> kept;
+  int64_t k = 0, full = kSumLength * kStep;  // full: where these sums are long enough
   for (; k + kUnroll * kStep <= t.depth; k += kUnroll * kStep) {
+    if (k == full) {
+      kept.take(acc);
+      full += kSumLength * kStep;
+    }
     for (int r = 0; r < t.ahead_rows; ++r) {
       const char* ahead = t.ahead + r * t.ahead_stride + k * W::kElement;
       UNROLL for (int u = 0; u < kUnroll * kStep; u += kLine)
@@ -92,6 +97,7 @@ static __attribute__((noinline)) void row_dots_tile(const DotTile& t, float* sum
     const int n = t.depth - k < kStep ? int(t.depth - k) : kStep;
     multiply_depth_end<X, W, MR>(acc, x, weight, k, n);
   }
+  if (!kept.empty) kept.add_to(acc);
   UNROLL for (int i = 0; i < MR; i += 2) {
     constexpr int kLast = MR - 1;
     Vec two[kDotRows];

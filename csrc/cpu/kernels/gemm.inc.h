@@ -13,6 +13,13 @@ FORCE_INLINE void multiply_one(Vec (&acc)[MR][NV], const float* const (&a)[MR], 
   }
 }
 
+// Elements of a segment that go into one sum: nearly equal parts of a long one, in whole rounds of four.
+FORCE_INLINE int part_of_sum(int depth) {
+  if (depth <= kSumLength) return depth;
+  const int parts = (depth + kSumLength - 1) / kSumLength;
+  return ((depth + parts - 1) / parts + 3) / 4 * 4;
+}
+
 // acc += the outer products of MR broadcast inputs and NV vectors of weights, over one segment.
 template <int MR, int NV>
 FORCE_INLINE void multiply_segment(Vec (&acc)[MR][NV], const char* const* in, int64_t in_offset, int depth,
@@ -183,6 +190,9 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
   }
   Vec acc[MR][NV];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
+  KeptSums<MR, NV> kept;
+  const int part = part_of_sum(g.depth);
+  int length = 0;
   for (int s = 0; s < g.segments; ++s, in += MR) {
     if (next.in) prefetch_segment(g, next, s);
     requests.ask();
@@ -193,8 +203,18 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
       continue;
     }
 #endif
-    multiply_segment<MR, NV>(acc, in, g.in_offset, g.depth, (const float*)panel + start);
+    const float* weight = (const float*)panel + start;
+    for (int k = 0; k < g.depth; k += part) {
+      const int depth = g.depth - k < part ? g.depth - k : part;
+      if (length + depth > kSumLength) {
+        kept.take(acc);
+        length = 0;
+      }
+      multiply_segment<MR, NV>(acc, in, g.in_offset + k * 4, depth, weight + k * NV * Vec::kLanes);
+      length += depth;
+    }
   }
+  if (!kept.empty) kept.add_to(acc);
   const bool whole = width == NV * Vec::kLanes && !rows.gate;
   const bool fast_out = g.out == Dtype::kFloat32 || (g.out == Dtype::kBFloat16 && !rows.residual);
   if (!whole || !fast_out || g.activation > Activation::kRelu6) {

@@ -5,14 +5,21 @@ static __attribute__((noinline)) void outer_tile(const OuterProduct& p, const fl
   Vec acc[MR][NV];
   UNROLL for (int i = 0; i < MR; ++i) { UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero(); }
   const float* x = p.x;
-  for (int k = 0; k < p.rows; ++k, grad += MR, x += kPanelWidth) {
-    Vec b[NV];
-    UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
-    UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec a = broadcast(grad[i]);
-      UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(a, b[v], acc[i][v]);
+  KeptSums<MR, NV> kept;
+  const int parts = (p.rows + p.length - 1) / p.length, part = parts ? (p.rows + parts - 1) / parts : 1;
+  for (int first = 0; first < p.rows; first += part) {
+    if (first) kept.take(acc);
+    const int end = p.rows - first < part ? p.rows : first + part;
+    for (int k = first; k < end; ++k, grad += MR, x += kPanelWidth) {
+      Vec b[NV];
+      UNROLL for (int v = 0; v < NV; ++v) b[v] = load(x + v * Vec::kLanes);
+      UNROLL for (int i = 0; i < MR; ++i) {
+        const Vec a = broadcast(grad[i]);
+        UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = fma(a, b[v], acc[i][v]);
+      }
     }
   }
+  if (!kept.empty) kept.add_to(acc);
   UNROLL for (int i = 0; i < MR; ++i) {
     UNROLL for (int v = 0; v < NV; ++v) {
       const int n = p.columns - v * Vec::kLanes;
