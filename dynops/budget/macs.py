@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import probing
+from ..ops import probing
 from .dense_rules import Cost
 from .frames import Frame, device_of, first_tensor
 from .rules import rule_of, saliency_heads

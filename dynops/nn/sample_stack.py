@@ -32,7 +32,7 @@ class _Residual(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.module(x)
+        return x + self.module(x.clone())  # what it writes in place is not in the sum
 
 
 class SampleStack:
@@ -84,12 +84,16 @@ class SampleStack:
 
     def on_all(self, x: Any) -> Any:
         """``module(x)``, on rows where that is the faster way; where no gradient is needed."""
-        if not self._takes(x) or not self._wins(x):
-            return self.module(x)
-        return self._on_rows(x, SamplePlan.full(x.shape[0]), None)
+        return self._on_rows(x, SamplePlan.full(x.shape[0]), None) if self.runs_all(x) else self.module(x)
+
+    def runs_all(self, x: Any) -> bool:
+        """Whether ``on_all`` runs on rows, which leave ``x`` as it is."""
+        return self._takes(x) and self._wins(x)
 
     def _takes(self, x: Any) -> bool:
         if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            return False
+        if autocast_dtype(x) not in (None, x.dtype):  # rows would round a sum that autocast leaves in x's dtype
             return False
         if context.current() is not None:  # converted layers inside compute the pixels of a mask
             return False
