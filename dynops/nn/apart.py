@@ -11,8 +11,8 @@ import contextlib
 import dis
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Callable
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,11 +22,19 @@ from torch.utils import _pytree as pytree
 _PASSES_ON = (nn.Identity, nn.Flatten, nn.Unflatten)  # and dropout: what they return may be what they got
 _FRESH = ("torch.nn.modules.", "torch.ao.nn.")  # where modules come from that write only if they are told to
 _OWN = "dynops."
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, functools.partial)
 _DEPTH = 6  # of helper functions that are looked into
 
 
-def apart(module: Callable, value: Any, *rest: Any, held: Iterable | None = None, name: str = "module") -> Any:
-    """``module(value, *rest)``, which leaves the tensors of ``value`` as they were.
+def apart(
+    module: Callable,
+    value: Any,
+    *rest: Any,
+    held: Any = None,
+    options: dict | None = None,
+    name: str = "module",
+) -> Any:
+    """``module(value, *rest, **options)``, which leaves the tensors of ``value`` as they were.
 
     Args:
         value: a tensor or a pytree of them. What lies in other objects (a transformer's cache) is the module's to write.
@@ -36,13 +44,14 @@ def apart(module: Callable, value: Any, *rest: Any, held: Iterable | None = None
     Raises:
         RuntimeError: the module wrote into a tensor although nothing in its code says so (a kernel of its own).
     """
+    options = options or {}
     if torch.compiler.is_compiling():  # a copy that is not needed is none in a graph
-        return module(_copied(value, None), *rest)
+        return module(_copied(value, None), *rest, **options)
     if may_write(module):
-        return module(_copied(value, held), *rest)
+        return module(_copied(value, held), *rest, **options)
     leaves = [leaf for leaf in _tensors(value) if not leaf.is_inference()]
     versions = [leaf._version for leaf in leaves]
-    out = module(value, *rest)
+    out = module(value, *rest, **options)
     if any(leaf._version != version for leaf, version in zip(leaves, versions, strict=True)):
         raise RuntimeError(
             f"{name}: expected a module that leaves its input as it is, or whose code shows that it writes into it "
@@ -51,7 +60,12 @@ def apart(module: Callable, value: Any, *rest: Any, held: Iterable | None = None
     return out
 
 
-def _copied(value: Any, held: Iterable | None) -> Any:
+def own(module: Callable, value: Any) -> Any:
+    """``value``, or a copy of it for a module that may write into it."""
+    return _copied(value, None) if torch.compiler.is_compiling() or may_write(module) else value
+
+
+def _copied(value: Any, held: Any) -> Any:
     others = None if held is None else _tensors(held)
 
     def copy(leaf: Tensor) -> Tensor:
@@ -74,7 +88,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _is_opaque(value: Any) -> bool:
     """A cache, which some versions of transformers register as a tree: it is there to be written into."""
-    return hasattr(value, "batch_select_indices") or hasattr(value, "reorder_cache")
+    return hasattr(value, "reorder_cache")
 
 
 # ------------------------------------------------------------------------------------- who may write
@@ -87,30 +101,49 @@ def may_write(module: Callable) -> bool:
 
 def _first_write(module: nn.Module) -> bool | None:
     """Whether a module writes into its input. None: it does not, but what it returns may be its input."""
-    own = vars(module)
-    if "_orig_mod" in own["_modules"]:  # torch.compile's
+    fields = vars(module)
+    if "_orig_mod" in fields["_modules"]:  # torch.compile's
         return _first_write(module._orig_mod)
-    if "forward" in own:
+    if "forward" in fields:
         return _function_writes(module.forward)
     kind = type(module)
     if kind.forward is nn.Sequential.forward:
         found = (_first_write(child) for child in module)
         return next((writes for writes in found if writes is not None), None)
-    if kind.__module__.startswith(_FRESH):
-        passes = kind in _PASSES_ON or isinstance(module, nn.modules.dropout._DropoutNd)
-        return bool(own.get("inplace")) or (None if passes else False)
+    if _home(kind).startswith(_FRESH):
+        passes = isinstance(module, (*_PASSES_ON, nn.modules.dropout._DropoutNd))
+        return bool(fields.get("inplace")) or (None if passes else False)
     if kind.__module__.startswith(_OWN):
         return False
     return any(_writes_inside(each) for each in module.modules())
 
 
 def _writes_inside(module: nn.Module) -> bool:
-    own, kind = vars(module), type(module)
-    if own.get("inplace") or isinstance(module, torch.jit.ScriptModule):
-        return True
-    if "forward" in own:
+    fields = vars(module)
+    if "forward" in fields and not fields.get("inplace"):
         return _function_writes(module.forward)
-    return not kind.__module__.startswith((*_FRESH, _OWN)) and _scan(inspect.unwrap(kind.forward), kind)
+    return _kind_writes(module)
+
+
+def _kind_writes(module: nn.Module) -> bool:
+    """Whether a module that has its class's forward may write."""
+    fields, kind = vars(module), type(module)
+    if fields.get("inplace") or isinstance(module, torch.jit.ScriptModule):
+        return True
+    if kind.__module__.startswith(_OWN) or _home(kind).startswith(_FRESH):
+        return False
+    kept = (value for value in fields.values() if isinstance(value, _FUNCTIONS))
+    return _method_writes(kind.forward, kind) or any(map(_function_writes, kept))
+
+
+def _home(kind: type[nn.Module]) -> str:
+    """Where a class's forward was written."""
+    return getattr(kind.forward, "__module__", None) or ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _method_writes(method: Callable, owner: type) -> bool:
+    return _scan(inspect.unwrap(method), owner, _DEPTH)
 
 
 def _function_writes(function: Callable, depth: int = _DEPTH) -> bool:
@@ -121,7 +154,8 @@ def _function_writes(function: Callable, depth: int = _DEPTH) -> bool:
     if isinstance(function, MethodType):
         owner, function = function.__self__, function.__func__
         if isinstance(owner, nn.Module):
-            return may_write(owner) if function is type(owner).forward else _scan(function, type(owner))
+            # not may_write, as its own forward attribute may call this one (torch.compile's does)
+            return any(map(_kind_writes, owner.modules())) or _scan(function, type(owner), depth)
     if isinstance(function, nn.Module):
         return may_write(function)
     if isinstance(function, FunctionType):
@@ -134,8 +168,7 @@ def _function_writes(function: Callable, depth: int = _DEPTH) -> bool:
     return _names_a_write(getattr(function, "__name__", ""))
 
 
-@functools.lru_cache(maxsize=4096)
-def _scan(function: Callable, owner: type | None, depth: int = _DEPTH) -> bool:
+def _scan(function: Callable, owner: type | None, depth: int) -> bool:
     """Whether a function of the user's, or another one of theirs that it names, may write into a tensor."""
     code = getattr(function, "__code__", None)
     if code is None:
@@ -148,7 +181,7 @@ def _scan(function: Callable, owner: type | None, depth: int = _DEPTH) -> bool:
             found[name] = cell.cell_contents
     for name in (*code.co_names, *found):
         helper = found.get(name, function.__globals__.get(name, getattr(owner, name, None)))
-        if isinstance(helper, nn.Module) and may_write(helper):
+        if isinstance(helper, nn.Module) and any(map(_kind_writes, helper.modules())):
             return True
         is_new = isinstance(helper, FunctionType) and helper is not function and depth > 0
         if is_new and (helper.__module__ or "").startswith(("torch.", _OWN)):
@@ -158,6 +191,7 @@ def _scan(function: Callable, owner: type | None, depth: int = _DEPTH) -> bool:
     return False
 
 
+@functools.lru_cache(maxsize=4096)
 def _code_writes(code: CodeType) -> bool:
     """Whether anything in a function's code may write into a tensor: too often rather than never."""
     for step in dis.get_instructions(code):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import is_int
+from .apart import apart, own
 
 
 class Verdict(NamedTuple):
@@ -265,7 +266,7 @@ class LearnedExit(Criterion):
                 "state: expected the network's, as LearnedExit reads it, got None; take the confidences of "
                 "model(x, confidence=True)"
             )
-        score = self.heads[exit](state if self.reads == "state" else logits)
+        score = apart(self.heads[exit], state if self.reads == "state" else logits, name=f"heads[{exit}]")
         if score.numel() != logits.shape[0]:
             raise ValueError(
                 f"heads: expected [{logits.shape[0]}] or [{logits.shape[0]}, 1] of head {exit}, "
@@ -318,6 +319,7 @@ def max_probability(logits: Tensor) -> Tensor:
 
 def decide(criterion, logits: Tensor, exit: int, state: Any, memory: Any) -> Verdict:
     """A criterion's or a callable's verdict, checked."""
+    logits, state = own(criterion, (logits, state))  # a function of values
     if isinstance(criterion, Criterion):
         verdict = criterion(logits, exit, state, memory)
     else:

@@ -82,13 +82,13 @@ class SampleStack:
             return scatter_samples(run_folded(self.bound.stack, gather_samples(x, plan)), plan, x)
         return self._on_rows(x, plan, None if plan.is_full else x)
 
-    def on_all(self, x: Any) -> Any:
-        """``module(x)``, on rows where that is the faster way; where no gradient is needed."""
-        return self._on_rows(x, SamplePlan.full(x.shape[0]), None) if self.runs_all(x) else self.module(x)
-
     def runs_all(self, x: Any) -> bool:
-        """Whether ``on_all`` runs on rows, which leave ``x`` as it is."""
+        """Whether ``on_all`` is the faster way; where no gradient is needed."""
         return self._takes(x) and self._wins(x)
+
+    def on_all(self, x: Tensor) -> Tensor:
+        """``module(x)`` on rows, which leaves ``x`` as it is."""
+        return self._on_rows(x, SamplePlan.full(x.shape[0]), None)
 
     def _takes(self, x: Any) -> bool:
         if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
