@@ -23,7 +23,7 @@ _PASSES_ON = (nn.Identity, nn.Flatten, nn.Unflatten)  # and dropout: what they r
 _FRESH = ("torch.nn.modules.", "torch.ao.nn.")  # where modules come from that write only if they are told to
 _OWN = "dynops."
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, functools.partial)
-_DEPTH = 6  # of helper functions that are looked into
+_DEPTH = 4  # of helper functions that are looked into
 
 
 def apart(
@@ -125,15 +125,21 @@ def _writes_inside(module: nn.Module) -> bool:
     return _kind_writes(module)
 
 
-def _kind_writes(module: nn.Module) -> bool:
+def _kind_writes(module: nn.Module, depth: int = _DEPTH) -> bool:
     """Whether a module that has its class's forward may write."""
     fields, kind = vars(module), type(module)
     if fields.get("inplace") or isinstance(module, torch.jit.ScriptModule):
         return True
     if kind.__module__.startswith(_OWN) or _home(kind).startswith(_FRESH):
         return False
-    kept = (value for value in fields.values() if isinstance(value, _FUNCTIONS))
-    return _method_writes(kind.forward, kind) or any(map(_function_writes, kept))
+    if _method_writes(kind.forward, kind):
+        return True
+    kept = (value for name, value in fields.items() if name != "forward" and isinstance(value, _FUNCTIONS))
+    return any(depth == 0 or _function_writes(value, depth - 1) for value in kept)
+
+
+def _any_writes(module: nn.Module, depth: int) -> bool:
+    return depth == 0 or any(_kind_writes(each, depth - 1) for each in module.modules())
 
 
 def _home(kind: type[nn.Module]) -> str:
@@ -155,7 +161,7 @@ def _function_writes(function: Callable, depth: int = _DEPTH) -> bool:
         owner, function = function.__self__, function.__func__
         if isinstance(owner, nn.Module):
             # not may_write, as its own forward attribute may call this one (torch.compile's does)
-            return any(map(_kind_writes, owner.modules())) or _scan(function, type(owner), depth)
+            return _any_writes(owner, depth) or _scan(function, type(owner), depth)
     if isinstance(function, nn.Module):
         return may_write(function)
     if isinstance(function, FunctionType):
@@ -181,7 +187,7 @@ def _scan(function: Callable, owner: type | None, depth: int) -> bool:
             found[name] = cell.cell_contents
     for name in (*code.co_names, *found):
         helper = found.get(name, function.__globals__.get(name, getattr(owner, name, None)))
-        if isinstance(helper, nn.Module) and any(map(_kind_writes, helper.modules())):
+        if isinstance(helper, nn.Module) and _any_writes(helper, depth):
             return True
         is_new = isinstance(helper, FunctionType) and helper is not function and depth > 0
         if is_new and (helper.__module__ or "").startswith(("torch.", _OWN)):
