@@ -45,8 +45,8 @@ def apart(
         RuntimeError: the module wrote into a tensor although nothing in its code says so (a kernel of its own).
     """
     options = options or {}
-    if torch.compiler.is_compiling():  # a copy that is not needed is none in a graph
-        return module(_copied(value, None), *rest, **options)
+    if torch.compiler.is_compiling():  # code is not looked into there, and Inductor drops a copy that is not needed
+        return module(value if _is_plain(module) else _copied(value, None), *rest, **options)
     if may_write(module):
         return module(_copied(value, held), *rest, **options)
     leaves = [leaf for leaf in _tensors(value) if not leaf.is_inference()]
@@ -58,6 +58,12 @@ def apart(
             f"(relu_, +=, inplace=True, …); {type(module).__name__} wrote into it unseen: give it a clone"
         )
     return out
+
+
+def _is_plain(module: Callable) -> bool:
+    """Whether a module is one of PyTorch's or dynops' layers, that does not write."""
+    known = type(module).__module__.startswith((*_FRESH, _OWN)) and not isinstance(module, nn.Sequential)
+    return known and not getattr(module, "inplace", False)
 
 
 def own(module: Callable, value: Any) -> Any:

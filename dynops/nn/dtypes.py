@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,12 @@ class Returned:
     """What modules returned, by their input's dtypes and autocast's. One that has not run yet runs on two samples, once."""
 
     def __init__(self):
-        self._seen: dict[tuple, list[torch.dtype | None]] = {}
+        self._seen: dict[tuple, tuple[Callable, list[torch.dtype | None]]] = {}
 
     def note(self, module: Callable, x: Any, out: Any) -> None:
         """``module(x)`` returned ``out``."""
         if _matters(x):
-            self._seen[_key(module, x)] = _dtypes(out)
+            self._seen[_key(module, x)] = _by_id(module), _dtypes(out)
 
     def widened(self, out: Any, module: Callable, x: Any) -> Any:
         """``out`` in the wider of its dtypes and those that ``module(x)`` would have."""
@@ -32,10 +33,10 @@ class Returned:
         if type(module) is nn.Identity:
             others = _dtypes(x)
         else:
-            key = _key(module, x)
-            if key not in self._seen:
-                self._seen[key] = _dtypes(_probe(module, x))
-            others = self._seen[key]
+            of, others = self._seen.get(_key(module, x), (None, None))
+            if of is None or of() is not module:
+                others = _dtypes(_probe(module, x))
+                self._seen[_key(module, x)] = _by_id(module), others
         leaves, tree = pytree.tree_flatten(out)
         if len(leaves) != len(others):
             return out
@@ -62,6 +63,11 @@ def _autocast(x: Any) -> torch.dtype | None:
     device = leaf.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
+
+
+def _by_id(module: Callable) -> Callable:
+    """A weak reference, as the id in a key may come to belong to another module."""
+    return weakref.ref(module) if isinstance(module, nn.Module) else lambda: module
 
 
 def _key(module: Callable, x: Any) -> tuple:
