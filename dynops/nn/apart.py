@@ -113,7 +113,9 @@ def _first_write(module: nn.Module) -> bool | None:
     if "forward" in fields:
         return _function_writes(module.forward)
     kind = type(module)
-    if kind.forward is nn.Sequential.forward:
+    if isinstance(module, nn.Sequential) and (
+        kind.forward is nn.Sequential.forward or kind.__module__.startswith(_OWN)
+    ):
         found = (_first_write(child) for child in module)
         return next((writes for writes in found if writes is not None), None)
     if _home(kind).startswith(_FRESH):

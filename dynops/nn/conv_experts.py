@@ -96,11 +96,11 @@ class ConvExperts(nn.Module):
         packed, start = gather_pairs(layout.rows(x), plan), 0
         outputs, out_layout, idle = [], None, []
         for i, (branch, count) in enumerate(zip(self.branches, counts, strict=True)):
-            part, start = packed[start : start + count], start + count  # not split: its views refuse writes in place
+            part, start = packed[start : start + count], start + count
             if count == 0:
                 idle.append(branch)
                 continue
-            y = branch(layout.samples(part))
+            y = apart(branch, layout.samples(part), name=f"branches[{i}]")  # autograd takes the parts for one tensor
             self._returned.note(branch, x, y)
             out_layout = out_layout or SampleLayout.of(y)
             if y.shape != (len(part), *out_layout.shape):

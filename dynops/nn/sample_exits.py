@@ -264,6 +264,7 @@ class EarlyExit(_Exits):
                 found = self._traced[exit] = SampleStack(stage, "replace")
             if found.runs_all(state):
                 return found.on_all(state)
+        held = None if self.gradient_equilibrium else held  # its views refuse to be written into
         return apart(stage, state, held=held, name=f"stages[{exit}]")
 
     def __getstate__(self):
