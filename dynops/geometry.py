@@ -63,9 +63,11 @@ class ConvGeometry(NamedTuple):
     def macs(self, rows: int, in_channels: int, out_channels: int) -> float:
         """Multiply-accumulates to compute ``rows`` output pixels.
 
-        A transposed convolution with stride s meets only 1/(s*s) of its taps at each output pixel.
+        In a transposed convolution each input pixel meets every tap once: an output pixel has its share of these.
         """
-        taps = self.taps / (self.stride_h * self.stride_w) if self.transposed else self.taps
+        taps = self.taps
+        if self.transposed:
+            taps = taps * (self.in_h * self.in_w) / max(self.out_h * self.out_w, 1)
         return rows * taps * in_channels * out_channels / self.groups
 
 

@@ -886,11 +886,14 @@ def test_bad_verdicts_and_states_are_named():
         pick_model(lambda z, e, s: True)(x)
     with pytest.raises(TypeError, match=r"^heads\[0\]: expected logits \[n, ...\], got dict"):
         EarlyExit([Scale(3)], [Dict()], MaxSoftmax(0.5))(x)
-    shared = EarlyExit([nn.Identity()] * 2, [First(), First()], lambda z, e, s: s[0][:, 0] > 0).eval()
+    named = EarlyExit(
+        [nn.Identity()] * 2, [First()] * 2, lambda z, e, s: z[:, 0] > 0, shared={1: False}
+    ).eval()
     with pytest.raises(
-        ValueError, match=r"^state: expected tensors \[4, ...\], one row for each sample, got shape \(\)"
+        ValueError,
+        match=r"^state\[1\]: expected \[4, ...\], as shared=\{1: False\} says, got shape \(\)",
     ):
-        shared((random_tensor(4, 3), torch.tensor(1.0)))
+        named((random_tensor(4, 3), torch.tensor(1.0)))
 
 
 class Dict(nn.Module):

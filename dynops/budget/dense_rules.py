@@ -35,22 +35,23 @@ def argument(args: tuple, kwargs: dict, position: int, name: str, default=None):
 
 
 def conv(module: nn.modules.conv._ConvNd, args: tuple, kwargs: dict, out: Tensor) -> Cost:
+    """Every tap at each output pixel; of a transposed one every tap at each input pixel."""
     dims = len(module.kernel_size)
     rows = out.shape[0] if out.dim() == dims + 2 else 1
-    return Cost(rows, conv_macs(module, out.shape[-dims:].numel()))
+    of_taps = argument(args, kwargs, 0, "input", argument(args, kwargs, 0, "x")) if module.transposed else out
+    return Cost(rows, conv_macs(module, of_taps.shape[-dims:].numel()))
 
 
-def conv_macs(module: nn.modules.conv._ConvNd, pixels: int) -> float:
-    """MACs of ``pixels`` output pixels, as ``ConvGeometry.macs`` has it for two dimensions."""
+def conv_macs(module: nn.modules.conv._ConvNd, pixels: float) -> float:
+    """MACs of ``pixels`` pixels that meet every tap: outputs, of a transposed convolution inputs."""
     taps = math.prod(module.kernel_size)
-    if module.transposed:
-        taps /= math.prod(module.stride)
     return pixels * taps * module.in_channels * module.out_channels / module.groups
 
 
 def linear(module: nn.Linear, args: tuple, kwargs: dict, out: Tensor) -> Cost:
-    rows = out.shape[0] if out.dim() > 1 else 1
-    return Cost(rows, out.shape[1:-1].numel() * float(module.weight.shape[0] * module.weight.shape[1]))
+    x = argument(args, kwargs, 0, "input", out)  # what a subclass returns may be a tuple: routers are such
+    rows = x.shape[0] if x.dim() > 1 else 1
+    return Cost(rows, x.shape[1:-1].numel() * float(module.weight.shape[0] * module.weight.shape[1]))
 
 
 def bilinear(module: nn.Bilinear, args: tuple, kwargs: dict, out: Tensor) -> Cost:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import probing
+from ..ops import probing
 from .dense_rules import Cost
 from .frames import Frame, device_of, first_tensor
 from .rules import rule_of, saliency_heads
@@ -32,11 +32,12 @@ class MacCounter(Tracker):
         loss = loss + (macs.total / macs.dense - target) ** 2
 
     Counted are PyTorch's convolutions, linear and recurrent layers, recurrent cells and
-    ``nn.MultiheadAttention``, all layers of :mod:`dynops.nn`, and ``ops.interpolate_pixels``. A gate is made
-    of such layers, so it counts too. What a module computes by functions (``F.conv2d``, ``torch.matmul``,
+    ``nn.MultiheadAttention``, all layers of :mod:`dynops.nn`, ``ops.interpolate_pixels``, and the experts and routers of
+    transformers' models, whatever their ``experts_implementation``. A gate is made of such layers, so it counts too. What a module computes by functions (``F.conv2d``, ``torch.matmul``,
     attention written by hand) is seen by nobody: give its class a rule.
 
-    What counts is what must be computed: halos included, and of a layer in its dense-masked training form
+    What counts is what must be computed: every tap at each output pixel (of a transposed convolution at each input pixel, and an
+    active output pixel has its share of these), halos included, and of a layer in its dense-masked training form
     (``Skip`` and ``Halting`` with ``dense=True``) what the compact form would compute. A gate's value counts
     as open (nonzero) or closed; its gradient is what it opens: each sample of a ``Skip`` gets the MACs of the
     module for that sample, and one that was skipped the mean of those that were not, or, where nobody ran,

@@ -26,7 +26,8 @@ from ..nn import (
     TopKRouter,
 )
 from ..plans import BlockPlan, ChannelPlan, ExpertPlan
-from . import pictures, probing
+from ..ops import probing
+from . import pictures
 from .dense_rules import argument
 from .tallies import Histogram, Tally
 from .tracker import Call, Tracker

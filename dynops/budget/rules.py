@@ -27,7 +27,8 @@ from ..nn import (
 )
 from ..plans import ChannelPlan, ExpertPlan, PixelPlan
 from . import stacks
-from .dense_rules import DENSE_RULES, Cost, argument, conv, conv_macs, step_macs
+from .called_rules import called_experts, called_router, is_router, matrices_of
+from .dense_rules import DENSE_RULES, Cost, argument, conv, step_macs
 from .sums import opened, slope
 
 # ------------------------------------------------------------------------------------------ pixels
@@ -45,7 +46,7 @@ def pixel_conv(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Cos
         shape = (out.shape[0] if out.dim() == 4 else 1, *out.shape[-2:])
         mask = active.plan(shape, out.device)
     pixels = live_pixels(mask, kwargs.get("gate"))
-    return Cost(dense.rows, conv_macs(module, 1), pixels, dense.each)
+    return Cost(dense.rows, dense.each / max(out.shape[-2:].numel(), 1), pixels, dense.each)
 
 
 def live_pixels(mask: Tensor | PixelPlan, gate: Tensor | None = None) -> Tensor:
@@ -307,6 +308,10 @@ def rule_of(module: nn.Module):
         return skip_rnn
     if all(hasattr(module, name) for name in ("small", "big", "gate", "small_size")):
         return skim_rnn
+    if matrices_of(module):
+        return called_experts
+    if is_router(module):
+        return called_router
     if isinstance(module, nn.TransformerEncoderLayer) and "plan" in _forward_names(module):
         return token_encoder
     for kind in type(module).__mro__:

@@ -11,7 +11,8 @@ from ..nn import SparseBlocks, SparseSequential
 from ..nn import sequential as chains
 from ..nn.rows import _plans as plans_of_stack
 from ..plans import BlockPlan, PixelPlan, as_pixel_plan
-from .dense_rules import Cost, conv_macs
+from ..geometry import ConvGeometry
+from .dense_rules import Cost
 from .sums import slope
 
 
@@ -30,8 +31,9 @@ def of_chain(module: SparseSequential, x: Tensor, mask_or_plan) -> Computed:
     live, dense = _zero(x), 0.0
     for step, geometry, out_plan in zip(steps, geometries, plans, strict=True):
         if geometry is not None:
-            live = live + _pixels(out_plan) * conv_macs(step.conv, 1)
-            dense += conv_macs(step.conv, geometry.out_h * geometry.out_w)
+            each = _each(step.conv, geometry)
+            live = live + _pixels(out_plan) * each
+            dense += each * geometry.out_h * geometry.out_w
     return Computed(live, dense)
 
 
@@ -40,8 +42,8 @@ def of_blocks(module: SparseBlocks, x: Tensor, mask_or_plan) -> Computed:
     bound, in_shape = module._stack(), (x.shape[0], x.shape[2], x.shape[3])
     geometries = bound.geometries(in_shape)
     convs = [layer for layer in bound.stack.layers if layer.fused is not None]
-    full = {c.out: geometries[c.out].out_h * geometries[c.out].out_w for c in convs}
-    dense = sum(conv_macs(c.conv, full[c.out]) for c in convs)
+    each = {c.out: _each(c.conv, geometries[c.out]) for c in convs}
+    dense = sum(each[c.out] * geometries[c.out].out_h * geometries[c.out].out_w for c in convs)
     if mask_or_plan is None:
         return Computed(_zero(x) + dense, dense)
     plan = module._plan(mask_or_plan, bound.output_shape(in_shape), x)
@@ -52,12 +54,12 @@ def of_blocks(module: SparseBlocks, x: Tensor, mask_or_plan) -> Computed:
     if path == "rows":
         plans = plans_of_stack(bound.stack, geometries, plan.pixels())
         for c in convs:
-            live = live + _pixels(plans[c.out]) * conv_macs(c.conv, 1)
+            live = live + _pixels(plans[c.out]) * each[c.out]
         return Computed(live, dense)
     layout, tiles = bound.layout(in_shape, plan.geometry), _tiles(plan)
     for c in convs:
         g = layout.maps[c.out]
-        live = live + tiles * conv_macs(c.conv, g.tile_h * g.tile_w)
+        live = live + tiles * each[c.out] * g.tile_h * g.tile_w
     return Computed(live, dense)
 
 
@@ -69,6 +71,11 @@ def cost(computed: Computed, mask, rows: int) -> Cost:
         price = torch.where(active > 0, live / active.clamp(min=1), dense / max(mask[0].numel(), 1))
         live = live + slope(mask).flatten(1).sum(1) * price
     return Cost(rows, 1.0, live, dense)
+
+
+def _each(conv, geometry: ConvGeometry) -> float:
+    """MACs of an output pixel."""
+    return geometry.macs(1, conv.in_channels, conv.out_channels)
 
 
 def _zero(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ..nn import ConvExperts, GroupedDynamicConv2d
 from ..ops.watch import watching
 from ..plans import SamplePlan
-from . import probing
+from ..ops import probing
 from .frames import Frame, device_of, first_tensor, rows_of, special_frame
 from .rules import OPAQUE
 from .sums import Owners, Sums

@@ -121,7 +121,7 @@ class Threshold(nn.Module):
         shape: its shape, which broadcasts to the scores': ``()`` one for all, ``(C, 1, 1)`` one for each
             channel.
         slope: of the surrogate's sigmoid; CGNet's is 2.
-        learned: False: a buffer ``threshold`` instead of a parameter.
+        learned: False: a buffer ``threshold`` instead of a parameter; it is float32 at least, and ``.to(dtype)`` does not round it.
 
     Shape:
         - score: floating, any shape that ``shape`` broadcasts to. Output: :class:`Decision` of that shape.
@@ -146,11 +146,21 @@ class Threshold(nn.Module):
         check_number("initial", initial)
         check_number("slope", slope, above=0)
         self.slope = slope
+        if not learned:
+            dtype = torch.promote_types(dtype or torch.float32, torch.float32)
         value = torch.full(tuple(shape), float(initial), device=device, dtype=dtype)
         if learned:
             self.threshold = nn.Parameter(value)
         else:
             self.register_buffer("threshold", value)
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self._buffers.get("threshold")
+        super()._apply(fn, recurse)
+        if before is not None and self.threshold.dtype != before.dtype:  # the new device, not the new dtype
+            moved = self.threshold
+            self.threshold = moved.to(before.dtype) if before.is_meta else before.to(moved.device)
+        return self
 
     def forward(self, score: Tensor) -> Decision:
         return functions.threshold(score, self.threshold, self.slope)

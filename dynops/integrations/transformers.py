@@ -17,6 +17,9 @@ def register(name: str = "dynops") -> None:
     gate, a norm after each expert and tokens that are dropped (an index of ``num_experts``) are honoured. The
     activation is fused where dynops has it; a gate of the model's own is called between the two GEMMs.
 
+    A model none of whose experts use that interface (Llama 4, Switch Transformers, NLLB-MoE) runs as it did, and warns with its
+    name and the reason, when it is made or set.
+
     Args:
         name: what ``experts_implementation`` is to be.
 
@@ -28,11 +31,13 @@ def register(name: str = "dynops") -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from .transformers_experts import experts_forward
+    from .transformers_notice import notice
 
     taken = "eager" if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name, experts_forward)
     if taken is not experts_forward:
         raise ValueError(f"name: expected one that no other implementation of experts has, got {name!r}")
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+    notice(name)
 
 
 def _check_version() -> None:

@@ -11,6 +11,7 @@ from ..modes import autocast_dtype
 from ..ops import auto, checks
 from ..ops.rows import in_format_of
 from ..plans import BlockPlan, as_block_plan, check_mask
+from .apart import apart
 from .bound import Bound
 from .rows import checked_base, run_rows
 from .tiles import run_tiles
@@ -165,7 +166,7 @@ class SparseBlocks(nn.Module):
 
     def _dense(self, x: Tensor, plan: BlockPlan, base: Tensor | None) -> Tensor:
         """The module itself, and what of it the plan keeps."""
-        out = self.module(x)
+        out = apart(self.module, x)  # x may be the base too
         if not (plan.is_full and _covers(plan.geometry)):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
             out = auto.keep_pixels(out, plan.pixels(), base)

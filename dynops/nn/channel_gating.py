@@ -13,6 +13,7 @@ from ..kept import kept
 from ..ops import gather_channels, masked_output_conv2d, packed_channel_conv2d
 from ..ops.rows import memory_format_of
 from ..plans import ChannelPlan
+from .exact import ExactBuffers
 from .norm import fold, uses_batch_statistics
 
 
@@ -43,7 +44,7 @@ class SaliencyHead(nn.Module):
         return saliency, ChannelPlan.from_mask(mask, capacity=saliency.shape[1] - inactive)
 
 
-class GroupedDynamicConv2d(nn.Module):
+class GroupedDynamicConv2d(ExactBuffers):
     """Dynamic group convolution: norm, relu, then each head convolves the input channels that it finds most salient.
 
     The constructor, parameters and ``state_dict`` are those of the published ``DynamicMultiHeadConv``: ``norm``,
@@ -102,11 +103,14 @@ class GroupedDynamicConv2d(nn.Module):
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.squeeze_rate, self.gate_factor = squeeze_rate, gate_factor
         self.norm = nn.BatchNorm2d(in_channels, device=device, dtype=dtype)
-        self.register_buffer("_inactive_channels", torch.zeros(1, device=device))
+        self.register_buffer("_inactive_channels", torch.zeros(1, device=device, dtype=torch.float32))
         self._inactive = 0  # the buffer's value on the host: reading it there would wait for a GPU
         for i in range(heads):
             head = SaliencyHead(in_channels, out_channels // heads, squeeze_rate, kernel_size, device, dtype)
             self.add_module(f"headconv_{i}", head)
+
+    def _exact(self) -> tuple[str, ...]:
+        return ("_inactive_channels",)  # a count: bfloat16 has no 257
 
     @property
     def inactive_channels(self) -> int:

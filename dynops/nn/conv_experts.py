@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..ops import combine_pairs, expert_checks, gather_pairs
 from ..ops.samples import SampleLayout
 from ..plans import ExpertPlan
+from .apart import apart
+from .dtypes import Returned
 
 
 class ConvExperts(nn.Module):
@@ -35,7 +37,8 @@ class ConvExperts(nn.Module):
           ``topk_weight`` get their gradients.
 
     Each call reads the number of samples of each branch back to the host. Where nobody chose anything, the first branch runs on
-    two samples of zeros for the shape of the output. A branch that nobody chose gets no gradient, not a zero one:
+    two samples of zeros for the shape of the output. The output's dtype is the widest that a branch returns, whoever was chosen:
+    where it would be narrower than float32, a branch that has not run yet runs on two samples, once. A branch that nobody chose gets no gradient, not a zero one:
     DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
@@ -52,6 +55,7 @@ class ConvExperts(nn.Module):
         if combine not in ("sum", "concat"):
             raise ValueError(f"combine: expected 'sum' or 'concat', got {combine!r}")
         self.gate, self.combine = gate, combine
+        self._returned = Returned()
 
     def forward(
         self,
@@ -68,7 +72,7 @@ class ConvExperts(nn.Module):
             )
             raise ValueError(f"topk_index: expected {expected}, got {type(topk_index).__name__}")
         if topk_index is None:
-            topk_index, topk_weight, *_ = self.gate(x)
+            topk_index, topk_weight, *_ = apart(self.gate, x, name="gate")
         plan = self._plan(x, topk_index)
         expert_checks.topk_weight_of(topk_weight, plan)
         rows, layout = self._run(x, plan)
@@ -89,26 +93,33 @@ class ConvExperts(nn.Module):
         """The outputs ``[P, F]`` in the plan's order, and how they become samples."""
         counts = plan.counts.tolist()
         layout = SampleLayout.of(x)
-        *parts, dropped = gather_pairs(layout.rows(x), plan).split([*counts, plan.num_rows - sum(counts)])
-        outputs, out_layout = [], None
-        for i, (branch, part) in enumerate(zip(self.branches, parts, strict=True)):
-            if len(part) == 0:
+        packed, start = gather_pairs(layout.rows(x), plan), 0
+        outputs, out_layout, idle = [], None, []
+        for i, (branch, count) in enumerate(zip(self.branches, counts, strict=True)):
+            part, start = packed[start : start + count], start + count
+            if count == 0:
+                idle.append(branch)
                 continue
-            y = branch(layout.samples(part))
+            y = apart(branch, layout.samples(part), name=f"branches[{i}]")  # autograd takes the parts for one tensor
+            self._returned.note(branch, x, y)
             out_layout = out_layout or SampleLayout.of(y)
             if y.shape != (len(part), *out_layout.shape):
                 raise ValueError(
                     f"branches: expected {(len(part), *out_layout.shape)} from branch {i}, got {tuple(y.shape)}"
                 )
             outputs.append(out_layout.rows(y))
+        like = outputs[0] if outputs else self._output_of_none(x)
         if out_layout is None:
-            out_layout = SampleLayout(self._shape_of_none(x), layout.channels_last)
-        like = outputs[0] if outputs else x
-        outputs.append(like.new_zeros(len(dropped), out_layout.shape.numel()))
-        return torch.cat(outputs), out_layout
+            out_layout = SampleLayout(like.shape[1:], layout.channels_last)
+        for other in outputs[1:]:
+            like = like.to(torch.promote_types(like.dtype, other.dtype))
+        for branch in idle:  # the dtype is that of all branches, whoever was chosen
+            like = self._returned.widened(like, branch, x)
+        outputs.append(like.new_zeros(plan.num_rows - start, out_layout.shape.numel()))
+        return torch.cat([rows.to(like.dtype) for rows in outputs]), out_layout
 
-    def _shape_of_none(self, x: Tensor) -> torch.Size:
-        """The shape of a sample's output where nobody chose a branch: the first one's, of zeros.
+    def _output_of_none(self, x: Tensor) -> Tensor:
+        """What an output is like where nobody chose a branch: the first one's, of zeros.
 
         Two of them, as a norm of vectors refuses one in training mode; on copies of the buffers, which a norm changes. (The meta
         device would cost nothing, but not every module runs there.)
@@ -116,7 +127,7 @@ class ConvExperts(nn.Module):
         branch = self.branches[0]
         buffers = {name: buffer.clone() for name, buffer in branch.named_buffers()}
         with torch.no_grad():
-            return torch.func.functional_call(branch, buffers, (x.new_zeros(2, *x.shape[1:]),)).shape[1:]
+            return torch.func.functional_call(branch, buffers, (x.new_zeros(2, *x.shape[1:]),))
 
     def _slots(self, rows: Tensor, plan: ExpertPlan, topk_weight: Tensor | None) -> Tensor:
         """``[N, E, F]``: each row at its sample and branch, added where a sample names a branch twice."""
@@ -127,6 +138,9 @@ class ConvExperts(nn.Module):
         where = plan.token[:live].long(), plan.expert[:live].long()
         slots = rows.new_zeros(plan.tokens, plan.num_experts, rows.shape[1])
         return slots.index_put(where, rows, accumulate=True)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_returned": Returned()}
 
     def extra_repr(self) -> str:
         return f"combine={self.combine!r}"

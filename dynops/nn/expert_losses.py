@@ -16,6 +16,19 @@ def _rows(value, name: str, like: Tensor | None = None) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
+def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """bool ``[T]``, false at padding, from a mask of T numbers (``[T]``, ``[B, S]``), nonzero = a token; None: all are real."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor or None, got {type(attention_mask).__name__}")
+    if attention_mask.numel() != tokens:
+        raise ValueError(
+            f"attention_mask: expected one number for each of {tokens} tokens, got shape {tuple(attention_mask.shape)}"
+        )
+    return (attention_mask != 0).reshape(-1)
+
+
 def _sums(values: Tensor, index: Tensor, num_experts: int) -> Tensor:
     """``[E]``: the sum of ``values`` ``[T, K]`` over the pairs of each expert; pairs with index E count nowhere.
 
@@ -30,7 +43,7 @@ def _cv_squared(x: Tensor) -> Tensor:
     return x.var(correction=0) / (x.mean().square() + 1e-10)
 
 
-def load_balance_loss(probs: Tensor, index: Tensor) -> Tensor:
+def load_balance_loss(probs: Tensor, index: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Switch's load balance: ``E * sum_e f_e * P_e``, 1 where probabilities and choices are even.
 
     ``f_e`` is the share of all pairs that chose expert e, ``P_e`` the mean of its probability over the tokens. The gradient
@@ -38,45 +51,65 @@ def load_balance_loss(probs: Tensor, index: Tensor) -> Tensor:
 
     Args:
         probs: ``[..., E]``, a distribution for each token.
-        index: int ``[..., K]``; pairs with index E (dropped) count nowhere.
+        index: int ``[..., K]``; a pair with index E (dropped) chose no expert. A token all of whose pairs have index E
+            counts nowhere, as padding does.
+        attention_mask: bool or numbers ``[...]`` (or flat), nonzero = a token, 0 = padding, which counts nowhere; None: no
+            padding.
 
     Papers: Switch Transformers (JMLR 2022), equations 4 to 6; GShard (ICLR 2021).
     """
     probs, index = _rows(probs, "probs"), _rows(index, "index", probs)
-    num_experts = probs.shape[1]
-    counts = _sums(torch.ones_like(index, dtype=probs.dtype), index, num_experts)
-    shares = counts / max(index.numel(), 1)
-    return num_experts * (shares * (probs.sum(0) / max(probs.shape[0], 1))).sum()
+    num_experts, real = probs.shape[1], real_tokens(attention_mask, probs.shape[0])
+    counted = (index < num_experts).any(1)
+    counted = counted if real is None else counted & real
+    tokens = counted.sum().clamp(min=1)
+    ones = counted[:, None].expand(index.shape).to(probs.dtype)
+    shares = _sums(ones, index, num_experts) / (tokens * max(index.shape[1], 1))
+    return num_experts * (shares * (torch.where(counted[:, None], probs, 0).sum(0) / tokens)).sum()
 
 
-def importance_loss(weight: Tensor, index: Tensor, num_experts: int) -> Tensor:
+def importance_loss(
+    weight: Tensor, index: Tensor, num_experts: int, attention_mask: Tensor | None = None
+) -> Tensor:
     """The squared coefficient of variation of the experts' importance, the sum of their routing weights.
 
     Args:
         weight: ``[..., K]``, the routing weights.
-        index: int ``[..., K]``; pairs with index E (dropped) count nowhere.
+        index: int ``[..., K]``; pairs with index E (dropped, padding) count nowhere.
         num_experts: E.
+        attention_mask: as in :func:`load_balance_loss`.
 
     Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 6 and 7.
     """
     weight, index = _rows(weight, "weight"), _rows(index, "index", weight)
     if weight.shape != index.shape:
         raise ValueError(f"index: expected weight's {tuple(weight.shape)}, got {tuple(index.shape)}")
+    real = real_tokens(attention_mask, weight.shape[0])
+    weight = weight if real is None else torch.where(real[:, None], weight, 0)
     return _cv_squared(_sums(weight, index, num_experts))
 
 
 def load_loss(load: Tensor) -> Tensor:
     """The squared coefficient of variation of the experts' load ``[E]``, which a noisy router estimates smoothly.
 
+    The load is a sum over tokens: ``router(x, attention_mask)`` leaves padding out of it.
+
     Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 10 and 11.
     """
     return _cv_squared(_rows(load, "load")[0])
 
 
-def z_loss(logits: Tensor) -> Tensor:
+def z_loss(logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The router's z-loss: the mean over the tokens of ``logsumexp(logits)²``, logits ``[..., E]``.
+
+    Args:
+        attention_mask: as in :func:`load_balance_loss`.
 
     Paper: Zoph et al., ST-MoE (2022), equation 5.
     """
     logits = _rows(logits, "logits")
-    return torch.logsumexp(logits, 1).square().sum() / max(logits.shape[0], 1)
+    real = real_tokens(attention_mask, logits.shape[0])
+    if real is None:
+        return torch.logsumexp(logits, 1).square().sum() / max(logits.shape[0], 1)
+    logits = torch.where(real[:, None], logits, 0)  # before the square: a NaN at padding has no gradient then
+    return torch.where(real, torch.logsumexp(logits, 1).square(), 0).sum() / real.sum().clamp(min=1)

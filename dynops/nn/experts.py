@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..geometry import is_int
 from ..ops import QuantizedExperts, expert_checks, experts_mlp, quantize_experts
 from ..plans import ExpertPlan
+from .exact import ExactBuffers
 
 
-class Experts(nn.Module):
+class Experts(ExactBuffers):
     """E MLPs, gated (SwiGLU and its kin) or plain, and the weighted sum of the chosen ones for each token.
 
     The parameters have the names and layouts of transformers' expert modules, so that their checkpoints load:
@@ -177,15 +178,8 @@ class Experts(nn.Module):
         weight, scale = getattr(self, name), self._scale(name)
         return weight if scale is None else QuantizedExperts(weight, scale)
 
-    def _apply(self, fn, recurse: bool = True):
-        """As nn.Module has it, but scales stay float32 where the module is cast."""
-        before = {name: buffer for name, buffer in self._buffers.items() if name.endswith("_scale")}
-        super()._apply(fn, recurse)
-        for name, scale in before.items():
-            after = self._buffers[name]
-            if after.dtype != scale.dtype:
-                self._buffers[name] = scale.to(after.device)
-        return self
+    def _exact(self) -> list[str]:
+        return [name for name in self._buffers if name.endswith("_scale")]
 
     def extra_repr(self) -> str:
         options = "".join(

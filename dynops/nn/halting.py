@@ -181,9 +181,16 @@ def _gated(rows: _Rows, new: Any, count: int) -> Any:
     for leaf in pytree.tree_leaves(new):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != count):
             raise ValueError(f"step: expected it to return [{count}, ...], got shape {tuple(leaf.shape)}")
+    if rows.total is not None:  # not the first step
+        new = pytree.tree_map(_as_before, new, rows.state)
     if rows.gate is None:
         return new
     return pytree.tree_map(lambda leaf, old: _lerp(old, leaf, rows.gate), new, rows.state)
+
+
+def _as_before(leaf: Any, old: Any) -> Any:
+    """In the dtype that the first step returned: who halts when is no matter of dtypes. Autocast may have them differ."""
+    return leaf.to(old.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _lerp(old: Any, new: Any, gate: Tensor) -> Any:

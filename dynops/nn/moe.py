@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .expert_losses import importance_loss, load_balance_loss, load_loss, z_loss
+from .apart import apart
+from .expert_losses import importance_loss, load_balance_loss, load_loss, real_tokens, z_loss
 from .expert_parallel import ParallelExperts
 from .experts import Experts
 from .routers import Routing, TopKRouter
 
 LOSSES = {
-    "load_balance": lambda routing: load_balance_loss(routing.probs, routing.index),
-    "importance": lambda routing: importance_loss(routing.weight, routing.index, routing.probs.shape[-1]),
-    "load": lambda routing: load_loss(routing.load),
-    "z": lambda routing: z_loss(routing.logits),
+    "load_balance": lambda routing, mask: load_balance_loss(routing.probs, routing.index, mask),
+    "importance": lambda routing, mask: importance_loss(
+        routing.weight, routing.index, routing.probs.shape[-1], mask
+    ),
+    "load": lambda routing, mask: load_loss(routing.load),  # the router left padding out
+    "z": lambda routing, mask: z_loss(routing.logits, mask),
 }
 
 
@@ -54,7 +57,7 @@ class MoE(nn.Module):
     ``shared_expert_gate.weight``. :meth:`from_sizes` builds the parts.
 
     Args:
-        router: a module ``[..., H] -> Routing``, as :class:`TopKRouter`.
+        router: a module ``[..., H] -> Routing``, as :class:`TopKRouter`; it gets ``attention_mask=`` where there is one.
         experts: a module ``(x, topk_index, topk_weight, capacity=…) -> [..., H]``, as :class:`Experts`.
         shared: a module ``[..., H] -> [..., H]`` that every token runs, or None.
         shared_gate: a module ``[..., H] -> [..., 1]`` whose sigmoid multiplies ``shared`` (Qwen2-MoE), or None.
@@ -67,7 +70,9 @@ class MoE(nn.Module):
             rank's own tokens. None: each process has all experts.
 
     Shape:
-        - x: ``[..., H]``; its leading sizes are the tokens.
+        - x: ``[..., H]``; its leading sizes are the tokens. What a part writes into x in place is its own.
+        - attention_mask: bool or numbers ``[...]`` (or flat), nonzero = a token, 0 = padding: it counts in no loss, runs no
+          expert and takes no token's place in one (the output there is the shared expert's, or zero). None: no padding.
         - output: :class:`MoEOutput`.
 
     Raises:
@@ -159,17 +164,23 @@ class MoE(nn.Module):
             **options,
         )
 
-    def forward(self, x: Tensor) -> MoEOutput:
-        routing = self.gate(x)
-        out = self.experts(x, routing.index, routing.weight, capacity=self._capacity(routing))
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
+        padding = {} if attention_mask is None else {"attention_mask": attention_mask}
+        routing = apart(self.gate, x, options=padding, name="router")
+        index = routing.index
+        if attention_mask is not None:
+            real = real_tokens(attention_mask, math.prod(index.shape[:-1])).view(*index.shape[:-1], 1)
+            index = index.masked_fill(~real, routing.probs.shape[-1])
+        options = {"capacity": self._capacity(routing)}
+        out = apart(self.experts, x, index, routing.weight, options=options, name="experts")
         if self.shared_expert is not None:
-            shared = self.shared_expert(x)
+            shared = apart(self.shared_expert, x, name="shared")
             if self.shared_expert_gate is not None:
-                shared = torch.sigmoid(self.shared_expert_gate(x)) * shared
+                shared = torch.sigmoid(apart(self.shared_expert_gate, x, name="shared_gate")) * shared
             out = out + shared
         losses = {}
         if self.training:
-            losses = {name: factor * LOSSES[name](routing) for name, factor in self.losses.items()}
+            losses = {name: f * LOSSES[name](routing, attention_mask) for name, f in self.losses.items()}
         return MoEOutput(out, losses, routing)
 
     def _capacity(self, routing: Routing) -> int | None:

@@ -3,6 +3,7 @@ for."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import gather_pixels
 from ..ops.rows import in_format_of
 from ..plans import PixelPlan, SamplePlan
+from .apart import apart
 from .halting import HaltingRule, run, score_of
 from .sample_halting import HaltingOutput
 
@@ -97,7 +99,7 @@ class SpatialHalting(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x: expected a floating tensor [N, C, H, W], got {what}")
-        value = x if self.first is None else self.first(x)
+        value = x if self.first is None else apart(self.first, x, name="first")
         n, c, h, w = value.shape
         rule = HaltingRule(len(self.halts) + 1, self.epsilon, self.weighted, self.max_fraction)
         size, rows = (n, h, w), value.permute(0, 2, 3, 1).reshape(n * h * w, c)
@@ -109,7 +111,8 @@ class SpatialHalting(nn.Module):
         def step(rows: Tensor, everything: Tensor, plan: SamplePlan, n: int) -> Tensor:
             if n == 1 and self.first is not None:
                 return rows
-            unit, x = self.units[n - 1 - (self.first is not None)], _map(everything, size)
+            number, x = n - 1 - (self.first is not None), _map(everything, size)
+            unit = functools.partial(apart, self.units[number], name=f"units[{number}]")
             if self.dense:
                 return rows + _residual(unit(x), x).permute(0, 2, 3, 1).reshape(rows.shape)
             pixels = PixelPlan(plan.index, size)
@@ -119,7 +122,7 @@ class SpatialHalting(nn.Module):
 
     def _score(self, size: tuple[int, int, int]) -> Callable:
         def score(rows: Tensor, everything: Tensor, plan: SamplePlan, n: int) -> Tensor:
-            value, shape = self.halts[n - 1](_map(everything, size)), (size[0], 1, *size[1:])
+            value, shape = apart(self.halts[n - 1], _map(everything, size)), (size[0], 1, *size[1:])
             at = score_of(value, (shape, size), not self.weighted, f"halts[{n - 1}]")
             if plan.is_full:
                 return at.flatten()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .. import modes
 from ..geometry import is_int
+from .exact import ExactBuffers
+from .expert_losses import real_tokens
 
 NOISE_EPSILON = 1e-2  # the least standard deviation of a noisy router, as in Shazeer's code (tensor2tensor)
 
@@ -31,7 +33,7 @@ class Routing(NamedTuple):
     load: Tensor | None = None
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(ExactBuffers):
     """A linear layer, scores, and the K experts that score best.
 
     The defaults are Mixtral's. ``renormalize=False``: OLMoE, Switch (``top_k=1``). ``scoring="sigmoid"`` with ``groups``,
@@ -52,11 +54,14 @@ class TopKRouter(nn.Module):
         groups: the experts lie in so many groups of equal size, of which a token may use ``top_groups``: those with the highest
             sum of their ``group_topk`` best scores (DeepSeek-V3: 2, DeepSeek-V2: 1).
         correction_bias: a buffer ``e_score_correction_bias`` ``[E]`` that is added to the scores for the choice only;
-            :meth:`update_correction` moves it (balancing without a loss).
+            :meth:`update_correction` moves it (balancing without a loss). It is float32, and stays so where the module is cast:
+            in bfloat16 steps of 1e-3 would stop at 0.5.
         scale: multiplies the weights, at last.
 
     Shape:
         - x: ``[..., H]``.
+        - attention_mask: bool or numbers ``[...]`` (or flat), nonzero = a token, 0 = padding, which ``Routing.load`` leaves out;
+          nothing else depends on it. None: no padding.
         - output: :class:`Routing`.
 
     Raises:
@@ -103,7 +108,7 @@ class TopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden, **factory))
         self.bias = nn.Parameter(torch.empty(num_experts, **factory)) if bias else None
         self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden, **factory)) if noise else None
-        correction = torch.zeros(num_experts, device=device) if correction_bias else None
+        correction = torch.zeros(num_experts, device=device, dtype=torch.float32) if correction_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.reset_parameters()
 
@@ -118,15 +123,19 @@ class TopKRouter(nn.Module):
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
-    def forward(self, x: Tensor) -> Routing:
+    def _exact(self) -> tuple[str, ...]:
+        return ("e_score_correction_bias",)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Routing:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x: expected a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.shape[-1:] != (self.hidden,):
             raise ValueError(f"x: expected [..., {self.hidden}], got shape {tuple(x.shape)}")
         with modes.without_autocast(x):
-            return self._route(x.to(torch.promote_types(x.dtype, torch.float32)))
+            real = None if attention_mask is None else real_tokens(attention_mask, math.prod(x.shape[:-1]))
+            return self._route(x.to(torch.promote_types(x.dtype, torch.float32)), real)
 
-    def _route(self, x: Tensor) -> Routing:
+    def _route(self, x: Tensor, real: Tensor | None) -> Routing:
         if self.training and self.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -139,7 +148,7 @@ class TopKRouter(nn.Module):
         noisy = logits + torch.randn_like(logits) * deviation
         scores = self._scores(noisy)
         index = self._choose(scores)
-        load = _smooth_load(logits, noisy, deviation, self.top_k)
+        load = _smooth_load(logits, noisy, deviation, self.top_k, real)
         return Routing(index, self._weights(scores, index), logits, self._probs(scores), load)
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -175,7 +184,7 @@ class TopKRouter(nn.Module):
         """Moves ``e_score_correction_bias`` by ``rate`` towards even use: up for experts with fewer pairs than the mean.
 
         Args:
-            index: int ``[..., K]``, the choices of a step.
+            index: int ``[..., K]``, the choices of a step; pairs with index E (padding, dropped) count nowhere.
             rate: DeepSeek-V3's is 1e-3.
             group: the process group whose ranks count their choices together, each with its own; None: these are all.
         """
@@ -195,7 +204,9 @@ class TopKRouter(nn.Module):
         )
 
 
-def _smooth_load(logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int) -> Tensor:
+def _smooth_load(
+    logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int, real: Tensor | None
+) -> Tensor:
     """``[E]``: the sum over the tokens of the probability that an expert would be chosen with new noise of its own.
 
     Its rival is the k-th largest of the others' noisy logits: the k-th of all for who was not chosen, the one after it
@@ -203,11 +214,12 @@ def _smooth_load(logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int) -
     """
     logits, noisy, deviation = (t.reshape(-1, t.shape[-1]) for t in (logits, noisy, deviation))
     if top_k == logits.shape[1]:
-        return logits.new_full((top_k,), logits.shape[0])
+        return logits.new_full((top_k,), logits.shape[0]) if real is None else real.sum().to(logits).expand(top_k)
     best = noisy.topk(top_k + 1, 1).values
     last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
     rival = torch.where(noisy > first_out, first_out, last_in)
-    return torch.special.ndtr((logits - rival) / deviation).sum(0)
+    chance = torch.special.ndtr((logits - rival) / deviation)
+    return (chance if real is None else torch.where(real[:, None], chance, 0)).sum(0)
 
 
 def _check_sizes(hidden, num_experts, top_k, groups, top_groups, group_topk) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import is_int
+from .apart import apart, own
+from .exact import ExactBuffers
 
 
 class Verdict(NamedTuple):
@@ -30,7 +32,7 @@ class Verdict(NamedTuple):
     memory: Any = None
 
 
-class Criterion(nn.Module):
+class Criterion(ExactBuffers):
     """A confidence for each sample, and a threshold for each exit: who reaches it leaves.
 
     A subclass has a method ``measure(logits, exit, state, memory) -> (confidence [n], memory)``. A confidence
@@ -98,20 +100,14 @@ class Criterion(nn.Module):
         logits = _floating(logits)
         return logits / at_exit(self.temperature, exit, "temperature")
 
-    def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name) for name in ("threshold", "temperature")}
-        super()._apply(fn, recurse)
-        for name, value in before.items():  # the new device, not the new dtype
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, moved.to(value.dtype) if value.is_meta else value.to(moved.device))
-        return self
+    def _exact(self):
+        return ("threshold", "temperature")
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
         for name in ("threshold", "temperature"):
-            saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(saved, Tensor) and saved.shape != own.shape:
-                setattr(self, name, own.new_empty(saved.shape))
+            saved, kept = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(saved, Tensor) and saved.shape != kept.shape:
+                setattr(self, name, kept.new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
@@ -265,7 +261,7 @@ class LearnedExit(Criterion):
                 "state: expected the network's, as LearnedExit reads it, got None; take the confidences of "
                 "model(x, confidence=True)"
             )
-        score = self.heads[exit](state if self.reads == "state" else logits)
+        score = apart(self.heads[exit], state if self.reads == "state" else logits, name=f"heads[{exit}]")
         if score.numel() != logits.shape[0]:
             raise ValueError(
                 f"heads: expected [{logits.shape[0]}] or [{logits.shape[0]}, 1] of head {exit}, "
@@ -318,6 +314,7 @@ def max_probability(logits: Tensor) -> Tensor:
 
 def decide(criterion, logits: Tensor, exit: int, state: Any, memory: Any) -> Verdict:
     """A criterion's or a callable's verdict, checked."""
+    logits, state = own(criterion, (logits, state))  # a function of values
     if isinstance(criterion, Criterion):
         verdict = criterion(logits, exit, state, memory)
     else:

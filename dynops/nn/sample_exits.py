@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .. import modes
 from ..ops import gather_samples
 from ..ops.rows import memory_format_of
 from ..plans import SamplePlan, most_of
+from .apart import apart
 from .sample_criteria import Criterion, decide, max_probability
 from .sample_losses import gradient_rescale
 from .sample_stack import SampleStack
+from .sample_state import Compaction, Shared, check_shared
 
 
 class ExitOutput(NamedTuple):
@@ -57,9 +58,11 @@ class _Exits(nn.Module):
     """What EarlyExit and Cascade share: the batch that shrinks, and results in their own slots."""
 
     num_exits: int
+    _maker: str  # the argument whose modules return logits
 
-    def __init__(self, criterion, max_fraction):
+    def __init__(self, criterion, max_fraction, shared):
         super().__init__()
+        self.shared = check_shared(shared)
         if not callable(criterion):
             raise TypeError(f"criterion: expected a Criterion or a callable, got {type(criterion).__name__}")
         self.criterion = criterion
@@ -71,8 +74,11 @@ class _Exits(nn.Module):
             self.criterion.check_exits(num_exits)
         _fractions(self.max_fraction, num_exits)
 
-    def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
-        """The logits of an exit, the state for the next stage, and the one that the criterion reads."""
+    def _step(self, exit: int, state: Any, held: tuple) -> tuple[Tensor, Any, Any]:
+        """The logits of an exit, the state for the next stage, and the one that the criterion reads.
+
+        ``held``: what somebody else reads too, and a stage must not write into.
+        """
         raise NotImplementedError
 
     def forward(
@@ -87,7 +93,7 @@ class _Exits(nn.Module):
     def _every(self, x: Any, confidence: bool) -> list[Tensor] | ExitScores:
         state, memory, logits, sure = x, None, [], []
         for exit in range(self.num_exits):
-            out, state, seen = self._step(exit, state)
+            out, state, seen = self._step(exit, state, (x, logits))
             logits.append(out)
             if confidence and exit < self.num_exits - 1:
                 verdict = decide(self.criterion, out, exit, seen, memory)
@@ -102,15 +108,17 @@ class _Exits(nn.Module):
         which a sample pays at every exit that it passes, is the sum over the visits of
         ``cross_entropy(visit.logits, labels[visit.index], reduction="sum") / N``. Gradients flow.
         """
-        state, memory, index, batch = x, None, None, 0
+        state, memory, index, batch, logits = x, None, None, 0, None
+        compacted = Compaction(self.shared)
         for exit in range(self.num_exits):
-            logits, state, seen = self._step(exit, state)
+            logits, state, seen = self._step(exit, state, (x, logits))
             if index is None:
                 batch = logits.shape[0]
                 index = torch.arange(batch, device=logits.device)
             elif logits.shape[0] != index.shape[0]:
                 raise ValueError(
-                    f"logits: expected [{index.shape[0]}, ...] at exit {exit}, got {tuple(logits.shape)}"
+                    f"logits: expected [{index.shape[0]}, ...] at exit {exit}, got {tuple(logits.shape)}; did a "
+                    "stage mix tensors of some samples with tensors of all? (see shared)"
                 )
             if exit == self.num_exits - 1:
                 yield Visit(
@@ -123,7 +131,7 @@ class _Exits(nn.Module):
             if staying.is_empty:
                 return
             if not staying.is_full:
-                state, memory, index = _gather((state, memory, index), staying)
+                state, memory, index = compacted(state, staying, memory, index)
 
     @torch.no_grad()
     def _leave(self, logits: Tensor, exit: int, state, memory, batch: int) -> tuple[Tensor, Any]:
@@ -136,20 +144,31 @@ class _Exits(nn.Module):
         return leave, memory
 
     def _compacted(self, x: Any) -> ExitOutput:
-        rows, index, exits = [], [], []
+        rows, index, exits, like = [], [], [], None
         for visit in self.visits(x):
+            like = visit.logits if like is None else like
+            self._check_alike(like, visit)
             if visit.staying.is_full and not visit.staying.is_empty:
                 continue
             leaving = visit.leaving()
             gone = (visit.logits, visit.index)
             gone = gone if leaving.is_full else gather_samples(gone, leaving)
-            rows.append(gone[0])
+            rows.append(gone[0].to(like.dtype))
             index.append(gone[1])
             exits.append(torch.full_like(gone[1], visit.exit))
         if len(rows) == 1:  # they all left there, in order
             return ExitOutput(rows[0], exits[0])
         where = torch.cat(index)
         return ExitOutput(_in_slots(torch.cat(rows), where), _in_slots(torch.cat(exits), where))
+
+    def _check_alike(self, like: Tensor, visit: Visit) -> None:
+        if visit.logits.shape[1:] != like.shape[1:]:
+            expected, got = (["n", *t.shape[1:]] for t in (like, visit.logits))
+            name = self._maker
+            raise ValueError(
+                f"{name}[{visit.exit}]: expected logits [{', '.join(map(str, expected))}], as {name}[0] has them, got "
+                f"[{', '.join(map(str, got))}]: a sample's logits come from its exit (all_exits=True takes any)"
+            )
 
     def extra_repr(self) -> str:
         return "" if self.max_fraction is None else f"max_fraction={self.max_fraction}"
@@ -168,9 +187,9 @@ class EarlyExit(_Exits):
     that are still there, and raises where one sample of a 1x1 map is left.
 
     Args:
-        stages: E modules, state -> state. The state is a tensor ``[n, ...]`` or any pytree (lists, tuples,
-            dicts, as ``torch.utils._pytree`` knows them) of tensors ``[n, ...]`` and of values that are no
-            tensors, which stay as they are.
+        stages: E modules, state -> state. The state is a tensor ``[n, ...]``, or any nesting of tuples, lists, dicts,
+            dataclasses (a ``ModelOutput``), registered pytrees, transformers' caches, None and values that are no tensors.
+            Some of its tensors have a row for each sample, the others are shared by all: see ``shared``.
         heads: E modules, state -> logits ``[n, ...]``; or -> ``(logits, state)``, the state that the
             criterion and the next stage get (IMTA: features for the next head).
         criterion: a :class:`Criterion` (:class:`MaxSoftmax`, :class:`Entropy`, :class:`Margin`,
@@ -182,11 +201,23 @@ class EarlyExit(_Exits):
         gradient_equilibrium: multiplies the gradient by 1 / (E - e) before head e and by
             (E - e - 1) / (E - e) after it, in all floating tensors of the state (IMTA). A head that returns a
             state is on its path: what passes through it is multiplied by E - e - 1 behind it.
+        shared: which parts of a state all samples share, so that they go on as they are: names (dict keys, fields, positions in
+            a tuple), or a dict ``{name: bool}``, where False says that a part has a row for each sample. It counts for all
+            that lies in that part. What is not named is decided by shape, where samples leave: a tensor ``[n, ...]``, n
+            the samples that are there, has a row for each; scalars, ``[1, ...]`` and any other first size are shared. Where
+            both are possible, a tensor that was shared before stays so, and one ``[n, n]`` that is bool or floating, not the
+            first tensor and not of its shape, is taken as a mask of T = n positions, with a warning. A cache (DynamicCache, StaticCache,
+            EncoderDecoderCache, those of linear attention) has rows: stages after the exit get a smaller copy of it, and the
+            caller's keeps the rows of all samples and what the stages before the exit wrote.
 
     Shape:
         - x: the first stage's state.
         - output: :class:`ExitOutput`, ``(logits [N, ...], exits int64 [N])``, in the batch's order; with all
           exits a list of E logits ``[N, ...]``, with ``confidence=True`` too :class:`ExitScores`.
+
+    Stages and heads are functions of values: what one of them writes in place into a tensor that the caller, a head, a
+    criterion or the next stage reads too is its own. (A cache is there to be written into.) Logits have the dtype
+    of the first exit's, and all heads return them in one size ``[n, ...]``, where samples leave.
 
     On a CPU, without gradients, a stage of convolutions, norms in eval mode, activations and sums with a 3x3
     convolution that runs as Winograd's runs on rows, as in :class:`Skip`.
@@ -205,6 +236,8 @@ class EarlyExit(_Exits):
     (ACL 2020), PABEE (NeurIPS 2020), ELF (arXiv 2020).
     """
 
+    _maker = "heads"
+
     def __init__(
         self,
         stages: Iterable[nn.Module],
@@ -213,8 +246,9 @@ class EarlyExit(_Exits):
         max_fraction: float | Sequence[float] | None = None,
         *,
         gradient_equilibrium: bool = False,
+        shared: Shared | None = None,
     ):
-        super().__init__(criterion, max_fraction)
+        super().__init__(criterion, max_fraction, shared)
         self.stages, self.heads = module_list("stages", stages), module_list("heads", heads)
         if len(self.stages) != len(self.heads):
             raise ValueError(
@@ -224,22 +258,24 @@ class EarlyExit(_Exits):
         self._traced: dict[int, SampleStack] = {}
         self._set_up(len(self.stages))
 
-    def _run_stage(self, exit: int, state: Any) -> Any:
+    def _run_stage(self, exit: int, state: Any, held: tuple) -> Any:
         stage, found = self.stages[exit], self._traced.get(exit)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or modes.transformed():
-            return stage(state)
-        if found is None or not found.holds(stage, "replace"):
-            found = self._traced[exit] = SampleStack(stage, "replace")
-        return found.on_all(state)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not modes.transformed():
+            if found is None or not found.holds(stage, "replace"):
+                found = self._traced[exit] = SampleStack(stage, "replace")
+            if found.runs_all(state):
+                return found.on_all(state)
+        held = None if self.gradient_equilibrium else held  # its views refuse to be written into
+        return apart(stage, state, held=held, name=f"stages[{exit}]")
 
     def __getstate__(self):
         return {**self.__dict__, "_traced": {}}
 
-    def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
+    def _step(self, exit: int, state: Any, held: tuple) -> tuple[Tensor, Any, Any]:
         left = self.num_exits - exit
-        state = self._run_stage(exit, state)
+        state = self._run_stage(exit, state, held)
         seen = gradient_rescale(state, 1 / left) if self.gradient_equilibrium else state
-        out = self.heads[exit](seen)
+        out = apart(self.heads[exit], seen, name=f"heads[{exit}]")
         through = isinstance(out, tuple) and len(out) == 2
         logits, after = out if through else (out, state)
         _check_logits(logits, f"heads[{exit}]")
@@ -262,9 +298,10 @@ class Cascade(_Exits):
         criterion: see :class:`EarlyExit`; its state is x. :class:`Margin` (Big/little), :class:`LearnedExit`
             or :class:`IDKClass` (IDK cascades).
         max_fraction: the largest share of the batch that may go on to the next model.
+        shared: which parts of x all samples share, see :class:`EarlyExit`. What a model writes into x in place is its own.
 
     Shape:
-        - x: a tensor ``[N, ...]`` or a pytree of them; it is compacted where samples leave.
+        - x: a tensor ``[N, ...]`` or a state as :class:`EarlyExit` has it; it is compacted where samples leave.
         - output: :class:`ExitOutput`.
 
     Raises:
@@ -275,15 +312,22 @@ class Cascade(_Exits):
     networks for efficient inference (ICML 2017); Wang et al., IDK cascades (UAI 2018).
     """
 
+    _maker = "models"
+
     def __init__(
-        self, models: Iterable[nn.Module], criterion, max_fraction: float | Sequence[float] | None = None
+        self,
+        models: Iterable[nn.Module],
+        criterion,
+        max_fraction: float | Sequence[float] | None = None,
+        *,
+        shared: Shared | None = None,
     ):
-        super().__init__(criterion, max_fraction)
+        super().__init__(criterion, max_fraction, shared)
         self.models = module_list("models", models)
         self._set_up(len(self.models))
 
-    def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
-        logits = self.models[exit](state)
+    def _step(self, exit: int, state: Any, held: tuple) -> tuple[Tensor, Any, Any]:
+        logits = apart(self.models[exit], state, name=f"models[{exit}]")
         logits = logits.logits if isinstance(logits, ExitOutput) else logits
         _check_logits(logits, f"models[{exit}]")
         return logits, state, state
@@ -325,16 +369,6 @@ def _fractions(max_fraction, num_exits: int) -> list[float]:
             f"got {max_fraction!r}"
         )
     return each
-
-
-def _gather(tree: Any, plan: SamplePlan) -> Any:
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != plan.batch):
-            raise ValueError(
-                f"state: expected tensors [{plan.batch}, ...], one row for each sample, "
-                f"got shape {tuple(leaf.shape)}"
-            )
-    return gather_samples(tree, plan)
 
 
 def _in_slots(rows: Tensor, index: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..plans import SamplePlan
+from .apart import apart
 from .halting import HaltingRule, Pondered, first_tensor, run, score_of
 
 LEVELS = ("sample", "position")
@@ -78,6 +79,9 @@ class Halting(nn.Module):
         - output: :class:`HaltingOutput`. Leaves that are not floating have their last value. Sums are
           float32 at least.
 
+    ``step`` and ``halt`` are functions of values: what one of them writes in place into a state that is read again is its own. The
+    dtype of the output is that which the first step returns: later states are cast to it.
+
     On a GPU each step reads the number of samples that run back to the host, but with ``dense``.
     ``torch.compile`` of a surrounding model breaks its graph here and runs the steps as they are, but with
     ``dense``, where it compiles them all.
@@ -127,7 +131,7 @@ class Halting(nn.Module):
                 raise ValueError(f"state: expected [{batch}, ...] in every tensor, got {tuple(leaf.shape)}")
 
         def step(rows, everything, plan, n):
-            return self.step(rows, n)
+            return apart(self.step, rows, n, name="step")
 
         return HaltingOutput(*self._run(state, batch, step))
 
@@ -139,8 +143,9 @@ class Halting(nn.Module):
 
         def step(rows, everything, plan, n):
             if not self.mixes:
-                return self.step(rows, n)
-            return self.step(everything.reshape(*size, *everything.shape[1:]), plan, n)
+                return apart(self.step, rows, n, name="step")
+            hidden = everything.reshape(*size, *everything.shape[1:])
+            return apart(self.step, hidden, plan, n, name="step")
 
         output, ponder, steps = self._run(state.flatten(0, 1), size.numel(), step)
         return HaltingOutput(output.reshape(*size, *output.shape[1:]), ponder.view(size), steps.view(size))
@@ -149,7 +154,7 @@ class Halting(nn.Module):
         rule = HaltingRule(self.max_steps, self.epsilon, self.weighted, self.max_fraction)
 
         def score(rows, everything, plan, n):
-            return score_of(self.halt(rows), ((plan.num_rows,),), not self.weighted)
+            return score_of(apart(self.halt, rows, name="halt"), ((plan.num_rows,),), not self.weighted)
 
         return run(rule, state, batch, step, score, self.mixes, self.dense)
 

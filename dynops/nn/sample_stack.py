@@ -33,7 +33,7 @@ class _Residual(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.module(x)
+        return x + self.module(x.clone())  # what it writes in place is not in the sum
 
 
 class SampleStack:
@@ -83,14 +83,18 @@ class SampleStack:
             return scatter_samples(run_folded(self.bound.stack, gather_samples(x, plan)), plan, x)
         return self._on_rows(x, plan, None if plan.is_full else x)
 
-    def on_all(self, x: Any) -> Any:
-        """``module(x)``, on rows where that is the faster way; where no gradient is needed."""
-        if not self._takes(x) or not self._wins(x):
-            return self.module(x)
+    def runs_all(self, x: Any) -> bool:
+        """Whether ``on_all`` is the faster way; where no gradient is needed."""
+        return self._takes(x) and self._wins(x)
+
+    def on_all(self, x: Tensor) -> Tensor:
+        """``module(x)`` on rows, which leaves ``x`` as it is."""
         return self._on_rows(x, SamplePlan.full(x.shape[0]), None)
 
     def _takes(self, x: Any) -> bool:
         if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            return False
+        if autocast_dtype(x) not in (None, x.dtype):  # rows would round a sum that autocast leaves in x's dtype
             return False
         if context.current() is not None:  # converted layers inside compute the pixels of a mask
             return False

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 from .. import modes
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, check_keep, most_of
+from .apart import apart
+from .dtypes import Returned
 from .sample_stack import SampleStack
 
 MODES = ("residual", "replace")
@@ -58,6 +60,15 @@ class Skip(nn.Module):
           layers share (g = 1).
         - output: that of s and F, which must agree.
 
+    F and s are functions of values: what one of them writes into its input in place (``ReLU(inplace=True)``, ``x += 1``) is
+    its own, and ``x`` stays as it is. The dtype of the output is that of the formula, whatever the gate: where F, or s, did
+    not run and the output is narrower than float32, it is widened if the other one returns a wider dtype. (A module that has not
+    run yet runs on two samples to tell, once, without gradients.) With nothing to skip or none kept the output may
+    be a tensor that s or F returned, ``x`` itself for an identity.
+
+    A parameter of F gets no gradient (None) where no sample ran: wrap a model in ``DistributedDataParallel`` with
+    ``find_unused_parameters=True`` where a rank may skip F (or s), or train with ``dense=True``.
+
     On a GPU each call without ``max_fraction`` reads the number of kept samples back to the host. ``torch.compile``
     of a surrounding model breaks its graph here, as the size of the small batch depends on data (with ``dense`` or
     ``max_fraction`` it does not).
@@ -93,6 +104,7 @@ class Skip(nn.Module):
             raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
         self.mode, self.dense, self.max_fraction, self.path = mode, dense, max_fraction, path
         self._stack: SampleStack | None = None  # F, traced
+        self._returned = Returned()
 
     def forward(self, x: Any, gate: Tensor | SamplePlan) -> Any:
         _check_gate(gate, x)
@@ -123,7 +135,7 @@ class Skip(nn.Module):
             if trains or not _is_hard(gate):
                 scale = gather_samples(gate.reshape(-1), plan)
         if plan.is_empty:
-            out = self.shortcut(x)
+            out = self._returned.widened(self._below(x), self.module, x)
             # none of F, but the gate has its place in the graph and gets zeros
             return (
                 scatter_samples(gather_samples(out, plan), plan, out, add=True, scale=scale)
@@ -132,18 +144,32 @@ class Skip(nn.Module):
             )
         if scale is None and (stack := self._traced()) is not None and (path := stack.path(x, self.path)):
             return stack.run(path, x, plan)
-        out = self.module(x if plan.is_full else gather_samples(x, plan))
+        out = self._branch(x) if plan.is_full else self._branch(gather_samples(x, plan), own=True)
         if self.mode == "residual":
-            out, below = _agree(out, self.shortcut(x))
+            out, below = _agree(out, self._below(x))
             return scatter_samples(out, plan, below, add=True, scale=scale)
         if scale is None and plan.is_full:
-            return out
+            return self._returned.widened(out, self.shortcut, x)
         if scale is None and not isinstance(self.shortcut, nn.Identity):
             dropped = plan.dropped()
-            out, below = _agree(out, self.shortcut(gather_samples(x, dropped)))
+            out, below = _agree(out, self._below(gather_samples(x, dropped), own=True))
             return scatter_samples(out, plan, scatter_samples(below, dropped))
-        out, below = _agree(out, self.shortcut(x))
+        out, below = _agree(out, self._below(x))
         return scatter_samples(out, plan, below, scale=scale)
+
+    def _branch(self, x: Any, own: bool = False) -> Any:
+        """F(x); ``own``: nobody else reads x."""
+        out = self.module(x) if own else apart(self.module, x, name="module")
+        self._returned.note(self.module, x, out)
+        return out
+
+    def _below(self, x: Any, own: bool = False) -> Any:
+        """s(x)."""
+        if type(self.shortcut) is nn.Identity:
+            return x
+        out = self.shortcut(x) if own else apart(self.shortcut, x, name="shortcut")
+        self._returned.note(self.shortcut, x, out)
+        return out
 
     def _dense(self, x: Any, gate: Tensor | SamplePlan) -> Any:
         if isinstance(gate, SamplePlan):
@@ -157,7 +183,7 @@ class Skip(nn.Module):
             share = share.view(-1, *[1] * (value.dim() - 1))
             return share * value + (below if self.mode == "residual" else (1 - share) * below)
 
-        return _map(merge, *_agree(self.module(x), self.shortcut(x)))
+        return _map(merge, *_agree(apart(self.module, x), apart(self.shortcut, x, name="shortcut")))
 
     def _traced(self) -> SampleStack | None:
         """F as a stack of layers, where this call may run without calling it."""
@@ -170,7 +196,7 @@ class Skip(nn.Module):
         return self._stack
 
     def __getstate__(self):
-        return {**self.__dict__, "_stack": None}
+        return {**self.__dict__, "_stack": None, "_returned": Returned()}
 
     def extra_repr(self) -> str:
         text = f"mode={self.mode!r}, dense={self.dense}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, most_of
+from .apart import apart
 from .dense import FromDense
 from .sample_criteria import Criterion, decide, max_probability
 from .sample_exits import _fractions, at_most, module_list
@@ -57,6 +58,9 @@ class TokenExit(nn.Module):
           for training); the criterion is then not asked. A number past the last exit is the last one.
         - context: keyword arguments that every stage gets; so is ``padding_mask`` where there is one.
         - output: :class:`TokenExitOutput`; with all exits a list of E logits ``[B, T, ...]``.
+
+    Stages and heads are functions of values, as in :class:`EarlyExit`. Logits have the dtype of the first exit's;
+    ``hidden`` has the wider one of the input's and the first stage's (under autocast).
 
     ``torch.compile`` of a surrounding model breaks its graph here, unless all exits are asked for.
     ``state_dict`` keys: ``stages.e.…``, ``heads.e.…``, ``criterion.…``.
@@ -113,10 +117,10 @@ class TokenExit(nn.Module):
     def _every(self, hidden: Tensor, context: dict) -> list[Tensor]:
         shape, logits = hidden.shape, []
         plan = SamplePlan.full(shape[0] * shape[1], hidden.device)
-        for stage, head in zip(self.stages, self.heads, strict=True):
-            rows = stage(hidden, plan, **context)
-            out = head(rows).unflatten(0, shape[:2])
-            hidden = rows.reshape(shape)
+        for exit, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+            rows = apart(stage, hidden, plan, options=context, name=f"stages[{exit}]")
+            out = apart(head, rows, name=f"heads[{exit}]").unflatten(0, shape[:2])
+            hidden = _copied_up(rows, plan, hidden, exit)
             if "padding_mask" in context:
                 padding = context["padding_mask"]
                 out = out.masked_fill(padding.view(*shape[:2], *[1] * (out.dim() - 2)), 0)
@@ -131,12 +135,15 @@ class TokenExit(nn.Module):
             if padding is None
             else SamplePlan.from_mask(~padding.reshape(-1))
         )
-        tokens, memory, gone = plan.num_rows, None, []
+        tokens, memory, gone, like = plan.num_rows, None, [], None
         for exit, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            rows = stage(hidden, plan, **context)
+            rows = apart(stage, hidden, plan, options=context, name=f"stages[{exit}]")
             _check_rows(rows, plan, shape[2], f"stages[{exit}]")
-            logits = head(rows)
-            hidden = _copied_up(rows, plan, hidden)
+            logits = apart(head, rows, name=f"heads[{exit}]")
+            like = logits if exit == 0 else like
+            _check_alike(logits, like, exit)
+            logits = logits.to(like.dtype)
+            hidden = _copied_up(rows, plan, hidden, exit)
             if exit == self.num_exits - 1:
                 gone.append((logits, plan, exit))
                 break
@@ -308,11 +315,14 @@ def _rows(hidden: Tensor, plan: SamplePlan) -> Tensor:
     return flat if plan.is_full else gather_samples(flat, plan)
 
 
-def _copied_up(rows: Tensor, plan: SamplePlan, hidden: Tensor) -> Tensor:
-    """``[B, T, C]``: the plan's tokens as they are now, the others as they were."""
+def _copied_up(rows: Tensor, plan: SamplePlan, hidden: Tensor, exit: int) -> Tensor:
+    """``[B, T, C]``: the plan's tokens as they are now, the others as they were.
+
+    Autocast may have the rows narrower; the dtype is settled at the first exit, which every token reaches.
+    """
+    dtype = torch.promote_types(rows.dtype, hidden.dtype) if exit == 0 else hidden.dtype
     if plan.is_full:
-        return rows.reshape(hidden.shape)
-    dtype = torch.promote_types(rows.dtype, hidden.dtype)  # autocast may have one of them narrower
+        return rows.reshape(hidden.shape).to(dtype)
     return scatter_samples(rows.to(dtype), plan, hidden.flatten(0, 1).to(dtype)).view(hidden.shape)
 
 
@@ -348,6 +358,14 @@ def _check_tokens(value: Tensor | None, name: str, hidden: Tensor) -> None:
     if (name == "padding_mask") != (value.dtype == torch.bool) or value.is_floating_point():
         expected = "bool" if name == "padding_mask" else "an int dtype"
         raise TypeError(f"{name}: expected {expected}, got {value.dtype}")
+
+
+def _check_alike(logits: Tensor, like: Tensor, exit: int) -> None:
+    if logits.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"heads[{exit}]: expected logits [P, ...] with {tuple(like.shape[1:])} for each token, as heads[0] has "
+            f"them, got {tuple(logits.shape[1:])}"
+        )
 
 
 def _check_rows(rows: Tensor, plan: SamplePlan, width: int, name: str) -> None:

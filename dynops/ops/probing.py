@@ -1,4 +1,4 @@
-"""Whether a module runs only to learn what it costs: then nothing but its counter listens."""
+"""Whether a module runs only to learn what it costs or returns: then nobody else listens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _local = _Local()
 
 
 def by():
-    """The counter whose probe this thread runs, or None."""
+    """Who probes a module in this thread, or None."""
     return _local.by
 
 
