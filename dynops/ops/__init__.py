@@ -1,5 +1,6 @@
 """The ops: functions with gradients, dense tensors (or packed rows) and a plan in, tensors out."""
 
+from ..observers import unscriptable as _unscriptable
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
 from .channel_filters import local_conv2d
@@ -57,3 +58,5 @@ __all__ = [
     "sparse_conv2d",
     "sparse_conv_transpose2d",
 ]
+
+_unscriptable(globals(), __all__)

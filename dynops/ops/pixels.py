@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
 from ..kernels import cpp
+from ..observers import observed
 from ..plans import PixelPlan
 from . import auto, checks
 from .epilogue import ACTIVATIONS, apply_epilogue
@@ -499,7 +500,7 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, scale, shift, gate, residual, base)
     )
-    plain = not needs_grad and type(x) is Tensor and not torch.compiler.is_compiling()
+    plain = not needs_grad and type(x) is Tensor and not torch.compiler.is_compiling() and not observed()
     direct = plain and _kernels(backend, x) is cpp  # which takes rows [P, C] for such a map too
     if residual is not None and residual.dim() == 4:
         # read where it lies: SBNet's bottleneck of 400 x 700 x 256 takes 58.6 ms at 50 % instead of 62.9

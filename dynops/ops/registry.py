@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..observers import observed, refuse_tracing
+
 library = torch.library.Library("dynops", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -15,7 +17,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Op:
     """A registered op, called by the shortest way.
 
-    Where something traces (a compiler, a tensor subclass) the call goes through the dispatcher; where a
+    Where something looks on (a compiler, a tensor subclass, a dispatch mode, a profiler) the call goes through the dispatcher; where a
     gradient is needed through one ``autograd.Function``, which took 60 us less of a small layer's
     training step than ``register_autograd``; else straight to the implementation.
     """
@@ -30,6 +32,8 @@ class Op:
         if torch._C._are_functorch_transforms_active():  # torch.func.grad
             run = self.overload if self.function is None else self.function.transformed.apply
             return run(*arguments)
+        if observed():
+            return self.overload(*arguments)
         needs_grad = False
         for value in arguments:
             if isinstance(value, Tensor):
@@ -55,6 +59,7 @@ def define(
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, _untraced(name), "Tracer")
     torch.library.register_fake(f"dynops::{name}", fake, lib=library)
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"dynops::{name}", "CUDA"):
         implementation = _or_binary(name, implementation)
@@ -62,6 +67,15 @@ def define(
         return Op(name, implementation, None)
     torch.library.register_autograd(f"dynops::{name}", backward, setup_context=setup_context, lib=library)
     return Op(name, implementation, _function(name, implementation, setup_context, backward))
+
+
+def _untraced(name: str) -> Callable:
+    """What TorchScript's tracer calls in the place of an op that something calls by its name, as plans do."""
+
+    def run(*arguments, **named):
+        refuse_tracing()
+
+    return run
 
 
 def _or_binary(name: str, implementation: Callable) -> Callable:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .. import backends
 from ..kernels import cpp
+from ..observers import observed
 from ..plans import SamplePlan
 from .rows import gather_rows, memory_format_of, merge_rows, scatter_rows
 from .watch import watchers
@@ -155,6 +156,7 @@ def _is_plain(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not observed()
     )
 
 
