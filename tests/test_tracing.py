@@ -46,7 +46,7 @@ class Halts(nn.Module):
     def __init__(self):
         super().__init__()
         self.net, self.halt = block(), nn.Sequential(head(), nn.Linear(3, 1), nn.Sigmoid(), nn.Flatten(0))
-        self.layer = layers.Halting(lambda x, n: self.net(x), lambda x, n: self.halt(x), 3)
+        self.layer = layers.Halting(lambda x, *n: self.net(x), lambda x, *n: self.halt(x), 3)
 
     def forward(self, x):
         return self.layer(x)[0]

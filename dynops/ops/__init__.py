@@ -17,6 +17,7 @@ from .expert_activations import expert_activation
 from .expert_checks import QuantizedExperts
 from .expert_rows import combine_pairs, gather_pairs
 from .experts import experts_mlp, grouped_linear, quantize_experts
+from .flops import register_formulas as _register_formulas
 from .interpolate import interpolate_pixels
 from .pixels import (
     gather_pixels,
@@ -60,3 +61,4 @@ __all__ = [
 ]
 
 _unscriptable(globals(), __all__)
+_register_formulas()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..observers import observed, refuse_tracing
+from .flops import register_formulas
 
 library = torch.library.Library("dynops", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -33,6 +34,7 @@ class Op:
             run = self.overload if self.function is None else self.function.transformed.apply
             return run(*arguments)
         if observed():
+            register_formulas()
             return self.overload(*arguments)
         needs_grad = False
         for value in arguments:
