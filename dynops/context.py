@@ -19,6 +19,8 @@ class active:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch, also where
+            a model works on several batch sizes.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
 
@@ -86,7 +88,12 @@ class active:
     def _make(self, shape: tuple[int, int, int]) -> PixelPlan:
         n, *size = shape
         mask = self._masks[0]
-        if mask.shape[0] != n:
+        if mask.shape[0] == 1 and n > 1:
+            one = (1, *size)
+            if one not in self._plans:
+                self._plans[one] = self._make(one)
+            return self._plans[one].expand(n)
+        if mask.shape[0] not in (1, n):
             raise ValueError(
                 f"active: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
                 f"(shape {tuple(mask.shape)})"

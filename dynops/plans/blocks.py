@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import BlockGeometry, is_int, pair
-from .masks import MAX_PIXELS, check_mask, raising
+from .masks import MAX_PIXELS, check_expand, check_mask, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
@@ -50,7 +50,7 @@ class BlockPlan:
         """Builds the plan of a mask. By default blocks tile the map; the last ones may lie over its edge.
 
         Args:
-            mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating.
+            mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]`` (batch 1), bool, integer or floating.
             block_size: pixels of a block, ``int`` or ``(height, width)``.
             reduce: "any" takes the largest absolute value of a block, "mean" their mean (pixels outside
                 the map count as zero); the block is active where that exceeds ``threshold``.
@@ -172,6 +172,15 @@ class BlockPlan:
         down, across = (axes[i].through(kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
         sizes = (size for both in zip(down, across, strict=True) for size in both)
         return BlockPlan(self.index, BlockGeometry(g.batch, *sizes), self.count)
+
+    def expand(self, batch: int) -> BlockPlan:
+        """This plan, of a batch of 1, for every sample of a batch: see :meth:`PixelPlan.expand`."""
+        if batch == self.shape[0]:
+            return self
+        n, h, w = self.geometry.grid
+        check_expand(self, batch, max(h * w, self.shape[1] * self.shape[2]))
+        grid = PixelPlan(self.index, (n, h, w), self.count).expand(batch)
+        return BlockPlan(grid.index, self.geometry._replace(batch=batch), grid.count)
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
@@ -318,10 +327,16 @@ def _changed(previous: Tensor, current: Tensor, tolerance: float) -> Tensor:
     return ~((previous.to(wide) - current.to(wide)).abs() <= tolerance).all(1)
 
 
-def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> BlockPlan:
-    """A :class:`BlockPlan`: a plan as it is, whatever its blocks, or the plan of a mask."""
-    if isinstance(mask_or_plan, BlockPlan):
-        return mask_or_plan
+def as_block_plan(
+    mask_or_plan, block_size, name: str = "mask_or_plan", batch: int | None = None
+) -> BlockPlan:
+    """A :class:`BlockPlan`: a plan as it is, whatever its blocks, or the plan of a mask.
+
+    One for a single sample is that of every sample of ``batch``.
+    """
     if isinstance(mask_or_plan, Tensor):
-        return BlockPlan.from_mask(mask_or_plan, block_size)
+        mask_or_plan = BlockPlan.from_mask(mask_or_plan, block_size)
+    if isinstance(mask_or_plan, BlockPlan):
+        alone = batch is not None and mask_or_plan.shape[0] == 1
+        return mask_or_plan.expand(batch) if alone else mask_or_plan
     raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")

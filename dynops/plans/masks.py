@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..geometry import is_int
+
 MAX_PIXELS = 2**31 - 1
 _MASK_DTYPES = {
     torch.bool,
@@ -42,6 +44,26 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_max_pool2d((mask != 0).float(), size) > 0
 
 
+def check_expand(plan, batch: int, size: int) -> None:
+    """Whether a plan of ``size`` pixels (or blocks) may stand for ``batch`` samples."""
+    if not is_int(batch, 0):
+        raise ValueError(f"batch: expected an int >= 0, got {batch!r}")
+    if plan.shape[0] != 1:
+        raise ValueError(
+            f"batch: expected {plan.shape[0]}, as the plan is of more than one sample, got {batch}"
+        )
+    if batch * size > MAX_PIXELS:
+        raise ValueError(
+            f"batch: expected at most {MAX_PIXELS} pixels in the batch, got {batch} times {size}"
+        )
+
+
+def repeat_index(index: Tensor, batch: int, size: int) -> Tensor:
+    """The index of ``batch`` samples of ``size`` pixels, all with that of the one."""
+    first = torch.arange(batch, dtype=torch.int32, device=index.device) * size
+    return (first[:, None] + index).view(-1)
+
+
 def check_mask_dtype(mask: Tensor, name: str, what: str) -> None:
     """Whether ``mask`` is a tensor whose nonzeros can be told; ``what``: the shapes that are expected."""
     if not isinstance(mask, Tensor):
@@ -53,12 +75,18 @@ def check_mask_dtype(mask: Tensor, name: str, what: str) -> None:
 
 
 def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it."""
-    check_mask_dtype(mask, name, "[N, H, W] or [N, 1, H, W]")
+    """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it.
+
+    Two dimensions are always ``[H, W]``: one mask, as ``[1, H, W]`` is. One mask holds for any batch: see
+    :meth:`dynops.PixelPlan.expand`.
+    """
+    check_mask_dtype(mask, name, "[N, H, W], [N, 1, H, W] or [H, W]")
     if mask.dim() == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
+    if mask.dim() == 2:
+        mask = mask[None]
     if mask.dim() != 3:
-        raise ValueError(f"{name}: expected [N, H, W] or [N, 1, H, W], got shape {tuple(mask.shape)}")
+        raise ValueError(f"{name}: expected [N, H, W], [N, 1, H, W] or [H, W], got shape {tuple(mask.shape)}")
     if mask.numel() > MAX_PIXELS:
         raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {mask.numel()}")
     return mask.detach()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry, is_int, pair
-from .masks import check_mask, raising, resize_mask
+from .masks import check_expand, check_mask, raising, repeat_index, resize_mask
 
 
 class PixelPlan:
@@ -41,7 +41,8 @@ class PixelPlan:
         """Builds the plan of a mask.
 
         Args:
-            mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating; nonzero = active.
+            mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]`` (batch 1), bool, integer or floating;
+                nonzero = active.
             capacity: size of the capacity form; ``None`` builds the compact form (inside
                 ``torch.compile``, where sizes must not depend on data: the capacity form with
                 room for every pixel).
@@ -163,6 +164,28 @@ class PixelPlan:
         mask = resize_mask(self.mask(), size)
         return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
 
+    def expand(self, batch: int) -> PixelPlan:
+        """This plan, of a batch of 1, for every sample of a batch (kept); a plan of that batch itself.
+
+        Layers and ``dynops.active`` do so where a mask or plan is one for the whole batch.
+
+        Raises:
+            ValueError: a plan of another batch than 1; more than 2**31 - 1 pixels in the batch.
+        """
+        if batch == self.shape[0]:
+            return self
+        check_expand(self, batch, self.num_pixels)
+        plan = self._kept.get(("batch", batch))
+        if plan is None:
+            plan = self._kept["batch", batch] = self._expanded(batch)
+        return plan
+
+    def _expanded(self, batch: int) -> PixelPlan:
+        shape = (batch, *self.shape[1:])
+        if self.count is not None:
+            return PixelPlan.from_mask(self.mask().expand(shape), batch * self.num_rows)
+        return PixelPlan(repeat_index(self.index, batch, self.num_pixels), shape)
+
     def to(self, device: torch.device | str) -> PixelPlan:
         """The same plan on another device."""
         count = None if self.count is None else self.count.to(device)
@@ -181,10 +204,11 @@ class PixelPlan:
         return f"PixelPlan({self.num_rows} of {self.num_pixels} pixels, shape={self.shape}{form})"
 
 
-def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan") -> PixelPlan:
-    """A :class:`PixelPlan` from a plan or a mask."""
-    if isinstance(mask_or_plan, PixelPlan):
-        return mask_or_plan
+def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan", batch: int | None = None) -> PixelPlan:
+    """A :class:`PixelPlan` from a plan or a mask; one for a single sample is that of every sample of ``batch``."""
     if isinstance(mask_or_plan, Tensor):
-        return PixelPlan.from_mask(mask_or_plan)
+        mask_or_plan = PixelPlan.from_mask(mask_or_plan)
+    if isinstance(mask_or_plan, PixelPlan):
+        alone = batch is not None and mask_or_plan.shape[0] == 1
+        return mask_or_plan.expand(batch) if alone else mask_or_plan
     raise TypeError(f"{name}: expected a PixelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
