@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry, is_int, pair
-from .masks import check_expand, check_mask, raising, repeat_index, resize_mask
+from .collect import cat_index, moved, of_one_kind, pinned
+from .masks import (
+    check_expand,
+    check_index,
+    check_mask,
+    check_shape,
+    flat_index,
+    raising,
+    repeat_index,
+    resize_mask,
+)
 
 
 class PixelPlan:
@@ -25,8 +37,17 @@ class PixelPlan:
     """
 
     def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
-        if index.dtype != torch.int32 or index.dim() != 1:
-            raise TypeError(f"index: expected int32 [P], got {index.dtype} {tuple(index.shape)}")
+        check_index(index, count, shape[0] * shape[1] * shape[2], "[P]", "; from_coordinates takes any order")
+        self._set(index, shape, count)
+
+    @classmethod
+    def _made(cls, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None) -> PixelPlan:
+        """The plan of an index that needs no look at its values: 15 us for 1000 pixels."""
+        plan = cls.__new__(cls)
+        plan._set(index, shape, count)
+        return plan
+
+    def _set(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None) -> None:
         self.index = index
         self.shape = tuple(shape)
         self.count = count
@@ -57,17 +78,75 @@ class PixelPlan:
         if capacity is None and torch.compiler.is_compiling():
             capacity = shape[0] * shape[1] * shape[2]
         if capacity is None:
-            return cls(raising(torch.ops.dynops.mask_to_index.default, mask), shape)
+            return cls._made(raising(torch.ops.dynops.mask_to_index.default, mask), shape)
         if not is_int(capacity, 0):
             raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
         index, count = raising(torch.ops.dynops.mask_to_index_capacity, mask, capacity)
-        return cls(index, shape, count)
+        return cls._made(index, shape, count)
+
+    @classmethod
+    def from_coordinates(
+        cls, coordinates: Tensor, shape: tuple[int, int, int], capacity: int | None = None
+    ) -> PixelPlan:
+        """Builds the plan of a list of pixels, in any order, as sparse-tensor libraries and event cameras have them.
+
+        The plan's rows are in ascending order of (n, y, x), and a pixel that is named twice is one row. Features
+        in the order of the list come into the plan's order, and back, by :meth:`rows_of`::
+
+            rows = plan.rows_of(coordinates)
+            packed = features.new_zeros(plan.num_rows, features.shape[1]).index_add(0, rows, features)
+            features = packed[rows]
+
+        Args:
+            coordinates: int ``[P, 3]``, (n, y, x) of each pixel, or ``[P, 2]``, (y, x), for a batch of 1.
+            shape: ``(N, H, W)``, the resolution that the plan is for.
+            capacity: as in :meth:`from_mask`.
+
+        Raises:
+            TypeError: ``coordinates`` are no tensor of integers.
+            ValueError: another shape; coordinates outside of ``shape`` (looked for on a CPU, and in the compact form
+                on a GPU; else, where looking would synchronise, they are left out).
+        """
+        shape = check_shape(shape)
+        flat = flat_index(coordinates, shape, looks=capacity is None)
+        pixels = shape[0] * shape[1] * shape[2]
+        mask = torch.zeros(pixels + 1, dtype=torch.bool, device=flat.device)
+        mask[torch.where(flat < 0, pixels, flat)] = True
+        return cls.from_mask(mask[:-1].view(shape), capacity)
+
+    def rows_of(self, coordinates: Tensor) -> Tensor:
+        """int64 ``[P]``: the row of each pixel of a list, or -1 where it is not active.
+
+        Args:
+            coordinates: as in :meth:`from_coordinates`.
+        """
+        flat = flat_index(coordinates, self.shape, looks=self.count is None)
+        if flat.device != self.device:
+            raise ValueError(
+                f"coordinates: expected them on the plan's device {self.device}, got {flat.device}"
+            )
+        padded = torch.cat([self.inverse().view(-1), self.index.new_full((1,), -1)])
+        return padded[flat].long()  # -1, which is outside, is the last
+
+    @classmethod
+    def cat(cls, plans: Iterable[PixelPlan]) -> PixelPlan:
+        """The plan of several batches one after the other. ``default_collate`` of plans is this.
+
+        Where one of them has the capacity form, so has the result, with room for all; nothing synchronises.
+
+        Raises:
+            TypeError, ValueError: no plans, or plans of different (H, W) or devices; more than 2**31 - 1 pixels.
+        """
+        plans = of_one_kind(plans, PixelPlan, size=lambda plan: plan.shape[1:])
+        shape = check_shape((sum(plan.shape[0] for plan in plans), *plans[0].shape[1:]), "plans")
+        index, count = cat_index([(plan.index, plan.count, plan.num_pixels) for plan in plans])
+        return cls._made(index, shape, count)
 
     @classmethod
     def full(cls, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> PixelPlan:
         """The plan that computes every pixel of ``shape = (N, H, W)``."""
         n, h, w = shape
-        return cls(torch.arange(n * h * w, dtype=torch.int32, device=device), shape)
+        return cls._made(torch.arange(n * h * w, dtype=torch.int32, device=device), shape)
 
     @property
     def num_rows(self) -> int:
@@ -111,7 +190,7 @@ class PixelPlan:
         if self._as_rows is None:
             full = PixelPlan.full((1, 1, self.num_rows), self.device)
             index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
-            self._as_rows = PixelPlan(index, full.shape, self.count)
+            self._as_rows = PixelPlan._made(index, full.shape, self.count)
         return self._as_rows
 
     def pointwise(self, groups: int) -> ConvGeometry:
@@ -184,12 +263,16 @@ class PixelPlan:
         shape = (batch, *self.shape[1:])
         if self.count is not None:
             return PixelPlan.from_mask(self.mask().expand(shape), batch * self.num_rows)
-        return PixelPlan(repeat_index(self.index, batch, self.num_pixels), shape)
+        return PixelPlan._made(repeat_index(self.index, batch, self.num_pixels), shape)
 
-    def to(self, device: torch.device | str) -> PixelPlan:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PixelPlan:
         """The same plan on another device."""
-        count = None if self.count is None else self.count.to(device)
-        return PixelPlan(self.index.to(device), self.shape, count)
+        index, count = moved(self, device, non_blocking)
+        return PixelPlan._made(index, self.shape, count)
+
+    def pin_memory(self) -> PixelPlan:
+        """The same plan in pinned memory: what a DataLoader calls."""
+        return PixelPlan._made(pinned(self.index), self.shape, pinned(self.count))
 
     def _slots(self) -> Tensor:
         """int64 positions of the rows; the rows past the count go to the spare slot N*H*W."""
