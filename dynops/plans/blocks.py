@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import BlockGeometry, is_int, pair
+from ..geometry import BlockGeometry, pair
 from .collect import moved, of_one_kind, pinned
 from .masks import MAX_PIXELS, check_expand, check_index, check_mask, check_shape, raising
 from .pixels import PixelPlan
