@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from . import modes
 from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
+from .recompute import travels
+from .scope import Scope
 
-
-class _Local(threading.local):
-    def __init__(self):  # runs once in each thread; an attribute (not a class default) is what Dynamo guards
-        self.stack: tuple[active, ...] = ()
-
-
-_local = _Local()
+_scope = Scope("dynops.active")
+travels(_scope)
 
 
 class active:
@@ -25,6 +20,8 @@ class active:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch, also where
+            a model works on several batch sizes.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
 
@@ -32,9 +29,17 @@ class active:
     pixel under it is; a layer at 1/s of the mask's resolution so computes blocks of ``block_size / s``.
     Plans are built once for each resolution and shared between the layers.
 
-    The context belongs to the thread that enters it. It nests (the innermost mask holds), may be
-    entered again and by several threads at once, and is left when an exception passes through.
-    Entered inside a compiled function, with the mask as its input, plans have the capacity form.
+    The context nests (the innermost mask holds), may be entered again and by several threads at once, and
+    is left when an exception passes through. Entered inside a compiled function, with the mask as its
+    input, plans have the capacity form. It belongs to what enters it:
+
+    - a thread: one that is started inside the block begins without a mask;
+    - an asyncio task: a task that is made inside the block begins with its mask, and may enter others;
+    - a generator: its mask holds while the generator runs, not for the caller while it waits at a
+      ``yield``. A generator that is a context manager (``contextlib.contextmanager``) or a pytest fixture
+      hands its mask to the caller;
+    - what ``torch.utils.checkpoint`` runs: computed again in the backward pass, wherever that is called, it
+      has the mask that it had in the forward pass.
 
     Raises:
         TypeError, ValueError: what is passed is neither a mask nor a plan, or a block size below 1. A
@@ -62,11 +67,11 @@ class active:
         self._masks = [mask]  # [N, H, W] bool: as passed, then each half that was asked for
 
     def __enter__(self) -> active:
-        _local.stack = (*_local.stack, self)
+        _scope.enter(self)
         return self
 
     def __exit__(self, *error) -> None:
-        _local.stack = _local.stack[:-1]
+        _scope.leave(self)
 
     def plan(self, shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
         """The plan at ``shape = (N, H, W)`` for a layer on ``device`` (kept).
@@ -84,7 +89,12 @@ class active:
     def _make(self, shape: tuple[int, int, int]) -> PixelPlan:
         n, *size = shape
         mask = self._masks[0]
-        if mask.shape[0] != n:
+        if mask.shape[0] == 1 and n > 1:
+            one = (1, *size)
+            if one not in self._plans:
+                self._plans[one] = self._make(one)
+            return self._plans[one].expand(n)
+        if mask.shape[0] not in (1, n):
             raise ValueError(
                 f"active: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
                 f"(shape {tuple(mask.shape)})"
@@ -118,6 +128,5 @@ def _without_nan(mask: Tensor) -> Tensor:
 
 
 def current() -> active | None:
-    """The innermost ``active`` context of this thread."""
-    stack = _local.stack
-    return stack[-1] if stack else None
+    """The innermost ``active`` context that holds here."""
+    return _scope.innermost()

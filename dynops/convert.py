@@ -177,7 +177,7 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self, *args, **kwargs):
         active = context.current()
-        if active is not None:
+        if active is not None and _TRACE in self.__dict__:  # a slice of a converted nn.Sequential has none
             x = _only_tensor(self, args, kwargs)
             if x is not None:
                 program = self.__dict__[_PROGRAM]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .observers import observed
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _transforms = torch._C._are_functorch_transforms_active
 _has_key = torch._C._dispatch_tls_is_dispatch_key_included
@@ -45,7 +47,7 @@ def differentiated(*values) -> bool:
 
 def plain(*values) -> bool:
     """Whether nothing at all watches a function of these tensors, so that a kernel may be called by itself."""
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or observed():
         return False
     grad = torch.is_grad_enabled()
     for value in values:

@@ -354,7 +354,8 @@ def test_errors_of_gather_and_scatter():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_index_past_the_map_reaches_no_kernel(backend):
     """It would read or write outside memory."""
-    plan = PixelPlan(torch.tensor([0, 2 * 7 * 6 + 5], dtype=torch.int32), (2, 7, 6))
+    plan = PixelPlan(torch.tensor([0, 5], dtype=torch.int32), (2, 7, 6))
+    plan.index[1] = 2 * 7 * 6 + 5  # the constructor looks, once
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         ops.gather_pixels(random_tensor(2, 3, 7, 6), plan)
     with pytest.raises((ValueError, IndexError, RuntimeError)):

@@ -635,7 +635,7 @@ def test_masks_that_do_not_fit(inputs):
     with pytest.raises(TypeError, match="mask: expected a tensor"):
         dynops.active([[1]])
     with pytest.raises(ValueError, match="mask: expected"):
-        dynops.active(torch.ones(64, 48))
+        dynops.active(torch.ones(2, 3, 64, 48))
     with dynops.active(mask), pytest.raises(TypeError, match="x: expected the weight's dtype"):
         model(x.float())
     with dynops.active(mask), pytest.raises(ValueError, match="x: expected 3 channels"):

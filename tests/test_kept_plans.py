@@ -91,5 +91,5 @@ def test_plans_are_copied_and_pickled_without_what_was_made():
     plan = PixelPlan.from_mask(torch.eye(8)[None])
     plan.inverse()
     for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), copy.copy(plan)):
-        assert twin._made == {} and torch.equal(twin.inverse(), plan.inverse())
-    assert plan._made
+        assert twin._derived == {} and torch.equal(twin.inverse(), plan.inverse())
+    assert plan._derived

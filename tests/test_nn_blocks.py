@@ -487,7 +487,7 @@ def test_bad_arguments():
     layer = SparseBlocks(nn.Conv2d(4, 4, 3, padding=1), 4)
     for arguments, error, message in [
         ((x, torch.ones(2, 4, 4)), ValueError, r"mask_or_plan: expected one for the output's .* \(2, 8, 8\), got \(2, 4, 4\)"),
-        ((x, torch.ones(1, 8, 8)), ValueError, r"mask_or_plan: .*got \(1, 8, 8\)"),
+        ((x, torch.ones(3, 8, 8)), ValueError, r"mask_or_plan: .*got \(3, 8, 8\)"),
         ((x, "mask"), TypeError, r"mask_or_plan: expected a BlockPlan or a mask tensor, got str"),
         ((x[0], mask), ValueError, r"x: expected \[N, C, H, W\]"),
         ((x, BlockPlan.from_mask(mask, 4, stride=2)), ValueError, r"mask_or_plan: expected blocks that do not overlap"),

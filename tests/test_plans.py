@@ -109,7 +109,7 @@ def test_nan_mask(dtype, capacity):
 
 
 @pytest.mark.parametrize("mask, error, match", [
-    (torch.ones(4, 4), ValueError, r"mask: expected \[N, H, W\].*\(4, 4\)"),
+    (torch.ones(4), ValueError, r"mask: expected \[N, H, W\].*\(4,\)"),
     (torch.ones(2, 3, 4, 4), ValueError, r"mask.*\(2, 3, 4, 4\)"),
     (torch.ones(1, 1, 1, 4, 4), ValueError, "mask"),
     (torch.ones(()), ValueError, "mask"),

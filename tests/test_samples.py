@@ -327,7 +327,9 @@ def test_ops_refuse(call, error, says):
 @pytest.mark.parametrize("columns", [4, LONG])
 @pytest.mark.parametrize("index", [[2, 0], [0, 0], [0, 3], [-1, 1]])
 def test_the_binary_refuses_an_index_outside(index, columns):
-    plan = SamplePlan(torch.tensor(index, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match="index: expected"):
+        SamplePlan(torch.tensor(index, dtype=torch.int32), 3)
+    plan = SamplePlan._made(torch.tensor(index, dtype=torch.int32), 3)  # the last guard
     x, rows = random_tensor(3, columns), random_tensor(2, columns)
     for call in (
         lambda: ops.gather_samples(x, plan),

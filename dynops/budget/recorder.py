@@ -25,8 +25,8 @@ from ..nn import (
     SparseSequential,
     TopKRouter,
 )
-from ..plans import BlockPlan, ChannelPlan, ExpertPlan
 from ..ops import probing
+from ..plans import BlockPlan, ChannelPlan, ExpertPlan
 from . import pictures
 from .dense_rules import argument
 from .tallies import Histogram, Tally
@@ -237,8 +237,13 @@ def _mask(args: tuple, kwargs: dict, out: Tensor):
     mask, active = argument(args, kwargs, 1, "mask_or_plan"), context.current()
     if isinstance(mask, (list, tuple)):  # output_size of a transposed convolution
         mask = None
+    batch = out.shape[0] if out.dim() == 4 else 1
     if mask is None and active is not None:
-        return active.plan((out.shape[0] if out.dim() == 4 else 1, *out.shape[-2:]), out.device)
+        return active.plan((batch, *out.shape[-2:]), out.device)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[None]
+    if mask is not None and mask.shape[0] == 1:  # one for all samples
+        mask = mask.expand(batch, *mask.shape[1:]) if isinstance(mask, Tensor) else mask.expand(batch)
     return mask
 
 

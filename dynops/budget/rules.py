@@ -45,14 +45,20 @@ def pixel_conv(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Cos
             return dense
         shape = (out.shape[0] if out.dim() == 4 else 1, *out.shape[-2:])
         mask = active.plan(shape, out.device)
-    pixels = live_pixels(mask, kwargs.get("gate"))
+    pixels = live_pixels(mask, kwargs.get("gate"), dense.rows)
     return Cost(dense.rows, dense.each / max(out.shape[-2:].numel(), 1), pixels, dense.each)
 
 
-def live_pixels(mask: Tensor | PixelPlan, gate: Tensor | None = None) -> Tensor:
-    """float64 ``[N]``: each sample's pixels that are computed, with the gradient of the mask and the gate."""
+def live_pixels(mask: Tensor | PixelPlan, gate: Tensor | None, rows: int) -> Tensor:
+    """float64 ``[N]``: each sample's pixels that are computed, with the gradient of the mask and the gate.
+
+    A mask or plan of one sample is that of all ``rows`` samples.
+    """
+    if isinstance(mask, PixelPlan):
+        mask = mask.expand(rows) if mask.shape[0] == 1 else mask
     if isinstance(mask, Tensor):
         mask = mask[None] if mask.dim() == 2 else mask
+        mask = mask.expand(rows, *mask.shape[1:]) if mask.shape[0] == 1 else mask
         live = opened(mask).flatten(1).sum(1)
         at = mask != 0
     else:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..geometry import ConvGeometry
 from ..nn import SparseBlocks, SparseSequential
 from ..nn import sequential as chains
 from ..nn.rows import _plans as plans_of_stack
 from ..plans import BlockPlan, PixelPlan, as_pixel_plan
-from ..geometry import ConvGeometry
 from .dense_rules import Cost
 from .sums import slope
 
@@ -24,7 +24,7 @@ class Computed(NamedTuple):
 
 
 def of_chain(module: SparseSequential, x: Tensor, mask_or_plan) -> Computed:
-    plan = as_pixel_plan(mask_or_plan)
+    plan = as_pixel_plan(mask_or_plan, batch=x.shape[0])
     steps = chains._fuse(module)
     geometries = chains._geometries(steps, plan, (x.shape[0], x.shape[2], x.shape[3]))
     plans = chains._plans(geometries, plan)
@@ -67,6 +67,7 @@ def cost(computed: Computed, mask, rows: int) -> Cost:
     """The cost of a call. A mask's gradient is what an active pixel costs on average, halo included."""
     live, dense = computed
     if isinstance(mask, Tensor) and mask.requires_grad:
+        mask = mask[None] if mask.dim() == 2 else mask
         active = (mask.detach() != 0).flatten(1).sum(1)
         price = torch.where(active > 0, live / active.clamp(min=1), dense / max(mask[0].numel(), 1))
         live = live + slope(mask).flatten(1).sum(1) * price

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..nn import ConvExperts, GroupedDynamicConv2d
-from ..ops.watch import watching
-from ..plans import SamplePlan
 from ..ops import probing
+from ..ops.watch import watchers, watching
+from ..plans import SamplePlan
 from .frames import Frame, device_of, first_tensor, rows_of, special_frame
 from .rules import OPAQUE
 from .sums import Owners, Sums
@@ -58,7 +57,6 @@ class Tracker:
             raise RuntimeError(
                 f"{type(self).__name__}: expected one that is not open, got one that was entered already"
             )
-        self._thread = threading.get_ident()
         hidden = {m for o in self.model.modules() if isinstance(o, OPAQUE) for m in o.modules() if m is not o}
         for name, module in self.model.named_modules():
             if module in hidden:
@@ -85,7 +83,8 @@ class Tracker:
     # -------------------------------------------------------------------------------------- hooks
 
     def _foreign(self) -> bool:
-        return threading.get_ident() != self._thread or probing.by() not in (None, self)
+        """Whether a call is another thread's, task's or generator's."""
+        return self not in watchers() or probing.by() not in (None, self)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._foreign():

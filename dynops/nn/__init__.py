@@ -1,5 +1,6 @@
 """Layers: each takes the place of an ordinary one, with its constructor, parameters and keys."""
 
+from ..observers import unscriptable as _unscriptable
 from . import expert_shards
 from .blocks import SparseBlocks
 from .channel_gating import ChannelGatedConv2d, GroupedDynamicConv2d
@@ -123,3 +124,5 @@ __all__ = [
     "weighted_exit_loss",
     "z_loss",
 ]
+
+_unscriptable(globals(), __all__)

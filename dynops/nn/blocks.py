@@ -48,8 +48,9 @@ class SparseBlocks(nn.Module):
 
     Shape:
         - x: ``[N, C, H, W]``, either memory format.
-        - mask_or_plan: ``[N, out_H, out_W]`` or ``[N, 1, out_H, out_W]``, a block is active where any of
-          its pixels is nonzero; or a :class:`dynops.BlockPlan`, whose own block size then holds.
+        - mask_or_plan: ``[N, out_H, out_W]`` or ``[N, 1, out_H, out_W]``, or one for all samples:
+          ``[out_H, out_W]`` or N = 1. A block is active where any of its pixels is nonzero. Or a
+          :class:`dynops.BlockPlan`, whose own block size then holds.
         - base: ``[N, O, out_H, out_W]``, the output at inactive blocks; None for zero, "input" for ``x``.
         - output: ``where(block active, module(x), base)``, memory format of ``x``.
 
@@ -137,7 +138,7 @@ class SparseBlocks(nn.Module):
         return self._bound
 
     def _plan(self, mask_or_plan, out_shape: tuple[int, int, int], x: Tensor) -> BlockPlan:
-        plan = as_block_plan(mask_or_plan, self.block_size)
+        plan = as_block_plan(mask_or_plan, self.block_size, batch=x.shape[0])
         if plan.shape != out_shape:
             raise ValueError(
                 f"mask_or_plan: expected one for the output's [N, H, W] = {out_shape}, got {plan.shape}"

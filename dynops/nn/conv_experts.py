@@ -100,7 +100,9 @@ class ConvExperts(nn.Module):
             if count == 0:
                 idle.append(branch)
                 continue
-            y = apart(branch, layout.samples(part), name=f"branches[{i}]")  # autograd takes the parts for one tensor
+            y = apart(
+                branch, layout.samples(part), name=f"branches[{i}]"
+            )  # autograd takes the parts for one tensor
             self._returned.note(branch, x, y)
             out_layout = out_layout or SampleLayout.of(y)
             if y.shape != (len(part), *out_layout.shape):

@@ -22,7 +22,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     has it; with fewer than two active pixels the running statistics are used and not updated.
 
     Shape:
-        - input, output: ``[N, C, H, W]``. mask_or_plan: ``[N, H, W]`` or ``[N, 1, H, W]``.
+        - input, output: ``[N, C, H, W]``. mask_or_plan: ``[N, H, W]``, ``[N, 1, H, W]``, one for all
+          samples (``[H, W]``, or N = 1), or a plan.
     """
 
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
@@ -62,7 +63,7 @@ def mask_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
 def _plan(x: Tensor, mask_or_plan) -> PixelPlan | None:
     """The plan for ``x``: the one passed, else that of ``dynops.active``, else None."""
     if mask_or_plan is not None:
-        return as_pixel_plan(mask_or_plan)
+        return as_pixel_plan(mask_or_plan, batch=x.shape[0] if x.dim() == 4 else 1)
     active = context.current()
     if active is None:
         return None

@@ -115,7 +115,7 @@ class SpatialHalting(nn.Module):
             unit = functools.partial(apart, self.units[number], name=f"units[{number}]")
             if self.dense:
                 return rows + _residual(unit(x), x).permute(0, 2, 3, 1).reshape(rows.shape)
-            pixels = PixelPlan(plan.index, size)
+            pixels = PixelPlan._made(plan.index, size)
             return rows + gather_pixels(_residual(unit(x, pixels), x), pixels)
 
         return step
@@ -126,7 +126,7 @@ class SpatialHalting(nn.Module):
             at = score_of(value, (shape, size), not self.weighted, f"halts[{n - 1}]")
             if plan.is_full:
                 return at.flatten()
-            return gather_pixels(at, PixelPlan(plan.index, size))[:, 0]
+            return gather_pixels(at, PixelPlan._made(plan.index, size))[:, 0]
 
         return score
 

@@ -15,12 +15,10 @@ from .shapes import conv_geometry, conv_transpose_geometry
 class _SparseConv(FromDense):
     """What the two layers share: the mask, ``from_dense``."""
 
-    def _plan(self, x: Tensor, mask_or_plan, batched: bool, output_padding=None) -> PixelPlan | None:
+    def _plan(self, x: Tensor, mask_or_plan, output_padding=None) -> PixelPlan | None:
         """The plan that a call is for: the one passed, else that of ``dynops.active``, else None."""
         if mask_or_plan is not None:
-            if not batched and isinstance(mask_or_plan, Tensor) and mask_or_plan.dim() == 2:
-                mask_or_plan = mask_or_plan[None]
-            return as_pixel_plan(mask_or_plan)
+            return as_pixel_plan(mask_or_plan, batch=x.shape[0])
         active = context.current()
         if active is None:
             return None
@@ -56,9 +54,9 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
 
     Shape:
         - input: ``[N, C, H, W]`` (channels_last is the fast format) or ``[C, H, W]``.
-        - mask_or_plan: ``[N, out_H, out_W]``, ``[N, 1, out_H, out_W]`` (unbatched also
-          ``[out_H, out_W]``), nonzero = computed, or a :class:`dynops.PixelPlan`; a plan is cheaper
-          where several layers share the mask.
+        - mask_or_plan: ``[N, out_H, out_W]`` or ``[N, 1, out_H, out_W]``, or one for all samples:
+          ``[out_H, out_W]`` or N = 1. Nonzero = computed. Or a :class:`dynops.PixelPlan`, of the batch
+          or of a batch of 1, which is cheaper where several layers share the mask.
         - gate: ``[N, out_H, out_W]`` or packed ``[P]``, a multiplier of each computed pixel, through
           which a gate's gradient flows.
         - residual: ``[N, O, out_H, out_W]``, added at the computed pixels.
@@ -90,7 +88,7 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
             x,
             self.weight,
             self.bias,
-            self._plan(x, mask_or_plan, batched),
+            self._plan(x, mask_or_plan),
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -135,7 +133,7 @@ class SparseConvTranspose2d(_SparseConv, nn.ConvTranspose2d):
             x,
             self.weight,
             self.bias,
-            self._plan(x, mask_or_plan, batched, output_padding),
+            self._plan(x, mask_or_plan, output_padding),
             stride=self.stride,
             padding=self.padding,
             output_padding=output_padding,

@@ -50,7 +50,8 @@ class SparseSequential(nn.Sequential):
     forms, BatchNorm2d, elementwise activations, Dropout, Identity, and nn.Sequential of the same.
 
     Shape:
-        - x: ``[N, C, H, W]``. mask_or_plan: ``[N, out_H, out_W]``, ``[N, 1, out_H, out_W]`` or a plan.
+        - x: ``[N, C, H, W]``. mask_or_plan: ``[N, out_H, out_W]``, ``[N, 1, out_H, out_W]``, one for all samples
+          (``[out_H, out_W]``, or N = 1), or a plan.
         - base: ``[N, O, out_H, out_W]``, the output at inactive pixels; zero if None.
         - output: ``[N, O, out_H, out_W]``, memory format of ``x``.
 
@@ -85,7 +86,7 @@ class SparseSequential(nn.Sequential):
             return super().forward(input)
         if not isinstance(input, Tensor) or input.dim() != 4:
             raise ValueError(f"input: expected a tensor [N, C, H, W], got {getattr(input, 'shape', input)}")
-        plan = as_pixel_plan(mask_or_plan)
+        plan = as_pixel_plan(mask_or_plan, batch=input.shape[0])
         steps = _fuse(self)
         geometries = _geometries(steps, plan, (input.shape[0], input.shape[2], input.shape[3]))
         plans, autocast = _plans(geometries, plan), autocast_dtype(input)

@@ -1,5 +1,6 @@
 """The ops: functions with gradients, dense tensors (or packed rows) and a plan in, tensors out."""
 
+from ..observers import unscriptable as _unscriptable
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
 from .channel_filters import local_conv2d
@@ -16,6 +17,7 @@ from .expert_activations import expert_activation
 from .expert_checks import QuantizedExperts
 from .expert_rows import combine_pairs, gather_pairs
 from .experts import experts_mlp, grouped_linear, quantize_experts
+from .flops import register_formulas as _register_formulas
 from .interpolate import interpolate_pixels
 from .pixels import (
     gather_pixels,
@@ -57,3 +59,6 @@ __all__ = [
     "sparse_conv2d",
     "sparse_conv_transpose2d",
 ]
+
+_unscriptable(globals(), __all__)
+_register_formulas()

@@ -16,7 +16,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import modes
+from ..observers import observed, refuse_tracing
 from .batching import vmap_rules
+from .flops import register_formulas
 
 library = torch.library.Library("dynops", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -25,9 +27,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Op:
     """A registered op, called by the shortest way.
 
-    Where something watches (a compiler, a transform, forward-mode AD, a tensor subclass) the call goes through the
-    dispatcher, as it does for a meta tensor; where a gradient is needed through one ``autograd.Function``, which
-    took 60 us less of a small layer's training step than ``register_autograd``; else straight to the implementation.
+    Where something watches (a compiler, a transform, forward-mode AD, a tensor subclass, a dispatch mode, a profiler)
+    the call goes through the dispatcher, as it does for a meta tensor; where a gradient is needed through one
+    ``autograd.Function``, which took 60 us less of a small layer's training step than ``register_autograd``; else
+    straight to the implementation.
     """
 
     def __init__(self, name: str, implementation: Callable, function: type[torch.autograd.Function] | None):
@@ -36,6 +39,9 @@ class Op:
 
     def __call__(self, *arguments):
         if torch.compiler.is_compiling() or modes.transformed() or arguments[0].is_meta:
+            return self.overload(*arguments)
+        if observed():
+            register_formulas()
             return self.overload(*arguments)
         needs_grad = False
         for value in arguments:
@@ -74,6 +80,7 @@ def define(
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, _untraced(name), "Tracer")
     torch.library.register_fake(f"dynops::{name}", fake, lib=library)
     overload = getattr(torch.ops.dynops, name).default
     rule, batched_kernel = vmap_rules(overload, vmap)
@@ -86,6 +93,15 @@ def define(
     jvp = jvp or _jvp_of(overload, terms)
     library.impl(name, _autograd_kernel(overload, setup_context, backward, jvp), "Autograd", with_keyset=True)
     return Op(name, implementation, _function(name, implementation, setup_context, backward))
+
+
+def _untraced(name: str) -> Callable:
+    """What TorchScript's tracer calls in the place of an op that something calls by its name, as plans do."""
+
+    def run(*arguments, **named):
+        refuse_tracing()
+
+    return run
 
 
 def _or_binary(overload, implementation: Callable) -> Callable:

@@ -1,39 +1,33 @@
 """Who wants to know what an op did: :class:`dynops.budget.MacCounter` cannot see it from calls of modules.
 
-An op that matters calls the watchers of its thread, of which there are none outside of a counter.
+An op that matters calls the watchers that were entered around it (:mod:`dynops.scope`: in this thread, task or
+generator), of which there are none outside of a counter.
 """
 
 from __future__ import annotations
 
-import threading
+from ..scope import Scope
 
-
-class _Local(threading.local):
-    def __init__(self):  # runs once in each thread; an attribute (not a class default) is what Dynamo guards
-        self.watchers: tuple = ()
-
-
-_local = _Local()
+_scope = Scope("dynops.watchers")
 
 
 def watchers() -> tuple:
-    """This thread's: with ``gathered(x, plan, rows)`` and ``filled(plan, channels, mode, kernel_size)``."""
-    return _local.watchers
+    """Those that hear this call: with ``gathered(x, plan, rows)`` and ``filled(plan, channels, mode, kernel_size)``.
+
+    They do not change what an op computes: a checkpoint's recomputation is not heard where its counter is closed.
+    """
+    return _scope.values()
 
 
 class watching:
-    """Context manager: inside it, ``watcher`` is one of this thread's watchers."""
+    """Context manager: inside it, ``watcher`` is one of those that hear calls."""
 
     def __init__(self, watcher):
         self.watcher = watcher
 
     def __enter__(self):
-        _local.watchers = (*_local.watchers, self.watcher)
+        _scope.enter(self.watcher)
         return self.watcher
 
     def __exit__(self, *error) -> None:
-        left = list(_local.watchers)
-        left.reverse()
-        left.remove(self.watcher)
-        left.reverse()
-        _local.watchers = tuple(left)
+        _scope.leave(self.watcher)

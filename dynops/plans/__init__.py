@@ -2,6 +2,7 @@
 
 from .blocks import BlockPlan, as_block_plan, changed_blocks, widen_mask
 from .channels import ChannelPlan, as_channel_plan
+from .collect import register_collate as _register_collate
 from .experts import ExpertPlan
 from .masks import check_mask, resize_mask
 from .pixels import PixelPlan, as_pixel_plan
@@ -23,3 +24,5 @@ __all__ = [
     "resize_mask",
     "widen_mask",
 ]
+
+_register_collate(PixelPlan, BlockPlan, SamplePlan, ChannelPlan, ExpertPlan)

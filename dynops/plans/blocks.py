@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import modes
-from ..geometry import BlockGeometry, is_int, pair
+from ..geometry import BlockGeometry, pair
+from .collect import moved, of_one_kind, pinned
 from .derived import Derived, plain
-from .masks import MAX_PIXELS, check_mask, raising
+from .masks import MAX_PIXELS, check_expand, check_index, check_mask, check_shape, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
@@ -31,8 +33,17 @@ class BlockPlan(Derived):
     """
 
     def __init__(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None = None):
-        if index.dtype != torch.int32 or index.dim() != 1:
-            raise TypeError(f"index: expected int32 [B], got {index.dtype} {tuple(index.shape)}")
+        check_index(index, count, geometry.batch * geometry.grid_h * geometry.grid_w, "[B]")
+        self._set(index, geometry, count)
+
+    @classmethod
+    def _made(cls, index: Tensor, geometry: BlockGeometry, count: Tensor | None) -> BlockPlan:
+        """The plan of an index that needs no look at its values."""
+        plan = cls.__new__(cls)
+        plan._set(index, geometry, count)
+        return plan
+
+    def _set(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None) -> None:
         self.index, self.geometry, self.count = plain(index), geometry, plain(count)
         super().__init__()
 
@@ -55,7 +66,7 @@ class BlockPlan(Derived):
         """Builds the plan of a mask. By default blocks tile the map; the last ones may lie over its edge.
 
         Args:
-            mask: ``[N, H, W]`` or ``[N, 1, H, W]``, bool, integer or floating.
+            mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]`` (batch 1), bool, integer or floating.
             block_size: pixels of a block, ``int`` or ``(height, width)``.
             reduce: "any" takes the largest absolute value of a block, "mean" their mean (pixels outside
                 the map count as zero); the block is active where that exceeds ``threshold``.
@@ -84,7 +95,19 @@ class BlockPlan(Derived):
     @classmethod
     def _of(cls, blocks: Tensor, geometry: BlockGeometry, capacity: int | None) -> BlockPlan:
         plan = PixelPlan.from_mask(blocks, capacity)  # the grid is a map of blocks
-        return cls(plan.index, geometry, plan.count)
+        return cls._made(plan.index, geometry, plan.count)
+
+    @classmethod
+    def cat(cls, plans: Iterable[BlockPlan]) -> BlockPlan:
+        """The plan of several batches one after the other: see :meth:`PixelPlan.cat`. Their blocks must be alike."""
+        plans = of_one_kind(plans, BlockPlan, grid=lambda plan: plan.geometry._replace(batch=0))
+        grids = PixelPlan.cat([plan._grid() for plan in plans])
+        batch = sum(plan.shape[0] for plan in plans)
+        return cls._made(grids.index, plans[0].geometry._replace(batch=batch), grids.count)
+
+    def _grid(self) -> PixelPlan:
+        """The blocks as the pixels of a map ``[N, 1, GH, GW]``."""
+        return PixelPlan._made(self.index, self.geometry.grid, self.count)
 
     @classmethod
     def from_blocks(
@@ -96,9 +119,7 @@ class BlockPlan(Derived):
     ) -> BlockPlan:
         """The plan of a mask of blocks ``[N, ceil(H / block), ceil(W / block)]`` over a map ``(N, H, W)``."""
         blocks = check_mask(blocks, "blocks")
-        if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(is_int(n, 0) for n in shape):
-            raise ValueError(f"shape: expected (N, H, W), got {shape!r}")
-        geometry = _geometry(tuple(shape), block_size, None, 0, 0)
+        geometry = _geometry(check_shape(shape), block_size, None, 0, 0)
         if tuple(blocks.shape) != geometry.grid:
             raise ValueError(f"blocks: expected shape {geometry.grid}, got {tuple(blocks.shape)}")
         return cls._of(blocks, geometry, capacity)
@@ -140,7 +161,7 @@ class BlockPlan(Derived):
 
     def blocks(self) -> Tensor:
         """The active blocks as a bool mask ``[N, GH, GW]``."""
-        return PixelPlan(self.index, self.geometry.grid, self.count).mask()
+        return self._grid().mask()
 
     def mask(self) -> Tensor:
         """The pixels that active blocks cover, bool ``[N, H, W]``."""
@@ -154,7 +175,7 @@ class BlockPlan(Derived):
         if self.count is not None or modes.sizes_are_fixed(self.index):
             mask = self.mask()
             return PixelPlan.from_mask(mask, mask.numel())
-        return PixelPlan(torch.ops.dynops.block_pixels.default(self.index, self.geometry), self.shape)
+        return PixelPlan._made(torch.ops.dynops.block_pixels.default(self.index, self.geometry), self.shape)
 
     def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:
         """The output blocks of a convolution without padding of these tiles: SBNet's way from input to output.
@@ -175,12 +196,24 @@ class BlockPlan(Derived):
         )
         down, across = (axes[i].through(kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
         sizes = (size for both in zip(down, across, strict=True) for size in both)
-        return BlockPlan(self.index, BlockGeometry(g.batch, *sizes), self.count)
+        return BlockPlan._made(self.index, BlockGeometry(g.batch, *sizes), self.count)
 
-    def to(self, device: torch.device | str) -> BlockPlan:
+    def expand(self, batch: int) -> BlockPlan:
+        """This plan, of a batch of 1, for every sample of a batch: see :meth:`PixelPlan.expand`."""
+        if batch == self.shape[0]:
+            return self
+        check_expand(self, batch, max(self.num_all, self.shape[1] * self.shape[2]))
+        grid = self._grid().expand(batch)
+        return BlockPlan._made(grid.index, self.geometry._replace(batch=batch), grid.count)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockPlan:
         """The same plan on another device."""
-        count = None if self.count is None else self.count.to(device)
-        return BlockPlan(self.index.to(device), self.geometry, count)
+        index, count = moved(self, device, non_blocking)
+        return BlockPlan._made(index, self.geometry, count)
+
+    def pin_memory(self) -> BlockPlan:
+        """The same plan in pinned memory: what a DataLoader calls."""
+        return BlockPlan._made(pinned(self.index), self.geometry, pinned(self.count))
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -322,10 +355,16 @@ def _changed(previous: Tensor, current: Tensor, tolerance: float) -> Tensor:
     return ~((previous.to(wide) - current.to(wide)).abs() <= tolerance).all(1)
 
 
-def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> BlockPlan:
-    """A :class:`BlockPlan`: a plan as it is, whatever its blocks, or the plan of a mask."""
-    if isinstance(mask_or_plan, BlockPlan):
-        return mask_or_plan
+def as_block_plan(
+    mask_or_plan, block_size, name: str = "mask_or_plan", batch: int | None = None
+) -> BlockPlan:
+    """A :class:`BlockPlan`: a plan as it is, whatever its blocks, or the plan of a mask.
+
+    One for a single sample is that of every sample of ``batch``.
+    """
     if isinstance(mask_or_plan, Tensor):
-        return BlockPlan.from_mask(mask_or_plan, block_size)
+        mask_or_plan = BlockPlan.from_mask(mask_or_plan, block_size)
+    if isinstance(mask_or_plan, BlockPlan):
+        alone = batch is not None and mask_or_plan.shape[0] == 1
+        return mask_or_plan.expand(batch) if alone else mask_or_plan
     raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")

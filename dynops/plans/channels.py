@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from .. import modes
 from ..geometry import is_int
+from .collect import cat_lists, moved, of_one_kind, pinned
 from .derived import Derived, plain
 from .masks import check_mask_dtype, raising
 
@@ -209,16 +212,30 @@ class ChannelPlan(Derived):
             return mask.view(-1, self.heads, self.channels)
         return mask[0] if self.shared else mask
 
-    def to(self, device: torch.device | str) -> ChannelPlan:
+    @classmethod
+    def cat(cls, plans: Iterable[ChannelPlan]) -> ChannelPlan:
+        """The plan of several batches one after the other. A shared plan counts as that of one sample.
+
+        Raises:
+            TypeError, ValueError: no plans, or plans of different channels, heads or devices.
+        """
+        plans = of_one_kind(plans, ChannelPlan, channels=lambda p: p.channels, heads=lambda p: p.heads)
+        index, count = cat_lists([p.index for p in plans]), torch.cat([p.count for p in plans])
+        limits = [p.capacity for p in plans]
+        capacity = None if None in limits else max(limits)
+        return cls(index, count, plans[0].channels, heads=plans[0].heads, capacity=capacity)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ChannelPlan:
         """The same plan on another device."""
-        return ChannelPlan(
-            self.index.to(device),
-            self.count.to(device),
-            self.channels,
-            heads=self.heads,
-            shared=self.shared,
-            capacity=self.capacity,
-        )
+        return self._with(*moved(self, device, non_blocking))
+
+    def pin_memory(self) -> ChannelPlan:
+        """The same plan in pinned memory: what a DataLoader calls."""
+        return self._with(pinned(self.index), pinned(self.count))
+
+    def _with(self, index: Tensor, count: Tensor) -> ChannelPlan:
+        options = {"heads": self.heads, "shared": self.shared, "capacity": self.capacity}
+        return ChannelPlan(index, count, self.channels, **options)
 
     def __repr__(self) -> str:
         samples = "all samples" if self.shared else f"{self.batch} samples"

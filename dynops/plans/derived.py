@@ -18,8 +18,8 @@ class Derived:
     """A plan, of which something is derived. Sets up no tensor of its own: ``_indices`` names the plan's."""
 
     def __init__(self):
-        self._made: dict = {}
-        self._mark: Mark | None = None  # of the indices when what is in _made was made
+        self._derived: dict = {}
+        self._mark: Mark | None = None  # of the indices when what is in _derived was made
         self._graph = _captures(self._indices()[0])  # made while a CUDA graph is captured, and part of it
 
     def _indices(self) -> tuple[Tensor | None, ...]:
@@ -36,23 +36,23 @@ class Derived:
             return make()
         traced = torch.compiler.is_compiling() or type(indices[0]) is not Tensor
         if traced or (self._graph and _captures(indices[0])):
-            found = self._made.get(key)
+            found = self._derived.get(key)
             if found is None:
-                found = self._made[key] = make()
+                found = self._derived[key] = make()
             return found
-        made, mark = self._made, self._mark
+        made, mark = self._derived, self._mark
         if mark is None or not mark.holds(*indices):
             if not can_keep(*indices):
                 return made_plain(make)
             made, self._mark = {}, Mark(*indices)
-            self._made = made  # not cleared: another thread may be looking into the old one
+            self._derived = made  # not cleared: another thread may be looking into the old one
         found = made.get(key)
         if found is None:
             found = made[key] = made_plain(make)
         return found
 
     def __getstate__(self) -> dict:  # copies and pickles derive anew
-        return self.__dict__ | {"_made": {}, "_mark": None}
+        return self.__dict__ | {"_derived": {}, "_mark": None}
 
 
 def _captures(index: Tensor) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 from ..geometry import is_int
+from .collect import of_one_kind
 from .derived import plain
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -115,10 +118,34 @@ class ExpertPlan:
         rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.device)
         return torch.searchsorted(self.offsets[1:], rows, right=True, out_int32=True)
 
-    def to(self, device: torch.device | str) -> ExpertPlan:
+    @classmethod
+    def cat(cls, plans: Iterable[ExpertPlan]) -> ExpertPlan:
+        """The plan of several batches of tokens one after the other. What a plan has dropped stays dropped.
+
+        Raises:
+            TypeError, ValueError: no plans, or plans of different experts, choices or devices.
+        """
+        plans = of_one_kind(plans, ExpertPlan, num_experts=lambda p: p.num_experts, topk=lambda p: p.topk)
+        plan = cls.from_topk(torch.cat([p._choices() for p in plans]), plans[0].num_experts)
+        limits = [p.capacity for p in plans]
+        plan.capacity = None if None in limits else sum(limits)
+        return plan
+
+    def _choices(self) -> Tensor:
+        """int32 ``[T, K]``: the expert of each pair, E where it is dropped."""
+        expert = torch.searchsorted(self.offsets[1:], self.position, right=True, out_int32=True)
+        return torch.where(self.position < 0, self.num_experts, expert)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ExpertPlan:
         """The same plan on another device."""
-        tensors = (t.to(device) for t in (self.order, self.offsets, self.position))
-        return ExpertPlan(*tensors, self.capacity)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ExpertPlan:
+        """The same plan in pinned memory: what a DataLoader calls."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> ExpertPlan:
+        return ExpertPlan(*map(change, (self.order, self.offsets, self.position)), self.capacity)
 
     def __repr__(self) -> str:
         limit = "" if self.capacity is None else f", capacity {self.capacity}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .. import modes
 from ..geometry import is_int
+from .collect import cat_index, moved, of_one_kind, pinned
 from .derived import Derived, plain
-from .masks import MAX_PIXELS, check_mask_dtype, raising
+from .masks import MAX_PIXELS, check_index, check_mask_dtype, raising
 from .pixels import PixelPlan
 
 
@@ -30,8 +32,17 @@ class SamplePlan(Derived):
     """
 
     def __init__(self, index: Tensor, batch: int, count: Tensor | None = None):
-        if index.dtype != torch.int32 or index.dim() != 1:
-            raise TypeError(f"index: expected int32 [K], got {index.dtype} {tuple(index.shape)}")
+        check_index(index, count, batch, "[K]")
+        self._set(index, batch, count)
+
+    @classmethod
+    def _made(cls, index: Tensor, batch: int, count: Tensor | None = None) -> SamplePlan:
+        """The plan of an index that needs no look at its values."""
+        plan = cls.__new__(cls)
+        plan._set(index, batch, count)
+        return plan
+
+    def _set(self, index: Tensor, batch: int, count: Tensor | None) -> None:
         self.index, self.batch, self.count = plain(index), batch, plain(count)
         super().__init__()
 
@@ -57,16 +68,23 @@ class SamplePlan(Derived):
         if capacity is None and modes.sizes_are_fixed(keep):
             capacity = batch
         if capacity is None:
-            return cls(raising(torch.ops.dynops.mask_to_index.default, keep), batch)
+            return cls._made(raising(torch.ops.dynops.mask_to_index.default, keep), batch)
         if not is_int(capacity, 0):
             raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
         index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity)
-        return cls(index, batch, count)
+        return cls._made(index, batch, count)
+
+    @classmethod
+    def cat(cls, plans: Iterable[SamplePlan]) -> SamplePlan:
+        """The plan of several batches one after the other: see :meth:`PixelPlan.cat`."""
+        plans = of_one_kind(plans, SamplePlan)
+        index, count = cat_index([(plan.index, plan.count, plan.batch) for plan in plans])
+        return cls._made(index, sum(plan.batch for plan in plans), count)
 
     @classmethod
     def full(cls, batch: int, device: torch.device | str = "cpu") -> SamplePlan:
         """The plan that keeps every sample."""
-        return cls(torch.arange(batch, dtype=torch.int32, device=device), batch)
+        return cls._made(torch.arange(batch, dtype=torch.int32, device=device), batch)
 
     @property
     def num_rows(self) -> int:
@@ -118,7 +136,7 @@ class SamplePlan(Derived):
         index = self.index[:, None] * area + within
         if self.count is not None:
             index = torch.where(self.index[:, None] < 0, -1, index)
-        plan = PixelPlan(index.view(-1), shape, None if self.count is None else self.count * area)
+        plan = PixelPlan._made(index.view(-1), shape, None if self.count is None else self.count * area)
         plan._samples = self
         return plan
 
@@ -144,7 +162,7 @@ class SamplePlan(Derived):
                 raise ValueError(
                     f"keep: expected a compact plan of the {self.num_rows} rows of {self}, got {keep}"
                 )
-            return SamplePlan(self.index.index_select(0, keep.index), self.batch)
+            return SamplePlan._made(self.index.index_select(0, keep.index), self.batch)
         keep = check_keep(keep)
         if keep.shape[0] != self.num_rows:
             raise ValueError(
@@ -152,15 +170,19 @@ class SamplePlan(Derived):
             )
         if self.count is None:
             rows = raising(torch.ops.dynops.mask_to_index.default, keep)
-            return SamplePlan(self.index[rows], self.batch)
+            return SamplePlan._made(self.index[rows], self.batch)
         keep = (keep != 0) & (self.index >= 0)
         rows, count = torch.ops.dynops.mask_to_index_capacity(keep, self.num_rows)
-        return SamplePlan(torch.where(rows < 0, -1, self.index[rows.clamp(min=0)]), self.batch, count)
+        return SamplePlan._made(torch.where(rows < 0, -1, self.index[rows.clamp(min=0)]), self.batch, count)
 
-    def to(self, device: torch.device | str) -> SamplePlan:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SamplePlan:
         """The same plan on another device."""
-        count = None if self.count is None else self.count.to(device)
-        return SamplePlan(self.index.to(device), self.batch, count)
+        index, count = moved(self, device, non_blocking)
+        return SamplePlan._made(index, self.batch, count)
+
+    def pin_memory(self) -> SamplePlan:
+        """The same plan in pinned memory: what a DataLoader calls."""
+        return SamplePlan._made(pinned(self.index), self.batch, pinned(self.count))
 
     def __repr__(self) -> str:
         form = "" if self.count is None else "capacity "

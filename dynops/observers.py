@@ -1,0 +1,66 @@
+"""Who looks on at a computation: TorchScript's tracer, a dispatch mode, a profiler. Asked wherever an op would go
+past the dispatcher, and wherever a decision becomes indices.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+
+import torch
+
+_tracer = torch._C._get_tracing_state
+_modes = torch._C._len_torch_dispatch_stack
+_profiled = torch._C._autograd._profiler_enabled
+
+
+def observed() -> bool:
+    """Whether a call must be seen by the dispatcher: 0.1 us.
+
+    Raises:
+        RuntimeError: TorchScript's tracer looks on.
+    """
+    refuse_tracing()
+    return _modes() > 0 or _profiled()
+
+
+def refuse_tracing() -> None:
+    """Raises RuntimeError where ``torch.jit.trace``, or the ONNX exporter that is built on it, looks on.
+
+    It would keep the indices of its example for every input, and not record the kernels that fill an output.
+    """
+    if _tracer() is not None:
+        raise RuntimeError(f"dynops: torch.jit.trace would freeze what this example computes; {INSTEAD}")
+
+
+INSTEAD = (
+    "expected torch.export.export, which keeps the decision in its graph; without a mask the layers are the dense "
+    "ones and can be traced, and after dynops.revert_(model) they can be scripted too"
+)
+
+
+def unscriptable(names: dict, exported: list[str]) -> None:
+    """Gives what a package exports the hook that ``torch.jit.script`` calls first: one that raises RuntimeError.
+
+    Layers also take every argument by its place while they are traced, as the ONNX exporter passes defaults.
+    """
+    for name in exported:
+        value = names[name]
+        if isinstance(value, types.FunctionType):
+            value.__prepare_scriptable__ = functools.partial(_refuse_script, None, name)
+        elif isinstance(value, type) and issubclass(value, torch.nn.Module):
+            value.__prepare_scriptable__ = functools.partialmethod(_refuse_script, name)
+            value._slow_forward = _traced_forward
+
+
+def _refuse_script(module, name: str):
+    raise RuntimeError(f"dynops: torch.jit.script cannot compile {name}; {INSTEAD}")
+
+
+def _traced_forward(module, *arguments, **named):
+    parameters = inspect.signature(module.forward).parameters.values()
+    if len(arguments) > sum(p.kind is not p.KEYWORD_ONLY for p in parameters):
+        named |= dict(zip((p.name for p in parameters), arguments, strict=False))
+        arguments = ()
+    return torch.nn.Module._slow_forward(module, *arguments, **named)
