@@ -43,7 +43,9 @@ def _sample_conv(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         return dense_conv(x, weight.new_zeros(weight.shape[1:]) if g.batch == 0 else weight[0], g)
     # not as groups: torch sums those in an order that is 2.8 times less exact where there is one output
     one = g._replace(batch=1)
-    return torch.cat([dense_conv(image, w, one) for image, w in zip(x.split(1), weight.unbind(), strict=True)])
+    return torch.cat(
+        [dense_conv(image, w, one) for image, w in zip(x.split(1), weight.unbind(), strict=True)]
+    )
 
 
 def _sample_conv_grads(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, wanted: list[bool]):
