@@ -44,13 +44,16 @@ class Layer:
     grads: tuple[str, ...] = ("x", "weight", "bias")
 
     def sizes(self, what: str, depth: int) -> tuple[int, int, tuple[int, int]]:
-        """Input channels, output channels and the map, with so many products in the sums of ``what``."""
-        taps = self.kernel**2
+        """Input channels, output channels and the map, with about so many products in the sums of ``what``."""
         if what in ("weight", "bias"):
             return self.few, self.few, (16, depth // 16)
-        channels = max(depth // taps, 1)
-        few = max(self.few, 0)
-        return (channels, few, (self.side,) * 2) if what == "output" else (few, channels, (self.side,) * 2)
+        channels, square = max(depth // self.kernel**2, 1), (self.side,) * 2
+        return (channels, self.few, square) if what == "output" else (self.few, channels, square)
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The output and the gradients; a depthwise layer has sums over its taps alone but for the weight's and bias's."""
+        return ("output", *self.grads) if "x" in self.grads else self.grads
 
 
 def _conv_tensors(kernel: int, samples: int = 1, weights: tuple[int, ...] = ()) -> Callable:
@@ -78,6 +81,18 @@ def _pixels(kernel: int, kind: str) -> Layer:
 
     few, side = (32, 16) if kind == "full" else (_FEW, 9)  # the fewest that run as Winograd's
     return Layer(_conv_tensors(kernel), ours, dense, kernel, side, few)
+
+
+def _rows() -> Layer:
+    def ours(x, weight, bias):
+        plan = dynops.PixelPlan.full((1, *x.shape[2:]))
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        return ops.packed_conv2d(rows, weight, bias, plan, plan, padding=1, backend="cpp")
+
+    def dense(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1).flatten(0, 2)
+
+    return Layer(_conv_tensors(3), ours, dense, 3)
 
 
 def _channels() -> Layer:
@@ -181,6 +196,7 @@ KINDS = {
     "pixels": _pixels(3, "random"),
     "pixels 1x1": _pixels(1, "random"),
     "pixels full": _pixels(3, "full"),
+    "rows": _rows(),
     "channels": _channels(),
     "samples": _samples(),
     "mixed": _mixed(),
@@ -192,12 +208,12 @@ KINDS = {
 }
 
 
-def sums(kind: str, depth: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def sums(
+    kind: str, depth: int, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """(what, ours, exact, dense in its more exact format) of the output and the gradients, with sums of ``depth``."""
     layer = KINDS[kind]
-    for what in ("output", *layer.grads):
-        if what == "output" and "x" not in layer.grads:
-            continue
+    for what in layer.sums:
         given = {name: t.to(dtype) for name, t in layer.tensors(*layer.sizes(what, depth)).items()}
         exact, dy = _run(layer.dense, {name: t.double() for name, t in given.items()}, what, None)
         dense = [_run(layer.dense, _in_format(given, f), what, dy.to(dtype))[0] for f in FORMATS]
@@ -234,9 +250,9 @@ def rows_here() -> list[dict]:
                 torch.manual_seed(0)
                 for what, ours, exact, dense in sums(kind, depth, dtype):
                     mine, other = (float((t.double() - exact).norm() / exact.norm()) for t in (ours, dense))
-                    ratio = mine / other if other else float("inf")
+                    ratio = f"{mine / other:.2f}" if other else ""
                     name = str(dtype).removeprefix("torch.")
-                    values = (isa, kind, name, what, depth, f"{mine:.2e}", f"{other:.2e}", f"{ratio:.2f}")
+                    values = (isa, kind, name, what, depth, f"{mine:.2e}", f"{other:.2e}", ratio)
                     rows.append(dict(zip(FIELDS, values, strict=True)))
     return rows
 
@@ -244,7 +260,7 @@ def rows_here() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.errors", description=__doc__)
     parser.add_argument("--out", type=Path, help="a CSV of the table")
-    parser.add_argument("--here", action="store_true", help="this process's instruction set alone, as CSV to stdout")
+    parser.add_argument("--here", action="store_true", help="this process's instruction set alone, as CSV")
     args = parser.parse_args()
     if args.here:
         writer = csv.DictWriter(sys.stdout, FIELDS)
@@ -253,7 +269,9 @@ def main() -> None:
     rows = []
     for isa in dynops.build_info()["cpu_isas"]:
         command = [sys.executable, "-m", "benchmarks.errors", "--here"]
-        done = subprocess.run(command, env={**os.environ, "DYNOPS_CPU_ISA": isa}, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env={**os.environ, "DYNOPS_CPU_ISA": isa}, stdout=subprocess.PIPE, text=True
+        )
         done.check_returncode()
         rows += csv.DictReader(done.stdout.splitlines(), FIELDS)
     print(aligned(list(FIELDS), [list(row.values()) for row in rows]))

@@ -51,6 +51,7 @@ def check(conv: Conv, backend, ins, outs, tensors, grads=(), **rest) -> Tensor:
         ),
         tensors,
         grads,
+        backend,
     )
 
 
@@ -99,6 +100,7 @@ def test_against_slices_of_each_sample(conv, backend):
         lambda x, weight, bias: sliced_channel_conv2d(x, weight, bias, ins[1], outs[1], **conv.arguments),
         conv.tensors(),
         ("x", "weight", "bias"),
+        backend,
     )
 
 
@@ -308,9 +310,9 @@ def test_packed(conv, kinds, dtype, backend):
         )
         return out if out_plan is None else packed(out, out_mask, out_plan.width)
 
-    compare(ours, oracle, tensors)
+    compare(ours, oracle, tensors, backend=backend)
     if dtype == torch.float32:
-        compare(ours, oracle, tensors, tuple(tensors))
+        compare(ours, oracle, tensors, tuple(tensors), backend)
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, None))
@@ -337,7 +339,7 @@ def test_a_packed_chain(layout, backend):
         y = masked_channel_conv2d(x, w1, None, in_mask, inner_mask, padding=1, scale=scale, activation="relu")
         return masked_channel_conv2d(y, w2, None, inner_mask, out_mask, base=base)
 
-    out = compare(ours, oracle, tensors, tuple(tensors))
+    out = compare(ours, oracle, tensors, tuple(tensors), backend)
     same = torch.contiguous_format if layout == "nchw" else torch.channels_last
     assert out.is_contiguous(memory_format=same)
 
@@ -371,10 +373,10 @@ def test_linear(kinds, shape, dtype, backend):
         z = F.linear(torch.where(in_live, x, 0), weight, bias) * scale.view(n, *spread[1:-1], o)
         return torch.where(out_live, z * torch.sigmoid(z), base)
 
-    out = compare(ours, oracle, tensors)
+    out = compare(ours, oracle, tensors, backend=backend)
     assert out.is_contiguous()
     if dtype == torch.float32:
-        compare(ours, oracle, tensors, tuple(tensors))
+        compare(ours, oracle, tensors, tuple(tensors), backend)
 
 
 # ------------------------------------------------------------------------- gather and scatter

@@ -345,17 +345,18 @@ ISA_SCRIPT = """
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         doubles = [t.double().detach().requires_grad_() for t in leaves]
         twins = [t.detach().clone().requires_grad_() for t in leaves]
+        others = [t.detach().contiguous().clone().requires_grad_() for t in leaves]
         plan = PixelPlan.from_mask(mask)
         outs = [ops.sparse_conv2d(*leaves, plan, **options, backend="cpp")]
-        outs += [dense_masked_conv2d(*t, mask, **options) for t in (doubles, twins)]
-        assert_within_budget(*outs, f"{dtype} {c} {o} {kernel}")
+        outs += [dense_masked_conv2d(*t, mask, **options) for t in (doubles, twins, others)]
+        assert_within_budget(*outs[:2], outs[2:], f"{dtype} {c} {o} {kernel}")
         dy = random_tensor(*outs[0].shape, dtype=dtype)
         grads = [
             torch.autograd.grad(y, t, dy.to(y.dtype))
-            for y, t in zip(outs, (leaves, doubles, twins))
+            for y, t in zip(outs, (leaves, doubles, twins, others))
         ]
-        for name, *three in zip(("x", "weight", "bias"), *grads):
-            assert_within_budget(*three, f"{dtype} {c} {o} {kernel} gradient of {name}")
+        for name, actual, exact, *dense in zip(("x", "weight", "bias"), *grads):
+            assert_within_budget(actual, exact, dense, f"{dtype} {c} {o} {kernel} gradient of {name}")
         for activation in activations if dtype == torch.float32 or c == 16 else (None, "silu"):
             with torch.no_grad():
                 actual = ops.sparse_conv2d(*leaves, plan, **options, **extra, activation=activation, backend="cpp")
