@@ -23,7 +23,9 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 def transformed() -> bool:
     """Whether a transform of ``torch.func``, batched gradients or forward-mode AD are active, whatever of."""
-    return _transforms() or forward_ad._current_level >= 0 or _has_key(_VMAP_MODE)
+    if _transforms() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and _has_key(_VMAP_MODE)
 
 
 def differentiated(*values) -> bool:
@@ -69,7 +71,7 @@ def may_look(x: Tensor) -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether a ``torch.func.vmap`` (or that of batched gradients) is over ``x``."""
-    if _has_key(_VMAP_MODE):
+    if not torch.compiler.is_compiling() and _has_key(_VMAP_MODE):
         return torch._C._dispatch_keys(x).has(_BATCHED)
     if not _transforms():
         return False
