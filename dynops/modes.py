@@ -29,6 +29,13 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and _has_key(_VMAP_MODE)
 
 
+def watched() -> bool:
+    """Whether a compiler or a transform is active."""
+    if torch.compiler.is_compiling():
+        return True
+    return _transforms() or forward_ad._current_level >= 0 or _has_key(_VMAP_MODE)
+
+
 def differentiated(*values) -> bool:
     """Whether a derivative, or another transform, of a function of these tensors may be asked for.
 
@@ -46,7 +53,7 @@ def differentiated(*values) -> bool:
 
 def plain(*values: Tensor | None) -> bool:
     """Whether nothing at all watches a function of these tensors, so that a kernel may be called by itself."""
-    if torch.compiler.is_compiling() or transformed():
+    if watched():
         return False
     grad = torch.is_grad_enabled()
     for value in values:
@@ -64,7 +71,11 @@ def tracing() -> bool:
 
 def sizes_are_fixed(x: Tensor) -> bool:
     """Whether sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
-    return tracing() or x.is_meta or is_batched(x)
+    if torch.compiler.is_compiling() or x.is_meta:
+        return True
+    if (_transforms() or _has_key(_VMAP_MODE)) and is_batched(x):
+        return True
+    return tracing()
 
 
 def may_look(x: Tensor) -> bool:
