@@ -19,6 +19,7 @@ _has_key = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_MODE = torch._C._dispatch_key_parse(
     "VmapMode"
 )  # of the vmap inside of torch.autograd: is_grads_batched
+_HAVE_AUTOCAST = ("cpu", "cuda")
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
@@ -28,6 +29,13 @@ def transformed() -> bool:
     if _transforms() or forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and _has_key(_VMAP_MODE)
+
+
+def watched() -> bool:
+    """Whether a compiler or a transform is active."""
+    if torch.compiler.is_compiling():
+        return True
+    return _transforms() or forward_ad._current_level >= 0 or _has_key(_VMAP_MODE)
 
 
 def differentiated(*values) -> bool:
@@ -45,25 +53,31 @@ def differentiated(*values) -> bool:
     return False
 
 
-def plain(*values) -> bool:
+def plain(*values: Tensor | None) -> bool:
     """Whether nothing at all watches a function of these tensors, so that a kernel may be called by itself."""
-    if torch.compiler.is_compiling() or transformed() or observed():
+    if watched() or observed():
         return False
     grad = torch.is_grad_enabled()
     for value in values:
-        if isinstance(value, Tensor) and (type(value) not in _PLAIN or (grad and value.requires_grad)):
+        if value is not None and (type(value) not in _PLAIN or (grad and value.requires_grad)):
             return False
     return True
 
 
 def tracing() -> bool:
     """Whether a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
-    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def sizes_are_fixed(x: Tensor) -> bool:
     """Whether sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
-    return tracing() or x.is_meta or is_batched(x)
+    if torch.compiler.is_compiling() or x.is_meta:
+        return True
+    if (_transforms() or _has_key(_VMAP_MODE)) and is_batched(x):
+        return True
+    return tracing()
 
 
 def may_look(x: Tensor) -> bool:
@@ -73,10 +87,10 @@ def may_look(x: Tensor) -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether a ``torch.func.vmap`` (or that of batched gradients) is over ``x``."""
-    if not torch.compiler.is_compiling() and _has_key(_VMAP_MODE):
-        return torch._C._dispatch_keys(x).has(_BATCHED)
     if not _transforms():
-        return False
+        if torch.compiler.is_compiling() or not _has_key(_VMAP_MODE):
+            return False
+        return torch._C._dispatch_keys(x).has(_BATCHED)
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
@@ -88,9 +102,11 @@ def is_batched(x: Tensor) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast makes of ``x``, or None: outside it, for float64, on a device without autocast."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if device not in _HAVE_AUTOCAST and not torch.amp.is_autocast_available(device):  # asking takes 0.3 us
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def without_autocast(x: Tensor):

@@ -853,16 +853,6 @@ def test_winograd_on_rows_and_with_a_count():
     assert torch.equal(packed[: len(plan)], rows) and not packed[len(plan) :].any()
 
 
-def test_second_derivative_raises():
-    conv = Conv(padding=1)
-    t = conv.tensors()
-    x = t["x"].requires_grad_()
-    out = conv.op(x, t["weight"], t["bias"], PixelPlan.from_mask(random_mask(conv.out_shape(), 0.4)))
-    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_functional_gradient():
     conv = Conv(padding=1)
     t, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4)

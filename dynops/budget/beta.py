@@ -41,18 +41,13 @@ class _BetaCdf(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, *ctx.parameters = inputs
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _BetaCdf.jvp(ctx, grad, None, None), None, None
-
-    @staticmethod
-    def jvp(ctx, grad: Tensor, *_) -> Tensor:
         (x,), (alpha, beta) = ctx.saved_tensors, ctx.parameters
         at = x.clamp(_EDGE, 1 - _EDGE)
         log = (alpha - 1) * at.log() + (beta - 1) * (-at).log1p() - _log_beta(alpha, beta)
-        return grad * log.exp() * ((x >= 0) & (x <= 1))
+        return grad * log.exp() * ((x >= 0) & (x <= 1)), None, None
 
 
 def _incomplete(x: Tensor, a: Tensor, b: Tensor, log_beta: float) -> Tensor:

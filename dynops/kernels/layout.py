@@ -10,9 +10,11 @@ from .. import modes
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format that an output in the format of ``x`` [N, C, H, W] has."""
-    if modes.is_batched(x):  # whose examples have none
+    try:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # under vmap, where a tensor has no such thing
         return torch.contiguous_format
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not last:
         return torch.contiguous_format
     # one channel, or one pixel, is contiguous both ways: then only the strides tell
     if x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1]):

@@ -21,8 +21,6 @@ Exits = Sequence[Tensor] | Tensor
 
 
 class _Rescale(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:
         return x.view_as(x)
@@ -35,10 +33,6 @@ class _Rescale(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         return grad * ctx.scale, None
 
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, _):
-        return tangent * ctx.scale
-
 
 def gradient_rescale(x: Any, scale: float) -> Any:
     """``x`` (a tensor or a pytree of them), whose gradient is multiplied by ``scale`` on its way back.
@@ -50,7 +44,11 @@ def gradient_rescale(x: Any, scale: float) -> Any:
         return x
 
     def rescaled(leaf: Tensor) -> Tensor:
-        return _Rescale.apply(leaf, scale) if leaf.is_floating_point() else leaf
+        if not leaf.is_floating_point():
+            return leaf
+        if modes.transformed():  # a Function with rules for all of them cannot be compiled
+            return leaf.detach() + (leaf - leaf.detach()) * scale
+        return _Rescale.apply(leaf, scale)
 
     return rescaled(x) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, rescaled, x)
 

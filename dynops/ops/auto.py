@@ -21,9 +21,9 @@ from .rows import scatter_pixels
 
 def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
     """Whether the density of a plan with this ``count`` may decide at all."""
-    if torch.compiler.is_compiling() or modes.transformed() or count is not None:
+    if torch.compiler.is_compiling() or count is not None:
         return False
-    return configs.of(device) is not None and dtype in backends.FAST_DTYPES
+    return configs.of(device) is not None and dtype in backends.FAST_DTYPES and not modes.transformed()
 
 
 def break_even(

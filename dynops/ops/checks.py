@@ -262,7 +262,7 @@ def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
         else:
             packed_rows(residual, plan, "residual", channels=channels)
     if base is not None:
-        autocast = torch.is_autocast_enabled(x.device.type)  # which casts the base, as it does x
+        autocast = modes.autocast_dtype(x) is not None  # which casts the base, as it does x
         dense_map(base, plan, "base", channels=channels, dtype=None if autocast else x.dtype)
     return activation, scale, shift, gate, residual
 

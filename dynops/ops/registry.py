@@ -38,7 +38,7 @@ class Op:
         self.implementation, self.function = implementation, function
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or modes.transformed() or arguments[0].is_meta:
+        if modes.watched() or arguments[0].is_meta:
             return self.overload(*arguments)
         if observed():
             register_formulas()
@@ -195,7 +195,7 @@ def _unpack(arguments: tuple) -> tuple[tuple, tuple]:
         torch._VF._unpack_dual(a, level=0) if isinstance(a, Tensor) and a.is_floating_point() else (a, None)
         for a in arguments
     ]
-    return tuple(p for p, _ in pairs), tuple(t for _, t in pairs)
+    return tuple(p for p, _ in pairs), tuple(None if t is None or t._is_zerotensor() else t for _, t in pairs)
 
 
 def _make_dual(output, tangent):
