@@ -21,7 +21,9 @@ def matrices_of(module: nn.Module) -> list[Tensor]:
     kind = type(module)
     if not kind.__name__.endswith("Experts") or kind.__module__.startswith("dynops."):
         return []
-    if any(isinstance(each, nn.Linear) for each in module.modules()):  # these are called, and counted (Switch, NLLB)
+    if any(
+        isinstance(each, nn.Linear) for each in module.modules()
+    ):  # these are called, and counted (Switch, NLLB)
         return []
     found = [p for p in module.parameters() if p.dim() == 3]
     if not found and hasattr(module, "num_experts"):
@@ -52,8 +54,15 @@ def called_experts(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:
 def is_router(module: nn.Module) -> bool:
     """Whether a module multiplies its input by a matrix of its own, as transformers' routers do."""
     weight = module._parameters.get("weight")
-    is_known = isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__module__.startswith(("torch.", "dynops."))
-    return weight is not None and weight.dim() == 2 and not is_known and bool(_ROUTER.search(type(module).__name__))
+    is_known = isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__module__.startswith(
+        ("torch.", "dynops.")
+    )
+    return (
+        weight is not None
+        and weight.dim() == 2
+        and not is_known
+        and bool(_ROUTER.search(type(module).__name__))
+    )
 
 
 def called_router(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:

@@ -25,8 +25,8 @@ from ..nn import (
     SparseSequential,
     TopKRouter,
 )
-from ..plans import BlockPlan, ChannelPlan, ExpertPlan
 from ..ops import probing
+from ..plans import BlockPlan, ChannelPlan, ExpertPlan
 from . import pictures
 from .dense_rules import argument
 from .tallies import Histogram, Tally

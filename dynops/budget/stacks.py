@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..geometry import ConvGeometry
 from ..nn import SparseBlocks, SparseSequential
 from ..nn import sequential as chains
 from ..nn.rows import _plans as plans_of_stack
 from ..plans import BlockPlan, PixelPlan, as_pixel_plan
-from ..geometry import ConvGeometry
 from .dense_rules import Cost
 from .sums import slope
 

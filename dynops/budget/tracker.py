@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..nn import ConvExperts, GroupedDynamicConv2d
+from ..ops import probing
 from ..ops.watch import watching
 from ..plans import SamplePlan
-from ..ops import probing
 from .frames import Frame, device_of, first_tensor, rows_of, special_frame
 from .rules import OPAQUE
 from .sums import Owners, Sums

@@ -16,7 +16,9 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules of experts that
 def notice(name: str) -> None:
     """From now on a model that is made with ``experts_implementation=name``, or set to it, in vain warns."""
     if not _names:
-        PreTrainedModel.set_experts_implementation = _after_setting(PreTrainedModel.set_experts_implementation)
+        PreTrainedModel.set_experts_implementation = _after_setting(
+            PreTrainedModel.set_experts_implementation
+        )
         PreTrainedModel.post_init = _after_making(PreTrainedModel.post_init)
     _names.add(name)
 
@@ -39,10 +41,10 @@ def _after_making(post_init):
     def wrapper(self, *args, **kwargs):
         result = post_init(self, *args, **kwargs)
         name = getattr(self.config, "_experts_implementation", None)
-        if name in _names and not _users(self, name):
-            # a model without experts may be a part of one that has some, as a vision tower is
-            if experts := [module for module in _experts(self) if module not in _told]:
-                _warn(self, name, experts)
+        # a model without experts may be a part of one that has some, as a vision tower is
+        experts = [module for module in _experts(self) if module not in _told] if name in _names else []
+        if experts and not _users(self, name):
+            _warn(self, name, experts)
         return result
 
     return wrapper
@@ -63,7 +65,9 @@ def _warn(model: nn.Module, name: str, experts: list[nn.Module]) -> None:
     kinds = sorted({type(module).__name__ for module in experts})
     reason = "it has no experts"
     if kinds:
-        reason = f"{', '.join(kinds)} does not use transformers' interface of experts (use_experts_implementation)"
+        reason = (
+            f"{', '.join(kinds)} does not use transformers' interface of experts (use_experts_implementation)"
+        )
     warnings.warn(
         f"{type(model).__name__}: experts_implementation={name!r} changes nothing, as {reason}; the model runs as before",
         stacklevel=3,

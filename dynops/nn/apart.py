@@ -45,7 +45,9 @@ def apart(
         RuntimeError: the module wrote into a tensor although nothing in its code says so (a kernel of its own).
     """
     options = options or {}
-    if torch.compiler.is_compiling():  # code is not looked into there, and Inductor drops a copy that is not needed
+    if (
+        torch.compiler.is_compiling()
+    ):  # code is not looked into there, and Inductor drops a copy that is not needed
         return module(value if _is_plain(module) else _copied(value, None), *rest, **options)
     if may_write(module):
         return module(_copied(value, held), *rest, **options)
@@ -81,7 +83,12 @@ def _copied(value: Any, held: Any) -> Any:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    if a is b or torch._C._are_functorch_transforms_active() or type(a) is not Tensor or type(b) is not Tensor:
+    if (
+        a is b
+        or torch._C._are_functorch_transforms_active()
+        or type(a) is not Tensor
+        or type(b) is not Tensor
+    ):
         return True  # a copy too many is right as well
     return torch._C._is_alias_of(a, b)
 
@@ -176,7 +183,7 @@ def _function_writes(function: Callable, depth: int = _DEPTH) -> bool:
         if (function.__module__ or "").startswith(("torch.", _OWN)):
             return _names_a_write(function.__name__)
         return _scan(function, None, depth)
-    called = getattr(type(function), "__call__", None)
+    called = getattr(type(function), "__call__", None)  # noqa: B004 - its code is wanted
     if isinstance(called, FunctionType):
         return _scan(called, type(function), depth)
     return _names_a_write(getattr(function, "__name__", ""))

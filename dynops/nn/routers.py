@@ -189,6 +189,11 @@ class TopKRouter(ExactBuffers):
         """
         if self.e_score_correction_bias is None:
             raise ValueError("correction_bias: expected a router that has one, got correction_bias=False")
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index: expected integers [..., K], got {got}")
+        if index.device.type == "cpu" and bool((index < 0).any()):
+            raise ValueError(f"index: expected values in [0, {self.num_experts}], got {int(index.min())}")
         counts = torch.bincount(index.flatten(), minlength=self.num_experts)[: self.num_experts].float()
         if group is not None:
             dist.all_reduce(counts, group=group)
@@ -203,9 +208,7 @@ class TopKRouter(ExactBuffers):
         )
 
 
-def _smooth_load(
-    logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int, real: Tensor | None
-) -> Tensor:
+def _smooth_load(logits: Tensor, noisy: Tensor, deviation: Tensor, top_k: int, real: Tensor | None) -> Tensor:
     """``[E]``: the sum over the tokens of the probability that an expert would be chosen with new noise of its own.
 
     Its rival is the k-th largest of the others' noisy logits: the k-th of all for who was not chosen, the one after it
@@ -213,7 +216,11 @@ def _smooth_load(
     """
     logits, noisy, deviation = (t.reshape(-1, t.shape[-1]) for t in (logits, noisy, deviation))
     if top_k == logits.shape[1]:
-        return logits.new_full((top_k,), logits.shape[0]) if real is None else real.sum().to(logits).expand(top_k)
+        return (
+            logits.new_full((top_k,), logits.shape[0])
+            if real is None
+            else real.sum().to(logits).expand(top_k)
+        )
     best = noisy.topk(top_k + 1, 1).values
     last_in, first_out = best[:, top_k - 1, None], best[:, top_k, None]
     rival = torch.where(noisy > first_out, first_out, last_in)

@@ -104,7 +104,9 @@ class _Walk:
         if _is_cache(value):
             return self._cache(value)
         if isinstance(value, PackedSequence):
-            raise TypeError(f"state{_shown(path)}: expected padded sequences [n, T, ...], got a PackedSequence")
+            raise TypeError(
+                f"state{_shown(path)}: expected padded sequences [n, T, ...], got a PackedSequence"
+            )
         return _rebuilt(value, lambda child, key: self.value(child, (*path, key), named), self.plan, path)
 
     def _tensor(self, leaf: Tensor, path: tuple, named: bool | None) -> Any:

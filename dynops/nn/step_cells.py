@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from ..ops import gather_samples, scatter_samples
-from ..plans import SamplePlan
+from ..plans import SamplePlan, named
 
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # nn.RNNBase.mode
 _CELLS = {"GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell, "RNN_RELU": torch.rnn_relu_cell}
@@ -87,7 +87,7 @@ def compacted_cell(
         u = u if floating else u != 0
         new = cell(x, state)
         return _map_states(lambda a, b: _mix(u, a, b), new, state)
-    plan = update if isinstance(update, SamplePlan) else SamplePlan.from_mask(update)
+    plan = update if isinstance(update, SamplePlan) else named("update", "keep", SamplePlan.from_mask, update)
     if plan.is_empty:
         return state
     scale = update if floating else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import BlockGeometry, is_int, pair
-from .masks import MAX_PIXELS, check_mask, raising
+from .masks import MAX_PIXELS, check_mask, named, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
@@ -323,5 +323,5 @@ def as_block_plan(mask_or_plan, block_size, name: str = "mask_or_plan") -> Block
     if isinstance(mask_or_plan, BlockPlan):
         return mask_or_plan
     if isinstance(mask_or_plan, Tensor):
-        return BlockPlan.from_mask(mask_or_plan, block_size)
+        return named(name, "mask", BlockPlan.from_mask, mask_or_plan, block_size)
     raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")

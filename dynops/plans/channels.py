@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import is_int
-from .masks import check_mask_dtype, raising
+from .masks import check_mask_dtype, named, raising
 
 
 class ChannelPlan:
@@ -229,7 +229,7 @@ def as_channel_plan(mask_or_plan, name: str = "mask_or_plan") -> ChannelPlan:
     if isinstance(mask_or_plan, ChannelPlan):
         return mask_or_plan
     if isinstance(mask_or_plan, Tensor):
-        return ChannelPlan.from_mask(mask_or_plan)
+        return named(name, "mask", ChannelPlan.from_mask, mask_or_plan)
     raise TypeError(f"{name}: expected a ChannelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry, is_int, pair
-from .masks import check_mask, raising, resize_mask
+from .masks import check_mask, named, raising, resize_mask
 
 
 class PixelPlan:
@@ -186,5 +186,5 @@ def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan") -> PixelPlan:
     if isinstance(mask_or_plan, PixelPlan):
         return mask_or_plan
     if isinstance(mask_or_plan, Tensor):
-        return PixelPlan.from_mask(mask_or_plan)
+        return named(name, "mask", PixelPlan.from_mask, mask_or_plan)
     raise TypeError(f"{name}: expected a PixelPlan or a mask tensor, got {type(mask_or_plan).__name__}")

@@ -52,10 +52,10 @@ class SamplePlan:
         if capacity is None and torch.compiler.is_compiling():
             capacity = batch
         if capacity is None:
-            return cls(raising(torch.ops.dynops.mask_to_index.default, keep), batch)
+            return cls(raising(torch.ops.dynops.mask_to_index.default, keep, name="keep"), batch)
         if not is_int(capacity, 0):
             raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity)
+        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity, name="keep")
         return cls(index, batch, count)
 
     @classmethod
@@ -146,7 +146,7 @@ class SamplePlan:
                 f"keep: expected one value for each of {self.num_rows} rows, got {keep.shape[0]}"
             )
         if self.count is None:
-            rows = raising(torch.ops.dynops.mask_to_index.default, keep)
+            rows = raising(torch.ops.dynops.mask_to_index.default, keep, name="keep")
             return SamplePlan(self.index[rows], self.batch)
         keep = (keep != 0) & (self.index >= 0)
         rows, count = torch.ops.dynops.mask_to_index_capacity(keep, self.num_rows)
