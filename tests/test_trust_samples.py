@@ -24,6 +24,7 @@ from dynops.nn import (
     TokenExit,
     TokenSequential,
     TopKRouter,
+    compacted_cell,
 )
 from dynops.testing import random_tensor
 
@@ -83,6 +84,7 @@ WRITERS = {
     "function": lambda: outer,
     "attribute": lambda: Calls(torch.relu_),
     "lambda": lambda: Calls(lambda x: x.mul_(2)),
+    "script": lambda: torch.jit.script(nn.Sequential(nn.ReLU(True), conv())),
 }
 
 
@@ -398,6 +400,25 @@ def test_autocast_in_layers_with_exits_and_experts(dtype):
     ]
     assert len(dtypes([lambda m=m: m(hidden).logits for m in models])) == 1
     assert len(dtypes([lambda m=m: m(hidden).hidden for m in models])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cell_keeps_the_dtype_of_its_state(dtype):
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, x, h):
+            return self.linear(torch.cat([x, h.relu_()], 1))
+
+    cell, x, state = Cell(), random_tensor(N, 8), random_tensor(N, 8).to(dtype)
+    for dense, update in itertools.product((False, True), ([0] * N, [1] * N, [1, 0, 1, 0, 1, 0])):
+        u, given = torch.tensor(update, dtype=torch.float32), state.clone()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            made = compacted_cell(cell, x.to(dtype), given, u, dense=dense)
+            exact = torch.where(u[:, None] != 0, cell(x.to(dtype), state.clone()).to(dtype), state)
+        assert torch.equal(given, state) and torch.equal(made, exact) and made.dtype == dtype
 
 
 # ------------------------------------------------------------------------------- states of exits

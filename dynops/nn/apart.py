@@ -114,6 +114,8 @@ def may_write(module: Callable) -> bool:
 
 def _first_write(module: nn.Module) -> bool | None:
     """Whether a module writes into its input. None: it does not, but what it returns may be its input."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     fields = vars(module)
     if "_orig_mod" in fields["_modules"]:  # torch.compile's
         return _first_write(module._orig_mod)
