@@ -296,11 +296,11 @@ def test_bad_inputs_are_named():
         layer([], index, weight)
     with pytest.raises(ValueError, match=r"^x: expected a row for each token, 8, got shape \(9, 12\)"):
         layer(x, index[1:], weight[1:])
-    with pytest.raises(ValueError, match=r"^index: expected values in \[0, 5\], got "):
+    with pytest.raises(ValueError, match=r"^topk_index: expected values in \[0, 5\], got "):
         layer(x, index + E, weight)
     with pytest.raises(ValueError, match=r"^topk_weight: expected \(9, 2\), got \(9, 1\)"):
         layer(x, index, weight[:, :1])
-    with pytest.raises(TypeError, match=r"^index: expected integers \[T, K\], got torch.float32"):
+    with pytest.raises(TypeError, match=r"^topk_index: expected integers \[T, K\], got torch.float32"):
         layer(x, weight, weight)
     with pytest.raises(ValueError, match=r"^topk_index: expected a plan of 5 experts, got ExpertPlan"):
         layer(x, ExpertPlan.from_topk(index, E + 1), weight)

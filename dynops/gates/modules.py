@@ -162,6 +162,12 @@ class Threshold(nn.Module):
             self.threshold = moved.to(before.dtype) if before.is_meta else before.to(moved.device)
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        dtype = self.threshold.dtype
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if "threshold" in self._buffers:  # load_state_dict(assign=True) takes the checkpoint's tensor
+            self.threshold = self.threshold.to(dtype)
+
     def forward(self, score: Tensor) -> Decision:
         return functions.threshold(score, self.threshold, self.slope)
 

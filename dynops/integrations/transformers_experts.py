@@ -17,7 +17,7 @@ from transformers import activations
 from transformers.integrations.moe import _default_apply_gate
 
 from ..ops import combine_pairs, expert_activation, experts_mlp, grouped_linear
-from ..plans import ExpertPlan
+from ..plans import ExpertPlan, named
 
 _ACTIVATIONS = {
     nn.SiLU: "silu",
@@ -89,7 +89,7 @@ def experts_forward(
     up, down, transposed = getattr(self, up_name), self.down_proj, self.is_transposed
     up_bias = getattr(self, f"{up_name}_bias") if self.has_bias else None
     down_bias = self.down_proj_bias if self.has_bias else None
-    plan = ExpertPlan.from_topk(top_k_index, up.shape[0])
+    plan = named("top_k_index", "index", ExpertPlan.from_topk, top_k_index, up.shape[0])
     middle = _middle(self)
     if getattr(self, "has_post_expert_norm", False):  # newer than the other flags
         rows = middle(grouped_linear(hidden_states, up, plan, up_bias, transposed=transposed))

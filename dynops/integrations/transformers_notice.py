@@ -41,10 +41,10 @@ def _after_making(post_init):
     def wrapper(self, *args, **kwargs):
         result = post_init(self, *args, **kwargs)
         name = getattr(self.config, "_experts_implementation", None)
-        if name in _names and not _users(self, name):
-            # a model without experts may be a part of one that has some, as a vision tower is
-            if experts := [module for module in _experts(self) if module not in _told]:
-                _warn(self, name, experts)
+        # a model without experts may be a part of one that has some, as a vision tower is
+        experts = [module for module in _experts(self) if module not in _told] if name in _names else []
+        if experts and not _users(self, name):
+            _warn(self, name, experts)
         return result
 
     return wrapper

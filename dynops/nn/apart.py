@@ -114,6 +114,8 @@ def may_write(module: Callable) -> bool:
 
 def _first_write(module: nn.Module) -> bool | None:
     """Whether a module writes into its input. None: it does not, but what it returns may be its input."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     fields = vars(module)
     if "_orig_mod" in fields["_modules"]:  # torch.compile's
         return _first_write(module._orig_mod)
@@ -183,7 +185,7 @@ def _function_writes(function: Callable, depth: int = _DEPTH) -> bool:
         if (function.__module__ or "").startswith(("torch.", _OWN)):
             return _names_a_write(function.__name__)
         return _scan(function, None, depth)
-    called = getattr(type(function), "__call__", None)
+    called = getattr(type(function), "__call__", None)  # noqa: B004 - its code is wanted
     if isinstance(called, FunctionType):
         return _scan(called, type(function), depth)
     return _names_a_write(getattr(function, "__name__", ""))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import combine_pairs, expert_checks, gather_pairs
 from ..ops.samples import SampleLayout
-from ..plans import ExpertPlan
+from ..plans import ExpertPlan, named
 from .apart import apart
 from .dtypes import Returned
 
@@ -84,7 +84,7 @@ class ConvExperts(nn.Module):
         experts = len(self.branches)
         plan = topk_index
         if not isinstance(plan, ExpertPlan):
-            plan = ExpertPlan.from_topk(topk_index, experts)
+            plan = named("topk_index", "index", ExpertPlan.from_topk, topk_index, experts)
         if plan.num_experts != experts or plan.tokens != x.shape[0]:
             raise ValueError(f"topk_index: expected {x.shape[0]} samples and {experts} experts, got {plan}")
         return plan

@@ -16,6 +16,21 @@ def _rows(value, name: str, like: Tensor | None = None) -> Tensor:
     return value.reshape(-1, value.shape[-1])
 
 
+def _choices(index, num_experts: int, like: Tensor) -> Tensor:
+    """int ``[T, K]``, checked; its values where looking at them waits for nothing."""
+    if isinstance(index, Tensor) and (
+        index.is_floating_point() or index.is_complex() or index.dtype == torch.bool
+    ):
+        raise TypeError(f"index: expected integers [..., K], got {index.dtype}")
+    rows = _rows(index, "index", like)
+    looks = rows.device.type == "cpu" and rows.numel() and not torch.compiler.is_compiling()
+    if looks and not torch._C._are_functorch_transforms_active():
+        low, high = (int(each) for each in rows.aminmax())
+        if low < 0 or high > num_experts:
+            raise ValueError(f"index: expected values in [0, {num_experts}], got {low} to {high}")
+    return rows
+
+
 def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     """bool ``[T]``, false at padding, from a mask of T numbers (``[T]``, ``[B, S]``), nonzero = a token; None: all are real."""
     if attention_mask is None:
@@ -58,8 +73,9 @@ def load_balance_loss(probs: Tensor, index: Tensor, attention_mask: Tensor | Non
 
     Papers: Switch Transformers (JMLR 2022), equations 4 to 6; GShard (ICLR 2021).
     """
-    probs, index = _rows(probs, "probs"), _rows(index, "index", probs)
-    num_experts, real = probs.shape[1], real_tokens(attention_mask, probs.shape[0])
+    rows = _rows(probs, "probs")
+    num_experts, real = rows.shape[1], real_tokens(attention_mask, rows.shape[0])
+    index, probs = _choices(index, num_experts, probs), rows
     counted = (index < num_experts).any(1)
     counted = counted if real is None else counted & real
     tokens = counted.sum().clamp(min=1)
@@ -81,7 +97,8 @@ def importance_loss(
 
     Paper: Shazeer et al., sparsely-gated mixture of experts (ICLR 2017), equations 6 and 7.
     """
-    weight, index = _rows(weight, "weight"), _rows(index, "index", weight)
+    rows = _rows(weight, "weight")
+    index, weight = _choices(index, num_experts, weight), rows
     if weight.shape != index.shape:
         raise ValueError(f"index: expected weight's {tuple(weight.shape)}, got {tuple(index.shape)}")
     real = real_tokens(attention_mask, weight.shape[0])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..geometry import is_int
 from ..ops import combine_pairs, expert_checks, gather_pairs
-from ..plans import ExpertPlan
+from ..plans import ExpertPlan, named
 from .experts import Experts
 
 # -------------------------------------------------------------------------------------- exchange
@@ -164,7 +164,8 @@ class ParallelExperts(nn.Module):
         capacity: int | None = None,
     ) -> Tensor:
         rows, index, weight = self._arguments(x, topk_index, topk_weight)
-        kept = ExpertPlan.from_topk(index, self.num_experts, capacity).position >= 0
+        plan = named("topk_index", "index", ExpertPlan.from_topk, index, self.num_experts, capacity)
+        kept = plan.position >= 0
         index = torch.where(kept, index.long(), self.num_experts)
         ranks = dist.get_world_size(self.group)
         # the last rank whose first expert, E * r // W, is at most the choice

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..geometry import is_int
 from ..ops import QuantizedExperts, expert_checks, experts_mlp, quantize_experts
-from ..plans import ExpertPlan
+from ..plans import ExpertPlan, named
 from .exact import ExactBuffers
 
 
@@ -138,7 +138,7 @@ class Experts(ExactBuffers):
                     f"{'' if capacity is None else f' and capacity {capacity}'}, got {topk_index}"
                 )
             return topk_index
-        return ExpertPlan.from_topk(topk_index, self.num_experts, capacity)
+        return named("topk_index", "index", ExpertPlan.from_topk, topk_index, self.num_experts, capacity)
 
     # ------------------------------------------------------------------------------ eight bits
 

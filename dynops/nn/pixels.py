@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import context
 from ..ops import sparse_conv2d, sparse_conv_transpose2d
-from ..plans import PixelPlan, as_pixel_plan
+from ..plans import PixelPlan, as_pixel_plan, named
 from .dense import FromDense, with_batch
 from .shapes import conv_geometry, conv_transpose_geometry
 
@@ -84,7 +84,10 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.Conv2d.forward(self, input)
         x, batched = with_batch(input)
-        out = sparse_conv2d(
+        out = named(
+            "mask_or_plan",
+            "plan",
+            sparse_conv2d,
             x,
             self.weight,
             self.bias,
@@ -129,7 +132,10 @@ class SparseConvTranspose2d(_SparseConv, nn.ConvTranspose2d):
                 input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
             )
         )
-        out = sparse_conv_transpose2d(
+        out = named(
+            "mask_or_plan",
+            "plan",
+            sparse_conv_transpose2d,
             x,
             self.weight,
             self.bias,

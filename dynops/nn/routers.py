@@ -190,6 +190,11 @@ class TopKRouter(ExactBuffers):
         """
         if self.e_score_correction_bias is None:
             raise ValueError("correction_bias: expected a router that has one, got correction_bias=False")
+        if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index: expected integers [..., K], got {got}")
+        if index.device.type == "cpu" and bool((index < 0).any()):
+            raise ValueError(f"index: expected values in [0, {self.num_experts}], got {int(index.min())}")
         counts = torch.bincount(index.flatten(), minlength=self.num_experts)[: self.num_experts].float()
         if group is not None:
             dist.all_reduce(counts, group=group)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .. import modes
 from ..ops import gather_samples, scatter_samples
-from ..plans import SamplePlan, check_keep, most_of
+from ..plans import SamplePlan, check_keep, most_of, named
 from .apart import apart
 from .dtypes import Returned
 from .sample_stack import SampleStack
@@ -120,11 +120,11 @@ class Skip(nn.Module):
             return gate
         keep = check_keep(gate, "gate")
         if self.max_fraction is None:
-            return SamplePlan.from_mask(keep)
+            return named("gate", "keep", SamplePlan.from_mask, keep)
         most = most_of(self.max_fraction, keep.shape[0])
         if keep.is_cuda or modes.sizes_are_fixed(keep):
-            return SamplePlan.from_mask(keep, most)
-        plan = SamplePlan.from_mask(keep)
+            return named("gate", "keep", SamplePlan.from_mask, keep, most)
+        plan = named("gate", "keep", SamplePlan.from_mask, keep)
         return plan if plan.num_rows <= most else SamplePlan(plan.index[:most], plan.batch)
 
     def _compacted(self, x: Any, gate: Tensor | SamplePlan) -> Any:
@@ -177,6 +177,9 @@ class Skip(nn.Module):
         elif self.max_fraction is not None:
             gate = torch.where(self.plan(gate).mask(), gate.reshape(-1), 0)
         gate = gate.reshape(-1)
+        looks = gate.device.type == "cpu" and gate.is_floating_point() and not torch.compiler.is_compiling()
+        if looks and bool(gate.isnan().any()):
+            raise ValueError("gate: expected numbers, got NaN in it")
 
         def merge(value: Tensor, below: Tensor) -> Tensor:
             share = gate.to(value.dtype) if gate.is_floating_point() else (gate != 0).to(value.dtype)

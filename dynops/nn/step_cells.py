@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from .. import modes
 from ..ops import gather_samples, scatter_samples
-from ..plans import SamplePlan
+from ..plans import SamplePlan, named
+from .apart import own
 
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # nn.RNNBase.mode
 _CELLS = {"GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell, "RNN_RELU": torch.rnn_relu_cell}
@@ -80,26 +81,33 @@ def compacted_cell(
     Raises:
         TypeError, ValueError: an ``update`` that does not fit, or NaN in it.
 
+    The new state has the dtypes of the old one, whoever updates. The cell is a function of values: what it writes in place is its own.
+
     On a GPU the number of samples that update is read back to the host, unless ``dense``.
     """
     floating = isinstance(update, Tensor) and update.is_floating_point()
     if dense:
         u = update.mask() if isinstance(update, SamplePlan) else update
         u = u if floating else u != 0
-        new = cell(x, state)
+        new = _as_state(cell(*own(cell, (x, state))), state)
         return _map_states(lambda a, b: _mix(u, a, b), new, state)
-    plan = update if isinstance(update, SamplePlan) else SamplePlan.from_mask(update)
+    plan = update if isinstance(update, SamplePlan) else named("update", "keep", SamplePlan.from_mask, update)
     if plan.is_empty:
         return state
     scale = update if floating else None
     if plan.is_full:
-        new = cell(x, state)
+        new = _as_state(cell(*own(cell, (x, state))), state)
     else:
-        new = cell(gather_samples(x, plan), gather_samples(state, plan))
+        new = _as_state(cell(gather_samples(x, plan), gather_samples(state, plan)), state)
         scale = None if scale is None else gather_samples(scale, plan)
     if plan.is_full and scale is None:
         return new
     return scatter_samples(new, plan, state, scale=scale)
+
+
+def _as_state(new: Any, state: Any) -> Any:
+    """In the state's dtypes, whoever updates: autocast may have the cell's narrower."""
+    return _map_states(lambda a, b: a.to(b.dtype) if isinstance(a, Tensor) else a, new, state)
 
 
 def _mix(u: Tensor, new: Tensor, old: Tensor) -> Tensor:

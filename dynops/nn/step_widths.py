@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import modes
 from ..geometry import is_int
 from ..ops import gather_samples, scatter_samples
-from ..plans import SamplePlan
+from ..plans import SamplePlan, named
 from . import step_cells
 from .step_cells import State, finish_cell
 
@@ -356,7 +356,7 @@ class SkimRNN(nn.Module):
         keep = (
             skim == 0 if alive is None else (skim == 0) & alive
         )  # a skim that is NaN goes to the small plan, which raises
-        plans = (SamplePlan.from_mask(skim), SamplePlan.from_mask(keep))
+        plans = (named("skim", "keep", SamplePlan.from_mask, skim), SamplePlan.from_mask(keep))
         trains = modes.differentiated(skim)
         new = state
         for plan, cell, share in zip(plans, (small, big), (skim, 1 - skim), strict=True):

@@ -4,7 +4,7 @@ from .blocks import BlockPlan, as_block_plan, changed_blocks, widen_mask
 from .channels import ChannelPlan, as_channel_plan
 from .collect import register_collate as _register_collate
 from .experts import ExpertPlan
-from .masks import check_mask, resize_mask
+from .masks import check_mask, named, resize_mask
 from .pixels import PixelPlan, as_pixel_plan
 from .samples import SamplePlan, check_keep, most_of
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_keep",
     "check_mask",
     "most_of",
+    "named",
     "resize_mask",
     "widen_mask",
 ]

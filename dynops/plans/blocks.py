@@ -13,7 +13,7 @@ from .. import modes
 from ..geometry import BlockGeometry, pair
 from .collect import moved, of_one_kind, pinned
 from .derived import Derived, plain
-from .masks import MAX_PIXELS, check_expand, check_index, check_mask, check_shape, raising
+from .masks import MAX_PIXELS, check_expand, check_index, check_mask, check_shape, named, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
@@ -363,7 +363,7 @@ def as_block_plan(
     One for a single sample is that of every sample of ``batch``.
     """
     if isinstance(mask_or_plan, Tensor):
-        mask_or_plan = BlockPlan.from_mask(mask_or_plan, block_size)
+        mask_or_plan = named(name, "mask", BlockPlan.from_mask, mask_or_plan, block_size)
     if isinstance(mask_or_plan, BlockPlan):
         alone = batch is not None and mask_or_plan.shape[0] == 1
         return mask_or_plan.expand(batch) if alone else mask_or_plan

@@ -11,7 +11,7 @@ from .. import modes
 from ..geometry import is_int
 from .collect import cat_lists, moved, of_one_kind, pinned
 from .derived import Derived, plain
-from .masks import check_mask_dtype, raising
+from .masks import check_mask_dtype, named, raising
 
 
 class ChannelPlan(Derived):
@@ -248,7 +248,7 @@ def as_channel_plan(mask_or_plan, name: str = "mask_or_plan") -> ChannelPlan:
     if isinstance(mask_or_plan, ChannelPlan):
         return mask_or_plan
     if isinstance(mask_or_plan, Tensor):
-        return ChannelPlan.from_mask(mask_or_plan)
+        return named(name, "mask", ChannelPlan.from_mask, mask_or_plan)
     raise TypeError(f"{name}: expected a ChannelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
 
 

@@ -24,7 +24,18 @@ _MASK_DTYPES = {
 }
 
 
-def raising(op, *arguments):
+def named(name: str, own: str, make, *arguments, **options):
+    """``make(*arguments, **options)``, whose errors about its argument ``own`` name the caller's, ``name``."""
+    try:
+        return make(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        if not text.startswith(f"{own}: "):
+            raise
+        raise type(error)(name + text[len(own) :]) from None
+
+
+def raising(op, *arguments, name: str = "mask"):
     """``op(*arguments)``, where a NaN in the mask is a ValueError instead of the op's RuntimeError.
 
     Never in inference mode, so that a plan that an evaluation built may serve training.
@@ -36,7 +47,7 @@ def raising(op, *arguments):
             return op(*arguments)
     except RuntimeError as error:
         if "NaN" in str(error):
-            raise ValueError("mask: expected numbers, got NaN in it") from None
+            raise ValueError(f"{name}: expected numbers, got NaN in it") from None
         raise
 
 

@@ -17,6 +17,7 @@ from .masks import (
     check_mask,
     check_shape,
     flat_index,
+    named,
     raising,
     repeat_index,
     resize_mask,
@@ -293,7 +294,7 @@ class PixelPlan(Derived):
 def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan", batch: int | None = None) -> PixelPlan:
     """A :class:`PixelPlan` from a plan or a mask; one for a single sample is that of every sample of ``batch``."""
     if isinstance(mask_or_plan, Tensor):
-        mask_or_plan = PixelPlan.from_mask(mask_or_plan)
+        mask_or_plan = named(name, "mask", PixelPlan.from_mask, mask_or_plan)
     if isinstance(mask_or_plan, PixelPlan):
         alone = batch is not None and mask_or_plan.shape[0] == 1
         return mask_or_plan.expand(batch) if alone else mask_or_plan

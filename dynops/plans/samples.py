@@ -68,10 +68,10 @@ class SamplePlan(Derived):
         if capacity is None and modes.sizes_are_fixed(keep):
             capacity = batch
         if capacity is None:
-            return cls._made(raising(torch.ops.dynops.mask_to_index.default, keep), batch)
+            return cls._made(raising(torch.ops.dynops.mask_to_index.default, keep, name="keep"), batch)
         if not is_int(capacity, 0):
             raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity)
+        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity, name="keep")
         return cls._made(index, batch, count)
 
     @classmethod
@@ -169,7 +169,7 @@ class SamplePlan(Derived):
                 f"keep: expected one value for each of {self.num_rows} rows, got {keep.shape[0]}"
             )
         if self.count is None:
-            rows = raising(torch.ops.dynops.mask_to_index.default, keep)
+            rows = raising(torch.ops.dynops.mask_to_index.default, keep, name="keep")
             return SamplePlan._made(self.index[rows], self.batch)
         keep = (keep != 0) & (self.index >= 0)
         rows, count = torch.ops.dynops.mask_to_index_capacity(keep, self.num_rows)
