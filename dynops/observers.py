@@ -10,7 +10,7 @@ import types
 
 import torch
 
-_tracer = torch._C._get_tracing_state
+_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
 _profiled = torch._C._autograd._profiler_enabled
 
@@ -21,7 +21,8 @@ def observed() -> bool:
     Raises:
         RuntimeError: TorchScript's tracer looks on.
     """
-    refuse_tracing()
+    if _tracing():
+        refuse_tracing()
     return _modes() > 0 or _profiled()
 
 
@@ -30,7 +31,7 @@ def refuse_tracing() -> None:
 
     It would keep the indices of its example for every input, and not record the kernels that fill an output.
     """
-    if _tracer() is not None:
+    if _tracing():
         raise RuntimeError(f"dynops: torch.jit.trace would freeze what this example computes; {INSTEAD}")
 
 

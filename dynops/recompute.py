@@ -4,6 +4,8 @@
 meet in two classes, whoever imported ``checkpoint`` and whenever: the reentrant one in ``CheckpointFunction``, the
 other one in ``_CheckpointFrame`` (torch 2.4 to 2.14 at least). Their methods are wrapped here. Where a torch has
 them no more, the way is to enter the context inside the function that is checkpointed.
+What only listens (:mod:`dynops.ops.watch`) does not travel, as it changes no value. Neither do attributes of modules, which
+``nn.set_width`` sets as ``module.train()`` does: they must be in the backward pass what they were in the forward pass.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def rnn(module: nn.RNNBase, args: tuple, kwargs: dict, out) -> Cost:
 def packed_lengths(x: PackedSequence) -> Tensor:
     """float64 ``[B]``: the steps of each sequence, in the order in which they were packed."""
     sizes = x.batch_sizes  # on the host, always
-    number = torch.arange(int(sizes[0]) if len(sizes) else 0)
+    number = torch.arange(int(sizes[0]) if len(sizes) else 0, device="cpu")
     lengths = (sizes[None] > number[:, None]).sum(1).double().to(x.data.device)
     return lengths if x.unsorted_indices is None else lengths[x.unsorted_indices]
 

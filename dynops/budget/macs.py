@@ -177,7 +177,7 @@ class MacCounter(Tracker):
     @property
     def total(self) -> Tensor:
         sums = [sums.per_row().sum() for sums in self._results.values()]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
 
     @property
     def flops(self) -> Tensor:

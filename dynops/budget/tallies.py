@@ -64,5 +64,5 @@ class Histogram:
     def read(self) -> dict:
         table = self.counts.cpu().view(self.classes + 1, self.bins + 1)[:, :-1]
         counts = table.sum(0)
-        mean = (counts * torch.arange(self.bins)).sum() / counts.sum().clamp(min=1)
+        mean = (counts * torch.arange(self.bins, device="cpu")).sum() / counts.sum().clamp(min=1)
         return {"counts": counts.tolist(), "mean": float(mean), "classes": table[:-1].tolist()}

@@ -20,7 +20,7 @@ def open_(last: nn.Module, *bias: float) -> None:
     """Small weights for the last layer of a gate, and its bias: one number for all outputs, or one for each."""
     nn.init.normal_(last.weight, std=LAST_STD)
     with torch.no_grad():
-        last.bias.copy_(torch.tensor(bias))
+        last.bias.copy_(torch.tensor(bias, device=last.bias.device))
 
 
 def logit(rate: float) -> float:

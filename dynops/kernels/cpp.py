@@ -155,7 +155,7 @@ def conv(
         out = x.new_empty((index.shape[0], setup.out_channels))
     else:
         shape = (g.batch, setup.out_channels, g.out_h, g.out_w)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=_CHANNELS_LAST)
+        out = torch.empty(shape, dtype=x.dtype, memory_format=_CHANNELS_LAST, device="cpu")
     if gate is not None:
         gate = gate.to(torch.float32).contiguous()
     _cpu_conv(
@@ -193,16 +193,18 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     if g.is_pointwise and source is None:  # each input is read once: a 1x1 convolution of the gradient
         if rows and not (count is None and grad.shape[0] == g.batch * g.out_h * g.out_w):
             source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
-        dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
+        dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST, device="cpu")
         no_epilogue = (0, None, None, None, None, None)
         _cpu_conv(_last(grad), packed, None, index, count, source, g, *no_epilogue, False, None, dx)
         return dx
     if source is not None:
-        dx = torch.zeros((source_rows, channels), dtype=grad.dtype if setup.depthwise else torch.float32)
+        dx = torch.zeros(
+            (source_rows, channels), dtype=grad.dtype if setup.depthwise else torch.float32, device="cpu"
+        )
     elif setup.depthwise:  # writes every pixel once, in the gradient's dtype
-        dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST)
+        dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST, device="cpu")
     else:
-        dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST).zero_()
+        dx = torch.empty(shape, dtype=torch.float32, memory_format=_CHANNELS_LAST, device="cpu").zero_()
     _cpu_input_grad(_last(grad), packed, index, count, source, g, dx)
     return dx.to(grad.dtype)
 
@@ -223,9 +225,8 @@ def _winograd_input_grad(grad, weight, index, count, g, rows) -> Tensor | None:
         return None
     source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
     packed_grad = grad.contiguous() if rows else gather_rows(grad, index, count)
-    dx = torch.empty(
-        (g.batch, weight.shape[1], g.in_h, g.in_w), dtype=grad.dtype, memory_format=_CHANNELS_LAST
-    )
+    shape = (g.batch, weight.shape[1], g.in_h, g.in_w)
+    dx = torch.empty(shape, dtype=grad.dtype, memory_format=_CHANNELS_LAST, device="cpu")
     no_epilogue = (0, None, None, None, None, None)
     packed = _winograd_weight(weight, True)
     _cpu_conv(packed_grad, packed, None, reached, None, source, back, *no_epilogue, False, quads, dx)
@@ -253,7 +254,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
 def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
     """See ``ops.rows._scatter_rows``."""
     size = (shape[0], rows.shape[1], shape[1], shape[2])
-    out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST)
+    out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST, device="cpu")
     _cpu_scatter(rows.contiguous(), index, count, None if base is None else _last(base), out)
     return out
 
@@ -262,7 +263,7 @@ def merge_rows(
     rows: Tensor, index: Tensor, count: Tensor | None, base: Tensor, scale: Tensor | None, mix: bool
 ) -> Tensor:
     """See ``ops.rows._merge_rows``. float32, bfloat16 and float16."""
-    out = torch.empty(base.shape, dtype=base.dtype)
+    out = torch.empty(base.shape, dtype=base.dtype, device="cpu")
     if scale is not None:
         scale = scale.to(torch.float32).contiguous()
     _cpu_merge(rows.contiguous(), index, count, base.contiguous(), scale, mix, out)
@@ -271,7 +272,7 @@ def merge_rows(
 
 def gather_samples(x: Tensor, index: Tensor, count: Tensor | None, layout: torch.memory_format) -> Tensor:
     """``[N, ...]`` to ``[K, ...]``, both in ``layout``; samples past the count are zero."""
-    out = torch.empty((index.shape[0], *x.shape[1:]), dtype=x.dtype, memory_format=layout)
+    out = torch.empty((index.shape[0], *x.shape[1:]), dtype=x.dtype, memory_format=layout, device="cpu")
     _cpu_gather_samples(x.contiguous(memory_format=layout), index, count, out)
     return out
 
@@ -280,7 +281,7 @@ def scatter_samples(
     rows: Tensor, index: Tensor, count: Tensor | None, batch: int, base: Tensor | None, layout
 ) -> Tensor:
     """``[K, ...]`` to ``[N, ...]``, both in ``layout``; elsewhere ``base``, or zero."""
-    out = torch.empty((batch, *rows.shape[1:]), dtype=rows.dtype, memory_format=layout)
+    out = torch.empty((batch, *rows.shape[1:]), dtype=rows.dtype, memory_format=layout, device="cpu")
     base = None if base is None else base.contiguous(memory_format=layout)
     _cpu_scatter_samples(rows.contiguous(memory_format=layout), index, count, base, out)
     return out
@@ -290,7 +291,7 @@ def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Te
     """See ``ops.blocks._gather_tiles``."""
     g, layout = as_block_geometry(geometry), memory_format_of(x)
     shape = (index.shape[0], x.shape[1], g.tile_h, g.tile_w)
-    out = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=layout, device="cpu")
     _cpu_gather_tiles(x.contiguous(memory_format=layout), index, count, g, out)
     return out
 
@@ -301,7 +302,7 @@ def scatter_tiles(
     """See ``ops.blocks._scatter_tiles``. Copies any dtype, adds float32, bfloat16 and float16."""
     g, layout = as_block_geometry(geometry), memory_format_of(tiles)
     shape = (g.batch, tiles.shape[1], g.height, g.width)
-    out = torch.empty(shape, dtype=tiles.dtype, memory_format=layout)
+    out = torch.empty(shape, dtype=tiles.dtype, memory_format=layout, device="cpu")
     base = None if base is None else base.contiguous(memory_format=layout)
     _cpu_scatter_tiles(tiles.contiguous(memory_format=layout), index, count, g, base, add, out)
     return out

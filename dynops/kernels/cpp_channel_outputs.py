@@ -63,7 +63,7 @@ def conv(x, weight, bias, mask, partial, begin, geometry):
     """See ``ops.channel_outputs._conv``. Accumulates in float32, whatever the dtype."""
     dot = x.dtype == torch.bfloat16 and _bf16_dot()
     packed = _packed_weight(weight, torch.bfloat16 if dot else torch.float32, 32 if dot else 16)
-    out = torch.empty(mask.shape, dtype=x.dtype, memory_format=_CHANNELS_LAST)
+    out = torch.empty(mask.shape, dtype=x.dtype, memory_format=_CHANNELS_LAST, device="cpu")
     partial = None if partial is None else _last(partial)
     torch.ops.dynops.cpu_masked_conv(
         _last(x), packed, bias, mask, partial, begin, weight.shape[1], geometry, out
@@ -80,7 +80,7 @@ def _filters(kernels: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, memory_format=_CHANNELS_LAST)
+    return torch.empty(shape, dtype=like.dtype, memory_format=_CHANNELS_LAST, device="cpu")
 
 
 def local_conv(x, kernels, geometry, upsample):

@@ -37,7 +37,7 @@ def _tiles(g: ConvGeometry) -> int:
 
 def _out_map(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
     shape = (g.batch, channels, g.out_h, g.out_w)
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -63,7 +63,7 @@ def conv_input_grad(grad, weight, region, geometry) -> Tensor:
     shape = (g.batch, weight.shape[3] * g.groups, g.in_h, g.in_w)
     depthwise = cpp._setup(g, weight.shape[2:], grad.dtype, False).depthwise
     dtype = grad.dtype if depthwise else torch.float32
-    dx = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    dx = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last, device="cpu")
     if not depthwise:  # whose kernel writes every pixel once
         dx.zero_()
     _cpu_input_grad(cpp._last(grad), weight.contiguous(), _contiguous(region), g, dx)
@@ -101,7 +101,7 @@ def _packed(weight: Tensor, g: ConvGeometry, setup, winograd: bool) -> Tensor:
 def _mix_outputs(x, packed, mix, bias, g, activation, merged: bool, out) -> None:
     """Every kernel's output times its share, added up in ``out``."""
     pixels = g.out_h * g.out_w
-    index = torch.arange(g.batch * pixels, dtype=torch.int32)
+    index = torch.arange(g.batch * pixels, dtype=torch.int32, device="cpu")
     shares = mix.t().repeat_interleave(pixels, 1)  # [E, N * pixels]
     if bias is not None:
         out.copy_(bias.view(-1, bias.shape[-1], 1, 1).expand_as(out))

@@ -61,7 +61,7 @@ def conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, he
         cpp._winograd_weight(weight, False) if winograd else cpp._packed_weight(weight, headed, setup, False)
     )
     shape = (g.batch, outputs if out_width < 0 else out_width, g.out_h, g.out_w)
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
     _cpu_conv(
         _last(x),
         packed,
@@ -105,7 +105,7 @@ def conv_input_grad(
         cpp._winograd_weight(weight, True) if winograd else cpp._packed_weight(weight, headed, setup, True)
     )
     shape = (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
-    dx = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+    dx = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last, device="cpu")
     _cpu_conv(
         _last(grad),
         packed,
@@ -147,7 +147,7 @@ def conv_weight_grad(
 def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
     """See ``ops.channels._gather``."""
     layout = memory_format_of(x)
-    out = torch.empty((x.shape[0], width, *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+    out = torch.empty((x.shape[0], width, *x.shape[2:]), dtype=x.dtype, memory_format=layout, device="cpu")
     _cpu_gather(x.contiguous(memory_format=layout), index, count, layout == torch.channels_last, out)
     return out
 
@@ -155,9 +155,8 @@ def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
 def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: Tensor | None) -> Tensor:
     """See ``ops.channels._scatter``."""
     layout = memory_format_of(packed)
-    out = torch.empty(
-        (packed.shape[0], channels, *packed.shape[2:]), dtype=packed.dtype, memory_format=layout
-    )
+    shape = (packed.shape[0], channels, *packed.shape[2:])
+    out = torch.empty(shape, dtype=packed.dtype, memory_format=layout, device="cpu")
     base = None if base is None else base.contiguous(memory_format=layout)
     packed = packed.contiguous(memory_format=layout)
     _cpu_scatter(packed, index, count, base, layout == torch.channels_last, out)

@@ -39,7 +39,7 @@ def linear(x, weight, scale, bias, row_weight, order, offsets, position, packed_
     """See ``ops.experts._linear``. Accumulates in float32, whatever the dtype."""
     outputs = weight.shape[2] if transposed else weight.shape[1]
     rows = order.shape[0] if packed_out else position.shape[0]
-    out = torch.empty(rows, outputs, dtype=x.dtype if packed_out else torch.float32)
+    out = torch.empty(rows, outputs, dtype=x.dtype if packed_out else torch.float32, device="cpu")
     tensors = (
         _rows(x),
         _matrix(weight),
@@ -59,8 +59,8 @@ def mlp(
     """See ``ops.experts._mlp``. Accumulates in float32, whatever the dtype."""
     rows = _rows(x)
     inner = down.shape[1] if down_transposed else down.shape[2]
-    h = torch.empty(order.shape[0], inner, dtype=rows.dtype)
-    out = torch.empty(x.shape, dtype=torch.float32)
+    h = torch.empty(order.shape[0], inner, dtype=rows.dtype, device="cpu")
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     extras = (up_scale, down_scale, up_bias, down_bias)
     tensors = rows, _matrix(up), _matrix(down), *map(_optional, extras), _optional(row_weight, torch.float32)
     options = _GATED[activation], gated, interleaved

@@ -74,7 +74,7 @@ class Side:
             raise TypeError(f"width: expected a multiplier in (0, 1], got {width!r}")
         if not 0 < width <= 1:
             raise ValueError(f"width: expected a multiplier in (0, 1], got {width!r}")
-        value = torch.tensor(width * self.most / self.ratio, dtype=torch.float64)
+        value = torch.tensor(width * self.most / self.ratio, dtype=torch.float64, device="cpu")
         return int(_divisible(value, self.ratio, self.most))
 
 

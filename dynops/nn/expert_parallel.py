@@ -137,7 +137,7 @@ class ParallelExperts(nn.Module):
         """
         group = _group(group)
         own = _own(num_experts, group)
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         device = torch.device(options.get("device") or torch.get_default_device())
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed + own.start)

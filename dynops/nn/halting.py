@@ -212,7 +212,13 @@ def _total(rows: _Rows, score: Tensor | None, state: Any, count: int) -> Tensor:
     if rows.total is not None:
         return rows.total
     leaf = first_tensor(state)
-    like = score if score is not None else leaf if leaf.is_floating_point() else torch.empty(0)
+    like = (
+        score
+        if score is not None
+        else leaf
+        if leaf.is_floating_point()
+        else torch.empty(0, device=leaf.device)
+    )
     return torch.zeros(count, dtype=torch.promote_types(like.dtype, torch.float32), device=leaf.device)
 
 

@@ -354,7 +354,8 @@ def _shown(values: Tensor) -> float | list[float] | str:
 def _numbers(name: str, value) -> Tensor:
     """A number or a sequence of them as float64 ``[]`` or ``[E]``."""
     try:
-        made = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        device = value.device if isinstance(value, Tensor) else "cpu"
+        made = torch.as_tensor(value, dtype=torch.float64, device=device).detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a number or a sequence of them, got {value!r}") from None
     if made.dim() > 1 or made.numel() == 0 or bool(made.isnan().any()):

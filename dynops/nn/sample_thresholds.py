@@ -107,23 +107,23 @@ def fit_thresholds(
                 high = middle
     levels, left_at, cost = best
     correct = torch.stack([each.argmax(1) for each in exits]).cpu() == labels.cpu()
-    accuracy = float(correct[left_at, torch.arange(samples)].double().mean())
+    accuracy = float(correct[left_at, torch.arange(samples, device="cpu")].double().mean())
     shares = torch.bincount(left_at, minlength=count).double() / samples
-    threshold = criterion.to_threshold(torch.tensor(levels, dtype=torch.float64))
+    threshold = criterion.to_threshold(torch.tensor(levels, dtype=torch.float64, device="cpu"))
     return FittedThresholds(threshold, accuracy, cost, shares)
 
 
 def _shares(log_ratio: float, count: int) -> list[float]:
     """The geometric shares ``q^e / sum``."""
-    return torch.softmax(log_ratio * torch.arange(count, dtype=torch.float64), 0).tolist()
+    return torch.softmax(log_ratio * torch.arange(count, dtype=torch.float64, device="cpu"), 0).tolist()
 
 
 def _leave_by_share(
     sure: list[Tensor], ranked: list[Tensor], shares: list[float], samples: int
 ) -> tuple[list[float], Tensor]:
     """The least confidence that leaves at each exit but the last, and each sample's exit, int64 ``[N]``."""
-    left_at = torch.full((samples,), len(sure))
-    here = torch.ones(samples, dtype=torch.bool)
+    left_at = torch.full((samples,), len(sure), device="cpu")
+    here = torch.ones(samples, dtype=torch.bool, device="cpu")
     levels = []
     for exit, (confidence, order) in enumerate(zip(sure, ranked, strict=True)):
         level = math.inf
@@ -186,7 +186,7 @@ def fit_temperature(logits: Sequence[Tensor] | Tensor, labels: Tensor) -> Tensor
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return torch.tensor(math.exp(-(low + high) / 2), dtype=torch.float64)
+    return torch.tensor(math.exp(-(low + high) / 2), dtype=torch.float64, device="cpu")
 
 
 def _check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -200,7 +200,7 @@ def _check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
 
 
 def _check_costs(costs, count: int) -> Tensor:
-    made = torch.as_tensor(costs, dtype=torch.float64).detach().cpu()
+    made = torch.as_tensor(costs, dtype=torch.float64, device="cpu").detach()
     if tuple(made.shape) != (count,) or not bool((made.diff() >= 0).all()):
         raise ValueError(
             f"costs: expected {count} numbers that do not fall, one for each exit, got {costs!r}"

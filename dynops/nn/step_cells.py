@@ -145,9 +145,9 @@ class Packing(NamedTuple):
         longest = int(ordered[0]) if len(order) else 0
         ends = torch.bincount(counts, minlength=longest + 1)  # sequences of each length
         batch_sizes = counts.shape[0] - ends.cumsum(0)[:longest]
-        step = torch.arange(longest).repeat_interleave(batch_sizes)
+        step = torch.arange(longest, device="cpu").repeat_interleave(batch_sizes)
         starts = (batch_sizes.cumsum(0) - batch_sizes)[step]
-        sequence = torch.arange(step.shape[0]) - starts
+        sequence = torch.arange(step.shape[0], device="cpu") - starts
         return cls(order.to(device), batch_sizes, sequence.to(device), step.to(device))
 
 
@@ -233,7 +233,7 @@ def check_lengths(lengths, batch: int, steps: int, device: torch.device) -> Tens
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64, device="cpu")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected integers [B], got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):

@@ -163,7 +163,8 @@ def _grouped_prefix(
         )
     if len(done) <= 1:
         return done[0] if done else state
-    order = torch.tensor([sample for samples in groups.values() for sample in samples]).argsort().to(x.device)
+    order = [sample for samples in groups.values() for sample in samples]
+    order = torch.tensor(order, device="cpu").argsort().to(x.device)
     return tuple(torch.cat(parts).index_select(0, order) for parts in zip(*done, strict=True))
 
 

@@ -141,7 +141,7 @@ class ChannelPlan(Derived):
             device = width.device if device is None else device
             widths = width.to(device=device)
         else:
-            widths = torch.tensor([width] if is_int(width) else list(width), device=device)
+            widths = torch.tensor([width] if is_int(width) else list(width), device="cpu")
             if widths.is_floating_point() and widths.numel():
                 raise TypeError(f"width: expected an int or ints [N], got {width!r}")
         looks = modes.may_look(widths) or (
@@ -151,7 +151,7 @@ class ChannelPlan(Derived):
             least, most = int(widths.min()), int(widths.max())
             if least < 0 or most > channels:
                 raise ValueError(f"width: expected ints in [0, {channels}], got {least} to {most}")
-        count = widths.clamp(0, channels).to(torch.int32)
+        count = widths.clamp(0, channels).to(device or widths.device, torch.int32)
         all_channels = torch.arange(channels, dtype=torch.int32, device=count.device)
         index = torch.where(all_channels < count[:, None], all_channels, -1)
         return cls(index, count, channels, shared=is_int(width))
@@ -255,13 +255,15 @@ def as_channel_plan(mask_or_plan, name: str = "mask_or_plan") -> ChannelPlan:
 def _padded(lists: list) -> Tensor:
     """Lists of ints as one tensor ``[N, L]``, padded with -1; one list of ints as ``[L]``."""
     if all(is_int(channel) for channel in lists):
-        return torch.tensor(lists, dtype=torch.int64)
+        return torch.tensor(lists, dtype=torch.int64, device="cpu")
     if not all(isinstance(row, (list, tuple)) and all(is_int(c) for c in row) for row in lists):
         raise TypeError("index: expected ints [N, L] or [L], or lists of them, got something else in a list")
     width = max((len(row) for row in lists), default=0)
     if any(channel < 0 for row in lists for channel in row):
         raise ValueError("index: expected channels >= 0 in a list of lists, got a negative one")
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in lists], dtype=torch.int64)
+    return torch.tensor(
+        [[*row, *[-1] * (width - len(row))] for row in lists], dtype=torch.int64, device="cpu"
+    )
 
 
 def _checked_lists(rows: Tensor, count: Tensor, channels: int) -> tuple[Tensor, Tensor]:
