@@ -251,6 +251,32 @@ struct Glu {
   Dtype in, out;       // of z, of h; the gradients have their dtypes
 };
 
+// Pixels of maps that lie channel by channel, [N, C, H, W]: channel c of row i is at[i] + c * channel_bytes
+// into the planes, and c * size into the row.
+struct PlaneRows {
+  int64_t rows, channels;
+  const int64_t* at;  // [rows]: bytes
+  bool ascends;       // a step of (n - 1) * size from at[i] to at[i + n - 1] means n pixels side by side
+  int64_t channel_bytes, row_bytes, size;
+};
+
+// A line of output pixels of a convolution of planes: finish(sum_t weight[o][t] * in[t][x]) where keep[x] is
+// 1, elsewhere the base or zero. Whole vectors are read where the line is shorter than one.
+struct PlaneLine {
+  int32_t outputs, taps;   // taps: of every input channel
+  int64_t width;           // pixels
+  const float* const* in;  // [taps]: what each tap reads for pixel 0
+  const float* weight;     // [outputs][taps]
+  const float* scale;      // [outputs]
+  const float* shift;
+  Activation activation;
+  const float* keep;  // [width]: 1 or 0
+  Dtype dtype;        // of base and out
+  const char* base;   // of output 0 at pixel 0, or null
+  char* out;
+  int64_t plane_bytes;  // of both, from an output to the next
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;   // columns of a full panel
@@ -300,6 +326,9 @@ struct Kernels {
   void (*pack_rows)(const PackRows&);
   void (*row_dots)(const RowDots&);
   void (*finish_rows)(const FinishRows&);
+  void (*gather_planes)(const PlaneRows&, const char* planes, char* rows);
+  void (*scatter_planes)(const PlaneRows&, const char* rows, char* planes);
+  void (*plane_line)(const PlaneLine&);
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_block_geometry, as_geometry
+from . import cpp_planes
 from .layout import memory_format_of
 
 _CHANNELS_LAST = torch.channels_last
@@ -123,7 +124,9 @@ def _quads(index: Tensor, count: Tensor | None, g: ConvGeometry, kept: dict | No
 
 def _last(x: Tensor) -> Tensor:
     """A map in channels_last, rows contiguous."""
-    return x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x.contiguous()
+    if x.dim() != 4:
+        return x.contiguous()
+    return x if x.is_contiguous(memory_format=_CHANNELS_LAST) else cpp_planes.channels_last(x)
 
 
 def conv(
@@ -143,8 +146,10 @@ def conv(
     rows,
     kept=None,
 ):
-    """See ``ops.pixels._conv``. ``kept``: that of the plan, where there is one."""
+    """See ``ops.pixels._conv``. The output has the format of ``x``. ``kept``: that of the plan, where there is one."""
     g = as_geometry(geometry)
+    if x.dim() == 4 and memory_format_of(x) == torch.contiguous_format:
+        return cpp_planes.conv(conv, x, weight, bias, index, count, g, activation, scale, shift, gate, residual, base, rows, kept, _ACTIVATIONS[activation])  # fmt: skip
     setup = _setup(g, weight.shape, x.dtype, source is not None)
     quads = _quads(index, count, g, kept) if setup.winograd else None
     packed = _packed_weight(weight, g, setup, False) if quads is None else _winograd_weight(weight, False)
@@ -181,6 +186,8 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     setup = _setup(g, weight.shape, grad.dtype, True)
+    if not rows and memory_format_of(grad) == torch.contiguous_format:
+        return cpp_planes.input_grad(conv_input_grad, grad, weight, index, count, g, setup.winograd)
     shape = (g.batch, channels, g.in_h, g.in_w)
     if setup.winograd and source is None:
         dx = _winograd_input_grad(grad, weight, index, count, g, rows)
@@ -232,6 +239,7 @@ def _winograd_input_grad(grad, weight, index, count, g, rows) -> Tensor | None:
 def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, bias=True):
     """See ``ops.pixels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
+    grad, x, index, count, source, g = cpp_planes.weight_grad_inputs(grad, x, index, count, source, g, rows)
     dw = grad.new_empty(weight_shape)
     channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
     db = grad.new_empty(channels if bias else 0)
@@ -242,8 +250,10 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows
 
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """See ``ops.rows._gather_rows``."""
+    if not x.is_contiguous(memory_format=_CHANNELS_LAST):
+        return cpp_planes.gather(x, index, count)
     out = x.new_empty((index.shape[0], x.shape[1]))
-    _cpu_gather(_last(x), index, count, out)
+    _cpu_gather(x, index, count, out)
     return out
 
 

@@ -1,0 +1,187 @@
+// Maps that lie channel by channel, [N, C, H, W], read and written where they lie: pixels to packed rows and
+// back. Strided views are read in place too.
+#include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "operands.h"
+#include "parallel.h"
+
+namespace dynops::cpu {
+namespace {
+
+constexpr double kBytesPerThread = 32 * 1024;
+constexpr int64_t kMostRows = 512;      // copied at a time: a cache line of each fits the L1 cache
+constexpr int64_t kPlaneChannels = 16;  // of an output that are filled and written at a time
+
+// Where the pixels of a map [N, C, H, W] lie, whatever its strides.
+struct Places {
+  explicit Places(const Tensor& map)
+      : h(map.size(2)),
+        w(map.size(3)),
+        size(int64_t(map.element_size())),
+        n_bytes(map.stride(0) * size),
+        c_bytes(map.stride(1) * size),
+        y_bytes(map.stride(2) * size),
+        x_bytes(map.stride(3) * size) {}
+
+  // Whether each plane is without gaps: then a line's end is the next one's beginning.
+  bool whole() const { return (x_bytes == size || w <= 1) && (y_bytes == w * size || h <= 1); }
+
+  // Bytes to the first channel of the pixels at[0 .. count), or without `at` of those from `first` on.
+  void of(const int32_t* at, int64_t first, int64_t count, int64_t* out) const {
+    const int64_t pixels = h * w;
+    int64_t n = 0, end = 0;  // the image, and the first pixel past it
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t q = at ? at[i] : first + i;
+      if (q >= end) {
+        n = q / pixels;
+        end = (n + 1) * pixels;
+      }
+      const int64_t inside = q - n * pixels;
+      const int64_t lines = whole() ? inside * size : inside / w * y_bytes + inside % w * x_bytes;
+      out[i] = n * n_bytes + lines;
+    }
+  }
+
+  int64_t h, w, size, n_bytes, c_bytes, y_bytes, x_bytes;
+};
+
+// The rows of a plan, or without an index all pixels; those past the count are none.
+int64_t rows_of(const OptionalTensor& index, const OptionalTensor& count, int64_t pixels) {
+  return index ? active_rows(*index, count) : pixels;
+}
+
+void check_rows(const Tensor& rows, int64_t least, const Tensor& map) {
+  STD_TORCH_CHECK(rows.dim() == 2 && map.dim() == 4 && rows.size(1) == map.size(1) && rows.size(0) >= least &&
+                      rows.is_contiguous() && rows.scalar_type() == map.scalar_type(),
+                  "rows: expected at least ", least, " of the map's ", map.dim() == 4 ? map.size(1) : -1,
+                  " channels and dtype, contiguous, got ", rows.dim() == 2 ? rows.size(0) : -1, " of ",
+                  rows.dim() == 2 ? rows.size(1) : -1);
+}
+
+// x [N, C, H, W] of any strides and dtype to out [P, C]; rows past the count become zero.
+void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalTensor& count, Tensor out) {
+  const int64_t pixels = x.dim() == 4 ? x.size(0) * x.size(2) * x.size(3) : 0;
+  const int64_t rows = rows_of(index, count, pixels), channels = out.size(1);
+  check_rows(out, rows, x);
+  const int32_t* at = index ? checked_index(*index, rows, pixels) : nullptr;
+  const Places places(x);
+  const int64_t row_bytes = channels * places.size;
+  const char* from = data_of<const char>(x);
+  char* to = data_of<char>(out);
+  const int64_t threads = threads_for(double(rows * row_bytes), kBytesPerThread);
+  const int64_t step = std::clamp<int64_t>((rows + threads - 1) / threads, 1, kMostRows);
+  const int64_t blocks = (rows + step - 1) / step;
+  parallel(std::min(threads, blocks), [&](int64_t t) {
+    const int64_t parts = std::min(threads, blocks);
+    std::vector<int64_t> place(static_cast<size_t>(step));
+    for (int64_t b = part(blocks, t, parts); b < part(blocks, t + 1, parts); ++b) {
+      const int64_t first = b * step, height = std::min(step, rows - first);
+      places.of(at ? at + first : nullptr, first, height, place.data());
+      char* row = to + first * row_bytes;
+      if (places.c_bytes == places.size) {  // a slice of a channels_last map
+        for (int64_t i = 0; i < height; ++i, row += row_bytes)
+          std::copy_n(from + place[size_t(i)], row_bytes, row);
+        continue;
+      }
+      kernels().gather_planes(
+          {height, channels, place.data(), places.whole(), places.c_bytes, row_bytes, places.size}, from,
+          row);
+    }
+  });
+  if (out.size(0) > rows) std::fill_n(to + rows * row_bytes, (out.size(0) - rows) * row_bytes, char(0));
+}
+
+// One part of the output of scatter_planes: some channels of some pixels of one image, filled and then
+// written while they lie in the L1 cache. A map that is written in two passes comes from memory twice.
+class Scatter {
+ public:
+  Scatter(const Tensor& rows_in, const int32_t* at, int64_t rows, const OptionalTensor& base,
+          const Tensor& out)
+      : at_(at),
+        rows_(rows),
+        channels_(out.size(1)),
+        plane_(out.size(2) * out.size(3)),
+        size_(int64_t(out.element_size())),
+        from_(data_of<const char>(rows_in)),
+        base_(data_of<const char>(base)),
+        to_(data_of<char>(out)) {
+    step_ = std::max<int64_t>(2048 / size_, 64);
+    pixel_parts_ = (plane_ + step_ - 1) / step_;
+    channel_parts_ = (channels_ + kPlaneChannels - 1) / kPlaneChannels;
+    parts_ = out.size(0) * channel_parts_ * pixel_parts_;
+    stream_ = out.numel() * size_ >= kStreamBytes;
+  }
+
+  void run() const {
+    const int64_t threads = threads_for(double(parts_ * step_ * kPlaneChannels * size_), kBytesPerThread);
+    parallel(threads, [&](int64_t t) {
+      std::vector<int64_t> place(static_cast<size_t>(step_));
+      for (int64_t i = part(parts_, t, threads); i < part(parts_, t + 1, threads); ++i) run_part(i, place);
+#if defined(__x86_64__)
+      if (stream_) _mm_sfence();  // other threads may read the output after this one's part is done
+#endif
+    });
+  }
+
+ private:
+  void run_part(int64_t i, std::vector<int64_t>& place) const {
+    const int64_t n = i / (channel_parts_ * pixel_parts_),
+                  c = i / pixel_parts_ % channel_parts_ * kPlaneChannels;
+    const int64_t begin = i % pixel_parts_ * step_, end = std::min(plane_, begin + step_);
+    const int64_t channels = std::min(kPlaneChannels, channels_ - c), image = n * plane_;
+    int64_t first = image + begin, last = image + end;
+    if (at_) {
+      first = std::lower_bound(at_, at_ + rows_, image + begin) - at_;
+      last = std::lower_bound(at_ + first, at_ + rows_, image + end) - at_;
+    }
+    const int64_t planes = (n * channels_ + c) * plane_ * size_;
+    if (last - first < end - begin) {
+      for (int64_t k = 0; k < channels; ++k) {
+        const int64_t line = planes + (k * plane_ + begin) * size_;
+        kernels().fill(to_ + line, base_ ? base_ + line : nullptr, (end - begin) * size_,
+                       stream_ && first == last);
+      }
+    }
+    if (first == last) return;
+    for (int64_t r = first; r < last; ++r) place[size_t(r - first)] = ((at_ ? at_[r] : r) - image) * size_;
+    const PlaneRows rows{last - first,   channels,          place.data(), true,
+                         plane_ * size_, channels_ * size_, size_};
+    kernels().scatter_planes(rows, from_ + (first * channels_ + c) * size_, to_ + planes);
+  }
+
+  const int32_t* at_;
+  int64_t rows_, channels_, plane_, size_;
+  const char *from_, *base_;
+  char* to_;
+  int64_t step_, pixel_parts_, channel_parts_, parts_;
+  bool stream_;
+};
+
+// Rows [P, C] to out [N, C, H, W]; elsewhere the base, or zero. Both of them NCHW without gaps.
+void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const OptionalTensor& count,
+                    const OptionalTensor& base, Tensor out) {
+  const int64_t pixels = out.dim() == 4 ? out.size(0) * out.size(2) * out.size(3) : 0;
+  const int64_t rows = rows_of(index, count, pixels);
+  check_rows(rows_in, rows, out);
+  STD_TORCH_CHECK(out.is_contiguous() && (!base || (base->is_contiguous() && base->numel() == out.numel() &&
+                                                    base->scalar_type() == out.scalar_type())),
+                  "base: expected a map of the output's ", out.numel(), " elements, both NCHW, got ",
+                  base ? base->numel() : out.numel(), " elements");
+  Scatter(rows_in, index ? checked_index(*index, rows, pixels) : nullptr, rows, base, out).run();
+}
+
+}  // namespace
+}  // namespace dynops::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
+  m.def("cpu_gather_planes(Tensor x, Tensor? index, Tensor? count, Tensor(a!) out) -> ()");
+  m.def("cpu_scatter_planes(Tensor rows, Tensor? index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
+  m.impl("cpu_gather_planes", TORCH_BOX(&dynops::cpu::gather_planes));
+  m.impl("cpu_scatter_planes", TORCH_BOX(&dynops::cpu::scatter_planes));
+}

@@ -1,0 +1,174 @@
+"""The C++ kernels for maps that do not lie channels_last: NCHW, and strided views of either format.
+
+Few pixels are read and written where they lie (``csrc/cpu/planes.cpp``). Between, a convolution runs on packed rows,
+or, where few channels meet in a product, on the planes themselves (``csrc/cpu/planes_conv.cpp``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..geometry import ConvGeometry
+
+if backends.has_binary():
+    _gather = torch.ops.dynops.cpu_gather_planes.default
+    _scatter = torch.ops.dynops.cpu_scatter_planes.default
+    _planes_conv = torch.ops.dynops.cpu_planes_conv.default
+    _mask_to_index = torch.ops.dynops.mask_to_index.default
+
+# Up to this many channels on either side of a group an output costs less than bringing its inputs into rows.
+_THIN = 4
+# Pixels that a convolution reads are gathered one by one up to this share of a map; from there on all of them are, which
+# goes by squares of 16 x 16 registers and needs no table of rows.
+_FEW = 0.5
+
+
+def gather(x: Tensor, index: Tensor | None, count: Tensor | None) -> Tensor:
+    """``[N, C, H, W]`` of any strides to rows ``[P, C]``; without an index those of all pixels."""
+    rows = x.shape[0] * x.shape[2] * x.shape[3] if index is None else index.shape[0]
+    out = torch.empty((rows, x.shape[1]), dtype=x.dtype)
+    _gather(x, index, count, out)
+    return out
+
+
+def scatter(
+    rows: Tensor, index: Tensor | None, count: Tensor | None, shape: tuple, base: Tensor | None
+) -> Tensor:
+    """Rows ``[P, C]`` to NCHW ``[N, C, H, W]`` for ``shape`` ``(N, H, W)``; elsewhere ``base``, or zero."""
+    out = torch.empty((shape[0], rows.shape[1], shape[1], shape[2]), dtype=rows.dtype)
+    _scatter(rows.contiguous(), index, count, None if base is None else base.contiguous(), out)
+    return out
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A copy of a map in channels_last."""
+    n, c, h, w = x.shape
+    return gather(x, None, None).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def planes(x: Tensor) -> Tensor:
+    """A channels_last map in NCHW."""
+    n, c, h, w = x.shape
+    return scatter(x.permute(0, 2, 3, 1).reshape(-1, c), None, None, (n, h, w), None)
+
+
+def active_rows(index: Tensor, count: Tensor | None) -> int:
+    return index.shape[0] if count is None else int(count)
+
+
+def _as_rows(rows: int, g: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """The index and geometry of a 1x1 convolution whose row i reads row i: of a map ``[1, C, 1, P]``."""
+    index = torch.arange(rows, dtype=torch.int32)
+    return index, ConvGeometry(1, 1, rows, 1, rows, 1, 1, 1, 1, 0, 0, 1, 1, g.groups, g.transposed)
+
+
+def _needed(index: Tensor, count: Tensor | None, g: ConvGeometry, kept: dict | None) -> Tensor | None:
+    """The input pixels that the outputs read, ascending, or None where these are most of the map."""
+    key = ("needed", g._replace(groups=1))
+    if kept is not None and key in kept:
+        return kept[key]
+    needed = _mask_to_index(torch.ops.dynops.needed_mask.default(index, count, g))
+    if needed.shape[0] > _FEW * g.batch * g.in_h * g.in_w:
+        needed = None
+    if kept is not None:
+        kept[key] = needed
+    return needed
+
+
+def _input_rows(x: Tensor, index, count, g: ConvGeometry, kept) -> tuple:
+    """``(x, index, source, geometry)`` of the same convolution on what it reads: packed rows, or all of the map."""
+    if g.is_pointwise:
+        own, of_rows = _as_rows(index.shape[0], g)
+        return gather(x, index, count).t()[None, :, None], own, None, of_rows
+    needed = _needed(index, count, g, kept)
+    if needed is None:
+        return channels_last(x), index, None, g
+    source = torch.ops.dynops.inverse_index.default(needed, None, g.in_shape)
+    return gather(x, needed, None), index, source, g
+
+
+def takes_planes(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether this convolution of an NCHW map runs on planes: depthwise, or few channels on one side."""
+    inputs, outputs = weight.shape[1], weight.shape[0] // g.groups
+    return not g.transposed and min(inputs, outputs) <= _THIN and min(g.pad_h, g.pad_w) >= 0
+
+
+def conv(
+    run: Callable,
+    x: Tensor,
+    weight: Tensor,
+    bias,
+    index: Tensor,
+    count: Tensor | None,
+    g: ConvGeometry,
+    activation: str,
+    scale,
+    shift,
+    gate,
+    residual,
+    base,
+    rows: bool,
+    kept: dict | None,
+    code: int,
+) -> Tensor:
+    """As ``cpp.conv`` for a map that is not channels_last; the output is NCHW, or rows.
+
+    Args:
+        run: ``cpp.conv`` itself, for rows and channels_last maps.
+        code: the activation's number.
+    """
+    outputs = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
+    if active_rows(index, count) == 0:
+        if rows:
+            return x.new_zeros((index.shape[0], outputs))
+        shape = (g.batch, outputs, g.out_h, g.out_w)
+        return x.new_zeros(shape) if base is None else base.clone(memory_format=torch.contiguous_format)
+    if not rows and gate is None and residual is None and takes_planes(x, weight, g):
+        out = torch.empty((g.batch, outputs, g.out_h, g.out_w), dtype=x.dtype)
+        base = None if base is None else base.contiguous()
+        _planes_conv(x, weight.contiguous(), bias, index, count, g, code, scale, shift, base, out)
+        return out
+    if residual is not None and residual.dim() == 4:
+        residual = gather(residual, index, count)
+    x, own, source, geometry = _input_rows(x, index, count, g, kept)
+    same = own is index
+    out = run(x, weight, bias, own, count, source, geometry, activation, scale, shift, gate, residual, None, True, kept if same else None)  # fmt: skip
+    return out if rows else scatter(out, index, count, g.out_shape, base)
+
+
+def input_grad(run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool) -> Tensor:
+    """As ``cpp.conv_input_grad`` for a gradient that is not channels_last; NCHW.
+
+    Args:
+        run: ``cpp.conv_input_grad`` itself, for packed rows.
+        wide: whether all of the input's gradient is the faster to compute, as Winograd's is.
+    """
+    channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+    if active_rows(index, count) == 0:
+        return grad.new_zeros((g.batch, channels, g.in_h, g.in_w))
+    rows = gather(grad, index, count)
+    if g.is_pointwise:
+        own, of_rows = _as_rows(rows.shape[0], g)
+        dx = run(rows, weight, own, None, None, 0, of_rows, True)
+        return scatter(dx.permute(0, 2, 3, 1).reshape(-1, channels), index, count, g.in_shape, None)
+    needed = None if wide else _needed(index, count, g, None)
+    if needed is None:
+        return planes(run(rows, weight, index, count, None, 0, g, True))
+    source = torch.ops.dynops.inverse_index.default(needed, None, g.in_shape)
+    dx = run(rows, weight, index, count, source, needed.shape[0], g, True)
+    return scatter(dx, needed, None, g.in_shape, None)
+
+
+def weight_grad_inputs(grad: Tensor, x: Tensor, index, count, source, g: ConvGeometry, rows: bool) -> tuple:
+    """``(grad, x, index, count, source, geometry)`` of the same weight gradient without a map that is not channels_last."""
+    if not rows and not grad.is_contiguous(memory_format=torch.channels_last):
+        grad = gather(grad, index, count)
+    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+        if g.is_pointwise and grad.dim() == 4:
+            grad = gather(grad, index, count)
+        x, index, source, g = _input_rows(x, index, count, g, None)
+    return grad, x, index, count, source, g
