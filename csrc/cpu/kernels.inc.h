@@ -123,5 +123,6 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        row_dots,
                        finish_rows,
                        gather_planes,
-                       scatter_planes,
-                       plane_line};
+                       spread_planes,
+                       plane_strip,
+                       split_pairs};

@@ -26,6 +26,28 @@ void run_forward(const Forward& f) {
   }
 }
 
+// What the kernels read and write has the sizes that the geometry and the index name: else they would leave
+// outputs as the allocator gave them, or read past a tensor's end.
+void check_sizes(const Geometry& g, const Tensor& x, int64_t rows, const OptionalTensor& source,
+                 const OptionalTensor& gate, const OptionalTensor& residual, const OptionalTensor& base,
+                 const Tensor& out) {
+  const bool packed_in = bool(source), packed_out = out.dim() == 2;
+  const int64_t outputs = out.size(1), in_pixels = x.size(1) ? x.numel() / x.size(1) : 0;
+  STD_TORCH_CHECK(packed_in ? x.dim() == 2 && source->numel() == g.in_pixels()
+                            : in_pixels == g.in_pixels() || x.numel() == 0,
+                  "x: expected the geometry's ", g.in_pixels(), " input pixels, or their rows, got ",
+                  in_pixels, " and ", source ? source->numel() : 0, " rows of pixels");
+  STD_TORCH_CHECK(packed_out ? out.size(0) >= rows : out.numel() == g.out_pixels() * outputs,
+                  "out: expected the geometry's ", g.out_pixels(), " output pixels, or ", rows, " rows, got ",
+                  out.numel(), " elements of ", outputs, " channels");
+  const int64_t added = residual && residual->dim() == 4 ? g.out_pixels() : rows;
+  STD_TORCH_CHECK((!gate || gate->numel() >= rows) && (!residual || residual->numel() >= added * outputs) &&
+                      (!base || base->numel() == g.out_pixels() * outputs),
+                  "gate, residual, base: expected ", rows, " rows and ", g.out_pixels(), " pixels of ",
+                  outputs, " channels, got ", gate ? gate->numel() : 0, ", ",
+                  residual ? residual->numel() : 0, " and ", base ? base->numel() : 0, " elements");
+}
+
 void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& index,
           const OptionalTensor& count, const OptionalTensor& source, IntHeaderOnlyArrayRef geometry,
           int64_t activation, const OptionalTensor& scale, const OptionalTensor& shift,
@@ -38,6 +60,7 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
   const ZeroRow zero(row_bytes);
   const int32_t* at = checked_index(index, rows, g.out_pixels());
   const bool packed_out = out.dim() == 2;
+  check_sizes(g, x, rows, source, gate, residual, base, out);
   const Forward f{g,
                   in_channels,
                   out_channels,

@@ -12,8 +12,16 @@ namespace dynops::cpu {
 namespace {
 
 constexpr double kBytesPerThread = 32 * 1024;
-constexpr int64_t kMostRows = 512;      // copied at a time: a cache line of each fits the L1 cache
-constexpr int64_t kPlaneChannels = 16;  // of an output that are filled and written at a time
+// Pixels are copied some at a time with all of their channels, so that their rows stay in the L2 cache: 3136
+// pixels of 256 channels in steps of 512 take NUMBER us, of 64 NUMBER.
+constexpr int64_t kStepBytes = 96 << 10;
+constexpr int64_t kLeastStep = 64, kMostStep = 512;
+constexpr int64_t kPlaneChannels = 16;  // threads share channels in parts of so many
+
+// Pixels copied at a time.
+int64_t step_of(int64_t row_bytes) {
+  return std::clamp<int64_t>(kStepBytes / std::max<int64_t>(row_bytes, 1) / 64 * 64, kLeastStep, kMostStep);
+}
 
 // Where the pixels of a map [N, C, H, W] lie, whatever its strides.
 struct Places {
@@ -72,7 +80,7 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
   const char* from = data_of<const char>(x);
   char* to = data_of<char>(out);
   const int64_t threads = threads_for(double(rows * row_bytes), kBytesPerThread);
-  const int64_t step = std::clamp<int64_t>((rows + threads - 1) / threads, 1, kMostRows);
+  const int64_t step = std::clamp<int64_t>((rows + threads - 1) / threads, 1, step_of(row_bytes));
   const int64_t blocks = (rows + step - 1) / step;
   parallel(std::min(threads, blocks), [&](int64_t t) {
     const int64_t parts = std::min(threads, blocks);
@@ -108,18 +116,22 @@ class Scatter {
         from_(data_of<const char>(rows_in)),
         base_(data_of<const char>(base)),
         to_(data_of<char>(out)) {
-    step_ = std::max<int64_t>(2048 / size_, 64);
+    step_ = step_of(channels_ * size_);
     pixel_parts_ = (plane_ + step_ - 1) / step_;
-    channel_parts_ = (channels_ + kPlaneChannels - 1) / kPlaneChannels;
-    parts_ = out.size(0) * channel_parts_ * pixel_parts_;
+    const int64_t blocks = (channels_ + kPlaneChannels - 1) / kPlaneChannels,
+                  least = 4 * int64_t(torch::stable::get_num_threads());
+    const int64_t heads = out.size(0) * pixel_parts_;
+    channel_parts_ =
+        heads ? std::clamp<int64_t>((least + heads - 1) / heads, 1, std::max<int64_t>(blocks, 1)) : 1;
+    parts_ = heads * channel_parts_;
     stream_ = out.numel() * size_ >= kStreamBytes;
   }
 
-  void run() const {
-    const int64_t threads = threads_for(double(parts_ * step_ * kPlaneChannels * size_), kBytesPerThread);
+  void run(double bytes) const {
+    const int64_t threads = std::min(threads_for(bytes, kBytesPerThread), std::max<int64_t>(parts_, 1));
     parallel(threads, [&](int64_t t) {
-      std::vector<int64_t> place(static_cast<size_t>(step_));
-      for (int64_t i = part(parts_, t, threads); i < part(parts_, t + 1, threads); ++i) run_part(i, place);
+      std::vector<int32_t> row(static_cast<size_t>(step_));
+      for (int64_t i = part(parts_, t, threads); i < part(parts_, t + 1, threads); ++i) run_part(i, row);
 #if defined(__x86_64__)
       if (stream_) _mm_sfence();  // other threads may read the output after this one's part is done
 #endif
@@ -127,29 +139,39 @@ class Scatter {
   }
 
  private:
-  void run_part(int64_t i, std::vector<int64_t>& place) const {
-    const int64_t n = i / (channel_parts_ * pixel_parts_),
-                  c = i / pixel_parts_ % channel_parts_ * kPlaneChannels;
-    const int64_t begin = i % pixel_parts_ * step_, end = std::min(plane_, begin + step_);
-    const int64_t channels = std::min(kPlaneChannels, channels_ - c), image = n * plane_;
+  void run_part(int64_t i, std::vector<int32_t>& row) const {
+    const int64_t part_of = i % channel_parts_, pixels = i / channel_parts_ % pixel_parts_;
+    const int64_t n = i / channel_parts_ / pixel_parts_, image = n * plane_;
+    const int64_t c = part(channels_, part_of, channel_parts_, kPlaneChannels);
+    const int64_t channels = part(channels_, part_of + 1, channel_parts_, kPlaneChannels) - c;
+    const int64_t begin = pixels * step_, end = std::min(plane_, begin + step_);
     int64_t first = image + begin, last = image + end;
     if (at_) {
       first = std::lower_bound(at_, at_ + rows_, image + begin) - at_;
       last = std::lower_bound(at_ + first, at_ + rows_, image + end) - at_;
     }
-    const int64_t planes = (n * channels_ + c) * plane_ * size_;
-    if (last - first < end - begin) {
+    const int64_t to = ((n * channels_ + c) * plane_ + begin) * size_;
+    if (base_ || first == last) {
       for (int64_t k = 0; k < channels; ++k) {
-        const int64_t line = planes + (k * plane_ + begin) * size_;
+        const int64_t line = to + k * plane_ * size_;
         kernels().fill(to_ + line, base_ ? base_ + line : nullptr, (end - begin) * size_,
                        stream_ && first == last);
       }
     }
-    if (first == last) return;
-    for (int64_t r = first; r < last; ++r) place[size_t(r - first)] = ((at_ ? at_[r] : r) - image) * size_;
-    const PlaneRows rows{last - first,   channels,          place.data(), true,
-                         plane_ * size_, channels_ * size_, size_};
-    kernels().scatter_planes(rows, from_ + (first * channels_ + c) * size_, to_ + planes);
+    PlaneSpread spread{end - begin, channels,       row.data(),        from_ + c * size_,
+                       to_ + to,    plane_ * size_, channels_ * size_, size_};
+    if (!base_ && first < last) {
+      std::fill_n(row.begin(), end - begin, -1);
+      for (int64_t r = first; r < last; ++r) row[size_t((at_ ? at_[r] : r) - image - begin)] = int32_t(r);
+      kernels().spread_planes(spread);
+    }
+    for (int64_t r = first; base_ && r < last; ++r) {  // pixel by pixel into what lies there already
+      const int64_t pixel = (at_ ? at_[r] : r) - image - begin;
+      row[0] = int32_t(r);
+      spread.pixels = 1;
+      spread.planes = to_ + to + pixel * size_;
+      kernels().spread_planes(spread);
+    }
   }
 
   const int32_t* at_;
@@ -170,7 +192,8 @@ void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const Op
                                                     base->scalar_type() == out.scalar_type())),
                   "base: expected a map of the output's ", out.numel(), " elements, both NCHW, got ",
                   base ? base->numel() : out.numel(), " elements");
-  Scatter(rows_in, index ? checked_index(*index, rows, pixels) : nullptr, rows, base, out).run();
+  Scatter(rows_in, index ? checked_index(*index, rows, pixels) : nullptr, rows, base, out)
+      .run(double(out.numel() * int64_t(out.element_size())));
 }
 
 }  // namespace

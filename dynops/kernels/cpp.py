@@ -148,7 +148,7 @@ def conv(
 ):
     """See ``ops.pixels._conv``. The output has the format of ``x``. ``kept``: that of the plan, where there is one."""
     g = as_geometry(geometry)
-    if x.dim() == 4 and memory_format_of(x) == torch.contiguous_format:
+    if x.dim() == 4 and cpp_planes.is_planes(x, g.out_h * g.out_w):
         return cpp_planes.conv(conv, x, weight, bias, index, count, g, activation, scale, shift, gate, residual, base, rows, kept, _ACTIVATIONS[activation])  # fmt: skip
     setup = _setup(g, weight.shape, x.dtype, source is not None)
     quads = _quads(index, count, g, kept) if setup.winograd else None
@@ -186,7 +186,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     setup = _setup(g, weight.shape, grad.dtype, True)
-    if not rows and memory_format_of(grad) == torch.contiguous_format:
+    if not rows and cpp_planes.is_planes(grad, g.in_h * g.in_w):
         return cpp_planes.input_grad(conv_input_grad, grad, weight, index, count, g, setup.winograd)
     shape = (g.batch, channels, g.in_h, g.in_w)
     if setup.winograd and source is None:
@@ -262,6 +262,19 @@ def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base:
     size = (shape[0], rows.shape[1], shape[1], shape[2])
     out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST)
     _cpu_scatter(rows.contiguous(), index, count, None if base is None else _last(base), out)
+    return out
+
+
+def scatter_planes(rows: Tensor, index: Tensor, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
+    """See ``ops.rows._scatter_planes``."""
+    if shape[1] * shape[2] == 1:  # a pixel's row is its planes
+        return scatter_rows(rows, index, count, shape, base)
+    return cpp_planes.scatter(rows, index, count, shape, base)
+
+
+def keep_pixels(out: Tensor, index: Tensor, count: Tensor | None, base: Tensor | None) -> Tensor:
+    """``out``, channels_last, with ``base`` (or zero) written at the pixels that are not in the index."""
+    torch.ops.dynops.cpu_keep.default(index, count, None if base is None else _last(base), out)
     return out
 
 

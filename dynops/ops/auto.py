@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry
-from ..kernels import configs
+from ..kernels import configs, cpp
 from ..plans import PixelPlan
 from . import checks
 from .epilogue import ACTIVATIONS
@@ -54,6 +54,26 @@ def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry)
     return None if share is None else plan.num_rows > share * plan.num_pixels
 
 
+# What a pixel costs ours on a CPU beyond its products, in products of an output channel: the table of its taps, and sums
+# that begin and end. Densities from which the dense layer won, channels_last, on Sapphire Rapids and Zen 5: 18 products
+# an output (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7;
+# 256 (1x1) 0.8 to 0.95; 1152 (3x3, stride 2) 0.95.
+_PIXEL_PRODUCTS = 50
+# A depthwise row of few channels pays more for its table: 32 channels 0.15, 144 0.3 to 0.5, 512 and more 0.7.
+_DEPTHWISE_SHARE, _DEPTHWISE_CHANNELS = 0.9, 150
+
+
+def cpu_break_even(weight: Tensor, g: ConvGeometry) -> float:
+    """The share of a channels_last map's pixels from which the dense layer and a mask are faster on a CPU.
+
+    Meant to switch too early rather than too late: past it a layer costs the dense one and the zeros between.
+    """
+    products = weight.shape[1] * g.taps
+    if g.groups == weight.shape[0] and weight.shape[1] == 1:
+        return _DEPTHWISE_SHARE * g.groups / (g.groups + _DEPTHWISE_CHANNELS)
+    return products / (products + _PIXEL_PRODUCTS)
+
+
 def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | None) -> Tensor:
     """The op's result from that of the dense convolution, bias included: where(mask, epilogue(out), base or 0).
 
@@ -88,6 +108,8 @@ def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() or not rows_lie:
         inactive = _inactive_mask(plan)
         return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
+    if out.device.type == "cpu" and backends.has_binary():
+        return cpp.keep_pixels(out, plan.index, plan.count, base)
     rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)
     index = _inactive_index(plan)
     if base_rows:

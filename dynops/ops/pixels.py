@@ -23,12 +23,20 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry, as_geometry
-from ..kernels import cpp
+from ..kernels import cpp, cpp_planes
 from ..plans import PixelPlan
 from . import auto, checks
 from .epilogue import ACTIVATIONS, apply_epilogue
 from .registry import define
-from .rows import gather_pixels, gather_rows, memory_format_of, scatter_pixels, scatter_rows, zero_past_count
+from .rows import (
+    gather_pixels,
+    gather_rows,
+    memory_format_of,
+    scatter_pixels,
+    scatter_planes,
+    scatter_rows,
+    zero_past_count,
+)
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -188,7 +196,7 @@ def _run_conv(x, weight, bias, index, count, source, geometry, activation, scale
     kernels = _kernels(backend, x)
     run = _conv if kernels is None else kernels.conv
     out = run(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
-    if rows or source is not None:
+    if rows or source is not None or kernels is cpp:
         return out
     return out.contiguous(memory_format=memory_format_of(x))
 
@@ -451,8 +459,27 @@ def _dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epi
     measured = auto.dense_is_faster(plan, x, weight, g)
     if measured is not None:
         return measured
-    full = plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
-    return full and not beats_dense(x, weight, g)
+    if plan.count is not None or plan.num_pixels < _DENSE_PIXELS or not checks.epilogue_is_plain(epilogue):
+        return False
+    if plan.is_full:
+        return not (beats_dense(x, weight, g) or (_on_planes(x) and cpp_planes.beats_dense(weight.shape, g)))
+    return _cpu_dense_wins(plan, x, weight, g)
+
+
+def _on_planes(x: Tensor) -> bool:
+    return _kernels("", x) is cpp and memory_format_of(x) == torch.contiguous_format
+
+
+def _cpu_dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether the dense layer computes a compact plan faster than rows of a channels_last map do.
+
+    Where a gradient is needed the plan's own pixels are computed: backward they save more than the dense layer does.
+    """
+    if torch.compiler.is_compiling() or g.transposed or _kernels("", x) is not cpp or _on_planes(x):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return plan.num_rows > auto.cpu_break_even(weight, g) * plan.num_pixels and not beats_dense(x, weight, g)
 
 
 def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
@@ -507,9 +534,7 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         residual = residual if in_place else gather_rows(residual, plan.index, plan.count)
     if direct:
         out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, None if same_rows else plan._kept)  # fmt: skip
-        if rows or source is not None:
-            return out
-        return out.contiguous(memory_format=memory_format_of(x))
+        return out
     if same_rows:
         x = x.t()[None, :, None]
     if needs_grad and not checks.epilogue_is_empty(epilogue):
@@ -518,7 +543,8 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
         if rows:
             return zero_past_count(out, index, count)
-        return scatter_pixels(out, plan, base).contiguous(memory_format=memory_format_of(x))
+        scatter = scatter_planes if memory_format_of(x) == torch.contiguous_format else scatter_rows
+        return scatter(out, index, count, list(plan.shape), base)
     return _convolution(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 

@@ -31,178 +31,228 @@ FORCE_INLINE void store_bits(char* p, Vec a) {
 // Channels copied in one pass over the rows: a cache line of a float32 row.
 constexpr int64_t kPlaneChannels = 16;
 
-// kLanes pixels that lie side by side in each plane, to rows or from them, by squares of registers.
-template <bool kGather, class T>
-FORCE_INLINE void copy_square(const PlaneRows& p, int64_t i, char* planes, char* rows) {
-  constexpr int64_t kLanes = Vec::kLanes;
-  for (int64_t c = 0; c + kLanes <= p.channels; c += kLanes) {
-    char* plane = planes + p.at[i] + c * p.channel_bytes;
-    char* row = rows + i * p.row_bytes + c * int64_t(sizeof(T));
-    Vec m[kLanes];
-    UNROLL for (int64_t k = 0; k < kLanes; ++k) {
-      m[k] = load_bits<T>(kGather ? plane + k * p.channel_bytes : row + k * p.row_bytes);
-    }
-    transpose(m);
-    UNROLL for (int64_t k = 0; k < kLanes; ++k) {
-      store_bits<T>(kGather ? row + k * p.row_bytes : plane + k * p.channel_bytes, m[k]);
-    }
-  }
-}
-
-// Channels [begin, p.channels) of row i.
-template <bool kGather, class T>
-FORCE_INLINE void copy_pixel(const PlaneRows& p, int64_t i, int64_t begin, char* planes, char* rows) {
-  char* plane = planes + p.at[i] + begin * p.channel_bytes;
-  T* row = (T*)(rows + i * p.row_bytes) + begin;
-  if (begin == 0 && p.channels == kPlaneChannels) {
-    UNROLL for (int64_t c = 0; c < kPlaneChannels; ++c) {
-      T* element = (T*)(plane + c * p.channel_bytes);
-      kGather ? row[c] = *element : * element = row[c];
-    }
-    return;
-  }
-  for (int64_t c = 0; c < p.channels - begin; ++c) {
-    T* element = (T*)(plane + c * p.channel_bytes);
-    kGather ? row[c] = *element : * element = row[c];
-  }
-}
-
-template <bool kGather, class T>
-static void copy_planes_of(const PlaneRows& all, char* planes, char* rows) {
-  constexpr int64_t kLanes = Vec::kLanes;
-  constexpr bool kSquares = sizeof(T) == 4 || (sizeof(T) == 2 && kLanes > 4);
-  for (int64_t c = 0; c < all.channels; c += kPlaneChannels) {
-    PlaneRows p = all;
-    p.channels = all.channels - c < kPlaneChannels ? all.channels - c : kPlaneChannels;
-    char* plane = planes + c * p.channel_bytes;
-    char* row = rows + c * int64_t(sizeof(T));
-    for (int64_t i = 0; i < p.rows;) {
-      if constexpr (kSquares) {
-        const bool side_by_side = p.ascends && i + kLanes <= p.rows &&
-                                  p.at[i + kLanes - 1] - p.at[i] == (kLanes - 1) * int64_t(sizeof(T));
-        if (side_by_side) {
-          copy_square<kGather, T>(p, i, plane, row);
-          const int64_t done = p.channels / kLanes * kLanes;
-          if (done < p.channels) {
-            for (int64_t k = 0; k < kLanes; ++k) copy_pixel<kGather, T>(p, i + k, done, plane, row);
-          }
-          i += kLanes;
-          continue;
-        }
-      }
-      copy_pixel<kGather, T>(p, i++, 0, plane, row);
-    }
-  }
-}
+// What the squares of registers below copy; other elements go one by one.
+template <class T>
+constexpr bool kSquares = sizeof(T) == 4 || (sizeof(T) == 2 && Vec::kLanes > 4);
 
 struct Element16 {
   uint64_t low, high;
 };
 
-template <bool kGather>
-static void copy_planes(const PlaneRows& p, char* planes, char* rows) {
-  switch (p.size) {
+// f(an element of the size)
+template <class F>
+FORCE_INLINE void visit_size(int64_t size, const F& f) {
+  switch (size) {
     case 1:
-      return copy_planes_of<kGather, uint8_t>(p, planes, rows);
+      return f(uint8_t());
     case 2:
-      return copy_planes_of<kGather, uint16_t>(p, planes, rows);
+      return f(uint16_t());
     case 4:
-      return copy_planes_of<kGather, uint32_t>(p, planes, rows);
+      return f(uint32_t());
     case 8:
-      return copy_planes_of<kGather, uint64_t>(p, planes, rows);
+      return f(uint64_t());
     default:
-      return copy_planes_of<kGather, Element16>(p, planes, rows);
+      return f(Element16());
+  }
+}
+
+// Channels [begin, channels) of one pixel to a row.
+template <class T>
+FORCE_INLINE void gather_pixel(const char* plane, int64_t channel_bytes, int64_t begin, int64_t channels,
+                               T* row) {
+  if (begin == 0 && channels == kPlaneChannels) {
+    UNROLL for (int64_t c = 0; c < kPlaneChannels; ++c) row[c] = *(const T*)(plane + c * channel_bytes);
+    return;
+  }
+  for (int64_t c = begin; c < channels; ++c) row[c] = *(const T*)(plane + c * channel_bytes);
+}
+
+template <class T>
+static void gather_planes_of(const PlaneRows& p, int64_t channels, const char* planes, char* rows) {
+  constexpr int64_t kLanes = Vec::kLanes, kSize = sizeof(T);
+  for (int64_t i = 0; i < p.rows;) {
+    const char* plane = planes + p.at[i];
+    char* row = rows + i * p.row_bytes;
+    int64_t done = 0, count = 1;
+    if constexpr (kSquares<T>) {
+      if (p.ascends && i + kLanes <= p.rows && p.at[i + kLanes - 1] - p.at[i] == (kLanes - 1) * kSize) {
+        count = kLanes;
+        for (; done + kLanes <= channels; done += kLanes) {
+          Vec m[kLanes];
+          UNROLL for (int64_t k = 0; k < kLanes; ++k) {
+            m[k] = load_bits<T>(plane + (done + k) * p.channel_bytes);
+          }
+          transpose(m);
+          UNROLL for (int64_t k = 0; k < kLanes; ++k) {
+            store_bits<T>(row + k * p.row_bytes + done * kSize, m[k]);
+          }
+        }
+      }
+    }
+    for (int64_t k = 0; k < count && done < channels; ++k) {
+      gather_pixel<T>(planes + p.at[i + k], p.channel_bytes, done, channels, (T*)(row + k * p.row_bytes));
+    }
+    i += count;
   }
 }
 
 static void gather_planes(const PlaneRows& p, const char* planes, char* rows) {
-  copy_planes<true>(p, const_cast<char*>(planes), rows);
+  for (int64_t c = 0; c < p.channels; c += kPlaneChannels) {
+    const int64_t channels = p.channels - c < kPlaneChannels ? p.channels - c : kPlaneChannels;
+    visit_size(p.size, [&](auto element) {
+      gather_planes_of<decltype(element)>(p, channels, planes + c * p.channel_bytes, rows + c * p.size);
+    });
+  }
 }
 
-static void scatter_planes(const PlaneRows& p, const char* rows, char* planes) {
-  copy_planes<false>(p, planes, const_cast<char*>(rows));
-}
+// From this many active pixels of a vector on, all of it goes through a square of registers: that takes some
+// 75 cycles for 16 x 16 elements, where an element on its own takes one.
+constexpr int kSquarePixels = 4;
 
-// ------------------------------------------------------------------------- convolution of a line
-
-// Products summed before they join the total: the rounding of a long sum grows with what it has summed.
-constexpr int32_t kPlaneTaps = 128;
-
-template <int kOuts, int kVectors>
-static void plane_vectors(const PlaneLine& l, int32_t first, const int64_t* at, int vectors, int n) {
-  Vec total[kOuts][kVectors];
-  UNROLL for (int o = 0; o < kOuts; ++o) { UNROLL for (int v = 0; v < kVectors; ++v) total[o][v] = zero(); }
-  const float* weight = l.weight + int64_t(first) * l.taps;
-  int64_t x[kVectors];  // those past the last repeat it, which computes it again
-  UNROLL for (int v = 0; v < kVectors; ++v) x[v] = at[v < vectors ? v : vectors - 1];
-  for (int32_t begin = 0; begin < l.taps; begin += kPlaneTaps) {
-    const int32_t end = l.taps - begin < kPlaneTaps ? l.taps : begin + kPlaneTaps;
-    Vec sum[kOuts][kVectors];
-    UNROLL for (int o = 0; o < kOuts; ++o) { UNROLL for (int v = 0; v < kVectors; ++v) sum[o][v] = zero(); }
-    for (int32_t t = begin; t < end; ++t) {
-      Vec in[kVectors];
-      UNROLL for (int v = 0; v < kVectors; ++v) in[v] = load(l.in[t] + x[v]);
-      UNROLL for (int o = 0; o < kOuts; ++o) {
-        const Vec w = broadcast(weight[int64_t(o) * l.taps + t]);
-        UNROLL for (int v = 0; v < kVectors; ++v) sum[o][v] = fma(in[v], w, sum[o][v]);
+template <class T>
+static void spread_planes_of(const PlaneSpread& p, int64_t channels, const char* rows, char* planes) {
+  constexpr int64_t kLanes = Vec::kLanes, kSize = sizeof(T);
+  for (int64_t i = 0; i < p.pixels; i += kLanes) {
+    const int32_t* row = p.row + i;
+    const int n = left_of(p.pixels, i);
+    int active = 0;
+    for (int k = 0; k < n; ++k) active += row[k] >= 0;
+    char* plane = planes + i * kSize;
+    int64_t done = 0;
+    if constexpr (kSquares<T>) {
+      if (n == kLanes && active >= kSquarePixels) {
+        for (; done + kLanes <= channels; done += kLanes) {
+          Vec m[kLanes];
+          UNROLL for (int k = 0; k < kLanes; ++k) {
+            if (row[k] < 0) {
+              m[k] = zero();
+              continue;
+            }
+            const char* from = rows + row[k] * p.row_bytes + done * kSize;
+            __builtin_prefetch(from + 64);  // the next channels of this row
+            m[k] = load_bits<T>(from);
+          }
+          transpose(m);
+          UNROLL for (int64_t k = 0; k < kLanes; ++k) {
+            store_bits<T>(plane + (done + k) * p.channel_bytes, m[k]);
+          }
+        }
       }
     }
+    if (active < n) {
+      for (int64_t c = done; c < channels; ++c) fill(plane + c * p.channel_bytes, nullptr, n * kSize, false);
+    }
+    for (int k = 0; k < n && done < channels; ++k) {
+      if (row[k] < 0) continue;
+      const T* from = (const T*)(rows + row[k] * p.row_bytes);
+      for (int64_t c = done; c < channels; ++c) *(T*)(plane + c * p.channel_bytes + k * kSize) = from[c];
+    }
+  }
+}
+
+static void spread_planes(const PlaneSpread& p) {
+  for (int64_t c = 0; c < p.channels; c += kPlaneChannels) {
+    const int64_t channels = p.channels - c < kPlaneChannels ? p.channels - c : kPlaneChannels;
+    visit_size(p.size, [&](auto element) {
+      spread_planes_of<decltype(element)>(p, channels, p.rows + c * p.size, p.planes + c * p.channel_bytes);
+    });
+  }
+}
+
+static void split_pairs(const float* from, int64_t n, float* even, float* odd) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    Vec low, high;
+    deinterleave(load(from + i), load(from + i + kLanes), low, high);
+    store(even + i / 2, low);
+    store(odd + i / 2, high);
+  }
+  for (; i < n; ++i) (i % 2 ? odd : even)[i / 2] = from[i];
+}
+
+// ------------------------------------------------------------------------- convolution of planes
+
+// Products summed before they join the total: the rounding of a long sum grows with what it has summed.
+constexpr int32_t kPlaneTaps = 192;
+
+// sum[o][v] += the products of taps [begin, end)
+template <int kOuts, int kVectors>
+FORCE_INLINE void plane_products(const PlaneStrip& s, const float* weight, const float* const (&in)[kVectors],
+                                 int32_t begin, int32_t end, Vec (&sum)[kOuts][kVectors]) {
+  for (int32_t t = begin; t < end; ++t) {
+    const int64_t offset = s.offset[t];
+    Vec x[kVectors];
+    UNROLL for (int v = 0; v < kVectors; ++v) x[v] = load(in[v] + offset);
+    UNROLL for (int o = 0; o < kOuts; ++o) {
+      const Vec w = broadcast(weight[int64_t(o) * s.taps + t]);
+      UNROLL for (int v = 0; v < kVectors; ++v) sum[o][v] = fma(x[v], w, sum[o][v]);
+    }
+  }
+}
+
+template <int kOuts, int kVectors>
+static void plane_vectors(const PlaneStrip& s, int32_t first, int32_t begin, int32_t count) {
+  Vec total[kOuts][kVectors];
+  UNROLL for (int o = 0; o < kOuts; ++o) { UNROLL for (int v = 0; v < kVectors; ++v) total[o][v] = zero(); }
+  const float* weight = s.weight + int64_t(first) * s.taps;
+  const float* in[kVectors];  // those past the last repeat it, which computes it again
+  UNROLL for (int v = 0; v < kVectors; ++v) in[v] = s.in + s.in_at[begin + (v < count ? v : count - 1)];
+  plane_products<kOuts, kVectors>(s, weight, in, 0, s.taps < kPlaneTaps ? s.taps : kPlaneTaps, total);
+  for (int32_t from = kPlaneTaps; from < s.taps; from += kPlaneTaps) {
+    Vec sum[kOuts][kVectors];
+    UNROLL for (int o = 0; o < kOuts; ++o) { UNROLL for (int v = 0; v < kVectors; ++v) sum[o][v] = zero(); }
+    const int32_t end = s.taps - from < kPlaneTaps ? s.taps : from + kPlaneTaps;
+    plane_products<kOuts, kVectors>(s, weight, in, from, end, sum);
     UNROLL for (int o = 0; o < kOuts; ++o) {
       UNROLL for (int v = 0; v < kVectors; ++v) total[o][v] = add(total[o][v], sum[o][v]);
     }
   }
-  const int64_t size = size_of(l.dtype);
+  UNROLL for (int o = 0; o < kOuts; ++o) {
+    const Vec scale = broadcast(s.scale[first + o]), shift = broadcast(s.shift[first + o]);
+    UNROLL for (int v = 0; v < kVectors; ++v) total[o][v] = fma(total[o][v], scale, shift);
+  }
+  const int64_t size = size_of(s.dtype);
+  const bool plain =
+      s.activation == Activation::kNone && s.dtype == Dtype::kFloat32 && !s.base && s.width == Vec::kLanes;
   UNROLL for (int v = 0; v < kVectors; ++v) {
-    const Vec keep = load(l.keep + x[v]), half = broadcast(0.5f);
+    if (v >= count) break;
+    const Vec keep = load(s.keep + int64_t(begin + v) * Vec::kLanes), half = broadcast(0.5f);
+    const int64_t place = int64_t(first) * s.plane_bytes + s.out_at[begin + v] * size;
+    if (plain) {  // 64 outputs of 9 taps: 24 instructions a vector with what follows, 4 without
+      UNROLL for (int o = 0; o < kOuts; ++o) {
+        store((float*)(s.out + place + o * s.plane_bytes), where_less(zero(), keep, total[o][v]));
+      }
+      continue;
+    }
     UNROLL for (int o = 0; o < kOuts; ++o) {
-      const int64_t place = int64_t(first + o) * l.plane_bytes + x[v] * size;
-      const Vec scale = broadcast(l.scale[first + o]), shift = broadcast(l.shift[first + o]);
-      const Vec value = activate(fma(total[o][v], scale, shift), l.activation);
-      Vec kept = where_less(zero(), keep, value);
-      if (l.base) kept = add(kept, where_less(keep, half, load(l.base + place, l.dtype, n)));
-      store(l.out + place, kept, l.dtype, n);
+      const int64_t at = place + o * s.plane_bytes;
+      Vec kept = where_less(zero(), keep, activate(total[o][v], s.activation));
+      if (s.base) kept = add(kept, where_less(keep, half, load(s.base + at, s.dtype, s.width)));
+      store(s.out + at, kept, s.dtype, s.width);
     }
   }
 }
 
 template <int kOuts, int kVectors>
-static int32_t plane_outputs(const PlaneLine& l, int32_t first, const int64_t* live, int lives, int n) {
-  for (; first + kOuts <= l.outputs; first += kOuts) {
-    for (int i = 0; i < lives; i += kVectors) {
-      plane_vectors<kOuts, kVectors>(l, first, live + i, lives - i < kVectors ? lives - i : kVectors, n);
+static int32_t plane_outputs(const PlaneStrip& s, int32_t first, int32_t begin, int32_t end) {
+  for (; first + kOuts <= s.outputs; first += kOuts) {
+    for (int32_t i = begin; i < end; i += kVectors) {
+      plane_vectors<kOuts, kVectors>(s, first, i, end - i < kVectors ? end - i : kVectors);
     }
   }
   return first;
 }
 
-static void plane_line(const PlaneLine& l) {
-  constexpr int64_t kLanes = Vec::kLanes;
+static void plane_strip(const PlaneStrip& s) {
   constexpr int kWide = kPanelVectors;  // 16 registers or 32
-  constexpr int kGroup = 16;            // vectors whose inputs stay in the L1 cache for every output
-  const int n = int(l.width < kLanes ? l.width : kLanes);
-  const int64_t size = size_of(l.dtype), vectors = (l.width + kLanes - 1) / kLanes;
-  for (int64_t first = 0; first < vectors; first += kGroup) {
-    int64_t live[kGroup];
-    int lives = 0;
-    for (int64_t v = first; v < vectors && v < first + kGroup; ++v) {
-      // the last vector is moved back on to the line; what it shares with the one before is the same
-      const int64_t x = v * kLanes + kLanes <= l.width || l.width < kLanes ? v * kLanes : l.width - kLanes;
-      bool any = false;
-      for (int64_t i = 0; i < n; ++i) any |= l.keep[x + i] > 0;
-      if (any) {
-        live[lives++] = x;
-        continue;
-      }
-      for (int32_t o = 0; o < l.outputs; ++o) {
-        const int64_t place = int64_t(o) * l.plane_bytes + x * size;
-        fill(l.out + place, l.base ? l.base + place : nullptr, n * size, false);
-      }
-    }
-    if (!lives) continue;
+  constexpr int32_t kGroup = 16;        // vectors whose inputs stay in the L1 cache for every output
+  for (int32_t begin = 0; begin < s.live; begin += kGroup) {
+    const int32_t end = s.live - begin < kGroup ? s.live : begin + kGroup;
     int32_t o = 0;
-    if (l.outputs >= 8) o = plane_outputs<8, kWide>(l, o, live, lives, n);
-    if (l.outputs - o >= 4) o = plane_outputs<4, 2 * kWide>(l, o, live, lives, n);
-    if (l.outputs - o >= 2) o = plane_outputs<2, 2 * kWide>(l, o, live, lives, n);
-    plane_outputs<1, 4>(l, o, live, lives, n);
+    if (s.outputs >= 8) o = plane_outputs<8, kWide>(s, o, begin, end);
+    if (s.outputs - o >= 4) o = plane_outputs<4, 2 * kWide>(s, o, begin, end);
+    if (s.outputs - o >= 2) o = plane_outputs<2, 4 * kWide>(s, o, begin, end);
+    plane_outputs<1, 4 * kWide>(s, o, begin, end);
   }
 }
