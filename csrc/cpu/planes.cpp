@@ -106,9 +106,10 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
 // written while they lie in the L1 cache. A map that is written in two passes comes from memory twice.
 class Scatter {
  public:
-  Scatter(const Tensor& rows_in, const int32_t* at, int64_t rows, const OptionalTensor& base,
+  Scatter(const Tensor& rows_in, const OptionalTensor& index, int64_t rows, const OptionalTensor& base,
           const Tensor& out)
-      : at_(at),
+      : all_(!index),
+        at_(index ? checked_index(*index, rows, out.size(0) * out.size(2) * out.size(3)) : nullptr),
         rows_(rows),
         channels_(out.size(1)),
         plane_(out.size(2) * out.size(3)),
@@ -146,7 +147,7 @@ class Scatter {
     const int64_t channels = part(channels_, part_of + 1, channel_parts_, kPlaneChannels) - c;
     const int64_t begin = pixels * step_, end = std::min(plane_, begin + step_);
     int64_t first = image + begin, last = image + end;
-    if (at_) {
+    if (!all_) {
       first = std::lower_bound(at_, at_ + rows_, image + begin) - at_;
       last = std::lower_bound(at_ + first, at_ + rows_, image + end) - at_;
     }
@@ -162,11 +163,11 @@ class Scatter {
                        to_ + to,    plane_ * size_, channels_ * size_, size_};
     if (!base_ && first < last) {
       std::fill_n(row.begin(), end - begin, -1);
-      for (int64_t r = first; r < last; ++r) row[size_t((at_ ? at_[r] : r) - image - begin)] = int32_t(r);
+      for (int64_t r = first; r < last; ++r) row[size_t((all_ ? r : at_[r]) - image - begin)] = int32_t(r);
       kernels().spread_planes(spread);
     }
     for (int64_t r = first; base_ && r < last; ++r) {  // pixel by pixel into what lies there already
-      const int64_t pixel = (at_ ? at_[r] : r) - image - begin;
+      const int64_t pixel = (all_ ? r : at_[r]) - image - begin;
       row[0] = int32_t(r);
       spread.pixels = 1;
       spread.planes = to_ + to + pixel * size_;
@@ -174,6 +175,7 @@ class Scatter {
     }
   }
 
+  bool all_;  // an empty index has no address either
   const int32_t* at_;
   int64_t rows_, channels_, plane_, size_;
   const char *from_, *base_;
@@ -192,8 +194,7 @@ void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const Op
                                                     base->scalar_type() == out.scalar_type())),
                   "base: expected a map of the output's ", out.numel(), " elements, both NCHW, got ",
                   base ? base->numel() : out.numel(), " elements");
-  Scatter(rows_in, index ? checked_index(*index, rows, pixels) : nullptr, rows, base, out)
-      .run(double(out.numel() * int64_t(out.element_size())));
+  Scatter(rows_in, index, rows, base, out).run(double(out.numel() * int64_t(out.element_size())));
 }
 
 }  // namespace

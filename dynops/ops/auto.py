@@ -54,24 +54,24 @@ def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry)
     return None if share is None else plan.num_rows > share * plan.num_pixels
 
 
-# What a pixel costs ours on a CPU beyond its products, in products of an output channel: the table of its taps, and sums
-# that begin and end. Densities from which the dense layer won, channels_last, on Sapphire Rapids and Zen 5: 18 products
-# an output (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7;
-# 256 (1x1) 0.8 to 0.95; 1152 (3x3, stride 2) 0.95.
-_PIXEL_PRODUCTS = 50
-# A depthwise row of few channels pays more for its table: 32 channels 0.15, 144 0.3 to 0.5, 512 and more 0.7.
-_DEPTHWISE_SHARE, _DEPTHWISE_CHANNELS = 0.9, 150
+# A CPU's time in products of float32, of which two cores make 150 a ns. Of a pixel, ours takes for each output its
+# products and as many as 50 more (the table of its taps, sums that begin and end), and depthwise 1200 and 37 a channel
+# where the dense layer's bytes take 32. The dense layer comes to its result by one more pass and calls: 45 us.
+# Measured, channels_last, Sapphire Rapids and Zen 5, the densities from which the dense layer won: 18 products an output
+# (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7; 256 (1x1) 0.8
+# to 0.95; 1152 (3x3, stride 2) 0.95; depthwise 32 channels 0.15, 144 0.3 to 0.5, 512 and more never to 0.7.
+_PIXEL_PRODUCTS, _FINISH = 50, 6.7e6
+_DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
 
 
-def cpu_break_even(weight: Tensor, g: ConvGeometry) -> float:
-    """The share of a channels_last map's pixels from which the dense layer and a mask are faster on a CPU.
-
-    Meant to switch too early rather than too late: past it a layer costs the dense one and the zeros between.
-    """
-    products = weight.shape[1] * g.taps
-    if g.groups == weight.shape[0] and weight.shape[1] == 1:
-        return _DEPTHWISE_SHARE * g.groups / (g.groups + _DEPTHWISE_CHANNELS)
-    return products / (products + _PIXEL_PRODUCTS)
+def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether a CPU computes ``rows`` scattered pixels of a channels_last map faster with the dense layer and a mask."""
+    pixels, outputs, products = g.batch * g.out_h * g.out_w, weight.shape[0], weight.shape[1] * g.taps
+    ours, dense = rows * outputs * (products + _PIXEL_PRODUCTS), pixels * outputs * products
+    if g.groups == outputs and weight.shape[1] == 1:
+        ours = rows * (_DEPTHWISE_PIXEL + _DEPTHWISE_ROWS * outputs)
+        dense = pixels * _DEPTHWISE_DENSE * outputs
+    return ours > dense + _FINISH
 
 
 def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | None) -> Tensor:

@@ -479,7 +479,7 @@ def _cpu_dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry)
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    return plan.num_rows > auto.cpu_break_even(weight, g) * plan.num_pixels and not beats_dense(x, weight, g)
+    return auto.cpu_dense_is_faster(plan.num_rows, weight, g) and not beats_dense(x, weight, g)
 
 
 def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:

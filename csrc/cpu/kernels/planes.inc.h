@@ -68,7 +68,8 @@ FORCE_INLINE void gather_pixel(const char* plane, int64_t channel_bytes, int64_t
 }
 
 template <class T>
-static void gather_planes_of(const PlaneRows& p, int64_t channels, const char* planes, char* rows) {
+static void gather_planes_of(const PlaneRows& p, int64_t channels, bool more, const char* planes,
+                             char* rows) {
   constexpr int64_t kLanes = Vec::kLanes, kSize = sizeof(T);
   for (int64_t i = 0; i < p.rows;) {
     const char* plane = planes + p.at[i];
@@ -80,11 +81,15 @@ static void gather_planes_of(const PlaneRows& p, int64_t channels, const char* p
         for (; done + kLanes <= channels; done += kLanes) {
           Vec m[kLanes];
           UNROLL for (int64_t k = 0; k < kLanes; ++k) {
-            m[k] = load_bits<T>(plane + (done + k) * p.channel_bytes);
+            const char* from = plane + (done + k) * p.channel_bytes;
+            if (more) __builtin_prefetch(from + kPlaneChannels * p.channel_bytes);
+            m[k] = load_bits<T>(from);
           }
           transpose(m);
           UNROLL for (int64_t k = 0; k < kLanes; ++k) {
-            store_bits<T>(row + k * p.row_bytes + done * kSize, m[k]);
+            char* to = row + k * p.row_bytes + done * kSize;
+            if (more) __builtin_prefetch(to + kPlaneChannels * kSize, 1);
+            store_bits<T>(to, m[k]);
           }
         }
       }
@@ -99,8 +104,10 @@ static void gather_planes_of(const PlaneRows& p, int64_t channels, const char* p
 static void gather_planes(const PlaneRows& p, const char* planes, char* rows) {
   for (int64_t c = 0; c < p.channels; c += kPlaneChannels) {
     const int64_t channels = p.channels - c < kPlaneChannels ? p.channels - c : kPlaneChannels;
+    const bool more =
+        c + 2 * kPlaneChannels <= p.channels;  // no stream follows so many planes: they are asked for
     visit_size(p.size, [&](auto element) {
-      gather_planes_of<decltype(element)>(p, channels, planes + c * p.channel_bytes, rows + c * p.size);
+      gather_planes_of<decltype(element)>(p, channels, more, planes + c * p.channel_bytes, rows + c * p.size);
     });
   }
 }
@@ -173,8 +180,10 @@ static void split_pairs(const float* from, int64_t n, float* even, float* odd) {
 
 // ------------------------------------------------------------------------- convolution of planes
 
-// Products summed before they join the total: the rounding of a long sum grows with what it has summed.
-constexpr int32_t kPlaneTaps = 192;
+// Products summed before they join the total: the rounding of a long sum grows with what it has summed. Where
+// the total has registers beside the sums, parts are short.
+template <int kSums>
+constexpr int32_t kPlaneTaps = kSums <= 8 ? 32 : 64;
 
 // sum[o][v] += the products of taps [begin, end)
 template <int kOuts, int kVectors>
@@ -193,16 +202,17 @@ FORCE_INLINE void plane_products(const PlaneStrip& s, const float* weight, const
 
 template <int kOuts, int kVectors>
 static void plane_vectors(const PlaneStrip& s, int32_t first, int32_t begin, int32_t count) {
+  constexpr int32_t kPart = kPlaneTaps<kOuts * kVectors>;
   Vec total[kOuts][kVectors];
   UNROLL for (int o = 0; o < kOuts; ++o) { UNROLL for (int v = 0; v < kVectors; ++v) total[o][v] = zero(); }
   const float* weight = s.weight + int64_t(first) * s.taps;
   const float* in[kVectors];  // those past the last repeat it, which computes it again
   UNROLL for (int v = 0; v < kVectors; ++v) in[v] = s.in + s.in_at[begin + (v < count ? v : count - 1)];
-  plane_products<kOuts, kVectors>(s, weight, in, 0, s.taps < kPlaneTaps ? s.taps : kPlaneTaps, total);
-  for (int32_t from = kPlaneTaps; from < s.taps; from += kPlaneTaps) {
+  plane_products<kOuts, kVectors>(s, weight, in, 0, s.taps < kPart ? s.taps : kPart, total);
+  for (int32_t from = kPart; from < s.taps; from += kPart) {
     Vec sum[kOuts][kVectors];
     UNROLL for (int o = 0; o < kOuts; ++o) { UNROLL for (int v = 0; v < kVectors; ++v) sum[o][v] = zero(); }
-    const int32_t end = s.taps - from < kPlaneTaps ? s.taps : from + kPlaneTaps;
+    const int32_t end = s.taps - from < kPart ? s.taps : from + kPart;
     plane_products<kOuts, kVectors>(s, weight, in, from, end, sum);
     UNROLL for (int o = 0; o < kOuts; ++o) {
       UNROLL for (int v = 0; v < kVectors; ++v) total[o][v] = add(total[o][v], sum[o][v]);
