@@ -371,15 +371,20 @@ def test_threads_do_not_matter(conv):
     assert all(torch.equal(results[0], out) for out in results[1:])
 
 
-def test_opcheck():
-    rows, base = random_tensor(9, 4).requires_grad_(), random_tensor(2, 4, 5, 6).requires_grad_()
-    for capacity in (None, 12):
-        mask = torch.zeros(2, 5, 6, dtype=torch.bool)
-        mask.view(-1)[torch.randperm(60)[:9]] = True
-        plan = PixelPlan.from_mask(mask, capacity)
-        packed = rows if capacity is None else F.pad(rows, (0, 0, 0, 3)).detach().requires_grad_()
-        for below in (None, base):
-            torch.library.opcheck(torch.ops.dynops.scatter_planes.default, (packed, plan.index, plan.count, [2, 5, 6], below))
+def test_gradient_of_packed_rows_to_a_map():
+    """The gradient of a map comes in NCHW where its rows went on to an NCHW layer."""
+    source, mask = random_mask((2, 9, 7), 0.5), random_mask((2, 9, 7), 0.3)
+    in_plan, plan = PixelPlan.from_mask(source), PixelPlan.from_mask(mask)
+    x, weight = random_tensor(len(in_plan), 12), random_tensor(8, 12, 3, 3)
+    g, grad = _geometry(Conv(12, 8, 3, padding=1, h=9, w=7)), random_tensor(2, 8, 9, 7)
+    found = []
+    for layout in ("nchw", "channels_last"):
+        dy, rest = in_layout(grad, layout), (plan.index, plan.count, in_plan.inverse())
+        dx = torch.ops.dynops.pixel_conv_input_grad(dy, weight, *rest, len(x), g, False, "")
+        dw, _ = torch.ops.dynops.pixel_conv_weight_grad(dy, x, *rest, list(weight.shape), g, False, True, "")
+        found.append((dx, dw))
+    for nchw, last in zip(*found, strict=True):
+        assert nchw.shape == last.shape and torch.equal(nchw, last)
 
 
 # -------------------------------------------------------------------------------------- what C++ refuses

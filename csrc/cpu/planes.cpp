@@ -7,6 +7,7 @@
 
 #include "operands.h"
 #include "parallel.h"
+#include "planes.h"
 
 namespace dynops::cpu {
 namespace {
@@ -102,87 +103,71 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
   if (out.size(0) > rows) std::fill_n(to + rows * row_bytes, (out.size(0) - rows) * row_bytes, char(0));
 }
 
-// One part of the output of scatter_planes: some channels of some pixels of one image, filled and then
-// written while they lie in the L1 cache. A map that is written in two passes comes from memory twice.
-class Scatter {
- public:
-  Scatter(const Tensor& rows_in, const OptionalTensor& index, int64_t rows, const OptionalTensor& base,
-          const Tensor& out)
-      : all_(!index),
-        at_(index ? checked_index(*index, rows, out.size(0) * out.size(2) * out.size(3)) : nullptr),
-        rows_(rows),
-        channels_(out.size(1)),
-        plane_(out.size(2) * out.size(3)),
-        size_(int64_t(out.element_size())),
-        from_(data_of<const char>(rows_in)),
-        base_(data_of<const char>(base)),
-        to_(data_of<char>(out)) {
-    step_ = step_of(channels_ * size_);
-    pixel_parts_ = (plane_ + step_ - 1) / step_;
-    const int64_t blocks = (channels_ + kPlaneChannels - 1) / kPlaneChannels,
-                  least = 4 * int64_t(torch::stable::get_num_threads());
-    const int64_t heads = out.size(0) * pixel_parts_;
-    channel_parts_ =
-        heads ? std::clamp<int64_t>((least + heads - 1) / heads, 1, std::max<int64_t>(blocks, 1)) : 1;
-    parts_ = heads * channel_parts_;
-    stream_ = out.numel() * size_ >= kStreamBytes;
-  }
+}  // namespace
 
-  void run(double bytes) const {
-    const int64_t threads = std::min(threads_for(bytes, kBytesPerThread), std::max<int64_t>(parts_, 1));
-    parallel(threads, [&](int64_t t) {
-      std::vector<int32_t> row(static_cast<size_t>(step_));
-      for (int64_t i = part(parts_, t, threads); i < part(parts_, t + 1, threads); ++i) run_part(i, row);
+// Filled and then written while they lie in the L1 cache: a map that is written in two passes comes from
+// memory twice.
+void scatter_part(const PlaneMap& map, const PlaneSource& source, int64_t n, int64_t begin, int64_t end,
+                  int64_t c, int64_t channels, bool stream, std::vector<int32_t>& row) {
+  const int64_t image = n * map.plane, row_bytes = map.channels * map.size;
+  int64_t first = image + begin, last = image + end;
+  if (!source.all) {  // an empty index has no address either
+    first = std::lower_bound(source.at, source.at + source.count, image + begin) - source.at;
+    last = std::lower_bound(source.at + first, source.at + source.count, image + end) - source.at;
+  }
+  const int64_t to = ((n * map.channels + c) * map.plane + begin) * map.size;
+  if (map.base || first == last) {
+    for (int64_t k = 0; k < channels; ++k) {
+      const int64_t line = to + k * map.plane * map.size;
+      kernels().fill(map.to + line, map.base ? map.base + line : nullptr, (end - begin) * map.size,
+                     stream && first == last);
+    }
+  }
+  if (row.size() < size_t(end - begin)) row.resize(size_t(end - begin));
+  PlaneSpread spread{end - begin,          channels,  row.data(), source.rows + c * map.size, map.to + to,
+                     map.plane * map.size, row_bytes, map.size};
+  if (!map.base && first < last) {
+    std::fill_n(row.begin(), end - begin, -1);
+    for (int64_t r = first; r < last; ++r) {
+      row[size_t((source.all ? r : source.at[r]) - image - begin)] = int32_t(r);
+    }
+    kernels().spread_planes(spread);
+  }
+  for (int64_t r = first; map.base && r < last; ++r) {  // pixel by pixel into what lies there already
+    const int64_t pixel = (source.all ? r : source.at[r]) - image - begin;
+    row[0] = int32_t(r);
+    spread.pixels = 1;
+    spread.planes = map.to + to + pixel * map.size;
+    kernels().spread_planes(spread);
+  }
+}
+
+void scatter_to_planes(const PlaneMap& map, const PlaneSource& source) {
+  const int64_t step = step_of(map.channels * map.size), pixel_parts = (map.plane + step - 1) / step;
+  const int64_t heads = map.batch * pixel_parts, least = 4 * int64_t(torch::stable::get_num_threads());
+  if (heads == 0 || map.channels == 0) return;
+  // threads share the channels of a small map
+  const int64_t blocks = (map.channels + kPlaneChannels - 1) / kPlaneChannels;
+  const int64_t channel_parts = std::clamp<int64_t>((least + heads - 1) / heads, 1, blocks);
+  const int64_t parts = heads * channel_parts;
+  const int64_t threads = std::min(threads_for(double(map.bytes()), kBytesPerThread), parts);
+  const bool stream = map.bytes() >= kStreamBytes;
+  parallel(threads, [&](int64_t t) {
+    std::vector<int32_t> row;
+    for (int64_t i = part(parts, t, threads); i < part(parts, t + 1, threads); ++i) {
+      const int64_t c = part(map.channels, i % channel_parts, channel_parts, kPlaneChannels);
+      const int64_t end_c = part(map.channels, i % channel_parts + 1, channel_parts, kPlaneChannels);
+      const int64_t begin = i / channel_parts % pixel_parts * step;
+      scatter_part(map, source, i / channel_parts / pixel_parts, begin, std::min(map.plane, begin + step), c,
+                   end_c - c, stream, row);
+    }
 #if defined(__x86_64__)
-      if (stream_) _mm_sfence();  // other threads may read the output after this one's part is done
+    if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
 #endif
-    });
-  }
+  });
+}
 
- private:
-  void run_part(int64_t i, std::vector<int32_t>& row) const {
-    const int64_t part_of = i % channel_parts_, pixels = i / channel_parts_ % pixel_parts_;
-    const int64_t n = i / channel_parts_ / pixel_parts_, image = n * plane_;
-    const int64_t c = part(channels_, part_of, channel_parts_, kPlaneChannels);
-    const int64_t channels = part(channels_, part_of + 1, channel_parts_, kPlaneChannels) - c;
-    const int64_t begin = pixels * step_, end = std::min(plane_, begin + step_);
-    int64_t first = image + begin, last = image + end;
-    if (!all_) {
-      first = std::lower_bound(at_, at_ + rows_, image + begin) - at_;
-      last = std::lower_bound(at_ + first, at_ + rows_, image + end) - at_;
-    }
-    const int64_t to = ((n * channels_ + c) * plane_ + begin) * size_;
-    if (base_ || first == last) {
-      for (int64_t k = 0; k < channels; ++k) {
-        const int64_t line = to + k * plane_ * size_;
-        kernels().fill(to_ + line, base_ ? base_ + line : nullptr, (end - begin) * size_,
-                       stream_ && first == last);
-      }
-    }
-    PlaneSpread spread{end - begin, channels,       row.data(),        from_ + c * size_,
-                       to_ + to,    plane_ * size_, channels_ * size_, size_};
-    if (!base_ && first < last) {
-      std::fill_n(row.begin(), end - begin, -1);
-      for (int64_t r = first; r < last; ++r) row[size_t((all_ ? r : at_[r]) - image - begin)] = int32_t(r);
-      kernels().spread_planes(spread);
-    }
-    for (int64_t r = first; base_ && r < last; ++r) {  // pixel by pixel into what lies there already
-      const int64_t pixel = (all_ ? r : at_[r]) - image - begin;
-      row[0] = int32_t(r);
-      spread.pixels = 1;
-      spread.planes = to_ + to + pixel * size_;
-      kernels().spread_planes(spread);
-    }
-  }
-
-  bool all_;  // an empty index has no address either
-  const int32_t* at_;
-  int64_t rows_, channels_, plane_, size_;
-  const char *from_, *base_;
-  char* to_;
-  int64_t step_, pixel_parts_, channel_parts_, parts_;
-  bool stream_;
-};
+namespace {
 
 // Rows [P, C] to out [N, C, H, W]; elsewhere the base, or zero. Both of them NCHW without gaps.
 void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const OptionalTensor& count,
@@ -194,7 +179,10 @@ void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const Op
                                                     base->scalar_type() == out.scalar_type())),
                   "base: expected a map of the output's ", out.numel(), " elements, both NCHW, got ",
                   base ? base->numel() : out.numel(), " elements");
-  Scatter(rows_in, index, rows, base, out).run(double(out.numel() * int64_t(out.element_size())));
+  const int32_t* at = index ? checked_index(*index, rows, pixels) : nullptr;
+  const PlaneMap map{data_of<char>(out), data_of<const char>(base), out.size(0),
+                     out.size(1),        out.size(2) * out.size(3), int64_t(out.element_size())};
+  scatter_to_planes(map, {data_of<const char>(rows_in), at, rows, !index});
 }
 
 }  // namespace

@@ -145,8 +145,12 @@ def conv(
     base,
     rows,
     kept=None,
+    planes=False,
 ):
-    """See ``ops.pixels._conv``. The output has the format of ``x``. ``kept``: that of the plan, where there is one."""
+    """See ``ops.pixels._conv``. The output has the format of ``x``.
+
+    ``kept``: that of the plan, where there is one. ``planes``: the output is NCHW, whatever ``x`` is.
+    """
     g = as_geometry(geometry)
     if x.dim() == 4 and cpp_planes.is_planes(x, g.out_h * g.out_w):
         return cpp_planes.conv(conv, x, weight, bias, index, count, g, activation, scale, shift, gate, residual, base, rows, kept, _ACTIVATIONS[activation])  # fmt: skip
@@ -157,7 +161,11 @@ def conv(
         out = x.new_empty((index.shape[0], setup.out_channels))
     else:
         shape = (g.batch, setup.out_channels, g.out_h, g.out_w)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=_CHANNELS_LAST)
+        out = torch.empty(
+            shape, dtype=x.dtype, memory_format=torch.contiguous_format if planes else _CHANNELS_LAST
+        )
+    if base is not None:
+        base = cpp_planes.nchw(base) if planes else _last(base)
     if gate is not None:
         gate = gate.to(torch.float32).contiguous()
     _cpu_conv(
@@ -173,7 +181,7 @@ def conv(
         shift,
         gate,
         None if residual is None else _last(residual),
-        None if base is None else _last(base),
+        base,
         setup.merged,
         quads,
         out,
@@ -187,7 +195,9 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     setup = _setup(g, weight.shape, grad.dtype, True)
     if not rows and cpp_planes.is_planes(grad, g.in_h * g.in_w):
-        return cpp_planes.input_grad(conv_input_grad, grad, weight, index, count, g, setup.winograd)
+        if source is None:
+            return cpp_planes.input_grad(conv_input_grad, grad, weight, index, count, g, setup.winograd)
+        grad, rows = cpp_planes.gather(grad, index, count), True
     shape = (g.batch, channels, g.in_h, g.in_w)
     if setup.winograd and source is None:
         dx = _winograd_input_grad(grad, weight, index, count, g, rows)

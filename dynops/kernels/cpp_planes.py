@@ -180,10 +180,15 @@ def conv(
         return out
     if residual is not None and residual.dim() == 4:
         residual = gather(residual, index, count)
-    x, own, source, geometry = _input_rows(x, index, count, g, kept)
-    same = own is index
-    out = run(x, weight, bias, own, count, source, geometry, activation, scale, shift, gate, residual, None, True, kept if same else None)  # fmt: skip
-    return out if rows else scatter(out, index, count, g.out_shape, base)
+    if rows:
+        x, own, source, geometry = _input_rows(x, index, count, g, kept)
+        return run(x, weight, bias, own, count, source, geometry, activation, scale, shift, gate, residual, None, True, kept if own is index else None)  # fmt: skip
+    if g.is_pointwise:
+        source = torch.ops.dynops.inverse_index.default(index, count, g.in_shape)
+        x = gather(x, index, count)
+    else:
+        x, _, source, _ = _input_rows(x, index, count, g, kept)
+    return run(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, False, kept, True)  # fmt: skip
 
 
 def input_grad(run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool) -> Tensor:
