@@ -1,4 +1,4 @@
-"""Maps that do not lie channels_last: NCHW and strided views, on the CPU's own paths for them; and what C++ refuses."""
+"""Maps that do not lie channels_last: NCHW and strided views, on the CPU's own paths for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU_OPS = "cpu_conv", "cpu_planes_conv", "cpu_gather_planes", "cpu_scatter_planes", "cpu_keep"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def _check(conv: Conv, x, weight, bias, plan, mask, epilogue=None, what="") -> T
 
     def reference(dtype=None):
         cast = [t if dtype is None else t.to(dtype) for t in (x, weight, bias)]
-        extra = {k: v if dtype is None or k == "activation" else v.to(dtype) for k, v in dense_epilogue.items()}
+        extra = {
+            k: v if dtype is None or k == "activation" else v.to(dtype) for k, v in dense_epilogue.items()
+        }
         return dense_masked_conv2d(*cast, mask, **conv.arguments, **extra)
 
     out = ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, **epilogue, backend="cpp")
@@ -106,7 +107,9 @@ def test_values(conv, dtype):
     for density in (0.0, 0.03, 0.4, 1.0):
         x, weight, bias, mask = _inputs(conv, dtype, density)
         for capacity in (None, mask.numel() + 3):
-            _check(conv, x, weight, bias, PixelPlan.from_mask(mask, capacity), mask, what=f"{density} {capacity}")
+            _check(
+                conv, x, weight, bias, PixelPlan.from_mask(mask, capacity), mask, what=f"{density} {capacity}"
+            )
 
 
 @pytest.mark.parametrize("conv", [PLANES[1], PLANES[4], PLANES[6], ROWS[0], ROWS[2]], ids=str)
@@ -142,9 +145,8 @@ def test_views_of_neither_format(conv, layout):
         out = ops.sparse_conv2d(view, weight, bias, plan, **conv.arguments, backend="cpp")
         exact = dense_masked_conv2d(view.double(), weight.double(), bias.double(), mask, **conv.arguments)
         assert_within_budget(out, exact, dense_masked_conv2d(view, weight, bias, mask, **conv.arguments))
-        if not conv.kernel == 1:
-            continue
-        assert torch.equal(ops.gather_pixels(view, plan), rows_at(view, mask))
+        if conv.kernel == 1:
+            assert torch.equal(ops.gather_pixels(view, plan), rows_at(view, mask))
 
 
 def test_a_slice_of_channels_last_gives_nchw():
@@ -175,7 +177,10 @@ def test_gradients(conv, dtype):
     shape = (conv.n, conv.o, *conv.out_size)
     for density, capacity, layout in ((0.1, None, "nchw"), (0.7, 999, "nchw"), (0.1, None, "channels_last")):
         x, weight, bias, mask = _inputs(conv, dtype, density)
-        grad, plan = in_layout(random_tensor(*shape, dtype=dtype), layout), PixelPlan.from_mask(mask, capacity)
+        grad, plan = (
+            in_layout(random_tensor(*shape, dtype=dtype), layout),
+            PixelPlan.from_mask(mask, capacity),
+        )
 
         def grads(run, to, grad=grad, tensors=(x, weight, bias)):
             leaves = [t.to(to).requires_grad_() for t in tensors]
@@ -188,7 +193,11 @@ def test_gradients(conv, dtype):
             return ops.sparse_conv2d(*leaves, plan, **conv.arguments, backend="cpp")
 
         for what, *found in zip(
-            ("dx", "dw", "db"), grads(ours, dtype), grads(dense, torch.float64), grads(dense, dtype), strict=True
+            ("dx", "dw", "db"),
+            grads(ours, dtype),
+            grads(dense, torch.float64),
+            grads(dense, dtype),
+            strict=True,
         ):
             assert_within_budget(*found, f"{what} at {density}")
 
@@ -196,7 +205,10 @@ def test_gradients(conv, dtype):
 def test_gradient_of_an_epilogue_and_the_base():
     conv = ROWS[2]
     x, weight, bias, mask = _inputs(conv, torch.float64, 0.3)
-    base, grad = random_tensor(*(2, conv.o, *conv.out_size)).double(), random_tensor(2, conv.o, *conv.out_size)
+    base, grad = (
+        random_tensor(*(2, conv.o, *conv.out_size)).double(),
+        random_tensor(2, conv.o, *conv.out_size),
+    )
     gate, plan = random_tensor(2, 1, *conv.out_size).double(), PixelPlan.from_mask(mask)
 
     def grads(run, dtype):
@@ -211,7 +223,9 @@ def test_gradient_of_an_epilogue_and_the_base():
     def dense(x, weight, bias, gate, base):
         return dense_masked_conv2d(x, weight, bias, mask, padding=1, activation="silu", gate=gate, base=base)
 
-    for found in zip(grads(ours, torch.float32), grads(dense, torch.float64), grads(dense, torch.float32), strict=True):
+    for found in zip(
+        grads(ours, torch.float32), grads(dense, torch.float64), grads(dense, torch.float32), strict=True
+    ):
         assert_within_budget(*found)
 
 
@@ -271,7 +285,9 @@ def test_an_empty_plan_copies_nothing(conv, capacity, calls):
     x, weight, bias, mask = _inputs(conv, torch.float32, 0)
     plan = PixelPlan.from_mask(mask, capacity)
     base = random_tensor(conv.n, conv.o, *conv.out_size)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         out = ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments)
     allocated = sum(e.self_device_memory_usage + e.self_cpu_memory_usage for e in profile.key_averages())
     assert calls == [] and not out.any() and out.is_contiguous()
@@ -280,13 +296,19 @@ def test_an_empty_plan_copies_nothing(conv, capacity, calls):
     assert calls == [] and torch.equal(out, base) and out.data_ptr() != base.data_ptr()
     assert not ops.packed_conv2d(x, weight, bias, None, plan, **conv.arguments).any()
     grad = in_layout(base, "nchw")
-    dx = torch.ops.dynops.pixel_conv_input_grad(grad, weight, plan.index, plan.count, None, 0, _geometry(conv), False, "")
+    dx = torch.ops.dynops.pixel_conv_input_grad(
+        grad, weight, plan.index, plan.count, None, 0, _geometry(conv), False, ""
+    )
     assert dx.shape == x.shape and not dx.any() and not {"cpu_gather_planes", "cpu_conv"} & set(calls)
 
 
 def _geometry(conv: Conv) -> list[int]:
     both = [conv.kernel, conv.stride, conv.padding, conv.dilation]
-    return list(ConvGeometry(conv.n, conv.h, conv.w, *conv.out_size, *[v for v in both for _ in (0, 1)], conv.groups, 0))
+    return list(
+        ConvGeometry(
+            conv.n, conv.h, conv.w, *conv.out_size, *[v for v in both for _ in (0, 1)], conv.groups, 0
+        )
+    )
 
 
 def test_few_pixels_gather_few_rows(calls):
@@ -296,7 +318,9 @@ def test_few_pixels_gather_few_rows(calls):
     mask[0, 10, 10:14] = True
     plan = PixelPlan.from_mask(mask)
     ops.sparse_conv2d(x, weight, None, plan, padding=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         out = ops.sparse_conv2d(x, weight, None, plan, padding=1)
     largest = sorted(e.self_cpu_memory_usage for e in profile.events())
     assert "cpu_gather_planes" in calls and largest[-1] == out.numel() * 4
@@ -313,7 +337,9 @@ def test_the_dense_layer_wins_where_a_pixel_costs_more_than_its_products():
     weight, pixels = torch.empty(16, 2, 3, 3), 112 * 112
     assert auto.cpu_dense_is_faster(int(0.9 * pixels), weight, thin)
     assert not auto.cpu_dense_is_faster(int(0.1 * pixels), weight, thin)
-    assert not auto.cpu_dense_is_faster(196, torch.empty(256, 64, 1, 1), thin._replace(in_h=14, in_w=14, out_h=14, out_w=14))
+    assert not auto.cpu_dense_is_faster(
+        196, torch.empty(256, 64, 1, 1), thin._replace(in_h=14, in_w=14, out_h=14, out_w=14)
+    )
 
 
 @pytest.mark.parametrize("conv", [Conv(2, 16, 3, padding=1, n=1, h=112, w=112), Conv(32, 32, 3, padding=1, groups=32, n=1, h=112, w=112)], ids=str)  # fmt: skip
@@ -328,7 +354,9 @@ def test_dense_and_a_mask_is_the_same(conv, monkeypatch):
         assert len(dense) == 1 and out.is_contiguous(memory_format=torch.channels_last)
         dense.clear()
         exact = dense_masked_conv2d(*(t.double() for t in (x, weight, bias)), mask, **conv.arguments, **{k: v.double() if k == "base" else v for k, v in extra.items()})  # fmt: skip
-        assert_within_budget(out, exact, dense_masked_conv2d(x, weight, bias, mask, **conv.arguments, **extra))
+        assert_within_budget(
+            out, exact, dense_masked_conv2d(x, weight, bias, mask, **conv.arguments, **extra)
+        )
         dense.clear()
     ops.sparse_conv2d(x, weight, bias.requires_grad_(), plan, **conv.arguments)
     with_grad = weight.clone().requires_grad_()
@@ -385,75 +413,3 @@ def test_gradient_of_packed_rows_to_a_map():
         found.append((dx, dw))
     for nchw, last in zip(*found, strict=True):
         assert nchw.shape == last.shape and torch.equal(nchw, last)
-
-
-# -------------------------------------------------------------------------------------- what C++ refuses
-
-
-def _winograd_call(quads_of):
-    """cpu_conv as Winograd on a full 12 x 12 map, with the tiles that ``quads_of`` makes of the right ones."""
-    g = ConvGeometry(1, 12, 12, 12, 12, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
-    x = random_tensor(1, 32, 12, 12).contiguous(memory_format=torch.channels_last)
-    packed = torch.ops.dynops.cpu_pack_winograd(random_tensor(32, 32, 3, 3))
-    index = torch.arange(144, dtype=torch.int32)
-    quads = quads_of(torch.ops.dynops.cpu_winograd_quads(index, None, g))
-    out = torch.empty(144, 32)
-    torch.ops.dynops.cpu_conv(x, packed, None, index, None, None, g, 0, None, None, None, None, None, False, quads, out)
-    return out
-
-
-def _without_a_row(quads):
-    quads = quads.clone()
-    quads[3, 2] = -1
-    return quads
-
-
-def test_tiles_that_miss_a_row_are_refused():
-    """An output that no tile holds would be what the allocator gave."""
-    assert _winograd_call(lambda quads: quads).isfinite().all()
-    wrong = [
-        lambda quads: quads[:-1].contiguous(),
-        lambda quads: quads[:0],
-        _without_a_row,
-        lambda quads: torch.cat([quads[:1], quads[:-1]]),
-        lambda quads: quads + 1,
-        lambda quads: quads.flip(0).contiguous(),
-        lambda quads: torch.cat([quads, quads], 1)[:, :5],
-    ]
-    for quads_of in wrong:
-        with pytest.raises(RuntimeError, match="quads"):
-            _winograd_call(quads_of)
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    g = ConvGeometry(1, 6, 7, 6, 7, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
-    weight = torch.ops.dynops.cpu_pack_weight(random_tensor(8, 4, 1, 1), 1, False, False, False, False)
-    index = torch.arange(0, 42, 2, dtype=torch.int32)
-    x = random_tensor(1, 4, 6, 7).contiguous(memory_format=torch.channels_last)
-    last = {"memory_format": torch.channels_last}
-
-    def call(x=x, source=None, gate=None, residual=None, base=None, out=None):
-        out = torch.empty(1, 8, 6, 7, **last) if out is None else out
-        torch.ops.dynops.cpu_conv(x, weight, None, index, None, source, g, 0, None, None, gate, residual, base, False, None, out)
-        return out
-
-    assert call().isfinite().all()
-    for wrong, name in (
-        ({"x": x[:, :, :5]}, "x:"),
-        ({"source": torch.zeros(1, 6, 6, dtype=torch.int32), "x": random_tensor(3, 4)}, "x:"),
-        ({"out": torch.empty(20, 8)}, "out:"),
-        ({"out": torch.empty(1, 8, 7, 7, **last)}, "out:"),
-        ({"gate": torch.ones(20)}, "gate"),
-        ({"residual": torch.ones(20, 8)}, "residual"),
-        ({"base": torch.ones(1, 8, 5, 7)}, "base"),
-    ):
-        with pytest.raises(RuntimeError, match=name):
-            call(**wrong)
-    for rows in (torch.empty(20, 4), torch.empty(21, 3)):
-        with pytest.raises(RuntimeError, match="rows"):
-            torch.ops.dynops.cpu_gather(x, index, None, rows)
-        with pytest.raises(RuntimeError, match="rows"):
-            torch.ops.dynops.cpu_gather_planes(x, index, None, rows)
-        for scatter in (torch.ops.dynops.cpu_scatter, torch.ops.dynops.cpu_scatter_planes):
-            with pytest.raises(RuntimeError, match="rows"):
-                scatter(rows, index, None, None, torch.empty(1, 4, 6, 7))

@@ -191,7 +191,9 @@ def conv(
     return run(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, False, kept, True)  # fmt: skip
 
 
-def input_grad(run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool) -> Tensor:
+def input_grad(
+    run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool
+) -> Tensor:
     """As ``cpp.conv_input_grad`` for a gradient that is not channels_last; NCHW.
 
     Args:

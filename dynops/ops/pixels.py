@@ -327,8 +327,10 @@ def sparse_conv2d(
     Equals ``where(mask, activation(gate * (scale * conv2d(x, …) + shift) + residual), base or 0)``.
 
     Args:
-        x: ``[N, C, H, W]``, either memory format (channels_last is read in place, NCHW is copied
-            to it first); the output has the same one. Not masked: every input pixel may be read.
+        x: ``[N, C, H, W]``, either memory format, or a strided view; the output is channels_last where ``x`` is, else
+            NCHW. Not masked: every input pixel may be read. channels_last is read in place, also where it is nearly full;
+            of NCHW on a CPU the pixels that are needed are gathered, or, where the layer is depthwise or has few channels
+            on a side, the planes are read in place.
         weight: ``[O, C/groups, kh, kw]``, of ``x``'s dtype.
         bias: ``[O]`` or None.
         plan: a :class:`PixelPlan` at the output resolution.
@@ -340,7 +342,8 @@ def sparse_conv2d(
         base: ``[N, O, H, W]``, the output where nothing is computed; zero if None.
         backend: "cpp", "triton" or "reference"; None takes the fastest. That is the dense layer and a mask where
             a compact plan has a higher density than the break-even that was measured for such a layer on this
-            architecture of GPU; where none was, and under torch.compile, where it holds every pixel.
+            architecture of GPU, or where a CPU, a channels_last map and no gradient make the dense layer the faster one
+            by the cost model of ``ops.auto``; where neither is, and under torch.compile, where it holds every pixel.
 
     Returns:
         ``[N, O, H, W]``, dtype of ``x``. Every floating argument gets its gradient, where it exists
