@@ -331,18 +331,17 @@ def test_few_pixels_gather_few_rows(calls):
 
 
 def test_the_dense_layer_wins_where_a_pixel_costs_more_than_its_products():
-    """By measured numbers: channels_last 2 to 16 channels 3x3 at 112 x 112 (dense from 0.9 on, rows at 0.1), and never
-    where Winograd runs or a map is small."""
-    thin = ConvGeometry(1, 112, 112, 112, 112, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
-    weight, pixels = torch.empty(16, 2, 3, 3), 112 * 112
+    """By measured numbers: channels_last 2 to 16 channels 3x3 at 224 x 224 (dense from 0.9 on, rows at 0.1), and never
+    on a map so small that its last pass and calls take longer."""
+    thin = ConvGeometry(1, 224, 224, 224, 224, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
+    weight, pixels = torch.empty(16, 2, 3, 3), 224 * 224
     assert auto.cpu_dense_is_faster(int(0.9 * pixels), weight, thin)
     assert not auto.cpu_dense_is_faster(int(0.1 * pixels), weight, thin)
-    assert not auto.cpu_dense_is_faster(
-        196, torch.empty(256, 64, 1, 1), thin._replace(in_h=14, in_w=14, out_h=14, out_w=14)
-    )
+    small = thin._replace(in_h=14, in_w=14, out_h=14, out_w=14)
+    assert not auto.cpu_dense_is_faster(196, torch.empty(256, 64, 1, 1), small)
 
 
-@pytest.mark.parametrize("conv", [Conv(2, 16, 3, padding=1, n=1, h=112, w=112), Conv(32, 32, 3, padding=1, groups=32, n=1, h=112, w=112)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("conv", [Conv(2, 16, 3, padding=1, n=1, h=224, w=224), Conv(32, 32, 3, padding=1, groups=32, n=1, h=224, w=224)], ids=str)  # fmt: skip
 def test_dense_and_a_mask_is_the_same(conv, monkeypatch):
     x, weight, bias, mask = _inputs(conv, torch.float32, 0.95)
     x, plan = x.contiguous(memory_format=torch.channels_last), PixelPlan.from_mask(mask)

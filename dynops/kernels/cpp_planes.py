@@ -23,9 +23,10 @@ if backends.has_binary():
 
 # Up to this many channels on either side of a group, and in depthwise layers, a convolution may run on planes.
 _THIN = 4
-# What it costs to bring an element of the input into rows, and one of the output from rows to its plane, in products (a
-# core makes 65 a ns; 0.2 and 0.2 ns), and the calls for it (30 us).
-_GATHER, _SCATTER, _CALLS = 12, 13, 2e6
+# What rows cost beside their products, in products (two cores make 150 a ns): an element of the input and one of the
+# output to bring, the table of an input pixel, the calls (15 us). A product itself costs 1.6 times that of planes where
+# an input is thin. 3 to 64 channels, 7x7, stride 2, 224 x 224: rows 0.53 ms at 10 % (planes 0.82), 1.10 at 50 % (0.95).
+_GATHER, _SCATTER, _PIXEL, _CALLS, _PRODUCT = 12, 13, 300, 2e6, 1.6
 _LANES = 16  # pixels that planes compute together
 # Pixels that a convolution reads are gathered one by one up to this share of a map; from there on all of them are, which
 # goes by squares of 16 x 16 registers and needs no table of rows.
@@ -116,19 +117,14 @@ def is_planes(x: Tensor, out_pixels: int) -> bool:
 
 
 def may_take_planes(weight_shape: torch.Size, g: ConvGeometry) -> bool:
-    """Whether a convolution of this shape can run on planes: depthwise, or few channels on one side."""
+    """Whether a convolution of this shape can run on planes: depthwise, or few channels on one side.
+
+    All of it is faster so than in the dense layer, which brings NCHW into an order of its own and back: depthwise 128
+    channels, 56 x 56, 0.17 ms instead of 0.23; 256 channels to one 0.08 instead of 0.3; 2 to 16, 3x3, 0.10 instead of
+    0.10; 3 to 64, 7x7, 0.87 instead of 0.88.
+    """
     thin = min(weight_shape[1], weight_shape[0] // g.groups) <= _THIN
     return thin and not g.transposed and min(g.pad_h, g.pad_w) >= 0
-
-
-def beats_dense(weight_shape: torch.Size, g: ConvGeometry) -> bool:
-    """Whether all of a convolution is faster on planes than in the dense layer, which brings NCHW into an order of its
-    own and back: depthwise 128 channels, 56 x 56, 0.17 ms instead of 0.21; 256 channels to one 0.08 instead of 0.3.
-
-    Few inputs and many outputs are not: 3 to 64 channels, 7x7, 0.84 ms instead of 0.75.
-    """
-    outputs = weight_shape[0] // g.groups
-    return may_take_planes(weight_shape, g) and (outputs <= _THIN or outputs <= weight_shape[1])
 
 
 def _planes_win(active: int, weight_shape: torch.Size, g: ConvGeometry) -> bool:
@@ -136,9 +132,10 @@ def _planes_win(active: int, weight_shape: torch.Size, g: ConvGeometry) -> bool:
     pixels, in_pixels = g.batch * g.out_h * g.out_w, g.batch * g.in_h * g.in_w
     outputs, products = weight_shape[0], weight_shape[1] * g.taps
     computed = pixels * (1 - (1 - active / pixels) ** _LANES)
-    needed = min(active * g.taps, in_pixels) * weight_shape[1] * g.groups
-    moved = _GATHER * needed + _SCATTER * pixels * outputs + _CALLS
-    return computed * products * outputs <= active * products * outputs + moved
+    needed = min(active * g.taps, in_pixels)
+    moved = _GATHER * needed * weight_shape[1] * g.groups + _SCATTER * pixels * outputs
+    rows = _PRODUCT * active * products * outputs + _PIXEL * needed + moved + _CALLS
+    return computed * products * outputs <= rows
 
 
 def conv(

@@ -464,25 +464,15 @@ def _dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epi
         return measured
     if plan.count is not None or plan.num_pixels < _DENSE_PIXELS or not checks.epilogue_is_plain(epilogue):
         return False
-    if plan.is_full:
-        return not (beats_dense(x, weight, g) or (_on_planes(x) and cpp_planes.beats_dense(weight.shape, g)))
-    return _cpu_dense_wins(plan, x, weight, g)
-
-
-def _on_planes(x: Tensor) -> bool:
-    return _kernels("", x) is cpp and memory_format_of(x) == torch.contiguous_format
-
-
-def _cpu_dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether the dense layer computes a compact plan faster than rows of a channels_last map do.
-
-    Where a gradient is needed the plan's own pixels are computed: backward they save more than the dense layer does.
-    """
-    if torch.compiler.is_compiling() or g.transposed or _kernels("", x) is not cpp or _on_planes(x):
+    if beats_dense(x, weight, g):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return False
-    return auto.cpu_dense_is_faster(plan.num_rows, weight, g) and not beats_dense(x, weight, g)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    planes = memory_format_of(x) == torch.contiguous_format
+    on_cpu = not torch.compiler.is_compiling() and not needs_grad and _kernels("", x) is cpp
+    if plan.is_full:  # where a gradient is needed, its dense form is the faster one too
+        return not (on_cpu and planes and cpp_planes.may_take_planes(weight.shape, g))
+    # with a gradient the plan's own pixels are computed: backward they save more than the dense layer does
+    return on_cpu and not planes and not g.transposed and auto.cpu_dense_is_faster(plan.num_rows, weight, g)
 
 
 def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
