@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks headline|layers|models|experts|video|memory|all|readme``."""
+"""The command line: ``python -m benchmarks headline|layers|formats|models|experts|video|memory|all|readme``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from . import (
     exits,
     expert_rows,
     experts,
+    formats,
     layers,
     masks,
     memory,
@@ -49,6 +50,9 @@ there the fastest of the ways to write them in PyTorch; DRConv's computes every 
 VIDEO_LEGEND = """\
 A frame's density is the share of blocks that are computed again; ours goes from two frames and the last output to
 the output, changed_blocks included. Every frame's output was compared with the dense network's first."""
+FORMATS_LEGEND = """\
+Speed-up over the eager dense layer in the same memory format, at the share of active pixels above each column; from the
+mask to the output, the plan included; random masks; medians of one interleaved run. cold: 32 MB were written before each call."""
 MEMORY_LEGEND = """\
 MB (2**20 bytes) that one call holds at its peak above what was held before it, the output included; dense is the
 smaller of eager NCHW and channels_last."""
@@ -72,6 +76,7 @@ LEGENDS = {
     "samples": f"{LEGEND}\n{SAMPLES_LEGEND}",
     "video": f"{LEGEND}\n{VIDEO_LEGEND}",
     "memory": MEMORY_LEGEND,
+    "formats": FORMATS_LEGEND,
 }
 QUICK_NOTE = (
     "Layers were measured without the torch.compile versions, to be quick; the model has all four dense "
@@ -104,7 +109,17 @@ def main(arguments: list[str] | None = None) -> None:
     # memory first: timing keeps freed memory from then on
     chosen = (args.command,) if args.op == "pixels" else (args.op,)
     if args.command == "all":
-        chosen = ("memory", "layers", "blocks", "channels", "samples", "models", "experts", "video")
+        chosen = (
+            "memory",
+            "layers",
+            "formats",
+            "blocks",
+            "channels",
+            "samples",
+            "models",
+            "experts",
+            "video",
+        )
     if setting.backward:
         chosen = tuple(suite for suite in chosen if suite not in FORWARD_ONLY)
     for suite in chosen:
@@ -113,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = ["headline", "layers", "models", "experts", "video", "memory", "all", "readme"]
+    commands = ["headline", "layers", "formats", "models", "experts", "video", "memory", "all", "readme"]
     parser.add_argument(
         "command", choices=commands, help="readme rewrites the README's numbers from results/"
     )
@@ -176,6 +191,13 @@ def run_layers(setting: layers.Setting, quick: bool) -> report.Report:
         setting = dataclasses.replace(setting, compiled=False, variants=False, budget=Budget(0.7, 5))
         result.notes.append(QUICK_NOTE)
     result.rows = layers.run(layers.all_cases(quick), setting)
+    return result
+
+
+def run_formats(setting: layers.Setting, quick: bool) -> report.Report:
+    result = _report(setting)
+    setting = dataclasses.replace(setting, budget=Budget(0.3 if quick else 0.6, 5, 15))
+    result.rows = formats.run(formats.all_cases(quick), setting)
     return result
 
 
@@ -258,6 +280,7 @@ def run_memory(setting: layers.Setting, quick: bool) -> report.Report:
 
 SUITES = {
     "layers": run_layers,
+    "formats": run_formats,
     "blocks": run_blocks,
     "channels": run_channels,
     "samples": run_samples,
@@ -266,7 +289,7 @@ SUITES = {
     "video": run_video,
     "memory": run_memory,
 }
-FORWARD_ONLY = ("memory", "video")
+FORWARD_ONLY = ("memory", "video", "formats")
 
 
 def headline(setting: layers.Setting) -> report.Report:
@@ -295,7 +318,9 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
     print(f"\n{report.machine_line(info)}\n{setting.dtype}, {setting.mode}\n{legend}\n")
     if not info["build"]:
         print("dynops._C is not built: these are times of the plain-PyTorch reference.\n")
-    if result.rows:
+    if suite == "formats":
+        print(formats.table(result.rows), "\n")
+    elif result.rows:
         print(report.table(result.rows), "\n")
         print(report.summary_table(report.summaries(result.rows, layers.TARGET_GROUPS)), "\n")
     if suite == "samples":

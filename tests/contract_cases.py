@@ -41,6 +41,7 @@ def row_samples():
             rows = random_tensor(plan.num_rows, 4).requires_grad_()
             for base in (None, x.detach().requires_grad_()):
                 yield "scatter_rows", (rows, plan.index, plan.count, [2, 5, 6], base)
+                yield "scatter_planes", (rows, plan.index, plan.count, [2, 5, 6], base)
     for capacity in (None, 4):
         plan = SamplePlan.from_mask(torch.tensor([1, 0, 1, 1, 0]), capacity)
         rows, base = random_tensor(plan.num_rows, 6).requires_grad_(), random_tensor(5, 6).requires_grad_()

@@ -253,12 +253,16 @@ def test_values_that_no_output_reads_do_not_leak(groups, backend, bad):
     plan = PixelPlan.from_mask(mask)
     unread = ~plan.needed(3, padding=1).mask()
     assert 20 < int(unread.sum()) < 450
-    clean = ops.sparse_conv2d(x, weight, bias, plan, padding=1, groups=groups, backend=backend)
-    dirty = x.masked_fill(unread[:, None], bad)
-    out = ops.sparse_conv2d(dirty, weight, bias, plan, padding=1, groups=groups, backend=backend)
-    assert torch.equal(out, clean)
-    rows = ops.packed_conv2d(dirty, weight, bias, None, plan, padding=1, groups=groups, backend=backend)
-    assert torch.equal(ops.scatter_pixels(rows, plan), clean)
+    arguments = {"padding": 1, "groups": groups, "backend": backend}
+    for layout in ("channels_last", "nchw"):  # a sum of one format is not bit for bit that of the other
+        x = in_layout(x, layout)
+        dirty = x.clone().masked_fill_(unread[:, None], bad)
+        clean = ops.sparse_conv2d(x, weight, bias, plan, **arguments)
+        assert torch.equal(ops.sparse_conv2d(dirty, weight, bias, plan, **arguments), clean)
+        rows, clean_rows = (ops.packed_conv2d(t, weight, bias, None, plan, **arguments) for t in (dirty, x))
+        assert torch.equal(rows, clean_rows)
+        if layout == "channels_last":
+            assert torch.equal(ops.scatter_pixels(rows, plan), clean)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

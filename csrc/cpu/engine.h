@@ -261,6 +261,44 @@ struct Glu {
   Dtype in, out;       // of z, of h; the gradients have their dtypes
 };
 
+// Pixels of maps that lie channel by channel, [N, C, H, W]: channel c of row i is at[i] + c * channel_bytes
+// into the planes, and c * size into the row.
+struct PlaneRows {
+  int64_t rows, channels;
+  const int64_t* at;  // [rows]: bytes
+  bool ascends;       // a step of (n - 1) * size from at[i] to at[i + n - 1] means n pixels side by side
+  int64_t channel_bytes, row_bytes, size;
+};
+
+// Pixels of planes that some rows are spread over: pixel i becomes row row[i], or where that is < 0 zero.
+struct PlaneSpread {
+  int64_t pixels, channels;
+  const int32_t* row;  // [pixels]
+  const char* rows;    // channel c of row r at r * row_bytes + c * size
+  char* planes;        // channel c of pixel i at c * channel_bytes + i * size
+  int64_t channel_bytes, row_bytes, size;
+};
+
+// Output pixels of a convolution of planes, a vector of a line at a time: finish(sum_t weight[o][t] * in[at +
+// offset[t]]) where keep is 1, elsewhere the base or zero.
+struct PlaneStrip {
+  int32_t outputs, taps;  // taps: of every input channel
+  int32_t live, width;    // vectors, and the pixels of each that are stored
+  const float* in;
+  const int64_t* offset;  // [taps]
+  const int64_t* in_at;   // [live]
+  const int64_t* out_at;  // [live]: pixels
+  const float* keep;      // [live][lanes]: 1 or 0
+  const float* weight;    // [outputs][taps]
+  const float* scale;     // [outputs]
+  const float* shift;
+  Activation activation;
+  Dtype dtype;       // of base and out
+  const char* base;  // as out, or null
+  char* out;         // pixel p of output o at o * plane_bytes + p * its size
+  int64_t plane_bytes;
+};
+
 struct Kernels {
   const char* name;
   int32_t panel_width;   // columns of a full panel
@@ -310,6 +348,11 @@ struct Kernels {
   void (*pack_rows)(const PackRows&);
   void (*row_dots)(const RowDots&);
   void (*finish_rows)(const FinishRows&);
+  void (*gather_planes)(const PlaneRows&, const char* planes, char* rows);
+  void (*spread_planes)(const PlaneSpread&);
+  void (*plane_strip)(const PlaneStrip&);
+  // even[i] = from[2 i], odd[i] = from[2 i + 1], n elements in all
+  void (*split_pairs)(const float* from, int64_t n, float* even, float* odd);
 };
 
 // The kernels for this machine: the best instruction set that it has, or the one that the

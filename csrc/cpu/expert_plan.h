@@ -29,11 +29,13 @@ struct ExpertPlan {
     bool inside = true, ascends = offsets[0] == 0 && offsets[experts] <= pairs;
     for (int64_t e = 0; e < experts; ++e) ascends &= offsets[e] <= offsets[e + 1];
     for (int64_t p = 0; p < pairs; ++p) {
-      inside &= order[p] >= 0 && order[p] < pairs && position[p] >= -1 && position[p] < pairs;
+      // a row past the last expert's is not written by any product, and holds what the allocator gave
+      inside &= order[p] >= 0 && order[p] < pairs && position[p] >= -1 && position[p] < offsets[experts];
     }
     STD_TORCH_CHECK(ascends, "offsets: expected them to ascend from 0 to at most ", pairs, ", got ",
                     offsets[0], " to ", offsets[experts]);
-    STD_TORCH_CHECK(inside, "order, position: expected pairs and rows below ", pairs, ", got others");
+    STD_TORCH_CHECK(inside, "order, position: expected pairs below ", pairs, " and rows below ",
+                    offsets[experts], ", got others");
   }
 
   int64_t rows() const { return offsets[experts]; }  // that are not dropped

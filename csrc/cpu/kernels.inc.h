@@ -110,6 +110,7 @@ static void fill(char* to, const char* from, int64_t bytes, bool stream) {
 #include "kernels/glu.inc.h"
 #include "kernels/outer_product.inc.h"
 #include "kernels/packing.inc.h"
+#include "kernels/planes.inc.h"
 
 extern const Kernels table;
 const Kernels table = {DYNOPS_ISA_NAME,
@@ -147,4 +148,8 @@ const Kernels table = {DYNOPS_ISA_NAME,
                        glu_grad,
                        pack_rows,
                        row_dots,
-                       finish_rows};
+                       finish_rows,
+                       gather_planes,
+                       spread_planes,
+                       plane_strip,
+                       split_pairs};

@@ -44,6 +44,10 @@ struct Pieces {
 void gather_bytes(const Tensor& x, const Tensor& index, const OptionalTensor& count, int64_t inputs,
                   int64_t bytes, const Tensor& out) {
   const int64_t rows = active_rows(index, count);
+  STD_TORCH_CHECK(out.size(0) >= rows && out.numel() * int64_t(out.element_size()) == out.size(0) * bytes &&
+                      x.numel() * int64_t(x.element_size()) >= inputs * bytes,
+                  "rows: expected room for ", rows, " rows of ", bytes, " bytes, got ", out.size(0), " and ",
+                  out.numel(), " elements");
   const char* from = static_cast<const char*>(x.data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
   const int32_t* at = checked_index(index, rows, inputs);
@@ -150,6 +154,11 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
              const OptionalTensor& base, Tensor out) {
   const int64_t rows = active_rows(index, count), bytes = row_bytes(out);
   const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
+  STD_TORCH_CHECK(rows_in.dim() == 2 && rows_in.size(0) >= rows && rows_in.size(1) == out.size(1) &&
+                      (!base || base->numel() == out.numel()),
+                  "rows: expected at least ", rows, " of ", out.size(1),
+                  " channels and a base of the output's ", out.numel(), " elements, got ", rows_in.size(0),
+                  " and ", base ? base->numel() : 0);
   const char* from = static_cast<const char*>(rows_in.data_ptr());
   const char* below = base ? static_cast<const char*>(base->data_ptr()) : nullptr;
   char* to = static_cast<char*>(out.data_ptr());
@@ -161,6 +170,21 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
     for (int64_t i = part(rows, t, threads); i < part(rows, t + 1, threads); ++i) {
       std::memcpy(to + at[i] * bytes, from + i * bytes, size_t(bytes));
     }
+  });
+}
+
+// Writes the base, or zero, at the pixels of a channels_last map that are not in the index.
+void keep(const Tensor& index, const OptionalTensor& count, const OptionalTensor& base, Tensor out) {
+  const int64_t rows = active_rows(index, count), bytes = row_bytes(out);
+  const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
+  const int32_t* at = checked_index(index, rows, pixels);
+  STD_TORCH_CHECK(!base || base->numel() == out.numel(), "base: expected the output's ", out.numel(),
+                  " elements, got ", base ? base->numel() : 0);
+  const char* below = base ? static_cast<const char*>(base->data_ptr()) : nullptr;
+  const int64_t threads = threads_for(double(pixels - rows) * bytes, kBytesPerThread);
+  parallel(threads, [&](int64_t t) {
+    fill_inactive(static_cast<char*>(out.data_ptr()), below, bytes, at, rows, part(pixels, t, threads),
+                  part(pixels, t + 1, threads), false);
   });
 }
 
@@ -199,6 +223,7 @@ void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& cou
 STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
   m.def("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
   m.def("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
+  m.def("cpu_keep(Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
   m.def("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
   m.def("cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
   m.def(
@@ -210,6 +235,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("cpu_gather", TORCH_BOX(&dynops::cpu::gather));
   m.impl("cpu_scatter", TORCH_BOX(&dynops::cpu::scatter));
+  m.impl("cpu_keep", TORCH_BOX(&dynops::cpu::keep));
   m.impl("cpu_gather_samples", TORCH_BOX(&dynops::cpu::gather_samples));
   m.impl("cpu_scatter_samples", TORCH_BOX(&dynops::cpu::scatter_samples));
   m.impl("cpu_merge", TORCH_BOX(&dynops::cpu::merge));

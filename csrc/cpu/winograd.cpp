@@ -52,10 +52,40 @@ Tensor winograd_quads(const Tensor& index, const OptionalTensor& count, IntHeade
 
 }  // namespace
 
+namespace {
+
+// Whether the tiles hold every row once, each at its own pixel, so that no output is left as the allocator
+// gave it. As winograd_quads lists them: 0.5 ns a row.
+bool quads_hold_rows(const Forward& f, const int32_t* quads, int64_t tiles) {
+  const int64_t w = f.g.out_w, pixels = f.g.out_pixels();
+  int64_t held = 0;
+  bool right = true;
+  int32_t before = -1;
+  for (int64_t t = 0; t < tiles; ++t, quads += 5) {
+    const int64_t at = quads[0];
+    // tiles ascend, so that no two of them hold the same pixel
+    right &= at > before && at < pixels;
+    before = quads[0];
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t row = quads[1 + i];
+      if (row < 0) continue;
+      right &= row < f.rows && f.index[row] == at + i / 2 * w + i % 2;
+      ++held;
+    }
+  }
+  return right && held == f.rows;
+}
+
+}  // namespace
+
 void run_winograd(const Forward& f, const Tensor& quads) {
   STD_TORCH_CHECK(quads.dim() == 2 && quads.size(1) == 5 && quads.scalar_type() == ScalarType::Int,
                   "quads: expected int32 [T, 5], got ", quads.dim(), " dimensions");
   STD_TORCH_CHECK(f.dtype == Dtype::kFloat32, "quads: expected a float32 convolution with them");
+  STD_TORCH_CHECK(quads.is_contiguous() && quads_hold_rows(f, data_of<const int32_t>(quads), quads.size(0)),
+                  "quads: expected tiles that hold each of the ", f.rows,
+                  " rows once at its pixel, as cpu_winograd_quads lists them, got ", quads.size(0),
+                  " others");
   WinogradPass(f, data_of<const int32_t>(quads), quads.size(0)).run();
 }
 

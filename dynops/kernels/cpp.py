@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends
 from ..geometry import ConvGeometry, as_block_geometry, as_geometry
 from ..kept import kept
+from . import cpp_planes
 from .layout import memory_format_of
 
 _CHANNELS_LAST = torch.channels_last
@@ -126,7 +127,9 @@ def _quads(
 
 def _last(x: Tensor) -> Tensor:
     """A map in channels_last, rows contiguous."""
-    return x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x.contiguous()
+    if x.dim() != 4:
+        return x.contiguous()
+    return x if x.is_contiguous(memory_format=_CHANNELS_LAST) else cpp_planes.channels_last(x)
 
 
 def conv(
@@ -145,9 +148,15 @@ def conv(
     base,
     rows,
     derived=None,
+    planes=False,
 ):
-    """See ``ops.pixels._conv``. ``derived``: that of the plan, where there is one."""
+    """See ``ops.pixels._conv``. The output has the format of ``x``.
+
+    ``derived``: that of the plan, where there is one. ``planes``: the output is NCHW, whatever ``x`` is.
+    """
     g = as_geometry(geometry)
+    if x.dim() == 4 and cpp_planes.is_planes(x, g.out_h * g.out_w):
+        return cpp_planes.conv(conv, x, weight, bias, index, count, g, activation, scale, shift, gate, residual, base, rows, derived, _ACTIVATIONS[activation])  # fmt: skip
     setup = _setup(g, weight.shape, x.dtype, source is not None)
     quads = _quads(index, count, g, derived) if setup.winograd else None
     packed = _packed_weight(weight, g, setup, False) if quads is None else _winograd_weight(weight, False)
@@ -155,7 +164,10 @@ def conv(
         out = x.new_empty((index.shape[0], setup.out_channels))
     else:
         shape = (g.batch, setup.out_channels, g.out_h, g.out_w)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=_CHANNELS_LAST, device="cpu")
+        layout = torch.contiguous_format if planes else _CHANNELS_LAST
+        out = torch.empty(shape, dtype=x.dtype, memory_format=layout, device="cpu")
+    if base is not None:
+        base = cpp_planes.nchw(base) if planes else _last(base)
     if gate is not None:
         gate = gate.to(torch.float32).contiguous()
     _cpu_conv(
@@ -171,7 +183,7 @@ def conv(
         shift,
         gate,
         None if residual is None else _last(residual),
-        None if base is None else _last(base),
+        base,
         setup.merged,
         quads,
         out,
@@ -184,6 +196,10 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, r
     g = as_geometry(geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     setup = _setup(g, weight.shape, grad.dtype, True)
+    if not rows and cpp_planes.is_planes(grad, g.in_h * g.in_w):
+        if source is None:
+            return cpp_planes.input_grad(conv_input_grad, grad, weight, index, count, g, setup.winograd)
+        grad, rows = cpp_planes.gather(grad, index, count), True
     shape = (g.batch, channels, g.in_h, g.in_w)
     if setup.winograd and source is None:
         dx = _winograd_input_grad(grad, weight, index, count, g, rows)
@@ -236,6 +252,7 @@ def _winograd_input_grad(grad, weight, index, count, g, rows) -> Tensor | None:
 def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows, bias=True):
     """See ``ops.pixels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
+    grad, x, index, count, source, g = cpp_planes.weight_grad_inputs(grad, x, index, count, source, g, rows)
     dw = grad.new_empty(weight_shape)
     channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
     db = grad.new_empty(channels if bias else 0)
@@ -246,8 +263,10 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, rows
 
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """See ``ops.rows._gather_rows``."""
+    if not x.is_contiguous(memory_format=_CHANNELS_LAST):
+        return cpp_planes.gather(x, index, count)
     out = x.new_empty((index.shape[0], x.shape[1]))
-    _cpu_gather(_last(x), index, count, out)
+    _cpu_gather(x, index, count, out)
     return out
 
 
@@ -256,6 +275,19 @@ def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base:
     size = (shape[0], rows.shape[1], shape[1], shape[2])
     out = torch.empty(size, dtype=rows.dtype, memory_format=_CHANNELS_LAST, device="cpu")
     _cpu_scatter(rows.contiguous(), index, count, None if base is None else _last(base), out)
+    return out
+
+
+def scatter_planes(rows: Tensor, index: Tensor, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
+    """See ``ops.rows._scatter_planes``."""
+    if shape[1] * shape[2] == 1:  # a pixel's row is its planes
+        return scatter_rows(rows, index, count, shape, base)
+    return cpp_planes.scatter(rows, index, count, shape, base)
+
+
+def keep_pixels(out: Tensor, index: Tensor, count: Tensor | None, base: Tensor | None) -> Tensor:
+    """``out``, channels_last, with ``base`` (or zero) written at the pixels that are not in the index."""
+    torch.ops.dynops.cpu_keep.default(index, count, None if base is None else _last(base), out)
     return out
 
 

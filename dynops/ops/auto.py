@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backends, modes
 from ..geometry import ConvGeometry
-from ..kernels import configs
+from ..kernels import configs, cpp
 from ..plans import PixelPlan
 from . import checks
 from .epilogue import ACTIVATIONS
@@ -54,6 +54,27 @@ def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry)
     return None if share is None else plan.num_rows > share * plan.num_pixels
 
 
+# A CPU's time in products of float32, of which two cores make 150 a ns. Of a pixel, ours takes for each output its
+# products and as many as 50 more (the table of its taps, sums that begin and end), and depthwise 1200 and 37 a channel
+# where the dense layer's bytes take 32. The dense layer comes to its result by one more pass and calls, which leave
+# its threads asleep: 100 us (64 to 256 channels, 56 x 56: 0.37 ms alone, 0.45 after a plan was built).
+# Measured, channels_last, Sapphire Rapids and Zen 5, the densities from which the dense layer won: 18 products an output
+# (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7; 256 (1x1) 0.8
+# to 0.95; 1152 (3x3, stride 2) 0.95; depthwise 32 channels 0.15, 144 0.3 to 0.5, 512 and more never to 0.7.
+_PIXEL_PRODUCTS, _FINISH = 50, 15e6
+_DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
+
+
+def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether a CPU computes ``rows`` scattered pixels of a channels_last map faster with the dense layer and a mask."""
+    pixels, outputs, products = g.batch * g.out_h * g.out_w, weight.shape[0], weight.shape[1] * g.taps
+    ours, dense = rows * outputs * (products + _PIXEL_PRODUCTS), pixels * outputs * products
+    if g.groups == outputs and weight.shape[1] == 1:
+        ours = rows * (_DEPTHWISE_PIXEL + _DEPTHWISE_ROWS * outputs)
+        dense = pixels * _DEPTHWISE_DENSE * outputs
+    return ours > dense + _FINISH
+
+
 def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | None) -> Tensor:
     """The op's result from that of the dense convolution, bias included: where(mask, epilogue(out), base or 0).
 
@@ -92,6 +113,8 @@ def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
     if watched or not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
         inactive = _inactive_mask(plan)
         return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
+    if out.device.type == "cpu" and backends.has_binary():
+        return cpp.keep_pixels(out, plan.index, plan.count, base)
     rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)
     index = _inactive_index(plan)
     if base_rows:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import backends, modes
 from ..geometry import ConvGeometry, as_geometry
-from ..kernels import cpp
+from ..kernels import cpp, cpp_planes
 from ..plans import PixelPlan
 from . import auto, batching, checks
 from .epilogue import ACTIVATIONS, apply_epilogue
@@ -34,6 +34,7 @@ from .rows import (
     in_format_of,
     memory_format_of,
     scatter_pixels,
+    scatter_planes,
     scatter_rows,
     zero_past_count,
 )
@@ -196,7 +197,7 @@ def _run_conv(x, weight, bias, index, count, source, geometry, activation, scale
     kernels = _kernels(backend, x)
     run = _conv if kernels is None else kernels.conv
     out = run(x, weight, bias, index, count, source, geometry, activation, scale, shift, gate, residual, base, rows)  # fmt: skip
-    if rows or source is not None:
+    if rows or source is not None or kernels is cpp:
         return out
     return out.contiguous(memory_format=memory_format_of(x))
 
@@ -373,8 +374,10 @@ def sparse_conv2d(
     Equals ``where(mask, activation(gate * (scale * conv2d(x, …) + shift) + residual), base or 0)``.
 
     Args:
-        x: ``[N, C, H, W]``, either memory format (channels_last is read in place, NCHW is copied
-            to it first); the output has the same one. Not masked: every input pixel may be read.
+        x: ``[N, C, H, W]``, either memory format, or a strided view; the output is channels_last where ``x`` is, else
+            NCHW. Not masked: every input pixel may be read. channels_last is read in place, also where it is nearly full;
+            of NCHW on a CPU the pixels that are needed are gathered, or, where the layer is depthwise or has few channels
+            on a side, the planes are read in place.
         weight: ``[O, C/groups, kh, kw]``, of ``x``'s dtype.
         bias: ``[O]`` or None.
         plan: a :class:`PixelPlan` at the output resolution.
@@ -386,7 +389,8 @@ def sparse_conv2d(
         base: ``[N, O, H, W]``, the output where nothing is computed; zero if None.
         backend: "cpp", "triton" or "reference"; None takes the fastest. That is the dense layer and a mask where
             a compact plan has a higher density than the break-even that was measured for such a layer on this
-            architecture of GPU; where none was, and under torch.compile, where it holds every pixel.
+            architecture of GPU, or where a CPU, a channels_last map and no gradient make the dense layer the faster one
+            by the cost model of ``ops.auto``; where neither is, and under torch.compile, where it holds every pixel.
 
     Returns:
         ``[N, O, H, W]``, dtype of ``x``. Every floating argument gets its gradient, where it exists
@@ -505,8 +509,16 @@ def _dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epi
     measured = auto.dense_is_faster(plan, x, weight, g)
     if measured is not None:
         return measured
-    full = plan.is_full and plan.num_pixels >= _DENSE_PIXELS and checks.epilogue_is_plain(epilogue)
-    return full and not beats_dense(x, weight, g)
+    if plan.count is not None or plan.num_pixels < _DENSE_PIXELS or not checks.epilogue_is_plain(epilogue):
+        return False
+    if beats_dense(x, weight, g):
+        return False
+    planes = memory_format_of(x) == torch.contiguous_format
+    on_cpu = modes.plain(x, weight) and _kernels("", x) is cpp
+    if plan.is_full:  # where a gradient is needed, its dense form is the faster one too
+        return not (on_cpu and planes and cpp_planes.may_take_planes(weight.shape, g))
+    # with a gradient the plan's own pixels are computed: backward they save more than the dense layer does
+    return on_cpu and not planes and not g.transposed and auto.cpu_dense_is_faster(plan.num_rows, weight, g)
 
 
 def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
@@ -559,10 +571,7 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
         residual = residual if in_place else gather_rows(residual, plan.index, plan.count)
     if direct:
-        out = cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, None if same_rows else plan.derived)  # fmt: skip
-        if rows or source is not None:
-            return out
-        return out.contiguous(memory_format=memory_format_of(x))
+        return cpp.conv(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, None if same_rows else plan.derived)  # fmt: skip
     if same_rows:
         x = x.t()[None, :, None]
     if modes.differentiated(*tensors) and not checks.epilogue_is_empty(epilogue):
@@ -571,7 +580,8 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
         out = apply_epilogue(out, activation, scale, shift, gate, residual)
         if rows:
             return zero_past_count(out, index, count)
-        return in_format_of(scatter_pixels(out, plan, base), x)
+        scatter = scatter_planes if memory_format_of(x) == torch.contiguous_format else scatter_rows
+        return scatter(out, index, count, list(plan.shape), base)
     return _convolution(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, rows, backend)  # fmt: skip
 
 

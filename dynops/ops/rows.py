@@ -56,6 +56,17 @@ def _scatter_rows_fake(rows, index, count, shape, base) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def _run_scatter_planes(rows, index, count, shape, base) -> Tensor:
+    """As ``_scatter_rows``, to NCHW."""
+    if _kernels(rows) is cpp:
+        return cpp.scatter_planes(rows, index, count, shape, base)
+    return torch.ops.dynops.scatter_rows(rows, index, count, shape, base).contiguous()
+
+
+def _scatter_planes_fake(rows, index, count, shape, base) -> Tensor:
+    return rows.new_empty(shape[0], rows.shape[1], shape[1], shape[2])
+
+
 def _merge_rows(
     rows: Tensor,  # [K, F]
     index: Tensor,  # [K]
@@ -115,11 +126,13 @@ def _gather_setup(ctx, inputs, output):
     x, index, count = inputs
     ctx.save_for_backward(index, count)
     ctx.shape = [x.shape[0], x.shape[2], x.shape[3]]
+    ctx.planes = memory_format_of(x) == torch.contiguous_format
 
 
 def _gather_backward(ctx, grad):
     index, count = ctx.saved_tensors
-    return scatter_rows(grad, index, count, ctx.shape, None), None, None
+    scatter = scatter_planes if ctx.planes else scatter_rows
+    return scatter(grad, index, count, ctx.shape, None), None, None
 
 
 def _scatter_setup(ctx, inputs, output):
@@ -201,6 +214,15 @@ scatter_rows = define(
     "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
     _run_scatter_rows,
     _scatter_rows_fake,
+    _scatter_setup,
+    _scatter_backward,
+    terms="rows, base",
+    vmap=batching.passive(1, "rows", "base"),
+)
+scatter_planes = define(
+    "scatter_planes(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
+    _run_scatter_planes,
+    _scatter_planes_fake,
     _scatter_setup,
     _scatter_backward,
     terms="rows, base",
