@@ -18,9 +18,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Op:
     """A registered op, called by the shortest way.
 
-    Where something looks on (a compiler, a tensor subclass, a dispatch mode, a profiler) the call goes through the dispatcher; where a
-    gradient is needed through one ``autograd.Function``, which took 60 us less of a small layer's
-    training step than ``register_autograd``; else straight to the implementation.
+    Where something looks on (a compiler, a tensor subclass, a dispatch mode, a profiler) the call goes through
+    the dispatcher; where a gradient is needed through one ``autograd.Function``, which took 60 us less of a
+    small layer's training step than ``register_autograd``; else straight to the implementation.
     """
 
     def __init__(self, name: str, implementation: Callable, function: type[torch.autograd.Function] | None):
