@@ -2,8 +2,9 @@
 
 ``torch.utils.checkpoint`` restores autocast and the random state, and has no hook for anything else. Its two ways
 meet in two classes, whoever imported ``checkpoint`` and whenever: the reentrant one in ``CheckpointFunction``, the
-other one in ``_CheckpointFrame`` (torch 2.4 to 2.14 at least). Their methods are wrapped here. Where a torch has
+other one in ``_CheckpointFrame`` (looked up in torch 2.13 and 2.14). Their methods are wrapped here. Where a torch has
 them no more, the way is to enter the context inside the function that is checkpointed.
+
 What only listens (:mod:`dynops.ops.watch`) does not travel, as it changes no value. Neither do attributes of modules, which
 ``nn.set_width`` sets as ``module.train()`` does: they must be in the backward pass what they were in the forward pass.
 """
