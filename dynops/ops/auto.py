@@ -55,20 +55,21 @@ def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry)
 
 
 # A CPU's time in products of float32, of which two cores make 150 a ns. Of a pixel, ours takes for each output its
-# products and as many as 50 more (the table of its taps, sums that begin and end), and depthwise 1200 and 37 a channel
+# products and as many as 50 more (the table of its taps, sums that begin and end; 1x1: 20), and depthwise 1200 and 37 a channel
 # where the dense layer's bytes take 32. The dense layer comes to its result by one more pass and calls, which leave
 # its threads asleep: 100 us (64 to 256 channels, 56 x 56: 0.37 ms alone, 0.45 after a plan was built).
 # Measured, channels_last, Sapphire Rapids and Zen 5, the densities from which the dense layer won: 18 products an output
 # (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7; 256 (1x1) 0.8
 # to 0.95; 1152 (3x3, stride 2) 0.95; depthwise 32 channels 0.15, 144 0.3 to 0.5, 512 and more never to 0.7.
-_PIXEL_PRODUCTS, _FINISH = 50, 15e6
+_PIXEL_PRODUCTS, _POINTWISE_PRODUCTS, _FINISH = 50, 20, 15e6
 _DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
 
 
 def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
     """Whether a CPU computes ``rows`` scattered pixels of a channels_last map faster with the dense layer and a mask."""
     pixels, outputs, products = g.batch * g.out_h * g.out_w, weight.shape[0], weight.shape[1] * g.taps
-    ours, dense = rows * outputs * (products + _PIXEL_PRODUCTS), pixels * outputs * products
+    more = _PIXEL_PRODUCTS if g.taps > 1 else _POINTWISE_PRODUCTS
+    ours, dense = rows * outputs * (products + more), pixels * outputs * products
     if g.groups == outputs and weight.shape[1] == 1:
         ours = rows * (_DEPTHWISE_PIXEL + _DEPTHWISE_ROWS * outputs)
         dense = pixels * _DEPTHWISE_DENSE * outputs
