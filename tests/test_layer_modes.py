@@ -47,7 +47,7 @@ NORMS = {
 
 def with_norm(layer, x):
     return layer(
-        x, CHANNELS, CHANNELS, norm=NORMS[x.dtype, x.is_meta], activation="silu", scale=x.mean((2, 3))
+        x, CHANNELS, CHANNELS, norm=NORMS[x.dtype, x.is_meta], activation="gelu", scale=x.mean((2, 3))
     )
 
 

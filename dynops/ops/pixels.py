@@ -563,9 +563,8 @@ def _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, base, rows, backend
     if base is not None:
         base = base.to(x.dtype)  # differs under autocast only
     tensors = (x, weight, bias, scale, shift, gate, residual, base)
-    direct = (
-        modes.plain(*tensors) and _kernels(backend, x) is cpp
-    )  # which takes rows [P, C] for such a map too
+    # which takes rows [P, C] for such a map too
+    direct = modes.plain(*tensors) and _kernels(backend, x) is cpp
     if residual is not None and residual.dim() == 4:
         # read where it lies: SBNet's bottleneck of 400 x 700 x 256 takes 58.6 ms at 50 % instead of 62.9
         in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
