@@ -40,7 +40,7 @@ inline int64_t active_rows(const Tensor& index, const OptionalTensor& count) {
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(),
                   "index: expected a contiguous int32 vector, got ", index.dim(), " dimensions");
   if (!count) return index.size(0);
-  const int64_t active = *static_cast<const int32_t*>(count->data_ptr());
+  const int64_t active = *static_cast<const int32_t*>(count->const_data_ptr());
   STD_TORCH_CHECK(active >= 0 && active <= index.size(0), "count: expected 0 to ", index.size(0), ", got ",
                   active);
   return active;
@@ -49,7 +49,7 @@ inline int64_t active_rows(const Tensor& index, const OptionalTensor& count) {
 // The index of a plan on the CPU: strictly ascending positions below `pixels`, or an error. A kernel that
 // met another would write outside its output; the pass over it costs 0.1 ns a row.
 inline const int32_t* checked_index(const Tensor& index, int64_t rows, int64_t pixels) {
-  const int32_t* at = static_cast<const int32_t*>(index.data_ptr());
+  const int32_t* at = static_cast<const int32_t*>(index.const_data_ptr());
   bool ascends = true;
   for (int64_t i = 1; i < rows; ++i) ascends &= at[i - 1] < at[i];
   STD_TORCH_CHECK(ascends && (rows == 0 || (at[0] >= 0 && at[rows - 1] < pixels)),

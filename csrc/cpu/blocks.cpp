@@ -85,7 +85,7 @@ void reduce_blocks(const T* mask, const BlockGeometry& g, Reduce reduce, uint8_t
 // Calls f with a pointer to the mask's elements as what they are (bool as bytes).
 template <class F>
 void visit_values(const Tensor& mask, const F& f) {
-  const void* data = mask.data_ptr();
+  const void* data = mask.const_data_ptr();
   switch (mask.scalar_type()) {
     case ScalarType::Char:
       return f(static_cast<const int8_t*>(data));

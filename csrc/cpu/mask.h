@@ -9,7 +9,7 @@ namespace dynops::cpu {
 // above which an element is NaN (all ones where the dtype has none). -0.0 is zero: the sign is cut.
 template <class F>
 auto visit_mask(const Tensor& mask, const F& f) {
-  const void* data = mask.data_ptr();
+  const void* data = mask.const_data_ptr();
   switch (mask.scalar_type()) {
     case ScalarType::Half:
       return f(static_cast<const uint16_t*>(data), uint16_t(0x7fff), uint16_t(0x7c00));

@@ -1,6 +1,8 @@
 // What the CPU op files read from tensors.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/tensors.h"
 #include "engine.h"
 
@@ -18,14 +20,19 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
+// As `const T` the memory is read only: a lazy clone (copy on write) then is not copied.
 template <class T>
 T* data_of(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(t.const_data_ptr());
+  } else {
+    return static_cast<T*>(t.mutable_data_ptr());
+  }
 }
 
 template <class T>
 T* data_of(const OptionalTensor& t) {
-  return t ? static_cast<T*>(t->data_ptr()) : nullptr;
+  return t ? data_of<T>(*t) : nullptr;
 }
 
 // An output as large as this is zeroed past the caches: 1x1, 8 x 64 -> 256 channels, 56 x 56, 10 %: 0.46 ms

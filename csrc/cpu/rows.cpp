@@ -48,7 +48,7 @@ void gather_bytes(const Tensor& x, const Tensor& index, const OptionalTensor& co
                       x.numel() * int64_t(x.element_size()) >= inputs * bytes,
                   "rows: expected room for ", rows, " rows of ", bytes, " bytes, got ", out.size(0), " and ",
                   out.numel(), " elements");
-  const char* from = static_cast<const char*>(x.data_ptr());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.data_ptr());
   const int32_t* at = checked_index(index, rows, inputs);
   const int64_t threads = threads_for(double(rows) * bytes, kBytesPerThread);
@@ -96,7 +96,7 @@ namespace {
 class Merge {
  public:
   Merge(const Tensor& rows, int64_t bytes, int64_t outputs, const int32_t* index, int64_t count)
-      : rows_(static_cast<const char*>(rows.data_ptr())),
+      : rows_(static_cast<const char*>(rows.const_data_ptr())),
         bytes_(bytes),
         size_(int64_t(rows.element_size())),
         row_of_(size_t(outputs), -1) {
@@ -159,8 +159,8 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
                   "rows: expected at least ", rows, " of ", out.size(1),
                   " channels and a base of the output's ", out.numel(), " elements, got ", rows_in.size(0),
                   " and ", base ? base->numel() : 0);
-  const char* from = static_cast<const char*>(rows_in.data_ptr());
-  const char* below = base ? static_cast<const char*>(base->data_ptr()) : nullptr;
+  const char* from = static_cast<const char*>(rows_in.const_data_ptr());
+  const char* below = base ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
   char* to = static_cast<char*>(out.data_ptr());
   const int32_t* at = checked_index(index, rows, pixels);
   if (bytes > Pieces::kBytes) return Merge(rows_in, bytes, pixels, at, rows).copy(below, to);
@@ -180,7 +180,7 @@ void keep(const Tensor& index, const OptionalTensor& count, const OptionalTensor
   const int32_t* at = checked_index(index, rows, pixels);
   STD_TORCH_CHECK(!base || base->numel() == out.numel(), "base: expected the output's ", out.numel(),
                   " elements, got ", base ? base->numel() : 0);
-  const char* below = base ? static_cast<const char*>(base->data_ptr()) : nullptr;
+  const char* below = base ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
   const int64_t threads = threads_for(double(pixels - rows) * bytes, kBytesPerThread);
   parallel(threads, [&](int64_t t) {
     fill_inactive(static_cast<char*>(out.data_ptr()), below, bytes, at, rows, part(pixels, t, threads),
@@ -199,7 +199,8 @@ void scatter_samples(const Tensor& rows_in, const Tensor& index, const OptionalT
                   "rows: expected ", index.size(0), " samples of the output's size, got ", rows_in.size(0),
                   " of ", rows_in.numel(), " elements");
   Merge(rows_in, sample_bytes(out, batch), batch, at, rows)
-      .copy(base ? static_cast<const char*>(base->data_ptr()) : nullptr, static_cast<char*>(out.data_ptr()));
+      .copy(base ? static_cast<const char*>(base->const_data_ptr()) : nullptr,
+            static_cast<char*>(out.data_ptr()));
 }
 
 // rows [K, F], base and out [N, F], contiguous; scale float32 [K]. The rows past the count are not read.
@@ -213,8 +214,8 @@ void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& cou
                   "] and a base of the output's shape, got ", rows_in.numel(), " and ", base.numel(),
                   " elements");
   const Merge merge(rows_in, row_bytes(out), out.size(0), at, rows);
-  merge.add(static_cast<const char*>(base.data_ptr()),
-            scale ? static_cast<const float*>(scale->data_ptr()) : nullptr, mix, dtype_of(out),
+  merge.add(static_cast<const char*>(base.const_data_ptr()),
+            scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, mix, dtype_of(out),
             static_cast<char*>(out.data_ptr()));
 }
 

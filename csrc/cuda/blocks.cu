@@ -32,7 +32,7 @@ void check_shapes(const Tensor& map, const Tensor& tiles, const BlockGeometry& g
 const int32_t* positions(const Tensor& tensor, const char* name, int64_t size) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() == size,
                   name, ": expected ", size, " contiguous int32, got ", tensor.numel(), " elements");
-  return static_cast<const int32_t*>(tensor.data_ptr());
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
 // x and out are both channels_last or both contiguous; tiles of the index -1 become zero.
@@ -78,7 +78,7 @@ void cuda_scatter_tiles(const Tensor& tiles, const Tensor& inverse, IntHeaderOnl
 
 template <class F>
 void visit_values(const Tensor& mask, const F& f) {
-  const void* data = mask.data_ptr();
+  const void* data = mask.const_data_ptr();
   switch (mask.scalar_type()) {
     case ScalarType::Bool:
     case ScalarType::Byte:

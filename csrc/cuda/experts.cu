@@ -14,7 +14,7 @@ namespace {
 
 template <class F>
 void visit_integers(const Tensor& index, const F& f) {
-  const void* data = index.data_ptr();
+  const void* data = index.const_data_ptr();
   switch (index.scalar_type()) {
     case ScalarType::Byte:
       return f(static_cast<const uint8_t*>(data));

@@ -19,7 +19,8 @@ template <class F>
 auto visit_mask(const Tensor& mask, const F& f) {
   const auto select = [&](auto value, auto largest) {
     using Word = decltype(value);
-    return f(Selection<Word>({static_cast<const Word*>(mask.data_ptr()), mask.numel(), value, largest}));
+    return f(
+        Selection<Word>({static_cast<const Word*>(mask.const_data_ptr()), mask.numel(), value, largest}));
   };
   switch (mask.scalar_type()) {
     case ScalarType::Half:

@@ -72,7 +72,7 @@ class ConvExperts(nn.Module):
             )
             raise ValueError(f"topk_index: expected {expected}, got {type(topk_index).__name__}")
         if topk_index is None:
-            topk_index, topk_weight, *_ = apart(self.gate, x, name="gate")
+            topk_index, topk_weight, *_ = apart(self.gate, x)
         plan = self._plan(x, topk_index)
         expert_checks.topk_weight_of(topk_weight, plan)
         rows, layout = self._run(x, plan)
@@ -100,9 +100,7 @@ class ConvExperts(nn.Module):
             if count == 0:
                 idle.append(branch)
                 continue
-            y = apart(
-                branch, layout.samples(part), name=f"branches[{i}]"
-            )  # autograd takes the parts for one tensor
+            y = apart(branch, layout.samples(part))  # autograd takes the parts for one tensor
             self._returned.note(branch, x, y)
             out_layout = out_layout or SampleLayout.of(y)
             if y.shape != (len(part), *out_layout.shape):

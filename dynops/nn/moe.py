@@ -166,17 +166,17 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
-        routing = apart(self.gate, x, options=padding, name="router")
+        routing = apart(self.gate, x, options=padding)
         index = routing.index
         if attention_mask is not None:
             real = real_tokens(attention_mask, math.prod(index.shape[:-1])).view(*index.shape[:-1], 1)
             index = index.masked_fill(~real, routing.probs.shape[-1])
         options = {"capacity": self._capacity(routing)}
-        out = apart(self.experts, x, index, routing.weight, options=options, name="experts")
+        out = apart(self.experts, x, index, routing.weight, options=options)
         if self.shared_expert is not None:
-            shared = apart(self.shared_expert, x, name="shared")
+            shared = apart(self.shared_expert, x)
             if self.shared_expert_gate is not None:
-                shared = torch.sigmoid(apart(self.shared_expert_gate, x, name="shared_gate")) * shared
+                shared = torch.sigmoid(apart(self.shared_expert_gate, x)) * shared
             out = out + shared
         losses = {}
         if self.training:

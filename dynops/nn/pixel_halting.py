@@ -99,7 +99,7 @@ class SpatialHalting(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x: expected a floating tensor [N, C, H, W], got {what}")
-        value = x if self.first is None else apart(self.first, x, name="first")
+        value = x if self.first is None else apart(self.first, x)
         n, c, h, w = value.shape
         rule = HaltingRule(len(self.halts) + 1, self.epsilon, self.weighted, self.max_fraction)
         size, rows = (n, h, w), value.permute(0, 2, 3, 1).reshape(n * h * w, c)
@@ -112,7 +112,7 @@ class SpatialHalting(nn.Module):
             if n == 1 and self.first is not None:
                 return rows
             number, x = n - 1 - (self.first is not None), _map(everything, size)
-            unit = functools.partial(apart, self.units[number], name=f"units[{number}]")
+            unit = functools.partial(apart, self.units[number])
             if self.dense:
                 return rows + _residual(unit(x), x).permute(0, 2, 3, 1).reshape(rows.shape)
             pixels = PixelPlan._made(plan.index, size)

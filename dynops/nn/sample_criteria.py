@@ -261,7 +261,7 @@ class LearnedExit(Criterion):
                 "state: expected the network's, as LearnedExit reads it, got None; take the confidences of "
                 "model(x, confidence=True)"
             )
-        score = apart(self.heads[exit], state if self.reads == "state" else logits, name=f"heads[{exit}]")
+        score = apart(self.heads[exit], state if self.reads == "state" else logits)
         if score.numel() != logits.shape[0]:
             raise ValueError(
                 f"heads: expected [{logits.shape[0]}] or [{logits.shape[0]}, 1] of head {exit}, "

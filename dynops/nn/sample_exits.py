@@ -74,11 +74,8 @@ class _Exits(nn.Module):
             self.criterion.check_exits(num_exits)
         _fractions(self.max_fraction, num_exits)
 
-    def _step(self, exit: int, state: Any, held: tuple) -> tuple[Tensor, Any, Any]:
-        """The logits of an exit, the state for the next stage, and the one that the criterion reads.
-
-        ``held``: what somebody else reads too, and a stage must not write into.
-        """
+    def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
+        """The logits of an exit, the state for the next stage, and the one that the criterion reads."""
         raise NotImplementedError
 
     def forward(
@@ -93,7 +90,7 @@ class _Exits(nn.Module):
     def _every(self, x: Any, confidence: bool) -> list[Tensor] | ExitScores:
         state, memory, logits, sure = x, None, [], []
         for exit in range(self.num_exits):
-            out, state, seen = self._step(exit, state, (x, logits))
+            out, state, seen = self._step(exit, state)
             logits.append(out)
             if confidence and exit < self.num_exits - 1:
                 verdict = decide(self.criterion, out, exit, seen, memory)
@@ -108,10 +105,10 @@ class _Exits(nn.Module):
         which a sample pays at every exit that it passes, is the sum over the visits of
         ``cross_entropy(visit.logits, labels[visit.index], reduction="sum") / N``. Gradients flow.
         """
-        state, memory, index, batch, logits = x, None, None, 0, None
+        state, memory, index, batch = x, None, None, 0
         compacted = Compaction(self.shared)
         for exit in range(self.num_exits):
-            logits, state, seen = self._step(exit, state, (x, logits))
+            logits, state, seen = self._step(exit, state)
             if index is None:
                 batch = logits.shape[0]
                 index = torch.arange(batch, device=logits.device)
@@ -258,24 +255,23 @@ class EarlyExit(_Exits):
         self._traced: dict[int, SampleStack] = {}
         self._set_up(len(self.stages))
 
-    def _run_stage(self, exit: int, state: Any, held: tuple) -> Any:
+    def _run_stage(self, exit: int, state: Any) -> Any:
         stage, found = self.stages[exit], self._traced.get(exit)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not modes.transformed():
             if found is None or not found.holds(stage, "replace"):
                 found = self._traced[exit] = SampleStack(stage, "replace")
             if found.runs_all(state):
                 return found.on_all(state)
-        held = None if self.gradient_equilibrium else held  # its views refuse to be written into
-        return apart(stage, state, held=held, name=f"stages[{exit}]")
+        return apart(stage, state)
 
     def __getstate__(self):
         return {**self.__dict__, "_traced": {}}
 
-    def _step(self, exit: int, state: Any, held: tuple) -> tuple[Tensor, Any, Any]:
+    def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
         left = self.num_exits - exit
-        state = self._run_stage(exit, state, held)
+        state = self._run_stage(exit, state)
         seen = gradient_rescale(state, 1 / left) if self.gradient_equilibrium else state
-        out = apart(self.heads[exit], seen, name=f"heads[{exit}]")
+        out = apart(self.heads[exit], seen)
         through = isinstance(out, tuple) and len(out) == 2
         logits, after = out if through else (out, state)
         _check_logits(logits, f"heads[{exit}]")
@@ -326,8 +322,8 @@ class Cascade(_Exits):
         self.models = module_list("models", models)
         self._set_up(len(self.models))
 
-    def _step(self, exit: int, state: Any, held: tuple) -> tuple[Tensor, Any, Any]:
-        logits = apart(self.models[exit], state, name=f"models[{exit}]")
+    def _step(self, exit: int, state: Any) -> tuple[Tensor, Any, Any]:
+        logits = apart(self.models[exit], state)
         logits = logits.logits if isinstance(logits, ExitOutput) else logits
         _check_logits(logits, f"models[{exit}]")
         return logits, state, state

@@ -131,7 +131,7 @@ class Halting(nn.Module):
                 raise ValueError(f"state: expected [{batch}, ...] in every tensor, got {tuple(leaf.shape)}")
 
         def step(rows, everything, plan, n):
-            return apart(self.step, rows, n, name="step")
+            return apart(self.step, rows, n)
 
         return HaltingOutput(*self._run(state, batch, step))
 
@@ -143,9 +143,9 @@ class Halting(nn.Module):
 
         def step(rows, everything, plan, n):
             if not self.mixes:
-                return apart(self.step, rows, n, name="step")
+                return apart(self.step, rows, n)
             hidden = everything.reshape(*size, *everything.shape[1:])
-            return apart(self.step, hidden, plan, n, name="step")
+            return apart(self.step, hidden, plan, n)
 
         output, ponder, steps = self._run(state.flatten(0, 1), size.numel(), step)
         return HaltingOutput(output.reshape(*size, *output.shape[1:]), ponder.view(size), steps.view(size))
@@ -154,7 +154,7 @@ class Halting(nn.Module):
         rule = HaltingRule(self.max_steps, self.epsilon, self.weighted, self.max_fraction)
 
         def score(rows, everything, plan, n):
-            return score_of(apart(self.halt, rows, name="halt"), ((plan.num_rows,),), not self.weighted)
+            return score_of(apart(self.halt, rows), ((plan.num_rows,),), not self.weighted)
 
         return run(rule, state, batch, step, score, self.mixes, self.dense)
 

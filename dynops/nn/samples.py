@@ -159,7 +159,7 @@ class Skip(nn.Module):
 
     def _branch(self, x: Any, own: bool = False) -> Any:
         """F(x); ``own``: nobody else reads x."""
-        out = self.module(x) if own else apart(self.module, x, name="module")
+        out = self.module(x) if own else apart(self.module, x)
         self._returned.note(self.module, x, out)
         return out
 
@@ -167,7 +167,7 @@ class Skip(nn.Module):
         """s(x)."""
         if type(self.shortcut) is nn.Identity:
             return x
-        out = self.shortcut(x) if own else apart(self.shortcut, x, name="shortcut")
+        out = self.shortcut(x) if own else apart(self.shortcut, x)
         self._returned.note(self.shortcut, x, out)
         return out
 
@@ -186,7 +186,7 @@ class Skip(nn.Module):
             share = share.view(-1, *[1] * (value.dim() - 1))
             return share * value + (below if self.mode == "residual" else (1 - share) * below)
 
-        return _map(merge, *_agree(apart(self.module, x), apart(self.shortcut, x, name="shortcut")))
+        return _map(merge, *_agree(apart(self.module, x), apart(self.shortcut, x)))
 
     def _traced(self) -> SampleStack | None:
         """F as a stack of layers, where this call may run without calling it."""

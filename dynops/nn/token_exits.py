@@ -118,8 +118,8 @@ class TokenExit(nn.Module):
         shape, logits = hidden.shape, []
         plan = SamplePlan.full(shape[0] * shape[1], hidden.device)
         for exit, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            rows = apart(stage, hidden, plan, options=context, name=f"stages[{exit}]")
-            out = apart(head, rows, name=f"heads[{exit}]").unflatten(0, shape[:2])
+            rows = apart(stage, hidden, plan, options=context)
+            out = apart(head, rows).unflatten(0, shape[:2])
             hidden = _copied_up(rows, plan, hidden, exit)
             if "padding_mask" in context:
                 padding = context["padding_mask"]
@@ -137,9 +137,9 @@ class TokenExit(nn.Module):
         )
         tokens, memory, gone, like = plan.num_rows, None, [], None
         for exit, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            rows = apart(stage, hidden, plan, options=context, name=f"stages[{exit}]")
+            rows = apart(stage, hidden, plan, options=context)
             _check_rows(rows, plan, shape[2], f"stages[{exit}]")
-            logits = apart(head, rows, name=f"heads[{exit}]")
+            logits = apart(head, rows)
             like = logits if exit == 0 else like
             _check_alike(logits, like, exit)
             logits = logits.to(like.dtype)

@@ -258,10 +258,7 @@ class PixelPlan(Derived):
         if batch == self.shape[0]:
             return self
         check_expand(self, batch, self.num_pixels)
-        plan = self._kept.get(("batch", batch))
-        if plan is None:
-            plan = self._kept["batch", batch] = self._expanded(batch)
-        return plan
+        return self.derived(("batch", batch), lambda: self._expanded(batch))
 
     def _expanded(self, batch: int) -> PixelPlan:
         shape = (batch, *self.shape[1:])
