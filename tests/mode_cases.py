@@ -77,6 +77,8 @@ def cases(t: Maker) -> dict[str, list]:
         "gather_rows/capacity": [t(2, 3, 4, 3), full, valid],
         "scatter_rows": [t(len(index), 3), index, count, [2, 4, 3], t(2, 3, 4, 3)],
         "scatter_rows/capacity": [t(20, 3), full, valid, [2, 4, 3], None],
+        "scatter_planes": [t(len(index), 3), index, count, [2, 4, 3], t(2, 3, 4, 3)],
+        "scatter_planes/capacity": [t(20, 3), full, valid, [2, 4, 3], None],
         "merge_rows": [t(2, 3), samples, None, t(4, 3), t(2), True],
         "merge_rows/add": [t(3, 3), dropped, two, t(4, 3), t(3), False],
         "merge_rows/plain": [t(2, 3), samples, None, t(4, 3), None, False],

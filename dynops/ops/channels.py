@@ -32,7 +32,7 @@ from ..kernels.layout import memory_format_of
 from ..plans import ChannelPlan
 from . import batching, channel_checks, checks
 from .epilogue import ACTIVATIONS
-from .pixels import dense_conv, dense_conv_grads, dense_layer
+from .pixels import dense_conv, dense_conv_grads, dense_layer, dense_weight_grad
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -166,9 +166,8 @@ def _conv_weight_grad(
     g = as_geometry(geometry)
     dense = _dense_grad(grad, out_index, out_count, weight_shape[0], packed_out)
     dense_x = _dense_input(x, in_index, in_count, weight_shape[1] * g.groups, heads, packed_in)
-    weight = grad.new_empty(weight_shape)  # its values are not read
-    _, dw = dense_conv_grads(dense, dense_x, weight, _headed(g, heads), [False, True])
-    return dw.contiguous(), dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
+    dw = dense_weight_grad(dense, dense_x, weight_shape, _headed(g, heads))
+    return dw, dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema
