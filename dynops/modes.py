@@ -10,6 +10,7 @@ import contextlib
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from .observers import observed
 
@@ -78,6 +79,24 @@ def sizes_are_fixed(x: Tensor) -> bool:
     if (_transforms() or _has_key(_VMAP_MODE)) and is_batched(x):
         return True
     return tracing()
+
+
+def sizes_stay(tree) -> bool:
+    """Whether sizes must not depend on the values of a tree of tensors, and the graph cannot be left: an export, ``make_fx``,
+    meta tensors, a ``vmap``. (A compiler leaves its graph where a layer makes a batch smaller.)"""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if not (_transforms() or _has_key(_VMAP_MODE) or tracing()):
+        return isinstance(tree, Tensor) and tree.is_meta
+    return any(sizes_are_fixed(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def refuse_fixed_sizes(tree, name: str) -> None:
+    """Raises RuntimeError where a layer that makes a batch smaller is to have sizes that do not depend on values."""
+    if sizes_stay(tree):
+        raise RuntimeError(
+            f"{name}: expected a call whose sizes may depend on values, got torch.export, make_fx, vmap or meta tensors"
+        )
 
 
 def may_look(x: Tensor) -> bool:

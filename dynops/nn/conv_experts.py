@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .. import modes
 from ..ops import combine_pairs, expert_checks, gather_pairs
 from ..ops.samples import SampleLayout
 from ..plans import ExpertPlan, named
@@ -71,6 +72,7 @@ class ConvExperts(nn.Module):
                 "[N, K], as the layer has no gate" if self.gate is None else "None, as the layer has a gate"
             )
             raise ValueError(f"topk_index: expected {expected}, got {type(topk_index).__name__}")
+        modes.refuse_fixed_sizes(x, "ConvExperts")
         if topk_index is None:
             topk_index, topk_weight, *_ = apart(self.gate, x)
         plan = self._plan(x, topk_index)

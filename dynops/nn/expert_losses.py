@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import modes
+
 
 def _rows(value, name: str, like: Tensor | None = None) -> Tensor:
     """A tensor ``[..., C]`` as ``[T, C]``, of ``like``'s leading sizes."""
@@ -40,6 +42,11 @@ def real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
     if attention_mask.numel() != tokens:
         raise ValueError(
             f"attention_mask: expected one number for each of {tokens} tokens, got shape {tuple(attention_mask.shape)}"
+        )
+    if modes.may_look(attention_mask) and not bool((attention_mask >= 0).all()):
+        raise ValueError(
+            "attention_mask: expected 0 at padding and positive numbers at tokens, got a NaN or a negative number "
+            "(a mask that is added to scores?)"
         )
     return (attention_mask != 0).reshape(-1)
 

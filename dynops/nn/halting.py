@@ -86,7 +86,7 @@ def run(
     rule: HaltingRule, state: Any, batch: int, step: Step, score: Score, mixes: bool, dense: bool
 ) -> Pondered:
     """:func:`run_dense` or :func:`run_compacted`, the latter outside of a graph that is being compiled."""
-    if dense:
+    if dense or modes.sizes_stay(state):
         return run_dense(rule, state, batch, step, score)
     if torch.compiler.is_compiling():
         return _outside_graph(rule, state, batch, step, score, mixes)

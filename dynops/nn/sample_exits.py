@@ -85,6 +85,8 @@ class _Exits(nn.Module):
             raise ValueError("confidence: expected all_exits with it, got all_exits=False")
         if confidence or (self.training if all_exits is None else all_exits):
             return self._every(x, confidence)
+        if modes.sizes_stay(x):
+            return self._chosen(x)
         return _outside_graph(self, x) if torch.compiler.is_compiling() else self._compacted(x)
 
     def _every(self, x: Any, confidence: bool) -> list[Tensor] | ExitScores:
@@ -105,6 +107,7 @@ class _Exits(nn.Module):
         which a sample pays at every exit that it passes, is the sum over the visits of
         ``cross_entropy(visit.logits, labels[visit.index], reduction="sum") / N``. Gradients flow.
         """
+        modes.refuse_fixed_sizes(x, f"{type(self).__name__}.visits")
         state, memory, index, batch = x, None, None, 0
         compacted = Compaction(self.shared)
         for exit in range(self.num_exits):
@@ -131,9 +134,15 @@ class _Exits(nn.Module):
                 state, memory, index = compacted(state, staying, memory, index)
 
     @torch.no_grad()
-    def _leave(self, logits: Tensor, exit: int, state, memory, batch: int) -> tuple[Tensor, Any]:
-        """bool ``[n]``: who leaves, the criterion's wish and the cap together; and the criterion's memory."""
+    def _leave(
+        self, logits: Tensor, exit: int, state, memory, batch: int, there: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """bool ``[n]``: who leaves, the criterion's wish and the cap together; and the criterion's memory.
+
+        ``there``: bool ``[n]``, who has not left before; None: all.
+        """
         leave, confidence, memory = decide(self.criterion, logits, exit, state, memory)
+        leave = leave if there is None else leave | ~there
         fraction = _fractions(self.max_fraction, self.num_exits)[exit]
         most = most_of(fraction, batch)
         if leave.shape[0] > most:
@@ -144,7 +153,7 @@ class _Exits(nn.Module):
         rows, index, exits, like = [], [], [], None
         for visit in self.visits(x):
             like = visit.logits if like is None else like
-            self._check_alike(like, visit)
+            self._check_alike(like, visit.exit, visit.logits)
             if visit.staying.is_full and not visit.staying.is_empty:
                 continue
             leaving = visit.leaving()
@@ -158,12 +167,30 @@ class _Exits(nn.Module):
         where = torch.cat(index)
         return ExitOutput(_in_slots(torch.cat(rows), where), _in_slots(torch.cat(exits), where))
 
-    def _check_alike(self, like: Tensor, visit: Visit) -> None:
-        if visit.logits.shape[1:] != like.shape[1:]:
-            expected, got = (["n", *t.shape[1:]] for t in (like, visit.logits))
+    def _chosen(self, x: Any) -> ExitOutput:
+        """The same where sizes may not depend on values (export, ``vmap``): every exit sees every sample, and each keeps the
+        logits of its own."""
+        state, memory, out, exits, there = x, None, None, None, None
+        for exit in range(self.num_exits):
+            logits, state, seen = self._step(exit, state)
+            if out is None:
+                out, there = logits, torch.ones_like(logits.flatten(1)[:, 0], dtype=torch.bool)
+                exits = torch.zeros_like(there, dtype=torch.int64)
+            else:
+                self._check_alike(out, exit, logits)
+                out = torch.where(there.view(-1, *[1] * (out.dim() - 1)), logits.to(out.dtype), out)
+                exits = torch.where(there, exit, exits)
+            if exit < self.num_exits - 1:
+                leave, memory = self._leave(logits, exit, seen, memory, logits.shape[0], there)
+                there = there & ~leave
+        return ExitOutput(out, exits)
+
+    def _check_alike(self, like: Tensor, exit: int, logits: Tensor) -> None:
+        if logits.shape[1:] != like.shape[1:]:
+            expected, got = (["n", *t.shape[1:]] for t in (like, logits))
             name = self._maker
             raise ValueError(
-                f"{name}[{visit.exit}]: expected logits [{', '.join(map(str, expected))}], as {name}[0] has them, got "
+                f"{name}[{exit}]: expected logits [{', '.join(map(str, expected))}], as {name}[0] has them, got "
                 f"[{', '.join(map(str, got))}]: a sample's logits come from its exit (all_exits=True takes any)"
             )
 

@@ -110,7 +110,7 @@ class Skip(nn.Module):
         _check_gate(gate, x)
         if self.dense:
             return self._dense(x, gate)
-        if self.max_fraction is None and torch.compiler.is_compiling():
+        if self.max_fraction is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return _outside_graph(self, x, gate)
         return self._compacted(x, gate)
 

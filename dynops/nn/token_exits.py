@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import modes
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, most_of
 from .apart import apart
@@ -111,6 +112,7 @@ class TokenExit(nn.Module):
             return self._every(hidden, context)
         if self.criterion is None and exits is None:
             raise ValueError("exits: expected [B, T], as the layer has no criterion, got None")
+        modes.refuse_fixed_sizes(hidden, "TokenExit: without all_exits=True")
         run = _outside_graph if torch.compiler.is_compiling() else TokenExit._compacted
         return run(self, hidden, exits, context)
 
