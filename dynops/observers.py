@@ -36,8 +36,8 @@ def refuse_tracing() -> None:
 
 
 INSTEAD = (
-    "expected torch.export.export, which keeps the decision in its graph; without a mask the layers are the dense "
-    "ones and can be traced, and after dynops.revert_(model) they can be scripted too"
+    "use torch.export.export, which keeps the decision in its graph; a converted model can be scripted after "
+    "dynops.revert_(model)"
 )
 
 
