@@ -33,7 +33,8 @@ static py::dict build_info() {
 // would take three times as long, and layers call this once or twice in every call.
 static PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count % 3) {
-    PyErr_Format(PyExc_TypeError, "fingerprint: expected address, bytes, lines, ..., got %zd arguments", count);
+    PyErr_Format(PyExc_TypeError, "fingerprint: expected address, bytes, lines, ..., got %zd arguments",
+                 count);
     return nullptr;
   }
   uint64_t hash = 0;

@@ -25,7 +25,9 @@ def run_folded(stack, x: Tensor) -> Tensor:
             weight, bias = _folded(layer)
             conv = layer.conv
             y = F.conv2d(inputs[0], weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-            if bias is not None:  # oneDNN's AVX2 kernels begin their sums with it: 1.4 times as far from the exact one
+            if (
+                bias is not None
+            ):  # oneDNN's AVX2 kernels begin their sums with it: 1.4 times as far from the exact one
                 y += bias.view(-1, 1, 1)
             values[layer.out] = finish(y, inputs[1] if layer.residual else None, layer.activation)
         else:
