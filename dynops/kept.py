@@ -206,11 +206,18 @@ def _shows_changes(t: Tensor) -> bool:
 
 
 def _marks(tensors: tuple) -> list[int]:
-    """Where each tensor lies, and its version (one made in inference mode has none)."""
+    """Where each tensor lies, and its version, or -1: one made in inference mode has none."""
     marks = []
     for t in tensors:
-        marks += (0, 0) if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version)
+        marks += (0, 0) if t is None else (t.data_ptr(), _version(t))
     return marks
+
+
+def _version(t: Tensor) -> int:
+    try:  # not by is_inference(): a parameter that got such data has a version still
+        return t._version
+    except RuntimeError:
+        return -1
 
 
 def _memory(t: Tensor) -> tuple[int, int, int]:

@@ -259,6 +259,26 @@ def test_inference_tensors():
 
 
 @needs_binary
+def test_a_layer_that_moved_in_inference_mode_is_packed_once(monkeypatch):
+    """``module.to`` there gives its parameters data without a version, and they keep the one that they had."""
+    layer, remade = dynops.nn.SparseConv2d(32, 32, 3, padding=1), []
+    remake = Kept._remake
+    monkeypatch.setattr(Kept, "_remake", lambda self, *a: remade.append(a[0]) or remake(self, *a))
+    x, mask = random_tensor(1, 32, 9, 9), random_mask((1, 9, 9), 0.5)
+    with torch.inference_mode():
+        layer.to(memory_format=torch.channels_last)
+        for _ in range(3):
+            layer(x, mask)
+        assert len(remade) == 1
+        layer.weight.mul_(2)
+        assert_near(
+            layer(x, mask),
+            F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1) * mask[:, None],
+        )
+        assert len(remade) == 2
+
+
+@needs_binary
 def test_an_inference_tensor_is_packed_once():
     with torch.inference_mode():
         weight = torch.rand(8, 8)
