@@ -118,6 +118,17 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
+def vmapped() -> bool:
+    """Whether a vmap is active, whatever over: the tangent of a tensor that is not batched may be."""
+    if torch.compiler.is_compiling():
+        return False
+    if _has_key(_VMAP_MODE):
+        return True
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() if _transforms() else None
+    return any(level.key() == functorch.TransformType.Vmap for level in levels or ())
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast makes of ``x``, or None: outside it, for float64, on a device without autocast."""
     device = x.device.type

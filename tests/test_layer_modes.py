@@ -223,3 +223,18 @@ def test_meta_tensors(name):
                 patch.setitem(globals(), key, value)
             out = call(layer, x.to("meta"))
     assert out.is_meta and out.shape == expected
+
+
+@pytest.mark.parametrize("path", ["rows", "tiles", None])
+def test_hessian_through_rows_of_nchw_maps(path):
+    """The map is plain, and its tangent batched."""
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GELU()).eval()
+    blocks, x, mask = (
+        dynops.nn.SparseBlocks(module, 2, path=path),
+        torch.randn(2, 4, 6, 6),
+        torch.rand(2, 6, 6) < 0.5,
+    )
+    wide = dynops.BlockPlan.from_mask(mask, 2).mask()[:, None]
+    ours = torch.func.hessian(lambda x: blocks(x, mask).square().sum())(x)
+    exact = torch.func.hessian(lambda x: (module(x) * wide).square().sum())(x)
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)

@@ -220,8 +220,9 @@ def test_what_costs_nothing():
     assert layer(x, torch.zeros(6)) is x
     seen = []
     layer.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    layer(x, torch.ones(6))
-    assert torch._C._data_address(seen[0]) == torch._C._data_address(x)  # no copy was made
+    for _ in range(2):  # a hook may write: the first call tells
+        layer(x, torch.ones(6))
+    assert seen[1] is x
 
 
 def test_trees():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynops import PixelPlan, backends, ops
 from dynops.geometry import ConvGeometry
+from dynops.nn import SparseConv2d
 from dynops.ops import auto
 from dynops.testing import (
     assert_within_budget,
@@ -412,3 +413,28 @@ def test_gradient_of_packed_rows_to_a_map():
         found.append((dx, dw))
     for nchw, last in zip(*found, strict=True):
         assert nchw.shape == last.shape and torch.equal(nchw, last)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "overlapping"])
+def test_images_that_share_memory(layout):
+    """As a gradient of a sum over the batch does: later pixels may lie before earlier ones."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        shape, base = (2, 16, 1, 40), torch.randn(1, 16, 1, 60)
+        if layout == "expanded":
+            x = base[..., :40].expand(shape)
+        else:
+            x = base.as_strided(shape, (10, 60, 40, 1))
+        mask = torch.rand(2, 1, 40) < 0.4
+        plan = PixelPlan.from_mask(mask)
+        assert torch.equal(ops.gather_pixels(x, plan), ops.gather_pixels(x.contiguous(), plan))
+
+
+def test_a_gradient_that_is_summed_over_the_batch():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer, x, mask = SparseConv2d(64, 64, 1), torch.randn(8, 64, 7, 7), torch.rand(8, 7, 7) < 0.3
+        grads = []
+        for run in (lambda: layer(x, mask), lambda: layer(x) * mask[:, None]):  # noqa: B023
+            grads.append(torch.autograd.grad(run().sum(0).square().sum(), layer.weight)[0])
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)

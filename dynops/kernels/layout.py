@@ -23,8 +23,8 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def in_format(out: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """``out`` in a memory format; a tensor under vmap, which has none, as it is."""
-    return out if modes.is_batched(out) else out.contiguous(memory_format=memory_format)
+    """``out`` in a memory format; under vmap, where a tensor or its tangent has none, as it is."""
+    return out if modes.vmapped() else out.contiguous(memory_format=memory_format)
 
 
 def in_format_of(out: Tensor, x: Tensor) -> Tensor:

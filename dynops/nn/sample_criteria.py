@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import is_int
-from .apart import apart, own
+from .apart import apart, apart_as
 from .exact import ExactBuffers
 
 
@@ -314,12 +314,10 @@ def max_probability(logits: Tensor) -> Tensor:
 
 def decide(criterion, logits: Tensor, exit: int, state: Any, memory: Any) -> Verdict:
     """A criterion's or a callable's verdict, checked."""
-    logits, state = own(criterion, (logits, state))  # a function of values
-    if isinstance(criterion, Criterion):
-        verdict = criterion(logits, exit, state, memory)
-    else:
-        verdict = criterion(logits, exit, state)
-        verdict = verdict if isinstance(verdict, Verdict) else Verdict(verdict)
+    last = (memory,) if isinstance(criterion, Criterion) else ()
+    verdict = apart_as(criterion, lambda seen: criterion(seen[0], exit, seen[1], *last), (logits, state))
+    if not isinstance(criterion, Criterion) and not isinstance(verdict, Verdict):
+        verdict = Verdict(verdict)
     n = logits.shape[0]
     for name, value in (("leave", verdict.leave), ("confidence", verdict.confidence)):
         if value is None and name == "confidence":

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .. import modes
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan, named
-from .apart import own
+from .apart import apart_as
 
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # nn.RNNBase.mode
 _CELLS = {"GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell, "RNN_RELU": torch.rnn_relu_cell}
@@ -89,14 +89,14 @@ def compacted_cell(
     if dense:
         u = update.mask() if isinstance(update, SamplePlan) else update
         u = u if floating else u != 0
-        new = _as_state(cell(*own(cell, (x, state))), state)
+        new = _as_state(apart_as(cell, lambda both: cell(*both), (x, state)), state)
         return _map_states(lambda a, b: _mix(u, a, b), new, state)
     plan = update if isinstance(update, SamplePlan) else named("update", "keep", SamplePlan.from_mask, update)
     if plan.is_empty:
         return state
     scale = update if floating else None
     if plan.is_full:
-        new = _as_state(cell(*own(cell, (x, state))), state)
+        new = _as_state(apart_as(cell, lambda both: cell(*both), (x, state)), state)
     else:
         new = _as_state(cell(gather_samples(x, plan), gather_samples(state, plan)), state)
         scale = None if scale is None else gather_samples(scale, plan)
