@@ -38,7 +38,8 @@ struct Places {
   // Whether each plane is without gaps: then a line's end is the next one's beginning.
   bool whole() const { return (x_bytes == size || w <= 1) && (y_bytes == w * size || h <= 1); }
 
-  // Whether ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded batch.
+  // Whether ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
+  // batch.
   bool ascends(int64_t images) const { return whole() && (images <= 1 || n_bytes >= h * w * size); }
 
   // Bytes to the first channel of the pixels at[0 .. count), or without `at` of those from `first` on.
@@ -99,8 +100,8 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
         continue;
       }
       kernels().gather_planes(
-          {height, channels, place.data(), places.ascends(x.size(0)), places.c_bytes, row_bytes, places.size}, from,
-          row);
+          {height, channels, place.data(), places.ascends(x.size(0)), places.c_bytes, row_bytes, places.size},
+          from, row);
     }
   });
   if (out.size(0) > rows) std::fill_n(to + rows * row_bytes, (out.size(0) - rows) * row_bytes, char(0));
