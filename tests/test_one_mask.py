@@ -133,7 +133,7 @@ def test_other_batches_are_refused():
     with dynops.active(EACH[:2]), pytest.raises(ValueError, match="batch of 3, got one for 2"):
         LAYERS["conv"](X)
     with pytest.raises(
-        ValueError, match=r"mask: expected \[N, H, W\], \[N, 1, H, W\] or \[H, W\], got shape"
+        ValueError, match=r"mask_or_plan: expected \[N, H, W\], \[N, 1, H, W\] or \[H, W\], got shape"
     ):
         LAYERS["conv"](X, torch.ones(1, 4, H, W))
 
