@@ -100,8 +100,8 @@ def refuse_fixed_sizes(tree, name: str) -> None:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether reading a value of ``x`` costs nothing: on a CPU, where it has one."""
-    return x.device.type == "cpu" and not tracing() and not is_batched(x)
+    """Whether reading a value of ``x`` costs nothing: on a CPU, where it has one (a fake tensor has none)."""
+    return x.device.type == "cpu" and type(x) in _PLAIN and not tracing() and not is_batched(x)
 
 
 def is_batched(x: Tensor) -> bool:

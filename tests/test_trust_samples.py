@@ -733,3 +733,10 @@ def test_gradients_flow_through_a_compacted_state():
         *(torch.autograd.grad(t.square().sum(), (x, scale)) for t in (out.logits, exact)), strict=True
     ):
         torch.testing.assert_close(ours, other)
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        x, gate = torch.randn(2, 4, 8, 8), torch.ones(2)
+        for module in (conv(), Adds()):
+            assert Skip(module, dense=True)(x, gate).shape == x.shape

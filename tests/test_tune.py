@@ -128,7 +128,7 @@ def test_sizes_that_split_an_enlarged_pixel_are_left_out():
         (TypeError, "x: expected a tensor", {"x": [1]}),
         (ValueError, r"x: expected \[N, C, H, W\], got shape \(4, 32, 32\)", {"x": torch.ones(4, 32, 32)}),
         (TypeError, "mask: expected a tensor", {"mask": None}),
-        (ValueError, "mask: expected", {"mask": torch.ones(32, 32)}),
+        (ValueError, "mask: expected", {"mask": torch.ones(1, 2, 32, 32)}),
         (ValueError, r"candidates: expected block sizes, ints >= 1, got \(\)", {"candidates": ()}),
         (ValueError, "candidates: expected block sizes", {"candidates": (4, 0)}),
         (ValueError, "candidates: expected block sizes", {"candidates": 8}),

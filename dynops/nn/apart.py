@@ -47,9 +47,8 @@ def apart_as(module: Callable, run: Callable[[Any], Any], value: Any) -> Any:
     if _reads_only(module):
         return run(value)
     leaves = _tensors(value)
-    if modes.watched() or not can_keep(
-        *leaves
-    ):  # a write would not be seen; Inductor drops a copy that nobody needs
+    seen = all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves) and can_keep(*leaves)
+    if modes.watched() or not seen:  # a write would not be; Inductor drops a copy that nobody needs
         return run(_copied(value))
     known = _known(module)
     key = getattr(module, "training", None), torch.is_grad_enabled()

@@ -177,8 +177,7 @@ class Skip(nn.Module):
         elif self.max_fraction is not None:
             gate = torch.where(self.plan(gate).mask(), gate.reshape(-1), 0)
         gate = gate.reshape(-1)
-        looks = gate.device.type == "cpu" and gate.is_floating_point() and not torch.compiler.is_compiling()
-        if looks and bool(gate.isnan().any()):
+        if gate.is_floating_point() and modes.may_look(gate) and bool(gate.isnan().any()):
             raise ValueError("gate: expected numbers, got NaN in it")
 
         def merge(value: Tensor, below: Tensor) -> Tensor:
