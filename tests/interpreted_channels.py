@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
+from yardstick import torch_weight_grads
 
 from dynops import ChannelPlan, ops
 from dynops.geometry import ConvGeometry
@@ -190,7 +191,9 @@ class Inputs:
 
 def check(method, kernel, plain, **changes):
     """``method`` with the kernel, against the reference in float64 and in the same dtype."""
-    results = method(kernel, **changes), method(plain, True, **changes), method(plain, **changes)
+    with torch_weight_grads():
+        dense = method(plain, **changes)
+    results = method(kernel, **changes), method(plain, True, **changes), dense
     for value in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
         assert_within_budget(*value)
 
