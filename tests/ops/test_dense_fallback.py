@@ -12,6 +12,7 @@ from dynops import BlockPlan, PixelPlan, backends, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks, SparseConv2d
 from dynops.nn.blocks import sparse_blocks as blocks
+from dynops.ops import checks
 from dynops.ops import dense_fallback as auto
 from dynops.ops.pixels import conv as pixels
 from dynops.stack.traced import Bound
@@ -104,7 +105,7 @@ def test_gradients_in_float64():
     plan = PixelPlan.from_mask(mask)
     rows = random_tensor(len(plan), dtype=torch.float64), random_tensor(len(plan), 2, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (*tensors, *fused.values(), *rows)]
-    g = ops.pixels.checks.conv_geometry(tensors[0].shape, tensors[1].shape, 1, 1, 1, 1, "zeros")[0]
+    g = checks.conv_geometry(tensors[0].shape, tensors[1].shape, 1, 1, 1, 1, "zeros")[0]
 
     def dense(x, weight, bias, scale, shift, base, gate, residual):
         return pixels._masked_dense(x, weight, bias, plan, g, ("silu", scale, shift, gate, residual), base)
