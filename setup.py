@@ -43,10 +43,10 @@ def extension():
     cuda = wants_cuda()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
     archs = os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("cpu/*.cpp"))
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("cpu/**/*.cpp"))
     sources += ["csrc/bindings.cpp"]
     target = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", *target]
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", *target]
     link, include, library = [], [pybind11.get_include()], []
     if cuda:
         home = cpp_extension.CUDA_HOME = cuda_home()

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/engine.h"
+#include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
 
 #ifndef DYNOPS_CUDA_ARCHS
