@@ -1,4 +1,4 @@
-"""What tests need: one error budget, makers of inputs and masks, and a dense oracle.
+"""Helps tests: one error budget, makers of inputs and masks, and a dense oracle.
 
 The oracle (:func:`dense_masked_conv2d`) is plain ``F.conv2d`` and a mask. It shares no line with
 ``dynops.ops``, so that a mistake there cannot hide here. A test then reads::

@@ -68,7 +68,7 @@ def _check(module, x, mask, candidates) -> tuple[int, ...]:
 
 
 def _key(x: Tensor, mask: Tensor, sizes: tuple[int, ...]) -> tuple:
-    """What an answer holds for. Scattered and clustered masks of one density differ in their largest blocks."""
+    """The key of an answer. Scattered and clustered masks of one density differ in their largest blocks."""
     densities = tuple(round(BlockPlan.from_mask(mask, size).density * 20) for size in (1, max(sizes)))
     layout = x.is_contiguous(memory_format=torch.channels_last)
     return tuple(x.shape), x.dtype, str(x.device), layout, densities, torch.get_num_threads(), sizes

@@ -96,7 +96,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _reads_only(module: Callable) -> bool:
-    """Whether the first layer of a module is one of PyTorch's or dynops' that returns new tensors."""
+    """True if the first layer of a module is one of PyTorch's or dynops' that returns new tensors."""
     while _is_known(module) and isinstance(module, nn.Sequential) and len(module):
         module = module[0]
     if not _is_known(module) or isinstance(module, (nn.Sequential, *_PASSES_ON)):
@@ -105,7 +105,7 @@ def _reads_only(module: Callable) -> bool:
 
 
 def _is_known(module: Callable) -> bool:
-    """Whether a module's forward was written here or in PyTorch, and is all that runs."""
+    """True if a module's forward was written here or in PyTorch, and is all that runs."""
     if not isinstance(module, nn.Module) or "forward" in vars(module):
         return False
     if module._forward_pre_hooks or module._forward_hooks:

@@ -40,7 +40,7 @@ class Pondered(NamedTuple):
 
 
 class HaltingRule:
-    """When a row halts and what it leaves behind."""
+    """The rule by which a row halts, and the value it leaves behind."""
 
     def __init__(self, max_steps: int, epsilon: float, weighted: bool, max_fraction: float | None):
         if not is_int(max_steps, 1):
@@ -53,7 +53,7 @@ class HaltingRule:
         self.weighted, self.max_fraction = weighted, max_fraction
 
     def most(self, rows: int) -> int | None:
-        """How many of ``rows`` rows may run on after a step; None: all."""
+        """Returns how many of ``rows`` rows may run on after a step; None: all."""
         return None if self.max_fraction is None else most_of(self.max_fraction, rows)
 
     def halts(self, score: Tensor | None, total: Tensor, most: int | None, running: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class HaltingRule:
 
 
 class _Rows(NamedTuple):
-    """What the loop knows of its rows. One tree, so that one gather makes it smaller."""
+    """The state of the loop's rows: one tree, so that one gather makes it smaller."""
 
     state: Any
     average: list[Tensor | None]  # the weighted sum so far of each floating leaf, float32 at least

@@ -63,7 +63,7 @@ def _exchange(group, send: list[int], receive: list[int], *tensors: Tensor) -> t
 
 
 class _Route(NamedTuple):
-    """Which tokens go to which rank: a plan over ranks, its rows to each of them, and the rows that come from each."""
+    """Sends tokens to ranks: a plan over ranks, its rows to each of them, and the rows that come from each."""
 
     plan: ExpertPlan
     send: list[int]

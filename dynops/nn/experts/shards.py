@@ -1,4 +1,4 @@
-"""What a model with sharded experts needs around it: data parallelism, clipping, and state dicts of the whole."""
+"""Wraps a model with sharded experts: data parallelism, clipping, and state dicts of the whole."""
 
 from __future__ import annotations
 

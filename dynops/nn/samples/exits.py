@@ -34,7 +34,7 @@ class ExitScores(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """What happens at one exit, see :meth:`EarlyExit.visits`.
+    """One exit's event, see :meth:`EarlyExit.visits`.
 
     ``exit``: its number. ``index``: int64 ``[n]``, ascending, which samples of the batch are there.
     ``logits``: ``[n, ...]``. ``staying``: the :class:`~dynops.SamplePlan` of those n that go on.
@@ -55,7 +55,7 @@ class Visit(NamedTuple):
 
 
 class _Exits(nn.Module):
-    """What EarlyExit and Cascade share: the batch that shrinks, and results in their own slots."""
+    """Base of EarlyExit and Cascade: the batch shrinks, and results go to their own slots."""
 
     num_exits: int
     _maker: str  # the argument whose modules return logits

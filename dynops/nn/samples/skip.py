@@ -211,7 +211,7 @@ def _outside_graph(layer: Skip, x: Any, gate: Tensor | SamplePlan) -> Any:
 
 
 def _is_hard(gate: Tensor) -> bool:
-    """Whether every gate is 0 or 1, where looking costs nothing: nothing is multiplied then, and F can run on rows."""
+    """True if every gate is 0 or 1 and looking costs nothing: F can then run on rows, and nothing is multiplied."""
     return modes.may_look(gate) and bool(((gate == 0) | (gate == 1)).all())
 
 

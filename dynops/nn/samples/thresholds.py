@@ -179,7 +179,7 @@ def fit_temperature(logits: Sequence[Tensor] | Tensor, labels: Tensor) -> Tensor
     of_label = z.gather(1, labels[:, None])[:, 0]
 
     def slope(log_inverse: float) -> float:
-        """Of the loss over 1 / temperature: the mean logit under the softmax, less the label's."""
+        """Derivative of the loss by 1 / temperature: the mean logit under the softmax, less the label's."""
         return float(((torch.softmax(z * math.exp(log_inverse), 1) * z).sum(1) - of_label).mean())
 
     low, high = -math.log(100), math.log(100)

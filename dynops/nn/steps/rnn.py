@@ -17,7 +17,7 @@ THRESHOLD = 0.5  # above it a probability rounds to 1
 
 
 class SkipState(NamedTuple):
-    """What a :class:`SkipRNN` carries from one call to the next.
+    """The state that a :class:`SkipRNN` carries from one call to the next.
 
     ``hidden``: as ``nn.LSTM`` has it, ``(h, c)``, or ``h`` of the other cells, ``[L, B, H]``.
     ``probability``: float64 ``[B]``, the accumulated update probability of the next step.
@@ -316,7 +316,7 @@ class SkipRNN(nn.RNNBase):
 
     @staticmethod
     def _is_scaled(u: Tensor) -> bool:
-        """Whether the decisions multiply: they have a gradient, or another value than 0 and 1."""
+        """True if the decisions multiply: they have a gradient, or another value than 0 and 1."""
         if not u.is_floating_point():
             return False
         nan, soft = torch.stack([u.isnan().any(), ((u != 0) & (u != 1)).any()]).tolist()

@@ -262,7 +262,7 @@ class TokenEncoderLayer(FromDense, nn.TransformerEncoderLayer):
 
 
 class _Slots:
-    """Where a plan's tokens lie in ``[L, M]``: L sequences that have one, M the most that a sequence has."""
+    """Places a plan's tokens in ``[L, M]``: L sequences that have one, M the most that a sequence has."""
 
     def __init__(self, plan: SamplePlan, batch: int, tokens: int):
         self.shape, self.plan, self.live = (batch, tokens), None, None
@@ -299,7 +299,7 @@ class _Slots:
 
 
 def _attention_mask(slots: _Slots, padding_mask, src_mask, dtype: torch.dtype) -> Tensor | None:
-    """What ``scaled_dot_product_attention`` takes (bool: true = attend), ``[L or 1, 1, M or 1, T]``."""
+    """Makes the mask of ``scaled_dot_product_attention`` (bool: true = attend), ``[L or 1, 1, M or 1, T]``."""
     allowed = None if padding_mask is None else ~padding_mask[:, None, None, :]
     if src_mask is None:
         return allowed
@@ -351,7 +351,7 @@ def _check_hidden(hidden: Tensor) -> None:
 
 
 def _check_tokens(value: Tensor | None, name: str, hidden: Tensor) -> None:
-    """Whether ``value`` is None or has one number for each token: bool for a padding mask, else int."""
+    """True if ``value`` is None or has one number for each token: bool for a padding mask, else int."""
     if value is None:
         return
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(hidden.shape[:2]):
