@@ -6,8 +6,8 @@ One rule for all of it. A thing is kept with the memory that it was made of, and
 - the version counter of a tensor moved: any in-place operation that autograd sees;
 - an optimiser of ``torch.optim`` stepped: all is forgotten, since fused steps move no counter;
 - on a CPU, the **fingerprint** of the content differs: ``F.batch_norm`` moves running statistics without a
-  counter, and so do collectives, FSDP2, ``weight.data``, other processes and numpy. Up to 16 KB (norms) every byte is
-  read, of more 66 cache lines (1 KB in 64 parts), of stacked experts two lines of each at least.
+  counter, and so do collectives, FSDP2, ``weight.data``, other processes and numpy. Up to 16 KB (norms) every
+  byte is read; of more, 66 cache lines; of stacked experts, at least two lines of each.
 
 A fingerprint does not see one element that is written through ``.data`` in a large weight; on a GPU, where reading it
 would wait for the device, there is none at all. :func:`refresh` is for these. ``DYNOPS_CHECK_KEPT=1`` in the environment

@@ -1,9 +1,9 @@
 """Calls of a user's modules on tensors that somebody else reads too: what they write in place stays their own.
 
-Every layer here that hands one tensor to several modules (a branch and a shortcut, a head and the next stage) takes them as
-functions of values: ``x + F(x)`` is that of ``F(x.clone())``, also where ``F`` begins with ``ReLU(inplace=True)``. A layer
-of PyTorch or dynops says whether it writes. Of any other module the first call gets a copy, and tells; a module that did not
-write gets the tensor itself from then on, and is watched.
+Some layers hand one tensor to several modules: a branch and a shortcut, a head and the next stage. They take
+these modules as functions of values: ``x + F(x)`` is that of ``F(x.clone())``, also where ``F`` begins with
+``ReLU(inplace=True)``. A layer of PyTorch or dynops says whether it writes. Of any other module the first
+call gets a copy, and tells; a module that did not write gets the tensor itself from then on, and is watched.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The loop of adaptive computation time: rows leave it as their halting scores add up to 1.
 
-A row is what may halt by itself: a sample, a position of a sequence or a pixel. With h the score of step n
-and ``total`` the sum of those before it, a row halts at the first step with ``total + h >= 1 - epsilon``, or
-at the last step there is. That step has the weight ``R = 1 - total`` (the remainder), each one before it its
-score; the weights add up to 1, and the ponder cost is ``n + R``.
+A row is what may halt by itself: a sample, a position of a sequence or a pixel. Let h be the score of step n
+and ``total`` the sum of those before it. A row halts at the first step with ``total + h >= 1 - epsilon``, or
+at the last step. That step has the weight ``R = 1 - total`` (the remainder), each one before it its score;
+the weights add up to 1, and the ponder cost is ``n + R``.
 """
 
 from __future__ import annotations

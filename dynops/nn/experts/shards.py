@@ -69,8 +69,9 @@ def _mean(grad: Tensor, ranks: int, replicas) -> Tensor:
 def prepare_fsdp(model: nn.Module, mesh: DeviceMesh, **options) -> None:
     """``fully_shard`` for the experts; ``fully_shard(model)`` then takes the rest.
 
-    Their parameters are sharded a second time over the ranks that hold the same experts, and their gradients become means over
-    all ranks, as those of the rest do. ``fully_shard`` takes the values that each rank has: seed the ranks alike, or load.
+    Their parameters are sharded a second time, over the ranks that hold the same experts. Their gradients
+    become means over all ranks, as those of the rest do. ``fully_shard`` takes the values that each rank has:
+    seed the ranks alike, or load.
 
     Args:
         model: before ``fully_shard``.

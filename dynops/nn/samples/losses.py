@@ -1,7 +1,7 @@
 """Trains networks with exits: losses over all of them, and gradients that do not grow with their number.
 
-``logits`` are those of every exit, a list of E tensors ``[N, C]`` (or ``[N, C, ...]``) or one ``[E, N, C]``,
-as a model with exits returns them in training. Losses are means over the samples, computed in float32 at
+``logits`` are those of every exit, as a model with exits returns them in training: a list of E tensors
+``[N, C]`` (or ``[N, C, ...]``), or one ``[E, N, C]``. Losses are means over the samples, computed in float32 at
 least.
 """
 

@@ -58,9 +58,9 @@ class SkipRNN(nn.RNNBase):
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU". The gate reads c of an LSTM (as the authors' code
             does), else h.
         dense: computes every step of every sequence and multiplies by u. The output is the same; the gate's
-            gradient is exact for every step. Without it ``S - s`` of a skipped step is not known, so that a
-            skipped u gets no gradient through the state, only through p and through losses on ``updates``;
-            all others are exact. The paper trains dense. In the dense form a NaN of a skipped step spreads.
+            gradient is exact for every step. Without it ``S - s`` of a skipped step is not known: a skipped u
+            gets no gradient through the state, only through p and losses on ``updates``; all others are
+            exact. The paper trains dense. In the dense form a NaN of a skipped step spreads.
             An attribute: it may be changed at any time.
 
     Shape (with ``batch_first``; else B and T change places in all but the states):

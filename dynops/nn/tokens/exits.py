@@ -33,9 +33,9 @@ class TokenExit(nn.Module):
     """A chain of stages with an exit after each, for every token by itself, with its state copied up.
 
     ``rows = stages[e](hidden, plan); logits = heads[e](rows)``: a stage computes the tokens of the plan,
-    those that have not left, and may read the states of all, which for a token that has left are those of its
-    last stage. Which tokens go on is read back once at each exit on a GPU; where none leaves nothing is
-    compacted, and where all have left the later stages do not run.
+    which have not left, and may read the states of all. A token that has left keeps the state of its last
+    stage. Which tokens go on is read back once at each exit on a GPU; where none leaves nothing is compacted,
+    and where all have left the later stages do not run.
 
     In training mode, or with ``all_exits=True``, every exit sees every token (aligned training). With
     ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with ``exits`` drawn at
