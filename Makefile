@@ -36,7 +36,7 @@ bench: build
 
 # Triton's compiler and interpreter keep one core busy for minutes: without ARGS they run beside the rest, and what
 # trains or measures with them, so that both halves take as long.
-SIDE_TESTS := tests/test_triton_aot.py tests/test_triton_interpreter.py tests/test_examples.py tests/test_benchmarks_samples.py
+SIDE_TESTS := tests/gpu/test_triton_aot.py tests/gpu/test_triton_interpreter.py tests/tools/test_examples.py tests/tools/test_benchmarks_samples.py
 test: build
 	@$(PY) -c 'import pytest, hypothesis' || { echo "make test needs pytest and hypothesis in $(PY)"; exit 1; }
 ifeq ($(strip $(ARGS)),)
@@ -73,7 +73,7 @@ build/.checked-%:
 # A copy of the package is built with sanitizers and tested by itself; dynops/ keeps the fast binary.
 # libstdc++ is preloaded too: ASan must find __cxa_throw before Python loads any C++.
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS ?= tests/test_plans.py tests/test_samples.py tests/test_blocks.py tests/test_pixels.py tests/test_pixels_properties.py tests/test_channel_plans.py tests/test_channels.py tests/test_channels_attacks.py tests/test_channel_weights.py tests/test_channel_outputs.py tests/test_channel_filters.py tests/test_nn_channels.py tests/test_expert_plans.py tests/test_experts.py tests/test_experts_attacks.py tests/test_robustness.py -k "not reference and not compile and not export and not fork"
+ASAN_TESTS ?= tests/plans/test_plans.py tests/ops/test_samples.py tests/ops/test_blocks.py tests/ops/test_pixels.py tests/ops/test_pixels_properties.py tests/plans/test_channel_plans.py tests/ops/test_channels.py tests/ops/test_channels_attacks.py tests/ops/test_channel_weights.py tests/ops/test_channel_outputs.py tests/ops/test_channel_filters.py tests/nn/test_channels.py tests/plans/test_expert_plans.py tests/ops/test_experts.py tests/ops/test_experts_attacks.py tests/contracts/test_robustness.py -k "not reference and not compile and not export and not fork"
 LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
 asan: $(READY)
 	rm -rf $(ASAN)/run && mkdir -p $(ASAN)/run

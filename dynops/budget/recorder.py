@@ -27,9 +27,9 @@ from ..nn import (
 )
 from ..ops import probing
 from ..plans import BlockPlan, ChannelPlan, ExpertPlan
-from . import pictures
+from . import plots as pictures
+from .counters import Histogram, Tally
 from .dense_rules import argument
-from .tallies import Histogram, Tally
 from .tracker import Call, Tracker
 
 _PIXELS = (SparseConv2d, SparseConvTranspose2d, SparseSequential, SparseBlocks)
