@@ -26,15 +26,6 @@ def registered():
     dynops.integrations.transformers.register()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are done sooner by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def used(monkeypatch):
     """The activations that experts_mlp was called with."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import in_threads
+from processes import in_threads, torch_threads
 from torch import Tensor
 
 from dynops import BlockPlan, PixelPlan, ops
@@ -618,12 +618,9 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, layout):
             ops.scatter_blocks(inner, plan, grad, True),
         )
 
-    try:
-        torch.set_num_threads(1)
-        one = run()
-    finally:
-        torch.set_num_threads(2)
-    for a, b in zip(one, run(), strict=True):
+    with torch_threads(2):
+        two = run()
+    for a, b in zip(two, run(), strict=True):
         assert torch.equal(a, b)
 
 

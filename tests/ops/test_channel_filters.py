@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 
-from dynops import backends, ops
+from dynops import ops
 from dynops.testing import LAYOUTS, assert_within_budget, available_backends, in_layout, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -151,13 +147,10 @@ def test_no_sample(backend):
 def test_the_result_does_not_depend_on_the_threads(case):
     x, kernels, kernel_size, arguments = make(case)
     run = lambda x, k: ops.local_conv2d(x, k, kernel_size, **arguments)  # noqa: E731
-    dy, before, results = random_tensor(*run(x, kernels).shape), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    dy, results = random_tensor(*run(x, kernels).shape), []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             results.append(gradients(run, dy, x, kernels))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -269,16 +262,3 @@ def test_any_local_convolution(data):
         lambda x, k: oracle(x, k, kernel, **arguments),
         *(x, kernels),
     )
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The properties of this file and of test_channel_outputs.py on the other kernels."""
-    if not backends.has_binary() or isa not in backends.build_info()["cpu_isas"]:
-        pytest.skip(f"{isa}: not built, or not on this CPU")
-    here = pathlib.Path(__file__).parent
-    files = [str(here / f"test_channel_{name}.py") for name in ("filters", "outputs")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "test_any"]
-    environment = {**os.environ, "DYNOPS_CPU_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parents[1])
-    assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout[-3000:]

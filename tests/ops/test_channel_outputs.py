@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 
 from dynops import ops
 from dynops.geometry import ConvGeometry
@@ -211,15 +212,10 @@ def test_half_precision_leaves_the_kernel_earlier():
 def test_the_result_does_not_depend_on_the_threads():
     x, weight, mask, partial, bias, arguments = make("1x1, several panels and blocks")
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(
-                ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments, backend="cpp")
-            )
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            out = ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments, backend="cpp")
+        results.append(out)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

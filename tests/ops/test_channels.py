@@ -18,7 +18,7 @@ from channel_cases import (
     sliced_channel_conv2d,
     unpacked,
 )
-from test_pixels import CONVS, DTYPES, Conv, compare, each
+from pixel_cases import CONVS, DTYPES, Conv, compare, each
 from torch import Tensor
 
 from dynops import ChannelPlan, backends, ops

@@ -7,9 +7,9 @@ import torch
 from channel_cases import KINDS, at_channels, channels_of, masked_channel_conv2d, packed, unpacked
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from processes import all_isas, run_script
-from test_pixels import Conv, compare
-from test_pixels_properties import SETTINGS, activations, close_to_dense, convs, layouts, seeds
+from pixel_cases import Conv, compare
+from pixel_strategies import SETTINGS, activations, close_to_dense, convs, layouts, seeds
+from processes import torch_threads
 
 from dynops import ChannelPlan, ops
 from dynops.testing import available_backends, in_layout, random_tensor
@@ -112,48 +112,18 @@ def test_inputs_are_not_altered(backend):
 def test_the_number_of_threads_changes_no_gradient_of_a_weight(conv, backend):
     """Nor the values: to rounding in the values, to the bit in the sums of the weight and the bias."""
     (ins, _), (outs, _) = channels_of("random", conv.n, conv.c), channels_of("random", conv.n, conv.o)
-    tensors, results, before = conv.tensors(), [], torch.get_num_threads()
+    tensors, results = conv.tensors(), []
     n, h, w = conv.out_shape()
     dy = random_tensor(n, conv.o, h, w)
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 7):
+        with torch_threads(threads):
             leaves = [t.detach().requires_grad_() for t in tensors.values()]
             out = ops.channel_conv2d(*leaves, ins, outs, **conv.arguments, backend=backend)
             results.append((out, *torch.autograd.grad(out, leaves, dy)))
-    finally:
-        torch.set_num_threads(before)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
         if backend == "cpp":
             assert torch.equal(result[2], results[0][2]) and torch.equal(result[3], results[0][3])
-
-
-ISA_SCRIPT = """
-    import os, sys
-    import torch
-    from channel_cases import channels_of
-    from test_channels import check
-    from test_pixels import CONVS
-    import dynops
-
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for name in ("3x3", "1x1", "depthwise", "group width 3", "odd wide", "winograd"):
-            conv = CONVS[name]
-            for kind in ("random", "prefix"):
-                ins, outs = channels_of(kind, conv.n, conv.c), channels_of(kind, conv.n, conv.o)
-                check(conv, "cpp", ins, outs, conv.tensors(dtype), ("x", "weight", "bias"))
-    print(dynops.build_info()["cpu_isa"])
-"""
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    if isa not in all_isas():
-        pytest.skip(f"{isa}: not built, or not on this CPU")
-    assert run_script(ISA_SCRIPT, DYNOPS_CPU_ISA=isa).split() == [isa]
 
 
 # ------------------------------------------------------------------------------- compilers, functorch

@@ -22,7 +22,7 @@ from expert_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pixels_properties import SETTINGS, seeds
+from pixel_strategies import SETTINGS, seeds
 
 from dynops import ExpertPlan, ops
 from dynops.ops.experts.checks import QuantizedExperts

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import torch_threads
 from torch import Tensor
 
 from dynops import PixelPlan, backends, ops
@@ -390,13 +391,9 @@ def test_threads_do_not_matter(conv):
     conv = dataclasses.replace(conv, h=3 * conv.h)
     x, weight, bias, mask = _inputs(conv, torch.float32, 0.3)
     plan, results = PixelPlan.from_mask(mask), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 5):
+        with torch_threads(threads):
             results.append(ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0], out) for out in results[1:])
 
 

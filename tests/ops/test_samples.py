@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 from torch import Tensor
 
 from dynops import SamplePlan, ops
@@ -352,13 +353,9 @@ def test_any_batch(keep, shape, dtype, add, threads):
     plan = SamplePlan.from_mask(torch.tensor(keep, dtype=torch.bool))
     x, rows = random_tensor(len(keep), *shape, dtype=dtype), random_tensor(plan.num_rows, *shape, dtype=dtype)
     scale = random_tensor(plan.num_rows)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         actual = ops.scatter_samples(rows, plan, x, add=add, scale=scale)
         gathered = ops.gather_samples(x, plan)
-    finally:
-        torch.set_num_threads(before)
     assert gathered.equal(x[plan.mask()])
     exact = merged(rows.double(), plan, x.double(), add, scale)
     assert_merged(actual, exact, merged(rows, plan, x, add, scale), "scatter")
