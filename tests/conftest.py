@@ -41,3 +41,11 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing that was compiled before counts, and nothing is left for the next test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

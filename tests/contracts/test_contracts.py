@@ -117,13 +117,6 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def check_compiled(compiled, backend, size=(9, 10), device="cpu"):
     leaves, mask = moved(block_inputs(size), device)
     expected, actual = block(*leaves, mask, backend), compiled(*leaves, mask, backend)

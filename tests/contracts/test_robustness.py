@@ -6,12 +6,12 @@ import ast
 import os
 import pathlib
 import resource
-import threading
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from masked_conv import assert_near, expected, inputs
 from processes import ROOT, in_threads, run_script
 
 import dynops
@@ -20,21 +20,6 @@ from dynops.kept import kept
 from dynops.testing import available_backends, in_layout, random_mask, random_tensor
 
 BACKENDS = available_backends()
-
-
-def inputs(n=2, c=16, o=24, size=14, density=0.4, dtype=torch.float32):
-    x = in_layout(random_tensor(n, c, size, size, dtype=dtype), "channels_last")
-    mask = random_mask((n, size, size), density)
-    return x, random_tensor(o, c, 3, 3, dtype=dtype), random_tensor(o, dtype=dtype), mask
-
-
-def expected(x, weight, bias, mask):
-    return F.conv2d(x, weight, bias, padding=1) * mask[:, None]
-
-
-def assert_near(actual, exact):
-    error = (actual.double() - exact.double()).norm() / exact.double().norm()
-    assert error < 8 * torch.finfo(actual.dtype).eps, f"relative error {error:.2e}"
 
 
 # ------------------------------------------------------------------------- threads and forks
@@ -76,23 +61,6 @@ def test_threads_run_backward_at_once(backend):
                 assert_near(grad, right)
 
     in_threads(4, work)
-
-
-def test_threads_while_the_weight_changes():
-    """Readers and a writer take turns; a reader never gets the pack of an earlier weight."""
-    x, weight, bias, mask = inputs()
-    plan, lock = PixelPlan.from_mask(mask), threading.Lock()
-
-    def work(i):
-        for step in range(20):
-            with lock:
-                if i == 0:
-                    weight.mul_(-1 if step % 2 else 2)
-                assert_near(
-                    ops.sparse_conv2d(x, weight, bias, plan, padding=1), expected(x, weight, bias, mask)
-                )
-
-    in_threads(3, work)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -249,17 +217,6 @@ def test_nan_reaches_exactly_the_outputs_that_read_it(backend):
     reached = torch.zeros(12, 12, dtype=torch.bool)
     reached[5:8, 6:9] = True
     assert torch.equal(out.isnan(), reached.expand(1, 24, 12, 12))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_an_inactive_pixel_is_read_where_the_kernel_reaches(backend):
-    """Inputs are not masked: the pixel next to an active one counts, active or not."""
-    x, weight, bias, _ = inputs(n=1, size=12)
-    mask = torch.zeros(1, 12, 12)
-    mask[0, 4, 4] = mask[0, 9, 9] = 1
-    x[0, :, 4, 5] = float("nan")
-    out = ops.sparse_conv2d(x, weight, bias, PixelPlan.from_mask(mask), padding=1, backend=backend)
-    assert out[0, :, 4, 4].isnan().all() and int(out.isnan().sum()) == 24
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

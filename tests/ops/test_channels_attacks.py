@@ -93,21 +93,6 @@ def test_nan_in_a_live_channel_spreads_as_in_the_dense_layer(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inputs_are_not_altered(backend):
-    conv = SHAPES["3x3"]
-    tensors = conv.tensors() | {
-        "base": random_tensor(conv.n, conv.o, 11, 13),
-        "scale": random_tensor(conv.n, conv.o),
-    }
-    before = {k: v.clone() for k, v in tensors.items()}
-    plans = channels_of("random", conv.n, conv.c)[0], channels_of("random", conv.n, conv.o)[0]
-    lists = [t.clone() for p in plans for t in (p.index, p.count)]
-    ops.channel_conv2d(**tensors, in_plan=plans[0], out_plan=plans[1], padding=1, activation="gelu", backend=backend)  # fmt: skip
-    assert all(torch.equal(tensors[k], before[k]) for k in before)
-    assert all(torch.equal(a, b) for a, b in zip(lists, [t for p in plans for t in (p.index, p.count)], strict=True))  # fmt: skip
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @each_shape
 def test_the_number_of_threads_changes_no_gradient_of_a_weight(conv, backend):
     """Nor the values: to rounding in the values, to the bit in the sums of the weight and the bias."""
@@ -148,13 +133,6 @@ def block_inputs(n=2, size=9):
     return leaves, torch.rand(n, 8) < 0.5, torch.rand(n, 12) < 0.5
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("backend", (*BACKENDS, None))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic, backend, fresh_dynamo):
@@ -166,13 +144,6 @@ def test_compile(dynamic, backend, fresh_dynamo):
         dy = random_tensor(*expected.shape)
         grads = [torch.autograd.grad(y, leaves, dy) for y in (actual, expected)]
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
-
-
-def test_compile_inductor(fresh_dynamo):
-    leaves, *masks = block_inputs()
-    with torch.no_grad():
-        actual = torch.compile(block, fullgraph=True)(*leaves, *masks)
-        torch.testing.assert_close(actual, block(*leaves, *masks), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -191,21 +162,6 @@ def test_export(strict, fresh_dynamo):
             mask, inner = torch.rand(2, 8) < density, torch.rand(2, 12) < density
             actual, expected = exported(x, mask, inner), block(x, *leaves, mask, inner)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_func_grad(backend):
-    leaves, *masks = block_inputs()
-    right = torch.autograd.grad(block(*leaves, *masks, backend).square().sum(), leaves)
-    grads = torch.func.grad(lambda *t: block(*t, *masks, backend).square().sum(), argnums=(0, 1, 2, 3))
-    torch.testing.assert_close(grads(*(t.detach() for t in leaves)), right, rtol=1e-5, atol=1e-5)
-
-
-def test_gradcheck():
-    """The reference's formulas, in float64."""
-    (x, weight, bias, second), mask, inner = block_inputs(2, 4)
-    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias, second)]
-    assert torch.autograd.gradcheck(lambda *t: block(*t, mask, inner), leaves)
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import CASES, Case, assert_close, compare, linear_oracle, mlp_oracle
+from expert_cases import CASES, Case, assert_close, linear_oracle
 from processes import in_threads, torch_threads
 
 from dynops import ExpertPlan, ops
@@ -113,36 +113,6 @@ def test_experts_without_rows_get_a_gradient_of_zero(backend):
     for name in ("up", "down", "up_bias", "down_bias"):
         others = torch.arange(4) != 2
         assert grads[name][others].abs().sum() == 0 and grads[name][2].abs().sum() > 0
-
-
-@backends
-def test_tied_weights(backend):
-    """One tensor for all experts, and the same one for up and down."""
-    case = Case(inputs=20, outputs=20, tokens=30)
-    index = case.index()
-    plan = ExpertPlan.from_topk(index, 4)
-    tensors = {"x": case.rows(20), "weight": random_tensor(20, 20) / 4}
-
-    def tied(run, x, weight, **rest):
-        every = weight.expand(4, 20, 20)
-        return run(x, every, every, gated=False, **rest)
-
-    compare(
-        lambda **t: tied(ops.experts_mlp, plan=plan, backend=backend, **t),
-        lambda **t: tied(mlp_oracle, index=index, **t),
-        tensors,
-    )
-
-
-@backends
-def test_inputs_are_not_altered(backend):
-    plan, _, tensors = layer(CASES["some dropped"])
-    before = {k: t.clone() for k, t in tensors.items()}
-    indices = [t.clone() for t in (plan.order, plan.offsets, plan.position)]
-    all_results(plan, tensors, backend)
-    assert all(torch.equal(tensors[k], before[k]) for k in before)
-    for a, b in zip(indices, (plan.order, plan.offsets, plan.position), strict=True):
-        assert torch.equal(a, b)
 
 
 # -------------------------------------------------------------------------------- threads, machines
@@ -278,13 +248,6 @@ def block_inputs(tokens=7):
     return [tensors[k].requires_grad_() for k in ("x", "up", "down", "topk_weight")], case.index()
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("backend", (*BACKENDS, None))
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic, backend, fresh_dynamo):
@@ -315,14 +278,6 @@ def test_export(strict, fresh_dynamo):
         for choices in (index, index.flip(0), torch.zeros_like(index), torch.full_like(index, 4)):
             actual, expected = program.module()(x, weight, choices), block(x, up, down, weight, choices)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@backends
-def test_func_grad(backend):
-    leaves, index = block_inputs()
-    right = torch.autograd.grad(block(*leaves, index, backend).square().sum(), leaves)
-    grads = torch.func.grad(lambda *t: block(*t, index, backend).square().sum(), argnums=(0, 1, 2, 3))
-    torch.testing.assert_close(grads(*(t.detach() for t in leaves)), right, rtol=1e-5, atol=1e-5)
 
 
 @backends

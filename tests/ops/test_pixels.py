@@ -11,7 +11,6 @@ from pixel_cases import ALL, BACKENDS, CONVS, DTYPES, FEW, MASKS, Conv, check, c
 from processes import torch_threads
 from torch import Tensor
 
-import dynops
 from dynops import PixelPlan, backends, ops
 from dynops.geometry import ConvGeometry
 from dynops.testing import (
@@ -78,14 +77,6 @@ def test_batch_zero(conv, backend):
     mask = random_mask(conv.out_shape())
     out = check(conv, backend, mask, conv.tensors(), ("x", "weight", "bias"))
     assert out.shape[0] == 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grads", [(), ("x", "weight")], ids=["inference", "training"])
-@each(FEW)
-def test_without_bias(conv, grads, backend):
-    mask = random_mask(conv.out_shape(), 0.4)
-    check(conv, backend, mask, conv.tensors(bias=False), grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,23 +157,6 @@ def test_activations(dtype, activation, backend):
     check(conv, backend, mask, conv.tensors(dtype), activation=activation)
     if dtype == torch.float32:
         check(conv, backend, mask, conv.tensors(dtype), ("x", "weight", "bias"), activation=activation)
-
-
-EPILOGUES = [
-    s for r in range(1, 6) for s in itertools.combinations(("scale", "shift", "gate", "residual", "base"), r)
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_every_epilogue(activation, backend):
-    for name in ("3x3", "depthwise", "T 2x2 stride 2"):
-        conv = ALL[name]
-        mask = random_mask(conv.out_shape(), 0.4)
-        tensors, epilogue = conv.tensors(), conv.epilogue()
-        for names in EPILOGUES:
-            chosen = tensors | {k: epilogue[k] for k in names}
-            check(conv, backend, mask, chosen, activation=activation)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -447,14 +421,6 @@ def test_packed_on_one_plan(conv, kind, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@each({k: ALL[k] for k in ("3x3", "depthwise", "T 2x2 stride 2")})
-def test_packed_epilogue(conv, backend):
-    in_mask = random_mask((conv.n, conv.h, conv.w), 0.6)
-    names = ("scale", "shift", "gate", "residual")
-    check_packed(conv, backend, in_mask, random_mask(conv.out_shape(), 0.4), names=names, activation="gelu")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("extra", [-1, 0, 7])
 @each({k: ALL[k] for k in ("3x3", "1x1", "depthwise", "group width 3", "T 3x3 stride 2")})
 def test_capacity_form(conv, extra, backend):
@@ -536,15 +502,6 @@ def test_gradcheck(name):
         return conv.op(x, weight, bias, plan, activation="silu", **names)
 
     assert torch.autograd.gradcheck(op, leaves)
-
-
-def test_gradcheck_packed():
-    conv = Conv(c=2, o=3, padding=1, n=1, h=4, w=4)
-    in_plan, plan = (PixelPlan.from_mask(random_mask((1, 4, 4), d)) for d in (0.7, 0.4))
-    x = random_tensor(len(in_plan), 2, dtype=torch.float64)
-    weight, bias = random_tensor(3, 2, 3, 3, dtype=torch.float64), random_tensor(3, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: conv.packed_op(*t, in_plan, plan), leaves)
 
 
 # ------------------------------------------------------------------------------------ Winograd
@@ -650,20 +607,6 @@ def test_winograd_on_rows_and_with_a_count():
     assert torch.equal(conv.op(x, t["weight"], t["bias"], capacity), dense)
     packed = conv.packed_op(x, t["weight"], t["bias"], None, capacity)
     assert torch.equal(packed[: len(plan)], rows) and not packed[len(plan) :].any()
-
-
-def test_functional_gradient():
-    conv = Conv(padding=1)
-    t, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4)
-    plan = PixelPlan.from_mask(mask)
-    dx = torch.func.grad(lambda x: conv.op(x, t["weight"], t["bias"], plan).square().sum())(t["x"])
-    x = t["x"].requires_grad_()
-    conv.op(x, t["weight"], t["bias"], plan).square().sum().backward()
-    assert torch.equal(dx, x.grad)
-
-
-def test_names_are_exported():
-    assert set(ops.__all__) <= set(dir(dynops.ops))
 
 
 def test_a_plan_serves_convolutions_of_other_paddings():

@@ -259,21 +259,6 @@ def test_trees():
         ops.scatter_samples(small, plan, state["maps"])
 
 
-@pytest.mark.parametrize("form", ["compact", "capacity"])
-def test_gradients(form):
-    plan = SamplePlan.from_mask(torch.tensor(KEEPS["some"]), 5 if form == "capacity" else None)
-    make = {"dtype": torch.float64, "requires_grad": True}
-    x, rows = torch.randn(6, 2, 3, 2, **make), torch.randn(plan.num_rows, 2, 3, 2, **make)
-    scale = torch.rand(plan.num_rows, **make)
-    check = torch.autograd.gradcheck
-    check(lambda x: ops.gather_samples(x, plan), (x,))
-    check(lambda rows: ops.scatter_samples(rows, plan), (rows,))
-    check(lambda rows, x: ops.scatter_samples(rows, plan, x), (rows, x))
-    check(lambda rows, x: ops.scatter_samples(rows, plan, x, add=True), (rows, x))
-    check(lambda rows, x, s: ops.scatter_samples(rows, plan, x, add=True, scale=s), (rows, x, scale))
-    check(lambda rows, x, s: ops.scatter_samples(rows, plan, x, scale=s), (rows, x, scale))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("add", [True, False], ids=["add", "mix"])
 def test_gradients_of_the_kernels(add, dtype):

@@ -18,8 +18,8 @@ from expert_launches import (
     Inputs,
     calling,
     check,
+    mlp,
     of_cases,
-    weight_of,
 )
 
 from dynops import ExpertPlan, ops
@@ -59,17 +59,6 @@ def test_other_configurations(name, limit, monkeypatch):
     inputs = Inputs(replace(CASES[name], t=150, e=2, i=6, o=6) if limit == "slices" else CASES[name], torch.float32)  # fmt: skip
     check(inputs.linear, experts.linear, reference._linear)
     check(inputs.weight_grad, experts.weight_grad, reference._weight_grad)
-
-
-def mlp(case: Case, dtype, activation, gated, interleaved, bias: bool):
-    """The MLP of a case, whose ``o`` is the inner size, as a method for :func:`check`."""
-    inputs, columns = Inputs(case, dtype), case.o * (2 if gated else 1)
-    up, up_scale = weight_of(case, columns, case.i, dtype)
-    down, down_scale = weight_of(case, case.i, case.o, dtype)
-    biases = [random_tensor(case.e, n, dtype=dtype).to(DEVICE) if bias else None for n in (columns, case.i)]
-    options = (activation, gated, interleaved, case.transposed, case.transposed, 1.702, 0.7)
-    tensors = (inputs.x, up, down, up_scale, down_scale, *biases, inputs.row_weight)
-    return calling(tensors, *inputs.indices, *options)
 
 
 @pytest.mark.parametrize("processors,transposed", [(1, False), (64, False), (64, True)])
@@ -169,12 +158,6 @@ def test_nan_of_dropped_pairs_is_not_read():
         experts.dots(x, rows, False, *inputs.indices),
     ]
     assert all(result.isfinite().all() for result in results)
-
-
-def test_results_are_reproducible():
-    inputs = Inputs(CASES["summed-weighted"], torch.float32)
-    for method, kernel in ((inputs.linear, experts.linear), (lambda run: inputs.weight_grad(run)[0], experts.weight_grad)):  # fmt: skip
-        assert torch.equal(method(kernel), method(kernel))
 
 
 @pytest.mark.parametrize("counts", [(0,), (5,), (0, 0, 7, 0), (64, 1, 63, 128, 0, 65), (1,) * 40])

@@ -136,3 +136,14 @@ def check(method, kernel, plain, **changes):
     results = method(kernel, **changes), method(plain, True, **changes), method(plain, **changes)
     for value in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
         assert_within_budget(*value)
+
+
+def mlp(case: Case, dtype, activation, gated, interleaved, bias: bool):
+    """The MLP of a case, whose ``o`` is the inner size, as a method for :func:`check`."""
+    inputs, columns = Inputs(case, dtype), case.o * (2 if gated else 1)
+    up, up_scale = weight_of(case, columns, case.i, dtype)
+    down, down_scale = weight_of(case, case.i, case.o, dtype)
+    biases = [random_tensor(case.e, n, dtype=dtype).to(DEVICE) if bias else None for n in (columns, case.i)]
+    options = (activation, gated, interleaved, case.transposed, case.transposed, 1.702, 0.7)
+    tensors = (inputs.x, up, down, up_scale, down_scale, *biases, inputs.row_weight)
+    return calling(tensors, *inputs.indices, *options)
