@@ -143,9 +143,8 @@ def test_a_whole_model_in_bfloat16(used):
     assert relative_error(actual.float(), expected.float()) < 16 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_a_compiled_model(name):
-    model = make_model(name)
+def test_a_compiled_model():
+    model = make_model("GptOss")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (9, 5):
         with torch.no_grad():
@@ -153,17 +152,6 @@ def test_a_compiled_model(name):
             model.set_experts_implementation("dynops")
             actual = compiled(TOKENS[:, :length]).logits
         assert relative_error(actual, expected) < 1e-4
-
-
-def test_a_compiled_models_gradients():
-    model = make_model("Olmoe")
-    expected = run_with(model, "eager", gradients)
-    model.set_experts_implementation("dynops")
-    model.zero_grad()
-    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(TOKENS).logits
-    logits.backward(random_tensor(*logits.shape, generator=torch.Generator().manual_seed(1)))
-    for key, right in expected.items():
-        assert relative_error(model.get_parameter(key).grad, right) < 1e-4, key
 
 
 def test_generate():

@@ -133,8 +133,7 @@ def block_inputs(n=2, size=9):
     return leaves, torch.rand(n, 8) < 0.5, torch.rand(n, 12) < 0.5
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, None))
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic, backend", [(False, None), *[(True, backend) for backend in BACKENDS]])
 def test_compile(dynamic, backend, fresh_dynamo):
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n, size in ((2, 9), (3, 7)):

@@ -248,8 +248,7 @@ def block_inputs(tokens=7):
     return [tensors[k].requires_grad_() for k in ("x", "up", "down", "topk_weight")], case.index()
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, None))
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic, backend", [(False, None), *[(True, backend) for backend in BACKENDS]])
 def test_compile(dynamic, backend, fresh_dynamo):
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for tokens in (7, 30):
