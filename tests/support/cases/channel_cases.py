@@ -81,23 +81,6 @@ def masked_channel_conv2d(
     return torch.where(at_channels(out_mask), torch.cat(outs, 1), 0 if base is None else base)
 
 
-def sliced_channel_conv2d(x, weight, bias, in_mask, out_mask, **arguments) -> Tensor:
-    """The same without groups, sample by sample on the live slices of everything."""
-    outs = []
-    for sample, live_in, live_out in zip(x, in_mask, out_mask, strict=True):
-        w = weight[live_out][:, live_in]
-        b = None if bias is None else bias[live_out]
-        full = dense_masked_conv2d(x[:1], weight, None, _everywhere(x), **arguments)[0]
-        out = torch.zeros_like(full)
-        if live_out.any():
-            some = live_in.any()  # F.conv2d takes no input of 0 channels
-            w = w if some else w.new_zeros(w.shape[0], 1, *w.shape[2:])
-            sample = sample[live_in] if some else sample[:1]
-            out[live_out] = dense_masked_conv2d(sample[None], w, b, _everywhere(x), **arguments)[0]
-        outs.append(out)
-    return torch.stack(outs)
-
-
 def packed_slots(mask: Tensor, width: int) -> Tensor:
     """bool ``[N, width]``: which channels of a packed tensor are live."""
     return torch.arange(width) < mask.sum(1)[:, None]
