@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops import probing
 from .dense_rules import Cost
-from .frames import Frame, device_of, first_tensor
+from .row_tracking import Frame, device_of, first_tensor
 from .rules import rule_of, saliency_heads
 from .sums import Same, Sums
 from .tracker import Call, Tracker

@@ -1,6 +1,6 @@
 """Plan building: mask to index, its inverse, and the input pixels that outputs read.
 
-Each op's reference below defines it; the C++ kernels of ``csrc/cpu/index.cpp`` (and on a GPU
+Each op's reference below defines it; the C++ kernels of ``csrc/cpu/pixels/index.cpp`` (and on a GPU
 ``csrc/cuda/pixels.cu``, and Triton's) take over.
 """
 
@@ -98,7 +98,7 @@ def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _run_channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if mask.is_cuda and backends.has_triton() and not mask.is_complex():
-        from ..kernels.channel_index import channel_index
+        from ..kernels.triton.channel_index import channel_index
 
         return channel_index(mask, size)
     return _channel_index(mask, size)
