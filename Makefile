@@ -1,6 +1,7 @@
 # make bench   the headline benchmark, about 2 minutes      make test   the suite, but what is slow
 # make test-all   the whole suite
 # make lint    ruff and clang-format, checks only           make asan   CPU tests under ASan and UBSan
+# make docs    the pages of docs/ into build/docs; fails on a broken link
 # make cuda    compile the CUDA half (needs nvcc, no GPU)   make clean  remove what was built
 # make gpu-audit   compile every GPU kernel for three architectures; a table of what each needs (no GPU)
 # make gpu-check   on a machine with a GPU and nvcc: build for it, test and measure, in under 10 minutes
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench test test-all lint asan cuda gpu-audit gpu-check clean build FORCE
+.PHONY: bench test test-all lint docs asan cuda gpu-audit gpu-check clean build FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -52,6 +53,15 @@ lint: $(READY)
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
+
+docs: $(READY)
+ifdef PYTHON
+	@$(PY) -c 'import material' || { echo "make docs needs mkdocs-material in $(PY): pip install -r requirements-docs.txt"; exit 1; }
+else
+	@$(PY) -c 'import material' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q -r requirements-docs.txt
+endif
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 build: $(BUILT)
 
