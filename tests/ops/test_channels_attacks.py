@@ -27,6 +27,27 @@ SHAPES = {"3x3": Conv(c=24, o=40, padding=1), "1x1": Conv(c=33, o=20, kernel=1),
 each_shape = pytest.mark.parametrize("conv", list(SHAPES.values()), ids=list(SHAPES))
 
 
+GROWING_LISTS = """
+    import torch
+    from dynops import ChannelPlan, ops
+
+    torch.manual_seed(0)
+    mask = torch.zeros(4, 256, dtype=torch.bool)
+    for n, live in enumerate((64, 128, 200, 256)):
+        mask[n, torch.randperm(256)[:live]] = True
+    plans = ChannelPlan.from_mask(mask), ChannelPlan.from_mask(torch.rand(4, 256) < 0.6)
+    x, weight = torch.randn(4, 256, 7, 7), torch.randn(256, 256, 3, 3)
+    for _ in range(2):
+        ops.channel_conv2d(x.contiguous(memory_format=torch.channels_last), weight, None, *plans, padding=1, backend="cpp")
+    print("alive")
+"""
+
+
+def test_samples_in_turn_may_have_ever_more_channels():
+    """Samples that take a large weight in turn wrote to memory that had moved. Here freed memory is unmapped at once."""
+    assert run_script(GROWING_LISTS, MALLOC_MMAP_THRESHOLD_="65536").split() == ["alive"]
+
+
 # ----------------------------------------------------------------------- what is read and written
 
 
