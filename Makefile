@@ -43,18 +43,16 @@ bench: bench-ready  ## set up, build, measure the headline benchmark: under 4 mi
 bench-ready: $(READY)
 	@$(MAKE) --no-print-directory -j2 $(BUILT) $(BENCH_READY)
 
-# Triton's compiler and interpreter keep one core busy for minutes: without ARGS they run beside the rest, and what
-# trains or measures with them, so that both halves take as long.
-SIDE_TESTS := tests/gpu/test_triton_aot.py tests/gpu/test_triton_interpreter.py tests/tools/test_examples.py tests/tools/test_benchmarks_samples.py
-test: build $(DEV_READY)  ## set up, build, run the tests but for the slow ones
-	@$(PY) -c 'import pytest, hypothesis' || { echo "make test needs pytest and hypothesis in $(PY)"; exit 1; }
-ifeq ($(strip $(ARGS)),)
-	@$(PY) -m pytest -p no:cacheprovider -m "not slow" $(SIDE_TESTS) > build/side-tests.log 2>&1 & side=$$!; failed=0; \
-	$(PY) -m pytest -m "not slow" $(addprefix --ignore=,$(SIDE_TESTS)) || failed=1; \
-	wait $$side || failed=1; cat build/side-tests.log; exit $$failed
-else
-	$(PY) -m pytest $(ARGS)
-endif
+# As many processes as there are processors, each on one thread. ARGS replaces all of it: a file, -k, -m, -x.
+PROCESSES ?= $(shell nproc)
+SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist loadfile --no-loadscope-reorder)
+LEFT_OUT := -m "not slow"
+test: build $(DEV_READY)  ## set up, build, run the tests that are not marked slow
+test-all: build $(DEV_READY)  ## every test: wide sweeps, whole runs of tools, the wheel in fresh environments
+test-all: LEFT_OUT :=
+test test-all:
+	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
+	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))
 
 test-all: test  ## the slow tests too: wheels in fresh environments
 	$(PY) -m pytest -m slow

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/engine.h"
+#include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
 #include "dynops_build.h"  // setup.py writes it
 
