@@ -54,9 +54,6 @@ test test-all:
 	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
 	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))
 
-test-all: test  ## the slow tests too: wheels in fresh environments
-	$(PY) -m pytest -m slow
-
 lint: $(DEV_READY)  ## ruff and clang-format, checks only
 	@failed=0; \
 	$(PY) -m ruff check . || failed=1; \
