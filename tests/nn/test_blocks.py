@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -297,15 +296,6 @@ def test_all_blocks_of_a_grid_with_gaps_are_not_the_whole_map():
         assert torch.equal(out != 0, plan.mask()[:, None].expand_as(out))
 
 
-@pytest.mark.parametrize(("name", "path"), [("stage", "rows"), ("stage", "tiles"), ("unet", "tiles")])
-def test_compiles_without_graph_breaks(name, path):
-    module, x = stack(name), random_tensor(1, 4, 12, 12)
-    layer, mask = SparseBlocks(module, 4, path), random_mask((1, *module(x).shape[2:]), 0.1)
-    with torch.no_grad():
-        out = torch.compile(layer, backend="eager", fullgraph=True)(x, mask)
-        assert torch.equal(out, layer(x, mask))
-
-
 # --------------------------------------------------------------------------------- gradients
 
 
@@ -502,19 +492,6 @@ def test_bad_arguments():
 # ------------------------------------------------------------------------- as a module
 
 
-def test_state_copies_and_pickles():
-    module, x = stack("unet"), random_tensor(1, 4, 8, 8)
-    layer, mask = SparseBlocks(module, 4), random_mask((1, 8, 8), 0.05)
-    assert list(layer.state_dict()) == ["module." + key for key in module.state_dict()]
-    reference = layer(x, mask)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x, mask), reference)
-        with torch.no_grad():
-            other.module.join.weight.zero_()
-        assert not torch.equal(other(x, mask), reference)
-    assert torch.equal(layer(x, mask), reference)
-
-
 @pytest.mark.parametrize("mask", [torch.zeros(1, 1, 1), torch.ones(1, 1, 1)], ids=["empty", "full"])
 def test_a_transposed_tile_whose_cut_is_longer_than_what_it_reaches(mask):
     module = nn.Sequential(nn.ConvTranspose2d(3, 3, 1, stride=3, padding=1), nn.MaxPool2d(1, 3)).eval()
@@ -542,16 +519,6 @@ def test_a_module_inside_that_is_replaced():
     layer.module[1] = nn.Flatten()
     with pytest.raises(TypeError, match="1: expected a layer"):
         layer(x, mask)
-
-
-@pytest.mark.parametrize(("name", "path"), [("basic", "rows"), ("basic", "tiles"), ("unet", "tiles")])
-def test_autocast(name, path):
-    module, x = stack(name), random_tensor(2, 4, 12, 12)
-    layer, mask = SparseBlocks(module, 4, path), random_mask((2, 12, 12), 0.05)
-    plan = BlockPlan.from_mask(mask, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, dense = layer(x, mask), expected(module, x, plan)
-    assert_within_budget(out, expected(copy.deepcopy(module).double(), x.double(), plan), dense)
 
 
 # -------------------------------------------------------------------------------- properties

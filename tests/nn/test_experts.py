@@ -215,25 +215,6 @@ def test_a_callable_activation():
     )
 
 
-def test_autocast():
-    layer, x, (index, weight) = randomised(Experts(E, H, M, bias=True)), random_tensor(T, H), routed()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x, index, weight)
-    expected = copy.deepcopy(layer).bfloat16()(x.bfloat16(), index, weight)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-def test_compiles_without_graph_breaks():
-    layer, x, (index, weight) = randomised(Experts(E, H, M, bias=True)), random_tensor(T, H), routed()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    out = compiled(x, index, weight)
-    assert_within_budget(
-        out, copy.deepcopy(layer).double()(x.double(), index, weight), layer(x, index, weight)
-    )
-    out.sum().backward()
-    assert all(p.grad is not None for p in layer.parameters())
-
-
 # ---------------------------------------------------------------------------------- eight bits
 
 
@@ -428,42 +409,12 @@ def test_moe_of_any_modules():
     assert torch.equal(MoE(First(), Double(), shared=nn.Identity())(x).output, 3 * x)
 
 
-@pytest.mark.parametrize("leading", [(0,), (2, 0), ()])
-def test_moe_of_no_token_and_of_one(leading):
-    moe = moe_of(
-        shared_intermediate=4, capacity_factor=1.25, router={"noise": True},
-        losses={"load_balance": 1.0, "importance": 1.0, "load": 1.0, "z": 1.0},
-    )  # fmt: skip
-    output, losses, _ = moe(random_tensor(*leading, H))
-    assert output.shape == (*leading, H) and all(loss.isfinite() for loss in losses.values())
-    (output.sum() + sum(losses.values())).backward()
-    assert all(p.grad.isfinite().all() for p in moe.experts.parameters())
-
-
-def test_moe_compiles():
-    moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager", dynamic=True)
-    for tokens in (T, 13):
-        x = random_tensor(tokens, H)
-        exact = copy.deepcopy(moe).double()(x.double()).output.detach()
-        assert_within_budget(compiled(x).output, exact, moe(x).output)
-
-
 def test_moe_exports():
     moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25).eval()
     sizes = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}}
     exported = torch.export.export(moe, (random_tensor(T, H),), dynamic_shapes=sizes).module()
     x = random_tensor(13, H)
     assert torch.equal(exported(x).output, moe(x).output)
-
-
-def test_moe_autocasts():
-    moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
-    x = random_tensor(T, H)
-    with torch.autocast("cpu", torch.bfloat16):
-        output, losses, routing = moe(x)
-    assert output.dtype == torch.bfloat16 and losses["load_balance"].dtype == torch.float32
-    assert torch.equal(routing.index, moe(x).routing.index)
 
 
 @pytest.mark.parametrize(

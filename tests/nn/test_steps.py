@@ -358,36 +358,6 @@ def test_dtypes(dtype):
         torch.testing.assert_close(own.output, out.output.detach(), rtol=0.02, atol=0.02)
 
 
-def test_autocast_as_pytorchs_layer():
-    dense = nn.LSTM(IN, HIDDEN)
-    layer, x = SkipRNN.from_dense(dense), random_tensor(4, 3, IN)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, state = dense(x)
-        outputs = [layer(x), layer(x, updates=torch.ones(4, 3))]
-    for out in outputs:
-        assert out.output.dtype == expected.dtype
-        assert out.state.hidden[0].dtype == state[0].dtype
-        out.output.float().sum().backward()
-    assert layer.weight_ih_l0.grad.dtype == torch.float32
-
-
-def test_compile():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.head = skip_rnn(dtype=torch.float32), nn.Linear(HIDDEN, 2)
-
-        def forward(self, x):
-            return self.head(torch.relu(self.rnn(2 * x).output))
-
-    model, x = Model(), random_tensor(3, 4, IN)
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    model.rnn.dense = True
-    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(whole(x), model(x))
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_compacted_cell(dense):
     cell = nn.LSTMCell(IN, HIDDEN, dtype=torch.float64)

@@ -234,18 +234,6 @@ def test_nan_gates():
     assert (layer.eval()(x).skim == 0).all()
 
 
-def test_compile_and_autocast():
-    layer, x = skim_rnn("GRU").float().eval(), torch.randn(3, 4, IN)
-    expected = layer(x).output
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x).output, expected)
-    layer.dense = True
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x).output, expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = layer(x)
-    assert out.output.dtype == torch.bfloat16
-    torch.testing.assert_close(out.output.float(), expected, rtol=0.05, atol=0.05)
-
-
 WRONG = {
     "small_size: expected": (ValueError, lambda: SkimRNN(IN, HIDDEN, HIDDEN + 1)),
     "mode: expected": (ValueError, lambda: SkimRNN(IN, HIDDEN, 2, mode="lstm")),

@@ -429,45 +429,6 @@ def test_properties(backend, n, c, o, kernel, stride, padding, dilation, groups,
             assert (a.double() - e).norm() <= 1e-5 * max(e.norm(), 1)
 
 
-def test_autocast():
-    conv = Conv(c=20, o=35, padding=1)
-    x, weight, bias = (t.requires_grad_() for t in sample_tensors(conv).values())
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.sample_conv2d(x, weight, bias, padding=1)
-        assert out.dtype == torch.bfloat16
-        mixed = ops.mixed_conv2d(x, weight, torch.softmax(random_tensor(3, 3), 1), bias[0], padding=1)
-        assert mixed.dtype == torch.bfloat16
-    grads = torch.autograd.grad(out.sum() + mixed.sum(), (x, weight, bias))
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-
-
-def test_compiles():
-    def every(x, weight, weights, region, mix):
-        y = ops.sample_conv2d(x, weight, padding=1, activation="relu")
-        y = ops.region_conv2d(y, weights, region, padding=1)
-        return ops.mixed_conv2d(y, weight, mix, padding=1, activation="silu")
-
-    torch._dynamo.reset()
-    compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
-    conv = Conv(padding=1)
-    x, weight = conv.x().requires_grad_(), conv.weight(3).requires_grad_()
-    weights, mix = conv.weight(3, 2).requires_grad_(), random_tensor(3, 3).requires_grad_()
-    leaves, region = (x, weight, weights, mix), conv.region(2)
-    expected = every(x, weight, weights, region, mix)
-    actual = compiled(x, weight, weights, region, mix)
-    torch.testing.assert_close(actual, expected)
-    dy = random_tensor(*expected.shape)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, leaves, dy),
-        torch.autograd.grad(expected, leaves, dy),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, weight, weights, region, mix), expected)
-    torch._dynamo.reset()
-
-
 # ------------------------------------------------------------------------------------- errors
 
 CONV = Conv(c=6, o=4, padding=1, groups=2)

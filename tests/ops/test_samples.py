@@ -344,15 +344,3 @@ def test_any_batch(keep, shape, dtype, add, threads):
     assert gathered.equal(x[plan.mask()])
     exact = merged(rows.double(), plan, x.double(), add, scale)
     assert_merged(actual, exact, merged(rows, plan, x, add, scale), "scatter")
-
-
-def test_compiles_with_a_capacity_plan():
-    def run(x, keep):
-        plan = SamplePlan.from_mask(keep)
-        rows = ops.gather_samples(x, plan)
-        return ops.scatter_samples(rows.relu(), plan, x, add=True, scale=rows.flatten(1).mean(1))
-
-    compiled, x = torch.compile(run, fullgraph=True, backend="aot_eager"), random_tensor(5, 3, 4, 4)
-    for keep in ([1, 0, 1, 0, 0], [0] * 5, [1] * 5):
-        keep = torch.tensor(keep).bool()
-        assert torch.allclose(compiled(x, keep), run(x, keep))

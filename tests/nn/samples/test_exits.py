@@ -730,42 +730,6 @@ def test_thresholds_do_not_round_with_the_model(dtype):
     assert MaxSoftmax(0.5).to("meta", dtype).threshold.device.type == "meta"
 
 
-@torch.no_grad()
-def test_compiles_with_a_graph_break_and_without_one_for_all_exits():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 3, 1)
-            self.exits = conv_model(MaxSoftmax(0)).float()
-
-        def forward(self, x, all_exits=None):
-            out = self.exits(self.stem(x), all_exits)
-            return out if all_exits else (out.logits * 2, out.exits)
-
-    net = Net().eval()
-    x = random_tensor(9, 3, 8, 8)
-    halve(net.exits, net.stem(x))
-    compiled = torch.compile(net, backend="aot_eager")
-    for part in (x, x[:4]):
-        logits, exits = net(part)
-        got = compiled(part)
-        assert torch.equal(got[1], exits) and torch.allclose(got[0], logits, rtol=1e-5)
-    assert len(set(net(x)[1].tolist())) >= 2
-    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
-    for a, b in zip(whole(x, True), net(x, True), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5)
-
-
-def test_compiles_training_with_gradient_equilibrium_in_one_graph():
-    model = conv_model(MaxSoftmax(0.5), gradient_equilibrium=True).train()
-    twin = copy.deepcopy(model)
-    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
-    for run in (torch.compile(model, backend="aot_eager", fullgraph=True), twin):
-        sum(z.square().sum() for z in run(x)).backward()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 1e-10 * b.grad.norm()
-
-
 # -------------------------------------------------------------------------------------------- errors
 
 

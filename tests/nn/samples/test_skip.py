@@ -7,7 +7,6 @@ import io
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -335,16 +334,6 @@ def test_an_active_mask_reaches_the_layers_inside():
 # -------------------------------------------------------------------------------------- attacks
 
 
-def test_no_batch_and_one_sample():
-    for mode in MODES:
-        layer = Skip(branch(), None, mode).eval()
-        assert layer(torch.zeros(0, 8, 4, 4), torch.zeros(0)).shape == (0, 8, 4, 4)
-        x = random_tensor(1, 8, 4, 4)
-        for keep in (0, 1):
-            with torch.no_grad():
-                check(layer, x, torch.tensor([keep]), f"{mode} {keep}")
-
-
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -399,22 +388,3 @@ def test_any_gate(gate, mode, shortcut, channels, size):
     x = random_tensor(len(gate), channels, *size)
     with torch.no_grad():
         check(layer, x, torch.tensor(gate), f"{gate}")
-
-
-class Model(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.stem, self.skip = nn.Conv2d(3, 8, 1), Skip(branch(), **options)
-
-    def forward(self, x, gate):
-        return F.relu(self.skip(F.relu(self.stem(x)), gate)).mean((2, 3))
-
-
-@pytest.mark.parametrize("options", [{}, {"max_fraction": 0.5}, {"dense": True}], ids=str)
-def test_the_surrounding_model_compiles(options):
-    model, x = Model(**options).eval(), random_tensor(6, 3, 5, 5)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=bool(options))
-    for keep in KEEPS.values():
-        for gate in (torch.tensor(keep).bool(), torch.tensor(keep).float()):
-            assert torch.allclose(compiled(x, gate), model(x, gate), atol=1e-6)
