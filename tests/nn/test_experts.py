@@ -132,15 +132,6 @@ def test_half_precision(experts, dtype):
     assert_within_budget(experts(x, index, weight), exact, loop(experts, parameters, x, index, weight))
 
 
-def test_parameters_have_transformers_names_and_layouts():
-    shapes = {name: tuple(p.shape) for name, p in Experts(E, H, M, bias=True).named_parameters()}
-    assert shapes == {
-        "gate_up_proj": (E, 2 * M, H), "gate_up_proj_bias": (E, 2 * M), "down_proj": (E, H, M), "down_proj_bias": (E, H),
-    }  # fmt: skip
-    shapes = {n: tuple(p.shape) for n, p in Experts(E, H, M, gated=False, transposed=True).named_parameters()}
-    assert shapes == {"up_proj": (E, H, M), "down_proj": (E, M, H)}
-
-
 def test_gpt_oss_checkpoints_load():
     theirs = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
     config = theirs.GptOssConfig(
@@ -301,27 +292,11 @@ def transformers_block(family: str, name: str, configuration: str, **values):
 
 SIZES = {"num_experts": E, "moe_intermediate_size": M}
 BLOCKS = {
-    "Mixtral": (
-        ("mixtral", "MixtralSparseMoeBlock", "MixtralConfig"),
-        {"num_local_experts": E, "intermediate_size": M},
-        {},
-    ),
-    "Qwen3-MoE": (
-        ("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig"),
-        {"norm_topk_prob": True, **SIZES},
-        {},
-    ),
-    "OLMoE": (
-        ("olmoe", "OlmoeSparseMoeBlock", "OlmoeConfig"),
-        {"num_experts": E, "intermediate_size": M},
-        {"router": {"renormalize": False}},
-    ),
-    "Qwen2-MoE": (
-        ("qwen2_moe", "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig"),
-        {"shared_expert_intermediate_size": 10, **SIZES},
-        {"router": {"renormalize": False}, "shared_intermediate": 10, "shared_gate": True},
-    ),
-}
+    "Mixtral": (("mixtral", "MixtralSparseMoeBlock", "MixtralConfig"), {"num_local_experts": E, "intermediate_size": M}, {}),
+    "Qwen3-MoE": (("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig"), {"norm_topk_prob": True, **SIZES}, {}),
+    "OLMoE": (("olmoe", "OlmoeSparseMoeBlock", "OlmoeConfig"), {"num_experts": E, "intermediate_size": M}, {"router": {"renormalize": False}}),
+    "Qwen2-MoE": (("qwen2_moe", "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig"), {"shared_expert_intermediate_size": 10, **SIZES}, {"router": {"renormalize": False}, "shared_intermediate": 10, "shared_gate": True}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("model", BLOCKS)

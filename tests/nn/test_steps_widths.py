@@ -239,27 +239,13 @@ WRONG = {
     "mode: expected": (ValueError, lambda: SkimRNN(IN, HIDDEN, 2, mode="lstm")),
     "skim: expected .2, 3": (ValueError, lambda: skim_rnn()(torch.zeros(2, 3, IN), skim=torch.ones(3, 2))),
     "cell: expected": (TypeError, lambda: partial_update(nn.Linear(2, 3), *[torch.zeros(2, 2)] * 2, 1)),
-    "x: expected .N, 5": (
-        ValueError,
-        lambda: partial_update(cell_of("GRU"), *[torch.zeros(2, HIDDEN)] * 2, 1),
-    ),
-    "state: expected .h, c": (
-        TypeError,
-        lambda: partial_update(cell_of("LSTM"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), 1),
-    ),
-    "width: expected values": (
-        ValueError,
-        lambda: partial_update(
-            cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.tensor([1, 9])
-        ),
-    ),
-    "width: expected integers": (
-        TypeError,
-        lambda: partial_update(cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.ones(2)),
-    ),
+    "x: expected .N, 5": (ValueError, lambda: partial_update(cell_of("GRU"), *[torch.zeros(2, HIDDEN)] * 2, 1)),
+    "state: expected .h, c": (TypeError, lambda: partial_update(cell_of("LSTM"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), 1)),
+    "width: expected values": (ValueError, lambda: partial_update(cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.tensor([1, 9]))),
+    "width: expected integers": (TypeError, lambda: partial_update(cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.ones(2))),
     "fraction: expected": (TypeError, lambda: prefix_mask(torch.ones(2, 2), 3)),
     "epsilon: expected": (ValueError, lambda: prefix_mask(torch.ones(2), 3, epsilon=0.5)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)

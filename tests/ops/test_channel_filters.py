@@ -161,14 +161,6 @@ def test_a_tap_outside_the_input_is_not_read():
     assert ops.local_conv2d(x, kernels, kernel_size, **arguments, backend=BACKENDS[-1]).isfinite().all()
 
 
-def test_autocast():
-    x, kernels, kernel_size, arguments = make("involution")
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.local_conv2d(x, kernels, kernel_size, **arguments)
-    expected = ops.local_conv2d(x.bfloat16(), kernels.bfloat16(), kernel_size, **arguments)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
 WRONG = {
     "kernels of another size": (
         {"kernels": torch.ones(2, 9, 9, 10)},

@@ -277,24 +277,6 @@ def test_sample_layouts(conv, layout, backend):
         assert out.is_contiguous(memory_format=same)
 
 
-@backends
-def test_weights_need_not_be_contiguous(backend):
-    conv = Conv(c=20, o=35, padding=1)
-    tensors = sample_tensors(conv)
-    tensors["weight"] = conv.weight(conv.n).transpose(3, 4)
-    check_sample(conv, backend, tensors)
-    tensors["weight"] = conv.weight(1).expand(conv.n, -1, -1, -1, -1)
-    check_sample(conv, backend, tensors)
-
-
-@each(FEW)
-def test_float64_runs_on_the_reference(conv):
-    check_sample(conv, None, sample_tensors(conv, torch.float64))
-    region = conv.region(3)
-    check_region(conv, None, region_tensors(conv, dtype=torch.float64), region)
-    check_mixed(conv, None, mixed_tensors(conv, dtype=torch.float64))
-
-
 # ------------------------------------------------------------------------------- region_conv2d
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from expert_cases import CASES, Case, assert_close, linear_oracle
-from processes import in_threads, torch_threads
+from processes import torch_threads
 
 from dynops import ExpertPlan, ops
 from dynops.ops.experts.checks import QuantizedExperts
@@ -131,20 +131,6 @@ def test_the_number_of_threads_changes_nothing(dtype, name):
             results.append(all_results(plan, tensors, "cpp"))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-@backends
-def test_two_threads_at_once(backend):
-    plan, _, tensors = layer(CASES["many rows"])
-    expected = all_results(plan, tensors, backend)
-
-    def work(i):
-        for _ in range(5):
-            found = all_results(plan, tensors, backend)
-            for a, b in zip(found, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-    in_threads(2, work)
 
 
 # --------------------------------------------------------------------------------------- sizes

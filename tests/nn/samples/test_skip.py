@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
@@ -354,25 +353,6 @@ def test_an_active_mask_reaches_the_layers_inside():
 def test_refuses(call, error, says):
     with pytest.raises(error, match=says):
         call(Skip(nn.Linear(5, 5)), random_tensor(4, 5))
-
-
-def test_state_survives():
-    layer = Skip(branch(), nn.Conv2d(8, 8, 1)).eval()
-    assert set(layer.state_dict()) == {
-        *(f"module.{key}" for key in layer.module.state_dict()),
-        *(f"shortcut.{key}" for key in layer.shortcut.state_dict()),
-    }
-    plain, x, gate = Skip(branch(32)).eval(), random_tensor(4, 32, 6, 6), torch.tensor([1, 0, 1, 0])
-    with torch.no_grad():
-        expected = plain(x, gate)  # traced by now
-        saved = io.BytesIO()
-        torch.save(plain, saved)
-        saved.seek(0)
-        for copied in (copy.deepcopy(plain), torch.load(saved, weights_only=False)):
-            assert copied(x, gate).equal(expected)
-            copied.module[0].weight.zero_()
-            assert not copied(x, gate).equal(expected)
-    assert "mode='residual'" in repr(plain)
 
 
 @settings(deadline=None, max_examples=40)

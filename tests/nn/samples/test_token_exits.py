@@ -355,15 +355,6 @@ def test_gradients_of_mixed_training_are_the_masked_dense_forms(norm_first):
 # --------------------------------------------------------------------------------- module contract
 
 
-def test_state_dict_keys():
-    model = attention_model(MaxSoftmax(0.5), exits=1)
-    layer = {f"stages.0.{name}" for name in nn.TransformerEncoderLayer(WIDTH, 2, 16).state_dict()}
-    assert set(model.state_dict()) == layer | {
-        "heads.0.weight", "heads.0.bias", "criterion.threshold", "criterion.temperature"
-    }  # fmt: skip
-    assert "stages.0.1.weight" in affine_model(exits=1).state_dict()
-
-
 def test_bad_arguments_are_named():
     model, x = affine_model(), random_tensor(2, 3, WIDTH)
     with pytest.raises(ValueError, match=r"^hidden: expected \[B, T, C\], got \(3, 8\)"):
