@@ -148,7 +148,7 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "SpatialHalting": lambda: Layer(halting_pixels(), (x(),), False),
     "SpatialHalting, dense": lambda: Layer(halting_pixels(dense=True), (x(),)),
     "TokenExit": lambda: Layer(tokens(), (random_tensor(N, 6, C),), False),
-    "TokenExit, all": lambda: Layer(tokens(), (random_tensor(N, 6, C), None, True)),
+    "TokenExit, all": lambda: Layer(tokens(), (random_tensor(N, 6, C), None, None, True)),
     "SkimRNN, dense": lambda: Layer(dnn.SkimRNN(C, 12, 4, dense=True), (random_tensor(6, N, C),)),
     "SkipRNN": lambda: Layer(dnn.SkipRNN(C, 12), (random_tensor(N, 6, C),), False),
     "convert_": lambda: Layer(Active(), (x(), mask(0.05))),
