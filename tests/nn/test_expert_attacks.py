@@ -25,11 +25,11 @@ from dynops.nn import (
     SparseConvTranspose2d,
     SparseSequential,
     TopKRouter,
-    compacted_cell,
     importance_loss,
     load_balance_loss,
     z_loss,
 )
+from dynops.nn.steps.cells import compacted_cell
 from dynops.testing import random_tensor
 
 E, K, T, H = 4, 2, 10, 8

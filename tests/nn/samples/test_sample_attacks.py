@@ -26,8 +26,8 @@ from dynops.nn import (
     TokenExit,
     TokenSequential,
     TopKRouter,
-    compacted_cell,
 )
+from dynops.nn.steps.cells import compacted_cell
 from dynops.testing import random_tensor
 
 MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
