@@ -38,7 +38,7 @@ bench: build
 # As many processes as there are processors, each on one thread. ARGS replaces all of it: a file, -k, -m, -x.
 # Tests that are marked slow (wide sweeps, whole runs of tools) are in test-all alone.
 PROCESSES ?= $(shell nproc)
-SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist loadfile --no-loadscope-reorder)
+SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist worksteal)
 LEFT_OUT := -m "not slow"
 test-all: LEFT_OUT :=
 test test-all: build

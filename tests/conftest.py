@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from spread import part_of
+from spread import long_first, part_of
 
 
 def pytest_addoption(parser):
@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    items[:] = part_of(items, config.getoption("--part"))
+    items[:] = long_first(part_of(items, config.getoption("--part")))
 
 
 @pytest.fixture(autouse=True)
