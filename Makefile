@@ -45,7 +45,7 @@ bench-ready: $(READY)
 
 # As many processes as there are processors, each on one thread. ARGS replaces all of it: a file, -k, -m, -x.
 PROCESSES ?= $(shell nproc)
-SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist loadfile --no-loadscope-reorder)
+SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist worksteal)
 LEFT_OUT := -m "not slow"
 test: build $(DEV_READY)  ## set up, build, run the tests that are not marked slow
 test-all: build $(DEV_READY)  ## every test: wide sweeps, whole runs of tools, the wheel in fresh environments
