@@ -16,6 +16,7 @@ from . import (
     expert_rows,
     experts,
     formats,
+    front_page,
     layers,
     masks,
     memory,
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.op != "pixels" and args.command != "layers":
         raise SystemExit(f"--op {args.op}: expected with the command layers, got {args.command}")
     if args.command == "readme":
-        write_readme(Path("README.md"), args.out or ROOT / "results")
+        write_readme(ROOT.parent, args.out or ROOT / "results")
         return
     setting = _setting(args)
     out = args.out or ROOT / "out"
@@ -344,18 +345,25 @@ def _finish(result: report.Report, suite: str, setting: layers.Setting, out: Pat
         print(f"wrote {path}")
 
 
-def write_readme(path: Path, results: Path) -> None:
+def write_readme(root: Path, results: Path) -> None:
+    """Writes every number of README.md and docs/benchmarks.md, and README's picture, from the files in ``results``."""
     reports = [report.Report.load(found) for found in sorted(results.glob("*.json"))]
     reports = [found for found in reports if not found.checks]  # of a GPU: their tables are other ones
     if not reports:
         raise SystemExit(f"{results}: there are no results (python -m benchmarks all --out {results})")
-    readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))
-    readme.rewrite(path, "blocks", readme.blocks_block(reports))
-    readme.rewrite(path, "channels", readme.channels_block(reports))
-    readme.rewrite(path, "samples", readme.samples_block(reports))
-    readme.rewrite(path, "examples", readme.examples_block(results))
-    readme.rewrite(path, "experts", readme.experts_block(reports))
-    print(f"{path}: numbers of {len(reports)} files in {results}")
+    tables = {
+        "table": readme.pixels_block(reports, layers.TARGET_GROUPS),
+        "blocks": readme.blocks_block(reports),
+        "channels": readme.channels_block(reports),
+        "samples": readme.samples_block(reports),
+        "examples": readme.examples_block(results),
+        "experts": readme.experts_block(reports),
+    }
+    for name, table in tables.items():
+        readme.rewrite(root / "docs" / "benchmarks.md", name, table)
+    readme.rewrite(root / "README.md", "headline", front_page.headline_block(reports))
+    front_page.draw(reports, root / "docs" / "img" / "resnet50.png")
+    print(f"{root}: numbers of {len(reports)} files in {results}")
 
 
 if __name__ == "__main__":
