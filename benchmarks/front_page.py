@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import masks, models
+from . import models
 from .expert_rows import ExpertRow
 from .report import Report, Row, machine_line
 from .text import markdown

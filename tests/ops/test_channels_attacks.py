@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pixel_cases import Conv, compare
 from pixel_strategies import SETTINGS, activations, close_to_dense, convs, layouts, seeds
-from processes import torch_threads
+from processes import run_script, torch_threads
 
 from dynops import ChannelPlan, ops
 from dynops.testing import available_backends, in_layout, random_tensor
