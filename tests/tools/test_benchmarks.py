@@ -379,11 +379,14 @@ MARKERS += "after\n"
 
 
 def test_readme_blocks(tmp_path):
-    path = tmp_path / "README.md"
+    front, path = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    path.parent.mkdir()
     path.write_text(MARKERS)
-    make_report([make_row(), make_row(suite="models", case="model")]).save(tmp_path / "results", "stem")
+    front.write_text("<!-- headline:begin -->\nold\n<!-- headline:end -->\n")
+    rows = [make_row(), make_row(case="slow", ours_ms=8.0), make_row(suite="models", case="model")]
+    make_report(rows).save(tmp_path / "results", "stem")
     for _ in range(2):
-        cli.write_readme(path, tmp_path / "results")
+        cli.write_readme(tmp_path, tmp_path / "results")
     text = path.read_text()
     assert (
         text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text and "old" not in text
@@ -397,9 +400,10 @@ def test_readme_blocks(tmp_path):
         readme.NO_EXPERTS,
     ):
         assert text.count(missing) == 1
+    assert "| 2 | 1.88x | 0.75x: slow, random mask, float32 |" in front.read_text()
     path.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
-        cli.write_readme(path, tmp_path / "results")
+        cli.write_readme(tmp_path, tmp_path / "results")
 
 
 def test_readme_of_blocks():
