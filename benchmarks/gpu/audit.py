@@ -1,7 +1,8 @@
 """``python -m benchmarks.gpu audit``: every kernel compiled for sm_80, sm_90 and sm_100, and what it needs.
 
-No GPU is needed, and none is used. Triton's kernels are those that the launchers launch; nvcc compiles csrc/cuda
-where it is installed. The exit status is 1 where a kernel has a problem (``rules.py``).
+Each kernel is compiled once in each type; ``--all`` adds every form and tile, 4 times as many. No GPU is needed, and none
+is used. Triton's kernels are those that the launchers launch; nvcc compiles csrc/cuda where it is installed. The exit
+status is 1 where a kernel has a problem (``rules.py``).
 """
 
 from __future__ import annotations
