@@ -214,14 +214,14 @@ def test_unused_rows_of_a_capacity_plan_reach_nothing():
     rows, scale = random_tensor(3, 4), torch.tensor([1.0, 0.5, float("nan")], requires_grad=True)
     rows[2] = float("nan")
     rows.requires_grad_()
-    for given, add, share in (
+    for below, add, share in (
         (None, False, None),
         (base, False, None),
         (base, True, scale),
         (base, False, scale),
     ):
-        out = ops.scatter_samples(rows, plan, given, add=add, scale=share)
-        leaves = [t for t in (rows, given, share) if t is not None]
+        out = ops.scatter_samples(rows, plan, below, add=add, scale=share)
+        leaves = [t for t in (rows, below, share) if t is not None]
         grads = torch.autograd.grad(out.sum(), leaves)
         assert out.isfinite().all() and all(grad.isfinite().all() for grad in grads)
         assert not grads[0][2].any() and (share is None or not grads[-1][2].any())
