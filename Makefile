@@ -104,7 +104,7 @@ build/sysroot.flags: .ci/sysroot
 # A copy of the package is built with sanitizers and tested by itself; dynops/ keeps the fast binary.
 # libstdc++ is preloaded too: ASan must find __cxa_throw before Python loads any C++.
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS ?= tests/plans/test_plans.py tests/ops/test_samples.py tests/ops/test_blocks.py tests/ops/test_pixels.py tests/ops/test_pixels_properties.py tests/plans/test_channel_plans.py tests/ops/test_channels.py tests/ops/test_channels_attacks.py tests/ops/test_channel_weights.py tests/ops/test_channel_outputs.py tests/ops/test_channel_filters.py tests/nn/test_channels.py tests/plans/test_expert_plans.py tests/ops/test_experts.py tests/ops/test_experts_attacks.py tests/contracts/test_robustness.py -k "not reference and not compile and not export and not fork"
+ASAN_TESTS ?= tests/plans tests/ops tests/nn/channels tests/contracts/test_robustness.py -k "not reference and not compile and not export and not fork and not instruction_set"
 LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
 asan: $(DEV_READY)  ## the CPU tests under ASan and UBSan
 	rm -rf $(ASAN)/run && mkdir -p $(ASAN)/run

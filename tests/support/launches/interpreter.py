@@ -45,6 +45,11 @@ def _bfloat16_of_integers(self, source, dtype):
 InterpreterBuilder.create_dot = _dot_of_values
 InterpreterBuilder.create_si_to_fp = _bfloat16_of_integers
 
+# Its check of every integer product and sum for overflow takes more than half of its time.
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
+
 # -------------------------------------------------------------------------------------- addresses
 
 _NUMBER = np.uint64(48)  # the bit where the number of an argument begins: a process has addresses below 2**47
@@ -76,7 +81,7 @@ class _Launch:
     """A launch in the interpreter: the numbers of its arguments, and the first address that was wrong."""
 
     def __init__(self, kernel: str, tensors: dict[str, Tensor]):
-        self.kernel, self.fault = kernel, None
+        self.kernel, self.fault, self.patched = kernel, None, set()
         self.arguments = [_Argument(name, x) for name, x in tensors.items()]
         forms = [_form(x) for x in tensors.values()]
         self.numbers = {form: i for i, form in enumerate(forms)}
@@ -129,6 +134,21 @@ def _numbered(value):
 
 
 interpreter._implicit_cvt = _numbered
+
+_patch = interpreter._patch_lang
+
+
+def _patched_once(function):
+    """The interpreter's own functions in the modules that ``function`` sees: once in a launch, not at every call."""
+    modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+    if _launch is not None and modules <= _launch.patched:
+        return None
+    if _launch is not None:
+        _launch.patched |= modules
+    return _patch(function)
+
+
+interpreter._patch_lang = _patched_once
 
 # Loads and stores of all kinds end in these four, in Triton 3.6 to 3.9.
 _load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
