@@ -26,7 +26,7 @@ from ..nn import (
     TopKRouter,
 )
 from ..plans import ChannelPlan, ExpertPlan, PixelPlan
-from . import stacks
+from ..stack.traced import Macs
 from .called_rules import called_experts, called_router, is_router, matrices_of
 from .dense_rules import DENSE_RULES, Cost, argument, conv, step_macs
 from .sums import opened, slope
@@ -80,8 +80,7 @@ def chain(module: SparseSequential, args: tuple, kwargs: dict, out: Tensor) -> C
     mask = argument(args, kwargs, 1, "mask_or_plan")
     if mask is None:  # its layers were called, and counted
         return None
-    x = argument(args, kwargs, 0, "input")
-    return stacks.cost(stacks.of_chain(module, x, mask), mask, x.shape[0])
+    return _of_stack(module.macs(argument(args, kwargs, 0, "input"), mask), mask)
 
 
 def blocks(module: SparseBlocks, args: tuple, kwargs: dict, out: Tensor) -> Cost:
@@ -89,7 +88,18 @@ def blocks(module: SparseBlocks, args: tuple, kwargs: dict, out: Tensor) -> Cost
     active = context.current()
     if mask is None and active is not None:
         mask = active.plan((x.shape[0], *out.shape[2:]), x.device).mask()
-    return stacks.cost(stacks.of_blocks(module, x, mask), mask, x.shape[0])
+    return _of_stack(module.macs(x, mask), mask)
+
+
+def _of_stack(macs: Macs, mask) -> Cost:
+    """The cost of a call. A mask's gradient is what an active pixel costs on average, halo included."""
+    live, dense = macs
+    if isinstance(mask, Tensor) and mask.requires_grad:
+        mask = mask[None] if mask.dim() == 2 else mask
+        active = (mask.detach() != 0).flatten(1).sum(1)
+        price = torch.where(active > 0, live / active.clamp(min=1), dense / max(mask[0].numel(), 1))
+        live = live + slope(mask).flatten(1).sum(1) * price
+    return Cost(live.shape[0], 1.0, live, dense)
 
 
 # ---------------------------------------------------------------------------------------- channels

@@ -17,11 +17,9 @@ from ..modes import autocast_dtype
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
 from .activations import ELEMENTWISE
-from .folded import folds, run_folded
 from .graph import KINDS
-from .run_rows import run_rows
 from .trace import dense_type
-from .traced import Bound
+from .traced import Traced
 
 _LAYERS = (*KINDS, *ELEMENTWISE, nn.Identity, nn.Dropout, nn.Dropout2d)
 
@@ -42,12 +40,12 @@ class SampleStack:
 
     def __init__(self, module: nn.Module, mode: str):
         self.module, self.mode = module, mode
-        self.bound: Bound | None = None
+        self.bound: Traced | None = None
         if not _is_known(module):
             return
         self._settings = _settings_of(module)
         try:
-            bound = Bound(_Residual(module) if mode == "residual" else module)
+            bound = Traced(_Residual(module) if mode == "residual" else module)
         except Exception:  # a forward may raise anything on torch.fx's proxies: the module is called then
             return
         if bound.rows and bound.stack.layers:
@@ -75,13 +73,13 @@ class SampleStack:
             return "rows"
         # narrower weights would be rounded once more
         plain = x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None
-        return "folded" if plain and folds(self.bound.stack) else None
+        return "folded" if plain and not any(layer.transposed for layer in self.bound.stack.layers) else None
 
     def run(self, path: str, x: Tensor, plan: SamplePlan) -> Tensor:
         if path == "folded":
             if plan.is_full:
-                return run_folded(self.bound.stack, x)
-            return scatter_samples(run_folded(self.bound.stack, gather_samples(x, plan)), plan, x)
+                return self._folded(x)
+            return scatter_samples(self._folded(gather_samples(x, plan)), plan, x)
         return self._on_rows(x, plan, None if plan.is_full else x)
 
     def runs_all(self, x: Any) -> bool:
@@ -113,9 +111,15 @@ class SampleStack:
         return cpu and self.bound.beats_dense(x, _map_shape(x))
 
     def _on_rows(self, x: Tensor, plan: SamplePlan, base: Tensor | None) -> Tensor:
-        shape = _map_shape(x)
-        pixels = plan.pixels(self.bound.output_shape(shape)[1:])
-        return run_rows(self.bound.stack, self.bound.geometries(shape), x, pixels, base)
+        return self.bound.on_rows(x, plan.pixels(self.bound.output_shape(_map_shape(x))[1:]), base)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """The output for whole maps, with norms in the weights of the convolutions before them; no gradients."""
+        stack = self.bound.stack
+        values = {0: x}
+        for layer in stack.layers:
+            values[layer.out] = layer.whole([values[value] for value in layer.inputs])
+        return values[stack.output]
 
 
 def _is_known(module: nn.Module) -> bool:
