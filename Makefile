@@ -1,4 +1,5 @@
-# make bench   the headline benchmark, about 2 minutes      make test   the whole test suite
+# make bench   the headline benchmark, about 2 minutes      make test   the suite, but what is slow
+# make test-all   the whole suite
 # make lint    ruff and clang-format, checks only           make asan   CPU tests under ASan and UBSan
 # make cuda    compile the CUDA half (needs nvcc, no GPU)   make clean  remove what was built
 # make gpu-audit   compile every GPU kernel for three architectures; a table of what each needs (no GPU)
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench test lint asan cuda gpu-audit gpu-check clean build FORCE
+.PHONY: bench test test-all lint asan cuda gpu-audit gpu-check clean build FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -34,18 +35,15 @@ ARGS ?=
 bench: build
 	$(PY) -m benchmarks headline --out benchmarks/out $(ARGS)
 
-# Triton's compiler and interpreter keep one core busy for minutes: without ARGS they run beside the rest, and what
-# trains or measures with them, so that both halves take as long.
-SIDE_TESTS := tests/gpu/test_triton_aot.py tests/gpu/test_triton_interpreter.py tests/tools/test_examples.py tests/tools/test_benchmarks_samples.py
-test: build
-	@$(PY) -c 'import pytest, hypothesis' || { echo "make test needs pytest and hypothesis in $(PY)"; exit 1; }
-ifeq ($(strip $(ARGS)),)
-	@$(PY) -m pytest -p no:cacheprovider $(SIDE_TESTS) > build/side-tests.log 2>&1 & side=$$!; failed=0; \
-	$(PY) -m pytest $(addprefix --ignore=,$(SIDE_TESTS)) || failed=1; \
-	wait $$side || failed=1; cat build/side-tests.log; exit $$failed
-else
-	$(PY) -m pytest $(ARGS)
-endif
+# As many processes as there are processors, each on one thread. ARGS replaces all of it: a file, -k, -m, -x.
+# Tests that are marked slow (wide sweeps, whole runs of tools) are in test-all alone.
+PROCESSES ?= $(shell nproc)
+SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist loadfile --no-loadscope-reorder)
+LEFT_OUT := -m "not slow"
+test-all: LEFT_OUT :=
+test test-all: build
+	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
+	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))
 
 lint: $(READY)
 	@failed=0; \

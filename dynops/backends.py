@@ -19,12 +19,12 @@ else:  # a binary that does not load raises here, rather than leave everything s
 
 
 def has_binary() -> bool:
-    """Whether the binary is built."""
+    """True if the binary is built."""
     return _C is not None
 
 
 def build_info() -> dict:
-    """What the binary was built with: versions, instruction sets, CUDA architectures.
+    """Returns what the binary was built with: versions, instruction sets, CUDA architectures.
 
     Raises:
         RuntimeError: the package was not built.
@@ -36,7 +36,7 @@ def build_info() -> dict:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

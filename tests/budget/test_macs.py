@@ -566,25 +566,6 @@ def test_other_threads_and_other_models_do_not_count():
     assert hooks(model) == hooks(other) == 0
 
 
-def test_a_training_step_gets_its_gradient_through_the_count():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate, self.skip = nn.Linear(4, 1), Skip(block(), dense=True)
-
-        def forward(self, x):
-            logit = self.gate(x.mean((2, 3)))[:, 0]
-            soft = torch.sigmoid(logit)
-            return self.skip(x, (logit > 0).float() + soft - soft.detach())
-
-    model = Gated()
-    with MacCounter(model) as macs:
-        model(images(8))
-    (macs.total / macs.dense).backward()
-    assert model.gate.bias.grad > 0  # fewer samples run where the bias is lower
-    assert macs.layers["gate"].dense == 8 * 4
-
-
 def test_nothing_is_known_where_gradients_are_off():
     with torch.inference_mode():
         macs = count(Skip(block()), images(2), torch.tensor([1.0, 0.0]))

@@ -3,11 +3,11 @@
 import copy
 import itertools
 import pickle
-import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import randomised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -140,16 +140,6 @@ def stack(name, dtype=torch.float32):
     return randomised(STACKS[name]()).to(dtype).eval()
 
 
-def randomised(module):
-    """Norms with statistics and affine parameters that are not the initial ones."""
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for tensor in (m.weight, m.bias, m.running_mean):
-                tensor.data.normal_()
-            m.running_var.uniform_(0.5, 2)
-    return module
-
-
 def paths(name):
     return ("tiles",) if name in TILES else ("rows", "tiles")
 
@@ -208,14 +198,6 @@ def test_masks_and_small_blocks(name, path, block_size, kind):
     out = check(module, block_size, path, x, mask)
     if kind == "empty":
         assert out.count_nonzero() == 0
-
-
-@pytest.mark.parametrize("name", [name for name in STACKS if name not in TILES])
-def test_paths_agree(name):
-    module, x = stack(name, torch.float64), random_tensor(2, 4, 14, 12, dtype=torch.float64)
-    mask = random_mask((2, *module(x).shape[2:]), 0.1)
-    rows, tiles = (SparseBlocks(module, 4, path)(x, mask) for path in ("rows", "tiles"))
-    assert (rows - tiles).norm() <= 1e-13 * tiles.norm() and tiles.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("name", ["3x3", "nested", "unet"])
@@ -570,28 +552,6 @@ def test_autocast(name, path):
     with torch.autocast("cpu", torch.bfloat16):
         out, dense = layer(x, mask), expected(module, x, plan)
     assert_within_budget(out, expected(copy.deepcopy(module).double(), x.double(), plan), dense)
-
-
-def test_threads():
-    """One layer, several threads, different sizes and masks at once."""
-    layer = SparseBlocks(stack("stage"), 4)
-    jobs = [(random_tensor(1, 4, 8 + 2 * i, 12), random_mask((1, 4 + i, 6), 0.3)) for i in range(6)]
-    with torch.no_grad():
-        right = [layer(*job) for job in jobs]
-        results = [None] * len(jobs)
-
-        def work(i):
-            with torch.no_grad():
-                for _ in range(5):
-                    results[i] = SparseBlocks.forward(layer, *jobs[i])
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for out, reference in zip(results, right, strict=True):
-        assert torch.equal(out, reference)
 
 
 # -------------------------------------------------------------------------------- properties

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import close, randomised
 from torch import nn
 
 import dynops
@@ -40,18 +41,6 @@ CONVS = [
 N, C, OUT = 3, 8, 16
 
 
-def close(actual, expected, tolerance=1e-12):
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert (actual - expected).norm() <= tolerance * max(expected.norm().item(), 1e-30)
-
-
-def same_gradients(ours, expected, loss_of, tolerance=1e-10):
-    """The gradients of two losses by the same tensors."""
-    for (name, a), b in zip(ours.items(), torch.autograd.grad(loss_of, list(expected)), strict=True):
-        assert a is not None, name
-        close(a, b, tolerance)
-
-
 def masks(n=N, c=C, o=OUT):
     """Input and output masks with an empty list, a full one, and others."""
     inputs, outputs = torch.rand(n, c) < 0.5, torch.rand(n, o) < 0.5
@@ -66,18 +55,6 @@ def at(mask):
 
 def double(*shape):
     return random_tensor(*shape, dtype=torch.float64)
-
-
-def randomised(module):
-    """Norms with statistics and affine parameters that are not the initial ones."""
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for tensor in (m.weight, m.bias, m.running_mean):
-                if tensor is not None:
-                    tensor.data.normal_()
-            if m.running_var is not None:
-                m.running_var.uniform_(0.5, 2)
-    return module
 
 
 # --------------------------------------------------------------------------- ChannelConv2d, ChannelLinear
@@ -410,16 +387,6 @@ def test_slimmable_depthwise_and_groups():
         SlimmableConv2d([4, 8], [6, 12], 1, groups_list=[2, 2])
 
 
-def test_slimmable_first_layer_reads_all():
-    layer = SlimmableConv2d([3, 3, 3], OUTS, 3).double()
-    x, width = double(3, 3, 5, 5), torch.tensor([1, 2, 0])
-    expected = F.conv2d(x, layer.weight, layer.bias)
-    out = layer(x, width)
-    for n, i in enumerate(width.tolist()):
-        close(out[n, : OUTS[i]], expected[n, : OUTS[i]])
-        assert out[n, OUTS[i] :].count_nonzero() == 0
-
-
 def test_slimmable_linear():
     layer = SlimmableLinear(INS, OUTS).double()
     x, width = double(4, 12), torch.tensor([2, 0, 1, 0])
@@ -658,15 +625,6 @@ def test_condconv_routes_itself():
         CondConv2d(C, OUT, groups=3)
     with pytest.raises(ValueError, match="padding: expected ints"):
         CondConv2d(C, OUT, padding="full")
-
-
-def test_condconv_of_timm():
-    timm = pytest.importorskip("timm.layers")
-    theirs = timm.CondConv2d(C, OUT, 3, stride=2, padding="same", bias=True, num_experts=4)
-    ours = CondConv2d(C, OUT, 3, stride=2, padding="same", bias=True, num_experts=4)
-    ours.load_state_dict(theirs.state_dict())
-    x, routing = random_tensor(N, C, 9, 9), torch.rand(N, 4)
-    close(ours(x, routing), theirs(x, routing), 1e-5)
 
 
 class PublishedAttention(nn.Module):
@@ -975,32 +933,6 @@ def test_layers_on_kernels(name, format, mode):
     actual, again, yardstick, exact = (out[0] if isinstance(out, tuple) else out for out in (*outs, *others))
     assert torch.equal(actual, again) and actual.is_contiguous(memory_format=format)
     assert_within_budget(actual, exact, yardstick)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_what_was_packed_follows_the_weight(mode):
-    gated, cond = ChannelGatedConv2d(32, 48, 3, th=0.5).eval(), CondConv2d(32, 48, 3)
-    grouped, linear = ChannelGatedConv2d(32, 48, 3, use_group=True, th=0.5).eval(), ChannelLinear(32, 48)
-    x, plan = random_tensor(2, 32, 12, 12), ChannelPlan.from_mask(torch.rand(2, 32) < 0.5)
-    calls = (
-        (gated, lambda: gated(x)),
-        (grouped, lambda: grouped(x)),
-        (cond, lambda: cond(x, torch.ones(2, 4))),
-        (linear, lambda: linear(random_tensor(2, 7, plan.width).fill_(1), plan, packed=True)),
-    )
-    for layer, call in calls:
-        with mode():
-            before = call()
-        with torch.no_grad():
-            layer.weight *= -1
-        with mode():
-            after = call()
-            fresh = copy.deepcopy(layer)
-        assert not torch.equal(before, after)
-        layer.weight.data = layer.weight.data.clone()
-        with mode():
-            assert torch.equal(call(), after)
-        assert torch.equal(fresh.weight, layer.weight)
 
 
 @pytest.mark.parametrize("grad", [False, True])

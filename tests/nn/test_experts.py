@@ -440,28 +440,9 @@ def test_moe_of_no_token_and_of_one(leading):
     assert all(p.grad.isfinite().all() for p in moe.experts.parameters())
 
 
-def test_moe_trains():
-    """A few steps on a task that one expert of this size cannot learn."""
-    torch.manual_seed(0)
-    moe = MoE.from_sizes(8, 8, 4, 2, losses={"load_balance": 0.01})
-    x = torch.randn(64, 8)
-    target = torch.where(x[:, :1] > 0, x.roll(1, 1), -x)
-    optimizer = torch.optim.Adam(moe.parameters(), 0.03)
-    history = []
-    for _ in range(40):
-        output, losses, _ = moe(x)
-        error = F.mse_loss(output, target)
-        optimizer.zero_grad()
-        (error + sum(losses.values())).backward()
-        optimizer.step()
-        history.append(error.item())
-    assert history[-1] < 0.5 * history[0]
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_moe_compiles(backend):
+def test_moe_compiles():
     moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
-    compiled = torch.compile(moe, fullgraph=True, backend=backend, dynamic=True)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (T, 13):
         x = random_tensor(tokens, H)
         exact = copy.deepcopy(moe).double()(x.double()).output.detach()
@@ -587,15 +568,6 @@ def test_nothing_chosen_of_a_norm_that_needs_two_samples():
     assert layer(random_tensor(N, 3, 2, 2), torch.full((N,), E)).shape == (N, 7)
 
 
-@pytest.mark.parametrize("combine", ["sum", "concat"])
-def test_conv_experts_in_half_precision(combine):
-    layer = conv_experts(combine=combine).bfloat16()
-    x, (index, weight) = random_tensor(N, 3, 8, 8, dtype=torch.bfloat16), routed(N)
-    exact = masked_branches(copy.deepcopy(layer).double(), x.double(), index, weight.double())
-    dense = masked_branches(layer, x, index, weight)
-    assert_within_budget(layer(x, index, weight), exact.detach(), dense)
-
-
 def test_values_of_dropped_samples_are_not_read():
     layer, x = conv_experts(), random_tensor(N, 3, 8, 8)
     index = torch.zeros(N, 1, dtype=torch.int64)
@@ -616,21 +588,6 @@ def test_conv_experts_with_a_gate_and_shared_plan():
     assert torch.equal(out, other(x, ExpertPlan.from_topk(index, E), weight))
     out.sum().backward()
     assert gate[2].weight.grad.count_nonzero() > 0
-
-
-def test_conv_experts_of_vectors_and_volumes():
-    for make, shape in (
-        (lambda: nn.Linear(5, 3), (5,)),
-        (lambda: nn.Conv3d(2, 3, 3, padding=1), (2, 4, 4, 4)),
-    ):
-        layer = ConvExperts([make() for _ in range(E)])
-        x, (index, weight) = random_tensor(N, *shape), routed(N)
-        parts = [
-            module(x) * (weight * (index == e)).sum(1).reshape(N, *[1] * len(shape))
-            for e, module in enumerate(layer.branches)
-        ]
-        exact = copy.deepcopy(layer).double()(x.double(), index, weight.double())
-        assert_within_budget(layer(x, index, weight), exact.detach(), torch.stack(parts).sum(0))
 
 
 def test_conv_experts_name_bad_arguments():

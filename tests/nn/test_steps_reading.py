@@ -210,27 +210,6 @@ def test_location_policy():
     assert torch.equal(stopping(h, position, length).stop, h[:, 0] > 0)
 
 
-def test_location_reader_moves_both_ways():
-    reader = reader_of("LSTM", policy=LocationPolicy(HIDDEN, 0.3, dtype=torch.float64), max_jumps=6)
-    x = torch.randn(5, 40, IN, dtype=torch.float64)
-    out = reader(x, lengths=[40, 30, 20, 10, 1])
-    assert (out.read == 7).all()
-    assert (out.starts < torch.tensor([40, 30, 20, 10, 1])[:, None]).all()
-    assert (out.starts.diff(dim=1) < 0).any() and (out.starts.diff(dim=1) > 0).any()
-    for b in range(5):
-        assert_close(out.output[b], reader.rnn(x[b, out.starts[b]][:, None])[0][-1, 0])
-
-
-def test_reader_in_a_compiled_model():
-    reader = reader_of("GRU", read=2, max_jumps=2).eval()
-    x = torch.randn(3, 9, IN, dtype=torch.float64)
-
-    def model(x):
-        return torch.relu(reader(x * 2).output) + 1
-
-    assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
-
-
 # -------------------------------------------------------------------------------- StepSelection
 
 

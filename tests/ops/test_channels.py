@@ -15,10 +15,9 @@ from channel_cases import (
     masked_channel_conv2d,
     packed,
     packed_slots,
-    sliced_channel_conv2d,
     unpacked,
 )
-from test_pixels import CONVS, DTYPES, Conv, compare, each
+from pixel_cases import CONVS, DTYPES, Conv, compare, each
 from torch import Tensor
 
 from dynops import ChannelPlan, backends, ops
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 BACKENDS = available_backends()
 FEW = {k: CONVS[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "winograd")}  # fmt: skip
-ONE_GROUP = ("3x3", "1x1", "7x7 stride 2, 3 channels", "odd wide")
 
 
 def extras(conv: Conv, dtype=torch.float32) -> dict[str, Tensor]:
@@ -70,14 +68,6 @@ def test_conv(conv, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("out_kind", KINDS)
-@pytest.mark.parametrize("in_kind", KINDS)
-def test_every_pair_of_plans(in_kind, out_kind, backend):
-    conv = Conv(c=10, o=13, padding=1, n=4, h=5, w=6)
-    check(conv, backend, *both(conv, in_kind, out_kind), conv.tensors(), ("x", "weight", "bias"))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kinds", [("ragged", "ragged"), ("prefix", "prefix"), ("shared", "shared"), ("none", "random"),
                                    ("random", "none"), ("one", "all"), ("every", "random"), ("random", "every")],
                          ids="-".join)  # fmt: skip
@@ -85,23 +75,6 @@ def test_every_pair_of_plans(in_kind, out_kind, backend):
 def test_plans(conv, kinds, backend):
     conv = replace(conv, n=3)
     check(conv, backend, *both(conv, *kinds), conv.tensors(), ("x", "weight", "bias"))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@each(
-    {k: FEW[k] for k in ONE_GROUP}
-)  # a slice's direct convolution is more exact than Winograd's on many channels
-def test_against_slices_of_each_sample(conv, backend):
-    ins, outs = both(conv, "ragged", "random")
-    compare(
-        lambda x, weight, bias: ops.channel_conv2d(
-            x, weight, bias, ins[0], outs[0], **conv.arguments, backend=backend
-        ),
-        lambda x, weight, bias: sliced_channel_conv2d(x, weight, bias, ins[1], outs[1], **conv.arguments),
-        conv.tensors(),
-        ("x", "weight", "bias"),
-        backend,
-    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,13 +109,6 @@ def test_batch_zero(conv, kind, backend):
     conv = replace(conv, n=0)
     out = check(conv, backend, *both(conv, kind, kind), conv.tensors(), ("x", "weight", "bias"))
     assert out.shape[0] == 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grads", [(), ("x", "weight")], ids=["inference", "training"])
-@each(FEW)
-def test_without_bias(conv, grads, backend):
-    check(conv, backend, *both(conv), conv.tensors(bias=False), grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -22,7 +22,7 @@ from expert_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pixels_properties import SETTINGS, seeds
+from pixel_strategies import SETTINGS, seeds
 
 from dynops import ExpertPlan, ops
 from dynops.ops.experts.checks import QuantizedExperts
@@ -111,16 +111,6 @@ def test_linear_activation(name, packed_out, activation, backend):
         tensors = case.linear_tensors(dtype=dtype)
         tensors["x"] = tensors["x"] * 4  # past the kinks of relu6 and hardswish
         check_linear(case, backend, tensors, grads, packed_out=packed_out, activation=activation)
-
-
-@backends
-@pytest.mark.parametrize("left_out", [("bias",), ("topk_weight",), ("bias", "topk_weight")], ids=" and ".join)
-@pytest.mark.parametrize("packed_out", [False, True], ids=["sums", "packed out"])
-def test_what_may_be_left_out(packed_out, left_out, backend):
-    for case in FEW.values():
-        tensors = {k: v for k, v in case.linear_tensors().items() if k not in left_out}
-        check_linear(case, backend, tensors, packed_out=packed_out)
-        check_linear(case, backend, tensors, (), packed_out=packed_out, activation="silu")
 
 
 @backends
@@ -221,15 +211,6 @@ def test_mlp_with_a_callable_between(name, backend):
 
     for grads in ((), None):
         check_mlp(case, backend, case.mlp_tensors(), grads, activation=between)
-
-
-@backends
-@pytest.mark.parametrize("left_out", [("up_bias",), ("down_bias",), ("topk_weight",), ("up_bias", "down_bias", "topk_weight")], ids=" and ".join)  # fmt: skip
-def test_what_an_mlp_may_leave_out(left_out, backend):
-    for case in FEW.values():
-        tensors = {k: v for k, v in case.mlp_tensors().items() if k not in left_out}
-        check_mlp(case, backend, tensors)
-        check_mlp(case, backend, tensors, ())
 
 
 # ------------------------------------------------------------------------------------- eight bits
@@ -414,23 +395,6 @@ def test_float64_runs_on_the_reference(name):
     case = CASES[name]
     check_linear(case, None, case.linear_tensors(dtype=torch.float64))
     check_mlp(case, None, case.mlp_tensors(dtype=torch.float64))
-
-
-def test_gradcheck():
-    case = Case(tokens=4, topk=2, experts=3, inputs=3, outputs=5, kind="some dropped")
-    plan, _ = plan_of(case)
-    for packed_in, packed_out, transposed in itertools.product((False, True), repeat=3):
-        options = {"packed_in": packed_in, "packed_out": packed_out, "transposed": transposed}
-        tensors = case.linear_tensors(packed_in, transposed, torch.float64)
-        leaves = [t.double().requires_grad_() for t in tensors.values()]
-        torch.autograd.gradcheck(
-            lambda x, w, b, k, options=options: ops.grouped_linear(x, w, plan, b, topk_weight=k, **options),
-            leaves,
-        )
-    leaves = [t.double().requires_grad_() for t in case.mlp_tensors(dtype=torch.float64).values()]
-    torch.autograd.gradcheck(
-        lambda x, u, d, k, ub, db: ops.experts_mlp(x, u, d, plan, k, up_bias=ub, down_bias=db), leaves
-    )
 
 
 @backends

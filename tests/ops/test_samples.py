@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 from torch import Tensor
 
 from dynops import SamplePlan, ops
@@ -258,21 +259,6 @@ def test_trees():
         ops.scatter_samples(small, plan, state["maps"])
 
 
-@pytest.mark.parametrize("form", ["compact", "capacity"])
-def test_gradients(form):
-    plan = SamplePlan.from_mask(torch.tensor(KEEPS["some"]), 5 if form == "capacity" else None)
-    make = {"dtype": torch.float64, "requires_grad": True}
-    x, rows = torch.randn(6, 2, 3, 2, **make), torch.randn(plan.num_rows, 2, 3, 2, **make)
-    scale = torch.rand(plan.num_rows, **make)
-    check = torch.autograd.gradcheck
-    check(lambda x: ops.gather_samples(x, plan), (x,))
-    check(lambda rows: ops.scatter_samples(rows, plan), (rows,))
-    check(lambda rows, x: ops.scatter_samples(rows, plan, x), (rows, x))
-    check(lambda rows, x: ops.scatter_samples(rows, plan, x, add=True), (rows, x))
-    check(lambda rows, x, s: ops.scatter_samples(rows, plan, x, add=True, scale=s), (rows, x, scale))
-    check(lambda rows, x, s: ops.scatter_samples(rows, plan, x, scale=s), (rows, x, scale))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("add", [True, False], ids=["add", "mix"])
 def test_gradients_of_the_kernels(add, dtype):
@@ -352,13 +338,9 @@ def test_any_batch(keep, shape, dtype, add, threads):
     plan = SamplePlan.from_mask(torch.tensor(keep, dtype=torch.bool))
     x, rows = random_tensor(len(keep), *shape, dtype=dtype), random_tensor(plan.num_rows, *shape, dtype=dtype)
     scale = random_tensor(plan.num_rows)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         actual = ops.scatter_samples(rows, plan, x, add=add, scale=scale)
         gathered = ops.gather_samples(x, plan)
-    finally:
-        torch.set_num_threads(before)
     assert gathered.equal(x[plan.mask()])
     exact = merged(rows.double(), plan, x.double(), add, scale)
     assert_merged(actual, exact, merged(rows, plan, x, add, scale), "scatter")

@@ -99,20 +99,6 @@ def test_other_encoder_layers(options):
     assert near(layer(x, SamplePlan.from_mask(active.flatten())), plain(layer)(x)[active])
 
 
-@settings(max_examples=15, deadline=None)
-@given(data=st.data(), b=st.integers(0, 3), t=st.integers(1, 4), norm_first=st.booleans())
-def test_any_set_of_tokens(data, b, t, norm_first):
-    layer = encoder(norm_first)
-    active = torch.tensor(
-        data.draw(st.lists(st.booleans(), min_size=b * t, max_size=b * t)), dtype=torch.bool
-    )
-    x = torch.randn(b, t, WIDTH, dtype=torch.float64)
-    rows = layer(x, SamplePlan.from_mask(active))
-    assert rows.shape == (int(active.sum()), WIDTH)
-    if b:
-        assert near(rows, plain(layer)(x).flatten(0, 1)[active])
-
-
 def test_gradients_of_an_encoder_layer():
     for norm_first in (False, True):
         layer = encoder(norm_first)
@@ -392,17 +378,6 @@ def test_compiles():
     assert len(set(expected[1].flatten().tolist())) >= 2
     whole = torch.compile(lambda x: model(x, all_exits=True), backend="aot_eager", fullgraph=True)
     assert all(near(a, b) for a, b in zip(whole(x), model(x, all_exits=True), strict=True))
-
-
-@torch.no_grad()
-def test_autocast():
-    model = attention_model().float()
-    x, at = torch.randn(2, 5, WIDTH), torch.randint(0, 3, (2, 5))
-    expected = model(x, exits=at)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x, exits=at)
-    assert out.logits.dtype == torch.bfloat16 and torch.equal(out.exits, at)
-    assert (out.logits.float() - expected.logits).norm() <= 0.05 * expected.logits.norm()
 
 
 def test_bad_arguments_are_named():
