@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Layer, layer_of
+from .layers import Layer, layer_of, mapped
 from .trace import Ref, Step, Trace, Untraceable, dense_type, fuse, trace
 
 KINDS = {
@@ -142,9 +142,7 @@ def _renamed(value, same: dict[int, int]):
     """Recorded arguments with other numbers of values."""
     if type(value) is Ref:
         return Ref(same.get(value.value, value.value))
-    if isinstance(value, (tuple, list)):
-        return tuple(_renamed(v, same) for v in value)
-    return value
+    return mapped(value, lambda inner: _renamed(inner, same))
 
 
 def _multiple(layers: list[Layer], output: int) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 A policy has:
 
 - ``zero_outside``: whether a value is zero where it has no row. Else nothing reads it there.
-- ``plan(value, shape, device)``: the plan of a value of ``shape = (N, H, W)``.
+- ``plan(value, shape, device, geometry)``: the plan of a value of ``shape = (N, H, W)``, which a layer of this geometry
+  makes (None: one that keeps the size).
 - ``shared(value, inputs)``: the plan of a value that is made of others pixel by pixel; None where these are dense.
 - ``output``: the plan of the stack's output, where the caller gave it, and ``base``: the output outside of it; None
   for zero.
@@ -32,10 +33,10 @@ class Masked:
     output = base = None
 
     def __init__(self, active):
-        self._active = active
+        self.active = active
 
-    def plan(self, value: int, shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
-        return self._active.plan(shape, device)
+    def plan(self, value: int, shape: tuple[int, int, int], device: torch.device, geometry=None) -> PixelPlan:
+        return self.active.plan(shape, device)
 
     def shared(self, value: int, inputs: list) -> PixelPlan | None:
         for x in inputs:
@@ -58,7 +59,7 @@ class Needed:
     def __init__(self, stack: Stack, sizes: dict, plan: PixelPlan, base: Tensor | None = None):
         self.plans, self.output, self.base = needed_plans(stack, sizes, plan), plan, base
 
-    def plan(self, value: int, shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
+    def plan(self, value: int, shape: tuple[int, int, int], device: torch.device, geometry=None) -> PixelPlan:
         return self.plans[value]
 
     def shared(self, value: int, inputs: list) -> PixelPlan:

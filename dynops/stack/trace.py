@@ -119,6 +119,8 @@ def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -
     input_name, steps, values, output = recorded[0]
     if not whole and not any(step.kind == "conv" for step in steps):
         raise Untraceable("its forward calls no converted convolution")
+    if any(step.kind == "attr" and step.out == output for step in steps):
+        raise Untraceable("its output is a parameter")
     return Trace(input_name, _free(fuse(steps, output), output), values, output)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dynops
-from dynops.nn import MaskedGroupNorm, MaskedInstanceNorm2d, SparseBlocks
+from dynops.nn import MaskedGroupNorm, MaskedInstanceNorm2d, Skip, SparseBlocks
 from dynops.stack.graph import stack_of
 from dynops.stack.layers.base import Rows
 from dynops.stack.policy import Masked
@@ -162,3 +162,12 @@ def test_parts_of_a_map_are_the_dense_module(name):
     at = dynops.BlockPlan.from_mask(mask, 12).pixels().mask()[:, None]
     for layer.path in ["tiles"] if name == "pad" else ["tiles", "rows"]:
         assert torch.allclose(layer(x, mask), torch.where(at, expected, 0), atol=1e-12), layer.path
+
+
+@pytest.mark.parametrize("path", [None, "rows"])
+def test_skipped_samples_of_a_module_that_enlarges(path):
+    module = nn.Sequential(nn.Conv2d(4, 16, 3, 2, 1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=1))
+    layer, x = Skip(module, path=path).double().eval(), torch.randn(3, 4, 8, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.stack([x[0], x[1] + module(x[1:2])[0], x[2]])
+        assert torch.allclose(layer(x, torch.tensor([0, 1, 0])), expected, atol=1e-13)

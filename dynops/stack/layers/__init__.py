@@ -6,7 +6,7 @@ from torch import nn
 
 from ..activations import ELEMENTWISE
 from ..trace import Ref, Step, dense_type
-from .base import Layer, called, place
+from .base import Layer, mapped, place
 from .call import Call
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
@@ -74,4 +74,4 @@ def _of_call(recorded: Call, step: Step) -> Layer | None:
     return _OF_MODULE[type(module)](recorded.name, step, module)
 
 
-__all__ = ["Layer", "called", "layer_of", "place"]
+__all__ = ["Layer", "layer_of", "mapped"]

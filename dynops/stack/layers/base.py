@@ -33,6 +33,19 @@ def called(step: Step) -> str:
     return f"{where}.{function}" if where else function
 
 
+def mapped(value, function):
+    """A tuple, list, dict or slice with ``function`` of each member; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple([function(v) for v in value])
+    if isinstance(value, list):  # a list of torch.fx stays behind
+        return [function(v) for v in value]
+    if isinstance(value, dict):
+        return {k: function(v) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(function(value.start), function(value.stop), function(value.step))
+    return value
+
+
 def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """``activation(y + residual)``, in place where nothing else needs ``y``."""
     free = not modes.differentiated(y)

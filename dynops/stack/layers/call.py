@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
 from ..trace import Ref, Step, find
-from .base import Layer, Rows, called, place
+from .base import Layer, Rows, called, mapped, place
 
 # elementwise with finite gradients everywhere: what lies outside the map may be anything
 _FUNCTIONS = {
@@ -101,7 +101,7 @@ class Call(Layer):
             if type(value) is _Parameter:
                 found = attrgetter(value.path)(self.module)
                 return found if parameter is None else parameter(found)
-            return _mapped(value, filled)
+            return mapped(value, filled)
 
         args, kwargs = filled(self.args)
         if self.kind == "method":
@@ -124,17 +124,4 @@ def _with_parameters(value, parameters: dict[int, str]):
     """Recorded arguments with parameters named instead of referred to."""
     if type(value) is Ref:
         return _Parameter(parameters[value.value]) if value.value in parameters else value
-    return _mapped(value, lambda inner: _with_parameters(inner, parameters))
-
-
-def _mapped(value, function):
-    """A tuple, list, dict or slice with ``function`` of each member; anything else as it is."""
-    if isinstance(value, tuple):
-        return tuple([function(v) for v in value])
-    if isinstance(value, list):  # a list of torch.fx stays behind
-        return [function(v) for v in value]
-    if isinstance(value, dict):
-        return {k: function(v) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(function(value.start), function(value.stop), function(value.step))
-    return value
+    return mapped(value, lambda inner: _with_parameters(inner, parameters))

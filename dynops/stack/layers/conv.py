@@ -79,7 +79,7 @@ class Conv(Layer):
     def rows(self, run):
         values, in_plan, shape = self._input(run)
         g = self.geometry(shape)
-        plan = run.policy.plan(self.out, g.out_shape, values.device)
+        plan = run.policy.plan(self.out, g.out_shape, values.device, g)
         residual = None
         if self.residual is not None:
             residual = run.added(self.residual, plan, self.out_channels)

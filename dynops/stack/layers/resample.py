@@ -42,8 +42,11 @@ class _Moved(Layer):
             out = self.forward(self.layer, run.dense(x))
             return run.masked(self.out, out) if out.dim() == 4 else out
         g = self.geometry(run.shape(x))
-        plan = run.policy.plan(self.out, g.out_shape, run.device(x))
+        plan = run.policy.plan(self.out, g.out_shape, run.device(x), g)
         return Rows(self._of_rows(run.read_at(x, _source(plan, g)), plan, g), plan)
+
+    def whole(self, inputs: list[Tensor]) -> Tensor:
+        return self.forward(self.layer, inputs[0])
 
     def _of_rows(self, rows: Tensor, plan: PixelPlan, g: ConvGeometry) -> Tensor:
         """The output's rows, of those of the input pixel that each reads."""
