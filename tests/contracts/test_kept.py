@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import pathlib
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
 
@@ -183,38 +181,6 @@ def test_a_changed_weight_is_seen(change):
         net.check()
         assert net.weight.dtype == torch.float32
     assert change is memory_format or not torch.equal(net.weight, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_weight_of_another_dtype_is_seen(dtype):
-    net = Net()
-    net.check()
-    net.to(dtype).check()
-    in_place(net)
-    net.check()
-    net.float().check()
-
-
-def test_a_copy_has_its_own_weight():
-    net = Net()
-    net.check()
-    twin = copy.deepcopy(net)
-    twin.check()
-    in_place(twin)
-    twin.check()
-    net.check()
-
-
-def test_inference_tensors():
-    """They have no version."""
-    with torch.inference_mode():
-        net = Net()
-        net.weight.data = net.weight.data.clone()
-        assert net.weight.is_inference()
-        for _ in range(2):
-            net.check()
-            net.weight.mul_(2)
-        net.check()
 
 
 @needs_binary
@@ -399,32 +365,6 @@ def test_a_step_of_another_thread_while_something_is_made():
 
     cache.get("key", make, weight)
     assert torch.equal(cache.get("key", weight.clone, weight), weight)
-
-
-def test_threads_and_an_optimiser():
-    """Half of the threads read, one steps; in the end every thread sees the last weights."""
-    net, stop, failures = Net(), threading.Event(), []
-    optimizer = torch.optim.SGD([net.weight], lr=1e-3, fused=True)
-    net.weight.grad = torch.ones_like(net.weight)
-
-    def read():
-        try:
-            while not stop.is_set():
-                with torch.no_grad():
-                    ops.sparse_conv2d(net.x, net.weight, net.bias, net.plan, padding=1)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(30):
-        optimizer.step()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    net.check()
 
 
 class FakeStream:

@@ -161,32 +161,6 @@ def test_a_tap_outside_the_input_is_not_read():
     assert ops.local_conv2d(x, kernels, kernel_size, **arguments, backend=BACKENDS[-1]).isfinite().all()
 
 
-def test_autocast():
-    x, kernels, kernel_size, arguments = make("involution")
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.local_conv2d(x, kernels, kernel_size, **arguments)
-    expected = ops.local_conv2d(x.bfloat16(), kernels.bfloat16(), kernel_size, **arguments)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-def test_compile_and_export():
-    x, kernels, kernel_size, arguments = make("CARAFE")
-
-    class Layer(torch.nn.Module):
-        def forward(self, x, kernels):
-            return ops.local_conv2d(x, kernels, kernel_size, **arguments)
-
-    layer, inputs = Layer(), (x.requires_grad_(), kernels.requires_grad_())
-    torch._dynamo.reset()
-    expected, actual = layer(*inputs), torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
-    assert torch.equal(actual, expected)
-    for a, e in zip(*(torch.autograd.grad(out.sum(), inputs) for out in (actual, expected)), strict=True):
-        torch.testing.assert_close(a, e)
-    inputs = tuple(t.detach() for t in inputs)
-    assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), expected)
-    torch._dynamo.reset()
-
-
 WRONG = {
     "kernels of another size": (
         {"kernels": torch.ones(2, 9, 9, 10)},

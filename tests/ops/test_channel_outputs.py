@@ -227,34 +227,6 @@ def test_a_changed_weight_is_packed_again():
     assert torch.equal(ops.masked_output_conv2d(x, weight, mask, **arguments, backend="cpp"), 2 * first)
 
 
-def test_autocast():
-    x, weight, mask, partial, bias, arguments = make("3x3")
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments)
-    low = [t.bfloat16() for t in (x, weight, partial, bias)]
-    expected = ops.masked_output_conv2d(low[0], low[1], mask, low[2], low[3], **arguments)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-def test_compile_and_export():
-    x, weight, mask, partial, bias, arguments = make("3x3")
-
-    class Layer(torch.nn.Module):
-        def forward(self, x, weight, mask, partial, bias):
-            return ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments)
-
-    layer, inputs = Layer(), (x.requires_grad_(), weight.requires_grad_(), mask, partial, bias)
-    torch._dynamo.reset()
-    expected = layer(*inputs)
-    actual = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
-    assert torch.equal(actual, expected)
-    for a, e in zip(*(torch.autograd.grad(out.sum(), inputs[:2]) for out in (actual, expected)), strict=True):
-        torch.testing.assert_close(a, e)
-    inputs = tuple(t.detach() for t in inputs)
-    assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), expected)
-    torch._dynamo.reset()
-
-
 WRONG = {
     "mask of another shape": ({"mask": torch.ones(2, 20, 9, 10)}, ValueError, r"mask.*\(2, 20, 9, 11\)"),
     "no mask": ({"mask": None}, TypeError, "mask"),

@@ -277,24 +277,6 @@ def test_sample_layouts(conv, layout, backend):
         assert out.is_contiguous(memory_format=same)
 
 
-@backends
-def test_weights_need_not_be_contiguous(backend):
-    conv = Conv(c=20, o=35, padding=1)
-    tensors = sample_tensors(conv)
-    tensors["weight"] = conv.weight(conv.n).transpose(3, 4)
-    check_sample(conv, backend, tensors)
-    tensors["weight"] = conv.weight(1).expand(conv.n, -1, -1, -1, -1)
-    check_sample(conv, backend, tensors)
-
-
-@each(FEW)
-def test_float64_runs_on_the_reference(conv):
-    check_sample(conv, None, sample_tensors(conv, torch.float64))
-    region = conv.region(3)
-    check_region(conv, None, region_tensors(conv, dtype=torch.float64), region)
-    check_mixed(conv, None, mixed_tensors(conv, dtype=torch.float64))
-
-
 # ------------------------------------------------------------------------------- region_conv2d
 
 
@@ -427,45 +409,6 @@ def test_properties(backend, n, c, o, kernel, stride, padding, dilation, groups,
         actual, grads = run(ours, tensors, tuple(tensors), dy)
         for a, e in zip((actual, *grads), (exact, *exact_grads), strict=True):
             assert (a.double() - e).norm() <= 1e-5 * max(e.norm(), 1)
-
-
-def test_autocast():
-    conv = Conv(c=20, o=35, padding=1)
-    x, weight, bias = (t.requires_grad_() for t in sample_tensors(conv).values())
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.sample_conv2d(x, weight, bias, padding=1)
-        assert out.dtype == torch.bfloat16
-        mixed = ops.mixed_conv2d(x, weight, torch.softmax(random_tensor(3, 3), 1), bias[0], padding=1)
-        assert mixed.dtype == torch.bfloat16
-    grads = torch.autograd.grad(out.sum() + mixed.sum(), (x, weight, bias))
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-
-
-def test_compiles():
-    def every(x, weight, weights, region, mix):
-        y = ops.sample_conv2d(x, weight, padding=1, activation="relu")
-        y = ops.region_conv2d(y, weights, region, padding=1)
-        return ops.mixed_conv2d(y, weight, mix, padding=1, activation="silu")
-
-    torch._dynamo.reset()
-    compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
-    conv = Conv(padding=1)
-    x, weight = conv.x().requires_grad_(), conv.weight(3).requires_grad_()
-    weights, mix = conv.weight(3, 2).requires_grad_(), random_tensor(3, 3).requires_grad_()
-    leaves, region = (x, weight, weights, mix), conv.region(2)
-    expected = every(x, weight, weights, region, mix)
-    actual = compiled(x, weight, weights, region, mix)
-    torch.testing.assert_close(actual, expected)
-    dy = random_tensor(*expected.shape)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, leaves, dy),
-        torch.autograd.grad(expected, leaves, dy),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, weight, weights, region, mix), expected)
-    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------- errors

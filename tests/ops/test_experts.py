@@ -343,60 +343,6 @@ def test_gather_and_combine(case, dtype, backend):
 # -------------------------------------------------------------------------- layouts, other dtypes
 
 
-def layouts_of(weight: torch.Tensor):
-    """The same values, as views may lie in memory."""
-    experts, a, b = weight.shape
-    wide = torch.full((experts * 2, a * 2, b * 2), float("nan"), dtype=weight.dtype)
-    yield "every other", wide[::2, ::2, ::2].copy_(weight)
-    yield "a slice", wide[experts:, a:, b:].copy_(weight)
-    yield "turned", weight.mT.contiguous().mT
-    yield "experts inside", weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    yield "rows first", weight.transpose(0, 1).contiguous().transpose(0, 1)
-    yield "one shared", weight[:1].expand(experts, a, b)
-
-
-@backends
-@transposes
-@pytest.mark.parametrize("name", ["few rows", "many rows"])
-def test_weights_need_not_be_contiguous(name, transposed, backend):
-    case = CASES[name]
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = case.linear_tensors(transposed=transposed, dtype=dtype)
-        for _, weight in layouts_of(tensors["weight"]):
-            check_linear(case, backend, tensors | {"weight": weight}, transposed=transposed)
-            check_linear(case, backend, tensors | {"weight": weight}, (), transposed=transposed)
-        up, down = (
-            case.mlp_tensors(transposed=transposed)["up"],
-            case.mlp_tensors(transposed=transposed)["down"],
-        )
-        tensors = case.mlp_tensors(transposed=transposed)
-        for (_, u), (_, d) in zip(layouts_of(up), layouts_of(down), strict=True):
-            check_mlp(case, backend, tensors | {"up": u, "down": d}, (), transposed=transposed)
-
-
-@backends
-def test_rows_and_biases_need_not_be_contiguous(backend):
-    case = CASES["odd"]
-    for packed, (columns, turned) in itertools.product((False, True), ((2, False), (1, True))):
-        tensors = case.linear_tensors(packed)
-        for name, t in tensors.items():
-            if name == "weight":
-                continue
-            if turned:
-                tensors[name] = t.t().contiguous().t()
-            else:
-                tensors[name] = torch.full((*t.shape, columns), float("nan")).select(2, 0).copy_(t)
-        check_linear(case, backend, tensors, packed_in=packed, packed_out=packed)
-        check_linear(case, backend, tensors, (), packed_in=packed, packed_out=not packed)
-
-
-@pytest.mark.parametrize("name", ["few rows", "odd", "capacity", "no token"])
-def test_float64_runs_on_the_reference(name):
-    case = CASES[name]
-    check_linear(case, None, case.linear_tensors(dtype=torch.float64))
-    check_mlp(case, None, case.mlp_tensors(dtype=torch.float64))
-
-
 @backends
 def test_the_sum_over_choices_is_taken_in_float32(backend):
     """Sixty-four choices of a bfloat16 layer: each partial sum rounded would be an error 8 times as large."""

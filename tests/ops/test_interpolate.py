@@ -116,15 +116,6 @@ def test_nothing_to_fill(mode):
         assert interpolate_pixels(x, PixelPlan.from_mask(mask), mode).shape == shape
 
 
-@pytest.mark.parametrize("mode", ["gaussian", "nearest"])
-def test_compiles(mode):
-    def run(x, mask):
-        return interpolate_pixels(x, PixelPlan.from_mask(mask), mode)
-
-    x, mask = torch.randn(2, 3, 9, 9), random_mask((2, 9, 9), 0.1)
-    close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, mask), run(x, mask), 1e-6)
-
-
 def test_bad_arguments():
     plan, x = PixelPlan.from_mask(torch.ones(1, 4, 4)), torch.randn(1, 2, 4, 4)
     for match, error, arguments in (

@@ -53,15 +53,6 @@ def test_dtypes(conv, dtype, backend):
     check(conv, backend, mask, conv.tensors(dtype), ("x", "weight", "bias"))
 
 
-@each(FEW)
-def test_float64_runs_on_the_reference(conv):
-    mask = random_mask(conv.out_shape(), 0.4)
-    check(conv, None, mask, conv.tensors(torch.float64), ("x", "weight", "bias"))
-    if "cpp" in BACKENDS:
-        with pytest.raises(RuntimeError, match="float64"):
-            check(conv, "cpp", mask, conv.tensors(torch.float64))
-
-
 @pytest.mark.parametrize("kind", MASKS)
 @each(FEW)
 def test_unnamed_backend(conv, kind):
@@ -108,39 +99,6 @@ def test_memory_format_is_kept(c, layout, kind, backend):
         out = conv.op(x, weight, None, plan, backend=backend, activation="relu")
         assert out.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
         assert out.is_contiguous() == (layout == "nchw")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed"])
-def test_layouts_of_everything_else(layout, backend):
-    conv = CONVS["3x3"]
-    tensors, epilogue = conv.tensors(), conv.epilogue()
-    for name in ("gate", "residual", "base"):
-        epilogue[name] = in_layout(epilogue[name], layout)
-    for name in ("scale", "shift"):
-        epilogue[name] = torch.stack([epilogue[name], epilogue[name] * 9], 1)[:, 0]
-    tensors["weight"] = in_layout(tensors["weight"], layout)
-    tensors["bias"] = tensors["bias"][:1].expand(conv.o)
-    mask = random_mask(conv.out_shape(), 0.4)[:, None].transpose(2, 3).contiguous().transpose(2, 3)
-    plan = PixelPlan.from_mask(mask)
-    for grads in ((), ("x", "weight", "bias", *epilogue)):
-        check(conv, backend, mask[:, 0], tensors | epilogue, grads, plan, activation="silu")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_expanded_upstream_gradient(packed, backend):
-    """``out.sum().backward()`` sends a gradient whose strides are all zero."""
-    conv = CONVS["3x3"]
-    tensors, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4)
-    plan, results = PixelPlan.from_mask(mask), []
-    for sum_of in (lambda y: y.sum(), lambda y: (y * torch.ones_like(y)).sum()):
-        leaves = [t.detach().requires_grad_() for t in tensors.values()]
-        op = ops.packed_conv2d if packed else ops.sparse_conv2d
-        plans = (None, plan) if packed else (plan,)
-        out = op(*leaves, *plans, padding=1, backend=backend)
-        results.append(torch.autograd.grad(sum_of(out), leaves))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- epilogues
@@ -269,18 +227,6 @@ def test_autocast(conv, kind, backend):
         assert_within_budget(grads[name], exact_grads[name], dense_grads[name], f"gradient of {name}")
     with torch.no_grad():
         assert_within_budget(ours(**tensors), exact, dense, "without gradients")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_takes_float32_epilogue(backend):
-    conv = CONVS["3x3"]
-    tensors, mask = conv.tensors() | conv.epilogue(), random_mask(conv.out_shape(), 0.4)
-    plan = PixelPlan.from_mask(mask)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv.op(**tensors, plan=plan, backend=backend, activation="silu")
-    exact = conv.oracle(**{k: v.double() for k, v in tensors.items()}, mask=mask, activation="silu")
-    dense = conv.oracle(**{k: v.bfloat16() for k, v in tensors.items()}, mask=mask, activation="silu")
-    assert_within_budget(out, exact, dense)
 
 
 # ------------------------------------------------------------------------- gather and scatter

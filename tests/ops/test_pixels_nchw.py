@@ -121,24 +121,6 @@ def test_epilogues(conv, density):
             _check(conv, x, weight, bias, PixelPlan.from_mask(mask), mask, epilogue, str(sorted(epilogue)))
 
 
-@pytest.mark.parametrize("layout", ("strided", "transposed", "expanded", "zero_stride", "channels"))
-@pytest.mark.parametrize("conv", [PLANES[1], PLANES[5], PLANES[6], ROWS[0], ROWS[2]], ids=str)
-def test_views_of_neither_format(conv, layout):
-    """Read where they lie: gaps are NaN, so that one too many element read shows."""
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias, mask = _inputs(conv, dtype, 0.3)
-        if layout == "channels":  # every other channel of a wider map
-            view = torch.stack([x, torch.full_like(x, float("nan"))], 2).flatten(1, 2)[:, ::2]
-        else:
-            view = in_layout(x, layout)
-        plan = PixelPlan.from_mask(mask)
-        out = ops.sparse_conv2d(view, weight, bias, plan, **conv.arguments, backend="cpp")
-        exact = dense_masked_conv2d(view.double(), weight.double(), bias.double(), mask, **conv.arguments)
-        assert_within_budget(out, exact, dense_masked_conv2d(view, weight, bias, mask, **conv.arguments))
-        if conv.kernel == 1:
-            assert torch.equal(ops.gather_pixels(view, plan), rows_at(view, mask))
-
-
 def test_a_slice_of_channels_last_gives_nchw():
     x = random_tensor(2, 12, 6, 20).contiguous(memory_format=torch.channels_last)[..., ::2]
     weight, mask = random_tensor(8, 12, 3, 3), random_mask((2, 6, 10), 0.3)

@@ -260,23 +260,6 @@ def test_where_nobody_leaves_nothing_is_copied():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
-def test_batches_of_none_and_one(threshold):
-    model = conv_model(MaxSoftmax(threshold), norm=True)
-    none = model(torch.zeros(0, 3, 8, 8, dtype=torch.float64))
-    assert none.logits.shape == (0, CLASSES) and none.exits.shape == (0,) and none.exits.dtype == torch.int64
-    assert [len(z) for z in model(torch.zeros(0, 3, 8, 8, dtype=torch.float64), all_exits=True)] == [
-        0
-    ] * EXITS
-    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    whole = model(x)
-    for i in range(5):
-        one = model(x[i : i + 1])
-        assert torch.equal(one.exits, whole.exits[i : i + 1])
-        assert (one.logits[0] - whole.logits[i]).norm() <= 1e-12 * one.logits.norm()
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     "criterion",
     [MaxSoftmax(-1.0), Entropy(1e9), Margin(-1.0), IDKClass(0, -1.0), Patience(1), Patience(1, 1e9)],
@@ -693,15 +676,6 @@ def test_a_cascade_of_early_exits():
     assert torch.allclose(out.logits, torch.where(settled[:, None], first, second), rtol=1e-10)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("n", [0, 1])
-def test_cascade_of_small_batches(n):
-    for threshold in (0.0, 2.0):
-        out = cascade_of(MaxSoftmax(threshold))(torch.randn(n, 3, 4, 4, dtype=torch.float64))
-        assert out.logits.shape == (n, CLASSES)
-        assert out.exits.tolist() == [0 if threshold == 0 else 2] * n
-
-
 # --------------------------------------------------------------------------------- module contract
 
 
@@ -717,53 +691,6 @@ def test_state_dict_keys_and_checkpoints_keep_thresholds():
     model.criterion.set_threshold(torch.tensor([0.1, 0.2]))
     model.criterion.set_temperature([2.0, 3.0])
     assert model.state_dict()["criterion.threshold"].tolist() == pytest.approx([0.1, 0.2])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_thresholds_do_not_round_with_the_model(dtype):
-    model = conv_model(MaxSoftmax(0.999, 1.001)).to(dtype)
-    assert model.stages[0][0].weight.dtype == dtype
-    assert model.criterion.threshold.dtype == torch.float64 and float(model.criterion.threshold) == 0.999
-    assert float(model.criterion.temperature) == 1.001
-    learned = LearnedExit([nn.Linear(3, 1)], 0.999).to(dtype)
-    assert learned.heads[0].weight.dtype == dtype and float(learned.threshold) == 0.999
-    assert MaxSoftmax(0.5).to("meta", dtype).threshold.device.type == "meta"
-
-
-@torch.no_grad()
-def test_compiles_with_a_graph_break_and_without_one_for_all_exits():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 3, 1)
-            self.exits = conv_model(MaxSoftmax(0)).float()
-
-        def forward(self, x, all_exits=None):
-            out = self.exits(self.stem(x), all_exits)
-            return out if all_exits else (out.logits * 2, out.exits)
-
-    net = Net().eval()
-    x = random_tensor(9, 3, 8, 8)
-    halve(net.exits, net.stem(x))
-    compiled = torch.compile(net, backend="aot_eager")
-    for part in (x, x[:4]):
-        logits, exits = net(part)
-        got = compiled(part)
-        assert torch.equal(got[1], exits) and torch.allclose(got[0], logits, rtol=1e-5)
-    assert len(set(net(x)[1].tolist())) >= 2
-    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
-    for a, b in zip(whole(x, True), net(x, True), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5)
-
-
-def test_compiles_training_with_gradient_equilibrium_in_one_graph():
-    model = conv_model(MaxSoftmax(0.5), gradient_equilibrium=True).train()
-    twin = copy.deepcopy(model)
-    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
-    for run in (torch.compile(model, backend="aot_eager", fullgraph=True), twin):
-        sum(z.square().sum() for z in run(x)).backward()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 1e-10 * b.grad.norm()
 
 
 # -------------------------------------------------------------------------------------------- errors

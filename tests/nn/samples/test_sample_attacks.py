@@ -681,24 +681,6 @@ def test_caches_lose_the_rows_of_those_who_left(name):
     assert int(own.layers[0].get_seq_length()) == 7  # four of before, three of this call
 
 
-def test_model_outputs_are_states():
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-
-    class Stage(nn.Module):
-        def forward(self, s):
-            assert s.hidden_states[0].shape[0] == len(s.last_hidden_state) and s.attentions is None
-            return type(s)(last_hidden_state=s.last_hidden_state + 1, hidden_states=s.hidden_states)
-
-    class Head(nn.Module):
-        def forward(self, s):
-            return s.last_hidden_state
-
-    x = some(8, 4)
-    model = EarlyExit([Stage(), Stage()], [Head()] * 2, lambda z, e, s: z[:, 0] > 0).eval()
-    out = model(outputs.BaseModelOutput(last_hidden_state=x, hidden_states=(x.clone(),)))
-    assert out.exits.tolist() == [0, 1] * 4 and torch.equal(out.logits[1::2], x[1::2] + 1 + 1)
-
-
 def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         x, gate = torch.randn(2, 4, 8, 8), torch.ones(2)
