@@ -36,7 +36,7 @@ class Stack(NamedTuple):
 
     @property
     def packs(self) -> bool:
-        """Whether all of it can run on rows."""
+        """True where all of it can run on rows."""
         return all(layer.packs for layer in self.layers)
 
 

@@ -1,4 +1,4 @@
-"""Policies: which plan each value of a stack has on rows, and what lies outside it.
+"""Policies: the plan that each value of a stack has on rows, and the content outside of it.
 
 A policy has:
 
@@ -67,7 +67,7 @@ class Needed:
 
 
 def needed_plans(stack: Stack, sizes: dict, plan: PixelPlan) -> dict[int, PixelPlan]:
-    """The plan of each value but the input: what its readers read."""
+    """The plan of each value but the input: all that its readers read."""
     needs: dict[int, list[PixelPlan]] = {stack.output: [plan]}
     inside: dict[int, PixelPlan] = {}  # by the id of a plan: one that lies within it
     plans, batch = {stack.output: plan}, plan.shape[0]
@@ -86,7 +86,7 @@ def needed_plans(stack: Stack, sizes: dict, plan: PixelPlan) -> dict[int, PixelP
 
 
 def _reads_its_own_place(g: ConvGeometry) -> bool:
-    """Whether output pixel p reads (among others) input pixel p."""
+    """True where output pixel p reads input pixel p, maybe among others."""
     return (
         not g.transposed
         and g.stride_h == g.stride_w == 1

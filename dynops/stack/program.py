@@ -32,7 +32,7 @@ class Program:
         return _unbound, ()
 
     def holds(self) -> bool:
-        """Whether the steps still say what the module would do: the same modules, and no hooks in them."""
+        """True where the modules are those that were traced, and have no hooks."""
         for modules, name, module in self.links:
             if modules.get(name) is not module:
                 return False

@@ -1,6 +1,6 @@
-"""What a layer reads: the receptive field of a block of its output, along one axis.
+"""Receptive fields: the input pixels that a block of a layer's output reads, along one axis.
 
-A :class:`Span` is what blocks 0, 1, ... hold or need of one value along one axis. Each reach turns the
+A :class:`Span` says which pixels blocks 0, 1, ... hold or need of one value along one axis. Each reach turns the
 span of a layer's output into that of its input, and the size of its input into that of its output.
 They are plain data.
 """
@@ -23,7 +23,7 @@ class Span(NamedTuple):
         return self.first + self.size
 
     def union(self, other: Span) -> Span:
-        """What holds both (of the same step)."""
+        """The span that holds both; their steps are equal."""
         first = min(self.first, other.first)
         return Span(first, max(self.end, other.end) - first, self.step)
 

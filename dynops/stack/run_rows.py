@@ -1,7 +1,6 @@
 """Runs a stack on packed rows: the executor of every policy (:mod:`dynops.stack.policy`).
 
-A value is a dense tensor or :class:`Rows`. What a layer computes was decided when the stack was made; a call does the
-arithmetic and little else.
+A value is a dense tensor or :class:`Rows`. All that can be decided without values was decided when the stack was made.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Run:
         self.env[0] = self._x = x
         self._gathered: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
 
-    # --------------------------------------------------------------------------- what a layer reads
+    # -------------------------------------------------------------------------------------- inputs
 
     def rows_of(self, value: int) -> Rows | None:
         """A value that exists as rows, or None."""
@@ -105,7 +104,7 @@ class Run:
         return self.at(value, plan, channels)
 
     def together(self, layer, joins: str) -> tuple[PixelPlan | None, list]:
-        """What a layer reads pixel by pixel: rows of one plan; or None and dense tensors.
+        """The inputs of a layer that works pixel by pixel: rows of one plan; or None and dense tensors.
 
         Args:
             joins: the dense maps that a policy that masks reads at the mask of the others: "rows", none; "same", those
@@ -126,10 +125,10 @@ class Run:
                     return plan, values
         return None, [self.dense(v) for v in layer.inputs]
 
-    # --------------------------------------------------------------------------- what a layer makes
+    # ------------------------------------------------------------------------------------- outputs
 
     def shared_plan(self, layer) -> PixelPlan | None:
-        """The plan of what a layer makes pixel by pixel; None: all that it reads is dense, and so is what it makes."""
+        """The plan of a layer's output, which is made pixel by pixel. None: its inputs are dense, and so is the output."""
         return self.policy.shared(layer.out, [self.env[v] for v in layer.inputs])
 
     def plan_like(self, value: int, out: int) -> PixelPlan:
@@ -142,11 +141,11 @@ class Run:
         return Rows(gather_rows(x, plan.index, plan.count), plan)
 
     def ends_with(self, layer) -> bool:
-        """Whether a layer makes the output, which it may then write where it belongs."""
+        """True for the layer that makes the output: it may write the dense map itself."""
         return layer is self.stack.layers[-1] and layer.out == self.stack.output
 
     def base(self, channels: int) -> Tensor | None:
-        """What lies outside of the output's plan, ``[N, O, H, W]``; None for zero."""
+        """The output outside of its plan, ``[N, O, H, W]``; None for zero."""
         base, x = self.policy.base, self._x
         if base is None:
             return None

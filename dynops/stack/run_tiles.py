@@ -1,8 +1,8 @@
 """Runs a stack on tiles: the input's blocks with their halo, through torch's own layers.
 
-After a layer its tiles hold something wherever they lie outside the map; the dense layer that reads them
-there reads padding. So before such a layer that part is set to what padding is (zero, -inf, the nearest
-pixel): nothing in most tiles, a few rows and columns in those at the border.
+A tile that lies over the edge of the map holds values of no meaning there, where the next dense layer would read its
+padding. So before such a layer that part is set to the padding: zero, -inf or the nearest pixel. Most tiles have no
+such part, those at the border a few rows and columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FILLS = {"zero": 0.0, "-inf": float("-inf")}
 
 
 class Layout(NamedTuple):
-    """Where the tiles of every value lie, for one input size and one grid of blocks."""
+    """The places of every value's tiles, for one input size and one grid of blocks."""
 
     sizes: dict[int, tuple[int, int]]  # (H, W) of each value
     maps: dict[int, BlockGeometry]  # the tiles of each value
@@ -70,7 +70,7 @@ def _map(blocks: BlockGeometry, size: tuple[int, int], spans: tuple[Span, Span])
 
 
 def _reads_outside(layer, sizes: dict[int, tuple[int, int]]) -> bool:
-    """Whether some pixel of the whole output reads outside the layer's first input."""
+    """True where some pixel of the whole output reads outside the layer's first input."""
     out, size = sizes[layer.out], sizes[layer.inputs[0]]
     for i, reach in enumerate(layer.reaches[0]):
         read = reach.span(Span(0, out[i], 0))

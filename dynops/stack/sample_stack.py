@@ -1,8 +1,8 @@
-"""A stack of convolutions on some samples of a batch, or on all, for inference: what is faster than calling the module.
+"""A stack of convolutions on some samples of a batch, or on all, for inference: faster than calling the module.
 
-Two ways. On rows, at the pixels of those samples, where they lie: nothing is gathered, as the first convolution reads the
-map, and nothing is scattered, as the last one writes into the output, the residual sum and the samples that were skipped
-included. Or folded, on the gathered samples, with norms in the weights.
+It runs in one of two ways. "rows" works at the pixels of those samples, where they lie. Nothing is gathered, as the first
+convolution reads the map. Nothing is scattered, as the last one writes the output, with the residual sum and the samples
+that were skipped. "folded" works on the gathered samples, with the norms in the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYERS = (*KINDS, *ELEMENTWISE, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 class _Residual(nn.Module):
-    """What is traced of a residual layer, so that the sum belongs to the last convolution."""
+    """A residual layer, as it is traced: its sum belongs to the last convolution."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -52,7 +52,7 @@ class SampleStack:
             self.bound = bound
 
     def holds(self, module: nn.Module, mode: str) -> bool:
-        """Whether this is still what was traced."""
+        """True where ``module`` is still the one that was traced, unchanged."""
         if module is not self.module or mode != self.mode:
             return False
         if self.bound is None:
@@ -63,7 +63,7 @@ class SampleStack:
         )
 
     def path(self, x: Any, wanted: str | None) -> str | None:
-        """How some samples of ``x`` run: "rows", "folded", or None: the module is called.
+        """The way in which some samples of ``x`` run: "rows", "folded", or None: the module is called.
 
         ``wanted``: "rows", or None for the fastest.
         """
@@ -83,7 +83,7 @@ class SampleStack:
         return self._on_rows(x, plan, None if plan.is_full else x)
 
     def runs_all(self, x: Any) -> bool:
-        """Whether ``on_all`` is the faster way; where no gradient is needed."""
+        """True where ``on_all`` is the faster way, if no gradient is needed."""
         return self._takes(x) and self._wins(x)
 
     def on_all(self, x: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class SampleStack:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether it is made of layers that run on rows only; another one is not even traced, which would call it."""
+    """True for a module of layers that run on rows only. Another one is not traced, as that would call it."""
     if not isinstance(module, nn.Module):
         return False
     return all(next(m.children(), None) is not None or dense_type(m) in _LAYERS for m in module.modules())

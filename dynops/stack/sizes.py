@@ -1,4 +1,4 @@
-"""What follows from the size of an input: kept for the last sizes, and the sizes of all values of a stack."""
+"""The sizes of a stack's values, and a cache of all that follows from the size of an input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_SIZES = 64
 
 
 class KeptSizes:
-    """What follows from the sizes of an input, for up to 64 of them. A copy begins empty."""
+    """A cache by the sizes of an input, for up to 64 of them. A copy begins empty."""
 
     def __init__(self):
         self._found: dict[Hashable, Any] = {}

@@ -1,4 +1,4 @@
-"""Traced: a module as a stack whose layers can run on parts of a map, and what follows from the sizes of its input."""
+"""Traced: a module as a stack whose layers can run on parts of a map."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Macs(NamedTuple):
 
 
 class Traced:
-    """A module's layers, and what follows from the sizes of its input.
+    """A module's layers, with all that follows from the size of its input.
 
     Args:
         stack: the module's layers; None: they are traced.
@@ -50,7 +50,7 @@ class Traced:
         self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the modules inside are still those that were traced, and have the strides and the like that they had."""
+        """True where the modules inside are those that were traced, with the same strides and the like."""
         if module is not self.module or not all(now == then for now, then in self.children):
             return False
         return self.settings == _settings(self.leaves)
@@ -73,7 +73,7 @@ class Traced:
                 )
 
     def fits_step(self, step: tuple[int, int]) -> bool:
-        """Whether every value's blocks are whole pixels where the output's lie ``step`` apart."""
+        """True where every value's blocks are whole pixels if the output's lie ``step`` apart."""
         return not any(step[i] % self.stack.multiple[i] for i in (0, 1))
 
     def check_step(self, step: tuple[int, int]) -> None:
@@ -110,7 +110,7 @@ class Traced:
                 yield layer, layer.geometry((in_shape[0], *sizes[layer.inputs[0]]))
 
     def beats_dense(self, x: Tensor, in_shape: tuple[int, int, int]) -> bool:
-        """Whether rows are the faster way to compute every block."""
+        """True where rows are the faster way to compute every block."""
         return self.rows and any(beats_dense(x, layer.conv.weight, g) for layer, g in self.convs(in_shape))
 
     def cost(self, path: str, plan: BlockPlan, in_shape: tuple, device: torch.device, dtype) -> float | None:
@@ -139,7 +139,7 @@ class Traced:
     # ------------------------------------------------------------------------------------------ MACs
 
     def macs(self, x: Tensor, plan: PixelPlan | BlockPlan | None) -> Macs:
-        """What a run computes: on rows at a plan of pixels, on tiles at a plan of blocks; None: everything."""
+        """The MACs of a run: on rows at a plan of pixels, on tiles at a plan of blocks, without a plan on everything."""
         in_shape = (x.shape[0], x.shape[2], x.shape[3])
         live, dense = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device), 0.0
         sizes = self.sizes(in_shape)

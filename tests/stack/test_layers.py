@@ -166,7 +166,9 @@ def test_parts_of_a_map_are_the_dense_module(name):
 
 @pytest.mark.parametrize("path", [None, "rows"])
 def test_skipped_samples_of_a_module_that_enlarges(path):
-    module = nn.Sequential(nn.Conv2d(4, 16, 3, 2, 1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=1))
+    module = nn.Sequential(
+        nn.Conv2d(4, 16, 3, 2, 1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=1)
+    )
     layer, x = Skip(module, path=path).double().eval(), torch.randn(3, 4, 8, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = torch.stack([x[0], x[1] + module(x[1:2])[0], x[2]])

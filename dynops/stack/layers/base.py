@@ -17,7 +17,7 @@ SAME = (Same(), Same())
 
 
 def spans_of(g: BlockGeometry) -> tuple[Span, Span]:
-    """What its blocks cover along y and x."""
+    """The pixels of a grid's blocks along y and x."""
     return Span(g.first_h, g.tile_h, g.step_h), Span(g.first_w, g.tile_w, g.step_w)
 
 
@@ -100,7 +100,7 @@ class Layer:
         """Raises TypeError where the layer, as it is now, cannot run on parts of a map."""
 
     def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry | None:
-        """Which input pixels an output pixel reads, for a layer that packs; None: the one at its own place."""
+        """The input pixels that an output pixel reads, for a layer that packs. None: the one at its own place."""
         return None
 
     def macs(self, in_shape: tuple[int, int, int]) -> float:
