@@ -79,12 +79,7 @@ class Run:
         found = self.env[value]
         if type(found) is Rows:
             return found.values if found.plan is plan else _within(found, plan)
-        n, h, w = plan.shape
-        if (
-            not isinstance(found, Tensor)
-            or found.dim() != 4
-            or (*found.shape[:1], *found.shape[2:]) != (n, h, w)
-        ):
+        if not isinstance(found, Tensor) or found.dim() != 4 or self.shape(value) != plan.shape:
             return None
         if channels is not None and self.policy.zero_outside and found.shape[1] != channels:
             return None
@@ -110,16 +105,16 @@ class Run:
             joins: the dense maps that a policy that masks reads at the mask of the others: "rows", none; "same", those
                 of the same shape; "any", those of the same size, and ``[N, C, 1, 1]``.
         """
-        plan, found = self.shared_plan(layer), [self.env[v] for v in layer.inputs]
+        plan = self.shared_plan(layer)
         if plan is not None:
-            channels, rows = None, [x.values for x in found if type(x) is Rows]
-            if self.policy.zero_outside and joins != "any":
-                channels = rows[0].shape[1]
-            if joins != "rows" or not self.policy.zero_outside or len(rows) == len(found):
+            rows = [self.env[v] for v in layer.inputs if type(self.env[v]) is Rows]
+            channels = rows[0].values.shape[1] if rows and joins != "any" else None
+            if joins != "rows" or not self.policy.zero_outside or len(rows) == len(layer.inputs):
                 values = [self.at(v, plan, channels) for v in layer.inputs]
                 if joins == "any":
                     values = [
-                        _spread(x, plan) if v is None else v for v, x in zip(values, found, strict=True)
+                        _spread(self.env[v], plan) if r is None else r
+                        for v, r in zip(layer.inputs, values, strict=True)
                     ]
                 if all(v is not None for v in values):
                     return plan, values
@@ -144,23 +139,18 @@ class Run:
         """True for the layer that makes the output: it may write the dense map itself."""
         return layer is self.stack.layers[-1] and layer.out == self.stack.output
 
-    def base(self, channels: int) -> Tensor | None:
-        """The output outside of its plan, ``[N, O, H, W]``; None for zero."""
-        base, x = self.policy.base, self._x
-        if base is None:
-            return None
-        dtype = x.dtype if self.autocast is None or x.dtype == torch.float64 else self.autocast
-        return checked_base(base, x, self.policy.output, channels, dtype)
+    def base(self, channels: int, dtype: torch.dtype) -> Tensor | None:
+        """The output outside of its plan, ``[N, O, H, W]`` in its dtype; None for zero."""
+        base = self.policy.base
+        return None if base is None else checked_base(base, self._x, self.policy.output, channels, dtype)
 
     def result(self):
         """The output as a dense tensor."""
-        output, plan, base = self.stack.output, self.policy.output, self.policy.base
+        output, plan = self.stack.output, self.policy.output
         if plan is None or (type(self.env[output]) is not Rows and output != 0):
             return self.dense(output)
         rows = self.at(output, plan)
-        if base is not None:
-            base = checked_base(base, self._x, plan, rows.shape[1], rows.dtype)
-        return scatter_pixels(rows, plan, base)
+        return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:

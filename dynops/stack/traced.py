@@ -13,9 +13,9 @@ from ..ops.pixels.conv import beats_dense
 from ..plans import BlockPlan, PixelPlan
 from .graph import Stack, local_stack_of
 from .policy import Needed, needed_plans
+from .receptive_field import KeptSizes, sizes_of
 from .run_rows import run_rows
 from .run_tiles import Layout, layout_of
-from .sizes import KeptSizes, sizes_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What sizes and norms follow from; 0.3 us a module to look at.

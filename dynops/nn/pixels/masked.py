@@ -8,7 +8,7 @@ from ... import context
 from ...ops import gather_pixels, scatter_pixels
 from ...ops.pixels.rows import in_format_of
 from ...plans import PixelPlan, as_pixel_plan
-from ...stack.layers.group_norm import group_norm_rows
+from ...stack.layers.norm import group_norm_rows
 from ...stack.norm import norm_rows
 
 

@@ -10,8 +10,7 @@ from .base import Layer, mapped, place
 from .call import Call
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
-from .group_norm import GroupNorm
-from .norm import Norm
+from .norm import GroupNorm, Norm
 from .pool import AvgPool, MaxPool, avg_pool, max_pool
 from .resample import PixelShuffle, Upsample, ZeroPad, interpolate, pad
 

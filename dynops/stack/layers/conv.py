@@ -14,8 +14,7 @@ from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
 from ...plans import PixelPlan
 from ..module_geometry import geometry_of
 from ..norm import fold, norm_rows, uses_batch_statistics
-from ..receptive_field import Transposed, Window
-from ..sizes import KeptSizes
+from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
 from .base import SAME, Layer, Rows, finish, place, spans_of
 from .norm import check_norm, dense_norm, statistics_refusal
@@ -87,7 +86,8 @@ class Conv(Layer):
                 rows = self._product(run, values, in_plan, plan, g, "")
                 return self._then_broadcast(run, rows, residual, plan)
         if run.ends_with(self) and not (self.norm is not None and uses_batch_statistics(self.norm)):
-            base = run.base(self.out_channels)
+            wide = run.autocast is None or values.dtype == torch.float64
+            base = run.base(self.out_channels, values.dtype if wide else run.autocast)
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
 
