@@ -209,7 +209,7 @@ def test_blocks(path, inner):
 
 
 def test_rows_of_a_chain_agree_with_the_benchmarks_theory():
-    from benchmarks.theory import chain_macs
+    from benchmarks.harness.theory import chain_macs
 
     chain = SparseSequential(
         nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2)

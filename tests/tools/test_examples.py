@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("sklearn", reason="it holds the digits")
 
 from benchmarks.timing import Budget, Comparison
+
 from dynops.testing import assert_within_budget
 from examples import all as every
 from examples import common

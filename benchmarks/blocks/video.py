@@ -1,0 +1,161 @@
+"""A video that recomputes changed blocks only: an object cut out of the photograph moves over the rest of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+
+import torch
+from torch import Tensor, nn
+
+import dynops
+from dynops.nn import SparseBlocks
+from dynops.testing import assert_within_budget
+
+from ..harness.contenders import bound, calibrated
+from ..harness.rows import Row
+from ..harness.setting import Setting
+from ..harness.theory import chain_macs, chain_work
+from ..harness.timing import fastest, interleaved, progress
+from ..pixels.model import network_versions, normalised, photo_input
+
+SIZE, FRAMES, BLOCK = (256, 256), 24, 16
+NAME = "encoder-decoder"
+
+
+def frames(size: tuple[int, int], count: int) -> list[Tensor]:
+    """The video, ``count`` images ``[1, 3, H, W]`` in 0..1.
+
+    An ellipse around the face, a fifth of the photograph high and wide, moves once around a circle over the
+    photograph, which is still.
+    """
+    still = photo_input(size)
+    h, w = size
+    high, wide = h // 5, w // 5
+    top, left = round(0.25 * h), round(0.4 * w)
+    cut = still[..., top : top + high, left : left + wide]
+    y, x = torch.meshgrid(torch.linspace(-1, 1, high), torch.linspace(-1, 1, wide), indexing="ij")
+    inside = y.square() + x.square() <= 1
+    video = []
+    for step in range(count):
+        angle = 2 * math.pi * step / count
+        top = round((h - high) * (0.5 + 0.4 * math.sin(angle)))
+        left = round((w - wide) * (0.5 + 0.4 * math.cos(angle)))
+        frame = still.clone()
+        spot = frame[..., top : top + high, left : left + wide]
+        spot.copy_(torch.where(inside, cut, spot))
+        video.append(frame)
+    return video
+
+
+def segmentation_net(classes: int = 8) -> nn.Sequential:
+    """An encoder of stride 2 and a decoder with a transposed convolution: scores ``[N, classes, H, W]``."""
+
+    def conv(channels: int, out: int, stride: int = 1) -> list[nn.Module]:
+        return [nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+    return nn.Sequential(
+        *conv(3, 32),
+        *conv(32, 64, stride=2),
+        *conv(64, 64),
+        nn.ConvTranspose2d(64, 32, 2, stride=2, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, classes, 3, padding=1),
+    )
+
+
+class Stream:
+    """A network over a video: each frame computes the blocks that it changes, on the last frame's output."""
+
+    def __init__(self, net: nn.Module, block: int):
+        self.layer = SparseBlocks(net, block)
+        self.block = block
+
+    def first(self, frame: Tensor) -> Tensor:
+        return self.layer(frame)
+
+    def next(self, previous: Tensor, frame: Tensor, output: Tensor) -> Tensor:
+        """The output of ``frame``, given the frame before it and that one's output."""
+        return self.layer(frame, self.plan(previous, frame), base=output)
+
+    def plan(self, previous: Tensor, frame: Tensor) -> dynops.BlockPlan:
+        return dynops.changed_blocks(previous, frame, self.block, layer=self.layer)
+
+
+def run(setting: Setting, size: tuple[int, int] = SIZE, count: int = FRAMES, block: int = BLOCK) -> list[Row]:
+    """A row for each frame after the first, and the medians over them.
+
+    Raises:
+        AssertionError: a frame's output is not the dense network's within the error budget.
+    """
+    torch.manual_seed(0)
+    video = [normalised(frame) for frame in frames(size, count)]
+    net = calibrated(segmentation_net(), torch.cat(video[:2])).to(**setting.options)
+    video = [frame.to(**setting.options, memory_format=torch.channels_last) for frame in video]
+    stream = Stream(copy.deepcopy(net).to(memory_format=torch.channels_last), block)
+    rows = []
+    with torch.inference_mode():
+        outputs = checked_outputs(stream, net, video)
+        first_look, dense = fastest(network_versions(net, video[0], setting), setting.device)
+        for i in progress(list(range(1, count)), "video"):
+            previous, frame, output = video[i - 1], video[i], outputs[i - 1]
+            ours = {"ours": bound(stream.next, previous, frame, output)}
+            times = interleaved({**dense, **ours}, setting.device, setting.budget.scaled(0.1))
+            plan = stream.plan(previous, frame)
+            rows.append(_row(setting, net, size, i, plan, times, first_look))
+    return [median(rows), *rows]
+
+
+def checked_outputs(stream: Stream, net: nn.Module, video: list[Tensor]) -> list[Tensor]:
+    """The stream's output of every frame, each compared with the dense network's in the error budget."""
+    exact = copy.deepcopy(net).double()
+    outputs: list[Tensor] = []
+    for i, frame in enumerate(video):
+        outputs.append(stream.next(video[i - 1], frame, outputs[-1]) if i else stream.first(frame))
+        assert_within_budget(outputs[-1], exact(frame.double()), net(frame), f"frame {i}")
+    return outputs
+
+
+def _row(setting: Setting, net, size, i: int, plan, times: dict, first_look: dict) -> Row:
+    best = min((name for name in times if name != "ours"), key=times.get)
+    work = chain_work(net, (1, *size), plan.pixels())
+    megabytes = work.values * setting.dtype.itemsize / 1e6
+    return Row(
+        suite="video",
+        group="video",
+        case=f"{NAME}, {size[0]}x{size[1]}, frame {i:02}",
+        mask="moving object",
+        density=plan.density,
+        variant="plain",
+        mode="forward",
+        dtype=setting.dtype_name,
+        gmacs=chain_macs(net, (1, *size)) / 1e9,
+        computed_gmacs=work.macs / 1e9,
+        megabytes=megabytes,
+        roofline_ms=setting.roofline_ms(work.macs / 1e9, megabytes),
+        dense_ms=times[best],
+        dense_name=best,
+        ours_ms=times["ours"],
+        dense_all=first_look | {name: ms for name, ms in times.items() if name != "ours"},
+        block=plan.block_size[0],
+    )
+
+
+def median(rows: list[Row]) -> Row:
+    """The frames in one row, each column its own median."""
+    first = rows[0]
+    values = {
+        name: statistics.median(getattr(row, name) for row in rows)
+        for name in ("density", "computed_gmacs", "dense_ms", "ours_ms", "megabytes", "roofline_ms")
+    }
+    names = [row.dense_name for row in rows]
+    return dataclasses.replace(
+        first,
+        **values,
+        case=first.case.rsplit(",", 1)[0],
+        variant=f"medians of {len(rows)} frames",
+        dense_name=max(set(names), key=names.count),
+    )
