@@ -17,7 +17,7 @@ from .harness.rows import summaries
 from .harness.setting import Setting
 from .harness.tables import summary_table, table
 from .pixels import formats, layers, memory
-from .samples.tables import copy_table, target_table
+from .samples.tables import copy_table
 
 ROOT = Path(__file__).parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,8 +99,6 @@ def _finish(result: Report, suite: str, setting: Setting, out: Path, plot: bool)
     if timed:
         print(table(timed), "\n")
         print(summary_table(summaries(timed, layers.TARGET_GROUPS)), "\n")
-    if suite == "samples":
-        print(target_table(timed), "\n")
     for name, own_table in OWN_TABLES.items():
         if rows := result.of(name):
             print(own_table(rows), "\n")

@@ -14,11 +14,12 @@ import dynops
 from dynops.nn import SparseBlocks
 from dynops.testing import assert_within_budget
 
+from ..harness.compare import Comparison, compare
 from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import chain_macs, chain_work
-from ..harness.timing import fastest, interleaved, progress
+from ..harness.timing import fastest, progress
 from ..pixels.model import network_versions, normalised, photo_input
 
 SIZE, FRAMES, BLOCK = (256, 256), 24, 16
@@ -99,13 +100,12 @@ def run(setting: Setting, size: tuple[int, int] = SIZE, count: int = FRAMES, blo
     rows = []
     with torch.inference_mode():
         outputs = checked_outputs(stream, net, video)
-        first_look, dense = fastest(network_versions(net, video[0], setting), setting.device)
+        _, dense = fastest(network_versions(net, video[0], setting), setting.device)
+        briefly = dataclasses.replace(setting, budget=setting.budget.scaled(0.1))
         for i in progress(list(range(1, count)), "video"):
-            previous, frame, output = video[i - 1], video[i], outputs[i - 1]
-            ours = {"ours": bound(stream.next, previous, frame, output)}
-            times = interleaved({**dense, **ours}, setting.device, setting.budget.scaled(0.1))
-            plan = stream.plan(previous, frame)
-            rows.append(_row(setting, net, size, i, plan, times, first_look))
+            ours = {"ours": bound(stream.next, video[i - 1], video[i], outputs[i - 1])}
+            times = compare(dense, ours, briefly)
+            rows.append(_row(net, size, i, stream.plan(video[i - 1], video[i]), times))
     return [median(rows), *rows]
 
 
@@ -119,27 +119,19 @@ def checked_outputs(stream: Stream, net: nn.Module, video: list[Tensor]) -> list
     return outputs
 
 
-def _row(setting: Setting, net, size, i: int, plan, times: dict, first_look: dict) -> Row:
-    best = min((name for name in times if name != "ours"), key=times.get)
+def _row(net: nn.Module, size: tuple[int, int], i: int, plan: dynops.BlockPlan, times: Comparison) -> Row:
     work = chain_work(net, (1, *size), plan.pixels())
-    megabytes = work.values * setting.dtype.itemsize / 1e6
-    return Row(
+    return times.row(
+        "ours",
+        megabytes=work.values * times.setting.dtype.itemsize / 1e6,
         suite="video",
         group="video",
         case=f"{NAME}, {size[0]}x{size[1]}, frame {i:02}",
         mask="moving object",
         density=plan.density,
         variant="plain",
-        mode="forward",
-        dtype=setting.dtype_name,
         gmacs=chain_macs(net, (1, *size)) / 1e9,
         computed_gmacs=work.macs / 1e9,
-        megabytes=megabytes,
-        roofline_ms=setting.roofline_ms(work.macs / 1e9, megabytes),
-        dense_ms=times[best],
-        dense_name=best,
-        ours_ms=times["ours"],
-        dense_all=first_look | {name: ms for name, ms in times.items() if name != "ours"},
         block=plan.block_size[0],
     )
 

@@ -68,7 +68,7 @@ def widths(samples: int, channels: int, live: float, generator) -> Tensor:
 
 
 def one_width(samples: int, channels: int, live: float, generator) -> Tensor:
-    """The same prefix in all samples."""
+    """One prefix for all samples."""
     return (torch.arange(channels) < round(live * channels)).expand(samples, -1)
 
 

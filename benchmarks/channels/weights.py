@@ -100,6 +100,22 @@ def _moved(*tensors: Tensor) -> int:
     return sum(t.numel() for t in tensors)
 
 
+def _conv_problem(
+    setting: Setting,
+    functions: dict[str, Callable],
+    x: Tensor,
+    weight: Tensor,
+    ours: Callable,
+    existing: int = 1,
+) -> Problem:
+    """A 3x3 convolution ``ours(x)``, whose versions that exist do ``existing`` times as much."""
+    n, c, h, w = x.shape
+    o = weight.shape[-4]
+    last, macs = x.contiguous(memory_format=torch.channels_last), n * h * w * 9.0 * c * o
+    calls, values = {1.0: bound(ours, last)}, _moved(x, weight) + n * o * h * w
+    return Problem(_versions(setting, functions, x), calls, macs * existing, {1.0: macs}, values)
+
+
 def grouped_trick(x: Tensor, weight: Tensor) -> Tensor:
     """A batch of convolutions ``weight [N, O, C, 3, 3]`` as one of N groups, as public code has it."""
     n, c, h, w = x.shape
@@ -118,11 +134,8 @@ def sample_weights(setting: Setting, generator, n, c, o, h) -> Problem:
         "grouped": lambda x: grouped_trick(x, weight),
         "a call a sample": lambda x: one_by_one(x, weight),
     }
-    last, macs = x.contiguous(memory_format=torch.channels_last), n * h * h * 9.0 * c * o
-    ours = {1.0: lambda: ops.sample_conv2d(last, weight, padding=1)}
-    return Problem(
-        _versions(setting, functions, x), ours, macs, {1.0: macs}, _moved(x, weight) + n * o * h * h
-    )
+    ours = lambda x: ops.sample_conv2d(x, weight, padding=1)  # noqa: E731
+    return _conv_problem(setting, functions, x, weight, ours)
 
 
 def mixed_weights(setting: Setting, generator, n, c, o, h, experts) -> Problem:
@@ -141,11 +154,8 @@ def mixed_weights(setting: Setting, generator, n, c, o, h, experts) -> Problem:
         "a call a sample": lambda x: one_by_one(x, mixed()),
         "outputs mixed": outputs,
     }
-    last, macs = x.contiguous(memory_format=torch.channels_last), n * h * h * 9.0 * c * o
-    ours = {1.0: lambda: ops.mixed_conv2d(last, weights, mix, padding=1)}
-    return Problem(
-        _versions(setting, functions, x), ours, macs, {1.0: macs}, _moved(x, weights) + n * o * h * h
-    )
+    ours = lambda x: ops.mixed_conv2d(x, weights, mix, padding=1)  # noqa: E731
+    return _conv_problem(setting, functions, x, weights, ours)
 
 
 def regions(setting: Setting, generator, n, c, o, h, count) -> Problem:
@@ -163,10 +173,8 @@ def regions(setting: Setting, generator, n, c, o, h, count) -> Problem:
         "grouped": lambda x: select(x, grouped_trick),
         "a call a sample": lambda x: select(x, one_by_one),
     }
-    last, macs = x.contiguous(memory_format=torch.channels_last), n * h * h * 9.0 * c * o
-    ours = {1.0: lambda: ops.region_conv2d(last, weights, region, padding=1)}
-    values = _moved(x, weights) + n * o * h * h
-    return Problem(_versions(setting, functions, x), ours, macs * count, {1.0: macs}, values)
+    ours = lambda x: ops.region_conv2d(x, weights, region, padding=1)  # noqa: E731
+    return _conv_problem(setting, functions, x, weights, ours, existing=count)
 
 
 def output_mask(setting: Setting, generator, n, c, o, h) -> Problem:

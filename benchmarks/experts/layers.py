@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from dynops import ExpertPlan, ops
 
-from ..harness import replay
-from ..harness.compare import GRAPH
+from ..harness.compare import compare
 from ..harness.roofline import Roofline
 from ..harness.rows import Row
 from ..harness.setting import Setting
-from ..harness.timing import interleaved, progress
+from ..harness.timing import progress
 from . import loops
 
 TOKENS = (1, 16, 128, 512)
-ROUTINGS = 8  # that take turns, so that one token does not find its experts in the caches of the call before
+ROUTINGS = 8  # take turns, so that one token does not find its experts in the caches of the call before
+DYNOPS = "dynops"
 BUILT_IN = ("eager", "grouped_mm", "batched_mm")
 SWIGLU, ONE_GEMM, MODEL = "SwiGLU", "one GEMM", "model"  # groups of rows
 
@@ -82,7 +82,7 @@ def _cycling(function: Callable[[Routing], object], routings: list[Routing]) -> 
 
 
 def available() -> bool:
-    """Whether transformers is installed, whose implementations are the comparison."""
+    """True where transformers is installed: its implementations are the comparison."""
     return importlib.util.find_spec("transformers") is not None
 
 
@@ -146,29 +146,6 @@ def _routings(layer: Layer, tokens: int, inputs: int, setting: Setting) -> list[
     return [Routing.random(layer, tokens, inputs, setting, generator) for _ in range(count)]
 
 
-def _times(contenders: dict, routings: list[Routing], setting: Setting) -> dict[str, float]:
-    """Medians, of the calls of the roofline too: the speed of memory moves from minute to minute."""
-    calls = {name: _cycling(run, routings) for name, run in contenders.items()}
-    with contextlib.nullcontext() if setting.backward else torch.no_grad():
-        if setting.graph:
-            return _replayed_times(calls, setting)
-        return interleaved({**calls, **setting.roofline.calls}, setting.device, setting.budget)
-
-
-def _replayed_times(calls: dict[str, Callable], setting: Setting) -> dict[str, float]:
-    """The faster of each contender's calls from Python and its replays from a CUDA graph, where one can be captured."""
-    failed: dict[str, str] = {}
-    calls = replay.working(calls, failed)
-    if "dynops" not in calls or len(calls) == 1:
-        raise RuntimeError(f"nothing to compare: {failed}")
-    graphs = {(GRAPH, name): replay.captured_or(call, name, failed) for name, call in calls.items()}
-    graphs = {name: call for name, call in graphs.items() if call is not None}
-    beside = setting.roofline.calls
-    times = interleaved({**calls, **graphs, **beside}, setting.device, setting.budget)
-    fastest = {name: min(times[name], times.get((GRAPH, name), times[name])) for name in calls}
-    return fastest | {name: times[name] for name in beside}
-
-
 def _row(
     layer: Layer,
     routings: list[Routing],
@@ -178,43 +155,42 @@ def _row(
     group: str = SWIGLU,
     weights: str = "",
 ) -> Row:
-    """The row of "dynops" among ``contenders``; ``elements`` are the weights of one expert, each in one product a pair."""
-    times = _times(contenders, routings, setting)
-    roofline: Roofline = setting.roofline
-    roofline.runs.append(times)
+    """The row of dynops among ``contenders``; ``elements`` are the weights of one expert, each in one product a pair.
+
+    The roofline is of peaks measured in turns with them: the speed of memory moves from minute to minute.
+    """
     tokens, passes = len(routings[0].x), 3 if setting.backward else 1
     gmacs = passes * tokens * layer.topk * elements / 1e9
     hit = sum(r.experts for r in routings) / len(routings)
     # backward reads each weight once more and writes its gradient
     megabytes = passes * hit * elements * (1 if weights == "int8" else setting.dtype.itemsize) / 1e6
-    others = {name: ms for name, ms in times.items() if name != "dynops" and name not in roofline.calls}
-    best = min(others, key=others.get)
-    return Row(
+    others = {name: _cycling(run, routings) for name, run in contenders.items()}
+    ours = {DYNOPS: others.pop(DYNOPS)}
+    roofline: Roofline = setting.roofline
+    with contextlib.nullcontext() if setting.backward else torch.no_grad():
+        times = compare(others, ours, setting, replays=ours, beside=roofline.calls)
+    roofline.runs.append(times.beside)
+    return times.row(
+        DYNOPS,
+        megabytes=megabytes,
+        roofline_ms=roofline.ms(gmacs, megabytes, times.beside),
         suite="experts",
         group=group,
         case=layer.name,
         mask="random routing",
         density=layer.topk / layer.experts,
         variant="plain",
-        mode=setting.mode,
-        dtype=setting.dtype_name,
         gmacs=gmacs,
         computed_gmacs=gmacs,
-        dense_ms=others[best],
-        dense_name=best,
-        dense_all=others,
-        ours_ms=times["dynops"],
         tokens=tokens,
         weights=weights or setting.dtype_name,
-        megabytes=megabytes,
-        roofline_ms=roofline.ms(gmacs, megabytes, times),
     )
 
 
 def _layer_row(layer: Layer, module: nn.Module, tokens: int, setting: Setting) -> Row:
     routings = _routings(layer, tokens, layer.hidden, setting)
     built_in = BUILT_IN if tokens == 1 else BUILT_IN[:2]  # batched_mm copies the weights of every pair
-    contenders = {name: running(module, name, setting.backward) for name in (*built_in, "dynops")}
+    contenders = {name: running(module, name, setting.backward) for name in (*built_in, DYNOPS)}
     return _row(layer, routings, setting, contenders, layer.elements)
 
 
@@ -232,7 +208,7 @@ def plain_rows(layer: Layer, tokens: tuple[int, ...], setting: Setting) -> list[
     def ours(r: Routing):
         return ops.experts_mlp(r.x, up, down, ExpertPlan.from_topk(r.index, layer.experts), r.weight)
 
-    contenders = {"dynops": ours}
+    contenders = {DYNOPS: ours}
     for name, function in (("torch grouped_mm", loops.grouped), ("loop", loops.loop)):
         contenders[name] = lambda r, function=function: function(r.x, r.index, r.weight, up, down)
     each = (_routings(layer, count, layer.hidden, setting) for count in tokens)
@@ -247,7 +223,7 @@ def _int8_row(layer: Layer, module: nn.Module, tokens: int, setting: Setting) ->
     def int8(r: Routing):
         return ops.experts_mlp(r.x, up, down, ExpertPlan.from_topk(r.index, layer.experts), r.weight)
 
-    contenders = {"dynops": int8, f"dynops {setting.dtype_name}": running(module, "dynops", False)}
+    contenders = {DYNOPS: int8, f"dynops {setting.dtype_name}": running(module, DYNOPS, False)}
     return _row(layer, routings, setting, contenders, layer.elements, weights="int8")
 
 
@@ -265,6 +241,6 @@ def gemm_rows(tokens: tuple[int, ...], setting: Setting) -> list[Row]:
         order, ends = loops.by_expert(r.index, layer.experts)
         return F.grouped_mm(r.x[order // layer.topk], weight.mT, offs=ends)
 
-    contenders = {"dynops": ours, "torch grouped_mm": torch_grouped}
+    contenders = {DYNOPS: ours, "torch grouped_mm": torch_grouped}
     each = (_routings(layer, count, layer.inner, setting) for count in tokens)
     return [_row(layer, routings, setting, contenders, layer.inner**2, ONE_GEMM) for routings in each]

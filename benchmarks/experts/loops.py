@@ -1,4 +1,4 @@
-"""A layer of SwiGLU experts in PyTorch alone, as one writes it without a library: what ours is compared with."""
+"""A layer of SwiGLU experts in PyTorch alone, as one writes it without a library. Ours is compared with it."""
 
 from __future__ import annotations
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from dynops.integrations.transformers import register
 
+from ..harness.compare import compare
 from ..harness.rows import Row
 from ..harness.setting import Budget, Setting
-from ..harness.timing import interleaved
-from .layers import MODEL
+from .layers import DYNOPS, MODEL
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "dynops")
 CASES = {"decode": 1, "prefill": 512}  # tokens a call
@@ -45,7 +46,7 @@ def build_olmoe(dtype: torch.dtype, **sizes: int) -> nn.Module:
 
 
 def gmacs(config, tokens: int) -> float:
-    """Of the linear layers for ``tokens`` tokens, each with its top-k experts; the vocabulary's for one."""
+    """Billions of MACs of the linear layers: ``tokens`` tokens with their top-k experts, the vocabulary for one token."""
     hidden, topk = config.hidden_size, config.num_experts_per_tok
     attention = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * hidden
     attention *= hidden // config.num_attention_heads
@@ -85,31 +86,30 @@ def run(setting: Setting, build: Callable = build_olmoe, name: str = "OLMoE, 4 l
 def measure(model: nn.Module, name: str, case: str, tokens: int, setting: Setting) -> Row:
     calls = {kind: call_of(model, tokens, kind) for kind in IMPLEMENTATIONS}
     check({kind: call() for kind, call in calls.items()})
-    times = interleaved(calls, setting.device, BUDGETS[tokens])
-    ours, macs = times.pop("dynops"), gmacs(model.config, tokens)
-    best = min(times, key=times.get)
-    return Row(
+    ours = {DYNOPS: calls.pop(DYNOPS)}
+    times = compare(calls, ours, replace(setting, budget=BUDGETS[tokens], graph=False))
+    macs = gmacs(model.config, tokens)
+    return times.row(
+        DYNOPS,
         suite="experts",
         group=MODEL,
         case=f"{name}, {case}",
         mask="its own routing",
         density=model.config.num_experts_per_tok / model.config.num_experts,
         variant="plain",
-        mode="forward",
-        dtype=setting.dtype_name,
         gmacs=macs,
         computed_gmacs=macs,
-        dense_ms=times[best],
-        dense_name=best,
-        dense_all=times,
-        ours_ms=ours,
         tokens=tokens,
         weights=setting.dtype_name,
     )
 
 
 def check(logits: dict[str, torch.Tensor]) -> None:
-    """The same logits before anything is timed. In half precision a token may choose another expert."""
+    """Compares the logits before anything is timed. In half precision a token may choose another expert.
+
+    Raises:
+        AssertionError: an implementation differs from eager.
+    """
     expected = logits["eager"].float()
     limit = 1e-4 if logits["eager"].dtype == torch.float32 else 0.1
     for kind, value in logits.items():

@@ -24,6 +24,7 @@ class Comparison:
         times: ``{(contender, version): milliseconds of each call}``; the contender of dense versions is ``DENSE``.
         looks: ``{contender: {version: ms}}`` of the first look, which leaves two versions of each.
         failed: the versions that could not run, each with its reason.
+        beside: median milliseconds of the calls that were timed beside them and are no contenders.
     """
 
     setting: Setting
@@ -37,8 +38,18 @@ class Comparison:
         """``{version: ms}`` of the versions that took part in the run."""
         return {v: statistics.median(values) for (who, v), values in self.times.items() if who == contender}
 
+    @property
+    def dense_all(self) -> dict[str, float]:
+        """Milliseconds of every dense version; of those that the first look left out, from there."""
+        return self.looks.get(DENSE, {}) | self.medians(DENSE)
+
     def row(self, contender, megabytes: float = 0.0, **what) -> Row:
-        """The row of one contender; ``what`` are the fields that no timing knows, the roofline's bytes in ``megabytes``."""
+        """The row of one contender.
+
+        Args:
+            megabytes: that must move, for the roofline.
+            what: the fields that no timing knows. One that a timing knows too is taken from here.
+        """
         dense, ours = self.medians(DENSE), self.medians(contender)
         dense_name, ours_name = min(dense, key=dense.get), min(ours, key=ours.get)
         gate = self.medians((GATE, contender))
@@ -46,22 +57,21 @@ class Comparison:
             "dense_p99_ms": percentile(self.times[DENSE, dense_name], 0.99),
             "ours_p99_ms": percentile(self.times[contender, ours_name], 0.99),
         }
-        return Row(
-            mode=self.setting.mode,
-            dtype=self.setting.dtype_name,
-            dense_ms=dense[dense_name],
-            dense_name=dense_name,
-            dense_all=self.looks.get(DENSE, {}) | dense | self.beside,
-            ours_ms=ours[ours_name],
-            ours_name=ours_name,
-            ours_all={} if ONLY in ours else self.looks.get(contender, {}) | ours,
-            gate_ms=gate.get(ours_name, 0.0),
-            failed=self.failed,
-            megabytes=megabytes,
-            roofline_ms=self.setting.roofline_ms(what.get("computed_gmacs", 0.0), megabytes),
-            **(p99 if self.p99 else {}),
-            **what,
-        )
+        found = {
+            "mode": self.setting.mode,
+            "dtype": self.setting.dtype_name,
+            "dense_ms": dense[dense_name],
+            "dense_name": dense_name,
+            "dense_all": self.dense_all,
+            "ours_ms": ours[ours_name],
+            "ours_name": ours_name,
+            "ours_all": {} if ONLY in ours else self.looks.get(contender, {}) | ours,
+            "gate_ms": gate.get(ours_name, 0.0),
+            "failed": self.failed,
+            "megabytes": megabytes,
+            "roofline_ms": self.setting.roofline_ms(what.get("computed_gmacs", 0.0), megabytes),
+        }
+        return Row(**found | (p99 if self.p99 else {}) | what)
 
 
 def compare(
@@ -73,6 +83,7 @@ def compare(
     gates: dict | None = None,
     beside: dict[str, Callable] | None = None,
     p99: bool = False,
+    flush: Callable | None = None,
 ) -> Comparison:
     """Times ours in turns with the dense versions; a first look leaves the two fastest versions of each.
 
@@ -82,8 +93,9 @@ def compare(
         replays: where ``setting.graph``, ``{contender: a call that a CUDA graph can capture}``. Of ours the faster of
             "eager" and "graph" then counts.
         gates: ``{contender: {version: the gate by itself}}``.
-        beside: further dense versions, which are timed and never count.
+        beside: calls that take turns with the others and never count.
         p99: also take the 99th percentiles, of at least 24 calls for each round of the budget.
+        flush: called before every timed call, as :func:`all_times` has it.
 
     Raises:
         RuntimeError: no dense version runs, or no version of a contender. Where ``setting.graph``, what cannot run
@@ -109,7 +121,7 @@ def compare(
         own = (gates or {}).get(key, {})
         calls |= {((GATE, key), name): own[name] for name in kept if name in own}
     budget = _for_percentiles(setting.budget) if p99 else setting.budget
-    times = all_times(calls, setting.device, budget)
+    times = all_times(calls, setting.device, budget, flush)
     beside = {name: statistics.median(times.pop(("beside", name))) for name in beside or {}}
     return Comparison(setting, times, looks, failed, beside, p99)
 
@@ -127,7 +139,7 @@ def _with_graph(
 
 
 def _agrees(found: Callable, eager: Callable | None, name: str, failed: dict[str, str]) -> bool:
-    """Whether a replay computes what the call does: a fast one that does not is no result."""
+    """True where a replay computes the same as the call. Otherwise the reason goes to ``failed``: it is no result."""
     differs = 0.0 if eager is None else replay.difference(found(), eager())
     if differs > MOST_DIFFERENT:
         failed[name] = f"differs from the call by {differs:.1e} of its norm"

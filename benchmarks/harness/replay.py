@@ -1,4 +1,4 @@
-"""CUDA graphs of the contenders: a replay launches everything at once, so that no launch from Python is in the time."""
+"""CUDA graphs of the contenders. A replay launches everything at once: no launch from Python is in its time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def captured_or(call: Callable, name: str, failed: dict[str, str]) -> Callable |
 
 
 def _settle() -> None:
-    """Raises where the device is lost, so that no later call is blamed for it."""
+    """Waits for the device, and raises where it is lost, so that no later call is blamed."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -62,12 +62,12 @@ def first_line(error: BaseException) -> str:
 
 
 def working(calls: dict, failed: dict[str, str]) -> dict:
-    """Those of ``calls`` that run; of the others the reason is in ``failed``. Out of memory is one."""
+    """The ``calls`` that run. The reasons of the others, such as too little memory, go to ``failed``."""
     found = {}
     for name, call in calls.items():
         try:
             call()
-        except Exception as error:  # whatever a library has not: a layout, a kernel, memory
+        except Exception as error:  # a library may lack a layout, a kernel or memory
             failed[str(name)] = first_line(error)
             _settle()
         else:
@@ -77,7 +77,7 @@ def working(calls: dict, failed: dict[str, str]) -> dict:
 
 @functools.cache
 def flush(device: torch.device, least: int = 0) -> Callable[[], object]:
-    """Reads four times as many bytes as the second-level cache holds, or ``least``, so that a call after it finds nothing there.
+    """A call that fills the second-level cache: it reads four times as many bytes as that holds, or ``least``.
 
     It reads, because lines that it had written would be written back in the time of the call. It also takes
     longer than a launch: the host is ahead of the device when the call begins.

@@ -116,14 +116,15 @@ def _default(f: dataclasses.Field):
 # --------------------------------------------------------------------------------------- summaries
 
 
-def break_even(points: Iterable[tuple[float, float]]) -> float:
+def break_even(points: Iterable[tuple[float, float]], origin: bool = False) -> float:
     """The density below which ours wins, from ``(density, speedup)``.
 
-    Between two measured densities the ratio of times (1 / speedup) is taken as linear. 0 where ours
-    loses at the lowest density; the highest density where it never loses.
+    Between two measured densities the ratio of times (1 / speedup) is taken as linear. Below the first it is unknown,
+    or with ``origin`` a line through zero: ours then breaks even somewhere. 0 where ours loses at the lowest density
+    and what lies below is unknown; the highest density where it never loses.
     """
     points = sorted(points)
-    previous = None
+    previous = (0.0, 0.0) if origin else None
     for density, speedup in points:
         ratio = 1 / speedup
         if ratio > 1:

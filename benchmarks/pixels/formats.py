@@ -13,11 +13,11 @@ from torch import Tensor
 from dynops import PixelPlan, ops
 
 from ..harness import masks
+from ..harness.compare import compare
 from ..harness.contenders import FORMATS, bound
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.text import aligned
-from ..harness.timing import interleaved
 from .layers import Case, random_tensors
 
 DENSITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
@@ -53,41 +53,36 @@ def _in_format(case: Case, setting: Setting, name: str) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     tensors = random_tensors(case, setting, generator)[:2]
     x, weight = (t.contiguous(memory_format=FORMATS[name]) for t in tensors)
-    calls = {"dense": bound(F.conv2d, x, weight, None, **case.arguments)}
-    computed = {}
+    dense = {f"{name} eager": bound(F.conv2d, x, weight, None, **case.arguments)}
+    ours, computed = {}, {}
     for density in DENSITIES:
         mask = masks.random(case.n, *case.out_size, density, generator) & (density > 0)
-        computed[density] = int(mask.count_nonzero()) / mask.numel()
-        calls[density] = bound(_ours, case, x, weight, mask)
+        computed[density] = case.dense_macs / 1e9 * int(mask.count_nonzero()) / mask.numel()
+        ours[density] = bound(_ours, case, x, weight, mask)
     spoiled = torch.empty(_FLUSH_BYTES // 4)
     rows = []
     with torch.inference_mode():
         for variant, flush in (("plain", None), ("cold", bound(spoiled.fill_, 1.0))):
-            times = interleaved(calls, setting.device, setting.budget, flush)
-            rows += [_row(case, setting, name, d, computed[d], variant, times) for d in DENSITIES]
+            times = compare(dense, ours, setting, flush=flush)
+            rows += [
+                times.row(
+                    density,
+                    suite="formats",
+                    group=name,
+                    case=case.name,
+                    mask="random",
+                    density=density,
+                    variant=variant,
+                    gmacs=case.dense_macs / 1e9,
+                    computed_gmacs=computed[density],
+                )
+                for density in DENSITIES
+            ]
     return rows
 
 
 def _ours(case: Case, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     return ops.sparse_conv2d(x, weight, None, PixelPlan.from_mask(mask), **case.arguments)
-
-
-def _row(case: Case, setting: Setting, name: str, density: float, computed: float, variant, times) -> Row:
-    return Row(
-        suite="formats",
-        group=name,
-        case=case.name,
-        mask="random",
-        density=density,
-        variant=variant,
-        mode=setting.mode,
-        dtype=setting.dtype_name,
-        gmacs=case.dense_macs / 1e9,
-        computed_gmacs=case.dense_macs * computed / 1e9,
-        dense_ms=times["dense"],
-        dense_name=f"{name} eager",
-        ours_ms=times[density],
-    )
 
 
 def table(rows: list[Row]) -> str:

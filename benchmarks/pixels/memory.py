@@ -8,13 +8,13 @@ are packed by a call before that. On a GPU it is what the caching allocator repo
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -42,6 +42,7 @@ _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"
 
 def measure(case: layers.Case, setting: Setting) -> list[Row]:
     """A row for each mask: megabytes in place of milliseconds."""
+    setting = replace(setting, compiled=False, variants=False)
     peaks = {name: _in_process(case, name, "random", 1.0, setting) for name in ("NCHW", "channels_last")}
     dense = min(peaks, key=peaks.get)
     return [
@@ -63,13 +64,20 @@ def measure(case: layers.Case, setting: Setting) -> list[Row]:
 
 
 def _in_process(case: layers.Case, contender: str, kind: str, density: float, setting: Setting) -> float:
-    command = [sys.executable, "-m", __spec__.name, str(CASES.index(case)), contender, kind, str(density)]
-    command += [str(setting.device), setting.dtype_name, str(torch.get_num_threads())]
-    environment = {**os.environ, **_ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return float(done.stdout)
+    """The peak of one call, measured in a fresh process with as many threads as this one has."""
+    arguments = case, contender, kind, density, replace(setting, roofline=None), torch.get_num_threads()
+    context = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, _ENVIRONMENT), ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_peak, *arguments).result()
+
+
+def _peak(
+    case: layers.Case, contender: str, kind: str, density: float, setting: Setting, threads: int
+) -> float:
+    torch.set_num_threads(threads)
+    call = layers.one_call(case, setting, contender, kind, density)
+    with torch.inference_mode():
+        return peak_mb(call, setting.device)
 
 
 def peak_mb(call, device: torch.device) -> float:
@@ -104,21 +112,3 @@ def table(rows: list[Row]) -> str:
 def _cells(row: Row) -> list[str]:
     sizes = [f"{row.dense_mb:.1f}", row.dense_name, f"{row.ours_mb:.1f}", f"{row.ratio:.2f}"]
     return [row.case, row.mask, f"{row.density:.2f}", *sizes]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="measures one call; run by measure()")
-    for name in ("index", "contender", "kind", "density", "device", "dtype", "threads"):
-        parser.add_argument(name)
-    a = parser.parse_args()
-    torch.set_num_threads(int(a.threads))
-    setting = Setting(torch.device(a.device), getattr(torch, a.dtype), compiled=False, variants=False)
-    with contextlib.redirect_stdout(sys.stderr):
-        call = layers.one_call(CASES[int(a.index)], setting, a.contender, a.kind, float(a.density))
-        with torch.inference_mode():
-            peak = peak_mb(call, setting.device)
-    print(peak)
-
-
-if __name__ == "__main__":
-    main()

@@ -83,9 +83,11 @@ def measure(
     converted, kept_dense = _convert(model)
     for kind in gates:
         for density in setting.densities:
-            ours[kind, density] = _ours(converted, image, x, density, GATES[kind], setting)
-            replays[kind, density] = _capturable(converted, image, x, density, GATES[kind])
+            ours[kind, density] = _ours(converted, image, x, density, GATES[kind], room=False)
+            replays[kind, density] = _ours(converted, image, x, density, GATES[kind], room=True)
             computed[kind, density] = macs.computed(gate(image, density, GATES[kind]), kept_dense)
+    if setting.backward:
+        ours = {key: with_backward(call, converted.parameters()) for key, call in ours.items()}
     with torch.inference_mode(not setting.backward):
         dense = network_versions(model, x, setting)
         fifth = setting.compiled and not setting.backward and not setting.graph
@@ -93,6 +95,7 @@ def measure(
     return [
         times.row(
             (kind, density),
+            dense_all=times.dense_all | times.beside,
             suite="models",
             group=name,
             case=f"{name}, {size[0]}x{size[1]}" + (f", batch {n}" if n > 1 else ""),
@@ -118,24 +121,16 @@ def _convert(model: nn.Module) -> tuple[nn.Module, set[str]]:
     return converted, kept
 
 
-def _ours(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: int, setting: Setting):
-    """From the photograph to the logits: gate, mask resizing, plans and the model."""
-    x = x.contiguous(memory_format=torch.channels_last)
+def _ours(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: int, room: bool) -> Callable:
+    """From the photograph to the logits: gate, mask resizing, plans and the model.
 
-    def call():
-        with dynops.active(gate(image, density, cell)):
-            return converted(x)
-
-    return with_backward(call, converted.parameters()) if setting.backward else call
-
-
-def _capturable(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: int) -> Callable:
-    """The same with a plan that has room for every cell, which a CUDA graph can capture."""
+    ``room``: the plan has room for every cell, so that a CUDA graph can capture the call.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
 
     def call():
         mask = gate(image, density, cell)
-        with dynops.active(PixelPlan.from_mask(mask, capacity=mask.numel())):
+        with dynops.active(PixelPlan.from_mask(mask, capacity=mask.numel()) if room else mask):
             return converted(x)
 
     return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from dynops.gates import PooledGate
 from dynops.nn import Skip
 
-from ..harness.contenders import FORMATS, bound, calibrated, with_backward
+from ..harness.contenders import bound, calibrated, with_backward
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..pixels.model import network_versions
 from ..resnet import BasicBlock
-from .contests import Contest, formats, measure, random_keep
+from .contests import Contest, measure, our_versions, random_keep
 from .tables import GATED, WORST
 
 # (N, C, H) of the blocks that the project's targets are stated for
@@ -102,7 +101,11 @@ def measure_block(case: Case, setting: Setting) -> list[Row]:
     macs = float(LayerMacs(dense, x).dense)
     x, dense = x.to(**setting.options), dense.to(**setting.options)
     dense_calls = network_versions(dense, x, setting)
-    layers, contests = layer_versions(inner, case.mode, setting), []
+    layers, contests = {}, []
+    for version, own, copied, prepared in our_versions(x, setting):
+        module = prepared(copied(inner))
+        path = "samples" if version.endswith("compiled") else None
+        layers[version] = Skip(module, mode=case.mode, path=path).eval(), own
     for share in case.shares:
         if setting.backward and share == 0:
             continue  # no gradient reaches the parameters
@@ -115,16 +118,15 @@ def measure_block(case: Case, setting: Setting) -> list[Row]:
 
 
 def _contest(case: Case, setting: Setting, layers, x, share: float, keep, gate, macs, variant) -> Contest:
-    inputs = {name: formats(x)[name.split()[0]] for name in layers}
     if variant == GATED:
         keep = gate(x).mask.detach()  # in half precision perhaps one more or less
-        ours = {name: bound(_gated, layer, gate, inputs[name]) for name, layer in layers.items()}
+        ours = {name: bound(_gated, layer, gate, own) for name, (layer, own) in layers.items()}
     else:
-        ours = {name: bound(layer, inputs[name], keep) for name, layer in layers.items()}
+        ours = {name: bound(layer, own, keep) for name, (layer, own) in layers.items()}
     if setting.backward:
-        ours = {name: with_backward(call, layers[name].parameters()) for name, call in ours.items()}
+        ours = {name: with_backward(call, layers[name][0].parameters()) for name, call in ours.items()}
     kept = float(keep.double().mean())
-    weights = sum(p.numel() for p in next(iter(layers.values())).parameters())
+    weights = sum(p.numel() for p in next(iter(layers.values()))[0].parameters())
     return Contest(
         case.group,
         case.name,
@@ -133,22 +135,10 @@ def _contest(case: Case, setting: Setting, layers, x, share: float, keep, gate, 
         macs=macs * kept + (gate_macs(gate) * case.n if variant == GATED else 0),
         ours=ours,
         variant=variant,
-        gates={name: bound(gate, own) for name, own in inputs.items()},
+        gates={name: bound(gate, own) for name, (_, own) in layers.items()},
         saves=0 < share < 1,
         values=weights + 2 * x.numel(),  # every sample is read and written, kept or not
     )
-
-
-def layer_versions(inner: nn.Module, mode: str, setting: Setting) -> dict[str, Skip]:
-    """The layer in {NCHW, channels_last}, its module eager or compiled for any number of samples."""
-    found = {}
-    for name, memory_format in FORMATS.items():
-        own = copy.deepcopy(inner).to(memory_format=memory_format)
-        found[f"{name} eager"] = Skip(own, mode=mode).eval()
-        if setting.compiled and name in setting.compiled_formats and not setting.backward:
-            compiled = torch.compile(own, dynamic=True)
-            found[f"{name} compiled"] = Skip(compiled, mode=mode, path="samples").eval()
-    return found
 
 
 def _gated(layer: Skip, gate: Callable, x: Tensor) -> Tensor:
@@ -156,7 +146,7 @@ def _gated(layer: Skip, gate: Callable, x: Tensor) -> Tensor:
 
 
 def gate_macs(gate: PooledGate) -> int:
-    """For one sample."""
+    """MACs of the gate for one sample."""
     return sum(m.weight.numel() for m in (gate.fc1, gate.fc2))
 
 

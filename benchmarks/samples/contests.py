@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +82,28 @@ def dense_calls(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, Call
 
 
 def formats(x: Tensor) -> dict[str, Tensor]:
-    """``x`` in each memory format; a tensor that is no map: as it is."""
+    """``x`` in each memory format; a tensor that is no map has one."""
     if x.dim() != 4:
         return {"eager": x}
     return {name: x.contiguous(memory_format=form) for name, form in FORMATS.items()}
+
+
+def our_versions(x: Tensor, setting: Setting) -> Iterator[tuple[str, Tensor, Callable, Callable]]:
+    """Each version of ours: its name, ``x`` in its memory format, and two functions that prepare a module.
+
+    The first copies a module into the format. The second compiles it for any batch, or leaves it as it is.
+    """
+    for name, own in formats(x).items():
+        form = FORMATS.get(name, torch.contiguous_format)
+
+        def copied(module: nn.Module, form: torch.memory_format = form) -> nn.Module:
+            return copy.deepcopy(module).to(memory_format=form)
+
+        prefix = f"{name} " if name in FORMATS else ""
+        yield f"{prefix}eager", own, copied, lambda module: module
+        compiled = setting.compiled and (name in setting.compiled_formats or name not in FORMATS)
+        if compiled and not setting.backward:
+            yield f"{prefix}compiled", own, copied, lambda module: torch.compile(module, dynamic=True)
 
 
 class TokenMLP(nn.Module):

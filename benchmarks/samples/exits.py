@@ -5,7 +5,6 @@ Papers: Teerapittayanon et al., BranchyNet (ICPR 2016); Huang et al., Multi-scal
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,12 +15,12 @@ from dynops.nn.samples.criteria import MaxSoftmax
 from dynops.nn.samples.exits import EarlyExit
 from dynops.nn.tokens.exits import TokenExit, TokenSequential
 
-from ..harness.contenders import FORMATS, bound, calibrated
+from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..resnet import BasicBlock, resnet18
-from .contests import Contest, TokenMLP, dense_calls, formats, measure, random_keep
+from .contests import Contest, TokenMLP, dense_calls, measure, our_versions, random_keep
 
 GROUP, TOKENS = "early exit", "token exit"
 STAGES, CLASSES = 4, 100
@@ -92,7 +91,7 @@ def headline_cases() -> list[Case]:
 
 
 class Halves(nn.Module):
-    """The largest softmax probability, computed as it would be; then, as the weights are random, half of the samples leave."""
+    """The largest softmax probability, computed as it would be. The weights are random, so that then half of the samples leave."""
 
     def __init__(self, batch: int):
         super().__init__()
@@ -115,21 +114,17 @@ def measure_network(case: Case, setting: Setting) -> list[Row]:
     x, criterion = x.to(**setting.options), Halves(case.rows).to(setting.device)
     dense = dense_calls(nn.Sequential(*stages, heads[-1]), x, setting)
     ours, gates = {}, {}
-    for name, own in formats(x).items():
-        form = FORMATS.get(name, torch.contiguous_format)
-        own_stages, own_heads = (copy.deepcopy(m).to(memory_format=form) for m in (stages, heads))
+    for version, own, copied, prepared in our_versions(x, setting):
+        own_stages, own_heads = copied(stages), copied(heads)
         states = remaining_states(own_stages, own.flatten(0, 1) if case.of_tokens else own)
-        for version in ("eager", "compiled") if setting.compiled else ("eager",):
-            each = [torch.compile(s, dynamic=True) if version == "compiled" else s for s in own_stages]
-            key = version if name == "eager" else f"{name} {version}"
-            ours[key] = bound(exit_net(case, each, own_heads, criterion), own)
-            gates[key] = bound(heads_alone, own_heads, criterion, states)
+        each = [prepared(stage) for stage in own_stages]
+        ours[version] = bound(exit_net(case, each, own_heads, criterion), own)
+        gates[version] = bound(heads_alone, own_heads, criterion, states)
     kept = sum(len(state) for state in states) / (STAGES * case.rows)
     title = f"{case.name}, {','.join(map(str, case.shape))}, 3 exits"
     group = TOKENS if case.of_tokens else GROUP
-    return measure(
-        setting, dense, macs, [Contest(group, title, "half leave", kept, computed, ours, gates=gates)]
-    )
+    contest = Contest(group, title, "half leave", kept, computed, ours, gates=gates)
+    return measure(setting, dense, macs, [contest])
 
 
 def exit_net(case: Case, stages: list[nn.Module], heads: nn.ModuleList, criterion: nn.Module) -> nn.Module:
@@ -139,7 +134,7 @@ def exit_net(case: Case, stages: list[nn.Module], heads: nn.ModuleList, criterio
 
 
 def network_macs(stages: nn.ModuleList, heads: nn.ModuleList, x: Tensor) -> tuple[float, float]:
-    """MACs of all stages and the last head, and of what runs: every head where half of the samples leave at each."""
+    """MACs of all stages and the last head, and of the parts that run: half of the samples leave at each head."""
     dense = computed = 0.0
     with torch.no_grad():
         for i, (stage, own_head) in enumerate(zip(stages, heads, strict=True)):

@@ -6,7 +6,6 @@ Campos et al., Skip RNN (ICLR 2018).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from dynops.nn.samples.halting import Halting
 from dynops.nn.steps.rnn import SkipRNN
 
-from ..harness.contenders import FORMATS, bound, calibrated
+from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..resnet import BasicBlock
-from .contests import Contest, TokenMLP, dense_calls, formats, measure
+from .contests import Contest, TokenMLP, dense_calls, measure, our_versions
 
 HALTING, SKIP_RNN = "halting", "Skip RNN"
 MAX_STEPS = 8
@@ -87,12 +86,10 @@ def measure_loop(loop: Loop, setting: Setting) -> list[Row]:
     x, steps = x.to(**setting.options), steps.to(setting.device)
     dense = dense_calls(FixedDepth(block, MAX_STEPS), x, setting)
     ours, gates = {}, {}
-    for name, own in formats(x).items():
-        for step, compiled in blocks_of(block, name, setting):
-            layer = Halting(_step_of(step), head, MAX_STEPS)
-            version = compiled if name == "eager" else f"{name} {compiled}"
-            ours[version] = bound(layer, {"x": own, "left": steps})
-            gates[version] = bound(_score_all, head, own, steps)
+    for version, own, copied, prepared in our_versions(x, setting):
+        layer = Halting(_step_of(prepared(copied(block))), head, MAX_STEPS)
+        ours[version] = bound(layer, {"x": own, "left": steps})
+        gates[version] = bound(_score_all, head, own, steps)
     density = float(steps.double().mean()) / MAX_STEPS
     case = f"{loop.name}, {','.join(map(str, loop.shape))}, {MAX_STEPS} steps"
     contest = Contest(HALTING, case, "1 to 7 steps", density, computed, ours, gates=gates)
@@ -103,14 +100,6 @@ def halting_steps(samples: int) -> Tensor:
     """int32 ``[N]``: each of 1 ... 7 equally often, in a random order."""
     steps = torch.arange(samples, dtype=torch.int32) % (MAX_STEPS - 1) + 1
     return steps[torch.randperm(samples, generator=torch.Generator().manual_seed(0))]
-
-
-def blocks_of(block: nn.Module, name: str, setting: Setting) -> list[tuple[nn.Module, str]]:
-    """The block in the format ``name``, eager, and compiled for any number of samples."""
-    own = copy.deepcopy(block)
-    own = own.to(memory_format=FORMATS[name]) if name in FORMATS else own
-    found = [(own, "eager")]
-    return [*found, (torch.compile(own, dynamic=True), "compiled")] if setting.compiled else found
 
 
 def _step_of(block: nn.Module) -> Callable:
@@ -130,7 +119,7 @@ LSTMS = ((32, 128, 256), (64, 64, 512))  # B, T, and I = H
 
 
 def measure_lstm(sizes: tuple[int, int, int], setting: Setting) -> list[Row]:
-    """Half of the updates: by the layer's own gate ("plain"), and by decisions given for all steps."""
+    """The rows of half of the updates: by the layer's own gate ("plain"), and by decisions given for all steps."""
     batch, time, size = sizes
     torch.manual_seed(0)
     x = torch.randn(batch, time, size).to(**setting.options)

@@ -6,7 +6,7 @@ shortcuts that change width; Wang et al., SkipNet (ECCV 2018).
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from dynops.gates import RecurrentGate
 from dynops.nn import Skip
 
-from ..harness.contenders import FORMATS, bound, calibrated
+from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..pixels.model import network_versions
 from ..resnet import BasicBlock
-from .contests import Contest, formats, measure
+from .contests import Contest, measure, our_versions
 
 GROUP = "SkipNet"
 WIDTHS = (16, 32, 64)
@@ -60,26 +60,21 @@ def _block(before: int, width: int) -> BasicBlock:
 
 
 class SkipNet(nn.Module):
-    """The blocks of a :class:`CifarResNet`, each in a :class:`dynops.nn.Skip`, and SkipNet's recurrent gate if asked.
+    """The blocks of a :class:`CifarResNet`, each in a :class:`dynops.nn.Skip`, and SkipNet's recurrent gate if asked. ``prepared`` may compile a block.
 
     Called as ``net(x, keep)`` with keep bool ``[blocks, N]``, the samples that run each block. The recurrent gate is
     computed in front of every block as it would be; its weights are random, so ``keep`` then takes the place of
     what it decided.
     """
 
-    def __init__(self, net: CifarResNet, recurrent: bool = False, compiled: bool = False):
+    def __init__(self, net: CifarResNet, recurrent: bool, prepared: Callable[[nn.Module], nn.Module]):
         super().__init__()
         self.stem, self.fc = net.stem, net.fc
-        path = "samples" if compiled else None
-        self.layers = nn.ModuleList(
-            Skip(
-                torch.compile(block, dynamic=True) if compiled else block,
-                block.downsample,
-                mode="replace",
-                path=path,
-            )
-            for block in net.blocks
-        )
+        self.layers = nn.ModuleList()
+        for block in net.blocks:
+            own = prepared(block)
+            path = None if own is block else "samples"
+            self.layers.append(Skip(own, block.downsample, mode="replace", path=path))
         self.gate = RecurrentGate([block.conv1.in_channels for block in net.blocks]) if recurrent else None
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # [N, 3, H, W], [blocks, N] -> [N, num_classes]
@@ -140,29 +135,16 @@ def measure_net(depth: int, setting: Setting, batch: int = 32, share: float = 0.
     case = f"ResNet-{6 * depth + 2}, {batch},3,{SIZE}x{SIZE}"
     contests = []
     for recurrent in (False, True):
-        nets = versions(net, recurrent, setting)
-        inputs = {name: formats(x)[name.split()[0]] for name in nets}
-        ours = {name: bound(own, inputs[name], keep) for name, own in nets.items()}
-        gates, extra = None, 0
-        if recurrent:
-            gate = next(iter(nets.values())).gate
-            extra = gate_macs(gate, batch)
-            with torch.inference_mode():
-                maps = {name: block_inputs(net, own) for name, own in formats(x).items()}
-            gates = {name: bound(gates_alone, nets[name].gate, maps[name.split()[0]]) for name in nets}
+        ours, gates, extra = {}, {}, 0
+        for version, own, copied, prepared in our_versions(x, setting):
+            torch.manual_seed(1)  # the same gate in all versions
+            ours_net = SkipNet(copied(net), recurrent, prepared).to(**setting.options).eval()
+            ours[version] = bound(ours_net, own, keep)
+            if recurrent:
+                extra = gate_macs(ours_net.gate, batch)
+                with torch.inference_mode():
+                    gates[version] = bound(gates_alone, ours_net.gate, block_inputs(net, own))
         variant = "recurrent gate" if recurrent else "plain"
         mask = "random for each block and sample"
         contests.append(Contest(GROUP, case, mask, density, computed + extra, ours, variant, gates))
     return measure(setting, dense, macs, contests)
-
-
-def versions(net: CifarResNet, recurrent: bool, setting: Setting) -> dict[str, SkipNet]:
-    """{NCHW, channels_last} x {eager, each block compiled for any number of samples}."""
-    found = {}
-    for name, memory_format in FORMATS.items():
-        for compiled in (False, True) if setting.compiled else (False,):
-            own = copy.deepcopy(net).to(memory_format=memory_format)
-            torch.manual_seed(1)
-            own = SkipNet(own, recurrent, compiled).to(**setting.options).eval()
-            found[f"{name} {'compiled' if compiled else 'eager'}"] = own
-    return found

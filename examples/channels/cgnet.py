@@ -59,7 +59,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """With gradients the layer computes the rest everywhere, as its surrogate gradient needs it."""
+    """Trains with dynops' layer, which then computes the rest everywhere: its surrogate gradient needs it."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         thresholds = sum(layer.conv.threshold_loss(TARGET) for layer in model.layers)

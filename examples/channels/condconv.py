@@ -62,7 +62,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """With dynops' layers: their gradients are those of the dense form."""
+    """Trains with dynops' layers, whose gradients are those of the dense form."""
     fit(model, data.train, lambda x, y, _: F.cross_entropy(model(x, "dynamic"), y), length)
 
 

@@ -58,7 +58,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Dense-masked, so that the norms' statistics are those of all samples."""
+    """Trains the dense-masked form, so that the norms' statistics are those of all samples."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, balance = model(x, "dense")

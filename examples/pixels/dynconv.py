@@ -62,7 +62,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Dense-masked: a closed gate learns what it missed. The second half is without noise, as evaluation is."""
+    """Trains the dense-masked form: a closed gate learns what it missed. The second half is without noise, as evaluation is."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         set_noise(model, progress < 0.5)

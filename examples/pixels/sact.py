@@ -49,7 +49,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Dense-masked, so that the norms' statistics are those of whole maps."""
+    """Trains the dense-masked form, so that the norms' statistics are those of whole maps."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, ponder = model(x, "dense")

@@ -67,7 +67,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Compacted: the gradients are those of the dense form, and steps that nobody takes cost nothing here either."""
+    """Trains the compacted form: its gradients are those of the dense form, and steps that no sample takes cost nothing."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, ponder = model(x, "dynamic")

@@ -32,7 +32,7 @@ BLOCKS, PENALTY = len(WIDTHS), 1.0
 
 
 def backbone() -> nn.Sequential:
-    """Of the policy: small beside the network, on the image at half its size."""
+    """The backbone of the policy: small beside the network, on the image at half its size."""
     return nn.Sequential(
         nn.AvgPool2d(2),
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),

@@ -42,7 +42,7 @@ class Stem(nn.Module):
 
 
 class Layer(nn.Module):
-    """Adds to each scale what it makes of itself; to the coarse one also what it makes of the fine one."""
+    """Adds to each scale a convolution of itself, and to the coarse one also a convolution of the fine one."""
 
     def __init__(self, fine: int, coarse: int):
         super().__init__()
@@ -76,7 +76,7 @@ def build() -> nn.Module:
 
 
 def first_exits(model: EarlyExit, x: Tensor, exits: int) -> list[Tensor]:
-    """The logits of the first exits, for what they cost."""
+    """The logits of the first exits, to count their MACs."""
     state, logits = x, []
     for stage, head in zip(model.stages[:exits], model.heads[:exits], strict=True):
         state = stage(state)

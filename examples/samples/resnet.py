@@ -13,7 +13,7 @@ WIDTHS = (32, 32, 32, 64, 64, 64)  # of the blocks; maps are halved where the wi
 
 
 def change(width: int) -> nn.Sequential:
-    """What a residual block adds to its input."""
+    """The branch that a residual block adds to its input."""
     return nn.Sequential(
         nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),

@@ -42,7 +42,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Dense-masked: a closed gate learns what it missed. The price rises, so that the blocks learn first."""
+    """Trains the dense-masked form: a closed gate learns what it missed. The price rises, so that the blocks learn first."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, gates = model(x, "dense")

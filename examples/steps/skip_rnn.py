@@ -38,7 +38,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, data: Digits, length: Length) -> None:
-    """Dense-masked: a skipped step learns what it missed."""
+    """Trains the dense-masked form, where a skipped step learns what it missed."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
         logits, read = model(x, "dense")

@@ -289,7 +289,7 @@ def test_candidates_are_tiles_that_a_launcher_takes(arch, kind):
 )
 def test_break_even(times, dense, expected):
     points = list(zip((0.4, 0.6, 0.8, 1.0), times, strict=True))
-    assert break_even.break_even(points, dense) == pytest.approx(expected)
+    assert break_even._break_even(points, dense) == pytest.approx(expected)
 
 
 def test_every_problem_has_a_name_of_its_own():
@@ -329,5 +329,5 @@ def test_a_dry_run_is_not_shipped():
 def test_a_problem_on_a_gpu():
     """One problem by the device's own clock."""
     device, log = torch.device("cuda", torch.cuda.current_device()), []
-    rows = tiles.search_all(problems.problems()[:1], device, tune.DeviceClock(device), 20, log.append)
+    rows = tiles.search_all(problems.problems()[:1], device, tune.Clock(device), 20, log.append)
     assert len(rows) == 1 and rows[0]["ms"] > 0, log

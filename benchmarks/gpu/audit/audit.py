@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu audit``: every kernel compiled for sm_80, sm_90 and sm_100, and what it needs.
+"""``python -m benchmarks.gpu audit``: every kernel compiled for sm_80, sm_90 and sm_100, and its needs.
 
 No GPU is needed, and none is used. Triton's kernels are those that the launchers launch; nvcc compiles csrc/cuda
 where it is installed. The exit status is 1 where a kernel has a problem (``rules.py``).
@@ -30,7 +30,7 @@ many of them move 16 bytes. LDG, STG: loads and stores, and how many of them mov
 
 @dataclass(frozen=True)
 class Row:
-    """One binary: where it comes from, what it needs, and what is wrong with it. No binary: it did not compile."""
+    """One binary: its source, its needs and its problems. No binary: it did not compile."""
 
     kernel: str
     arch: int
@@ -47,13 +47,13 @@ class Row:
 
     @property
     def badness(self) -> tuple:
-        """Sorts the worst first: what is wrong, then few warps, then many registers."""
+        """Sorts the worst first: problems, then few warps, then many registers."""
         if self.binary is None:
             return (0,)
         return (0 if self.problems else 1, self.binary.occupancy.warps, -self.binary.registers, self.title)
 
     def record(self) -> dict:
-        """As it is written to files."""
+        """The record that is written to files."""
         named = {name: getattr(self, name) for name in ("kernel", "form", "type", "arch", "tile")}
         if self.binary is None:
             return named | {"problems": "; ".join(self.problems), "compiler": self.compiler}
@@ -76,7 +76,7 @@ def triton_rows(configuration: forms.Configuration) -> list[Row]:
     where |= {"arch": c.arch, "compiler": compiled.compiler(c.arch)}
     try:
         binary = compiled.binary(c.launch, c.arch)
-    except Exception as error:  # whatever the compiler raises is a finding about this kernel
+    except Exception as error:  # every error of the compiler is a finding about this kernel
         return [Row(**where, binary=None, problems=(_does_not_compile(error),))]
     return [Row(**where, binary=binary, problems=tuple(rules.problems(binary, c.vectors)))]
 

@@ -1,4 +1,4 @@
-"""Launches compiled ahead of time for an architecture, and what their binaries need."""
+"""Launches compiled ahead of time for an architecture, and the needs of their binaries."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Product:
 
     @property
     def on_tensor_cores(self) -> bool:
-        """Whether it has to run on tensor cores: all but float32 as IEEE has it."""
+        """True where it has to run on tensor cores: all but products of float32 as IEEE has them."""
         return self.type != "f32" or self.precision != "ieee"
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What the machine code of one kernel needs.
+    """The needs of one kernel's machine code.
 
     Attributes:
         registers: of a thread.
@@ -66,7 +66,7 @@ class Binary:
 
 
 def compile_launch(launch: Launch, arch: int) -> CompiledKernel:
-    """What Triton compiles for this launch. It is kept in Triton's cache."""
+    """Compiles a launch as Triton does, which keeps the result in its cache."""
     kernel = launch.kernel
     constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants}
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}

@@ -1,4 +1,4 @@
-"""Every Triton kernel in every configuration that ships, as launches; and what no form launches."""
+"""Every Triton kernel in every configuration that ships, as launches; and the kernels that no form launches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Configuration:
 
     Attributes:
         type: of the form's tensors; of a product in float32, its precision.
-        vectors: whether it has to move 16 bytes at a time.
+        vectors: True where it has to move 16 bytes at a time.
     """
 
     arch: int

@@ -62,7 +62,7 @@ def _convolution(
 
 
 def _filled(dtype: torch.dtype) -> None:
-    """What a large map holds elsewhere, zero and base, is written beside the convolution."""
+    """The pixels of a large map that are not computed, zero or base, are written beside the convolution."""
     x = torch.zeros(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     plan = PixelPlan.full((2, 8, 8))
     with mock.patch.object(rows, "_LARGE", 0):

@@ -1,6 +1,6 @@
 """Launches recorded instead of made: the launchers of ``dynops/kernels`` run on CPU tensors, and no GPU is needed.
 
-A launch is kept as what Triton compiles for it: the kernel, the types of its arguments, which of them are
+A launch is kept as the things that Triton compiles it from: the kernel, the types of its arguments, which of them are
 constants or multiples of 16, and the options. Two launches with equal ones share a binary.
 """
 
@@ -29,7 +29,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What determines a binary, apart from the architecture. It can be sent to another process.
+    """Everything that determines a binary but the architecture. It can be sent to another process.
 
     Attributes:
         module, name: where the kernel is.
@@ -173,7 +173,7 @@ class Form:
 
 
 def wide(run: Callable[[torch.dtype], None]) -> Callable[[torch.dtype], None]:
-    """The same calls, with every tensor taken for one whose offsets need 64 bits."""
+    """Calls like ``run``, with every tensor taken for one whose offsets need 64 bits."""
 
     def run_wide(dtype: torch.dtype) -> None:
         with mock.patch.object(gemm, "INT32_LIMIT", 1):

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compiled by nvcc for an architecture, and what their machine code needs."""
+"""The CUDA C++ kernels compiled by nvcc for an architecture, and the needs of their machine code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sources() -> list[Path]:
 
 
 def binaries(source: Path, arch: int) -> list[tuple[str, str, Binary]]:
-    """The kernels of a file: the name, the template's arguments, and what it needs."""
+    """The kernels of a file: the name, the template's arguments, and the needs of each."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         needs = entries(_compile(source, arch, cubin))
@@ -54,7 +54,7 @@ def binaries(source: Path, arch: int) -> list[tuple[str, str, Binary]]:
 
 
 def entries(said: str) -> dict[str, dict[str, int]]:
-    """registers, stack, local and shared of each kernel, as ``ptxas -v`` says them; local: what is spilled."""
+    """registers, stack, local and shared of each kernel, as ``ptxas -v`` says them; local: spilled bytes."""
     found = {}
     for entry in _ENTRY.finditer(said):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
@@ -96,7 +96,7 @@ def parted(name: str) -> tuple[str, str]:
 
 
 def _compile(source: Path, arch: int, cubin: Path) -> str:
-    """Compiles a file; what ptxas says."""
+    """Compiles a file, and returns the words of ptxas."""
     include = [f"-I{path}" for path in include_paths()]
     command = [find(), *_FLAGS, *include, f"-arch=sm_{arch}", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)

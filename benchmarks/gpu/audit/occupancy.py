@@ -1,4 +1,4 @@
-"""How many warps of a kernel an SM can hold: the bound by registers, shared memory, warps and blocks.
+"""The number of warps of a kernel that an SM can hold, by registers, shared memory, warps and blocks.
 
 The limits are those of the table "Technical Specifications per Compute Capability" of the CUDA C++ Programming
 Guide, and the units in which registers and shared memory are handed out those of NVIDIA's occupancy calculator.
@@ -18,7 +18,7 @@ TENSOR_COLUMNS = 512  # of an SM's tensor memory
 
 
 class Limits(NamedTuple):
-    """What an SM of an architecture has."""
+    """The resources of an SM of an architecture."""
 
     warps: int
     blocks: int

@@ -1,4 +1,4 @@
-"""What a kernel's machine code must not need, and must have."""
+"""The rules of the audit: things that a kernel's machine code must have, and must not need."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from .compiled import Binary
 from .occupancy import LIMITS
 
 # ptxas keeps one word of a thread in memory where that takes it to the next lower number of registers that matters:
-# seen at 32 and 40 registers on sm_100, at 80, 96 and 168 on sm_80 and sm_90. What does not fit takes more.
+# seen at 32 and 40 registers on sm_100, at 80, 96 and 168 on sm_80 and sm_90. A kernel that does not fit takes more.
 STACK_WORD = 8
 SMALLEST_WGMMA = 64  # rows that wgmma and tcgen05 need; fewer take the older instruction
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCMMA"}
 
 
 def problems(binary: Binary, vectors: bool = False) -> list[str]:
-    """What is wrong with a binary, each with its number. ``vectors``: it has to move 16 bytes at a time."""
+    """The problems of a binary, each with its number. ``vectors``: it has to move 16 bytes at a time."""
     found = [*_spills(binary), *_too_much(binary), *_tensor_cores(binary)]
     return found + _vectors(binary) if vectors else found
 

@@ -1,4 +1,4 @@
-"""What a binary's machine code needs and does, read with the disassembler that Triton ships."""
+"""The machine code of a binary, read with the disassembler that Triton ships."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# What is counted: tensor cores of sm_80, sm_90 and sm_100; copies to shared memory that need no registers, and those
+# Counted are the tensor cores of sm_80, sm_90 and sm_100; copies to shared memory that need no registers, and those
 # of them by the tensor memory accelerator; loads and stores, and those of 16 bytes; spilled registers.
 INSTRUCTIONS = {
     "HMMA": r"HMMA",
@@ -45,7 +45,7 @@ def usage(binary: Path) -> dict[str, dict[str, int]]:
 
 
 def counts(binary: Path) -> dict[str, dict[str, int]]:
-    """How many of :data:`INSTRUCTIONS` each function of a cubin has."""
+    """The number of each of :data:`INSTRUCTIONS` in each function of a cubin."""
     names_and_texts = _FUNCTION.split(_run("cuobjdump", "-sass", binary))[1:]
     return {name: count(text) for name, text in zip(names_and_texts[::2], names_and_texts[1::2], strict=True)}
 
@@ -61,7 +61,7 @@ def bounded_threads(binary: Path) -> dict[str, int]:
 
 
 def count(text: str) -> dict[str, int]:
-    """How many of :data:`INSTRUCTIONS` a listing has."""
+    """The number of each of :data:`INSTRUCTIONS` in a listing."""
     mnemonics = Counter(_INSTRUCTION.findall(text))
     return {
         name: sum(n for word, n in mnemonics.items() if pattern.match(word))

@@ -40,7 +40,7 @@ NO_TIME = "no time was left"
 
 @dataclass
 class Check:
-    """One run: what is asked for, the time that is left, and what is known so far."""
+    """One run: the request, the time that is left, and the facts and rows so far."""
 
     dry: bool
     clock: Clock
@@ -89,7 +89,7 @@ def build(check: Check) -> tuple[str, str, dict]:
 
 
 def tests(check: Check) -> tuple[str, str, dict]:
-    """Every test that is marked ``gpu``, parts of the files side by side."""
+    """Runs every test that is marked ``gpu``, parts of the files side by side."""
     if check.dry:
         jobs = {"dry": list(DRY_TESTS)}
     else:
@@ -159,7 +159,7 @@ def tune(check: Check) -> tuple[str, str, dict]:
 
 
 def benchmark(check: Check) -> tuple[str, str, dict]:
-    """The contests, in one process as long as it lives; where one takes it along, a new one goes on after that."""
+    """Runs the contests in one process. Where a contest ends that process, a new one goes on after the contest."""
     titles = [contest.title for contest in contests.in_order(check.dry)]
     found, tried, first = check.measured, set(), 0
     while first < len(titles) and check.clock.left > outcome.START:
@@ -193,7 +193,7 @@ STAGES = {
 
 
 def perform(check: Check, names: list[str]) -> list[Stage]:
-    """The stages in order; what one raises is its failure."""
+    """Runs the stages in order. An exception of a stage is its failure."""
     found = []
     for name in names:
         print(f"-- {name}", flush=True)

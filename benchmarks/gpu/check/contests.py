@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.check.contests --out results.jsonl [--seconds 240] [--skip N]
 
-Runs as a process of its own that writes every row as soon as it has it: what was measured before a crash or a time limit
-remains. Lone convolutions have no compiled dense version, since a compiled one is the same cuDNN call; stacks, blocks and
+Runs as a process of its own that writes every row as soon as it has it, so that a crash or a time limit leaves the rows
+before it. Lone convolutions have no compiled dense version, since a compiled one is the same cuDNN call; stacks, blocks and
 models have one in channels_last, the layout that the compiler chooses for convolutions by itself.
 """
 
@@ -17,7 +17,7 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ SUITES = {
 
 
 def in_order(tiny: bool = False) -> list[Contest]:
-    """Every contest, suite after suite; ``tiny``: of sizes for a dry run on a CPU."""
+    """Every contest, suite after suite; ``tiny``: the first of each, of a size for a dry run on a CPU."""
     found = [
         *_pixels(tiny),
         *_experts(tiny),
@@ -81,113 +81,80 @@ def in_order(tiny: bool = False) -> list[Contest]:
         *_blocks(tiny),
         *_models(tiny),
     ]
-    if tiny:  # many CPUs have no instructions for bfloat16
-        found = [dataclasses.replace(contest, dtype=torch.float32) for contest in found]
+    if tiny:  # many CPUs have no instructions for bfloat16, and the compiler takes longer than the run
+        first = {contest.suite: contest for contest in reversed(found)}
+        found = [dataclasses.replace(c, dtype=torch.float32, compiled=False) for c in first.values()]
     return [contest for suite in SUITES for contest in found if contest.suite == suite]
 
 
-def _pixels(tiny: bool) -> list[Contest]:
+def _conv(n: int, c: int, h: int, w: int, tiny: bool) -> layers.Case:
+    n, c, h, w = (min(n, 2), 16, 12, 12) if tiny else (n, c, h, w)
+    return layers.Case(BATCH_1 if n == 1 else "3x3", n, c, c, h, w, 3)
+
+
+def _pixels(tiny: bool) -> Iterator[Contest]:
     """3x3 layers of 56x56 maps, and of a street scene's, (H, W)."""
-    if tiny:
-        sizes = {
-            "pixels": [(2, 16, 12, 12)],
-            "pixels, large": [(1, 16, 16, 20)],
-            "pixels, tf32": [(2, 8, 12, 12)],
-        }
-    else:
-        sizes = {
-            "pixels": [(32, c, 56, 56) for c in (64, 256, 128, 512)],
-            "pixels, large": [
-                (1, 64, 400, 700),
-                (64, 64, 56, 56),
-                (256, 256, 56, 56),
-                (1, 256, 200, 350),
-                (256, 64, 56, 56),
-            ],
-            "pixels, tf32": [(32, 64, 56, 56), (32, 256, 56, 56)],
-        }
-    found = []
+    large = [(1, 64, 400, 700), (64, 64, 56, 56), (256, 256, 56, 56), (1, 256, 200, 350), (256, 64, 56, 56)]
+    sizes = {
+        "pixels": [(32, c, 56, 56) for c in (64, 256, 128, 512)],
+        "pixels, large": large,
+        "pixels, tf32": [(32, 64, 56, 56), (32, 256, 56, 56)],
+    }
     for suite, shapes in sizes.items():
-        for n, c, h, w in shapes:
-            case = layers.Case(BATCH_1 if n == 1 else "3x3", n, c, c, h, w, 3)
+        for shape in shapes:
+            case = _conv(*shape, tiny)
             dtype = torch.float32 if suite.endswith("tf32") else torch.bfloat16
-            found.append(Contest(suite, case.name, functools.partial(layers.measure, case), dtype))
-    return found
+            yield Contest(suite, case.name, functools.partial(layers.measure, case), dtype)
 
 
-def _channels(tiny: bool) -> list[Contest]:
-    sizes = [(2, 16, 8)] if tiny else [(32, 128, 56), (32, 256, 28), (64, 64, 56)]
-    found = []
-    for n, c, h in sizes:
-        conv = layers.Case("", n, c, c, h, h, 3)
-        for case in (
-            channels.Case("half in, half out", conv),
-            channels.Case("half out", conv, "out"),
-            channels.Case("widths of samples", conv, kind="widths"),
-        ):
-            run = functools.partial(channels.measure, case)
-            found.append(Contest("channels", f"{case.group}, {case.name}", run))
-    return found
+def _channels(tiny: bool) -> Iterator[Contest]:
+    kinds = {"half in, half out": {}, "half out": {"sides": "out"}, "widths of samples": {"kind": "widths"}}
+    for n, c, h in ((32, 128, 56), (32, 256, 28), (64, 64, 56)):
+        for group, options in kinds.items():
+            case = channels.Case(group, dataclasses.replace(_conv(n, c, h, h, tiny), group=""), **options)
+            name = f"{case.group}, {case.name}"
+            yield Contest("channels", name, functools.partial(channels.measure, case))
 
 
-def _samples(tiny: bool) -> list[Contest]:
-    sizes = (
-        [("replace", 4, 8, 8)]
-        if tiny
-        else [("residual", 256, 64, 56), ("replace", 64, 256, 56), ("residual", 64, 512, 28)]
-    )
-    shares = SHARES[::2] if tiny else SHARES
-    cases = [samples.Case(*size, shares, ("plain",)) for size in sizes]
-    return [
-        Contest("samples", case.name, functools.partial(samples.measure_block, case), compiled=not tiny)
-        for case in cases
-    ]
+def _samples(tiny: bool) -> Iterator[Contest]:
+    for mode, n, c, h in (("residual", 256, 64, 56), ("replace", 64, 256, 56), ("residual", 64, 512, 28)):
+        size, shares = ((4, 8, 8), SHARES[::2]) if tiny else ((n, c, h), SHARES)
+        case = samples.Case(mode, *size, shares, ("plain",))
+        run = functools.partial(samples.measure_block, case)
+        yield Contest("samples", case.name, run, compiled=True)
 
 
-def _blocks(tiny: bool) -> list[Contest]:
+def _blocks(tiny: bool) -> Iterator[Contest]:
     """SBNet's layers and blocks at its sizes, and a stack of two convolutions at a batch."""
-    if tiny:
-        cases = [stacks.Case("SBNet 3x3", "3x3", stacks.conv3x3, 8, 32, 32, densities=(0.5,), block=8)]
-    else:
-        options = {"densities": (0.5, 0.25, 0.1)}
-        cases = [
-            stacks.Case("SBNet 3x3", "3x3", stacks.conv3x3, 64, 400, 700, **options),
-            stacks.Case("SBNet bottleneck", "bottleneck", stacks.bottleneck, 512, 200, 350, **options),
-            stacks.Case("3x3, 3x3", "3x3, 3x3", stacks.chain, 128, 56, 56, n=32, **options),
-            stacks.Case("SBNet 3x3", "3x3", stacks.conv3x3, 256, 100, 175, **options),
-        ]
-    return [
-        Contest(
-            "blocks",
-            case.name,
-            functools.partial(stacks.measure, case),
-            compiled=not tiny and case.kind != "3x3",
-        )
-        for case in cases
-    ]
+    shapes = (
+        ("SBNet 3x3", "3x3", stacks.conv3x3, 64, 400, 700, 1),
+        ("SBNet bottleneck", "bottleneck", stacks.bottleneck, 512, 200, 350, 1),
+        ("3x3, 3x3", "3x3, 3x3", stacks.chain, 128, 56, 56, 32),
+        ("SBNet 3x3", "3x3", stacks.conv3x3, 256, 100, 175, 1),
+    )
+    for shape in shapes:
+        case = stacks.Case(*shape, densities=(0.5, 0.25, 0.1))
+        if tiny:
+            case = dataclasses.replace(case, channels=8, h=32, w=32, block=8)
+        run = functools.partial(stacks.measure, case)
+        yield Contest("blocks", case.name, run, compiled=case.kind != "3x3")
 
 
-def _models(tiny: bool) -> list[Contest]:
+def _models(tiny: bool) -> Iterator[Contest]:
     size, n = ((32, 32), 2) if tiny else ((224, 224), 64)
 
     def run(setting: Setting) -> list[Row]:
         setting = dataclasses.replace(setting, densities=(0.25,))
         return model.measure(size, setting, ("photo, 32x32 cells",), n)
 
-    return [Contest("models", f"ResNet-50, batch {n}", run, compiled=not tiny)]
+    yield Contest("models", f"ResNet-50, batch {n}", run, compiled=True)
 
 
-def _experts(tiny: bool) -> list[Contest]:
-    shapes = (experts.Layer(64, 32, 4, 2),) if tiny else experts.LAYERS
-    tokens = (1, 16) if tiny else TOKENS
-
-    found = [
-        Contest("experts", layer.name, functools.partial(experts.plain_rows, layer, tokens))
-        for layer in shapes
-    ]
-    if tiny:
-        return found
-    return [*found, Contest("experts", "one GEMM", functools.partial(experts.gemm_rows, TOKENS[1:]))]
+def _experts(tiny: bool) -> Iterator[Contest]:
+    for layer in (experts.Layer(64, 32, 4, 2),) if tiny else experts.LAYERS:
+        run = functools.partial(experts.plain_rows, layer, (1, 16) if tiny else TOKENS)
+        yield Contest("experts", layer.name, run)
+    yield Contest("experts", "one GEMM", functools.partial(experts.gemm_rows, TOKENS[1:]))
 
 
 @functools.cache
@@ -199,7 +166,7 @@ def _roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
 
 
 def setting_of(contest: Contest, device: torch.device) -> Setting:
-    """How a contest is measured; on a CPU, a dry run, as briefly as can be."""
+    """The setting of a contest; on a CPU, a dry run, the briefest there is."""
     on_gpu = device.type == "cuda"
     return Setting(
         device,
@@ -217,13 +184,14 @@ def setting_of(contest: Contest, device: torch.device) -> Setting:
 def measure(
     contests: list[Contest], device: torch.device, seconds: float, write: Callable[[dict], None]
 ) -> int:
-    """Runs contests while there is time, and writes ``{"begun"}``, ``{"row"}``, ``{"failed", "error"}`` and
-    ``{"done", "seconds"}``. Returns the exit code: 0, or DEVICE_LOST.
+    """Runs contests while there is time, and writes ``{"begun"}``, ``{"row"}``, ``{"failed", "error"}``,
+    ``{"done", "seconds"}`` and ``{"note"}``. Returns the exit code: 0, or DEVICE_LOST.
 
     A suite has its share of the time that is left when it begins; a contest that hangs ends the process.
     """
     end = time.monotonic() + seconds
     suites = list(dict.fromkeys(contest.suite for contest in contests))
+    ran: dict[torch.dtype, bool] = {}
     for i, suite in enumerate(suites):
         left = max(end - time.monotonic(), 0.0)
         share = left * SUITES[suite] / sum(SUITES[later] for later in suites[i:])
@@ -233,9 +201,12 @@ def measure(
                 break
             faulthandler.dump_traceback_later(max(share, LONGEST), exit=True)
             _run(contest, device, write)
+            ran[contest.dtype] = True
             faulthandler.cancel_dump_traceback_later()
             if not _settled(device):
                 return DEVICE_LOST
+    for dtype in ran:
+        write({"note": str(_roofline(device, dtype))})
     return 0
 
 
@@ -244,7 +215,7 @@ def _run(contest: Contest, device: torch.device, write: Callable[[dict], None]) 
     write({"begun": contest.title})
     try:
         rows = contest.run(setting_of(contest, device))
-    except Exception as error:  # out of memory, what a library lacks, a bug of ours: the others still run
+    except Exception as error:  # too little memory, a gap of a library, a bug of ours: the others still run
         traceback.print_exc()
         write({"failed": contest.title, "error": first_line(error)})
         rows = []

@@ -1,4 +1,4 @@
-"""The GPU that is there: name, driver, clocks, versions, and the rates that it reaches: ``python -m benchmarks.gpu.check.facts``.
+"""The GPU that is there: name, driver, clocks and versions: ``python -m benchmarks.gpu.check.facts``.
 
 It only reads; no setting of the GPU is changed.
 """
@@ -6,31 +6,27 @@ It only reads; no setting of the GPU is changed.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 from pathlib import Path
 
 import torch
 
-from ...harness import replay
-
-# What nvidia-smi is asked for. Drivers know different ones: what one does not know is left out.
+# The fields that nvidia-smi is asked for. A driver that does not know one leaves it out.
 FIELDS = (
     "name", "driver_version", "vbios_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
     "power.draw", "power.limit", "temperature.gpu", "pstate", "mig.mode.current", "ecc.mode.current",
     "clocks_event_reasons.active", "clocks_throttle_reasons.active", "utilization.gpu",
 )  # fmt: skip
-SIDE, COPIED = 8192, 2 << 30  # of the matrices; bytes
+SIDE = 8192  # of the matrices
 
 
 def nvidia_smi(fields=FIELDS, index: int = 0) -> dict[str, str]:
-    """What nvidia-smi says of a GPU: all fields at once, or one by one where it does not know one; {} without nvidia-smi."""
+    """The answers of nvidia-smi about a GPU: all fields at once, or one by one where it does not know one; {} without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {}
     found = _query(fields, index)
@@ -54,7 +50,7 @@ def _query(fields, index: int) -> dict[str, str] | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch and what it uses, Triton, and nvcc; "" where there is none."""
+    """The versions of Python, torch, CUDA, cuDNN, Triton and nvcc; "" where there is none."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -88,29 +84,9 @@ def properties(device: torch.device) -> dict:
     }
 
 
-def ceilings(device: torch.device, side: int = SIDE, copied: int = COPIED) -> dict[str, float]:
-    """What the device reaches: ``bandwidth`` in bytes/s of a copy (read and written), ``half`` and ``tf32`` in FLOP/s of a product
-    of random bfloat16 matrices, and of float32 ones as tf32."""
-    source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    found = {"bandwidth": 2 * copied / _median_seconds(functools.partial(target.copy_, source), device)}
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    for name, dtype in (("half", torch.bfloat16), ("tf32", torch.float32)):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
-        found[name] = 2 * side**3 / _median_seconds(product, device)
-    return found
-
-
-def _median_seconds(call, device: torch.device, repeats: int = 15) -> float:
-    for _ in range(5):
-        call()
-    return statistics.median(replay.device_ms(call, device) for _ in range(repeats)) / 1e3
-
-
-def under_load(device: torch.device, side: int = SIDE) -> dict[str, str]:
-    """Clocks, power and what holds the clocks down while products run for about a second."""
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+def under_load(device: torch.device) -> dict[str, str]:
+    """Clocks, power and the reasons for slower clocks while products run for about a second."""
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(1000):
         a @ b  # queued: the device works while nvidia-smi looks
     found = nvidia_smi([field for field in FIELDS if "version" not in field and "memory" not in field])
@@ -125,7 +101,6 @@ def gpu_facts() -> dict:
         **properties(device),
         "versions": versions(),
         "idle": nvidia_smi(),
-        "ceilings": ceilings(device),
         "under_load": under_load(device),
     }
 

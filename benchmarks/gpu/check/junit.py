@@ -1,4 +1,4 @@
-"""What pytest wrote of its tests (``--junitxml``), counted."""
+"""The counts of tests in the files that pytest writes (``--junitxml``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ class Counts:
     passed: int = 0
     skipped: int = 0
     problems: dict[str, str] = field(default_factory=dict)
-    skips: dict[str, int] = field(default_factory=dict)  # {reason: tests}
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -27,7 +26,6 @@ class Counts:
     def __str__(self) -> str:
         text = f"{self.passed} passed, {self.skipped} skipped, {len(self.problems)} failed"
         shown = [f"\n   {name}: {line}" for name, line in list(self.problems.items())[:SHOWN]]
-        shown += [f"\n   skipped {count}: {reason}" for reason, count in self.skips.items()]
         return text + "".join(shown)
 
 
@@ -54,9 +52,7 @@ def _count(case: ElementTree.Element, found: Counts) -> None:
         lines = (bad.get("message") or bad.text or "").strip().splitlines()
         found.problems[f"{case.get('classname')}::{case.get('name')}"] = lines[0][:200] if lines else ""
     elif "skipped" in results:
-        reason = results["skipped"].get("message") or ""
         found.skipped += 1
-        found.skips[reason] = found.skips.get(reason, 0) + 1
     else:
         found.passed += 1
 
@@ -67,6 +63,4 @@ def total(parts: list[Counts]) -> Counts:
         found.passed += part.passed
         found.skipped += part.skipped
         found.problems |= part.problems
-        for reason, count in part.skips.items():
-            found.skips[reason] = found.skips.get(reason, 0) + count
     return found

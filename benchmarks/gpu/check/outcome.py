@@ -30,6 +30,7 @@ class Measured:
     """The rows that the contests wrote, ``failed``: {contest: why}, ``left``: those that had no time."""
 
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
@@ -46,6 +47,8 @@ class Measured:
                 begun.append(record["begun"])
             elif "row" in record:
                 self.rows.append(Row.from_dict(record["row"]))
+            elif "note" in record:
+                self.notes.append(record["note"])
             elif "failed" in record:
                 self.failed[record["failed"]] = record["error"]
             else:
@@ -65,12 +68,10 @@ def facts_line(facts: dict) -> str:
     text = f"torch {versions['torch']}, triton {versions['triton'] or '-'}, nvcc {versions['nvcc'] or '-'}"
     if not facts["gpu"]:
         return f"{DRY}; {text}"
-    found = facts["ceilings"]
     idle, loaded = facts["idle"], facts["under_load"]
     return (
-        f"{facts['gpu']}, {facts['capability']}, driver {idle.get('driver_version', '-')}, {text}; copies at "
-        f"{found['bandwidth'] / 1e12:.2f} TB/s, products at {found['half'] / 1e12:.0f} TFLOP/s in bfloat16 and "
-        f"{found['tf32'] / 1e12:.0f} in tf32; under load {loaded.get('clocks.sm', '-')}, {loaded.get('power.draw', '-')}, "
+        f"{facts['gpu']}, {facts['capability']}, driver {idle.get('driver_version', '-')}, {text}; "
+        f"under load {loaded.get('clocks.sm', '-')}, {loaded.get('power.draw', '-')}, "
         f"{loaded.get('temperature.gpu', '-')} C"
     )
 
@@ -86,7 +87,7 @@ def finish(facts: dict, stages: list[Stage], measured: Measured, out: Path, dry:
         print(f"\n{label}{table(timed)}\n\n{summary_table(summaries(timed))}")
     for text in expert_tables(experts):
         print(f"\n{label}{text}")
-    print(f"\n{LEFT_OUT}\n")
+    print("", LEFT_OUT, *measured.notes, "", sep="\n")
     for stage in stages:
         print(stage)
     for kind, found in measured.problems().items():
@@ -101,7 +102,7 @@ def write(facts: dict, stages: list[Stage], measured: Measured, out: Path, dry: 
     known = machine(torch.device("cpu"))
     known |= {"device": facts.get("gpu") or known["device"], "versions": facts.get("versions", {})}
     known |= {key: value for key, value in facts.items() if key not in ("gpu", "versions")}
-    notes = [LEFT_OUT]
+    notes = [LEFT_OUT, *measured.notes]
     if dry:
         known["device"] = f"{known['device']} ({DRY})"
         notes.insert(0, DRY)

@@ -200,8 +200,11 @@ _FINDING = re.compile(
 
 
 def verdict(done: Finished, limit: float) -> tuple[str, str]:
-    """``(outcome, why)`` of a run under compute-sanitizer. Where the script itself did not get through, and nothing was found
-    in a kernel, the tool could not run here (on some virtual machines it cannot)."""
+    """``(outcome, why)`` of a run under compute-sanitizer.
+
+    Where the script itself did not get through, and nothing was found in a kernel, the tool could not run here (on some
+    virtual machines it cannot).
+    """
     found = [int(number) for number in _SUMMARY.findall(done.text)]
     whole = DONE in done.text
     if whole and found and not any(found) and done.ok:

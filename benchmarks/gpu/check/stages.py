@@ -1,4 +1,4 @@
-"""Stages of the check: commands with a time limit, what came of them, and the time that is left."""
+"""Stages of the check: commands with a time limit, their outcomes, and the time that is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRACE = 15.0  # seconds in which an interrupted command may write what it has (p
 
 @dataclass
 class Stage:
-    """What came of one stage: ``passed``, ``failed`` or ``not run``, and why."""
+    """The outcome of one stage: ``passed``, ``failed`` or ``not run``, and the reason."""
 
     name: str
     outcome: str
@@ -41,9 +41,6 @@ class Clock:
     def left(self) -> float:
         return max(self.end - time.monotonic(), 0.0)
 
-    def at_most(self, seconds: float) -> float:
-        return min(seconds, self.left)
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -59,16 +56,17 @@ class Finished:
         return self.code == 0 and not self.timed_out
 
     def why(self, limit: float) -> str:
-        """Why it is not ``ok``, with the last line that it wrote."""
+        """The reason why it is not ``ok``, with the last line that it wrote."""
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
         reason = f"no end within {limit:.0f} s" if self.timed_out else f"exit code {self.code}"
         return f"{reason}: {lines[-1][:300]}" if lines else reason
 
 
 def run(command: list[str], seconds: float, log: Path, folder: Path, **environment: str) -> Finished:
-    """Runs a command in ``folder`` with its output in ``log``; after ``seconds`` it is interrupted, and later killed with its children.
+    """Runs a command in ``folder`` with its output in ``log``.
 
-    A command of its own process, so that neither a hang nor a device that was lost in it reaches the next one.
+    After ``seconds`` it is interrupted, and later killed with its children. It is a process of its own, so that neither a
+    hang nor a device that was lost in it reaches the next one.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()

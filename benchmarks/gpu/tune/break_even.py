@@ -1,4 +1,4 @@
-"""How dense a plan must be for the dense layer to be the faster way: what ``ops.auto`` decides by."""
+"""The densities from which on the dense layer is the faster way, by which ``ops.dense_fallback`` decides."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from dynops.nn import SparseBlocks
 from dynops.ops import dense_fallback as auto
 
 from ...harness import masks
+from ...harness.rows import break_even
+from ...pixels.layers import Case
 from .problems import RESNET
 from .tiles import first_line
 
@@ -27,20 +29,18 @@ BLOCK = 8  # pixels; a 7x7 map is cut at its edge
 
 
 class Layer(NamedTuple):
-    """A convolution ``[n, c, size, size]`` to o channels; in as many groups where it is depthwise."""
+    """A convolution in a dtype; depthwise where it has as many groups as channels."""
 
-    n: int
-    c: int
-    o: int
-    size: int
-    kernel: int
+    case: Case
     dtype: torch.dtype
-    form: str = "conv"
+
+    @property
+    def form(self) -> str:
+        return "conv" if self.case.groups == 1 else "depthwise"
 
     @property
     def name(self) -> str:
-        dtype, kernel = str(self.dtype).removeprefix("torch."), f"{self.kernel}x{self.kernel}"
-        return f"{self.form} {self.n},{self.c},{self.o},{self.size} {kernel} {dtype}"
+        return f"{self.form} {self.case.name} {str(self.dtype).removeprefix('torch.')}"
 
 
 DEPTHWISE = ((144, 56), (192, 28), (576, 14), (960, 7))  # of MobileNetV2
@@ -51,44 +51,26 @@ def layers() -> list[Layer]:
     found = []
     for dtype, batches in ((torch.bfloat16, (64, 1, 8, 256)), (torch.float32, (64, 1))):
         for n in batches:
-            found += [Layer(n, c, c, h, 3, dtype) for c, h in RESNET]
-            found += [Layer(n, *pair, h, 1, dtype) for c, h in RESNET for pair in ((4 * c, c), (c, 4 * c))]
-    found += [Layer(n, c, c, h, 3, torch.bfloat16, "depthwise") for n in (64, 1) for c, h in DEPTHWISE]
-    return found
+            found += [_layer(n, c, c, h, 3, dtype) for c, h in RESNET]
+            found += [_layer(n, *pair, h, 1, dtype) for c, h in RESNET for pair in ((4 * c, c), (c, 4 * c))]
+    return found + [_layer(n, c, c, h, 3, torch.bfloat16, c) for n in (64, 1) for c, h in DEPTHWISE]
 
 
 def small_layers() -> list[Layer]:
     """For a dry run in Triton's interpreter."""
-    return [Layer(1, 16, 16, 8, 1, torch.float16), Layer(1, 16, 16, 8, 3, torch.float16, "depthwise")]
+    return [_layer(1, 16, 16, 8, 1, torch.float16), _layer(1, 16, 16, 8, 3, torch.float16, 16)]
 
 
-def break_even(points: list[tuple[float, float]], dense: float) -> float:
-    """The density at which a path takes as long as the dense layer, the last one where it never does.
-
-    Between two that were measured the time is taken for a straight line, below the first for one through zero:
-    a path that is slower than dense even there.
-
-    Args:
-        points: (density, milliseconds), ascending.
-        dense: milliseconds.
-    """
-    before, time_before = 0.0, 0.0
-    for density, time in points:
-        if time > dense:
-            return before + (dense - time_before) / (time - time_before) * (density - before)
-        before, time_before = density, time
-    return before
+def _layer(n: int, c: int, o: int, size: int, kernel: int, dtype: torch.dtype, groups: int = 1) -> Layer:
+    return Layer(Case("", n, c, o, size, size, kernel, groups=groups), dtype)
 
 
 def measure(layer: Layer, device: torch.device, clock) -> dict:
     """An entry of a config's break-even table, and the times that it comes from."""
-    n, c, o, size, kernel, dtype, form = layer
-    options = {"bias": False, "groups": c if form == "depthwise" else 1, "device": device, "dtype": dtype}
-    conv = nn.Conv2d(c, o, kernel, padding=kernel // 2, **options)
+    case, options = layer.case, {"device": device, "dtype": layer.dtype}
+    conv = nn.Conv2d(case.c, case.o, case.kernel, bias=False, **case.arguments, **options)
     conv = conv.to(memory_format=torch.channels_last)
-    x = torch.randn(n, c, size, size, device=device, dtype=dtype).contiguous(
-        memory_format=torch.channels_last
-    )
+    x = torch.randn(case.n, case.c, case.h, case.w, **options).contiguous(memory_format=torch.channels_last)
     calls, computed = {}, {}
     for density in DENSITIES:
         for path, (call, share) in _paths(conv, x, density).items():
@@ -96,18 +78,24 @@ def measure(layer: Layer, device: torch.device, clock) -> dict:
     with torch.inference_mode():
         times = clock.medians(calls, ROUNDS)
     masked = statistics.median(times["dense", density] for density in DENSITIES[:-1])
+    full = times["dense", DENSITIES[-1]]  # which has no mask
     points = {path: [(computed[path, d], times[path, d]) for d in DENSITIES] for path in PATHS}
-    shares = {path: break_even(points[path], masked) for path in PATHS}
-    shares["full"] = break_even(points["pixels"], times["dense", DENSITIES[-1]])  # which has no mask
-    sizes = {"taps": kernel**2, "inputs": c, "outputs": o, "pixels": n * size**2}
-    entry = {"kind": configs.precision(dtype), "form": form, **sizes, "shares": shares}
+    shares = {path: _break_even(points[path], masked) for path in PATHS}
+    shares["full"] = _break_even(points["pixels"], full)
+    sizes = {"taps": case.kernel**2, "inputs": case.c, "outputs": case.o, "pixels": case.n * case.h * case.w}
+    entry = {"kind": configs.precision(layer.dtype), "form": layer.form, **sizes, "shares": shares}
     return {
         **entry,
         "layer": layer.name,
-        "dense_ms": times["dense", DENSITIES[-1]],
+        "dense_ms": full,
         "masked_dense_ms": masked,
         "points": points,
     }
+
+
+def _break_even(points: list[tuple[float, float]], dense: float) -> float:
+    """The density at which a path, ``(density, milliseconds)``, takes as long as the dense layer."""
+    return break_even(((density, dense / ms) for density, ms in points), origin=True)
 
 
 def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callable, float]]:

@@ -1,4 +1,4 @@
-"""What the tuner measures: one op on one shape, with the kernel whose tile is looked for. The most used come first.
+"""The problems of the tuner: one op on one shape, with the kernel whose tile is looked for. The most used come first.
 
 The layers of ResNet-50, of which the batch and the density give the rows, and layers of experts from a token to
 8192. A shape that is not listed takes the tile of the nearest one (``kernels.configs``).
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     Attributes:
         family: of the kernel whose tile is looked for, as ``configs.Config.tile`` names it.
         dtype: of the tensors.
-        make: with a device it draws the tensors, and returns what makes a call of them in a dtype by a backend.
+        make: draws the tensors on a device, and returns a function of a dtype and a backend that returns the call.
     """
 
     name: str
@@ -56,7 +56,7 @@ def problems(dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
 
 
 def every_problem() -> list[Problem]:
-    """Those of bfloat16, and the first of TF32."""
+    """The problems of bfloat16, and the first ones of TF32."""
     return problems() + [problem for problem in problems(torch.float32) if problem.family == "pixels"][:12]
 
 

@@ -1,7 +1,7 @@
 """The search for tiles: candidates take turns with the best so far, and a wrong or spilling one never wins.
 
-Whatever a launcher asks of ``kernels.configs`` while a problem runs names the products in it; the search answers
-one of these requests with a candidate after another. Nothing here knows a kernel's arguments.
+While a problem runs, its launchers ask ``kernels.configs`` for the tiles of its products. The search answers one of
+these requests with a candidate after another. Nothing here knows a kernel's arguments.
 """
 
 from __future__ import annotations
@@ -69,14 +69,16 @@ def shared_limit(device: torch.device) -> int:
 
 
 def limits_of(request: Request) -> tiling.Limits:
-    """What a launcher takes for this product."""
+    """The limits within which a launcher takes a tile for this product."""
     tallest = max(32, 1 << configs.bucket(request.rows)) if request.family == "experts" else 256
     return tiling.Limits(request.most, max(16, 1 << configs.bucket(request.n)), tallest)
 
 
 def may_fit(tile: Tile, kind: str, shared: int) -> bool:
-    """Whether a tile may have room: accumulators in registers, blocks in ``shared`` bytes, of which an eighth is left
-    to forms of the kernel that are not measured. What really spills is seen once it is compiled."""
+    """True where a tile may have room: its accumulators in registers, its blocks in ``shared`` bytes.
+
+    An eighth of the bytes is left to forms of the kernel that are not measured. Spills are seen once it is compiled.
+    """
     accumulators = tile.m * tile.n / (32 * tile.warps)  # for each thread
     blocks = (tile.m + tile.n) * tile.k * tile.stages * (2 if kind == "half" else 4)
     return 4 <= accumulators <= 128 and blocks <= shared * 7 / 8
@@ -127,7 +129,7 @@ def compiled_kernels() -> Iterator[list]:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within it ``torch.empty`` is full of NaN: what a kernel does not write is seen."""
+    """Within it ``torch.empty`` is full of NaN: a value that a kernel does not write shows."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -140,7 +142,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Search:
-    """One problem: its call with our kernels, and what is right.
+    """One problem: its call with our kernels, and the right result.
 
     Args:
         clock: :meth:`now` in seconds, and :meth:`medians` {name: milliseconds} of calls that take turns.
@@ -181,7 +183,7 @@ class Search:
         return {**request._asdict(), "tile": tile, **measured}
 
     def _best(self, request: Request, limits: tiling.Limits, start: Tile, until: float) -> Tile:
-        """The fastest of the built-in table, then of what is near the best one, as long as it gets faster.
+        """The fastest tile of the built-in table, then of the neighbours of the best one, as long as it gets faster.
 
         One rival is tried even where the time is up: without any, nothing would have been measured.
         """
@@ -223,7 +225,7 @@ class Search:
                 self._right()
         except AssertionError as error:
             raise Rejected(f"WRONG RESULT, {error}") from error
-        except Exception as error:  # whatever a compiler raises, or a launch that is too large
+        except Exception as error:  # of any compiler, or of a launch that is too large
             raise Rejected(f"{type(error).__name__}: {first_line(error)}") from error
         if not self.trial.answers:
             raise Rejected("the launcher does not ask for it again")

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu tune: what ships for a GPU's architecture, measured on that GPU.
+"""``python -m benchmarks.gpu tune``: measures on a GPU the config that ships for its architecture.
 
 First the tiles (``tiles``) of the problems in ``problems``, then, with the tiles that won, the break-even
 densities (``break_even``), written to ``dynops/kernels/configs/<architecture>.json``.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import statistics
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 from dynops.kernels import configs
 
 from ...harness import replay
+from ...harness.setting import Budget
+from ...harness.timing import interleaved
 from ..check.facts import nvidia_smi
 
 TILES_SHARE = 0.6  # of the time; break-even densities have the rest
@@ -27,54 +28,30 @@ FLUSHED = (
 )  # bytes read before each call: more than any L2, and longer than the host takes to launch the call
 
 
-class DeviceClock:
-    """Times calls by device events, each with a cold L2. Reading past it lasts longer than the host needs to launch a
-    call, whose launches are then not part of its time."""
+class Clock:
+    """Times calls that take turns, each with a cold second-level cache.
+
+    Reading past the cache lasts longer than the host needs to launch a call, whose launches are then not part of its
+    time. On a CPU, for a dry run, every call is timed once: the time of a tile in the interpreter means nothing.
+    """
 
     def __init__(self, device: torch.device):
-        self._flush, self._device = replay.flush(device, FLUSHED), device
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.flush = replay.flush(device, FLUSHED) if self.on_gpu else int
 
     def now(self) -> float:
         """Seconds."""
         return time.perf_counter()
 
     def medians(self, calls: dict[Hashable, Callable], rounds: int) -> dict[Hashable, float]:
-        """Median milliseconds of calls that take turns; every other round runs backwards."""
-        events: dict[Hashable, list] = {name: [] for name in calls}
-        for call in calls.values():
-            call()
-        order = list(calls.items())
-        for done in range(rounds):
-            for name, call in order if done % 2 == 0 else reversed(order):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._flush()
-                start.record()
-                call()
-                end.record()
-                events[name].append((start, end))
-        torch.cuda.synchronize(self._device)
-        return {
-            name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()
-        }
-
-
-class HostClock:
-    """For a dry run: one call of each, by the host's clock. What it says of a tile in the interpreter means nothing."""
-
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def medians(self, calls: dict[Hashable, Callable], rounds: int) -> dict[Hashable, float]:
-        times = {}
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name] = (time.perf_counter() - start) * 1e3
-        return times
+        """``{name: milliseconds}``."""
+        rounds = rounds if self.on_gpu else 1
+        budget = Budget(0.0, rounds, rounds, warmup=int(self.on_gpu), calls=1)
+        return interleaved(calls, self.device, budget, self.flush)
 
 
 def facts(device: torch.device) -> dict:
-    """What the measurements depend on."""
+    """The GPU, versions and day that the measurements depend on."""
     import triton
 
     gpu = (
@@ -93,7 +70,7 @@ def tune(device: torch.device, clock, seconds: float, log, found: list, layers: 
     """The config for a device.
 
     Args:
-        clock: as :class:`DeviceClock`.
+        clock: as :class:`Clock`.
         found, layers: what ``problems`` and ``break_even`` list, or a part of it.
     """
     from . import break_even, tiles
@@ -129,7 +106,7 @@ def main(arguments: list[str]) -> None:
 
     device = torch.device("cpu" if options.dry_run else f"cuda:{torch.cuda.current_device()}")
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # what a float32 problem is measured in
-    clock = HostClock() if options.dry_run else DeviceClock(device)
+    clock = Clock(device)
     if options.dry_run:
         found, layers = problems.small_problems(), break_even.small_layers()
     else:
