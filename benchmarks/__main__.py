@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import readme, suites
+from . import front_page, readme, suites
 from .experts.tables import tables as expert_tables
 from .harness.machine import file_stem, machine_line
 from .harness.plots import draw
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.op != "pixels" and args.command != "layers":
         raise SystemExit(f"--op {args.op}: expected with the command layers, got {args.command}")
     if args.command == "readme":
-        write_readme(Path("README.md"), args.out or ROOT / "results")
+        write_readme(ROOT.parent, args.out or ROOT / "results")
         return
     if args.command == "plot":
         plot(args.out or ROOT / "results")
@@ -118,18 +118,25 @@ def plot(folder: Path) -> None:
             print(f"wrote {image}")
 
 
-def write_readme(path: Path, results: Path) -> None:
+def write_readme(root: Path, results: Path) -> None:
+    """Writes every number of README.md and docs/benchmarks.md, and README's picture, from the files in ``results``."""
     reports = [Report.load(found) for found in sorted(results.glob("*.json"))]
     reports = [found for found in reports if not found.checks]  # of a GPU: their tables are other ones
     if not reports:
         raise SystemExit(f"{results}: there are no results (python -m benchmarks all --out {results})")
-    readme.rewrite(path, "table", readme.pixels_block(reports, layers.TARGET_GROUPS))
-    readme.rewrite(path, "blocks", readme.blocks_block(reports))
-    readme.rewrite(path, "channels", readme.channels_block(reports))
-    readme.rewrite(path, "samples", readme.samples_block(reports))
-    readme.rewrite(path, "examples", readme.examples_block(results))
-    readme.rewrite(path, "experts", readme.experts_block(reports))
-    print(f"{path}: numbers of {len(reports)} files in {results}")
+    tables = {
+        "table": readme.pixels_block(reports, layers.TARGET_GROUPS),
+        "blocks": readme.blocks_block(reports),
+        "channels": readme.channels_block(reports),
+        "samples": readme.samples_block(reports),
+        "examples": readme.examples_block(results),
+        "experts": readme.experts_block(reports),
+    }
+    for name, table_of in tables.items():
+        readme.rewrite(root / "docs" / "benchmarks.md", name, table_of)
+    readme.rewrite(root / "README.md", "headline", front_page.headline_block(reports))
+    front_page.draw(reports, root / "docs" / "img" / "resnet50.png")
+    print(f"{root}: numbers of {len(reports)} files in {results}")
 
 
 if __name__ == "__main__":

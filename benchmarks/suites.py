@@ -69,8 +69,12 @@ LEGENDS = {
     "formats": FORMATS_LEGEND,
 }
 QUICK_NOTE = (
-    "Measured without the torch.compile versions, to be quick; the model has all four dense versions. "
-    "`python -m benchmarks layers` compares the forward pass of every layer with all four."
+    "Layers were measured without the torch.compile versions, to be quick. `python -m benchmarks layers` compares the "
+    "forward pass of every layer with all four."
+)
+HEADLINE_NOTE = (
+    "The model was not compiled in NCHW, to be quick: in every committed result that is slower than compiled in "
+    "channels_last. `python -m benchmarks models` compares it with all four."
 )
 FLOAT16_NOTE = (
     "Dense float16 convolution on a CPU can be many times slower than float32, for want of instructions; a "
@@ -200,7 +204,9 @@ def headline(setting: Setting) -> Report:
     result.rows += rows_of(exits.headline_cases(), exits.measure_network, short, "exits")
     result.rows += _experts(replace(short, budget=budget_of("experts", True)), quick=True)
     if "photo" in setting.mask_kinds:
-        setting = replace(setting, budget=Budget(8, 5))
+        # each compilation of ResNet-50 takes 18 s on two cores, and there are two sizes
+        setting = replace(setting, compiled_formats=("channels_last",), budget=Budget(8, 5))
+        result.notes.append(HEADLINE_NOTE)
         for size in model.SIZES:
             result.rows += model.measure(size, setting, gates=("photo, 32x32 cells",))
     return _noted(result, setting, of_experts=True)

@@ -1,4 +1,4 @@
-"""Whose rows a layer runs on: a frame for each batch that a model makes smaller, and what closes it.
+"""Tracks which rows a layer runs on: a frame opens for each batch that a model makes smaller, and closes with it.
 
 Everything that compacts a batch goes through ``ops.gather_samples``, which tells its watchers. So a tensor
 that was gathered is known, and so is the output of a module that was called with it; the module runs in a
@@ -20,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..nn import ConvExperts, Skip
 from ..plans import ExpertPlan, SamplePlan
 from .dense_rules import argument
-from .sums import Chain, Even, Gated, Owners, Repeat, Same, Shares, Sums, Times, slope
+from .mac_sums import Sums, slope
+from .row_maps import Chain, Even, Gated, Owners, Repeat, Same, Shares, Times
 
 
 def first_tensor(tree: Any) -> Tensor | PackedSequence | None:
@@ -75,7 +76,7 @@ class Frame:
         return self._known.get(tensor) if isinstance(tensor, Tensor) else None
 
     def way_from(self, tensor, rows: int) -> Same:
-        """From the ``rows`` of a tensor to those of this frame."""
+        """Maps the ``rows`` of a tensor to those of this frame."""
         known = self.known(tensor)
         if known is not None and len(known.owner) == rows:
             return known
@@ -240,7 +241,7 @@ class HaltingFrame(Frame):
         self.sums.take(before, way, dense)
 
     def _price_rest(self, out, counter) -> None:
-        """What no pixel reached costs nothing, but belongs to the dense cost."""
+        """A layer that no pixel reached costs nothing, but belongs to the dense cost."""
         for part in (*self.layer.units, *self.layer.halts):
             if part not in self.called and self.rows:
                 for name, number in counter.price(part, (out.output,)).dense.items():

@@ -1,6 +1,6 @@
 """Plan building: mask to index, its inverse, and the input pixels that outputs read.
 
-Each op's reference below defines it; the C++ kernels of ``csrc/cpu/index.cpp`` (and on a GPU
+Each op's reference below defines it; the C++ kernels of ``csrc/cpu/pixels/index.cpp`` (and on a GPU
 ``csrc/cuda/pixels.cu``, and Triton's) take over.
 """
 

@@ -98,20 +98,6 @@ def test_both_paths_are_one_function(names, activation, layout, ran):
             assert_within_budget(values[0], values[1].detach(), values[2].detach(), f"{path} {name}")
 
 
-def test_gradients_in_float64():
-    """gradcheck of the dense path alone, with packed gate and residual."""
-    tensors, mask, fused = case(torch.float64, n=1, c=2, o=2, size=4, names=("scale", "shift", "base"))
-    plan = PixelPlan.from_mask(mask)
-    rows = random_tensor(len(plan), dtype=torch.float64), random_tensor(len(plan), 2, dtype=torch.float64)
-    inputs = [t.requires_grad_() for t in (*tensors, *fused.values(), *rows)]
-    g = ops.pixels.checks.conv_geometry(tensors[0].shape, tensors[1].shape, 1, 1, 1, 1, "zeros")[0]
-
-    def dense(x, weight, bias, scale, shift, base, gate, residual):
-        return pixels._masked_dense(x, weight, bias, plan, g, ("silu", scale, shift, gate, residual), base)
-
-    assert torch.autograd.gradcheck(dense, inputs)
-
-
 def test_infinities_elsewhere_stay_there():
     """What overflows at inactive pixels is in no gradient."""
     (x, weight, bias), mask, fused = case(torch.float16, names=("scale", "gate"))

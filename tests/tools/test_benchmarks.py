@@ -411,27 +411,22 @@ MARKERS += "after\n"
 
 
 def test_readme_blocks(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(MARKERS)
+    page, front = tmp_path / "docs" / "benchmarks.md", tmp_path / "README.md"
+    page.parent.mkdir()
+    page.write_text(MARKERS)
+    front.write_text("<!-- headline:begin -->\nold\n<!-- headline:end -->\n")
     make_report(make_row(), make_row(suite="models", case="model")).save(tmp_path / "results", "stem")
     for _ in range(2):
-        cli.write_readme(path, tmp_path / "results")
-    text = path.read_text()
-    assert (
-        text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text and "old" not in text
-    )
+        cli.write_readme(tmp_path, tmp_path / "results")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text
+    assert "old" not in text + front.read_text() and "3.00x" in front.read_text()
     assert text.count("| model |") == 1 + 1  # the column's title and the row
-    for missing in (
-        readme.NO_BLOCKS,
-        readme.NO_CHANNELS,
-        readme.NO_SAMPLES,
-        readme.NO_EXAMPLES,
-        readme.NO_EXPERTS,
-    ):
-        assert text.count(missing) == 1
-    path.write_text("no markers")
+    for missing in ("BLOCKS", "CHANNELS", "SAMPLES", "EXAMPLES", "EXPERTS"):
+        assert text.count(getattr(readme, f"NO_{missing}")) == 1
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
-        cli.write_readme(path, tmp_path / "results")
+        cli.write_readme(tmp_path, tmp_path / "results")
 
 
 def test_readme_of_blocks():

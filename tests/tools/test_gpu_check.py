@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import conftest
 import pytest
 import torch
 from benchmark_cases import CPU, SETTING, briefly, make_row  # noqa: F401
+from spread import part_of
 
 from benchmarks.gpu.check import check, contests, facts, junit, outcome, sanitizer
 from benchmarks.gpu.check.stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
@@ -368,8 +367,5 @@ def test_parts_have_every_test_once(tests):
     """What ``--part`` leaves of a file's tests, over all the parts that the check runs."""
     found = []
     for part in range(check.TEST_PARTS):
-        items = list(range(tests))
-        options = SimpleNamespace(getoption=lambda name, part=part: f"{part}/{check.TEST_PARTS}")
-        conftest.pytest_collection_modifyitems(options, items)
-        found += items
+        found += part_of(list(range(tests)), f"{part}/{check.TEST_PARTS}")
     assert found == list(range(tests))

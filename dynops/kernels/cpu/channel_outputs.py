@@ -1,4 +1,4 @@
-"""The C++ kernels of output masks and local filters: prepares memory for ``csrc/cpu/channel_*.cpp``.
+"""The C++ kernels of output masks and local filters: prepares memory for ``csrc/cpu/channels``.
 
 Same signatures as the references in ``ops/channel_outputs.py`` and ``ops/channel_filters.py``.
 """

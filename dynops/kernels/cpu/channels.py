@@ -1,4 +1,4 @@
-"""The C++ kernels of the channel ops: prepares memory for ``csrc/cpu/channel*.cpp``.
+"""The C++ kernels of the channel ops: prepares memory for ``csrc/cpu/channels``.
 
 Same signatures as the references in ``ops/channels.py``.
 """

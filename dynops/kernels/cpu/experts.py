@@ -1,4 +1,4 @@
-"""The C++ kernels of experts: prepares memory for ``csrc/cpu/expert*.cpp``.
+"""The C++ kernels of experts: prepares memory for ``csrc/cpu/experts``.
 
 Same signatures as the references in ``ops/experts.py``, ``ops/expert_activations.py`` and ``ops/expert_rows.py``.
 """
@@ -15,7 +15,7 @@ if backends.has_binary():
     _cpu_grouped_linear = torch.ops.dynops.cpu_grouped_linear.default
     _cpu_experts_mlp = torch.ops.dynops.cpu_experts_mlp.default
 
-_GATED = _ACTIVATIONS | {"clamped_swiglu": len(_ACTIVATIONS)}  # csrc/cpu/engine.h: Activation
+_GATED = _ACTIVATIONS | {"clamped_swiglu": len(_ACTIVATIONS)}  # csrc/cpu/engine/engine.h: Activation
 
 # ------------------------------------------------------------------------------------ products
 

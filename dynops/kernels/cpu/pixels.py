@@ -19,7 +19,7 @@ from ..layout import memory_format_of
 from . import planes as cpp_planes
 
 _CHANNELS_LAST = torch.channels_last
-# The order of csrc/cpu/engine.h's Activation.
+# The order of csrc/cpu/engine/engine.h's Activation.
 _NAMES = (
     "",
     "relu",
@@ -29,14 +29,16 @@ _NAMES = (
     "gelu_tanh",
     "hardswish",
     "relu2",
-)  # csrc/cpu/engine.h: Activation
+)  # csrc/cpu/engine/engine.h: Activation
 _ACTIVATIONS = {name: i for i, name in enumerate(_NAMES)}
 # Below this many channels the taps of a kernel row are read as one run of the input: 3 channels would
 # leave the GEMM's inner loop with 3 iterations, a 7 x 3 run gives it 21.
 _MERGED_CHANNELS = 16
 # Winograd pays from here on: 56 x 56 pixels of 32 channels take 234 us instead of 286, of 16 channels 133 of 141.
 _WINOGRAD_CHANNELS = 32
-_WINOGRAD_ROWS = 96  # fewer make no 24 full tiles (csrc/cpu/winograd.cpp), and the look at them costs 2 us
+_WINOGRAD_ROWS = (
+    96  # fewer make no 24 full tiles, and the look at them costs 2 us (csrc/cpu/pixels/winograd.cpp)
+)
 
 
 if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 us a call

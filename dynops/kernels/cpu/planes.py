@@ -1,7 +1,7 @@
 """The C++ kernels for maps that do not lie channels_last: NCHW, and strided views of either format.
 
-Few pixels are read and written where they lie (``csrc/cpu/planes.cpp``). Between, a convolution runs on packed rows,
-or, where few channels meet in a product, on the planes themselves (``csrc/cpu/planes_conv.cpp``).
+Few pixels are read and written where they lie (``csrc/cpu/pixels/planes.cpp``). Between, a convolution runs on packed rows,
+or, where few channels meet in a product, on the planes themselves (``csrc/cpu/pixels/planes_conv.cpp``).
 """
 
 from __future__ import annotations
