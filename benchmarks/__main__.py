@@ -10,6 +10,7 @@ import torch
 
 from . import front_page, readme, suites
 from .experts.tables import tables as expert_tables
+from .harness import masks
 from .harness.machine import file_stem, machine_line
 from .harness.plots import draw
 from .harness.report import Report
@@ -45,9 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [args.command if args.op == "pixels" else args.op]
     if args.command == "all":
         chosen = list(suites.SUITES)
-    if setting.backward:
-        chosen = [suite for suite in chosen if suite not in suites.FORWARD_ONLY]
-    for suite in chosen:
+    for suite in (suite for suite in chosen if suites.modules_of(suite, setting)):
         _finish(suites.run(suite, setting, args.quick), suite, setting, out, args.plot)
 
 
@@ -83,7 +82,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     wrong = [d for d in setting.densities if not 0 < d <= 1]
     if wrong:
         raise SystemExit(f"--density: expected numbers in (0, 1], got {wrong}")
-    if not suites.has_photograph():
+    if not masks.has_photograph():
         setting = dataclasses.replace(setting, mask_kinds=("random", "square"))
     return setting
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 
@@ -11,14 +11,14 @@ from .blocks import stacks, video
 from .channels import layers as channels
 from .channels import weights
 from .experts import layers as experts
+from .experts import model as expert_model
 from .harness import machine, masks
 from .harness.report import Report
 from .harness.roofline import Roofline
-from .harness.rows import Row
 from .harness.setting import Budget, Setting
 from .harness.timing import rows_of
 from .pixels import formats, layers, memory, model
-from .samples import blocks, copies, exits, loops, skipnet
+from .samples import blocks, copies, exits, halting, skip_rnn, skipnet
 
 LEGEND = """\
 dense ms: the fastest of {NCHW, channels_last} x {eager, torch.compile}, in the same interleaved run; medians of warm
@@ -84,87 +84,25 @@ NO_TRANSFORMERS_NOTE = "transformers is not installed: nothing to compare expert
 NO_PHOTO_NOTE = "matplotlib is not installed: no photograph, so no photo masks and no model."
 
 
-def has_photograph() -> bool:
-    try:
-        masks.photograph()
-    except ImportError:
-        return False
-    return True
-
-
-# ------------------------------------------------------------------------------------------ suites
-
-
-def _layers(setting: Setting, quick: bool) -> list[Row]:
-    return rows_of(layers.all_cases(quick), layers.measure, setting, "layers")
-
-
-def _formats(setting: Setting, quick: bool) -> list[Row]:
-    return rows_of(formats.all_cases(quick), formats.measure, setting, "formats")
-
-
-def _blocks(setting: Setting, quick: bool) -> list[Row]:
-    return rows_of(stacks.all_cases(quick), stacks.measure, setting, "blocks")
-
-
-def _channels(setting: Setting, quick: bool) -> list[Row]:
-    rows = rows_of(channels.all_cases(quick), channels.measure, setting, "channels")
-    return rows + rows_of(weights.all_cases(quick), weights.measure, setting, "weights")
-
-
-def _samples(setting: Setting, quick: bool) -> list[Row]:
-    rows = rows_of(blocks.all_cases(quick), blocks.measure_block, setting, "samples")
-    if setting.backward:
-        return rows
-    rows += rows_of([3 if quick else 18], skipnet.measure_net, setting, "SkipNet")
-    rows += rows_of(exits.all_cases(quick), exits.measure_network, setting, "exits")
-    few = slice(1 if quick else None)
-    rows += rows_of(list(loops.LOOPS[few]), loops.measure_loop, setting, "halting")
-    rows += rows_of(list(loops.LSTMS[few]), loops.measure_lstm, setting, "Skip RNN")
-    return rows + rows_of(list(copies.SHAPES[few]), copies.measure, setting, "copies")
-
-
-def _models(setting: Setting, quick: bool) -> list[Row]:
-    if "photo" not in setting.mask_kinds:
-        return []
-    return rows_of(list(model.SIZES[: 1 if quick else None]), model.measure, setting, "ResNet-50")
-
-
-def _experts(setting: Setting, quick: bool) -> list[Row]:
-    if not experts.available():
-        return []
-    rows = experts.run(setting, quick)
-    if not quick and not setting.backward:
-        from .experts import model as whole  # needs transformers
-
-        rows += whole.run(setting)
-    return rows
-
-
-def _video(setting: Setting, quick: bool) -> list[Row]:
-    if "photo" not in setting.mask_kinds:
-        return []
-    return video.run(setting, count=6 if quick else video.FRAMES)
-
-
-def _memory(setting: Setting, quick: bool) -> list[Row]:
-    return rows_of(memory.CASES[: 2 if quick else None], memory.measure, setting, "memory")
-
-
-# Memory is measured first: timing keeps freed memory from then on.
-SUITES: dict[str, Callable[[Setting, bool], list[Row]]] = {
-    "memory": _memory,
-    "layers": _layers,
-    "formats": _formats,
-    "blocks": _blocks,
-    "channels": _channels,
-    "samples": _samples,
-    "models": _models,
-    "experts": _experts,
-    "video": _video,
+# Each module has ``all_cases(quick)`` and ``measure(case, setting)``. Memory comes first: timing keeps freed memory.
+SUITES: dict[str, tuple[ModuleType, ...]] = {
+    "memory": (memory,),
+    "layers": (layers,),
+    "formats": (formats,),
+    "blocks": (stacks,),
+    "channels": (channels, weights),
+    "samples": (blocks, skipnet, exits, halting, skip_rnn, copies),
+    "models": (model,),
+    "experts": (experts, expert_model),
+    "video": (video,),
 }
-FORWARD_ONLY = ("memory", "video", "formats")
+FORWARD_ONLY = (memory, formats, weights, skipnet, exits, halting, skip_rnn, copies, expert_model, video)
 WHOLE = ("models", "experts")  # keep their compiled versions where others are quick
+
+
+def modules_of(suite: str, setting: Setting) -> list[ModuleType]:
+    """The modules of a suite that can measure this; none where the suite has no backward pass."""
+    return [module for module in SUITES[suite] if not (setting.backward and module in FORWARD_ONLY)]
 
 
 def budget_of(suite: str, quick: bool) -> Budget:
@@ -188,7 +126,8 @@ def run(suite: str, setting: Setting, quick: bool) -> Report:
     if quick_layers:  # compiling a backward pass for each of 72 layers takes half an hour
         setting = replace(setting, compiled=False, variants=False)
         result.notes.append(QUICK_NOTE)
-    result.rows = SUITES[suite](setting, quick)
+    for module in modules_of(suite, setting):
+        result.rows += rows_of(module, module.all_cases(quick), setting)
     return _noted(result, setting, suite == "experts")
 
 
@@ -198,22 +137,21 @@ def headline(setting: Setting) -> Report:
     short = replace(setting, compiled=False, variants=False, budget=Budget(1.0, 5))
     result = _report(setting)
     result.notes.append(QUICK_NOTE)
-    result.rows = rows_of(layers.headline_cases(), layers.measure, short, "layers")
-    result.rows += rows_of(channels.headline_cases(), channels.measure, short, "channels")
-    result.rows += rows_of(blocks.headline_cases(), blocks.measure_block, short, "samples")
-    result.rows += rows_of(exits.headline_cases(), exits.measure_network, short, "exits")
-    result.rows += _experts(replace(short, budget=budget_of("experts", True)), quick=True)
+    for module in (layers, channels, blocks, exits):
+        result.rows += rows_of(module, module.headline_cases(), short)
+    short = replace(short, budget=budget_of("experts", True))
+    result.rows += rows_of(experts, experts.all_cases(quick=True), short)
     if "photo" in setting.mask_kinds:
         # each compilation of ResNet-50 takes 18 s on two cores, and there are two sizes
         setting = replace(setting, compiled_formats=("channels_last",), budget=Budget(8, 5))
         result.notes.append(HEADLINE_NOTE)
-        for size in model.SIZES:
+        for size in model.all_cases():
             result.rows += model.measure(size, setting, gates=("photo, 32x32 cells",))
     return _noted(result, setting, of_experts=True)
 
 
 def _report(setting: Setting) -> Report:
-    notes = [] if has_photograph() else [NO_PHOTO_NOTE]
+    notes = [] if masks.has_photograph() else [NO_PHOTO_NOTE]
     if setting.dtype == torch.float16 and setting.device.type == "cpu":
         notes.append(FLOAT16_NOTE)
     busy = machine.busy_share()

@@ -14,12 +14,13 @@ import dynops
 from dynops.nn import SparseBlocks
 from dynops.testing import assert_within_budget
 
+from ..harness import masks
 from ..harness.compare import Comparison, compare
 from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import chain_macs, chain_work
-from ..harness.timing import fastest, progress
+from ..harness.timing import fastest
 from ..pixels.model import network_versions, normalised, photo_input
 
 SIZE, FRAMES, BLOCK = (256, 256), 24, 16
@@ -86,7 +87,14 @@ class Stream:
         return dynops.changed_blocks(previous, frame, self.block, layer=self.layer)
 
 
-def run(setting: Setting, size: tuple[int, int] = SIZE, count: int = FRAMES, block: int = BLOCK) -> list[Row]:
+def all_cases(quick: bool = False) -> list[int]:
+    """The number of frames; none without the photograph."""
+    if not masks.has_photograph():
+        return []
+    return [6 if quick else FRAMES]
+
+
+def measure(count: int, setting: Setting, size: tuple[int, int] = SIZE, block: int = BLOCK) -> list[Row]:
     """A row for each frame after the first, and the medians over them.
 
     Raises:
@@ -102,7 +110,7 @@ def run(setting: Setting, size: tuple[int, int] = SIZE, count: int = FRAMES, blo
         outputs = checked_outputs(stream, net, video)
         _, dense = fastest(network_versions(net, video[0], setting), setting.device)
         briefly = dataclasses.replace(setting, budget=setting.budget.scaled(0.1))
-        for i in progress(list(range(1, count)), "video"):
+        for i in range(1, count):
             ours = {"ours": bound(stream.next, video[i - 1], video[i], outputs[i - 1])}
             times = compare(dense, ours, briefly)
             rows.append(_row(net, size, i, stream.plan(video[i - 1], video[i]), times))

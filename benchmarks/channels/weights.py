@@ -236,9 +236,7 @@ def local_filters(setting: Setting, generator, n, c, o, h, share, kernel) -> Pro
 
 
 def measure(case: Case, setting: Setting) -> list[Row]:
-    """The rows of one layer, timed in one interleaved run with the versions that exist; none with a backward pass."""
-    if setting.backward:
-        return []
+    """The rows of one layer, timed in one interleaved run with the versions that exist."""
     # made outside inference mode, so that the weights have a version and their packed forms are kept
     problem = case.build(setting, torch.Generator().manual_seed(0), *case.size)
     with torch.inference_mode():

@@ -18,7 +18,6 @@ from ..harness.compare import compare
 from ..harness.roofline import Roofline
 from ..harness.rows import Row
 from ..harness.setting import Setting
-from ..harness.timing import progress
 from . import loops
 
 TOKENS = (1, 16, 128, 512)
@@ -126,18 +125,22 @@ def running(module: nn.Module, implementation: str, backward: bool) -> Callable[
 # ---------------------------------------------------------------------------------------- running
 
 
-def run(setting: Setting, quick: bool = False) -> list[Row]:
-    """Rows of every layer; forward only: eight-bit weights and one grouped GEMM too. The setting has a roofline."""
-    rows: list[Row] = []
-    tokens = (512,) if setting.backward else (1, 128) if quick else TOKENS
-    for layer in progress(list(LAYERS[:1] if quick else LAYERS), "experts"):
-        module = transformers_experts(layer, setting)
-        rows += [_layer_row(layer, module, count, setting) for count in tokens]
-        if not setting.backward:
-            rows += [_int8_row(layer, module, count, setting) for count in tokens[:2]]
-    if not setting.backward:
-        rows += gemm_rows(tokens, setting)
-    return rows
+def all_cases(quick: bool = False) -> list[tuple[Layer, tuple[int, ...]]]:
+    """Each layer with its tokens, and one grouped GEMM; none without transformers."""
+    tokens = (1, 128) if quick else TOKENS
+    return [(layer, tokens) for layer in (*LAYERS[: 1 if quick else None], GEMM)] if available() else []
+
+
+def measure(case: tuple[Layer, tuple[int, ...]], setting: Setting) -> list[Row]:
+    """Rows over tokens; forward only: eight-bit weights and the GEMM too. The setting has a roofline."""
+    layer, tokens = case
+    if layer == GEMM:
+        return [] if setting.backward else gemm_rows(tokens, setting)
+    module = transformers_experts(layer, setting)
+    if setting.backward:
+        return [_layer_row(layer, module, 512, setting)]
+    rows = [_layer_row(layer, module, count, setting) for count in tokens]
+    return rows + [_int8_row(layer, module, count, setting) for count in tokens[:2]]
 
 
 def _routings(layer: Layer, tokens: int, inputs: int, setting: Setting) -> list[Routing]:

@@ -71,6 +71,15 @@ def _active(h: int, w: int, density: float) -> int:
     return min(h * w, max(1, round(density * h * w)))
 
 
+def has_photograph() -> bool:
+    """False where matplotlib or Pillow is not installed."""
+    try:
+        photograph()
+    except ImportError:
+        return False
+    return True
+
+
 @functools.cache
 def photograph() -> Tensor:
     """``[1, 3, 600, 512]`` float32 in 0..1: the portrait of Grace Hopper that ships with matplotlib.

@@ -10,11 +10,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 
 from . import replay
-from .setting import Budget
+from .rows import Row
+from .setting import Budget, Setting
 
 FIRST_LOOK = Budget(seconds=1.0, min_rounds=3, max_rounds=10)
 
@@ -119,6 +121,7 @@ def progress(items: list, label: str) -> Iterator:
         yield from tqdm(items, desc=label)
 
 
-def rows_of(cases: list, measure: Callable, setting, label: str) -> list:
-    """The rows of all cases, ``measure(case, setting)`` of each, with a progress bar."""
-    return [row for case in progress(cases, label) for row in measure(case, setting)]
+def rows_of(module: ModuleType, cases: list, setting: Setting) -> list[Row]:
+    """The rows of all cases, ``module.measure(case, setting)`` of each, with a progress bar."""
+    label = module.__name__.partition(".")[2]
+    return [row for case in progress(cases, label) for row in module.measure(case, setting)]

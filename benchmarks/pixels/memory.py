@@ -40,6 +40,10 @@ MASKS = (("random", 0.1), ("random", 0.5), ("square", 0.25), ("random", 1.0))
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
+def all_cases(quick: bool = False) -> list[layers.Case]:
+    return CASES[: 2 if quick else None]
+
+
 def measure(case: layers.Case, setting: Setting) -> list[Row]:
     """A row for each mask: megabytes in place of milliseconds."""
     setting = replace(setting, compiled=False, variants=False)

@@ -64,6 +64,13 @@ def normalised(image: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- the run
 
 
+def all_cases(quick: bool = False) -> list[tuple[int, int]]:
+    """The input sizes; none without the photograph."""
+    if not masks.has_photograph():
+        return []
+    return list(SIZES[: 1 if quick else None])
+
+
 def measure(
     size: tuple[int, int],
     setting: Setting,

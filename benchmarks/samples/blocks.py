@@ -17,7 +17,7 @@ from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..pixels.model import network_versions
 from ..resnet import BasicBlock
-from .contests import Contest, measure, our_versions, random_keep
+from .contests import Contest, contested, our_versions, random_keep
 from .tables import GATED, WORST
 
 # (N, C, H) of the blocks that the project's targets are stated for
@@ -93,7 +93,7 @@ def headline_cases() -> list[Case]:
     return [Case("replace", *TARGET_SIZES[1], (0.5,), (GATED,))]
 
 
-def measure_block(case: Case, setting: Setting) -> list[Row]:
+def measure(case: Case, setting: Setting) -> list[Row]:
     """The rows of one block: every share of kept samples, timed in one interleaved run with the dense block."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.n, case.channels, case.h, case.h, generator=generator).relu_()
@@ -114,7 +114,7 @@ def measure_block(case: Case, setting: Setting) -> list[Row]:
         for variant in case.variants:
             if variant == "plain" or (share in GATED_SHARES and not setting.backward):
                 contests.append(_contest(case, setting, layers, x, share, keep, gate, macs, variant))
-    return measure(setting, dense_calls, macs, contests, case.p99)
+    return contested(setting, dense_calls, macs, contests, case.p99)
 
 
 def _contest(case: Case, setting: Setting, layers, x, share: float, keep, gate, macs, variant) -> Contest:

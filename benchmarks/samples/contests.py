@@ -32,7 +32,7 @@ class Contest:
     values: float = 0.0  # that must move: weights, inputs, outputs; 0 where they are not counted
 
 
-def measure(
+def contested(
     setting: Setting,
     dense: dict[str, Callable],
     dense_macs: float,

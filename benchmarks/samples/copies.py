@@ -41,10 +41,12 @@ def problems(x: Tensor, plan: SamplePlan) -> dict[str, tuple[Callable, dict[str,
     }
 
 
+def all_cases(quick: bool = False) -> list[tuple[int, ...]]:
+    return list(SHAPES[: 1 if quick else None])
+
+
 def measure(shape: tuple[int, ...], setting: Setting) -> list[Row]:
     """A row for each op; the roofline is a plain copy of as many bytes. The faster memory format counts, for both."""
-    if setting.backward:
-        return []
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(**setting.options)
     plan = SamplePlan.from_mask(random_keep(shape[0], 0.5, generator).to(setting.device))

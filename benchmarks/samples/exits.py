@@ -20,7 +20,7 @@ from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..resnet import BasicBlock, resnet18
-from .contests import Contest, TokenMLP, dense_calls, measure, our_versions, random_keep
+from .contests import Contest, TokenMLP, contested, dense_calls, our_versions, random_keep
 
 GROUP, TOKENS = "early exit", "token exit"
 STAGES, CLASSES = 4, 100
@@ -105,7 +105,7 @@ class Halves(nn.Module):
         return self.sure(logits, exit).leave.copy_(getattr(self, f"of{len(logits)}"))
 
 
-def measure_network(case: Case, setting: Setting) -> list[Row]:
+def measure(case: Case, setting: Setting) -> list[Row]:
     """The row of a network, against all of its stages and the last head."""
     stages, heads = case.modules()
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def measure_network(case: Case, setting: Setting) -> list[Row]:
     title = f"{case.name}, {','.join(map(str, case.shape))}, 3 exits"
     group = TOKENS if case.of_tokens else GROUP
     contest = Contest(group, title, "half leave", kept, computed, ours, gates=gates)
-    return measure(setting, dense, macs, [contest])
+    return contested(setting, dense, macs, [contest])
 
 
 def exit_net(case: Case, stages: list[nn.Module], heads: nn.ModuleList, criterion: nn.Module) -> nn.Module:

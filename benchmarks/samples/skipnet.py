@@ -20,7 +20,7 @@ from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..pixels.model import network_versions
 from ..resnet import BasicBlock
-from .contests import Contest, measure, our_versions
+from .contests import Contest, contested, our_versions
 
 GROUP = "SkipNet"
 WIDTHS = (16, 32, 64)
@@ -121,7 +121,12 @@ def gate_macs(gate: RecurrentGate, samples: int) -> int:
     return samples * (steps * cell + gate.hidden * sum(gate.channels))
 
 
-def measure_net(depth: int, setting: Setting, batch: int = 32, share: float = 0.5) -> list[Row]:
+def all_cases(quick: bool = False) -> list[int]:
+    """The depths: 18 is ResNet-110."""
+    return [3 if quick else 18]
+
+
+def measure(depth: int, setting: Setting, batch: int = 32, share: float = 0.5) -> list[Row]:
     """Rows without and with the recurrent gate, against the dense network."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -147,4 +152,4 @@ def measure_net(depth: int, setting: Setting, batch: int = 32, share: float = 0.
         variant = "recurrent gate" if recurrent else "plain"
         mask = "random for each block and sample"
         contests.append(Contest(GROUP, case, mask, density, computed + extra, ours, variant, gates))
-    return measure(setting, dense, macs, contests)
+    return contested(setting, dense, macs, contests)

@@ -222,7 +222,7 @@ def test_masks_of_random_blocks():
 
 def test_video_rows():
     has_matplotlib()
-    rows = video.run(SETTING, size=(64, 48), count=4, block=8)
+    rows = video.measure(4, SETTING, size=(64, 48), block=8)
     assert [row.variant for row in rows] == ["medians of 3 frames", "plain", "plain", "plain"]
     assert all(0 < row.density < 1 and row.theory > 1 and row.block == 8 for row in rows)
     assert rows[0].ours_ms == sorted(row.ours_ms for row in rows[1:])[1]
@@ -238,7 +238,7 @@ def test_video_notices_a_block_that_was_not_recomputed(monkeypatch):
 
     monkeypatch.setattr(video.Stream, "plan", without_one)
     with pytest.raises(AssertionError, match="frame"):
-        video.run(SETTING, size=(64, 48), count=4, block=8)
+        video.measure(4, SETTING, size=(64, 48), block=8)
 
 
 def test_only_the_object_moves():
@@ -486,8 +486,8 @@ def test_formats_from_the_command_line(tmp_path, monkeypatch, capsys):
 
 def test_video_from_the_command_line(tmp_path, monkeypatch, capsys):
     has_matplotlib()
-    run = video.run
-    monkeypatch.setattr(video, "run", lambda setting, count: run(setting, (48, 48), count, 8))
+    measure = video.measure
+    monkeypatch.setattr(video, "measure", lambda count, setting: measure(count, setting, (48, 48), 8))
     cli.main(["video", "--quick", "--out", str(tmp_path)])
     assert "medians of 5 frames" in capsys.readouterr().out
     (path,) = tmp_path.glob("*-float32-video.json")

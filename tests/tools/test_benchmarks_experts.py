@@ -16,6 +16,7 @@ from benchmarks.harness.rows import Row
 from dynops import ExpertPlan, ops
 
 TINY = Layer(hidden=24, inner=12, experts=5, topk=2)
+GEMM = Layer(hidden=12, inner=12, experts=5, topk=2)
 
 
 def expert_row(**changes) -> Row:
@@ -79,9 +80,9 @@ def test_contenders_compute_the_same():
 def test_run_measures_every_row(monkeypatch, backward):
     pytest.importorskip("transformers")
     monkeypatch.setattr(experts, "LAYERS", (TINY,))
-    monkeypatch.setattr(experts, "GEMM", TINY)
+    monkeypatch.setattr(experts, "GEMM", GEMM)
     setting = dataclasses.replace(SETTING, backward=backward, roofline=tiny_roofline())
-    rows = experts.run(setting)
+    rows = [row for case in experts.all_cases() for row in experts.measure(case, setting)]
     modes = [(row.group, row.mode, row.weights, row.tokens) for row in rows]
     if backward:
         assert modes == [("SwiGLU", "forward+backward", "float32", 512)]

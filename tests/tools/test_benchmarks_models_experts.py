@@ -38,7 +38,7 @@ def brief(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_run(dtype):
-    rows = models_experts.run(dataclasses.replace(SETTING, dtype=dtype), build, "tiny")
+    rows = models_experts.measure("tiny", dataclasses.replace(SETTING, dtype=dtype), build)
     assert [(row.case, row.tokens) for row in rows] == [("tiny, decode", 1), ("tiny, prefill", 512)]
     for row in rows:
         assert row.group == "model" and row.dense_all.keys() == {"eager", "grouped_mm"} and row.ours_ms > 0

@@ -13,7 +13,9 @@ from torch import nn
 from benchmarks import __main__ as cli
 from benchmarks import readme, resnet, suites
 from benchmarks.channels import layers as channels
+from benchmarks.experts import layers as experts
 from benchmarks.harness import compare as comparing
+from benchmarks.harness import masks
 from benchmarks.harness.contenders import calibrated
 from benchmarks.harness.report import Report
 from benchmarks.harness.rows import Row
@@ -22,7 +24,7 @@ from benchmarks.harness.tables import row_cells, table
 from benchmarks.harness.theory import LayerMacs
 from benchmarks.harness.timing import percentile
 from benchmarks.pixels import layers, model
-from benchmarks.samples import blocks, copies, exits, loops, skipnet, tables
+from benchmarks.samples import blocks, copies, exits, halting, skip_rnn, skipnet, tables
 from benchmarks.samples import contests as contests_
 from dynops import SamplePlan
 
@@ -32,7 +34,7 @@ CASE = blocks.Case("residual", 4, 16, 6)
 @pytest.fixture(autouse=True)
 def no_photograph(monkeypatch):
     """No row of samples needs it."""
-    monkeypatch.setattr(suites, "has_photograph", lambda: False)
+    monkeypatch.setattr(masks, "has_photograph", lambda: False)
 
 
 @pytest.fixture
@@ -44,8 +46,8 @@ def contests(monkeypatch):
         seen.append((dense, dense_macs, found))
         return []
 
-    for module in (blocks, skipnet, exits, loops):
-        monkeypatch.setattr(module, "measure", record)
+    for module in (blocks, skipnet, exits, halting, skip_rnn):
+        monkeypatch.setattr(module, "contested", record)
     return seen
 
 
@@ -55,7 +57,7 @@ def contests(monkeypatch):
 @pytest.mark.parametrize("mode", ["residual", "replace"])
 def test_blocks_compute_the_dense_block_where_the_gate_is_open(mode, contests):
     case = dataclasses.replace(CASE, mode=mode)
-    blocks.measure_block(case, SETTING)
+    blocks.measure(case, SETTING)
     ((dense, macs, found),) = contests
     assert macs == 4 * 36 * 16 * 16 * 9 * 2
     x = torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(0)).relu()
@@ -79,7 +81,7 @@ def test_blocks_compute_the_dense_block_where_the_gate_is_open(mode, contests):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_count_the_gate(dtype, contests):
-    blocks.measure_block(CASE, dataclasses.replace(SETTING, dtype=dtype))
+    blocks.measure(CASE, dataclasses.replace(SETTING, dtype=dtype))
     ((_, macs, found),) = contests
     gate = 4 * (16 * 16 + 16 * 2)
     for contest in found:
@@ -98,7 +100,7 @@ def test_fitted_gates_keep_their_share(share):
 
 def test_rows_of_blocks():
     setting = dataclasses.replace(SETTING, roofline=tiny_roofline())
-    rows = blocks.measure_block(dataclasses.replace(CASE, shares=(1.0, 0.5, 0.0)), setting)
+    rows = blocks.measure(dataclasses.replace(CASE, shares=(1.0, 0.5, 0.0)), setting)
     assert len(rows) == 6 and {row.group for row in rows} == {"residual block"}
     for row in rows:
         assert row.gate_ms > 0 and row.ours_name in row.ours_all and set(row.ours_all) == set(row.dense_all)
@@ -112,7 +114,7 @@ def test_rows_of_blocks():
 
 def test_worst_case_rows_have_percentiles():
     case = dataclasses.replace(CASE, shares=(1.0,), variants=("gated",), p99=True)
-    (row,) = blocks.measure_block(case, SETTING)
+    (row,) = blocks.measure(case, SETTING)
     assert row.group == tables.WORST and row.break_even_only
     assert row.ours_p99_ms >= row.ours_ms > 0 and row.dense_p99_ms >= row.dense_ms > 0
 
@@ -127,7 +129,7 @@ def test_percentiles_take_120_calls(monkeypatch):
     monkeypatch.setattr(comparing, "all_times", all_times)
     contest = contests_.Contest("g", "c", "all", 1.0, 5.0, {"ours": lambda: None})
     setting = dataclasses.replace(SETTING, budget=Budget(2.0, 5))
-    (row,) = contests_.measure(setting, {"dense": lambda: None}, 10.0, [contest], p99=True)
+    (row,) = contests_.contested(setting, {"dense": lambda: None}, 10.0, [contest], p99=True)
     assert (row.ours_ms, row.ours_p99_ms, row.theory) == (60.5, 119.0, 2.0)
     assert [budget.min_rounds * budget.calls for budget in budgets] == [120]
 
@@ -138,7 +140,7 @@ def test_percentile(share, expected):
 
 
 def test_blocks_with_backward():
-    rows = blocks.measure_block(CASE, dataclasses.replace(SETTING, backward=True))
+    rows = blocks.measure(CASE, dataclasses.replace(SETTING, backward=True))
     assert {row.mode for row in rows} == {"forward+backward"}
     assert [row.density for row in rows] == [1.0, 0.75, 0.5, 0.25]
 
@@ -189,7 +191,7 @@ def test_skipnet_counts_what_runs():
 
 
 def test_skipnet_rows(contests):
-    skipnet.measure_net(1, SETTING, batch=4)
+    skipnet.measure(1, SETTING, batch=4)
     ((dense, macs, (plain, gated)),) = contests
     assert (plain.variant, gated.variant) == ("plain", "recurrent gate")
     assert not plain.gates and set(gated.gates) == set(gated.ours) == set(dense)
@@ -218,7 +220,7 @@ EXITS = [
 
 @pytest.mark.parametrize("case", EXITS, ids=lambda case: case.name)
 def test_half_of_the_rows_leave_at_each_exit(case, contests):
-    exits.measure_network(case, SETTING)
+    exits.measure(case, SETTING)
     ((dense, macs, (contest,)),) = contests
     stages, heads = case.modules()
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
@@ -258,19 +260,19 @@ def test_equal_stages_are_equal():
 # ------------------------------------------------------------------------------------------- loops
 
 LOOPS = [
-    dataclasses.replace(loops.LOOPS[0], shape=(7, 8, 6, 6)),
-    dataclasses.replace(loops.LOOPS[1], shape=(14, 16)),
+    dataclasses.replace(halting.LOOPS[0], shape=(7, 8, 6, 6)),
+    dataclasses.replace(halting.LOOPS[1], shape=(14, 16)),
 ]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.name)
 def test_halting_takes_the_steps_that_were_drawn(loop, contests):
-    loops.measure_loop(loop, SETTING)
+    halting.measure(loop, SETTING)
     ((dense, macs, (contest,)),) = contests
     torch.manual_seed(0)
     x = torch.randn(loop.shape)
     block = calibrated(loop.build(loop.shape[1]), x[:8])
-    steps = loops.halting_steps(loop.shape[0])
+    steps = halting.halting_steps(loop.shape[0])
     assert sorted(steps.tolist()) == sorted([*range(1, 8)] * (loop.shape[0] // 7))
     with torch.inference_mode():
         after = [x]
@@ -290,7 +292,7 @@ def test_halting_takes_the_steps_that_were_drawn(loop, contests):
 
 
 def test_skip_rnn_updates_half_of_the_steps(contests):
-    loops.measure_lstm((3, 40, 16), SETTING)
+    skip_rnn.measure((3, 40, 16), SETTING)
     ((dense, macs, (own, given)),) = contests
     assert (own.variant, given.variant) == ("plain", "decisions given")
     cell = 4 * 16 * 32
@@ -393,9 +395,9 @@ def test_blocks_are_what_they_say():
 def test_quick_samples_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(blocks, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(1.0, 0.5))])
     monkeypatch.setattr(exits, "all_cases", lambda quick: EXITS[1:2])
-    monkeypatch.setattr(skipnet, "measure_net", lambda *_: [row(group=skipnet.GROUP, case="a net")])
-    monkeypatch.setattr(loops, "LOOPS", LOOPS)
-    monkeypatch.setattr(loops, "LSTMS", ((3, 6, 8),))
+    monkeypatch.setattr(skipnet, "measure", lambda *_: [row(group=skipnet.GROUP, case="a net")])
+    monkeypatch.setattr(halting, "LOOPS", LOOPS)
+    monkeypatch.setattr(skip_rnn, "LSTMS", ((3, 6, 8),))
     monkeypatch.setattr(copies, "SHAPES", ((8, 16),))
     cli.main(["layers", "--op", "samples", "--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -415,14 +417,14 @@ def test_backward_leaves_out_what_has_none(tmp_path, monkeypatch, capsys):
 
 
 def test_headline_shows_something_of_everything(monkeypatch):
-    for module, name in (
-        (layers, "measure"), (channels, "measure"), (blocks, "measure_block"), (exits, "measure_network"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, lambda case, setting: [row(case=case.name)])
-    monkeypatch.setattr(suites, "_experts", lambda setting, quick: [row(case="experts")])
-    monkeypatch.setattr(model, "measure", lambda size, setting, gates: [row(case=f"{size}")])
+    for module in (layers, channels, blocks, exits):
+        monkeypatch.setattr(module, "measure", lambda case, setting: [row(case=case.name)])
+    monkeypatch.setattr(experts, "all_cases", lambda quick: ["experts"])
+    monkeypatch.setattr(experts, "measure", lambda case, setting: [row(case=case)])
+    monkeypatch.setattr(model, "all_cases", lambda: ["a size"])
+    monkeypatch.setattr(model, "measure", lambda size, setting, gates: [row(case=size)])
     found = [made.case for made in suites.headline(SETTING).rows]
     assert found[:2] == [case.name for case in layers.headline_cases()[:2]]
     assert found[-3:] == ["replace, 8,256,14x14", "ResNet-18", "experts"]
     with_photo = dataclasses.replace(SETTING, mask_kinds=("photo",))
-    assert suites.headline(with_photo).rows[-1].case == "(576, 512)"
+    assert suites.headline(with_photo).rows[-1].case == "a size"

@@ -26,13 +26,13 @@ import torch
 from ...blocks import stacks
 from ...channels import layers as channels
 from ...experts import layers as experts
+from ...harness import masks
 from ...harness.replay import first_line
 from ...harness.roofline import Roofline
 from ...harness.rows import Row
 from ...harness.setting import Budget, Setting
 from ...pixels import layers, model
 from ...samples import blocks as samples
-from ...suites import has_photograph
 
 BATCH_1 = "batch 1"  # the group of pixels' layers on large maps
 TOKENS = (1, 128, 2048, 8192)
@@ -120,7 +120,7 @@ def _samples(tiny: bool) -> Iterator[Contest]:
     for mode, n, c, h in (("residual", 256, 64, 56), ("replace", 64, 256, 56), ("residual", 64, 512, 28)):
         size, shares = ((4, 8, 8), SHARES[::2]) if tiny else ((n, c, h), SHARES)
         case = samples.Case(mode, *size, shares, ("plain",))
-        run = functools.partial(samples.measure_block, case)
+        run = functools.partial(samples.measure, case)
         yield Contest("samples", case.name, run, compiled=True)
 
 
@@ -175,7 +175,7 @@ def setting_of(contest: Contest, device: torch.device) -> Setting:
         compiled_formats=("channels_last",),
         variants=False,
         budget=Budget(0.3, 5, 30, 1, 1) if on_gpu else Budget(0.0, 2, 2, 1, 1),
-        mask_kinds=("random", "square", "photo") if has_photograph() else ("random", "square"),
+        mask_kinds=("random", "square", "photo") if masks.has_photograph() else ("random", "square"),
         graph=on_gpu,
         roofline=_roofline(device, contest.dtype),
     )

@@ -1,12 +1,10 @@
-"""Loops whose length depends on the sample: ACT around a block, Skip RNN against nn.LSTM.
+"""Loops whose length depends on the sample: adaptive computation time around a block.
 
-Papers: Graves, Adaptive Computation Time (2016), with Leroux et al., IamNN (2018) for blocks of shared weights;
-Campos et al., Skip RNN (ICLR 2018).
+Papers: Graves, Adaptive Computation Time (2016); Leroux et al., IamNN (2018) for blocks of shared weights.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,20 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from dynops.nn.samples.halting import Halting
-from dynops.nn.steps.rnn import SkipRNN
 
 from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
 from ..resnet import BasicBlock
-from .contests import Contest, TokenMLP, dense_calls, measure, our_versions
+from .contests import Contest, TokenMLP, contested, dense_calls, our_versions
 
-HALTING, SKIP_RNN = "halting", "Skip RNN"
+GROUP = "halting"
 MAX_STEPS = 8
-
-
-# ----------------------------------------------------------------------------------------- halting
 
 
 class FixedDepth(nn.Module):
@@ -74,7 +68,11 @@ LOOPS = (
 )
 
 
-def measure_loop(loop: Loop, setting: Setting) -> list[Row]:
+def all_cases(quick: bool = False) -> list[Loop]:
+    return list(LOOPS[: 1 if quick else None])
+
+
+def measure(loop: Loop, setting: Setting) -> list[Row]:
     torch.manual_seed(0)
     x = torch.randn(loop.shape)
     block, head = calibrated(loop.build(loop.shape[1]), x[:8]), HaltingHead(loop.shape[1])
@@ -92,8 +90,8 @@ def measure_loop(loop: Loop, setting: Setting) -> list[Row]:
         gates[version] = bound(_score_all, head, own, steps)
     density = float(steps.double().mean()) / MAX_STEPS
     case = f"{loop.name}, {','.join(map(str, loop.shape))}, {MAX_STEPS} steps"
-    contest = Contest(HALTING, case, "1 to 7 steps", density, computed, ours, gates=gates)
-    return measure(setting, dense, step_macs * len(x) * MAX_STEPS, [contest])
+    contest = Contest(GROUP, case, "1 to 7 steps", density, computed, ours, gates=gates)
+    return contested(setting, dense, step_macs * len(x) * MAX_STEPS, [contest])
 
 
 def halting_steps(samples: int) -> Tensor:
@@ -111,56 +109,3 @@ def _score_all(head: HaltingHead, x: Tensor, steps: Tensor) -> None:
     for n in range(1, MAX_STEPS):
         running = int((steps >= n).sum())
         head({"x": x[:running], "left": steps[:running]})
-
-
-# ---------------------------------------------------------------------------------------- Skip RNN
-
-LSTMS = ((32, 128, 256), (64, 64, 512))  # B, T, and I = H
-
-
-def measure_lstm(sizes: tuple[int, int, int], setting: Setting) -> list[Row]:
-    """The rows of half of the updates: by the layer's own gate ("plain"), and by decisions given for all steps."""
-    batch, time, size = sizes
-    torch.manual_seed(0)
-    x = torch.randn(batch, time, size).to(**setting.options)
-    dense, ours = {}, {}
-    for name, first in (("batch first", True), ("time first", False)):
-        torch.manual_seed(1)  # the same parameters
-        lstm = nn.LSTM(size, size, batch_first=first).to(**setting.options).eval()
-        own = x if first else x.transpose(0, 1).contiguous()
-        dense[name] = bound(lstm, own)
-        ours[name] = half_updates(SkipRNN.from_dense(lstm)), own
-    given = (torch.rand(batch, time, generator=torch.Generator().manual_seed(0)) < 0.5).to(x.device)
-    with torch.inference_mode():
-        layer, own = ours["batch first"]
-        own_updates = int(layer(own).updates.sum())
-    cell = 4 * size * (size + size)
-    gates = {name: bound(_rates, layer, x[:, 0], own_updates // batch) for name, (layer, _) in ours.items()}
-    calls = {name: bound(layer, own) for name, (layer, own) in ours.items()}
-    by_mask = {
-        name: bound(layer, own, updates=given if layer.batch_first else given.t().contiguous())
-        for name, (layer, own) in ours.items()
-    }
-    case = f"LSTM, {batch},{time},{size}"
-    total = batch * time
-    given_updates = int(given.sum())
-    contests = [
-        Contest(SKIP_RNN, case, "its gate", own_updates / total, own_updates * (cell + size), calls, gates=gates),
-        Contest(
-            SKIP_RNN, case, "random", given_updates / total, given_updates * cell, by_mask, "decisions given"
-        ),
-    ]  # fmt: skip
-    return measure(setting, dense, total * cell, contests)
-
-
-def half_updates(layer: SkipRNN) -> SkipRNN:
-    """The layer with a gate that asks for an update at about every second step: rates around 0.35."""
-    with torch.no_grad():
-        layer.gate.weight.mul_(0.5)
-        layer.gate.bias.fill_(math.log(0.35 / 0.65))
-    return layer.eval()
-
-
-def _rates(layer: SkipRNN, state: Tensor, updates: int) -> None:
-    for _ in range(updates):
-        layer.gate(state).sigmoid()
