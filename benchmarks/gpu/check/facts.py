@@ -26,22 +26,27 @@ SIDE = 8192  # of the matrices
 
 
 def nvidia_smi(fields=FIELDS, index: int = 0) -> dict[str, str]:
-    """The answers of nvidia-smi about a GPU, one by one: a driver that does not know a field refuses all of them."""
+    """The answers of nvidia-smi about a GPU: all fields at once, or one by one where it does not know one; {} without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    found = {field: _query(field, index) for field in fields}
+    found = _query(fields, index)
+    if found is None:
+        single = [(field, _query((field,), index)) for field in fields]
+        found = {field: values[field] for field, values in single if values}
     return {
         k: v for k, v in found.items() if v and "not supported" not in v.lower() and "n/a" not in v.lower()
     }
 
 
-def _query(field: str, index: int) -> str:
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={field}", "--format=csv,noheader"]
+def _query(fields, index: int) -> dict[str, str] | None:
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    lines = done.stdout.strip().splitlines()
+    values = [value.strip() for value in lines[0].split(",")] if done.returncode == 0 and lines else []
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else None
 
 
 def versions() -> dict[str, str]:
