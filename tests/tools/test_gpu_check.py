@@ -270,11 +270,9 @@ def test_contests_with_replays_of_both_sides(monkeypatch, suite):
     rows = contest.run(dataclasses.replace(contests.setting_of(contest, CPU), graph=True))
     assert rows
     for row in rows:
-        if suite == "experts":
-            assert set(row.dense_all) == {"torch grouped_mm", "loop"} and row.ours_ms > 0
-        else:
-            assert set(row.ours_all) == {comparing.EAGER, comparing.GRAPH} and row.failed == {}
-            assert row.ours_ms == row.ours_all[row.ours_name] == min(row.ours_all.values())
+        assert set(row.ours_all) == {comparing.EAGER, comparing.GRAPH} and row.failed == {}
+        assert row.ours_ms == row.ours_all[row.ours_name] == min(row.ours_all.values())
+        assert suite != "experts" or set(row.dense_all) == {"torch grouped_mm", "loop"}
 
 
 def test_difference_of_two_results():
