@@ -341,7 +341,12 @@ def test_everything_measured_is_printed_and_written(tmp_path, capsys):
     printed = capsys.readouterr().out
     known, unknown = (line.split() for line in printed.splitlines() if line.startswith(("a ", "unknown ")))
     assert known[-3:] == ["0.75", "1000", "0.75"] and unknown[-1] == "1000"
-    assert "H 8" in printed and "128" in printed and "benchmark: passed" in printed
+    assert (
+        "layers, 3x3, float32" in printed
+        and "H 8" in printed
+        and "128" in printed
+        and "benchmark: passed" in printed
+    )
     loaded = Report.load(tmp_path / "nvidia-h200.json")
     assert loaded.machine["device"] == "NVIDIA H200" and loaded.machine["ceilings"] == {"half": 1e15}
     assert loaded.rows == measured.rows and loaded.checks["stages"][0]["outcome"] == PASSED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -83,7 +83,9 @@ def finish(facts: dict, stages: list[Stage], measured: Measured, out: Path, dry:
     """Prints everything, the stages last, and writes the file."""
     label = f"{DRY}\n" if dry else ""
     experts = [row for row in measured.rows if row.suite == "experts"]
-    if timed := [row for row in measured.rows if row.suite != "experts"]:
+    timed = [row for row in measured.rows if row.suite != "experts"]
+    timed = [replace(row, group=f"{row.suite}, {row.group}, {row.dtype}") for row in timed]
+    if timed:
         print(f"\n{label}{table(timed)}\n\n{summary_table(summaries(timed))}")
     for text in expert_tables(experts):
         print(f"\n{label}{text}")
