@@ -115,7 +115,7 @@ def _corner(h, w):
 
 
 def dense_macs(module, x):
-    """What hooks count at each convolution's output."""
+    """The MACs that hooks count at each convolution's output."""
     macs = []
     for m in module.modules():
         if isinstance(m, nn.Conv2d):

@@ -367,7 +367,7 @@ def test_the_gpus_tests_are_found_wherever_they_lie(tmp_path):
 
 @pytest.mark.parametrize("tests", [0, 1, 2, 3, 7, 100])
 def test_parts_have_every_test_once(tests):
-    """What ``--part`` leaves of a file's tests, over all the parts that the check runs."""
+    """The tests that ``--part`` leaves of a file, over all the parts that the check runs."""
     found = []
     for part in range(check.TEST_PARTS):
         found += part_of(list(range(tests)), f"{part}/{check.TEST_PARTS}")
