@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from .setting import Setting
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+NO_MAP = {"": torch.contiguous_format}
+
+
+def formats_of(x: Tensor) -> dict[str, torch.memory_format]:
+    """The memory formats to measure ``x`` in: two, or one without a name where it is no map."""
+    return FORMATS if x.dim() == 4 else NO_MAP
 
 
 def bound(function: Callable, *arguments, **options) -> Callable:
@@ -25,8 +31,8 @@ def with_backward(call: Callable, leaves: Iterable[Tensor], grad: Tensor | None 
     return lambda: torch.autograd.grad(call(), leaves, grad)
 
 
-def dense_versions(make: Callable, setting: Setting) -> dict[str, Callable]:
-    """The calls {NCHW, channels_last} x {eager, torch.compile}, with the backward pass where the setting has one.
+def dense_versions(make: Callable, setting: Setting, formats: dict = FORMATS) -> dict[str, Callable]:
+    """The calls of ``formats`` x {eager, torch.compile}, with the backward pass where the setting has one.
 
     Args:
         make: called with a memory format, it returns ``(function, arguments, leaves, grad)``: the gradients are
@@ -34,14 +40,14 @@ def dense_versions(make: Callable, setting: Setting) -> dict[str, Callable]:
     """
     torch._dynamo.reset()  # a recompilation limit is counted over all layers otherwise
     found = {}
-    for name, memory_format in FORMATS.items():
+    for name, memory_format in formats.items():
         function, arguments, leaves, grad = make(memory_format)
         functions = {"eager": function}
-        if setting.compiled and name in setting.compiled_formats:
+        if setting.compiles(name):
             functions["compiled"] = torch.compile(function, dynamic=False)
         for kind, own in functions.items():
             call = bound(own, *arguments)
-            found[f"{name} {kind}"] = with_backward(call, leaves, grad) if setting.backward else call
+            found[f"{name} {kind}".strip()] = with_backward(call, leaves, grad) if setting.backward else call
     return found
 
 

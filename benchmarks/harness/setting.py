@@ -61,6 +61,10 @@ class Setting:
         """Arguments of ``Tensor.to`` and ``Module.to``."""
         return {"device": self.device, "dtype": self.dtype}
 
+    def compiles(self, memory_format: str) -> bool:
+        """True where versions are compiled in this format; "" is that of tensors that are no maps."""
+        return self.compiled and (memory_format in self.compiled_formats or not memory_format)
+
     def roofline_ms(self, gmacs: float, megabytes: float) -> float:
         """The least time of a forward pass on this machine, or 0 where it is not known."""
         if self.roofline is None or self.backward or not megabytes:

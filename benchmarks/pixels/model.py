@@ -14,7 +14,7 @@ from dynops import PixelPlan
 
 from ..harness import masks
 from ..harness.compare import compare
-from ..harness.contenders import bound, calibrated, dense_versions, with_backward
+from ..harness.contenders import bound, calibrated, dense_versions, formats_of, with_backward
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
@@ -150,7 +150,7 @@ def network_versions(model: nn.Module, x: Tensor, setting: Setting) -> dict[str,
         own = copy.deepcopy(model).to(memory_format=memory_format)
         return own, (x.contiguous(memory_format=memory_format),), list(own.parameters()), None
 
-    return dense_versions(make, setting)
+    return dense_versions(make, setting, formats_of(x))
 
 
 FROZEN = "channels_last compiled, freezing=True (not one of the four)"

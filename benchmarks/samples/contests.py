@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..harness.compare import compare
-from ..harness.contenders import FORMATS, bound
+from ..harness.contenders import formats_of
 from ..harness.rows import Row
 from ..harness.setting import Setting
-from ..pixels.model import network_versions
 
 
 @dataclass(frozen=True)
@@ -70,40 +69,20 @@ def contested(
     ]
 
 
-def dense_calls(model: nn.Module, x: Tensor, setting: Setting) -> dict[str, Callable]:
-    """Every dense version: {NCHW, channels_last} x {eager, torch.compile}; a tensor that is no map has one format."""
-    if x.dim() == 4:
-        return network_versions(model, x, setting)
-    calls = {"eager": bound(model, x)}
-    if setting.compiled:
-        torch._dynamo.reset()
-        calls["compiled"] = bound(torch.compile(model, dynamic=False), x)
-    return calls
-
-
-def formats(x: Tensor) -> dict[str, Tensor]:
-    """``x`` in each memory format; a tensor that is no map has one."""
-    if x.dim() != 4:
-        return {"eager": x}
-    return {name: x.contiguous(memory_format=form) for name, form in FORMATS.items()}
-
-
 def our_versions(x: Tensor, setting: Setting) -> Iterator[tuple[str, Tensor, Callable, Callable]]:
     """Each version of ours: its name, ``x`` in its memory format, and two functions that prepare a module.
 
     The first copies a module into the format. The second compiles it for any batch, or leaves it as it is.
     """
-    for name, own in formats(x).items():
-        form = FORMATS.get(name, torch.contiguous_format)
+    for name, form in formats_of(x).items():
 
         def copied(module: nn.Module, form: torch.memory_format = form) -> nn.Module:
             return copy.deepcopy(module).to(memory_format=form)
 
-        prefix = f"{name} " if name in FORMATS else ""
-        yield f"{prefix}eager", own, copied, lambda module: module
-        compiled = setting.compiled and (name in setting.compiled_formats or name not in FORMATS)
-        if compiled and not setting.backward:
-            yield f"{prefix}compiled", own, copied, lambda module: torch.compile(module, dynamic=True)
+        own = x.contiguous(memory_format=form)
+        yield f"{name} eager".strip(), own, copied, lambda module: module
+        if setting.compiles(name) and not setting.backward:
+            yield f"{name} compiled".strip(), own, copied, lambda module: torch.compile(module, dynamic=True)
 
 
 class TokenMLP(nn.Module):

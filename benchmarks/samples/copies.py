@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dynops import SamplePlan, ops
 
-from ..harness.contenders import bound
+from ..harness.contenders import bound, formats_of
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.timing import interleaved
-from .contests import formats, random_keep
+from .contests import random_keep
 
 SHAPES = ((16, 64, 56, 56), (32, 128, 28, 28), (32, 16, 32, 32), (4096, 512))
 
@@ -51,8 +51,8 @@ def measure(shape: tuple[int, ...], setting: Setting) -> list[Row]:
     x = torch.randn(shape, generator=generator).to(**setting.options)
     plan = SamplePlan.from_mask(random_keep(shape[0], 0.5, generator).to(setting.device))
     calls, moved = {}, {}
-    for name, own in formats(x).items():
-        for op, (ours, ways, moved_bytes) in problems(own, plan).items():
+    for name, form in formats_of(x).items():
+        for op, (ours, ways, moved_bytes) in problems(x.contiguous(memory_format=form), plan).items():
             calls[op, "ours", name] = ours
             calls |= {(op, way, name): call for way, call in ways.items()}
             moved[op] = moved_bytes

@@ -19,8 +19,9 @@ from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
+from ..pixels.model import network_versions
 from ..resnet import BasicBlock, resnet18
-from .contests import Contest, TokenMLP, contested, dense_calls, our_versions, random_keep
+from .contests import Contest, TokenMLP, contested, our_versions, random_keep
 
 GROUP, TOKENS = "early exit", "token exit"
 STAGES, CLASSES = 4, 100
@@ -112,7 +113,7 @@ def measure(case: Case, setting: Setting) -> list[Row]:
     macs, computed = network_macs(stages, heads, x)
     stages.to(**setting.options), heads.to(**setting.options)
     x, criterion = x.to(**setting.options), Halves(case.rows).to(setting.device)
-    dense = dense_calls(nn.Sequential(*stages, heads[-1]), x, setting)
+    dense = network_versions(nn.Sequential(*stages, heads[-1]), x, setting)
     ours, gates = {}, {}
     for version, own, copied, prepared in our_versions(x, setting):
         own_stages, own_heads = copied(stages), copied(heads)

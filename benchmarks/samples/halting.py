@@ -17,8 +17,9 @@ from ..harness.contenders import bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
+from ..pixels.model import network_versions
 from ..resnet import BasicBlock
-from .contests import Contest, TokenMLP, contested, dense_calls, our_versions
+from .contests import Contest, TokenMLP, contested, our_versions
 
 GROUP = "halting"
 MAX_STEPS = 8
@@ -82,7 +83,7 @@ def measure(loop: Loop, setting: Setting) -> list[Row]:
     computed = scored * (step_macs + head.linear.in_features)
     block.to(**setting.options), head.to(**setting.options)
     x, steps = x.to(**setting.options), steps.to(setting.device)
-    dense = dense_calls(FixedDepth(block, MAX_STEPS), x, setting)
+    dense = network_versions(FixedDepth(block, MAX_STEPS), x, setting)
     ours, gates = {}, {}
     for version, own, copied, prepared in our_versions(x, setting):
         layer = Halting(_step_of(prepared(copied(block))), head, MAX_STEPS)

@@ -16,7 +16,7 @@ from benchmarks.channels import layers as channels
 from benchmarks.experts import layers as experts
 from benchmarks.harness import compare as comparing
 from benchmarks.harness import masks
-from benchmarks.harness.contenders import calibrated
+from benchmarks.harness.contenders import calibrated, formats_of
 from benchmarks.harness.report import Report
 from benchmarks.harness.rows import Row
 from benchmarks.harness.setting import Budget
@@ -317,8 +317,8 @@ def test_ways_to_copy_agree(shape):
     x = torch.randn(shape)
     sample = x[0].numel() * 4
     moved = {"gather": shape[0], "scatter": 2 * shape[0], "scatter, add": 2.5 * shape[0]}
-    for own in contests_.formats(x).values():
-        for op, (ours, ways, moved_bytes) in copies.problems(own, plan).items():
+    for form in formats_of(x).values():
+        for op, (ours, ways, moved_bytes) in copies.problems(x.contiguous(memory_format=form), plan).items():
             assert moved_bytes == moved[op] * sample
             for call in ways.values():
                 torch.testing.assert_close(ours(), call())
