@@ -1,4 +1,4 @@
-"""How dense a plan must be for the dense layer to be the faster way: what ``ops.auto`` decides by."""
+"""How dense a plan must be for the dense layer to be the faster way: what ``ops.dense_fallback`` decides by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dynops import BlockPlan, PixelPlan, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks
-from dynops.ops import dense_fallback as auto
+from dynops.ops import dense_fallback
+from dynops.ops.epilogue import NOTHING
 
 from .. import masks
 from .tune_problems import RESNET
@@ -113,7 +114,7 @@ def measure(layer: Layer, device: torch.device, clock) -> dict:
 def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callable, float]]:
     """{path: (call, the share of the output's pixels that it computes)}, the plans built before.
 
-    "dense" is what ``auto`` runs in place of the others: the dense layer, and a mask.
+    "dense" is what ``dense_fallback`` runs in place of the others: the dense layer, and a mask.
     """
     n, _, size, _ = x.shape
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +131,7 @@ def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callab
 
     def dense():
         out = F.conv2d(x, conv.weight, None, padding=conv.padding, groups=conv.groups)
-        return auto.finish_dense(out, plan, ("", None, None, None, None), None)
+        return dense_fallback.finish_dense(out, plan, NOTHING, None)
 
     found = {"pixels": (pixels, plan.density), "dense": (dense, 1.0)}
     for path, share in (("rows", min(covered, 1.0)), ("tiles", covered)):

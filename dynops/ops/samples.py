@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import backends, modes
-from ..kernels.cpu import pixels as cpp
+from ..kernels import cpu
 from ..plans import SamplePlan
+from .observers import observers
 from .pixels.rows import gather_rows, memory_format_of, merge_rows, scatter_rows
-from .watch import watchers
 
 
 class SampleLayout(NamedTuple):
@@ -66,8 +66,8 @@ def gather_samples(x: Any, plan: SamplePlan) -> Any:
         rows = _gather(x, plan, "x")
     else:
         rows = pytree.tree_map_only(Tensor, lambda leaf: _gather(leaf, plan, "x"), x)
-    for watcher in watchers():
-        watcher.gathered(x, plan, rows)
+    for observer in observers():
+        observer.gathered(x, plan, rows)
     return rows
 
 
@@ -117,8 +117,8 @@ def scatter_samples(
 
 def _gather(x: Tensor, plan: SamplePlan, name: str) -> Tensor:
     _check_batch(x, plan.batch, plan, name)
-    if _is_plain(x):  # in one call: as rows of a map it takes ten, and 13 us instead of 5
-        return cpp.gather_samples(x, plan.index, plan.count, _format_of(x))
+    if _is_direct(x):  # in one call: as rows of a map it takes ten, and 13 us instead of 5
+        return cpu.samples.gather(x, plan.index, plan.count, _format_of(x))
     layout = SampleLayout.of(x)
     return layout.samples(_gather_flat(layout.rows(x), plan))
 
@@ -131,8 +131,8 @@ def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, sca
     _check_batch(rows, plan.num_rows, plan, "rows")
     if base is not None:
         _check_base(base, rows, plan)
-    if not add and scale is None and _is_plain(rows) and (base is None or _is_plain(base)):
-        return cpp.scatter_samples(rows, plan.index, plan.count, plan.batch, base, _format_of(rows))
+    if not add and scale is None and _is_direct(rows, base):
+        return cpu.samples.scatter(rows, plan.index, plan.count, plan.batch, base, _format_of(rows))
     layout = SampleLayout.of(rows)
     flat = layout.rows(rows)
     if base is not None:
@@ -146,9 +146,9 @@ def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, sca
     return layout.samples(out.flatten(1))
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing traces or needs a gradient, so that a CPU kernel can be called by itself."""
-    return x.device.type == "cpu" and backends.has_binary() and modes.plain(x)
+def _is_direct(*tensors: Tensor) -> bool:
+    """Whether the C++ copies may be called by themselves: those of any dtype."""
+    return tensors[0].device.type == "cpu" and backends.has_binary() and modes.plain(*tensors)
 
 
 def _format_of(x: Tensor) -> torch.memory_format:

@@ -1,21 +1,22 @@
-"""What follows from a plan's indices (inverse, pixels, tiles), kept with the plan while these stay as they are."""
+"""Plans of indices, and what is kept with them: whatever follows from a plan's indices while these stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import modes
 from ..kept import Mark, can_keep, made_plain
+from .collect import moved, pinned
 
 T = TypeVar("T")
 
 
 class Derived:
-    """A plan, of which something is derived. Sets up no tensor of its own: ``_indices`` names the plan's."""
+    """A plan from which other things are derived; ``_indices`` names its tensors."""
 
     def __init__(self):
         self._derived: dict = {}
@@ -53,6 +54,59 @@ class Derived:
 
     def __getstate__(self) -> dict:  # copies and pickles derive anew
         return self.__dict__ | {"_derived": {}, "_mark": None}
+
+
+class IndexPlan(Derived):
+    """A plan that is one ascending index: of the pixels, blocks or samples that are computed.
+
+    A subclass has an attribute ``_WHERE`` that says what the index counts through, and a property ``num_all``.
+    """
+
+    _WHERE: ClassVar[str]  # "shape", "geometry" or "batch"
+
+    @classmethod
+    def _made(cls, index: Tensor, where, count: Tensor | None = None):
+        """The plan of an index that needs no look at its values: 15 us for 1000 pixels."""
+        plan = cls.__new__(cls)
+        plan._set(index, where, count)
+        return plan
+
+    def _set(self, index: Tensor, where, count: Tensor | None) -> None:
+        self.index, self.count = plain(index), plain(count)
+        setattr(self, self._WHERE, where)
+        super().__init__()
+
+    def _indices(self) -> tuple[Tensor, Tensor | None]:
+        return self.index, self.count
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a packed tensor on this plan: those that are computed, or the capacity."""
+        return self.index.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a compact plan holds everything (a capacity plan never says so)."""
+        return self.count is None and self.index.shape[0] == self.num_all
+
+    @property
+    def density(self) -> float:
+        """The share that is computed. Synchronises a capacity plan."""
+        active = self.num_rows if self.count is None else int(self.count)
+        return active / max(self.num_all, 1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False):
+        """The same plan on another device."""
+        index, count = moved(self, device, non_blocking)
+        return self._made(index, getattr(self, self._WHERE), count)
+
+    def pin_memory(self):
+        """The same plan in pinned memory. A DataLoader calls this."""
+        return self._made(pinned(self.index), getattr(self, self._WHERE), pinned(self.count))
 
 
 def _captures(index: Tensor) -> bool:

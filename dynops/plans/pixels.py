@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import modes
-from ..geometry import ConvGeometry, is_int, pair
-from .collect import cat_index, moved, of_one_kind, pinned
-from .derived import Derived, plain
+from ..geometry import ConvGeometry, is_int, pair, transposed_size, window_count
+from .collect import cat_index, of_one_kind
+from .derived import IndexPlan
 from .masks import (
     check_expand,
     check_index,
@@ -24,7 +24,7 @@ from .masks import (
 )
 
 
-class PixelPlan(Derived):
+class PixelPlan(IndexPlan):
     """The pixels of one resolution that are computed.
 
     Attributes:
@@ -39,26 +39,16 @@ class PixelPlan(Derived):
     captured in a CUDA graph; pixels past the capacity are dropped, in ascending order.
     """
 
+    _WHERE = "shape"
+
     def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
         check_index(index, count, shape[0] * shape[1] * shape[2], "[P]", "; from_coordinates takes any order")
         self._set(index, shape, count)
 
-    @classmethod
-    def _made(cls, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None) -> PixelPlan:
-        """The plan of an index that needs no look at its values: 15 us for 1000 pixels."""
-        plan = cls.__new__(cls)
-        plan._set(index, shape, count)
-        return plan
-
     def _set(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None) -> None:
-        self.index, self.count = plain(index), plain(count)
-        self.shape = tuple(shape)
+        super()._set(index, tuple(shape), count)
         self._pointwise: dict[int, ConvGeometry] = {}
         self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
-        super().__init__()
-
-    def _indices(self) -> tuple[Tensor, Tensor | None]:
-        return self.index, self.count
 
     @classmethod
     def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
@@ -152,29 +142,11 @@ class PixelPlan(Derived):
         return cls._made(torch.arange(n * h * w, dtype=torch.int32, device=device), shape)
 
     @property
-    def num_rows(self) -> int:
-        """Rows of a packed tensor on this plan: the active pixels, or the capacity."""
-        return self.index.shape[0]
-
-    @property
     def num_pixels(self) -> int:
         """All pixels of the resolution, N*H*W."""
         return self.shape[0] * self.shape[1] * self.shape[2]
 
-    @property
-    def device(self) -> torch.device:
-        return self.index.device
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a compact plan holds every pixel (a capacity plan never says so)."""
-        return self.count is None and self.num_rows == self.num_pixels
-
-    @property
-    def density(self) -> float:
-        """Active pixels / all pixels. Synchronises a capacity plan."""
-        active = self.num_rows if self.count is None else int(self.count)
-        return active / max(self.num_pixels, 1)
+    num_all = num_pixels
 
     def mask(self) -> Tensor:
         """The plan as a bool mask ``[N, H, W]``."""
@@ -216,11 +188,11 @@ class PixelPlan(Derived):
         """
         kernel, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
         padding, dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
-        margin = [dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] for i in (0, 1)]
+        axes = [(kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
         if in_size is None:
-            in_size = tuple(max((self.shape[1 + i] - 1) * stride[i] + margin[i], 0) for i in (0, 1))
+            in_size = tuple(max(transposed_size(self.shape[1 + i], *axes[i]), 0) for i in (0, 1))
         in_size = pair(in_size, "in_size", 0)
-        out_size = tuple((in_size[i] - margin[i]) // stride[i] + 1 for i in (0, 1))
+        out_size = tuple(window_count(in_size[i], k, s, p, p, d) for i, (k, s, p, d) in enumerate(axes))
         if out_size != self.shape[1:]:
             raise ValueError(
                 f"in_size: expected one that yields the plan's {self.shape[1:]}, got {in_size}, which yields {out_size}"
@@ -265,15 +237,6 @@ class PixelPlan(Derived):
         if self.count is not None:
             return PixelPlan.from_mask(self.mask().expand(shape), batch * self.num_rows)
         return PixelPlan._made(repeat_index(self.index, batch, self.num_pixels), shape)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PixelPlan:
-        """The same plan on another device."""
-        index, count = moved(self, device, non_blocking)
-        return PixelPlan._made(index, self.shape, count)
-
-    def pin_memory(self) -> PixelPlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
-        return PixelPlan._made(pinned(self.index), self.shape, pinned(self.count))
 
     def _slots(self) -> Tensor:
         """int64 positions of the rows; the rows past the count go to the spare slot N*H*W."""

@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from ..geometry import ConvGeometry
 from ..modes import autocast_dtype
 from ..ops import checks
-from ..ops.epilogue import ACTIVATIONS
+from ..ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
 from ..ops.pixels.conv import _pixel_conv
 from ..ops.pixels.rows import gather_rows, in_format, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .norm import fold, norm_rows, uses_batch_statistics
-
-_NOTHING = ("", None, None, None, None)
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:
@@ -53,12 +51,12 @@ class FusedConv:
             residual = residual.to(values.dtype)
         norm = self.norm
         if norm is None:
-            epilogue = (self.activation, None, None, None, residual)
+            epilogue = Epilogue(self.activation, residual=residual)
         elif uses_batch_statistics(norm):
-            out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
+            out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, NOTHING, None, True, None)
             return norm_rows(norm, out, plan, residual, self.activation)
         else:
-            epilogue = (self.activation, *fold(norm), None, residual)
+            epilogue = Epilogue(self.activation, *fold(norm), None, residual)
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
 
     def check(self, x: Tensor) -> None:

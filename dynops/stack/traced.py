@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import BlockGeometry
-from ..ops import dense_fallback as auto
-from ..ops.pixels.conv import beats_dense
+from ..ops.dense_fallback import beats_dense, break_even
 from ..plans import BlockPlan
 from .graph import Stack, layers_of
 from .run_tiles import Layout, layout_of, sizes_of
@@ -85,7 +84,7 @@ class Bound:
 
     def cost(self, path: str, plan: BlockPlan, in_shape: tuple, device: torch.device, dtype) -> float | None:
         """The time that "rows" or "tiles" take for a plan, over that of the dense module, expected from what was
-        measured of its convolutions (``ops.auto``). None where that says nothing of one of them.
+        measured of its convolutions (``ops.dense_fallback``). None where that says nothing of one of them.
 
         Args:
             dtype: that of the products.
@@ -96,7 +95,7 @@ class Bound:
             if layer.out not in geometries:
                 continue
             g, tile, weight = geometries[layer.out], maps[layer.out], layer.conv.weight
-            share = auto.break_even(path, device, dtype, weight, g)
+            share = break_even(path, device, dtype, weight, g)
             if share is None:
                 return None
             computed = plan.num_blocks * tile.tile_h * tile.tile_w / (g.batch * g.out_h * g.out_w)

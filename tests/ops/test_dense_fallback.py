@@ -1,4 +1,4 @@
-"""auto: the dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
+"""The dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dynops import BlockPlan, PixelPlan, backends, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks, SparseConv2d
 from dynops.nn.blocks import sparse_blocks as blocks
-from dynops.ops import dense_fallback as auto
+from dynops.ops import checks, dense_fallback
+from dynops.ops.epilogue import Epilogue
 from dynops.ops.pixels import conv as pixels
 from dynops.stack.traced import Bound
 from dynops.testing import assert_within_budget, dense_masked_conv2d, random_mask, random_tensor
@@ -32,7 +33,7 @@ def ran(monkeypatch):
     """Which of the paths ran."""
     log = []
     for module, name in (
-        (pixels, "dense_layer"),
+        (dense_fallback, "dense_layer"),
         (pixels, "_pixel_conv"),
         (blocks, "run_rows"),
         (blocks, "run_tiles"),
@@ -104,10 +105,11 @@ def test_gradients_in_float64():
     plan = PixelPlan.from_mask(mask)
     rows = random_tensor(len(plan), dtype=torch.float64), random_tensor(len(plan), 2, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (*tensors, *fused.values(), *rows)]
-    g = ops.pixels.checks.conv_geometry(tensors[0].shape, tensors[1].shape, 1, 1, 1, 1, "zeros")[0]
+    g = checks.conv_geometry(tensors[0].shape, tensors[1].shape, 1, 1, 1, 1, "zeros")[0]
 
     def dense(x, weight, bias, scale, shift, base, gate, residual):
-        return pixels._masked_dense(x, weight, bias, plan, g, ("silu", scale, shift, gate, residual), base)
+        epilogue = Epilogue("silu", scale, shift, gate, residual)
+        return dense_fallback.masked_dense(x, weight, bias, plan, g, epilogue, base)
 
     assert torch.autograd.gradcheck(dense, inputs)
 
@@ -259,4 +261,4 @@ def test_the_halo_is_counted():
 
 def test_no_table_ships_for_a_cpu():
     assert configs.of(torch.device("cpu")) is None
-    assert not auto.decides(torch.device("cpu"), torch.float32, None)
+    assert not dense_fallback.decides(torch.device("cpu"), torch.float32, None)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from test_pixels_properties import SETTINGS, seeds
 
 from dynops import ExpertPlan, ops
-from dynops.ops.experts.checks import QuantizedExperts
+from dynops.ops.experts.quantized import QuantizedExperts
 from dynops.testing import assert_within_budget, available_backends, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")

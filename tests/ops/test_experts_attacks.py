@@ -8,7 +8,7 @@ from expert_cases import CASES, Case, assert_close, compare, linear_oracle, mlp_
 from processes import all_isas, in_threads, run_script
 
 from dynops import ExpertPlan, ops
-from dynops.ops.experts.checks import QuantizedExperts
+from dynops.ops.experts.quantized import QuantizedExperts
 from dynops.testing import available_backends, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -1,7 +1,7 @@
-"""The C++ kernels for maps that do not lie channels_last: NCHW, and strided views of either format.
+"""Convolutions of maps that do not lie channels_last: NCHW, and strided views of either format.
 
-Few pixels are read and written where they lie (``csrc/cpu/planes.cpp``). Between, a convolution runs on packed rows,
-or, where few channels meet in a product, on the planes themselves (``csrc/cpu/planes_conv.cpp``).
+The pixels that a convolution reads become packed rows. Where few channels meet in a product it runs on the planes
+themselves (``csrc/cpu/pixels/planes_conv.cpp``).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ... import backends
 from ...geometry import ConvGeometry
-from ..layout import memory_format_of
+from ..epilogue import Epilogue
+from ..layout import empty_map, memory_format_of
+from .engine import ACTIVATIONS
+from .rows import channels_last, gather, nchw, planes, scatter
 
 if backends.has_binary():
-    _gather = torch.ops.dynops.cpu_gather_planes.default
-    _scatter = torch.ops.dynops.cpu_scatter_planes.default
     _planes_conv = torch.ops.dynops.cpu_planes_conv.default
     _mask_to_index = torch.ops.dynops.mask_to_index.default
 
@@ -31,42 +32,6 @@ _LANES = 16  # pixels that planes compute together
 # Pixels that a convolution reads are gathered one by one up to this share of a map; from there on all of them are, which
 # goes by squares of 16 x 16 registers and needs no table of rows.
 _FEW = 0.5
-
-
-def gather(x: Tensor, index: Tensor | None, count: Tensor | None) -> Tensor:
-    """``[N, C, H, W]`` of any strides to rows ``[P, C]``; without an index those of all pixels."""
-    rows = x.shape[0] * x.shape[2] * x.shape[3] if index is None else index.shape[0]
-    out = torch.empty((rows, x.shape[1]), dtype=x.dtype, device="cpu")
-    _gather(x, index, count, out)
-    return out
-
-
-def scatter(
-    rows: Tensor, index: Tensor | None, count: Tensor | None, shape: tuple, base: Tensor | None
-) -> Tensor:
-    """Rows ``[P, C]`` to NCHW ``[N, C, H, W]`` for ``shape`` ``(N, H, W)``; elsewhere ``base``, or zero."""
-    out = torch.empty((shape[0], rows.shape[1], shape[1], shape[2]), dtype=rows.dtype, device="cpu")
-    _scatter(rows.contiguous(), index, count, None if base is None else nchw(base), out)
-    return out
-
-
-def nchw(x: Tensor) -> Tensor:
-    """A map in NCHW."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return planes(x)
-    return x.contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """A copy of a map in channels_last."""
-    n, c, h, w = x.shape
-    return gather(x, None, None).view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def planes(x: Tensor) -> Tensor:
-    """A channels_last map in NCHW."""
-    n, c, h, w = x.shape
-    return scatter(x.permute(0, 2, 3, 1).reshape(-1, c), None, None, (n, h, w), None)
 
 
 def active_rows(index: Tensor, count: Tensor | None) -> int:
@@ -140,59 +105,55 @@ def conv(
     run: Callable,
     x: Tensor,
     weight: Tensor,
-    bias,
+    bias: Tensor | None,
     index: Tensor,
     count: Tensor | None,
     g: ConvGeometry,
-    activation: str,
-    scale,
-    shift,
-    gate,
-    residual,
-    base,
-    rows: bool,
+    epilogue: Epilogue,
+    base: Tensor | None,
+    to_rows: bool,
     derived: Callable | None,
-    code: int,
 ) -> Tensor:
-    """As ``cpp.conv`` for a map that is not channels_last; the output is NCHW, or rows.
+    """As ``pixels.conv`` for a map that is not channels_last; the output is NCHW, or rows.
 
     Args:
-        run: ``cpp.conv`` itself, for rows and channels_last maps.
-        code: the activation's number.
+        run: ``pixels.conv`` itself, for rows and channels_last maps.
     """
     outputs = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     active = active_rows(index, count)
     if active == 0:
-        if rows:
+        if to_rows:
             return x.new_zeros((index.shape[0], outputs))
         shape = (g.batch, outputs, g.out_h, g.out_w)
         return x.new_zeros(shape) if base is None else base.clone(memory_format=torch.contiguous_format)
-    bare = not rows and gate is None and residual is None
+    activation, scale, shift, gate, residual = epilogue
+    bare = not to_rows and gate is None and residual is None
     if bare and may_take_planes(weight.shape, g) and _planes_win(active, weight.shape, g):
-        out = torch.empty((g.batch, outputs, g.out_h, g.out_w), dtype=x.dtype, device="cpu")
-        base = None if base is None else nchw(base)
-        _planes_conv(x, weight.to(x.dtype).contiguous(), bias, index, count, g, code, scale, shift, base, out)
+        out = empty_map(x, (g.batch, outputs, g.out_h, g.out_w), torch.contiguous_format)
+        finish = ACTIVATIONS[activation], scale, shift, None if base is None else nchw(base)
+        _planes_conv(x, weight.to(x.dtype).contiguous(), bias, index, count, g, *finish, out)
         return out
     if residual is not None and residual.dim() == 4:
-        residual = gather(residual, index, count)
-    if rows:
+        epilogue = epilogue._replace(residual=gather(residual, index, count))
+    if to_rows:
         x, own, source, geometry = _input_rows(x, index, count, g, derived)
-        return run(x, weight, bias, own, count, source, geometry, activation, scale, shift, gate, residual, None, True, derived if own is index else None)  # fmt: skip
+        derived = derived if own is index else None
+        return run(x, weight, bias, own, count, source, geometry, epilogue, None, True, derived)
     if g.is_pointwise:
         source = torch.ops.dynops.inverse_index.default(index, count, g.in_shape)
         x = gather(x, index, count)
     else:
         x, _, source, _ = _input_rows(x, index, count, g, derived)
-    return run(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, False, derived, True)  # fmt: skip
+    return run(x, weight, bias, index, count, source, g, epilogue, base, False, derived, True)
 
 
 def input_grad(
     run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool
 ) -> Tensor:
-    """As ``cpp.conv_input_grad`` for a gradient that is not channels_last; NCHW.
+    """As ``pixels.conv_input_grad`` for a gradient that is not channels_last; NCHW.
 
     Args:
-        run: ``cpp.conv_input_grad`` itself, for packed rows.
+        run: ``pixels.conv_input_grad`` itself, for packed rows.
         wide: whether all of the input's gradient is the faster to compute, as Winograd's is.
     """
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups

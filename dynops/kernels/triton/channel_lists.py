@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from ..layout import memory_format_of
+from ..layout import empty_map, memory_format_of
 from . import gemm, tiling
 from .gemm import rank
 from .rows import words
@@ -258,9 +258,9 @@ def slots_kernel(
 
 
 def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
-    """``[N, C, H, W]`` to ``[N, width, H, W]`` in the memory format of ``x``; zero past a list's end."""
+    """See ``ops.channels.rows._gather``."""
     layout = memory_format_of(x)
-    out = torch.empty((x.shape[0], width, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    out = empty_map(x, (x.shape[0], width, *x.shape[2:]), layout)
     if out.numel() == 0:
         return out
     if x.numel() == 0 or index.shape[1] == 0:  # no list has an entry
@@ -300,9 +300,9 @@ def _launch_gather(x: Tensor, out: Tensor, lists: Lists, width: int, part: int, 
 
 
 def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: Tensor | None) -> Tensor:
-    """``[N, width, H, W]`` to ``[N, channels, H, W]`` in its memory format; elsewhere ``base``, or zero."""
+    """See ``ops.channels.rows._scatter``."""
     layout, (n, _, h, w) = memory_format_of(packed), packed.shape
-    out = torch.empty((n, channels, h, w), dtype=packed.dtype, device=packed.device, memory_format=layout)
+    out = empty_map(packed, (n, channels, h, w), layout)
     if out.numel() == 0:
         return out
     if packed.numel() == 0 or index.shape[1] == 0:  # no list has an entry

@@ -1,6 +1,6 @@
 """Convolution on the live channels of each sample in Triton: ``conv`` and ``conv_input_grad``.
 
-``conv_weight_grad`` is in ``channels_weight.py``, ``gather`` and ``scatter`` in ``channel_lists.py``. The
+``conv_weight_grad`` is in ``channels_weight_grad.py``, ``gather`` and ``scatter`` in ``channel_lists.py``. The
 signatures and the meaning are those of the reference in ``dynops/ops/channels/conv.py``. Nothing here reads a
 count on the host, and nothing uses atomics: every result is bitwise reproducible.
 
@@ -24,14 +24,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..layout import contiguous, empty_map
 from . import channel_lists, gemm, tiling
 from .channel_lists import Lists, all_channels, choose, gather, list_part, listed, scatter, sides
-from .channels_weight import conv_weight_grad
+from .channels_weight_grad import conv_weight_grad
 from .gemm import finish, source_row
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather", "scatter"]
@@ -220,28 +222,16 @@ def direct_conv_kernel(
 
 
 def conv(
-    x: Tensor,  # [N, C, H, W]; packed_in: [N, width, H, W]
-    weight: Tensor,  # [O, C/groups, kh, kw]
-    bias: Tensor | None,  # [O]
-    in_index: Tensor | None,  # [N * heads, L] or [heads, L]; None: all channels
-    in_count: Tensor | None,
-    out_index: Tensor | None,  # [N, M] or [1, M]
-    out_count: Tensor | None,
-    geometry: list[int],
-    heads: int,
-    activation: str,
-    scale: Tensor | None,  # [N, O]
-    base: Tensor | None,  # [N, O, out_h, out_w]
-    packed_in: bool,
-    out_width: int,  # channels of a packed result, or -1 for a dense one
-) -> Tensor:  # [N, O, out_h, out_w] or [N, out_width, out_h, out_w]
-    """The convolution on the live channels of each sample, with its epilogue."""
+    x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads: int, activation: str, scale, base,
+    packed_in: bool, out_width: int,
+) -> Tensor:  # fmt: skip
+    """See ``ops.channels.conv._conv``."""
     g = ConvGeometry(*geometry)
     ins, outs = sides(
         weight.shape, in_index, in_count, out_index, out_count, g, heads, packed_in, out_width >= 0
     )
     channels = weight.shape[0] if out_width < 0 else out_width
-    out = gemm.empty_map(x, g.batch, channels, g.out_h, g.out_w)
+    out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
     if out_width > weight.shape[0]:  # a list padded past all channels: no program covers what is past them
         out.zero_()
     _conv(x, weight, out, ins, outs, g._replace(groups=ins.groups), bias, activation, scale, base)
@@ -249,24 +239,16 @@ def conv(
 
 
 def conv_input_grad(
-    grad: Tensor,  # [N, O, out_h, out_w]; packed_out: [N, width, out_h, out_w]
-    weight: Tensor,
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
-    geometry: list[int],
-    heads: int,
-    in_width: int,  # channels of a packed input, or -1 for a dense one
-    packed_out: bool,
-) -> Tensor:  # [N, C, H, W] or [N, in_width, H, W]
-    """The gradient of ``conv`` (without its epilogue) with respect to x."""
+    grad, weight, in_index, in_count, out_index, out_count, geometry, heads: int, in_width: int, packed_out: bool
+) -> Tensor:  # fmt: skip
+    """See ``ops.channels.conv._conv_input_grad``."""
     g = ConvGeometry(*geometry)
     ins, outs = sides(
         weight.shape, in_index, in_count, out_index, out_count, g, heads, in_width >= 0, packed_out
     )
     channels = weight.shape[1] * ins.groups
-    dx = gemm.empty_map(grad, g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
+    shape = (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
+    dx = empty_map(grad, shape, torch.channels_last)
     if in_width > channels:
         dx.zero_()
     _conv(grad, weight, dx, outs, ins, gemm.adjoint(g._replace(groups=ins.groups)))
@@ -292,7 +274,7 @@ def _conv(
     rows, maps = g.batch // jobs * g.out_h * g.out_w, x.numel() + out.numel()
     x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype)
     base = None if base is None else gemm.rows_of(base)
-    epilogue = [None if t is None else t.contiguous() for t in (bias, scale)]
+    epilogue = [contiguous(t) for t in (bias, scale)]
     if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g) and not (ins.heads or outs.heads):
         _direct(x, w, out, ins, outs, g, jobs, rows, (*epilogue, base), activation)
         return

@@ -1,4 +1,6 @@
-"""What the Triton kernels share: where a tap reads, the epilogue, the order of taps, weights. Tile sizes: ``tiles.py``.
+"""Parts that the Triton kernels share: where a tap reads, the epilogue, the order of taps, weights.
+
+``tiling.py`` chooses tile sizes.
 
 Works with Triton 3.6 to 3.9. Imported only where Triton is installed.
 """
@@ -247,20 +249,6 @@ def takes_boxes(matrix: Tensor) -> bool:
     arch = tiling.device_facts(matrix.device)[0]
     half = matrix.element_size() == 2 and matrix.numel() > 0
     return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
-
-
-def nchw(x: Tensor) -> bool:
-    """Whether an output in the format of ``x`` [N, C, H, W] is NCHW rather than channels_last."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    # one channel, or one pixel, is contiguous both ways: then only the strides tell
-    return x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1])
-
-
-def empty_map(like: Tensor, batch: int, channels: int, h: int, w: int) -> Tensor:
-    """An uninitialised channels_last ``[N, C, H, W]``."""
-    options = {"dtype": like.dtype, "device": like.device}
-    return torch.empty((batch, channels, h, w), memory_format=torch.channels_last, **options)
 
 
 def adjoint(g: ConvGeometry) -> ConvGeometry:

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import contiguous, empty_map
 from . import gemm, tiling
 from .gemm import rank, split_pixel
 
-_LONG = (
-    4096  # columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535
-)
+# Columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535.
+_LONG = 4096
 # Bytes of a map from which it is filled beside the kernels that compute it. Not measured: 32 MB take 7 us at the 4.8 TB/s
 # of an H200's datasheet, and two events and a launch are expected to cost the host about as much.
 _LARGE = 1 << 25
@@ -112,15 +112,13 @@ def fill_kernel(
 
 
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
-    """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
+    """See ``ops.pixels.rows._gather_rows``."""
     out = x.new_empty(index.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
     tile = _tile(x.shape[1])
-    wide = (
-        gemm.is_wide(out)
-        or sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= gemm.INT32_LIMIT
-    )
+    reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    wide = gemm.is_wide(out) or reach >= gemm.INT32_LIMIT
     with gemm.on_device(x):
         gather_rows_kernel[_grid(out, tile)](
             words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
@@ -131,8 +129,8 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
 def scatter_rows(
     rows: Tensor, index: Tensor, count: Tensor | None, shape: list[int], base: Tensor | None
 ) -> Tensor:
-    """``[P, C]`` to channels_last ``[N, C, H, W]``; elsewhere ``base``, or zero."""
-    out = gemm.empty_map(rows, shape[0], rows.shape[1], shape[1], shape[2])
+    """See ``ops.pixels.rows._scatter_rows``."""
+    out = empty_map(rows, (shape[0], rows.shape[1], shape[1], shape[2]), torch.channels_last)
     out = out.zero_() if base is None else out.copy_(base)
     if rows.numel() == 0 or out.numel() == 0:
         return out
@@ -147,13 +145,13 @@ def scatter_rows(
 def merge_rows(
     rows: Tensor, index: Tensor, count: Tensor | None, base: Tensor, scale: Tensor | None, mix: bool
 ) -> Tensor:
-    """``[K, F]`` merged into ``[N, F]``. Sums are float32."""
+    """See ``ops.pixels.rows._merge_rows``. Sums are float32."""
     out = base.new_empty(base.shape)
     if out.numel() == 0:
         return out
     row_of = torch.ops.dynops.inverse_index(index, count, [base.shape[0], 1, 1])
     rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
-    scale = None if scale is None else scale.contiguous()
+    scale = contiguous(scale)
     with gemm.on_device(rows):
         merge_rows_kernel[_grid(out, tile)](
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile

@@ -106,7 +106,7 @@ def _work(
     fewer SMs idle in the last wave, and fewer of their rows and columns lie past the end.
 
     Args:
-        slices: the reduction is cut where programs are too few, as ``pixels_weight.chunk_rows`` does.
+        slices: the reduction is cut where programs are too few, as ``pixels_weight_grad.chunk_rows`` does.
         load: the multiply-adds that take as long as one element loaded.
     """
     m, width = tile.m, tile.n

@@ -1,8 +1,6 @@
-"""Argument checks of the ops on experts, and weights of eight bits."""
+"""Argument checks of the ops on experts."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,33 +9,19 @@ from ... import modes
 from ...plans import ExpertPlan
 from .. import checks
 from ..epilogue import ACTIVATIONS
+from .quantized import QuantizedExperts
 
 CLAMPED = "clamped_swiglu"
 
 
-class QuantizedExperts(NamedTuple):
-    """Weights of eight bits: ``weight[e, o, i] * scale[e, o]``.
-
-    ``weight``: int8 ``[E, O, I]`` (transposed ``[E, I, O]``); ``scale``: float32 ``[E, O]``.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-
 def rows(x, name: str) -> Tensor:
     checks.tensor(x, name, 2, "rows [R, C]")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    checks.floating(x, name)
     return x
 
 
 def plan_of(plan, x: Tensor) -> ExpertPlan:
-    if not isinstance(plan, ExpertPlan):
-        raise TypeError(f"plan: expected an ExpertPlan (ExpertPlan.from_topk), got {type(plan).__name__}")
-    if plan.device != x.device:
-        raise ValueError(f"plan: expected it on x's device {x.device}, got {plan.device}")
-    return plan
+    return checks.plan(plan, ExpertPlan, "plan", x.device, "from_topk")
 
 
 def plan_rows(x, name: str, plan: ExpertPlan, packed: bool) -> None:
@@ -92,27 +76,20 @@ def bias_of(bias, name: str, x: Tensor, experts: int, outputs: int) -> None:
         return
     checks.tensor(bias, name, 2, "[E, O]")
     checks.same(bias, name, x)
-    if tuple(bias.shape) != (experts, outputs):
-        raise ValueError(f"{name}: expected shape {(experts, outputs)}, got {tuple(bias.shape)}")
+    checks.shaped(bias, name, (experts, outputs))
 
 
 def topk_weight_of(weight, plan: ExpertPlan) -> None:
     if weight is None:
         return
     checks.tensor(weight, "topk_weight", 2, "[T, K]")
-    if not weight.is_floating_point():
-        raise TypeError(f"topk_weight: expected a floating dtype, got {weight.dtype}")
-    if tuple(weight.shape) != tuple(plan.position.shape):
-        raise ValueError(f"topk_weight: expected {tuple(plan.position.shape)}, got {tuple(weight.shape)}")
-    if weight.device != plan.device:
-        raise ValueError(f"topk_weight: expected it on the plan's device {plan.device}, got {weight.device}")
+    checks.floating(weight, "topk_weight")
+    checks.shaped(weight, "topk_weight", plan.position.shape)
+    checks.on_plan(weight, plan, "topk_weight")
 
 
 def activation(name: str | None, gated: bool) -> str:
-    known = (*ACTIVATIONS, CLAMPED) if gated else tuple(ACTIVATIONS)
-    if name is not None and (not isinstance(name, str) or name not in known):
-        raise ValueError(f"activation: expected None or one of {known[1:]}, got {name!r}")
-    return name or ""
+    return checks.activation(name, (*ACTIVATIONS, CLAMPED) if gated else tuple(ACTIVATIONS))
 
 
 def autocast(x: Tensor, *others) -> tuple:

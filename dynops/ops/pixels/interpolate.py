@@ -13,8 +13,8 @@ from torch import Tensor
 from ... import modes
 from ...plans import PixelPlan
 from .. import checks
+from ..observers import observers
 from ..registry import define
-from ..watch import watchers
 from .rows import gather_pixels, in_format, memory_format_of, scatter_pixels
 
 MODES = ("gaussian", "nearest")
@@ -109,8 +109,8 @@ def interpolate_pixels(
     """
     _check(x, plan, mode, kernel_size, sigma)
     rows = gather_pixels(x, plan) if x.dim() == 4 else x
-    for watcher in watchers():
-        watcher.filled(plan, rows.shape[1], mode, kernel_size)
+    for observer in observers():
+        observer.filled(plan, rows.shape[1], mode, kernel_size)
     selected = (plan.inverse() >= 0)[:, None]
     if plan.num_pixels * rows.shape[1] == 0:
         out = scatter_pixels(rows, plan)
@@ -164,8 +164,7 @@ def _check(x, plan, mode, kernel_size, sigma) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [N, C, H, W] or packed rows [P, C], got {type(x).__name__}")
     checks.pixel_plan(plan, "plan", x.device)
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    checks.floating(x)
     checks.packed_rows(x, plan, "x") if x.dim() == 2 else checks.dense_map(x, plan, "x")
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")

@@ -19,7 +19,7 @@ from ...geometry import ConvGeometry
 from . import channel_lists, gemm, tiling
 from .channel_lists import Lists, choose, list_part, listed, sides
 from .gemm import source_row
-from .pixels_weight import chunk_rows
+from .pixels_weight_grad import chunk_rows
 
 _COPIES = 2**24  # elements of the copies of a chunk of samples
 
@@ -176,20 +176,10 @@ def direct_weight_grad_kernel(
 
 
 def conv_weight_grad(
-    grad: Tensor,  # [N, O, out_h, out_w]; packed_out: [N, width, out_h, out_w]
-    x: Tensor,  # [N, C, H, W]; packed_in: [N, width, H, W]
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
-    weight_shape: list[int],
-    geometry: list[int],
-    heads: int,
-    packed_in: bool,
-    packed_out: bool,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
-    """The gradients of ``conv`` (without its epilogue) with respect to weight and bias."""
+    grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads: int,
+    packed_in: bool, packed_out: bool, bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``ops.channels.conv._conv_weight_grad``."""
     g = ConvGeometry(*geometry)
     outputs, k_size, kh, kw = weight_shape
     ins, outs = sides(weight_shape, in_index, in_count, out_index, out_count, g, heads, packed_in, packed_out)
