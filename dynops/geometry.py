@@ -99,7 +99,7 @@ class ConvGeometry(NamedTuple):
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether output pixel p reads input pixel p and nothing else."""
+        """True if output pixel p reads input pixel p and nothing else."""
         return (
             self.taps == 1
             and self.stride_h == self.stride_w == 1
@@ -109,7 +109,7 @@ class ConvGeometry(NamedTuple):
 
     @property
     def leaves_gaps(self) -> bool:
-        """Whether a convolution of a whole map leaves input pixels between its taps unread."""
+        """True if a convolution of a whole map leaves input pixels between its taps unread."""
         return not self.transposed and (self.stride_h > self.kernel_h or self.stride_w > self.kernel_w)
 
     def macs(self, rows: int, in_channels: int, out_channels: int) -> float:
@@ -172,7 +172,7 @@ def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
 
 
 def is_int(value, least: int | None = None) -> bool:
-    """Whether ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
+    """True if ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
     return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)
 
 
@@ -208,7 +208,7 @@ class BlockGeometry(NamedTuple):
 
     @property
     def overlaps(self) -> bool:
-        """Whether a pixel may lie in more than one tile."""
+        """True if a pixel may lie in more than one tile."""
         return (self.tile_h > self.step_h and self.grid_h > 1) or (
             self.tile_w > self.step_w and self.grid_w > 1
         )

@@ -1,4 +1,4 @@
-"""What an op does to its result before it writes it: affine map, gate, residual, activation."""
+"""The epilogue of an op, before it writes its result: affine map, gate, residual, activation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Epilogue(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is an activation at most."""
+        """True if it is an activation at most."""
         return self.scale is None and self.shift is None and self.gate is None and self.residual is None
 
     @property
     def is_empty(self) -> bool:
-        """Whether it does nothing."""
+        """True if it does nothing."""
         return not self.activation and self.is_plain
 
 

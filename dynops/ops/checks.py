@@ -225,7 +225,7 @@ def conv_geometry(in_shape, weight_shape, stride, padding, dilation, groups, pad
 
 
 def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
-    """As :func:`conv_geometry`, and whether the bias fits."""
+    """:func:`conv_geometry` of a weight, after a check of the bias."""
     _bias_fits(bias, weight.shape[0])
     return conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
 

@@ -27,7 +27,7 @@ _DENSE_PIXELS = 1024
 
 
 def dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epilogue: Epilogue) -> bool:
-    """Whether the dense layer and a mask compute a plan's pixels faster than the sparse op."""
+    """True if the dense layer and a mask compute a plan's pixels faster than the sparse op."""
     measured = _measured(plan, x, weight, g)
     if measured is not None:
         return measured
@@ -44,7 +44,7 @@ def dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epil
 
 
 def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether all of this convolution is faster than the dense layer: Winograd's on a CPU.
+    """True if the op on every pixel is faster than the dense layer: by Winograd's algorithm on a CPU.
 
     On maps thinner than 5 pixels too many of its tiles hang over the edge.
     """
@@ -67,7 +67,7 @@ def masked_dense(x, weight, bias, plan: PixelPlan, g: ConvGeometry, epilogue: Ep
 
 
 def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
-    """Whether the density of a plan with this ``count`` may decide at all."""
+    """True if the density of a plan with this ``count`` may decide at all."""
     if torch.compiler.is_compiling() or count is not None:
         return False
     return configs.of(device) is not None and dtype in backends.FAST_DTYPES and not modes.transformed()
@@ -94,7 +94,7 @@ def break_even(
 
 
 def _measured(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool | None:
-    """Whether the dense layer is faster by what was measured; None where it was not."""
+    """True if the dense layer was measured to be faster; None if this layer was not measured."""
     if not decides(x.device, x.dtype, plan.count):
         return None
     share = break_even("full" if plan.is_full else "pixels", x.device, x.dtype, weight, g)
@@ -113,7 +113,7 @@ _DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
 
 
 def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether a CPU computes ``rows`` scattered pixels of a channels_last map faster with the dense layer and a mask."""
+    """True if a CPU computes ``rows`` scattered pixels of a channels_last map faster by the dense layer and a mask."""
     pixels, outputs, products = g.batch * g.out_h * g.out_w, weight.shape[0], weight.shape[1] * g.taps
     more = _PIXEL_PRODUCTS if g.taps > 1 else _POINTWISE_PRODUCTS
     ours, dense = rows * outputs * (products + more), pixels * outputs * products
@@ -153,7 +153,7 @@ def finish_dense(out: Tensor, plan: PixelPlan, epilogue: Epilogue, base: Tensor 
 def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
     """``out`` at the plan's pixels, ``base`` (or zero) elsewhere; written over where gradients are off.
 
-    There only inactive rows are touched: a mask would read and write all of a map that is dense almost everywhere.
+    Without gradients only inactive rows are touched. A mask would read and write all of a map that is nearly full.
     """
     maps = (out,) if base is None else (out, base)
     watched = torch.is_grad_enabled() or modes.transformed()
@@ -177,8 +177,10 @@ def _inactive_mask(plan: PixelPlan) -> Tensor:
 
 
 def _inactive_index(plan: PixelPlan) -> Tensor:
-    """int64 flat positions of the pixels that are not in a compact plan (kept): their number is known, so that a GPU
-    is not waited for."""
+    """int64 flat positions of the pixels that are not in a compact plan (kept).
+
+    Their number is known, so that nothing waits for a GPU.
+    """
     size = plan.num_pixels - plan.num_rows
     return plan.derived(
         "inactive", lambda: torch.nonzero_static(plan.inverse().view(-1) < 0, size=size)[:, 0]

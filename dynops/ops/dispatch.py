@@ -1,4 +1,4 @@
-"""Which function runs an op: a kernel of the backend that is named or the fastest here, or the reference."""
+"""Runs an op by a kernel of the named or fastest backend, or by its reference."""
 
 from __future__ import annotations
 
@@ -37,15 +37,21 @@ class Kernels:
             return self.cpu
         return triton_module(self.triton) if name == "triton" and self.triton else None
 
-    def run(self, name: str, reference: Callable, *, like_first: bool = False) -> Callable:
+    def run(
+        self, name: str, reference: Callable, *, like_first: bool = False, backend: str | None = None
+    ) -> Callable:
         """The implementation of an op ``(x, …, backend)``: the kernel ``name``, or the reference.
 
         Args:
-            like_first: whether the result has the memory format of the first argument.
+            like_first: gives the result the memory format of the first argument.
+            backend: that of an op whose schema has none.
         """
+        named = backend
 
         def implementation(*arguments):
-            *arguments, backend = arguments
+            backend = named
+            if backend is None:
+                *arguments, backend = arguments
             x = arguments[0]
             kernels = self.of(backend, x)
             out = (reference if kernels is None else getattr(kernels, name))(*arguments)

@@ -87,7 +87,7 @@ def define(
 
 
 def _untraced(name: str) -> Callable:
-    """What TorchScript's tracer calls in the place of an op that something calls by its name, as plans do."""
+    """The op's kernel under TorchScript's tracer, which raises: plans call ops by their names."""
 
     def run(*arguments, **named):
         refuse_tracing()
@@ -96,7 +96,7 @@ def _untraced(name: str) -> Callable:
 
 
 def _or_binary(overload, implementation: Callable) -> Callable:
-    """``implementation``, but on a GPU the kernel that the binary registers under this op's name."""
+    """``implementation``, or on a GPU the kernel that the binary registers under this op's name."""
 
     def run(*arguments):
         if any(isinstance(value, Tensor) and value.is_cuda for value in arguments):

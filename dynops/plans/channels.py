@@ -195,7 +195,7 @@ class ChannelPlan(Derived):
 
     @property
     def is_full(self) -> bool:
-        """Whether every list has every channel (on a GPU False: looking would synchronise)."""
+        """True if every list has every channel (on a GPU False: looking would synchronise)."""
         if not modes.may_look(self.count):
             return False
         return self.derived("full", lambda: self.count.numel() > 0 and int(self.count.min()) == self.channels)
@@ -230,7 +230,7 @@ class ChannelPlan(Derived):
         return self._with(*moved(self, device, non_blocking))
 
     def pin_memory(self) -> ChannelPlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
+        """The same plan in pinned memory. A DataLoader calls this."""
         return self._with(pinned(self.index), pinned(self.count))
 
     def _with(self, index: Tensor, count: Tensor) -> ChannelPlan:

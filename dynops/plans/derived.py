@@ -90,7 +90,7 @@ class IndexPlan(Derived):
 
     @property
     def is_full(self) -> bool:
-        """Whether a compact plan holds everything (a capacity plan never says so)."""
+        """True if a compact plan holds everything (a capacity plan never says so)."""
         return self.count is None and self.index.shape[0] == self.num_all
 
     @property

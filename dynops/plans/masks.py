@@ -1,4 +1,4 @@
-"""What every plan does with a mask: checks it, resizes it."""
+"""Masks and indices of every plan: checks, resizing, positions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def check_index(index: Tensor, count: Tensor | None, size: int, rows: str, hint: str = "") -> None:
-    """Whether an index that somebody else made is one of ``size`` positions. Values are looked at on a CPU only.
+    """Checks an index that somebody else made, of ``size`` positions. Only on a CPU its values are looked at.
 
     Args:
         rows, hint: the shape that is expected and what else to do, for the message.
@@ -137,7 +137,7 @@ def flat_index(coordinates: Tensor, shape: tuple[int, int, int], looks: bool) ->
 
 
 def check_expand(plan, batch: int, size: int) -> None:
-    """Whether a plan of ``size`` pixels (or blocks) may stand for ``batch`` samples."""
+    """Checks that a plan of ``size`` pixels (or blocks) may stand for ``batch`` samples."""
     if not is_int(batch, 0):
         raise ValueError(f"batch: expected an int >= 0, got {batch!r}")
     if plan.shape[0] != 1:
@@ -157,7 +157,7 @@ def repeat_index(index: Tensor, batch: int, size: int) -> Tensor:
 
 
 def check_mask_dtype(mask: Tensor, name: str, what: str) -> None:
-    """Whether ``mask`` is a tensor whose nonzeros can be told; ``what``: the shapes that are expected."""
+    """Checks that ``mask`` is a tensor whose nonzeros can be told; ``what``: the shapes that are expected."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a tensor {what}, got {type(mask).__name__}")
     if mask.dtype not in _MASK_DTYPES:

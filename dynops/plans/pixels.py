@@ -203,7 +203,7 @@ class PixelPlan(IndexPlan):
         return self.needed_by(geometry)
 
     def needed_by(self, geometry: ConvGeometry) -> PixelPlan:
-        """As :meth:`needed`, for a whole :class:`ConvGeometry` (transposed convolutions too)."""
+        """:meth:`needed` of a whole :class:`ConvGeometry` (transposed convolutions too)."""
         if geometry.is_pointwise:
             return self
         if self._samples is not None and not geometry.leaves_gaps:

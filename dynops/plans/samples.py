@@ -81,7 +81,7 @@ class SamplePlan(IndexPlan):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the plan has room for no sample at all."""
+        """True if the plan has room for no sample at all."""
         return self.num_rows == 0
 
     def mask(self) -> Tensor:

@@ -15,31 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conv_cases import assert_near, expected, inputs
 from torch import nn
 
 import dynops
 from dynops import PixelPlan, ops
 from dynops import kept as kept_module
 from dynops.kept import Kept, Mark, kept, refresh
-from dynops.testing import available_backends, in_layout, random_mask, random_tensor
+from dynops.testing import available_backends, random_mask, random_tensor
 
 BACKENDS = available_backends()
 needs_binary = pytest.mark.skipif("cpp" not in BACKENDS, reason="without a binary nothing is kept")
-
-
-def inputs(n=2, c=16, o=24, size=14, density=0.4, dtype=torch.float32):
-    x = in_layout(random_tensor(n, c, size, size, dtype=dtype), "channels_last")
-    mask = random_mask((n, size, size), density)
-    return x, random_tensor(o, c, 3, 3, dtype=dtype), random_tensor(o, dtype=dtype), mask
-
-
-def expected(x, weight, bias, mask):
-    return F.conv2d(x, weight, bias, padding=1) * mask[:, None]
-
-
-def assert_near(actual, exact):
-    error = (actual.double() - exact.double()).norm() / exact.double().norm()
-    assert error < 8 * torch.finfo(actual.dtype).eps, f"relative error {error:.2e}"
 
 
 # ------------------------------------------------------------------------------------- writes

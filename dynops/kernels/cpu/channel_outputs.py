@@ -27,7 +27,7 @@ _FEW_PRODUCTS = {torch.float32: 400, torch.bfloat16: 800, torch.float16: 1}
 
 
 def wins(weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
-    """Whether computing the selected outputs alone takes less time than the dense convolution."""
+    """True if computing the selected outputs alone takes less time than the dense convolution."""
     if weight.shape[1] < _MIN_CHANNELS:
         return False
     share = _BREAK_EVEN * min(1.0, weight.shape[1] * g.taps / _FEW_PRODUCTS[weight.dtype])

@@ -50,7 +50,7 @@ def _live(count: Tensor | None, channels: int) -> float:
 
 
 def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, in_count, out_count) -> bool:
-    """Whether a sample runs as Winograd's F(2x2, 3x3): on maps of 100 pixels and lists of some length."""
+    """True if a sample runs as Winograd's F(2x2, 3x3): on maps of 100 pixels and lists of some length."""
     fits = heads == 1 and g.out_h * g.out_w >= 100 and takes_winograd(g, weight.shape, weight.dtype)
     return fits and all(  # counted last: it takes 4 us
         _live(count, weight.shape[i]) >= WINOGRAD_CHANNELS for i, count in ((1, in_count), (0, out_count))

@@ -1,4 +1,4 @@
-"""What the C++ convolutions share: how a shape runs, packed weights, Winograd's tiles, activations."""
+"""The common parts of the C++ convolutions: the setup of a shape, packed weights, Winograd's tiles, activations."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _WINOGRAD_ROWS = 96  # fewer make no 24 full tiles, and the look at them costs 2
 
 @functools.cache
 def bf16_dot() -> bool:
-    """Whether this CPU multiplies pairs of bfloat16 in one instruction."""
+    """True if this CPU multiplies pairs of bfloat16 in one instruction."""
     return backends.build_info()["bf16_dot"]
 
 
 class Setup(NamedTuple):
-    """How a convolution of one shape runs."""
+    """The choices for convolutions of one shape."""
 
     out_channels: int
     merged: bool  # the taps of a kernel row are read as one run of the input
@@ -56,7 +56,7 @@ def setup_of(g: ConvGeometry, weight_shape: torch.Size, dtype: torch.dtype, pack
 
 
 def takes_winograd(g: ConvGeometry, weight_shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether this convolution runs as Winograd's F(2x2, 3x3) where active pixels lie side by side."""
+    """True if this convolution runs as Winograd's F(2x2, 3x3) where active pixels lie side by side."""
     square = g.kernel_h == g.kernel_w == 3 and g.stride_h == g.stride_w == g.dil_h == g.dil_w == 1
     wide = min(weight_shape[0], weight_shape[1]) >= WINOGRAD_CHANNELS
     return square and wide and g.groups == 1 and not g.transposed and dtype == torch.float32

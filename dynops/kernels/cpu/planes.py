@@ -24,13 +24,13 @@ if backends.has_binary():
 
 # Up to this many channels on either side of a group, and in depthwise layers, a convolution may run on planes.
 _THIN = 4
-# What rows cost beside their products, in products (two cores make 150 a ns): an element of the input and one of the
-# output to bring, the table of an input pixel, the calls (15 us). A product itself costs 1.6 times that of planes where
-# an input is thin. 3 to 64 channels, 7x7, stride 2, 224 x 224: rows 0.53 ms at 10 % (planes 0.82), 1.10 at 50 % (0.95).
+# The cost of rows beside their products, in products (two cores make 150 a ns): an element of the input and one of the
+# output to bring, the table of an input pixel, the calls (15 us). A product costs 1.6 times that of planes where an
+# input is thin. 3 to 64 channels, 7x7, stride 2, 224 x 224: rows 0.53 ms at 10 % (planes 0.82), 1.10 at 50 % (0.95).
 _GATHER, _SCATTER, _PIXEL, _CALLS, _PRODUCT = 12, 13, 300, 2e6, 1.6
 _LANES = 16  # pixels that planes compute together
-# Pixels that a convolution reads are gathered one by one up to this share of a map; from there on all of them are, which
-# goes by squares of 16 x 16 registers and needs no table of rows.
+# Up to this share of a map the pixels that a convolution reads are gathered one by one. From there on all of them are,
+# in squares of 16 x 16 registers, without a table of rows.
 _FEW = 0.5
 
 
@@ -73,14 +73,14 @@ def _input_rows(x: Tensor, index, count, g: ConvGeometry, derived) -> tuple:
 
 
 def is_planes(x: Tensor, out_pixels: int) -> bool:
-    """Whether a map does not lie as rows of channels, and what comes of it is NCHW (one pixel is both)."""
+    """True if a map does not lie as rows of channels and its output is NCHW (one pixel is both)."""
     if memory_format_of(x) != torch.contiguous_format:
         return False
     return out_pixels != 1 or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def may_take_planes(weight_shape: torch.Size, g: ConvGeometry) -> bool:
-    """Whether a convolution of this shape can run on planes: depthwise, or few channels on one side.
+    """True if a convolution of this shape can run on planes: depthwise, or few channels on one side.
 
     All of it is faster so than in the dense layer, which brings NCHW into an order of its own and back: depthwise 128
     channels, 56 x 56, 0.17 ms instead of 0.23; 256 channels to one 0.08 instead of 0.3; 2 to 16, 3x3, 0.10 instead of
@@ -91,7 +91,7 @@ def may_take_planes(weight_shape: torch.Size, g: ConvGeometry) -> bool:
 
 
 def _planes_win(active: int, weight_shape: torch.Size, g: ConvGeometry) -> bool:
-    """Whether planes compute ``active`` scattered pixels faster than rows do."""
+    """True if planes compute ``active`` scattered pixels faster than rows do."""
     pixels, in_pixels = g.batch * g.out_h * g.out_w, g.batch * g.in_h * g.in_w
     outputs, products = weight_shape[0], weight_shape[1] * g.taps
     computed = pixels * (1 - (1 - active / pixels) ** _LANES)
@@ -114,7 +114,7 @@ def conv(
     to_rows: bool,
     derived: Callable | None,
 ) -> Tensor:
-    """As ``pixels.conv`` for a map that is not channels_last; the output is NCHW, or rows.
+    """``pixels.conv`` of a map that is not channels_last; the output is NCHW, or rows.
 
     Args:
         run: ``pixels.conv`` itself, for rows and channels_last maps.
@@ -150,7 +150,7 @@ def conv(
 def input_grad(
     run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool
 ) -> Tensor:
-    """As ``pixels.conv_input_grad`` for a gradient that is not channels_last; NCHW.
+    """``pixels.conv_input_grad`` of a gradient that is not channels_last; NCHW.
 
     Args:
         run: ``pixels.conv_input_grad`` itself, for packed rows.
@@ -173,7 +173,7 @@ def input_grad(
 
 
 def weight_grad_inputs(grad: Tensor, x: Tensor, index, count, source, g: ConvGeometry, rows: bool) -> tuple:
-    """``(grad, x, index, count, source, geometry)`` of the same weight gradient without a map that is not channels_last."""
+    """``(grad, x, index, count, source, geometry)`` of the same weight gradient, where every map is channels_last."""
     if not rows and not grad.is_contiguous(memory_format=torch.channels_last):
         grad = gather(grad, index, count)
     if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):

@@ -46,7 +46,7 @@ def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base:
 
 
 def scatter_planes(rows: Tensor, index: Tensor, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
-    """As :func:`scatter_rows`, to NCHW."""
+    """See ``ops.pixels.rows._scatter_planes``."""
     if shape[1] * shape[2] == 1:  # a pixel's row is its planes
         return scatter_rows(rows, index, count, shape, base)
     return scatter(rows, index, count, shape, base)

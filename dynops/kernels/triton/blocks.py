@@ -167,7 +167,7 @@ def in_units(g: BlockGeometry, elements: int, size: int) -> tuple[BlockGeometry,
 
 
 def _arguments(x: Tensor, tiles: Tensor, g: BlockGeometry, layout, out: Tensor) -> tuple[dict, tuple[int]]:
-    """What both kernels take of a map, its tiles and which of the two is the output; and the grid."""
+    """The arguments and the grid of both kernels for a map and its tiles; ``out`` is one of the two."""
     last = layout == torch.channels_last
     units, unit = in_units(g, x.shape[1] if last else 1, x.element_size())
     sizes = {name: getattr(units, name) for name in _SIZES[2:]}

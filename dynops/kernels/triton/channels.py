@@ -161,7 +161,7 @@ def direct_conv_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED_IN: tl.constexpr,
     PACKED_OUT: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As conv_kernel without a matrix product, for narrow groups; a tile spans groups.
+    """conv_kernel without a matrix product, for narrow groups; a tile spans groups.
 
     ``in_slots``, ``out_slots``: where in a list a channel is, or -1. What is packed and past the end of a list
     is not written.

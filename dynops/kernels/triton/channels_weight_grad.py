@@ -81,7 +81,7 @@ def weight_grad_kernel(
 
 @triton.jit
 def _channels(index, count, job, group, lists, length, size, part, slot, PARTS: tl.constexpr, STEPS: tl.constexpr, READS: tl.constexpr):  # fmt: skip
-    """How many live channels a group has, and where those at ``slot`` lie in a row of the map."""
+    """The number of a group's live channels, and the places of those at ``slot`` in a row of the map."""
     live = size
     channel = group * part + slot
     if index is not None:

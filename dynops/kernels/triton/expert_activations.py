@@ -111,7 +111,7 @@ def glu_grad(grad, gate, up, alpha, limit, ACTIVATION: tl.constexpr):
 @triton.jit
 def _places(rows, inner, M: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
             WIDE: tl.constexpr):  # fmt: skip
-    """Where a program's tile lies in z and in h, with masks."""
+    """The positions of a program's tile in z and in h, with masks."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     first = tl.program_id(1) * N
     column = first + tl.arange(0, N)

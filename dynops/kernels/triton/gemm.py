@@ -94,8 +94,10 @@ def load_pixels(index, row, rows):
 
 @triton.jit
 def rank(entries, last, value, STEPS: tl.constexpr, GAPS: tl.constexpr):
-    """How many of the ascending ``entries[:last]`` are <= value; with GAPS, how many have at most ``value``
-    channels before them that are not in the list. A binary search: ``last < 2**STEPS``."""
+    """The number of ascending ``entries[:last]`` that are <= value, by a binary search: ``last < 2**STEPS``.
+
+    GAPS: of those that have at most ``value`` channels before them that are not in the list.
+    """
     low = value * 0
     high = low + last
     for _ in range(STEPS):
@@ -245,7 +247,7 @@ def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDes
 
 
 def takes_boxes(matrix: Tensor) -> bool:
-    """Whether TMA reads this matrix: half precision from sm_90 on, rows that begin at multiples of 16 bytes."""
+    """True if TMA reads this matrix: half precision from sm_90 on, rows that begin at multiples of 16 bytes."""
     arch = tiling.device_facts(matrix.device)[0]
     half = matrix.element_size() == 2 and matrix.numel() > 0
     return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
@@ -278,12 +280,12 @@ def product_sizes(
 
 
 def is_narrow(sizes: dict, g: ConvGeometry) -> bool:
-    """Whether groups are too narrow for a matrix product (depthwise above all)."""
+    """True if groups are too narrow for a matrix product (depthwise above all)."""
     return g.groups > 1 and min(sizes["k_size"], sizes["n_size"]) < 16
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
-    """Whether an element offset in one of these may pass 2**31."""
+    """True if an element offset in one of these may pass 2**31."""
     return any(t is not None and t.numel() >= INT32_LIMIT for t in tensors)
 
 

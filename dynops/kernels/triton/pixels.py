@@ -223,7 +223,7 @@ def direct_conv_kernel(
     WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As conv_kernel without a matrix product, for narrow groups; a tile spans groups."""
+    """conv_kernel without a matrix product, for narrow groups; a tile spans groups."""
     n_tiles = tl.cdiv(out_channels, N)
     tile = tl.program_id(0)
     first = (tile // n_tiles).to(tl.int64) * M if WIDE else (tile // n_tiles) * M

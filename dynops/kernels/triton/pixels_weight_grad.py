@@ -100,7 +100,7 @@ def direct_weight_grad_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
     GRAD_ROWS: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As weight_grad_kernel without a matrix product: one tap and one channel k of every group.
+    """weight_grad_kernel without a matrix product: one tap and one channel k of every group.
 
     M rows are taken at a time, N tiles the output channels; a tile spans groups.
     """

@@ -1,5 +1,4 @@
-"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it; merge_rows; and ``filled``,
-what a map holds where a plan has no pixel."""
+"""Rows in Triton: gather_rows and scatter_rows where the binary was built without CUDA, merge_rows, and ``filled``."""
 
 from __future__ import annotations
 
@@ -210,7 +209,7 @@ def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
 
 
 def words(x: Tensor) -> Tensor:
-    """The same memory as integers of the same size: bits are moved, values are not looked at."""
+    """The same memory as integers: kernels move its bits and look at no value."""
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
     return x.view(_WORDS[x.element_size()])

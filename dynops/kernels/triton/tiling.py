@@ -13,7 +13,7 @@ from ..configs import bucket, precision
 
 
 class Tile(NamedTuple):
-    """What one program computes: m x n outputs, k of the reduction at a time."""
+    """The work of one program: m x n outputs, k of the reduction at a time."""
 
     m: int
     n: int
@@ -100,7 +100,7 @@ def built_in(
 def _work(
     tile: Tile, rows: int, n: int, k: int, batch: int, slices: bool, processors: int, load: int
 ) -> float:
-    """What the SM with most tiles has to do for one step of the reduction, in multiply-adds.
+    """The work of the SM with most tiles for one step of the reduction, in multiply-adds.
 
     A tile multiplies m * n elements and loads m + n. Large ones load less for each product, small ones leave
     fewer SMs idle in the last wave, and fewer of their rows and columns lie past the end.
@@ -128,7 +128,7 @@ def _largest(kind: str, ragged: bool, residual: bool) -> int:
 
 
 def is_ragged(sizes: dict) -> bool:
-    """Whether channels are not a multiple of 16, all that Triton takes for a sign of alignment."""
+    """True if channels are not a multiple of 16, all that Triton takes for a sign of alignment."""
     return any(size % 16 for size in sizes.values())
 
 

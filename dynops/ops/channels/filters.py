@@ -34,7 +34,7 @@ from ..registry import define
 
 
 def _wide(x: Tensor) -> Tensor:
-    """As sums are kept: half precision in float32."""
+    """The dtype of sums: half precision becomes float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -46,14 +46,6 @@ def _scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: 
 _KERNELS = Kernels(cpu.channels, "channels")
 
 
-def _run(name: str, reference):
-    def implementation(x, *others):
-        kernels = _KERNELS.of("", x)
-        return (reference if kernels is None else getattr(kernels, name))(x, *others)
-
-    return implementation
-
-
 def _fake_gather(x, index, count, width):
     return empty_map(x, (x.shape[0], width, *x.shape[2:]))
 
@@ -96,7 +88,7 @@ def _scatter_backward(ctx, grad):
 
 _gather_op = define(
     "gather_channels(Tensor x, Tensor index, Tensor count, SymInt width) -> Tensor",
-    _run("gather", _gather),
+    _KERNELS.run("gather", _gather, backend=""),
     _fake_gather,
     _gather_setup,
     _gather_backward,
@@ -105,7 +97,7 @@ _gather_op = define(
 )
 _scatter_op = define(
     "scatter_channels(Tensor packed, Tensor index, Tensor count, SymInt channels, Tensor? base) -> Tensor",
-    _run("scatter", _scatter),
+    _KERNELS.run("scatter", _scatter, backend=""),
     _fake_scatter,
     _scatter_setup,
     _scatter_backward,

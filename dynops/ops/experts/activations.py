@@ -1,4 +1,4 @@
-"""What stands between the two GEMMs of an expert: an activation, gated or not.
+"""expert_activation: the activation between the two GEMMs of an expert, gated or not.
 
 The mathematics, of a row z that holds gate and up side by side, or interleaved (g0, u0, g1, u1, …)::
 

@@ -58,7 +58,7 @@ def _scatter_rows_fake(rows, index, count, shape, base) -> Tensor:
 
 
 def _scatter_planes(rows, index, count, shape, base) -> Tensor:
-    """As ``_scatter_rows``, to NCHW."""
+    """``[P, C]`` to NCHW."""
     return torch.ops.dynops.scatter_rows(rows, index, count, shape, base).contiguous()
 
 
