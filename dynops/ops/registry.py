@@ -86,6 +86,18 @@ def define(
     return Op(name, implementation, _function(name, implementation, setup_context, backward))
 
 
+def save_inputs(ctx, inputs, output) -> None:
+    """A ``setup_context`` that keeps every argument of an op for its backward."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+    ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def saved_inputs(ctx) -> list:
+    """The arguments that :func:`save_inputs` kept."""
+    pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
+    return [option if tensor is None else tensor for tensor, option in pairs]
+
+
 def _untraced(name: str) -> Callable:
     """The op's kernel under TorchScript's tracer, which raises: plans call ops by their names."""
 

@@ -13,7 +13,7 @@ from .. import modes
 from ..geometry import BlockGeometry, pair, reach, window_count
 from .collect import of_one_kind
 from .derived import IndexPlan
-from .masks import MAX_PIXELS, check_expand, check_index, check_mask, check_shape, named, raising
+from .masks import MAX_PIXELS, as_plan, check_expand, check_index, check_mask, check_shape, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
@@ -327,9 +327,4 @@ def as_block_plan(
 
     One for a single sample is that of every sample of ``batch``.
     """
-    if isinstance(mask_or_plan, Tensor):
-        mask_or_plan = named(name, "mask", BlockPlan.from_mask, mask_or_plan, block_size)
-    if isinstance(mask_or_plan, BlockPlan):
-        alone = batch is not None and mask_or_plan.shape[0] == 1
-        return mask_or_plan.expand(batch) if alone else mask_or_plan
-    raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")
+    return as_plan(BlockPlan, mask_or_plan, name, block_size, batch=batch)

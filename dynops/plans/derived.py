@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import modes
+from ..geometry import is_int
 from ..kept import Mark, can_keep, made_plain
 from .collect import moved, pinned
+from .masks import raising
 
 T = TypeVar("T")
 
@@ -70,6 +72,18 @@ class IndexPlan(Derived):
         plan = cls.__new__(cls)
         plan._set(index, where, count)
         return plan
+
+    @classmethod
+    def _of_mask(cls, mask: Tensor, where, capacity: int | None, name: str = "mask"):
+        """The plan of the nonzeros of a checked mask, in the capacity form if sizes must not depend on data."""
+        if capacity is None and modes.sizes_are_fixed(mask):
+            capacity = mask.numel()
+        if capacity is None:
+            return cls._made(raising(torch.ops.dynops.mask_to_index.default, mask, name=name), where)
+        if not is_int(capacity, 0):
+            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
+        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, mask, capacity, name=name)
+        return cls._made(index, where, count)
 
     def _set(self, index: Tensor, where, count: Tensor | None) -> None:
         self.index, self.count = plain(index), plain(count)

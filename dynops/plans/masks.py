@@ -35,6 +35,22 @@ def named(name: str, own: str, make, *arguments, **options):
         raise type(error)(name + text[len(own) :]) from None
 
 
+def as_plan(kind: type, mask_or_plan, name: str, *options, batch: int | None = None):
+    """A plan of this kind: itself, or that of a mask (``kind.from_mask(mask, *options)``).
+
+    One for a single sample is that of every sample of ``batch``.
+    """
+    if isinstance(mask_or_plan, Tensor):
+        mask_or_plan = named(name, "mask", kind.from_mask, mask_or_plan, *options)
+    if not isinstance(mask_or_plan, kind):
+        raise TypeError(
+            f"{name}: expected a {kind.__name__} or a mask tensor, got {type(mask_or_plan).__name__}"
+        )
+    if batch is not None and mask_or_plan.shape[0] == 1:
+        return mask_or_plan.expand(batch)
+    return mask_or_plan
+
+
 def raising(op, *arguments, name: str = "mask"):
     """``op(*arguments)``, where a NaN in the mask is a ValueError instead of the op's RuntimeError.
 

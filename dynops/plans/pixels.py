@@ -7,18 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import modes
-from ..geometry import ConvGeometry, is_int, pair, transposed_size, window_count
+from ..geometry import ConvGeometry, pair, transposed_size, window_count
 from .collect import cat_index, of_one_kind
 from .derived import IndexPlan
 from .masks import (
+    as_plan,
     check_expand,
     check_index,
     check_mask,
     check_shape,
     flat_index,
-    named,
-    raising,
     repeat_index,
     resize_mask,
 )
@@ -67,15 +65,7 @@ class PixelPlan(IndexPlan):
                 the mask (not checked where checking would synchronise: capacity form on a GPU).
         """
         mask = check_mask(mask)
-        shape = tuple(mask.shape)
-        if capacity is None and modes.sizes_are_fixed(mask):
-            capacity = shape[0] * shape[1] * shape[2]
-        if capacity is None:
-            return cls._made(raising(torch.ops.dynops.mask_to_index.default, mask), shape)
-        if not is_int(capacity, 0):
-            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        index, count = raising(torch.ops.dynops.mask_to_index_capacity, mask, capacity)
-        return cls._made(index, shape, count)
+        return cls._of_mask(mask, tuple(mask.shape), capacity)
 
     @classmethod
     def from_coordinates(
@@ -253,9 +243,4 @@ class PixelPlan(IndexPlan):
 
 def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan", batch: int | None = None) -> PixelPlan:
     """A :class:`PixelPlan` from a plan or a mask; one for a single sample is that of every sample of ``batch``."""
-    if isinstance(mask_or_plan, Tensor):
-        mask_or_plan = named(name, "mask", PixelPlan.from_mask, mask_or_plan)
-    if isinstance(mask_or_plan, PixelPlan):
-        alone = batch is not None and mask_or_plan.shape[0] == 1
-        return mask_or_plan.expand(batch) if alone else mask_or_plan
-    raise TypeError(f"{name}: expected a PixelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
+    return as_plan(PixelPlan, mask_or_plan, name, batch=batch)

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import modes
-from ..geometry import is_int
 from .collect import cat_index, of_one_kind
 from .derived import IndexPlan
 from .masks import MAX_PIXELS, check_index, check_mask_dtype, raising
@@ -52,15 +50,7 @@ class SamplePlan(IndexPlan):
                 synchronise: capacity form on a GPU).
         """
         keep = check_keep(keep)
-        batch = keep.shape[0]
-        if capacity is None and modes.sizes_are_fixed(keep):
-            capacity = batch
-        if capacity is None:
-            return cls._made(raising(torch.ops.dynops.mask_to_index.default, keep, name="keep"), batch)
-        if not is_int(capacity, 0):
-            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity, name="keep")
-        return cls._made(index, batch, count)
+        return cls._of_mask(keep, keep.shape[0], capacity, "keep")
 
     @classmethod
     def cat(cls, plans: Iterable[SamplePlan]) -> SamplePlan:

@@ -34,7 +34,7 @@ from .. import checks as tensor_checks
 from ..dense_conv import dense_conv, dense_conv_grads, dense_layer, dense_weight_grad
 from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
-from ..registry import define
+from ..registry import define, save_inputs, saved_inputs
 from . import checks
 from .rows import _gather, _scatter, channel_mask, gather_channels, without_live
 
@@ -184,37 +184,27 @@ def _width(x: Tensor, packed: bool) -> int:
     return x.shape[1] if packed else -1
 
 
-def _input_grad_setup(ctx, inputs, output):
-    *tensors, ctx.geometry, ctx.heads, ctx.in_width, ctx.packed_out, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _input_grad_backward(ctx, dx):
-    grad, weight, *lists = ctx.saved_tensors
+    grad, weight, *lists, geometry, heads, in_width, packed_out, backend = saved_inputs(ctx)
     need_grad, need_w = ctx.needs_input_grad[:2]
-    shared, packed_in, d_grad, dw = (ctx.geometry, ctx.heads), ctx.in_width >= 0, None, None
+    shared, packed_in, d_grad, dw = (geometry, heads), in_width >= 0, None, None
     if need_grad:
-        d_grad = _bare_conv(dx, weight, None, lists, *shared, packed_in, _width(grad, ctx.packed_out), ctx.backend)  # fmt: skip
+        d_grad = _bare_conv(dx, weight, None, lists, *shared, packed_in, _width(grad, packed_out), backend)
     if need_w:
-        options = *shared, packed_in, ctx.packed_out, False, ctx.backend
+        options = *shared, packed_in, packed_out, False, backend
         dw, _ = _weight_grad(grad, dx, *lists, weight.shape, *options)
     return d_grad, dw, *[None] * 9
 
 
-def _weight_grad_setup(ctx, inputs, output):
-    *tensors, _, ctx.geometry, ctx.heads, ctx.packed_in, ctx.packed_out, ctx.bias, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _weight_grad_backward(ctx, dw, db):
-    grad, x, *lists = ctx.saved_tensors
+    grad, x, *lists, _, geometry, heads, packed_in, packed_out, bias, backend = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
-    shared, d_grad, dx = (ctx.geometry, ctx.heads), None, None
+    shared, d_grad, dx = (geometry, heads), None, None
     if need_grad:
-        widths = ctx.packed_in, _width(grad, ctx.packed_out)
-        d_grad = _bare_conv(x, dw, db if ctx.bias else None, lists, *shared, *widths, ctx.backend)
+        widths = packed_in, _width(grad, packed_out)
+        d_grad = _bare_conv(x, dw, db if bias else None, lists, *shared, *widths, backend)
     if need_x:
-        dx = _input_grad(grad, dw, *lists, *shared, _width(x, ctx.packed_in), ctx.packed_out, ctx.backend)
+        dx = _input_grad(grad, dw, *lists, *shared, _width(x, packed_in), packed_out, backend)
     return d_grad, dx, *[None] * 11
 
 
@@ -223,7 +213,7 @@ _input_grad = define(
     "Tensor? out_count, SymInt[] geometry, int heads, SymInt in_width, bool packed_out, str backend) -> Tensor",
     _KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True),
     _fake_input_grad,
-    _input_grad_setup,
+    save_inputs,
     _input_grad_backward,
     terms="grad weight",
     vmap=batching.samples("grad", lists=("in_index", "in_count", "out_index", "out_count")),
@@ -234,7 +224,7 @@ _weight_grad = define(
     "bool bias, str backend) -> (Tensor, Tensor)",
     _KERNELS.run("conv_weight_grad", _conv_weight_grad),
     _fake_weight_grad,
-    _weight_grad_setup,
+    save_inputs,
     _weight_grad_backward,
     terms="grad x; grad",
 )

@@ -28,7 +28,7 @@ from ...kernels import cpu
 from ...kernels.layout import empty_map
 from .. import batching, checks
 from ..dispatch import Kernels
-from ..registry import define
+from ..registry import define, save_inputs, saved_inputs
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -133,36 +133,31 @@ def _fake_kernel_grad(grad, x, geometry, upsample, backend):
 
 
 def _input_grad_backward(ctx, dx):
-    grad, kernels = ctx.saved_tensors
+    grad, kernels, *options = saved_inputs(ctx)
     need_grad, need_kernels = ctx.needs_input_grad[:2]
-    d_grad = _convolution(dx, kernels, *ctx.options) if need_grad else None
-    return d_grad, (_kernel_grad(grad, dx, *ctx.options) if need_kernels else None), None, None, None
+    d_grad = _convolution(dx, kernels, *options) if need_grad else None
+    return d_grad, (_kernel_grad(grad, dx, *options) if need_kernels else None), None, None, None
 
 
 def _kernel_grad_backward(ctx, d_kernels):
-    grad, x = ctx.saved_tensors
+    grad, x, *options = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
-    d_grad = _convolution(x, d_kernels, *ctx.options) if need_grad else None
-    return d_grad, (_input_grad(grad, d_kernels, *ctx.options) if need_x else None), None, None, None
+    d_grad = _convolution(x, d_kernels, *options) if need_grad else None
+    return d_grad, (_input_grad(grad, d_kernels, *options) if need_x else None), None, None, None
 
 
 def _backward(ctx, grad):
-    x, kernels = ctx.saved_tensors
+    x, kernels, *options = saved_inputs(ctx)
     need_x, need_kernels = ctx.needs_input_grad[:2]
-    dx = _input_grad(grad, kernels, *ctx.options) if need_x else None
-    return dx, (_kernel_grad(grad, x, *ctx.options) if need_kernels else None), None, None, None
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]  # geometry, upsample, backend
+    dx = _input_grad(grad, kernels, *options) if need_x else None
+    return dx, (_kernel_grad(grad, x, *options) if need_kernels else None), None, None, None
 
 
 _input_grad = define(
     "local_conv_input_grad(Tensor grad, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
     _KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True),
     _fake_input_grad,
-    _setup_context,
+    save_inputs,
     _input_grad_backward,
     terms="grad kernels",
     vmap=batching.samples("grad", "kernels"),
@@ -171,7 +166,7 @@ _kernel_grad = define(
     "local_conv_kernel_grad(Tensor grad, Tensor x, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
     _KERNELS.run("conv_kernel_grad", _conv_kernel_grad, like_first=True),
     _fake_kernel_grad,
-    _setup_context,
+    save_inputs,
     _kernel_grad_backward,
     terms="grad x",
     vmap=batching.samples("grad", "x"),
@@ -182,7 +177,7 @@ _convolution = define(
     "local_conv(Tensor x, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
     _KERNELS.run("conv", _conv, like_first=True),
     _fake_conv,
-    _setup_context,
+    save_inputs,
     _backward,
     terms="x kernels",
     vmap=batching.samples("x", "kernels"),

@@ -27,7 +27,7 @@ from .. import checks as tensor_checks
 from ..dense_conv import dense_conv, dense_conv_grads
 from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
-from ..registry import define
+from ..registry import define, save_inputs, saved_inputs
 from . import sample_checks as checks
 
 # ---------------------------------------------------------------------------------- reference
@@ -141,32 +141,22 @@ def _fake_weight_grad(grad, x, region, weight_shape, geometry, bias, backend):
 # Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
 
 
-def _input_grad_setup(ctx, inputs, output):
-    grad, weight, region, ctx.geometry, ctx.backend = inputs
-    ctx.save_for_backward(grad, weight, region)
-
-
 def _input_grad_backward(ctx, dx):
-    grad, weight, region = ctx.saved_tensors
+    grad, weight, region, geometry, backend = saved_inputs(ctx)
     need_grad, need_w = ctx.needs_input_grad[:2]
-    d_grad = _convolution(dx, weight, None, region, ctx.geometry, "", ctx.backend) if need_grad else None
-    dw = _weight_grad(grad, dx, region, weight.shape, ctx.geometry, False, ctx.backend)[0] if need_w else None
+    d_grad = _convolution(dx, weight, None, region, geometry, "", backend) if need_grad else None
+    dw = _weight_grad(grad, dx, region, weight.shape, geometry, False, backend)[0] if need_w else None
     return d_grad, dw, None, None, None
 
 
-def _weight_grad_setup(ctx, inputs, output):
-    grad, x, region, _, ctx.geometry, ctx.bias, ctx.backend = inputs
-    ctx.save_for_backward(grad, x, region)
-
-
 def _weight_grad_backward(ctx, dw, db):
-    grad, x, region = ctx.saved_tensors
+    grad, x, region, _, geometry, bias, backend = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
     d_grad = dx = None
     if need_grad:
-        d_grad = _convolution(x, dw, db if ctx.bias else None, region, ctx.geometry, "", ctx.backend)
+        d_grad = _convolution(x, dw, db if bias else None, region, geometry, "", backend)
     if need_x:
-        dx = _input_grad(grad, dw, region, ctx.geometry, ctx.backend)
+        dx = _input_grad(grad, dw, region, geometry, backend)
     return d_grad, dx, *[None] * 5
 
 
@@ -174,7 +164,7 @@ _input_grad = define(
     "weighted_conv_input_grad(Tensor grad, Tensor weight, Tensor? region, SymInt[] geometry, str backend) -> Tensor",
     KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True),
     _fake_input_grad,
-    _input_grad_setup,
+    save_inputs,
     _input_grad_backward,
     terms="grad weight",
     vmap=batching.samples("grad", "region", one_or_each=("weight",)),
@@ -184,7 +174,7 @@ _weight_grad = define(
     "bool bias, str backend) -> (Tensor, Tensor)",
     KERNELS.run("conv_weight_grad", _conv_weight_grad),
     _fake_weight_grad,
-    _weight_grad_setup,
+    save_inputs,
     _weight_grad_backward,
     terms="grad x; grad",
     vmap=batching.sample_weight_grad,

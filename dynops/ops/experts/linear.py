@@ -27,7 +27,7 @@ from ...kernels import cpu
 from ...plans import ExpertPlan
 from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
-from ..registry import define
+from ..registry import define, save_inputs, saved_inputs
 from . import checks
 from .quantized import QuantizedExperts, float_weight
 from .rows import _combine, _gather, combine, pair_dots, weighted_rows
@@ -116,30 +116,23 @@ def _fake_weight_grad(grad, x, row_weight, order, offsets, position, *options):
     return grad.new_empty(experts, *shape), grad.new_empty((experts, grad.shape[1]) if bias else (0,))
 
 
-def _weight_grad_setup(ctx, inputs, output):
-    grad, x, row_weight, *plan, ctx.packed_grad, ctx.packed_x, ctx.transposed, ctx.bias, ctx.backend = inputs
-    ctx.save_for_backward(grad, x, row_weight, *plan)
-
-
 def _weight_grad_backward(ctx, dw, db):
     """The gradients of a grouped linear layer's are such layers with ``dw`` and ``db`` as weight and bias."""
-    grad, x, row_weight, *plan = ctx.saved_tensors
+    grad, x, row_weight, *plan, packed_grad, packed_x, transposed, bias, backend = saved_inputs(ctx)
     need_grad, need_x, need_rw = ctx.needs_input_grad[:3]
-    db = db if ctx.bias else None
+    db = db if bias else None
     d_grad = dx = d_rows = None
 
     def forward(weights, packed):
-        return linear(x, dw, None, db, weights, *plan, ctx.packed_x, packed, ctx.transposed, "", ctx.backend)
+        return linear(x, dw, None, db, weights, *plan, packed_x, packed, transposed, "", backend)
 
     if need_grad:
-        d_grad = forward(row_weight, ctx.packed_grad)
+        d_grad = forward(row_weight, packed_grad)
     if need_x:
-        options = (ctx.packed_grad, ctx.packed_x, not ctx.transposed, "", ctx.backend)
+        options = (packed_grad, packed_x, not transposed, "", backend)
         dx = linear(grad, dw, None, None, row_weight, *plan, *options)
     if need_rw:
-        d_rows = pair_dots(grad, forward(None, True), ctx.packed_grad, *plan, ctx.backend).to(
-            row_weight.dtype
-        )
+        d_rows = pair_dots(grad, forward(None, True), packed_grad, *plan, backend).to(row_weight.dtype)
     return d_grad, dx, d_rows, *[None] * 8
 
 
@@ -149,7 +142,7 @@ _weight_grad_op = define(
     "bool transposed, bool bias, str backend) -> (Tensor, Tensor)",
     KERNELS.run("weight_grad", _weight_grad),
     _fake_weight_grad,
-    _weight_grad_setup,
+    save_inputs,
     _weight_grad_backward,
     terms="grad x row_weight; grad row_weight",
 )

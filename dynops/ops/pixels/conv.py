@@ -29,7 +29,7 @@ from .. import batching, checks, dense_fallback
 from ..dense_conv import dense_conv, dense_conv_grads, dense_weight_grad
 from ..dispatch import Kernels
 from ..epilogue import NOTHING, Epilogue, apply_epilogue
-from ..registry import define
+from ..registry import define, save_inputs, saved_inputs
 from .rows import gather_rows, scatter_planes, scatter_rows, zero_past_count
 
 # ---------------------------------------------------------------------------------- reference
@@ -179,15 +179,9 @@ def _bare_conv(x, weight, bias, plan: tuple, geometry, to_rows: bool, backend: s
     return _convolution(x, weight, bias, *plan, geometry, *NOTHING, None, to_rows, backend)
 
 
-def _input_grad_setup(ctx, inputs, output):
-    grad, weight, index, count, source, _, *ctx.options = inputs
-    ctx.save_for_backward(grad, weight, index, count, source)
-
-
 def _input_grad_backward(ctx, dx):
-    grad, weight, *plan = ctx.saved_tensors
+    grad, weight, *plan, _, geometry, from_rows, backend = saved_inputs(ctx)
     need_grad, need_w = ctx.needs_input_grad[:2]
-    geometry, from_rows, backend = ctx.options
     d_grad = dw = None
     if need_grad:
         d_grad = _bare_conv(dx, weight, None, plan, geometry, from_rows, backend)
@@ -196,15 +190,9 @@ def _input_grad_backward(ctx, dx):
     return d_grad, dw, *[None] * 7
 
 
-def _weight_grad_setup(ctx, inputs, output):
-    grad, x, index, count, source, _, *ctx.options = inputs
-    ctx.save_for_backward(grad, x, index, count, source)
-
-
 def _weight_grad_backward(ctx, dw, db):
-    grad, x, *plan = ctx.saved_tensors
+    grad, x, *plan, _, geometry, from_rows, bias, backend = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
-    geometry, from_rows, bias, backend = ctx.options
     d_grad = dx = None
     if need_grad:
         d_grad = _bare_conv(x, dw, db if bias else None, plan, geometry, from_rows, backend)
@@ -223,7 +211,7 @@ _input_grad = define(
     "SymInt source_rows, SymInt[] geometry, bool rows, str backend) -> Tensor",
     _run_input_grad,
     _fake_input_grad,
-    _input_grad_setup,
+    save_inputs,
     _input_grad_backward,
     terms="grad weight",
     vmap=batching.pixel_conv_input_grad,
@@ -233,7 +221,7 @@ _weight_grad = define(
     "SymInt[] weight_shape, SymInt[] geometry, bool rows, bool bias, str backend) -> (Tensor, Tensor)",
     _KERNELS.run("conv_weight_grad", _conv_weight_grad),
     _fake_weight_grad,
-    _weight_grad_setup,
+    save_inputs,
     _weight_grad_backward,
     terms="grad x; grad",
     vmap=batching.pixel_conv_weight_grad,
