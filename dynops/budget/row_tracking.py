@@ -1,4 +1,4 @@
-"""Whose rows a layer runs on: a frame for each batch that a model makes smaller, and what closes it.
+"""Tracks which rows a layer runs on: a frame opens for each batch that a model makes smaller, and closes with it.
 
 Everything that compacts a batch goes through ``ops.gather_samples``, which tells its watchers. So a tensor
 that was gathered is known, and so is the output of a module that was called with it; the module runs in a
@@ -75,7 +75,7 @@ class Frame:
         return self._known.get(tensor) if isinstance(tensor, Tensor) else None
 
     def way_from(self, tensor, rows: int) -> Same:
-        """From the ``rows`` of a tensor to those of this frame."""
+        """Maps the ``rows`` of a tensor to those of this frame."""
         known = self.known(tensor)
         if known is not None and len(known.owner) == rows:
             return known
@@ -240,7 +240,7 @@ class HaltingFrame(Frame):
         self.sums.take(before, way, dense)
 
     def _price_rest(self, out, counter) -> None:
-        """What no pixel reached costs nothing, but belongs to the dense cost."""
+        """A layer that no pixel reached costs nothing, but belongs to the dense cost."""
         for part in (*self.layer.units, *self.layer.halts):
             if part not in self.called and self.rows:
                 for name, number in counter.price(part, (out.output,)).dense.items():

@@ -94,7 +94,7 @@ class Owners(Same):
 
 
 class Gated(Same):
-    """What runs where a gate ``[N]`` is open: the gate's gradient has a price in the closed rows too.
+    """Marks what runs where a gate ``[N]`` is open: the gate's gradient has a price in the closed rows too.
 
     That is the mean of the open rows. (Of a vector; a number is the same for all.)
 
@@ -217,7 +217,7 @@ class Sums:
         return out
 
     def of_layers(self) -> dict[str, Tensor]:
-        """For each layer its MACs over all rows, float64 ``[]``."""
+        """Returns each layer's MACs over all rows, float64 ``[]``."""
         sums = {key: None if v is None else v.sum() for key, v in self._vectors.items()}
         out = {}
         for layer, terms in self._terms.items():

@@ -83,7 +83,7 @@ class Tracker:
     # -------------------------------------------------------------------------------------- hooks
 
     def _foreign(self) -> bool:
-        """Whether a call is another thread's, task's or generator's."""
+        """True if a call is another thread's, task's or generator's."""
         return self not in observers() or probing.by() not in (None, self)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -129,7 +129,7 @@ class Tracker:
             self.returned.clear()
 
     def _know(self, frame: Frame, out: Any) -> None:
-        """What a module returns has the rows of what it was called with."""
+        """Gives a module's result the rows of its input."""
         if not isinstance(frame.way, Owners):
             return
         for leaf in pytree.tree_leaves(out):

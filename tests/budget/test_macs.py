@@ -6,8 +6,6 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import dynops
@@ -68,12 +66,6 @@ def test_a_soft_gate_counts_as_open():
     g = gate(0.25, 0, 1.5)
     macs = count(Skip(block()), images(3), g)
     assert macs.per_sample.tolist() == [BLOCK, 0, BLOCK]
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_max_fraction(dense):
-    macs = count(Skip(block(), max_fraction=0.5, dense=dense), images(4), gate(0, 1, 1, 1))
-    assert macs.per_sample.tolist() == [0, BLOCK, BLOCK, 0]
 
 
 @pytest.mark.parametrize("open_", [[True, False, True], [True] * 3, [False] * 3])
@@ -161,21 +153,6 @@ def test_masks_inside_of_a_skip():
     mean = float(pixels[0] + pixels[2]) / 2
     assert g.grad.tolist() == [16 * float(pixels[0]), 16 * mean, 16 * float(pixels[2]), 16 * mean]
     assert torch.equal(mask.grad, (g.detach() * 16).view(4, 1, 1, 1).expand_as(mask))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=6), st.booleans())
-def test_compact_and_dense_masked_forms_count_the_same(open_, mode):
-    outer, inner = (torch.tensor(values, dtype=torch.float32) for values in zip(*open_, strict=True))
-    model = Nested()
-    x = images(len(open_))
-    a = count(model, x, outer, inner)
-    for m in model.modules():
-        if isinstance(m, Skip):
-            m.dense = True
-    b = count(model, x, outer, inner)
-    assert a.per_sample.tolist() == (outer * (256 + inner * BLOCK)).tolist() == b.per_sample.tolist()
-    assert a.dense == b.dense == len(open_) * (256 + BLOCK)
 
 
 # ---------------------------------------------------------------------------- anything that gathers
@@ -324,24 +301,6 @@ def test_halting(dense, level):
     assert macs.dense == x[..., 0].numel() * (5 * 16 + 4 * 4)
     grads = torch.autograd.grad(macs.total, list(layer.halt.parameters()), retain_graph=True)
     assert all(g.abs().sum() > 0 for g in grads)
-
-
-def test_halting_of_a_function():
-    halting = dynops.nn
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.score = nn.Linear(4, 4), Score()
-            self.layer = halting.Halting(lambda x, n: self.fc(x) + x, lambda x: self.score(x * 1), 5)
-
-        def forward(self, x):
-            return self.layer(x)
-
-    model = Model()
-    with MacCounter(model) as macs:
-        steps = model(torch.randn(6, 4) * 3).steps.double()
-    assert macs.per_sample.tolist() == (steps * 16 + steps.clamp(max=4) * 4).tolist()
 
 
 def test_spatial_halting():
@@ -564,25 +523,6 @@ def test_other_threads_and_other_models_do_not_count():
     assert macs.per_sample.tolist() == [20 * BLOCK, 0, 20 * BLOCK]
     assert results["other"] == [0, 20 * BLOCK, 0]
     assert hooks(model) == hooks(other) == 0
-
-
-def test_a_training_step_gets_its_gradient_through_the_count():
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate, self.skip = nn.Linear(4, 1), Skip(block(), dense=True)
-
-        def forward(self, x):
-            logit = self.gate(x.mean((2, 3)))[:, 0]
-            soft = torch.sigmoid(logit)
-            return self.skip(x, (logit > 0).float() + soft - soft.detach())
-
-    model = Gated()
-    with MacCounter(model) as macs:
-        model(images(8))
-    (macs.total / macs.dense).backward()
-    assert model.gate.bias.grad > 0  # fewer samples run where the bias is lower
-    assert macs.layers["gate"].dense == 8 * 4
 
 
 def test_nothing_is_known_where_gradients_are_off():

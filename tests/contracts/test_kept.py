@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import pathlib
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import assert_near, expected, inputs
+from masked_conv import assert_near, expected, inputs
 from torch import nn
 
 import dynops
@@ -74,11 +72,6 @@ def through_a_view(net):
     net.weight.detach().view(-1).neg_()
 
 
-def in_inference_mode(net):
-    with torch.inference_mode():
-        net.weight.add_(1)
-
-
 def optimiser(make):
     def change(net):
         net.weight.grad = torch.ones_like(net.weight)
@@ -87,28 +80,11 @@ def optimiser(make):
     return change
 
 
-def load(net):
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
-
-
-def load_assign(net):
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}, assign=True)
-
-
-def data_swap(net):
-    net.weight.data = net.weight.data * 2
-
-
 def data_swap_where_memory_is_reused(net):
     """The second swap is likely to get the address that the first one freed."""
     shape = net.weight.shape
     net.weight.data = torch.empty(0)
     net.weight.data = random_tensor(*shape) * 5
-
-
-def there_and_back(net):
-    """float32 to bfloat16 and back: the same address and version are likely, the values are rounded."""
-    net.bfloat16().float()
 
 
 def memory_format(net):
@@ -124,10 +100,6 @@ def same_data_other_strides(net):
 def through_data(net):
     """As an exponential moving average is swapped in, or a critic's weights are clamped."""
     net.weight.data.mul_(0.5).add_(1)
-
-
-def through_numpy(net):
-    net.weight.detach().numpy()[:] += 1
 
 
 def one_slice_through_data(net):
@@ -182,17 +154,16 @@ class DataSgd(torch.optim.Optimizer):
                 weight.data.view(-1)[self.at] += 1000
 
 
+# Loading, other dtypes and numpy are in test_kept_training.py
 CHANGES = {
     f.__name__: f
     for f in (
-        in_place, part_in_place, through_a_view, in_inference_mode, load, load_assign, data_swap,
-        data_swap_where_memory_is_reused, there_and_back, memory_format, same_data_other_strides, through_data,
-        through_numpy, one_slice_through_data, swap, swap_on_conversion, refilled_storage, averaged,
+        in_place, part_in_place, through_a_view, data_swap_where_memory_is_reused, memory_format,
+        same_data_other_strides, through_data, one_slice_through_data, swap, swap_on_conversion, refilled_storage,
+        averaged,
     )
 } | {
     "sgd": optimiser(lambda p: torch.optim.SGD(p, lr=1.0)),
-    "sgd_foreach": optimiser(lambda p: torch.optim.SGD(p, lr=1.0, foreach=True)),
-    "adam": optimiser(lambda p: torch.optim.Adam(p, lr=1.0)),
     "adam_fused": optimiser(lambda p: torch.optim.Adam(p, lr=1.0, fused=True)),  # bumps no version
     "sgd_fused": optimiser(lambda p: torch.optim.SGD(p, lr=1.0, fused=True)),
     "through_data_in_a_step": optimiser(DataSgd),
@@ -210,38 +181,6 @@ def test_a_changed_weight_is_seen(change):
         net.check()
         assert net.weight.dtype == torch.float32
     assert change is memory_format or not torch.equal(net.weight, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_weight_of_another_dtype_is_seen(dtype):
-    net = Net()
-    net.check()
-    net.to(dtype).check()
-    in_place(net)
-    net.check()
-    net.float().check()
-
-
-def test_a_copy_has_its_own_weight():
-    net = Net()
-    net.check()
-    twin = copy.deepcopy(net)
-    twin.check()
-    in_place(twin)
-    twin.check()
-    net.check()
-
-
-def test_inference_tensors():
-    """They have no version."""
-    with torch.inference_mode():
-        net = Net()
-        net.weight.data = net.weight.data.clone()
-        assert net.weight.is_inference()
-        for _ in range(2):
-            net.check()
-            net.weight.mul_(2)
-        net.check()
 
 
 @needs_binary
@@ -426,32 +365,6 @@ def test_a_step_of_another_thread_while_something_is_made():
 
     cache.get("key", make, weight)
     assert torch.equal(cache.get("key", weight.clone, weight), weight)
-
-
-def test_threads_and_an_optimiser():
-    """Half of the threads read, one steps; in the end every thread sees the last weights."""
-    net, stop, failures = Net(), threading.Event(), []
-    optimizer = torch.optim.SGD([net.weight], lr=1e-3, fused=True)
-    net.weight.grad = torch.ones_like(net.weight)
-
-    def read():
-        try:
-            while not stop.is_set():
-                with torch.no_grad():
-                    ops.sparse_conv2d(net.x, net.weight, net.bias, net.plan, padding=1)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(30):
-        optimizer.step()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    net.check()
 
 
 class FakeStream:

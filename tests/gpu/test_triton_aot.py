@@ -110,7 +110,8 @@ def test_a_few_kernels_pass(arch):
 
 def test_the_command_fails_and_says_why(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(forms, "FORMS", {"planted": (SPILLS, SOUND)})
-    status = audit.main(["--arch", "90", "--quick", "--processes", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(audit.nvcc, "find", lambda: None)
+    status = audit.main(["--arch", "90", "--processes", "1", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert status == 1
     spilled = (
@@ -131,6 +132,7 @@ def test_the_command_refuses_the_interpreter(monkeypatch):
         audit.main([])
 
 
-def test_the_command_refuses_a_name_that_no_kernel_has():
+def test_the_command_refuses_a_name_that_no_kernel_has(monkeypatch):
+    monkeypatch.setattr(audit.nvcc, "find", lambda: None)
     with pytest.raises(SystemExit, match="no kernel has widget in its name"):
-        audit.main(["--arch", "90", "--quick", "--kernel", "widget"])
+        audit.main(["--arch", "90", "--kernel", "widget"])

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import close, randomised
 from torch import nn
 
 import dynops
@@ -40,18 +41,6 @@ CONVS = [
 N, C, OUT = 3, 8, 16
 
 
-def close(actual, expected, tolerance=1e-12):
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert (actual - expected).norm() <= tolerance * max(expected.norm().item(), 1e-30)
-
-
-def same_gradients(ours, expected, loss_of, tolerance=1e-10):
-    """The gradients of two losses by the same tensors."""
-    for (name, a), b in zip(ours.items(), torch.autograd.grad(loss_of, list(expected)), strict=True):
-        assert a is not None, name
-        close(a, b, tolerance)
-
-
 def masks(n=N, c=C, o=OUT):
     """Input and output masks with an empty list, a full one, and others."""
     inputs, outputs = torch.rand(n, c) < 0.5, torch.rand(n, o) < 0.5
@@ -66,18 +55,6 @@ def at(mask):
 
 def double(*shape):
     return random_tensor(*shape, dtype=torch.float64)
-
-
-def randomised(module):
-    """Norms with statistics and affine parameters that are not the initial ones."""
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for tensor in (m.weight, m.bias, m.running_mean):
-                if tensor is not None:
-                    tensor.data.normal_()
-            if m.running_var is not None:
-                m.running_var.uniform_(0.5, 2)
-    return module
 
 
 # --------------------------------------------------------------------------- ChannelConv2d, ChannelLinear
@@ -190,39 +167,6 @@ def test_half_precision_and_formats(dtype):
             out = layer(source, inputs, outputs, norm=norm, scale=scale, activation="relu")
             assert_within_budget(out, dense(torch.float64), dense(dtype))
             assert out.stride() == torch.empty_like(out, memory_format=memory_format_of(source)).stride()
-
-
-def test_autocast():
-    layer, norm, (inputs, outputs) = ChannelConv2d(C, OUT, 3), nn.BatchNorm2d(OUT).eval(), masks()
-    x = random_tensor(N, C, 6, 6)
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype), torch.no_grad():
-            assert layer(x, inputs, outputs).dtype == layer(x).dtype == dtype
-            out = layer(x, inputs, outputs, norm=norm, activation="relu")
-        expected = F.relu(norm(F.conv2d(x * at(inputs), layer.weight, layer.bias))) * at(outputs)
-        close(out.float(), expected.detach(), 4 * torch.finfo(dtype).eps)
-
-
-def test_channel_layers_compile():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.fc = (
-                ChannelConv2d(C, OUT, 3),
-                nn.BatchNorm2d(OUT),
-                ChannelLinear(OUT, 5),
-            )
-
-        def forward(self, x, inputs, outputs, scale):
-            y = self.conv(x, inputs, outputs, norm=self.norm, scale=scale, activation="relu")
-            return self.fc(y.mean((2, 3)), outputs)
-
-    net = randomised(Net().eval())
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    arguments = random_tensor(N, C, 6, 6), *masks(), random_tensor(N, OUT)
-    close(compiled(*arguments), net(*arguments), 1e-5)
-    with torch.no_grad():
-        close(compiled(*arguments), net(*arguments), 1e-5)
 
 
 def test_conv_refuses():
@@ -408,16 +352,6 @@ def test_slimmable_depthwise_and_groups():
             assert per_sample[n, slim.shape[1] :].count_nonzero() == 0
     with pytest.raises(ValueError, match="groups_list: expected groups of the same channels"):
         SlimmableConv2d([4, 8], [6, 12], 1, groups_list=[2, 2])
-
-
-def test_slimmable_first_layer_reads_all():
-    layer = SlimmableConv2d([3, 3, 3], OUTS, 3).double()
-    x, width = double(3, 3, 5, 5), torch.tensor([1, 2, 0])
-    expected = F.conv2d(x, layer.weight, layer.bias)
-    out = layer(x, width)
-    for n, i in enumerate(width.tolist()):
-        close(out[n, : OUTS[i]], expected[n, : OUTS[i]])
-        assert out[n, OUTS[i] :].count_nonzero() == 0
 
 
 def test_slimmable_linear():
@@ -658,15 +592,6 @@ def test_condconv_routes_itself():
         CondConv2d(C, OUT, groups=3)
     with pytest.raises(ValueError, match="padding: expected ints"):
         CondConv2d(C, OUT, padding="full")
-
-
-def test_condconv_of_timm():
-    timm = pytest.importorskip("timm.layers")
-    theirs = timm.CondConv2d(C, OUT, 3, stride=2, padding="same", bias=True, num_experts=4)
-    ours = CondConv2d(C, OUT, 3, stride=2, padding="same", bias=True, num_experts=4)
-    ours.load_state_dict(theirs.state_dict())
-    x, routing = random_tensor(N, C, 9, 9), torch.rand(N, 4)
-    close(ours(x, routing), theirs(x, routing), 1e-5)
 
 
 class PublishedAttention(nn.Module):
@@ -975,50 +900,3 @@ def test_layers_on_kernels(name, format, mode):
     actual, again, yardstick, exact = (out[0] if isinstance(out, tuple) else out for out in (*outs, *others))
     assert torch.equal(actual, again) and actual.is_contiguous(memory_format=format)
     assert_within_budget(actual, exact, yardstick)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_what_was_packed_follows_the_weight(mode):
-    gated, cond = ChannelGatedConv2d(32, 48, 3, th=0.5).eval(), CondConv2d(32, 48, 3)
-    grouped, linear = ChannelGatedConv2d(32, 48, 3, use_group=True, th=0.5).eval(), ChannelLinear(32, 48)
-    x, plan = random_tensor(2, 32, 12, 12), ChannelPlan.from_mask(torch.rand(2, 32) < 0.5)
-    calls = (
-        (gated, lambda: gated(x)),
-        (grouped, lambda: grouped(x)),
-        (cond, lambda: cond(x, torch.ones(2, 4))),
-        (linear, lambda: linear(random_tensor(2, 7, plan.width).fill_(1), plan, packed=True)),
-    )
-    for layer, call in calls:
-        with mode():
-            before = call()
-        with torch.no_grad():
-            layer.weight *= -1
-        with mode():
-            after = call()
-            fresh = copy.deepcopy(layer)
-        assert not torch.equal(before, after)
-        layer.weight.data = layer.weight.data.clone()
-        with mode():
-            assert torch.equal(call(), after)
-        assert torch.equal(fresh.weight, layer.weight)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", ["conv", "linear", "slimmable", "gated", "grouped", "dynamic", "cond"])
-def test_no_samples(name, grad):
-    x, rows = torch.empty(0, 8, 7, 6), torch.empty(0, 8)
-    scale, width = torch.empty(0, 16), torch.empty(0, dtype=torch.int64)
-    call = {
-        "conv": lambda: ChannelConv2d(8, 16, 3)(x, rows, scale, scale=scale, norm=nn.BatchNorm2d(16)),
-        "linear": lambda: ChannelLinear(8, 16)(rows, rows, scale, scale=scale),
-        "slimmable": lambda: SlimmableConv2d([4, 8], [8, 16], 3)(x, width),
-        "gated": lambda: ChannelGatedConv2d(8, 16, 3).eval()(x),
-        "grouped": lambda: GroupedDynamicConv2d(8, 16, 3).eval()(x)[0],
-        "dynamic": lambda: DynamicConv2d(8, 16, 3)(x),
-        "cond": lambda: CondConv2d(8, 16, 3, padding=0, routing=True)(x),
-    }[name]
-    with torch.set_grad_enabled(grad):
-        out = call()
-    assert out.shape == ((0, 16) if name == "linear" else (0, 16, 5, 4))
-    if grad:
-        out.sum().backward()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 
-from dynops import backends, ops
+from dynops import ops
 from dynops.testing import LAYOUTS, assert_within_budget, available_backends, in_layout, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -151,13 +147,10 @@ def test_no_sample(backend):
 def test_the_result_does_not_depend_on_the_threads(case):
     x, kernels, kernel_size, arguments = make(case)
     run = lambda x, k: ops.local_conv2d(x, k, kernel_size, **arguments)  # noqa: E731
-    dy, before, results = random_tensor(*run(x, kernels).shape), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    dy, results = random_tensor(*run(x, kernels).shape), []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
             results.append(gradients(run, dy, x, kernels))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -166,47 +159,6 @@ def test_a_tap_outside_the_input_is_not_read():
     x, kernels, kernel_size, arguments = make("dynamic filter")
     kernels[:, 0, 0] = kernels[:, 0, :, 0] = float("inf")  # what 0 * inf would turn into NaN
     assert ops.local_conv2d(x, kernels, kernel_size, **arguments, backend=BACKENDS[-1]).isfinite().all()
-
-
-@pytest.mark.parametrize("case", ["groups of 3", "upsample 3, two groups", "stride and upsample"])
-def test_gradcheck(case):
-    x, kernels, kernel_size, arguments = make(case, torch.float64)
-    leaves = x[:1].clone().requires_grad_(), kernels[:1].clone().requires_grad_()
-    run = lambda x, k: ops.local_conv2d(x, k, kernel_size, **arguments)  # noqa: E731
-    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-
-
-def test_autocast():
-    x, kernels, kernel_size, arguments = make("involution")
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.local_conv2d(x, kernels, kernel_size, **arguments)
-    expected = ops.local_conv2d(x.bfloat16(), kernels.bfloat16(), kernel_size, **arguments)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-def test_func_grad():
-    x, kernels, kernel_size, arguments = make("involution")
-    loss = lambda k: ops.local_conv2d(x, k, kernel_size, **arguments).square().sum()  # noqa: E731
-    expected = torch.autograd.grad(loss(kernels.requires_grad_()), kernels)[0]
-    torch.testing.assert_close(torch.func.grad(loss)(kernels.detach()), expected)
-
-
-def test_compile_and_export():
-    x, kernels, kernel_size, arguments = make("CARAFE")
-
-    class Layer(torch.nn.Module):
-        def forward(self, x, kernels):
-            return ops.local_conv2d(x, kernels, kernel_size, **arguments)
-
-    layer, inputs = Layer(), (x.requires_grad_(), kernels.requires_grad_())
-    torch._dynamo.reset()
-    expected, actual = layer(*inputs), torch.compile(layer, fullgraph=True)(*inputs)
-    assert torch.equal(actual, expected)
-    for a, e in zip(*(torch.autograd.grad(out.sum(), inputs) for out in (actual, expected)), strict=True):
-        torch.testing.assert_close(a, e)
-    inputs = tuple(t.detach() for t in inputs)
-    assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), expected)
-    torch._dynamo.reset()
 
 
 WRONG = {
@@ -269,16 +221,3 @@ def test_any_local_convolution(data):
         lambda x, k: oracle(x, k, kernel, **arguments),
         *(x, kernels),
     )
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The properties of this file and of test_channel_outputs.py on the other kernels."""
-    if not backends.has_binary() or isa not in backends.build_info()["cpu_isas"]:
-        pytest.skip(f"{isa}: not built, or not on this CPU")
-    here = pathlib.Path(__file__).parent
-    files = [str(here / f"test_channel_{name}.py") for name in ("filters", "outputs")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "test_any"]
-    environment = {**os.environ, "DYNOPS_CPU_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parents[1])
-    assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout[-3000:]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 
 from dynops import ops
 from dynops.geometry import ConvGeometry
@@ -211,15 +212,10 @@ def test_half_precision_leaves_the_kernel_earlier():
 def test_the_result_does_not_depend_on_the_threads():
     x, weight, mask, partial, bias, arguments = make("1x1, several panels and blocks")
     results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(
-                ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments, backend="cpp")
-            )
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            out = ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments, backend="cpp")
+        results.append(out)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -229,49 +225,6 @@ def test_a_changed_weight_is_packed_again():
     first = ops.masked_output_conv2d(x, weight, mask, **arguments, backend="cpp")
     weight.mul_(2)
     assert torch.equal(ops.masked_output_conv2d(x, weight, mask, **arguments, backend="cpp"), 2 * first)
-
-
-def test_gradcheck():
-    x, weight, mask, partial, bias, _ = make("groups", torch.float64)
-    x, weight, mask, partial = x[:1, :, :4, :4], weight, mask[:1, :, :4, :4], partial[:1, :, :4, :4]
-    leaves = [t.clone().requires_grad_() for t in (x, weight, partial, bias)]
-    run = lambda x, w, p, b: ops.masked_output_conv2d(x, w, mask, p, b, padding=1, groups=3)  # noqa: E731
-    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
-
-
-def test_autocast():
-    x, weight, mask, partial, bias, arguments = make("3x3")
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments)
-    low = [t.bfloat16() for t in (x, weight, partial, bias)]
-    expected = ops.masked_output_conv2d(low[0], low[1], mask, low[2], low[3], **arguments)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-def test_func_grad():
-    x, weight, mask, partial, bias, arguments = make("3x3")
-    loss = lambda w: ops.masked_output_conv2d(x, w, mask, partial, bias, **arguments).square().sum()  # noqa: E731
-    expected = torch.autograd.grad(loss(weight.requires_grad_()), weight)[0]
-    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), expected)
-
-
-def test_compile_and_export():
-    x, weight, mask, partial, bias, arguments = make("3x3")
-
-    class Layer(torch.nn.Module):
-        def forward(self, x, weight, mask, partial, bias):
-            return ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments)
-
-    layer, inputs = Layer(), (x.requires_grad_(), weight.requires_grad_(), mask, partial, bias)
-    torch._dynamo.reset()
-    expected = layer(*inputs)
-    actual = torch.compile(layer, fullgraph=True)(*inputs)
-    assert torch.equal(actual, expected)
-    for a, e in zip(*(torch.autograd.grad(out.sum(), inputs[:2]) for out in (actual, expected)), strict=True):
-        torch.testing.assert_close(a, e)
-    inputs = tuple(t.detach() for t in inputs)
-    assert torch.equal(torch.export.export(layer, inputs).module()(*inputs), expected)
-    torch._dynamo.reset()
 
 
 WRONG = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pixel_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from processes import torch_threads
 from torch import Tensor
 
 from dynops import ops
@@ -28,37 +30,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A convolution's sizes and arguments."""
-
-    c: int = 8
-    o: int = 8
-    kernel: int | tuple = 3
-    stride: int | tuple = 1
-    padding: int | tuple | str = 0
-    dilation: int | tuple = 1
-    groups: int = 1
-    padding_mode: str = "zeros"
+class Conv(pixel_cases.Conv):
     n: int = 3
     h: int = 9
     w: int = 10
-
-    @property
-    def arguments(self) -> dict:
-        return {k: getattr(self, k) for k in ("stride", "padding", "dilation", "groups", "padding_mode")}
-
-    def layer(self, **rest) -> torch.nn.Conv2d:
-        return torch.nn.Conv2d(self.c, self.o, self.kernel, **self.arguments, device="meta", **rest)
 
     def x(self, dtype=torch.float32) -> Tensor:
         return in_layout(random_tensor(self.n, self.c, self.h, self.w, dtype=dtype), "channels_last")
 
     def weight(self, *lead: int, dtype=torch.float32) -> Tensor:
         return random_tensor(*lead, *self.layer().weight.shape, dtype=dtype)
-
-    def out_shape(self) -> tuple[int, int, int]:
-        out = self.layer()(torch.empty(self.n, self.c, self.h, self.w, device="meta"))
-        return out.shape[0], *out.shape[2:]
 
     def region(self, regions: int, kind: str = "random") -> Tensor:
         n, h, w = self.out_shape()
@@ -296,37 +277,6 @@ def test_sample_layouts(conv, layout, backend):
         assert out.is_contiguous(memory_format=same)
 
 
-@backends
-def test_weights_need_not_be_contiguous(backend):
-    conv = Conv(c=20, o=35, padding=1)
-    tensors = sample_tensors(conv)
-    tensors["weight"] = conv.weight(conv.n).transpose(3, 4)
-    check_sample(conv, backend, tensors)
-    tensors["weight"] = conv.weight(1).expand(conv.n, -1, -1, -1, -1)
-    check_sample(conv, backend, tensors)
-
-
-@each(FEW)
-def test_float64_runs_on_the_reference(conv):
-    check_sample(conv, None, sample_tensors(conv, torch.float64))
-    region = conv.region(3)
-    check_region(conv, None, region_tensors(conv, dtype=torch.float64), region)
-    check_mixed(conv, None, mixed_tensors(conv, dtype=torch.float64))
-
-
-def test_gradcheck():
-    conv = Conv(c=4, o=6, groups=2, padding=1, stride=2, h=4, w=5)
-    leaves = [t.requires_grad_() for t in sample_tensors(conv, torch.float64).values()]
-    torch.autograd.gradcheck(lambda *t: ops.sample_conv2d(*t, **conv.arguments), leaves)
-    leaves = [t.requires_grad_() for t in mixed_tensors(conv, 2, torch.float64).values()]
-    torch.autograd.gradcheck(lambda *t: ops.mixed_conv2d(*t, **conv.arguments), leaves)
-    x, weights, bias = (t.requires_grad_() for t in region_tensors(conv, 2, dtype=torch.float64).values())
-    region = conv.region(2)
-    torch.autograd.gradcheck(
-        lambda x, w, b: ops.region_conv2d(x, w, region, b, **conv.arguments), (x, weights, bias)
-    )
-
-
 # ------------------------------------------------------------------------------- region_conv2d
 
 
@@ -414,13 +364,10 @@ def test_mixed_sees_a_changed_weight(backend):
 # --------------------------------------------------------------------------------------- all
 
 
-@backends
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_threads(threads, n, backend):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")
+@pytest.mark.parametrize("threads, n", [(2, 1), (3, 1), (2, 2), (3, 2), (2, 3), (3, 5)])
+def test_threads(threads, n, backend="cpp"):
+    with torch_threads(threads):
         for conv in (
             Conv(c=40, o=72, padding=1, h=21, w=23, n=n),
             Conv(c=48, o=40, padding=1, stride=2, n=n),
@@ -428,8 +375,6 @@ def test_threads(threads, n, backend):
             check_sample(conv, backend, sample_tensors(conv))
             check_region(conv, backend, region_tensors(conv), conv.region(3, "lines"))
             check_mixed(conv, backend, mixed_tensors(conv), ())
-    finally:
-        torch.set_num_threads(before)
 
 
 @backends
@@ -464,58 +409,6 @@ def test_properties(backend, n, c, o, kernel, stride, padding, dilation, groups,
         actual, grads = run(ours, tensors, tuple(tensors), dy)
         for a, e in zip((actual, *grads), (exact, *exact_grads), strict=True):
             assert (a.double() - e).norm() <= 1e-5 * max(e.norm(), 1)
-
-
-@backends
-def test_under_func_grad(backend):
-    conv = Conv(c=6, o=5, padding=1)
-    tensors = sample_tensors(conv)
-
-    def loss(x, weight, bias):
-        return ops.sample_conv2d(x, weight, bias, padding=1, backend=backend).square().sum()
-
-    found = torch.func.grad(loss, argnums=(0, 1, 2))(*tensors.values())
-    leaves = [t.clone().requires_grad_() for t in tensors.values()]
-    torch.testing.assert_close(found, torch.autograd.grad(loss(*leaves), leaves))
-
-
-def test_autocast():
-    conv = Conv(c=20, o=35, padding=1)
-    x, weight, bias = (t.requires_grad_() for t in sample_tensors(conv).values())
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ops.sample_conv2d(x, weight, bias, padding=1)
-        assert out.dtype == torch.bfloat16
-        mixed = ops.mixed_conv2d(x, weight, torch.softmax(random_tensor(3, 3), 1), bias[0], padding=1)
-        assert mixed.dtype == torch.bfloat16
-    grads = torch.autograd.grad(out.sum() + mixed.sum(), (x, weight, bias))
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-
-
-def test_compiles():
-    def every(x, weight, weights, region, mix):
-        y = ops.sample_conv2d(x, weight, padding=1, activation="relu")
-        y = ops.region_conv2d(y, weights, region, padding=1)
-        return ops.mixed_conv2d(y, weight, mix, padding=1, activation="silu")
-
-    torch._dynamo.reset()
-    compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
-    conv = Conv(padding=1)
-    x, weight = conv.x().requires_grad_(), conv.weight(3).requires_grad_()
-    weights, mix = conv.weight(3, 2).requires_grad_(), random_tensor(3, 3).requires_grad_()
-    leaves, region = (x, weight, weights, mix), conv.region(2)
-    expected = every(x, weight, weights, region, mix)
-    actual = compiled(x, weight, weights, region, mix)
-    torch.testing.assert_close(actual, expected)
-    dy = random_tensor(*expected.shape)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, leaves, dy),
-        torch.autograd.grad(expected, leaves, dy),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, weight, weights, region, mix), expected)
-    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------- errors

@@ -22,7 +22,7 @@ from expert_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pixels_properties import SETTINGS, seeds
+from pixel_strategies import SETTINGS, seeds
 
 from dynops import ExpertPlan, ops
 from dynops.ops.experts.quantized import QuantizedExperts
@@ -111,16 +111,6 @@ def test_linear_activation(name, packed_out, activation, backend):
         tensors = case.linear_tensors(dtype=dtype)
         tensors["x"] = tensors["x"] * 4  # past the kinks of relu6 and hardswish
         check_linear(case, backend, tensors, grads, packed_out=packed_out, activation=activation)
-
-
-@backends
-@pytest.mark.parametrize("left_out", [("bias",), ("topk_weight",), ("bias", "topk_weight")], ids=" and ".join)
-@pytest.mark.parametrize("packed_out", [False, True], ids=["sums", "packed out"])
-def test_what_may_be_left_out(packed_out, left_out, backend):
-    for case in FEW.values():
-        tensors = {k: v for k, v in case.linear_tensors().items() if k not in left_out}
-        check_linear(case, backend, tensors, packed_out=packed_out)
-        check_linear(case, backend, tensors, (), packed_out=packed_out, activation="silu")
 
 
 @backends
@@ -221,15 +211,6 @@ def test_mlp_with_a_callable_between(name, backend):
 
     for grads in ((), None):
         check_mlp(case, backend, case.mlp_tensors(), grads, activation=between)
-
-
-@backends
-@pytest.mark.parametrize("left_out", [("up_bias",), ("down_bias",), ("topk_weight",), ("up_bias", "down_bias", "topk_weight")], ids=" and ".join)  # fmt: skip
-def test_what_an_mlp_may_leave_out(left_out, backend):
-    for case in FEW.values():
-        tensors = {k: v for k, v in case.mlp_tensors().items() if k not in left_out}
-        check_mlp(case, backend, tensors)
-        check_mlp(case, backend, tensors, ())
 
 
 # ------------------------------------------------------------------------------------- eight bits
@@ -360,77 +341,6 @@ def test_gather_and_combine(case, dtype, backend):
 
 
 # -------------------------------------------------------------------------- layouts, other dtypes
-
-
-def layouts_of(weight: torch.Tensor):
-    """The same values, as views may lie in memory."""
-    experts, a, b = weight.shape
-    wide = torch.full((experts * 2, a * 2, b * 2), float("nan"), dtype=weight.dtype)
-    yield "every other", wide[::2, ::2, ::2].copy_(weight)
-    yield "a slice", wide[experts:, a:, b:].copy_(weight)
-    yield "turned", weight.mT.contiguous().mT
-    yield "experts inside", weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    yield "rows first", weight.transpose(0, 1).contiguous().transpose(0, 1)
-    yield "one shared", weight[:1].expand(experts, a, b)
-
-
-@backends
-@transposes
-@pytest.mark.parametrize("name", ["few rows", "many rows"])
-def test_weights_need_not_be_contiguous(name, transposed, backend):
-    case = CASES[name]
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = case.linear_tensors(transposed=transposed, dtype=dtype)
-        for _, weight in layouts_of(tensors["weight"]):
-            check_linear(case, backend, tensors | {"weight": weight}, transposed=transposed)
-            check_linear(case, backend, tensors | {"weight": weight}, (), transposed=transposed)
-        up, down = (
-            case.mlp_tensors(transposed=transposed)["up"],
-            case.mlp_tensors(transposed=transposed)["down"],
-        )
-        tensors = case.mlp_tensors(transposed=transposed)
-        for (_, u), (_, d) in zip(layouts_of(up), layouts_of(down), strict=True):
-            check_mlp(case, backend, tensors | {"up": u, "down": d}, (), transposed=transposed)
-
-
-@backends
-def test_rows_and_biases_need_not_be_contiguous(backend):
-    case = CASES["odd"]
-    for packed, (columns, turned) in itertools.product((False, True), ((2, False), (1, True))):
-        tensors = case.linear_tensors(packed)
-        for name, t in tensors.items():
-            if name == "weight":
-                continue
-            if turned:
-                tensors[name] = t.t().contiguous().t()
-            else:
-                tensors[name] = torch.full((*t.shape, columns), float("nan")).select(2, 0).copy_(t)
-        check_linear(case, backend, tensors, packed_in=packed, packed_out=packed)
-        check_linear(case, backend, tensors, (), packed_in=packed, packed_out=not packed)
-
-
-@pytest.mark.parametrize("name", ["few rows", "odd", "capacity", "no token"])
-def test_float64_runs_on_the_reference(name):
-    case = CASES[name]
-    check_linear(case, None, case.linear_tensors(dtype=torch.float64))
-    check_mlp(case, None, case.mlp_tensors(dtype=torch.float64))
-
-
-def test_gradcheck():
-    case = Case(tokens=4, topk=2, experts=3, inputs=3, outputs=5, kind="some dropped")
-    plan, _ = plan_of(case)
-    for packed_in, packed_out, transposed in itertools.product((False, True), repeat=3):
-        options = {"packed_in": packed_in, "packed_out": packed_out, "transposed": transposed}
-        tensors = case.linear_tensors(packed_in, transposed, torch.float64)
-        leaves = [t.double().requires_grad_() for t in tensors.values()]
-        torch.autograd.gradcheck(
-            lambda x, w, b, k, options=options: ops.grouped_linear(x, w, plan, b, topk_weight=k, **options),
-            leaves,
-        )
-    leaves = [t.double().requires_grad_() for t in case.mlp_tensors(dtype=torch.float64).values()]
-    torch.autograd.gradcheck(
-        lambda x, u, d, k, ub, db: ops.experts_mlp(x, u, d, plan, k, up_bias=ub, down_bias=db), leaves
-    )
 
 
 @backends

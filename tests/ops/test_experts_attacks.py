@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import CASES, Case, assert_close, compare, linear_oracle, mlp_oracle
-from processes import all_isas, in_threads, run_script
+from expert_cases import CASES, Case, assert_close, linear_oracle
+from processes import torch_threads
 
 from dynops import ExpertPlan, ops
 from dynops.ops.experts.quantized import QuantizedExperts
@@ -115,36 +115,6 @@ def test_experts_without_rows_get_a_gradient_of_zero(backend):
         assert grads[name][others].abs().sum() == 0 and grads[name][2].abs().sum() > 0
 
 
-@backends
-def test_tied_weights(backend):
-    """One tensor for all experts, and the same one for up and down."""
-    case = Case(inputs=20, outputs=20, tokens=30)
-    index = case.index()
-    plan = ExpertPlan.from_topk(index, 4)
-    tensors = {"x": case.rows(20), "weight": random_tensor(20, 20) / 4}
-
-    def tied(run, x, weight, **rest):
-        every = weight.expand(4, 20, 20)
-        return run(x, every, every, gated=False, **rest)
-
-    compare(
-        lambda **t: tied(ops.experts_mlp, plan=plan, backend=backend, **t),
-        lambda **t: tied(mlp_oracle, index=index, **t),
-        tensors,
-    )
-
-
-@backends
-def test_inputs_are_not_altered(backend):
-    plan, _, tensors = layer(CASES["some dropped"])
-    before = {k: t.clone() for k, t in tensors.items()}
-    indices = [t.clone() for t in (plan.order, plan.offsets, plan.position)]
-    all_results(plan, tensors, backend)
-    assert all(torch.equal(tensors[k], before[k]) for k in before)
-    for a, b in zip(indices, (plan.order, plan.offsets, plan.position), strict=True):
-        assert torch.equal(a, b)
-
-
 # -------------------------------------------------------------------------------- threads, machines
 
 
@@ -155,58 +125,12 @@ def test_inputs_are_not_altered(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_changes_nothing(dtype, name):
     plan, _, tensors = layer(CASES[name], dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 2, 3, 1):
+        with torch_threads(threads):
             results.append(all_results(plan, tensors, "cpp"))
-    finally:
-        torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-@backends
-def test_two_threads_at_once(backend):
-    plan, _, tensors = layer(CASES["many rows"])
-    expected = all_results(plan, tensors, backend)
-
-    def work(i):
-        for _ in range(5):
-            found = all_results(plan, tensors, backend)
-            for a, b in zip(found, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-    in_threads(2, work)
-
-
-ISA_SCRIPT = """
-    import os, sys
-    import torch
-    from expert_cases import CASES
-    from test_experts import check_linear, check_mlp
-    import dynops
-
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for name in ("one token", "odd", "many rows", "some dropped"):
-            case = CASES[name]
-            for flip in (False, True):
-                tensors = case.linear_tensors(flip, flip, dtype)
-                check_linear(case, "cpp", tensors, packed_in=flip, transposed=flip, packed_out=not flip)
-                tensors = case.mlp_tensors(dtype=dtype)
-                for grads in ((), None):
-                    check_mlp(case, "cpp", tensors, grads, interleaved=flip, activation="gelu" if flip else "silu")
-    print(dynops.build_info()["cpu_isa"])
-"""
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(isa):
-    if isa not in all_isas():
-        pytest.skip(f"{isa}: not built, or not on this CPU")
-    assert run_script(ISA_SCRIPT, DYNOPS_CPU_ISA=isa).split() == [isa]
 
 
 # --------------------------------------------------------------------------------------- sizes
@@ -289,82 +213,3 @@ def test_no_wrong_index_reaches_a_kernel(order, offsets, position):
             D.grouped_linear(x, weight, None, None, None, *plan, False, False, False, "", "cpp")
         with pytest.raises(RuntimeError, match=r"order|offsets"):
             D.experts_mlp(x, weight, weight.mT.contiguous(), *[None] * 5, *plan, "silu", False, False, False, False, 1.0, 1.0, "cpp")  # fmt: skip
-
-
-# ------------------------------------------------------------------------------ compilers, functorch
-
-
-def block(x, up, down, weight, index, backend=None):
-    """A plan, the fused MLP, and the ops around experts that are modules of their own."""
-    plan = ExpertPlan.from_topk(index, up.shape[0])
-    y = ops.experts_mlp(x, up, down, plan, weight, backend=backend)
-    rows = ops.grouped_linear(y, up, plan, packed_out=True, backend=backend)
-    rows = ops.expert_activation(rows, "gelu", backend=backend)
-    rows = ops.grouped_linear(rows, down, plan, packed_in=True, activation="silu", backend=backend)
-    return ops.combine_pairs(rows + ops.gather_pairs(x, plan, backend=backend), plan, weight, backend=backend)
-
-
-def block_inputs(tokens=7):
-    case = Case(tokens=tokens, inputs=12, outputs=8)
-    tensors = case.mlp_tensors()
-    return [tensors[k].requires_grad_() for k in ("x", "up", "down", "topk_weight")], case.index()
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("backend", (*BACKENDS, None))
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic, backend, fresh_dynamo):
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for tokens in (7, 30):
-        leaves, index = block_inputs(tokens)
-        expected, actual = block(*leaves, index, backend), compiled(*leaves, index, backend)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-        dy = random_tensor(*expected.shape)
-        grads = [torch.autograd.grad(y, leaves, dy) for y in (actual, expected)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*leaves, index, backend), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(strict, fresh_dynamo):
-    class Net(torch.nn.Module):
-        def forward(self, x, weight, index):
-            return block(x, up, down, weight, index)
-
-    (x, up, down, weight), index = (
-        [t.detach() for t in part] if isinstance(part, list) else part for part in block_inputs()
-    )
-    with torch.no_grad():
-        program = torch.export.export(Net(), (x, weight, index), strict=strict)
-        assert any("dynops.experts_mlp" in str(node.target) for node in program.graph.nodes)
-        for choices in (index, index.flip(0), torch.zeros_like(index), torch.full_like(index, 4)):
-            actual, expected = program.module()(x, weight, choices), block(x, up, down, weight, choices)
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@backends
-def test_func_grad(backend):
-    leaves, index = block_inputs()
-    right = torch.autograd.grad(block(*leaves, index, backend).square().sum(), leaves)
-    grads = torch.func.grad(lambda *t: block(*t, index, backend).square().sum(), argnums=(0, 1, 2, 3))
-    torch.testing.assert_close(grads(*(t.detach() for t in leaves)), right, rtol=1e-5, atol=1e-5)
-
-
-@backends
-def test_autocast(backend):
-    leaves, index = block_inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        plan = ExpertPlan.from_topk(index, 4)
-        out = ops.experts_mlp(*leaves[:3], plan, leaves[3], backend=backend)
-        assert out.dtype == torch.bfloat16
-        eight = [ops.quantize_experts(t) for t in leaves[1:3]]
-        assert ops.experts_mlp(leaves[0], *eight, plan, backend=backend).dtype == torch.bfloat16
-    grads = torch.autograd.grad(out.float().sum(), leaves)
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)

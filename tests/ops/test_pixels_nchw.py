@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import pixel_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import torch_threads
 from torch import Tensor
 
 from dynops import PixelPlan, backends, ops
@@ -32,26 +34,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Conv:
-    c: int
-    o: int
-    kernel: int
-    stride: int = 1
-    padding: int = 0
-    dilation: int = 1
-    groups: int = 1
-    n: int = 2
+class Conv(pixel_cases.Conv):
     h: int = 9
     w: int = 21
 
     @property
-    def arguments(self) -> dict:
-        return {k: getattr(self, k) for k in ("stride", "padding", "dilation", "groups")}
-
-    @property
     def out_size(self) -> tuple[int, int]:
-        reach = self.dilation * (self.kernel - 1) + 1
-        return tuple((size + 2 * self.padding - reach) // self.stride + 1 for size in (self.h, self.w))
+        return self.out_shape()[1:]
 
 
 # On planes: one side is thin, or depthwise. Widths that are less than a vector, a vector, and ragged.
@@ -132,24 +121,6 @@ def test_epilogues(conv, density):
             _check(conv, x, weight, bias, PixelPlan.from_mask(mask), mask, epilogue, str(sorted(epilogue)))
 
 
-@pytest.mark.parametrize("layout", ("strided", "transposed", "expanded", "zero_stride", "channels"))
-@pytest.mark.parametrize("conv", [PLANES[1], PLANES[5], PLANES[6], ROWS[0], ROWS[2]], ids=str)
-def test_views_of_neither_format(conv, layout):
-    """Read where they lie: gaps are NaN, so that one too many element read shows."""
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias, mask = _inputs(conv, dtype, 0.3)
-        if layout == "channels":  # every other channel of a wider map
-            view = torch.stack([x, torch.full_like(x, float("nan"))], 2).flatten(1, 2)[:, ::2]
-        else:
-            view = in_layout(x, layout)
-        plan = PixelPlan.from_mask(mask)
-        out = ops.sparse_conv2d(view, weight, bias, plan, **conv.arguments, backend="cpp")
-        exact = dense_masked_conv2d(view.double(), weight.double(), bias.double(), mask, **conv.arguments)
-        assert_within_budget(out, exact, dense_masked_conv2d(view, weight, bias, mask, **conv.arguments))
-        if conv.kernel == 1:
-            assert torch.equal(ops.gather_pixels(view, plan), rows_at(view, mask))
-
-
 def test_a_slice_of_channels_last_gives_nchw():
     x = random_tensor(2, 12, 6, 20).contiguous(memory_format=torch.channels_last)[..., ::2]
     weight, mask = random_tensor(8, 12, 3, 3), random_mask((2, 6, 10), 0.3)
@@ -201,33 +172,6 @@ def test_gradients(conv, dtype):
             strict=True,
         ):
             assert_within_budget(*found, f"{what} at {density}")
-
-
-def test_gradient_of_an_epilogue_and_the_base():
-    conv = ROWS[2]
-    x, weight, bias, mask = _inputs(conv, torch.float64, 0.3)
-    base, grad = (
-        random_tensor(*(2, conv.o, *conv.out_size)).double(),
-        random_tensor(2, conv.o, *conv.out_size),
-    )
-    gate, plan = random_tensor(2, 1, *conv.out_size).double(), PixelPlan.from_mask(mask)
-
-    def grads(run, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias, gate, base)]
-        out = run(*leaves)
-        assert out.is_contiguous()
-        return torch.autograd.grad(out, leaves, grad.to(dtype))
-
-    def ours(x, weight, bias, gate, base):
-        return ops.sparse_conv2d(x, weight, bias, plan, padding=1, activation="silu", gate=gate, base=base)
-
-    def dense(x, weight, bias, gate, base):
-        return dense_masked_conv2d(x, weight, bias, mask, padding=1, activation="silu", gate=gate, base=base)
-
-    for found in zip(
-        grads(ours, torch.float32), grads(dense, torch.float64), grads(dense, torch.float32), strict=True
-    ):
-        assert_within_budget(*found)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex128))
@@ -305,11 +249,8 @@ def test_an_empty_plan_copies_nothing(conv, capacity, calls):
 
 def _geometry(conv: Conv) -> list[int]:
     both = [conv.kernel, conv.stride, conv.padding, conv.dilation]
-    return list(
-        ConvGeometry(
-            conv.n, conv.h, conv.w, *conv.out_size, *[v for v in both for _ in (0, 1)], conv.groups, 0
-        )
-    )
+    steps = [v for v in both for _ in (0, 1)]
+    return list(ConvGeometry(conv.n, conv.h, conv.w, *conv.out_size, *steps, conv.groups, 0))
 
 
 def test_few_pixels_gather_few_rows(calls):
@@ -368,34 +309,14 @@ def test_dense_and_a_mask_is_the_same(conv, monkeypatch):
 # --------------------------------------------------------------------------------------- compile, threads
 
 
-@pytest.mark.parametrize("conv", [PLANES[1], ROWS[2]], ids=str)
-def test_compile_and_export(conv):
-    x, weight, bias, mask = _inputs(conv, torch.float32, 0.3)
-
-    class Layer(torch.nn.Module):
-        def forward(self, x, mask):
-            plan = PixelPlan.from_mask(mask, mask.numel())
-            return ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, activation="relu")
-
-    expected = Layer()(x, mask)
-    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")(x, mask)
-    exported = torch.export.export(Layer(), (x, mask)).module()(x, mask)
-    for out in (compiled, exported):
-        assert out.is_contiguous() and torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("conv", CASES, ids=str)
 def test_threads_do_not_matter(conv):
     conv = dataclasses.replace(conv, h=3 * conv.h)
     x, weight, bias, mask = _inputs(conv, torch.float32, 0.3)
     plan, results = PixelPlan.from_mask(mask), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 5):
+        with torch_threads(threads):
             results.append(ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, backend="cpp"))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(results[0], out) for out in results[1:])
 
 

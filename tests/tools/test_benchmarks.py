@@ -25,15 +25,6 @@ def allocator_as_it_is(monkeypatch):
     monkeypatch.setattr(timing, "_keep_memory", lambda: None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Maps this small are done sooner by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 BRIEF = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=1)
 TINY = layers.Case("3x3", 2, 8, 12, 10, 6, 3, 2)
 

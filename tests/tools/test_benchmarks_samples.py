@@ -42,15 +42,6 @@ def allocator_as_it_is(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Maps this small are done sooner by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def idle(monkeypatch):
     """Watching the other programs takes half a second, collecting garbage more than calls this small; no row of samples
     needs the photograph."""

@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import conftest
 import pytest
 import torch
+from spread import part_of
 
 from benchmarks import expert_loops, replay, timing
 from benchmarks.expert_rows import ExpertRow
@@ -409,8 +408,5 @@ def test_parts_have_every_test_once(tests):
     """What ``--part`` leaves of a file's tests, over all the parts that the check runs."""
     found = []
     for part in range(check.TEST_PARTS):
-        items = list(range(tests))
-        options = SimpleNamespace(getoption=lambda name, part=part: f"{part}/{check.TEST_PARTS}")
-        conftest.pytest_collection_modifyitems(options, items)
-        found += items
+        found += part_of(list(range(tests)), f"{part}/{check.TEST_PARTS}")
     assert found == list(range(tests))

@@ -181,7 +181,7 @@ def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeom
 
 
 def _covers(g: BlockGeometry) -> bool:
-    """Whether all blocks of a grid together cover the map (they may have gaps, or begin inside it)."""
+    """True if all blocks of a grid together cover the map (they may have gaps, or begin inside it)."""
     gaps = (g.step_h > g.tile_h and g.grid_h > 1) or (g.step_w > g.tile_w and g.grid_w > 1)
     end_h, end_w = (g.grid_h - 1) * g.step_h + g.tile_h, (g.grid_w - 1) * g.step_w + g.tile_w
     inside = g.first_h > 0 or g.first_w > 0 or g.first_h + end_h < g.height or g.first_w + end_w < g.width

@@ -17,9 +17,9 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     Called as ``layer(x, mask_or_plan)``; without that argument inside ``with dynops.active(mask):``
     the mask is the active one; without either it is ``nn.BatchNorm2d``.
 
-    In eval mode ``where(mask, batch_norm(input), 0)``. In training mode the statistics are those of
-    the active pixels only, of the whole batch, and the running ones follow them as ``nn.BatchNorm2d``
-    has it; with fewer than two active pixels the running statistics are used and not updated.
+    In eval mode ``where(mask, batch_norm(input), 0)``. In training mode the statistics are those of the
+    active pixels of the whole batch, and update the running ones as ``nn.BatchNorm2d`` does. With fewer than
+    two active pixels the running statistics are used and not updated.
 
     Shape:
         - input, output: ``[N, C, H, W]``. mask_or_plan: ``[N, H, W]``, ``[N, 1, H, W]``, one for all

@@ -13,10 +13,10 @@ from dataclasses import replace
 from importlib import import_module
 
 import block_cases
-import interpreted_channels as channel_cases
-import interpreted_experts as expert_cases
-import interpreted_pixels as pixel_cases
+import channel_launches as channel_cases
+import expert_launches as expert_cases
 import interpreter
+import pixel_launches as pixel_cases
 import pytest
 import torch
 

@@ -160,18 +160,6 @@ def test_stages_run_on_the_remaining_samples_in_order():
     assert torch.equal(seen[1], model.stages[0](x)[1::2])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("criterion", [MaxSoftmax(0), Entropy(0), Margin(0)], ids=repr)
-def test_convolutions(criterion):
-    x = torch.randn(24, 3, 8, 8, dtype=torch.float64)
-    model = halve(conv_model(criterion), x)
-    logits = every_exit(model, x)
-    expected = first_exit([criterion(z, e).leave for e, z in enumerate(logits[:-1])])
-    out = model(x)
-    assert len(set(expected.tolist())) == 3 and torch.equal(out.exits, expected)
-    assert (out.logits - choose(logits, expected)).norm() <= 1e-12 * out.logits.norm()
-
-
 def tree_stage(state: dict, e: int) -> dict:
     """A stage on a dict of lists of maps with a counter, an int and a text."""
     return {
@@ -235,16 +223,6 @@ def test_any_exit_pattern_of_a_tree_of_maps(data, n, exits):
 
 
 @torch.no_grad()
-def test_keeps_channels_last():
-    seen = []
-    model = pick_model(lambda logits, e, x: torch.arange(len(x)) < 2, seen)
-    x = random_tensor(9, 3, 4, 4).to(memory_format=torch.channels_last)
-    model(x)
-    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in seen)
-    assert [len(each) for each in seen] == [9, 7, 5]
-
-
-@torch.no_grad()
 def test_logits_that_are_maps_keep_their_format():
     for layout in (torch.channels_last, torch.contiguous_format):
         model = EarlyExit([Scale(3), Scale(3)], [nn.Identity()] * 2, MaxSoftmax(0)).eval()
@@ -259,16 +237,6 @@ def test_logits_that_are_maps_keep_their_format():
 
 
 # ---------------------------------------------------------------------------------------- survive
-
-
-@torch.no_grad()
-def test_all_leave_at_the_first_exit():
-    seen = []
-    model = pick_model(MaxSoftmax(0.0), seen)
-    x = random_tensor(4, 3, 4, 4)
-    out = model(x)
-    assert len(seen) == 1 and out.exits.tolist() == [0] * 4
-    assert torch.equal(out.logits, model.heads[0](model.stages[0](x)))
 
 
 @torch.no_grad()
@@ -289,23 +257,6 @@ def test_where_nobody_leaves_nothing_is_copied():
     out = model(x)
     assert out.exits.tolist() == [2] * 4 and torch.equal(out.logits, Pick()(x + 1 + 1 + 1))
     assert seen[0] is x and seen[1] is returned[0] and seen[2] is returned[1]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
-def test_batches_of_none_and_one(threshold):
-    model = conv_model(MaxSoftmax(threshold), norm=True)
-    none = model(torch.zeros(0, 3, 8, 8, dtype=torch.float64))
-    assert none.logits.shape == (0, CLASSES) and none.exits.shape == (0,) and none.exits.dtype == torch.int64
-    assert [len(z) for z in model(torch.zeros(0, 3, 8, 8, dtype=torch.float64), all_exits=True)] == [
-        0
-    ] * EXITS
-    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    whole = model(x)
-    for i in range(5):
-        one = model(x[i : i + 1])
-        assert torch.equal(one.exits, whole.exits[i : i + 1])
-        assert (one.logits[0] - whole.logits[i]).norm() <= 1e-12 * one.logits.norm()
 
 
 @torch.no_grad()
@@ -333,19 +284,6 @@ def test_infinite_logits_are_defined():
     assert MaxSoftmax(0.4)(z, 0).leave.tolist() == [True, False, True]
     assert torch.equal(Entropy(0.7)(z, 0).confidence[[0, 2]], -torch.tensor([math.log(2), 0.0]))
     assert Entropy(0.7)(z, 0).leave.tolist() == [True, False, True]
-
-
-def test_one_exit_and_modules_that_share_weights():
-    single = conv_model(MaxSoftmax(0.5), exits=1)
-    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    assert torch.equal(single(x).logits, every_exit(single, x)[0])
-    shared = Scale(3)
-    model = EarlyExit(
-        [shared] * 3, [Pick()] * 3, lambda z, e, s: torch.zeros(len(z), dtype=torch.bool)
-    ).eval()
-    assert len(list(model.parameters())) == 2
-    y = random_tensor(2, 3, 4, 4)
-    assert torch.equal(model(y).logits, Pick()(shared(shared(shared(y)))))
 
 
 # ----------------------------------------------------------------------------------- max_fraction
@@ -493,19 +431,6 @@ class PassesFeatures(nn.Module):
         return features * 2, (x, features)
 
 
-@torch.no_grad()
-def test_a_criterion_reads_the_state_that_a_head_hands_on():
-    class Marks(nn.Module):
-        def forward(self, x):
-            return x.flatten(1)[:, :CLASSES], (x, x.flatten(1).sum(1))
-
-    stages = [nn.Identity(), First()]
-    model = EarlyExit(stages, [Marks(), Marks()], lambda logits, e, state: state[1] > 0).eval()
-    x = random_tensor(12, 3, 2, 2)
-    out = model(x)
-    assert torch.equal(out.exits, (x.flatten(1).sum(1) <= 0).long()) and 0 < out.exits.sum() < 12
-
-
 class OnFirst(nn.Module):
     def __init__(self, stage):
         super().__init__()
@@ -581,14 +506,6 @@ class OnPair(nn.Module):
 class First(nn.Module):
     def forward(self, state):
         return state[0]
-
-
-def test_gradcheck_through_exits():
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    stages = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(3)]
-    model = halve(EarlyExit(stages, [nn.Linear(3, 3) for _ in range(3)], MaxSoftmax(0)).double().eval(), x)
-    assert len(set(model(x).exits.tolist())) >= 2
-    assert torch.autograd.gradcheck(lambda x: model(x, all_exits=False).logits, x)
 
 
 def test_visits_give_elfs_loss():
@@ -759,15 +676,6 @@ def test_a_cascade_of_early_exits():
     assert torch.allclose(out.logits, torch.where(settled[:, None], first, second), rtol=1e-10)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("n", [0, 1])
-def test_cascade_of_small_batches(n):
-    for threshold in (0.0, 2.0):
-        out = cascade_of(MaxSoftmax(threshold))(torch.randn(n, 3, 4, 4, dtype=torch.float64))
-        assert out.logits.shape == (n, CLASSES)
-        assert out.exits.tolist() == [0 if threshold == 0 else 2] * n
-
-
 # --------------------------------------------------------------------------------- module contract
 
 
@@ -783,73 +691,6 @@ def test_state_dict_keys_and_checkpoints_keep_thresholds():
     model.criterion.set_threshold(torch.tensor([0.1, 0.2]))
     model.criterion.set_temperature([2.0, 3.0])
     assert model.state_dict()["criterion.threshold"].tolist() == pytest.approx([0.1, 0.2])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_thresholds_do_not_round_with_the_model(dtype):
-    model = conv_model(MaxSoftmax(0.999, 1.001)).to(dtype)
-    assert model.stages[0][0].weight.dtype == dtype
-    assert model.criterion.threshold.dtype == torch.float64 and float(model.criterion.threshold) == 0.999
-    assert float(model.criterion.temperature) == 1.001
-    learned = LearnedExit([nn.Linear(3, 1)], 0.999).to(dtype)
-    assert learned.heads[0].weight.dtype == dtype and float(learned.threshold) == 0.999
-    assert MaxSoftmax(0.5).to("meta", dtype).threshold.device.type == "meta"
-
-
-@torch.no_grad()
-def test_compiles_with_a_graph_break_and_without_one_for_all_exits():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 3, 1)
-            self.exits = conv_model(MaxSoftmax(0)).float()
-
-        def forward(self, x, all_exits=None):
-            out = self.exits(self.stem(x), all_exits)
-            return out if all_exits else (out.logits * 2, out.exits)
-
-    net = Net().eval()
-    x = random_tensor(9, 3, 8, 8)
-    halve(net.exits, net.stem(x))
-    compiled = torch.compile(net, backend="aot_eager")
-    for part in (x, x[:4]):
-        logits, exits = net(part)
-        got = compiled(part)
-        assert torch.equal(got[1], exits) and torch.allclose(got[0], logits, rtol=1e-5)
-    assert len(set(net(x)[1].tolist())) >= 2
-    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
-    for a, b in zip(whole(x, True), net(x, True), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5)
-
-
-def test_compiles_training_with_gradient_equilibrium_in_one_graph():
-    model = conv_model(MaxSoftmax(0.5), gradient_equilibrium=True).train()
-    twin = copy.deepcopy(model)
-    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
-    for run in (torch.compile(model, backend="aot_eager", fullgraph=True), twin):
-        sum(z.square().sum() for z in run(x)).backward()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 1e-10 * b.grad.norm()
-
-
-@torch.no_grad()
-def test_compiled_stages_inside():
-    x = torch.randn(9, 3, 8, 8, dtype=torch.float64)
-    model = halve(conv_model(MaxSoftmax(0)), x)
-    expected = model(x)
-    model.stages = nn.ModuleList([torch.compile(s, backend="aot_eager", dynamic=True) for s in model.stages])
-    out = model(x)
-    assert torch.equal(out.exits, expected.exits) and torch.allclose(out.logits, expected.logits)
-
-
-@torch.no_grad()
-def test_autocast():
-    x = random_tensor(12, 3, 8, 8)
-    model = halve(conv_model(MaxSoftmax(0)).float(), x)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, logits = model(x), every_exit(model, x)
-    assert out.logits.dtype == torch.bfloat16 and len(set(out.exits.tolist())) >= 2
-    assert torch.allclose(out.logits.float(), choose(logits, out.exits).float(), rtol=0.05, atol=0.02)
 
 
 # -------------------------------------------------------------------------------------------- errors
