@@ -38,13 +38,20 @@ class Kernels:
         return triton_module(self.triton) if name == "triton" and self.triton else None
 
     def run(
-        self, name: str, reference: Callable, *, like_first: bool = False, backend: str | None = None
+        self,
+        name: str,
+        reference: Callable,
+        *,
+        like_first: bool = False,
+        backend: str | None = None,
+        pack: Callable | None = None,
     ) -> Callable:
         """The implementation of an op ``(x, …, backend)``: the kernel ``name``, or the reference.
 
         Args:
             like_first: gives the result the memory format of the first argument.
             backend: that of an op whose schema has none.
+            pack: makes the arguments of both out of those of the schema, which has no named tuples.
         """
         named = backend
 
@@ -52,6 +59,8 @@ class Kernels:
             backend = named
             if backend is None:
                 *arguments, backend = arguments
+            if pack is not None:
+                arguments = pack(*arguments)
             x = arguments[0]
             kernels = self.of(backend, x)
             out = (reference if kernels is None else getattr(kernels, name))(*arguments)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import backends
 from ...geometry import ConvGeometry, as_geometry
 from ..layout import contiguous, empty_map, memory_format_of
+from ..lists import Lists
 from .engine import (
     ACTIVATIONS,
     CHANNELS_LAST,
@@ -49,11 +50,12 @@ def _live(count: Tensor | None, channels: int) -> float:
     return channels if count is None else int(count.sum()) / max(count.numel(), 1)
 
 
-def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, in_count, out_count) -> bool:
+def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, lists: Lists) -> bool:
     """True if a sample runs as Winograd's F(2x2, 3x3): on maps of 100 pixels and lists of some length."""
     fits = heads == 1 and g.out_h * g.out_w >= 100 and takes_winograd(g, weight.shape, weight.dtype)
     return fits and all(  # counted last: it takes 4 us
-        _live(count, weight.shape[i]) >= WINOGRAD_CHANNELS for i, count in ((1, in_count), (0, out_count))
+        _live(count, weight.shape[i]) >= WINOGRAD_CHANNELS
+        for i, count in ((1, lists.in_count), (0, lists.out_count))
     )
 
 
@@ -64,17 +66,15 @@ def _packed(weight: Tensor, g: ConvGeometry, heads: int, setup, winograd: bool, 
 
 
 def conv(
-    x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base,
-    packed_in, out_width,
-) -> Tensor:  # fmt: skip
+    x, weight, bias, lists: Lists, geometry, heads, activation, scale, base, packed_in, out_width
+) -> Tensor:
     """See ``ops.channels.conv._conv``."""
     g = as_geometry(geometry)
     outputs, channels = weight.shape[0], weight.shape[1] * g.groups
-    setup = setup_of(g, weight.shape, x.dtype, in_index is not None)
-    winograd = _takes_winograd(g, weight, heads, in_count, out_count)
+    setup = setup_of(g, weight.shape, x.dtype, lists.in_index is not None)
+    winograd = _takes_winograd(g, weight, heads, lists)
     packed = _packed(weight, g, heads, setup, winograd, False)
     out = empty_map(x, (g.batch, outputs if out_width < 0 else out_width, g.out_h, g.out_w), CHANNELS_LAST)
-    lists = in_index, in_count, out_index, out_count
     base = None if base is None else last(base)
     finish = ACTIVATIONS[activation], contiguous(scale, torch.float32), base
     reads = packed_in, out_width >= 0, setup.merged and not winograd, False
@@ -82,34 +82,28 @@ def conv(
     return out
 
 
-def conv_input_grad(
-    grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out
-) -> Tensor:
+def conv_input_grad(grad, weight, lists: Lists, geometry, heads, in_width, packed_out) -> Tensor:
     """See ``ops.channels.conv._conv_input_grad``."""
     g = as_geometry(geometry)
     if heads > 1 and grad.dtype != torch.float32:  # heads are summed: in float32
-        arguments = (in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out)
-        return conv_input_grad(grad.float(), weight.float(), *arguments).to(grad.dtype)
+        wide = grad.float(), weight.float()
+        return conv_input_grad(*wide, lists, geometry, heads, in_width, packed_out).to(grad.dtype)
     outputs, channels = weight.shape[0], weight.shape[1] * g.groups
     setup = setup_of(g, weight.shape, grad.dtype, True)
     back, turned = _backward_geometry(g)
-    winograd = _takes_winograd(back, weight, heads, in_count, out_count)
+    winograd = _takes_winograd(back, weight, heads, lists)
     packed = _packed(weight, g, heads, setup, winograd, True)
     dx = empty_map(grad, (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w), CHANNELS_LAST)
-    lists = out_index, out_count, in_index, in_count
     finish = ACTIVATIONS[""], None, None
     reads = packed_out, in_width >= 0, False, turned and not winograd
-    _cpu_conv(last(grad), packed, None, *lists, back, outputs, channels, heads, True, *finish, *reads, winograd, dx)  # fmt: skip
+    _cpu_conv(last(grad), packed, None, *lists.outs, *lists.ins, back, outputs, channels, heads, True, *finish, *reads, winograd, dx)  # fmt: skip
     return dx
 
 
-def conv_weight_grad(
-    grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias
-):  # fmt: skip
+def conv_weight_grad(grad, x, lists: Lists, weight_shape, geometry, heads, packed_in, packed_out, bias):
     """See ``ops.channels.conv._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     dw = grad.new_empty(weight_shape)
     db = grad.new_empty(weight_shape[0] if bias else 0)
-    lists = (in_index, in_count, out_index, out_count)
     g = as_geometry(geometry)
     _cpu_weight_grad(last(grad), last(x), *lists, g, heads, packed_in, packed_out, dw, db if bias else None)
     return dw, db

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from ...geometry import ConvGeometry
 from ..layout import contiguous, empty_map
+from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Lists, all_channels, choose, gather, list_part, listed, scatter, sides
+from .channel_lists import Side, all_channels, choose, gather, list_part, listed, scatter, sides
 from .channels_weight_grad import conv_weight_grad
 from .gemm import finish, source_row
 
@@ -222,14 +223,11 @@ def direct_conv_kernel(
 
 
 def conv(
-    x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads: int, activation: str, scale, base,
-    packed_in: bool, out_width: int,
+    x, weight, bias, lists: Lists, geometry, heads: int, activation: str, scale, base, packed_in: bool, out_width: int
 ) -> Tensor:  # fmt: skip
     """See ``ops.channels.conv._conv``."""
     g = ConvGeometry(*geometry)
-    ins, outs = sides(
-        weight.shape, in_index, in_count, out_index, out_count, g, heads, packed_in, out_width >= 0
-    )
+    ins, outs = sides(weight.shape, lists, g, heads, packed_in, out_width >= 0)
     channels = weight.shape[0] if out_width < 0 else out_width
     out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
     if out_width > weight.shape[0]:  # a list padded past all channels: no program covers what is past them
@@ -239,13 +237,11 @@ def conv(
 
 
 def conv_input_grad(
-    grad, weight, in_index, in_count, out_index, out_count, geometry, heads: int, in_width: int, packed_out: bool
-) -> Tensor:  # fmt: skip
+    grad, weight, lists: Lists, geometry, heads: int, in_width: int, packed_out: bool
+) -> Tensor:
     """See ``ops.channels.conv._conv_input_grad``."""
     g = ConvGeometry(*geometry)
-    ins, outs = sides(
-        weight.shape, in_index, in_count, out_index, out_count, g, heads, in_width >= 0, packed_out
-    )
+    ins, outs = sides(weight.shape, lists, g, heads, in_width >= 0, packed_out)
     channels = weight.shape[1] * ins.groups
     shape = (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
     dx = empty_map(grad, shape, torch.channels_last)
@@ -259,8 +255,8 @@ def _conv(
     x: Tensor,
     weight: Tensor,
     out: Tensor,  # channels_last
-    ins: Lists,  # of x: for an input gradient those of the convolution's outputs
-    outs: Lists,
+    ins: Side,  # of x: for an input gradient those of the convolution's outputs
+    outs: Side,
     g: ConvGeometry,  # of this product: the adjoint one for an input gradient; heads are groups
     bias: Tensor | None = None,
     activation: str = "",
@@ -293,7 +289,7 @@ def _conv(
         )  # fmt: skip
 
 
-def _operands(x: Tensor, w: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, maps: int) -> tuple:
+def _operands(x: Tensor, w: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int, maps: int) -> tuple:
     """x and the weight as the kernel reads them, compacted where that pays; the kernel's arguments for them; and
     whether it loads single channels. ``maps``: the elements of input and output."""
     inner, lead = (outs, ins) if g.transposed else (ins, outs)
@@ -313,7 +309,7 @@ def _operands(x: Tensor, w: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jo
     return x, w, operands, {"X_READS": reads, "W_PACKED": packs}, single
 
 
-def _direct(x, w, out, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip
+def _direct(x, w, out, ins: Side, outs: Side, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip
     if outs.packed:
         out.zero_()
     whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]

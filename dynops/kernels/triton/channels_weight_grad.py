@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Lists, choose, list_part, listed, sides
+from .channel_lists import Side, choose, list_part, listed, sides
 from .gemm import source_row
 from .pixels_weight_grad import chunk_rows
 
@@ -176,13 +177,12 @@ def direct_weight_grad_kernel(
 
 
 def conv_weight_grad(
-    grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads: int,
-    packed_in: bool, packed_out: bool, bias: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad, x, lists: Lists, weight_shape, geometry, heads: int, packed_in: bool, packed_out: bool, bias: bool
+) -> tuple[Tensor, Tensor]:
     """See ``ops.channels.conv._conv_weight_grad``."""
     g = ConvGeometry(*geometry)
     outputs, k_size, kh, kw = weight_shape
-    ins, outs = sides(weight_shape, in_index, in_count, out_index, out_count, g, heads, packed_in, packed_out)
+    ins, outs = sides(weight_shape, lists, g, heads, packed_in, packed_out)
     g = g._replace(groups=ins.groups)
     db = _bias_grad(grad, outs, outputs) if bias else grad.new_empty(0)
     if grad.numel() == 0 or x.numel() == 0 or 0 in (ins.capacity, outs.capacity):
@@ -194,7 +194,7 @@ def conv_weight_grad(
     return dw.to(grad.dtype, memory_format=torch.contiguous_format), db
 
 
-def _bias_grad(grad: Tensor, outs: Lists, outputs: int) -> Tensor:
+def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
     sums = grad.sum((2, 3), dtype=torch.float32)
     if outs.packed:
         sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)[
@@ -205,7 +205,7 @@ def _bias_grad(grad: Tensor, outs: Lists, outputs: int) -> Tensor:
     return sums.sum(0).to(grad.dtype)
 
 
-def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int) -> Tensor:
+def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
     """float32 ``[O, taps, C/groups]``."""
     rows, outputs = g.batch // jobs * g.out_h * g.out_w, g.groups * outs.size
     x, k_part, x_reads = _readable(x, ins, g.taps)
@@ -241,14 +241,14 @@ def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry,
     return dw
 
 
-def _readable(x: Tensor, lists: Lists, taps: int) -> tuple[Tensor, int, str]:
+def _readable(x: Tensor, lists: Side, taps: int) -> tuple[Tensor, int, str]:
     """The map as the product reads it, the channels that each group has there, and how it is read."""
     if lists.index is not None and taps > 1:  # read once for each tap: worth a copy that is read in vectors
         return channel_lists.compact(x, lists), channel_lists.padded(lists.capacity), "compact"
     return gemm.rows_of(x), 0 if lists.heads else lists.size, "packed" if lists.packed else "dense"
 
 
-def _direct(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int) -> Tensor:
+def _direct(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
     """float32 ``[O, taps, C/groups]``."""
     rows = g.batch // jobs * g.out_h * g.out_w
     grad, x = gemm.rows_of(grad), gemm.rows_of(x)

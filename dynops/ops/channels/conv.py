@@ -20,6 +20,8 @@ the reference in plain PyTorch; the kernels have the same signatures.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ from ... import modes
 from ...geometry import ConvGeometry, as_geometry
 from ...kernels import cpu
 from ...kernels.layout import empty_map, memory_format_of
+from ...kernels.lists import Lists
 from ...plans import ChannelPlan
 from .. import batching
 from .. import checks as tensor_checks
@@ -77,10 +80,7 @@ def _conv(
     x: Tensor,  # [N, C, H, W]; packed_in: [N, width, H, W]
     weight: Tensor,  # [O, C/groups, kh, kw]
     bias: Tensor | None,  # [O]
-    in_index: Tensor | None,  # [N * heads, L] or [heads, L]; None: all channels
-    in_count: Tensor | None,
-    out_index: Tensor | None,  # [N, M] or [1, M]
-    out_count: Tensor | None,
+    lists: Lists,
     geometry: list[int],
     heads: int,
     activation: str,
@@ -91,14 +91,14 @@ def _conv(
 ) -> Tensor:  # [N, O, out_h, out_w] or [N, out_width, out_h, out_w]
     g = as_geometry(geometry)
     channels, outputs = weight.shape[1] * g.groups, weight.shape[0]
-    dense = _dense_input(x, in_index, in_count, channels, heads, packed_in)
+    dense = _dense_input(x, *lists.ins, channels, heads, packed_in)
     out = dense_conv(dense, weight, _headed(g, heads), bias)
     if scale is not None:
         out = out * scale.to(out.dtype)[:, :, None, None]
     out = ACTIVATIONS[activation](out)
     if out_width >= 0:
-        return _gather(out, out_index, out_count, out_width)
-    live = _live(out_index, out_count, outputs)
+        return _gather(out, *lists.outs, out_width)
+    live = _live(*lists.outs, outputs)
     if live is None:
         return out
     return torch.where(live[:, 0], out, 0 if base is None else base)
@@ -107,10 +107,7 @@ def _conv(
 def _conv_input_grad(
     grad: Tensor,  # [N, O, out_h, out_w]; packed_out: [N, width, out_h, out_w]
     weight: Tensor,
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
+    lists: Lists,
     geometry: list[int],
     heads: int,
     in_width: int,  # channels of a packed input, or -1 for a dense one
@@ -118,22 +115,19 @@ def _conv_input_grad(
 ) -> Tensor:  # [N, C, H, W] or [N, in_width, H, W]
     g = as_geometry(geometry)
     channels = weight.shape[1] * g.groups
-    dense = _dense_grad(grad, out_index, out_count, weight.shape[0], packed_out)
+    dense = _dense_grad(grad, *lists.outs, weight.shape[0], packed_out)
     x = grad.new_empty(g.batch, heads * channels, g.in_h, g.in_w)  # its values are not read
     dx, _ = dense_conv_grads(dense, x, weight, _headed(g, heads), [True, False])
     dx = dx.reshape(g.batch, heads, channels, g.in_h, g.in_w)
-    live = _live(in_index, in_count, channels, heads)
+    live = _live(*lists.ins, channels, heads)
     dx = (dx if live is None else dx.masked_fill(~live, 0)).sum(1)
-    return dx if in_width < 0 else _gather(dx, in_index, in_count, in_width)
+    return dx if in_width < 0 else _gather(dx, *lists.ins, in_width)
 
 
 def _conv_weight_grad(
     grad: Tensor,
     x: Tensor,
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
+    lists: Lists,
     weight_shape: list[int],
     geometry: list[int],
     heads: int,
@@ -142,8 +136,8 @@ def _conv_weight_grad(
     bias: bool,
 ) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
     g = as_geometry(geometry)
-    dense = _dense_grad(grad, out_index, out_count, weight_shape[0], packed_out)
-    dense_x = _dense_input(x, in_index, in_count, weight_shape[1] * g.groups, heads, packed_in)
+    dense = _dense_grad(grad, *lists.outs, weight_shape[0], packed_out)
+    dense_x = _dense_input(x, *lists.ins, weight_shape[1] * g.groups, heads, packed_in)
     dw = dense_weight_grad(dense, dense_x, weight_shape, _headed(g, heads))
     return dw, dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
 
@@ -152,6 +146,11 @@ def _conv_weight_grad(
 
 
 _KERNELS = Kernels(cpu.channels, "channels")
+
+
+def _pack(at: int) -> Callable:
+    """Makes one :class:`Lists` of the four arguments from ``at`` on."""
+    return lambda *arguments: (*arguments[:at], Lists(*arguments[at : at + 4]), *arguments[at + 4 :])
 
 
 def _fake_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, *options):
@@ -174,7 +173,9 @@ def _fake_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_
 # Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
 
 
-def _bare_conv(x, weight, bias, lists, geometry, heads: int, packed_in: bool, out_width: int, backend: str):
+def _bare_conv(
+    x, weight, bias, lists: tuple, geometry, heads: int, packed_in: bool, out_width: int, backend: str
+):
     """The op without an epilogue, which has gradients; ``lists``: index and count of inputs and outputs."""
     epilogue = "", None, None  # activation, scale, base
     return _convolution(x, weight, bias, *lists, geometry, heads, *epilogue, packed_in, out_width, backend)
@@ -211,7 +212,7 @@ def _weight_grad_backward(ctx, dw, db):
 _input_grad = define(
     "channel_conv_input_grad(Tensor grad, Tensor weight, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] geometry, int heads, SymInt in_width, bool packed_out, str backend) -> Tensor",
-    _KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True),
+    _KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True, pack=_pack(2)),
     _fake_input_grad,
     save_inputs,
     _input_grad_backward,
@@ -222,7 +223,7 @@ _weight_grad = define(
     "channel_conv_weight_grad(Tensor grad, Tensor x, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] weight_shape, SymInt[] geometry, int heads, bool packed_in, bool packed_out, "
     "bool bias, str backend) -> (Tensor, Tensor)",
-    _KERNELS.run("conv_weight_grad", _conv_weight_grad),
+    _KERNELS.run("conv_weight_grad", _conv_weight_grad, pack=_pack(2)),
     _fake_weight_grad,
     save_inputs,
     _weight_grad_backward,
@@ -255,8 +256,8 @@ def _backward(ctx, grad):
         options = *shared, ctx.packed_in, ctx.packed_out, need_b, ctx.backend
         dw, db = _weight_grad(grad, x, *lists, weight.shape, *options)
     if need_base:
-        out_index, out_count = lists[2:]
-        dbase = torch.zeros_like(grad) if out_index is None else without_live(grad, out_index, out_count)
+        outs = Lists(*lists).outs
+        dbase = torch.zeros_like(grad) if outs[0] is None else without_live(grad, *outs)
     return dx, (dw if need_w else None), (db if need_b else None), *[None] * 8, dbase, None, None, None
 
 
@@ -264,7 +265,7 @@ _convolution = define(
     "channel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] geometry, int heads, str activation, Tensor? scale, Tensor? base, "
     "bool packed_in, SymInt out_width, str backend) -> Tensor",
-    _KERNELS.run("conv", _conv, like_first=True),
+    _KERNELS.run("conv", _conv, like_first=True, pack=_pack(3)),
     _fake_conv,
     _setup_context,
     _backward,
@@ -416,9 +417,8 @@ def _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, opt
     if backend is None and in_plan is None and out_plan is None and scale is None and x.shape[0]:
         return dense_layer(x, weight, bias, g, activation)
     heads = 1 if in_plan is None else in_plan.heads
-    in_lists = (None, None) if in_plan is None else (in_plan.index, in_plan.count)
-    out_lists = (None, None) if out_plan is None else (out_plan.index, out_plan.count)
-    lists = *in_lists, *out_lists
+    in_list, out_list = ((None, None) if p is None else (p.index, p.count) for p in (in_plan, out_plan))
+    lists = Lists(*in_list, *out_list)
     widths = packed_in, out_plan.width if packed_out else -1
     base = None if base is None else base.to(x.dtype)  # differs under autocast only
     backend = backend or ""
@@ -434,7 +434,7 @@ def _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, opt
     out = ACTIVATIONS[activation](out)  # each is zero at zero
     if base is None or out_plan is None:
         return out
-    return torch.where(channel_mask(*out_lists, out.shape[1])[:, :, None, None], out, base)
+    return torch.where(channel_mask(*lists.outs, out.shape[1])[:, :, None, None], out, base)
 
 
 __all__ = ["channel_conv2d", "channel_linear", "packed_channel_conv2d"]
