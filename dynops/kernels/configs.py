@@ -53,9 +53,9 @@ class Config:
     def shares(self, kind: str, form: str, taps: int, inputs: int, outputs: int, pixels: int) -> dict | None:
         """The break-even of each path of a convolution, or None where nothing near was measured.
 
-        It is the share of the output's ``pixels`` (N * H * W), halo included, below which the path is faster than the
-        dense layer and a mask. Paths: "pixels" (the op), "rows" and "tiles" (``nn.SparseBlocks``), and "full": the op
-        on a plan of every pixel against the dense layer alone. ``form``: "conv" or "depthwise".
+        Below this share of the output's ``pixels`` (N * H * W, halo included) the path is faster than the dense layer
+        and a mask. Paths: "pixels" (the op), "rows" and "tiles" (``nn.SparseBlocks``), and "full": the op on a plan of
+        every pixel against the dense layer alone. ``form``: "conv" or "depthwise".
         """
         return self._shares.get((kind, form), taps, inputs, outputs, pixels)
 

@@ -43,8 +43,8 @@ def dense_conv_grads(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, w
 def dense_weight_grad(grad: Tensor, x: Tensor, weight_shape: list[int], g: ConvGeometry) -> Tensor:
     """dW of :func:`dense_conv`, summed in the next wider dtype.
 
-    torch's own sum over the pixels of a map of another shape than the layer's was up to 2.3 times as far from the
-    exact one as the layer's.
+    A map of another shape than the layer's has another order of sums: torch's own was up to 2.3 times as far from
+    the exact one as the layer's.
     """
     wide = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else torch.float64
     weight = grad.new_empty(weight_shape, dtype=wide)  # its values are not read

@@ -1,8 +1,8 @@
 """The dense layer and a mask in the place of a sparse op: where that is faster, and how.
 
-The plan's density decides, by what was measured on the device's architecture (``kernels.configs``) or by the cost
-model of a CPU below. The dense layer runs only where a plan holds every pixel if neither has an answer, of a capacity
-plan (whose density the host does not know) and while a compiler traces.
+The plan's density decides, by measurements of the device's architecture (``kernels.configs``) or by the cost model of
+a CPU below. If neither has an answer, the dense layer runs only for a full plan. The same holds while a compiler
+traces, and for a capacity plan, whose density the host does not know.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Registers an op under ``torch.ops.dynops``: its schema, its reference, its fake, and its rules.
 
-The rules are those of reverse-mode AD (``backward``, made of ops, so that it has derivatives of its own), of
-forward-mode AD (``terms``, or ``jvp``) and of ``torch.func.vmap`` (``vmap``, else slice by slice).
+The rules are those of reverse-mode AD (``backward``), of forward-mode AD (``terms``, or ``jvp``) and of
+``torch.func.vmap`` (``vmap``, else slice by slice). A ``backward`` is made of ops, so that it has derivatives too.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class Derived:
     def derived(self, key, make: Callable[[], T]) -> T:
         """``make()``, or what it returned for this ``key`` while the plan's indices stay as they are.
 
-        A plan that is an input of a CUDA graph is derived from anew in the graph, which then sees its indices as
-        they are at each replay.
+        In a CUDA graph whose input is the plan it is made anew, as part of the graph: each replay sees the plan's
+        indices as they are then.
         """
         indices = self._indices()
         if modes.transformed():  # whose tensors end with it

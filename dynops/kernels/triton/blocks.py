@@ -5,8 +5,8 @@ the count on the host, and nothing uses atomics: every result is bitwise reprodu
 
 A program owns a run of the output in both directions, so that each byte is written once. A gather finds
 the pixel of each of its elements. A scatter finds the tiles over each of its pixels through the inverse of
-the index, ``[N, GH, GW]``: it needs no output filled with the base beforehand, half of which would be
-written twice at 50 % density, and it can sum in registers, in float32 and in the order of the plan.
+the index, ``[N, GH, GW]``. It needs no output filled with the base beforehand, half of which would be
+written twice at 50 % density. It sums in registers, in float32 and in the order of the plan.
 
 A line of a map is contiguous in both memory formats: ``W`` pixels of ``C`` elements in channels_last, one
 plane an image; ``W`` elements in NCHW, ``C`` planes. The kernels take lines in units, the largest vectors

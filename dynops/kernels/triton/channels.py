@@ -10,9 +10,9 @@ live input channels), accumulates in float32, applies the epilogue in registers 
 channel. A tile past the live ones computes nothing and writes zeros, or ``base``: every element of the output
 is written once. Samples that share their lists are one job.
 
-Single channels, taken through a list, are loads of 2 or 4 bytes. So what is read often is compacted first,
-and is then read in vectors: the input where the kernel has several taps, and the weight, into a copy for
-each job, where these copies take no more than twice the memory of the maps. (A rule of thumb, not measured.)
+Single channels, taken through a list, are loads of 2 or 4 bytes. Tensors that are read often are compacted
+first and then read in vectors: the input where the kernel has several taps, and the weight. It gets a copy for
+each job, if these take no more than twice the memory of the maps (a rule of thumb, not measured).
 
 **Input gradient.** The same kernel on the adjoint geometry, with the lists and the roles of the weight
 exchanged. Each head has an input gradient of its own, and these are summed.

@@ -1,8 +1,7 @@
 """The weight gradient of the convolution on live channels in Triton.
 
-A program multiplies the live channels of one slice of a sample's pixels, for one tap and one tile of live
-outputs and inputs, into that slice's own float32 copy of the live part of the gradient. A second pass adds the
-copies: each element of the gradient looks up its place in every sample's copy. No atomics: the result is
+A program owns one slice of a sample's pixels, one tap, and one tile of live outputs and inputs. It multiplies their
+live channels into the slice's own float32 copy of the live part of the gradient. A second pass adds the copies: each element of the gradient looks up its place in every sample's copy. No atomics: the result is
 bitwise reproducible. The copies of a chunk of samples are kept at a time, 64 MiB at most where one fits.
 """
 

@@ -218,8 +218,8 @@ def tap_order(
 def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``[A, B, kh, kw]`` as ``[A, kh*kw, B]`` of this dtype: no copy where it is channels_last.
 
-    A copy is kept for the next call (``dynops.kept``), except under CUDA graph capture, where it
-    becomes part of the graph, so that a replay sees the weight as it is then.
+    A copy is kept for the next call (``dynops.kept``). Under CUDA graph capture it becomes part of the graph, so
+    that a replay sees the weight as it is then.
     """
     make = functools.partial(_weight_rows, weight, dtype)
     if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):

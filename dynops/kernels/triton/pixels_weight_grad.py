@@ -2,8 +2,8 @@
 
 A program reduces one slice of rows, for one tap and one tile of the weight, into that slice's own
 float32 copy of the gradient; a second pass adds the copies. No atomics: the result is bitwise
-reproducible. Where taps are selective (a transposed convolution with a stride) the rows come sorted
-by their taps, and a block of rows that lacks the tap is skipped.
+reproducible. In a transposed convolution with a stride, whose taps are selective, the rows come sorted by their
+taps. A block of rows that lacks the tap is skipped.
 """
 
 from __future__ import annotations

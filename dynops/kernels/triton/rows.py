@@ -17,8 +17,8 @@ from .gemm import rank, split_pixel
 
 # Columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535.
 _LONG = 4096
-# Bytes of a map from which it is filled beside the kernels that compute it. Not measured: 32 MB take 7 us at the 4.8 TB/s
-# of an H200's datasheet, and two events and a launch are expected to cost the host about as much.
+# Bytes of a map from which it is filled beside the kernels that compute it. Not measured: by an H200's datasheet 32 MB
+# take 7 us. Two events and a launch are expected to cost the host about as much.
 _LARGE = 1 << 25
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -163,8 +163,8 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
     """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
-    by memory. (By an H200's datasheet the 103 MB of 256 channels at 64x56x56 in bfloat16 take 21 us, and the products
-    of a 3x3 at a density of 10 % 24 us. Not measured.) A small map is filled whole beforehand.
+    by memory. A small map is filled whole beforehand. (Not measured. By an H200's datasheet 256 channels at 64x56x56
+    in bfloat16 take 21 us to fill, and the products of a 3x3 at a density of 10 % 24 us.)
     """
     if out.numel() * out.element_size() < _LARGE:
         out.zero_() if base is None else out.copy_(base)

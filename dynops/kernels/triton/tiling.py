@@ -102,8 +102,8 @@ def _work(
 ) -> float:
     """The work of the SM with most tiles for one step of the reduction, in multiply-adds.
 
-    A tile multiplies m * n elements and loads m + n. Large ones load less for each product, small ones leave
-    fewer SMs idle in the last wave, and fewer of their rows and columns lie past the end.
+    A tile multiplies m * n elements and loads m + n. Large ones load less for each product. Small ones leave fewer
+    SMs idle in the last wave and fewer rows and columns past the end.
 
     Args:
         slices: the reduction is cut where programs are too few, as ``pixels_weight_grad.chunk_rows`` does.

@@ -201,10 +201,9 @@ def local_conv2d(
 ) -> Tensor:
     """2-D convolution with filters of its own at each output pixel: one filter for the channels of a group.
 
-    With ``u = unfold(x, kernel_size, …)`` as ``[N, groups, C/groups, T, out_H, out_W]`` and ``k = kernels`` as
-    ``[N, groups, 1, T, out_H, out_W]``, equals ``(k * u).sum(3)``, but nothing is unfolded. Involution,
-    dynamic filters and pixel-adaptive convolution are this with their own kernels, CARAFE with ``upsample``
-    and kernels that sum to one.
+    Equals ``(k * u).sum(3)`` with ``u = unfold(x, kernel_size, …)`` as ``[N, groups, C/groups, T, out_H, out_W]`` and
+    ``k = kernels`` as ``[N, groups, 1, T, out_H, out_W]``. Nothing is unfolded. Involution and dynamic
+    filters are this with their own kernels, CARAFE with ``upsample`` and kernels that sum to one.
 
     Args:
         x: ``[N, C, H, W]``, either memory format; the output has the same one. channels_last is the fast one,
@@ -225,8 +224,7 @@ def local_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: dynamic filter networks (NIPS 2016), pixel-adaptive convolution (CVPR 2019), CARAFE (ICCV 2019),
-    involution (CVPR 2021).
+    Papers: dynamic filter networks (NIPS 2016), CARAFE (ICCV 2019), involution (CVPR 2021).
     """
     checks.tensor(x, "x", 4, "[N, C, H, W]")
     checks.tensor(kernels, "kernels", 4, "[N, groups * kh * kw, out_H, out_W]")

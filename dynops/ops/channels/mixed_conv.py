@@ -130,7 +130,7 @@ def mixed_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: CondConv (NeurIPS 2019), dynamic convolution (CVPR 2020), DY-CNN (2020).
+    Papers: CondConv (NeurIPS 2019), dynamic convolution (CVPR 2020).
     """
     x, weights, bias = checks.tensors(x, weights, "weights", {5: "[E, O, C/groups, kh, kw]"}, bias)
     checks.not_empty(weights, "to mix")

@@ -144,7 +144,7 @@ def masked_output_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: CGNet (NeurIPS 2019), LCCL (CVPR 2017), SeerNet (CVPR 2019), precision gating (ICLR 2020).
+    Paper: CGNet (NeurIPS 2019).
     """
     checks.tensor(x, "x", 4, "[N, C, H, W]")
     x, weight, bias = checks.conv_tensors(x, weight, bias)

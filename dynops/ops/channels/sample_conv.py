@@ -260,7 +260,7 @@ def sample_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: dynamic filter networks (NIPS 2016), WeightNet (ECCV 2020).
+    Paper: dynamic filter networks (NIPS 2016).
     """
     x, weight, bias = checks.tensors(x, weight, "weight", {5: "[N, O, C/groups, kh, kw]"}, bias)
     checks.batch_of(weight, "weight", x)

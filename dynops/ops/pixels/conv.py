@@ -349,9 +349,8 @@ def sparse_conv2d(
 
     Args:
         x: ``[N, C, H, W]``, either memory format, or a strided view; the output is channels_last where ``x`` is, else
-            NCHW. Not masked: every input pixel may be read. channels_last is read in place, also where it is nearly full;
-            of NCHW on a CPU the pixels that are needed are gathered, or, where the layer is depthwise or has few channels
-            on a side, the planes are read in place.
+            NCHW. Not masked: every input pixel may be read. channels_last is read in place. Of NCHW a CPU gathers the
+            pixels that it needs, or reads the planes in place if the layer is depthwise or has few channels on a side.
         weight: ``[O, C/groups, kh, kw]``, of ``x``'s dtype.
         bias: ``[O]`` or None.
         plan: a :class:`PixelPlan` at the output resolution.
@@ -372,7 +371,7 @@ def sparse_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: DynConv (CVPR 2020), SBNet (CVPR 2018), PerforatedCNNs (NIPS 2016).
+    Papers: DynConv (CVPR 2020), SBNet (CVPR 2018).
     """
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)

@@ -24,10 +24,9 @@ _FAR = 2**62  # more than any squared distance, with room to add one
 def _nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
     """int32 ``[N, H, W]``: the flat position of the nearest pixel in ``index``, -1 where its sample has none.
 
-    Exact Euclidean distance; of several pixels the first in row-major order. Two passes: the nearest
-    in each column, then over columns at growing offsets, on a CPU until no nearer one can come (so
-    O(N*H*W) memory and O(N*H*W*D) time for a largest distance D), on a GPU all of them (no
-    synchronisation).
+    Exact Euclidean distance; of several pixels the first in row-major order. Two passes: the nearest in each column,
+    then over columns at growing offsets. A CPU stops when no nearer one can come: O(N*H*W) memory and O(N*H*W*D) time
+    for a largest distance D. A GPU goes over all of them, without synchronisation.
     """
     n, h, w = shape
     if n * h * w == 0:
