@@ -256,17 +256,16 @@ def grouped_linear(
     checks.rows(x, "x")
     checks.plan_rows(x, "x", checks.plan_of(plan, x), packed_in)
     x, weight, bias = checks.autocast(x, weight, bias)
-    matrix, scale, transposed = checks.weight_of(weight, "weight", x, transposed)
-    checks.fits(matrix, "weight", transposed, plan.num_experts, x.shape[1])
-    checks.bias_of(bias, "bias", x, plan.num_experts, checks.sizes_of(matrix, transposed)[0])
+    weights = checks.weights_of(weight, bias, ("weight", "bias"), x, plan.num_experts, transposed)
+    checks.fits(weights, "weight", plan.num_experts, x.shape[1])
     checks.topk_weight_of(topk_weight, plan)
     activation = checks.activation(activation, gated=False)
     indices = (plan.order, plan.offsets, plan.position)
-    tensors = (x, matrix, scale, bias)
-    if not activation or not modes.differentiated(*tensors, topk_weight):
+    *tensors, transposed = weights
+    if not activation or not modes.differentiated(x, *tensors, topk_weight):
         options = (packed_in, packed_out, transposed, activation, backend or "")
-        return linear(*tensors, topk_weight, *indices, *options)
-    y = linear(*tensors, None, *indices, packed_in, True, transposed, "", backend or "")
+        return linear(x, *tensors, topk_weight, *indices, *options)
+    y = linear(x, *tensors, None, *indices, packed_in, True, transposed, "", backend or "")
     y = ACTIVATIONS[activation](y)
     if not packed_out:
         return combine(y, topk_weight, *indices, backend or "")

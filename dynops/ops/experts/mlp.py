@@ -120,39 +120,34 @@ def experts_mlp(
     checks.rows(x, "x")
     checks.plan_rows(x, "x", checks.plan_of(plan, x), packed=False)
     x, up, down, up_bias, down_bias = checks.autocast(x, up, down, up_bias, down_bias)
-    up_matrix, up_scale, up_transposed = checks.weight_of(up, "up", x, transposed)
-    down_matrix, down_scale, down_transposed = checks.weight_of(down, "down", x, transposed)
-    checks.fits(up_matrix, "up", up_transposed, plan.num_experts, x.shape[1])
-    up_outputs = checks.sizes_of(up_matrix, up_transposed)[0]
-    checks.bias_of(up_bias, "up_bias", x, plan.num_experts, up_outputs)
-    checks.bias_of(
-        down_bias, "down_bias", x, plan.num_experts, checks.sizes_of(down_matrix, down_transposed)[0]
-    )
+    ups = checks.weights_of(up, up_bias, ("up", "up_bias"), x, plan.num_experts, transposed)
+    downs = checks.weights_of(down, down_bias, ("down", "down_bias"), x, plan.num_experts, transposed)
+    checks.fits(ups, "up", plan.num_experts, x.shape[1])
     checks.topk_weight_of(topk_weight, plan)
     indices, name = (plan.order, plan.offsets, plan.position), backend or ""
-    ups, downs = (up_matrix, up_scale, up_bias), (down_matrix, down_scale, down_bias)
 
-    def product(rows, tensors, weights, packed_in, packed_out, flip):
-        return linear(rows, *tensors, weights, *indices, packed_in, packed_out, flip, "", name)
+    def product(rows, weights, topk_weight, packed_in, packed_out):
+        *tensors, transposed = weights
+        return linear(rows, *tensors, topk_weight, *indices, packed_in, packed_out, transposed, "", name)
 
     if callable(activation):
-        rows = activation(product(x, ups, None, False, True, up_transposed))
+        rows = activation(product(x, ups, None, False, True))
         checks.plan_rows(checks.rows(rows, "activation(rows)"), "activation(rows)", plan, packed=True)
-        checks.fits(down_matrix, "down", down_transposed, plan.num_experts, rows.shape[1], "activation(rows)")
-        return product(rows.to(x.dtype), downs, topk_weight, True, False, down_transposed)
+        checks.fits(downs, "down", plan.num_experts, rows.shape[1], "activation(rows)")
+        return product(rows.to(x.dtype), downs, topk_weight, True, False)
     activation = checks.activation(activation, gated)
-    if gated and up_outputs % 2:
-        raise ValueError(f"up: expected an even number of outputs, gate and up, got {up_outputs}")
-    inner = up_outputs // 2 if gated else up_outputs
-    checks.fits(down_matrix, "down", down_transposed, plan.num_experts, inner, "up")
-    options = {"gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit}
+    if gated and ups.outputs % 2:
+        raise ValueError(f"up: expected an even number of outputs, gate and up, got {ups.outputs}")
+    checks.fits(downs, "down", plan.num_experts, ups.outputs // 2 if gated else ups.outputs, "up")
     if modes.differentiated(x, *ups, *downs, topk_weight):
-        rows = product(x, ups, None, False, True, up_transposed)
+        options = {"gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit}
+        rows = product(x, ups, None, False, True)
         rows = expert_activation(rows, activation or None, **options, backend=backend)
-        return product(rows, downs, topk_weight, True, False, down_transposed)
-    tensors = (up_matrix, down_matrix, up_scale, down_scale, up_bias, down_bias, topk_weight)
-    flips = (up_transposed, down_transposed)
-    return _whole_mlp(x, *tensors, *indices, activation, gated, interleaved, *flips, float(alpha), float(limit), name)  # fmt: skip
+        return product(rows, downs, topk_weight, True, False)
+    pairs = (pair for both in zip(ups, downs, strict=True) for pair in both)
+    *tensors, up_transposed, down_transposed = pairs  # matrices, scales, biases
+    options = activation, gated, interleaved, up_transposed, down_transposed, float(alpha), float(limit)
+    return _whole_mlp(x, *tensors, topk_weight, *indices, *options, name)
 
 
 __all__ = ["experts_mlp"]
