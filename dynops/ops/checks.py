@@ -131,11 +131,6 @@ def _channels(in_shape, weight_shape, channels: int, groups: int, transposed: bo
         )
 
 
-def _bias_fits(bias: Tensor | None, out_channels: int) -> None:
-    if bias is not None:
-        shaped(bias, "bias", (out_channels,))
-
-
 def _same_padding(kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]):
     """(before, after) paddings of padding='same' in y and x; the odd one goes after, as in torch."""
     if stride != (1, 1):
@@ -165,12 +160,12 @@ _geometries: dict = {}
 _MAX_GEOMETRIES = 4096
 
 
-def _geometry(compute, in_shape, weight_shape, out_shape, stride, padding, dilation, groups, last):
+def _geometry(compute, in_shape, weight_shape, out_shape, options: tuple):
     """``compute`` of the other arguments, remembered (not while compiling, where sizes may be symbols)."""
-    arguments = (in_shape, weight_shape, out_shape, stride, padding, dilation, groups, last)
+    arguments = in_shape, weight_shape, out_shape, options
     if torch.compiler.is_compiling():
         return compute(*arguments)
-    key = (compute, arguments, type(stride), type(padding), type(dilation), type(groups))  # 2.0 == 2
+    key = compute, arguments, *map(type, options)  # 2.0 == 2
     try:
         found = _geometries.get(key)
     except TypeError:  # a list among the arguments
@@ -182,8 +177,9 @@ def _geometry(compute, in_shape, weight_shape, out_shape, stride, padding, dilat
     return found
 
 
-def _conv_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation, groups, padding_mode):
+def _conv_geometry(in_shape, weight_shape, out_shape, options: tuple):
     """The geometry of a convolution of ``in_shape`` [N, C, H, W], and the paddings that ``F.pad`` adds first."""
+    stride, padding, dilation, groups, padding_mode = options
     kernel = tuple(weight_shape[2:])
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     _channels(in_shape, weight_shape, weight_shape[1], groups, False)
@@ -210,30 +206,9 @@ def _conv_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation,
     return g, fill
 
 
-def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode, in_plan=None):
-    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry."""
-    x, weight, bias = _inputs(x, weight, bias, plan, in_plan)
-    in_shape = x.shape if in_plan is None else (in_plan.shape[0], x.shape[1], *in_plan.shape[1:])
-    g, fill = _geometry(_conv_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, padding_mode)  # fmt: skip
-    _bias_fits(bias, weight.shape[0])
-    return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
-
-
-def conv_geometry(in_shape, weight_shape, stride, padding, dilation, groups, padding_mode):
-    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
-    return _geometry(_conv_geometry, in_shape, weight_shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
-
-
-def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
-    """:func:`conv_geometry` of a weight, after a check of the bias."""
-    _bias_fits(bias, weight.shape[0])
-    return conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
-
-
-def _conv_transpose_geometry(
-    in_shape, weight_shape, out_shape, stride, padding, dilation, groups, output_padding
-):
-    """The geometry of a transposed convolution of ``in_shape`` [N, C, H, W]."""
+def _conv_transpose_geometry(in_shape, weight_shape, out_shape, options: tuple):
+    """The geometry of a transposed convolution of ``in_shape`` [N, C, H, W]; nothing is padded first."""
+    stride, padding, dilation, groups, output_padding = options
     kernel = tuple(weight_shape[2:])
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     padding, output_padding = pair(padding, "padding", 0), pair(output_padding, "output_padding", 0)
@@ -245,18 +220,29 @@ def _conv_transpose_geometry(
     in_shape = (in_shape[0], *in_shape[2:])
     g = geometry.conv_transpose_geometry(in_shape, kernel, stride, padding, dilation, groups, output_padding)
     _fits(out_shape, g)
-    return g
+    return g, None
 
 
-def conv_transpose_arguments(
-    x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan=None
-):
-    """Checks a transposed convolution's arguments. Returns x, weight, bias, geometry."""
+def conv_arguments(x, weight, bias, plan, options: tuple, in_plan=None, transposed: bool = False):
+    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry.
+
+    Args:
+        options: (stride, padding, dilation, groups, padding_mode), transposed output_padding in its place.
+    """
     x, weight, bias = _inputs(x, weight, bias, plan, in_plan)
     in_shape = x.shape if in_plan is None else (in_plan.shape[0], x.shape[1], *in_plan.shape[1:])
-    g = _geometry(_conv_transpose_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, output_padding)  # fmt: skip
-    _bias_fits(bias, weight.shape[1] * groups)
-    return x, weight, bias, g
+    compute = _conv_transpose_geometry if transposed else _conv_geometry
+    g, fill = _geometry(compute, in_shape, weight.shape, plan.shape, options)
+    if bias is not None:
+        shaped(bias, "bias", (weight.shape[1] * g.groups if transposed else weight.shape[0],))
+    return (x if fill is None else F.pad(x, fill, mode=options[-1])), weight, bias, g
+
+
+def conv_geometry(in_shape, weight_shape, options: tuple, bias: Tensor | None = None):
+    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
+    if bias is not None:
+        shaped(bias, "bias", (weight_shape[0],))
+    return _geometry(_conv_geometry, in_shape, weight_shape, None, options)
 
 
 def epilogue(plan, x, channels, name, scale, shift, gate, residual, base) -> Epilogue:

@@ -42,7 +42,7 @@ def base_of(base, shape: tuple[int, ...], x: Tensor) -> None:
 
 def conv_arguments(x, weight, bias, in_plan, out_plan, packed_in: bool, options, activation, scale, base):
     """Checks a channel convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry, activation."""
-    stride, padding, dilation, groups, padding_mode = options
+    *_, groups, padding_mode = options
     x, weight, bias = checks.conv_tensors(x, weight, bias)
     in_channels = weight.shape[1] * groups if isinstance(groups, int) else weight.shape[1]
     if in_plan is not None:
@@ -54,7 +54,7 @@ def conv_arguments(x, weight, bias, in_plan, out_plan, packed_in: bool, options,
             )
         _heads_fit(in_plan, weight, groups, packed_in)
     in_shape = (x.shape[0], in_channels, *x.shape[2:]) if packed_in else tuple(x.shape)
-    g, fill = checks.dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    g, fill = checks.conv_geometry(in_shape, weight.shape, options, bias)
     if out_plan is not None:
         _out_plan_fits(out_plan, x, weight.shape[0])
     activation = checks.activation(activation)

@@ -237,7 +237,8 @@ def local_conv2d(
     if not is_int(groups, 1) or x.shape[1] % groups:
         raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups!r}")
     kernel = pair(kernel_size, "kernel_size", 1)
-    g, fill = checks.conv_geometry(x.shape, (x.shape[1], x.shape[1] // groups, *kernel), stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    options = stride, padding, dilation, groups, padding_mode
+    g, fill = checks.conv_geometry(x.shape, (x.shape[1], x.shape[1] // groups, *kernel), options)
     expected = (g.batch, groups * g.taps, g.out_h * upsample, g.out_w * upsample)
     checks.shaped(kernels, "kernels", expected, f", as kernel_size {kernel} with groups={groups} has it")
     x = x if fill is None else F.pad(x, fill, mode=padding_mode)

@@ -150,7 +150,8 @@ def masked_output_conv2d(
     x, weight, bias = checks.conv_tensors(x, weight, bias)
     begin, end = _channel_range(in_channels, x.shape[1])
     in_shape = (x.shape[0], end - begin, *x.shape[2:])
-    g, fill = checks.dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    options = stride, padding, dilation, groups, padding_mode
+    g, fill = checks.conv_geometry(in_shape, weight.shape, options, bias)
     out_shape = (g.batch, weight.shape[0], g.out_h, g.out_w)
     mask = _output_mask(mask, out_shape, x)
     partial = _partial(partial, out_shape, x)

@@ -52,7 +52,7 @@ def not_empty(weights: Tensor, what: str) -> None:
 
 def geometry(x: Tensor, weight: Tensor, options: tuple) -> tuple[Tensor, ConvGeometry]:
     """x, padded where the mode needs it, and the geometry. ``options``: stride to padding_mode."""
-    g, fill = checks.conv_geometry(x.shape, weight.shape[-4:], *options)
+    g, fill = checks.conv_geometry(x.shape, weight.shape[-4:], options)
     return (x if fill is None else F.pad(x, fill, mode=options[-1])), g
 
 

@@ -373,7 +373,8 @@ def sparse_conv2d(
 
     Papers: DynConv (CVPR 2020), SBNet (CVPR 2018).
     """
-    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    options = stride, padding, dilation, groups, padding_mode
+    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, options)
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, base)
     return _dense_or_sparse(x, weight, bias, plan, g, epilogue, base, backend)
 
@@ -402,7 +403,8 @@ def sparse_conv_transpose2d(
     As :func:`sparse_conv2d`, with ``weight`` ``[C, O/groups, kh, kw]`` and the arguments of
     ``nn.ConvTranspose2d``; ``plan`` is at the output resolution.
     """
-    x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation)  # fmt: skip
+    options = stride, padding, dilation, groups, output_padding
+    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, options, transposed=True)
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
     return _dense_or_sparse(x, weight, bias, plan, g, epilogue, base, backend)
 

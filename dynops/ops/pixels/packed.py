@@ -42,7 +42,8 @@ def packed_conv2d(
     Returns:
         ``[plan.num_rows, O]``; in the capacity form rows past the count are zero.
     """
-    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, "zeros", in_plan)  # fmt: skip
+    options = stride, padding, dilation, groups, "zeros"
+    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, options, in_plan)
     epilogue = checks.epilogue(plan, x, weight.shape[0], activation, scale, shift, gate, residual, None)
     return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
 
@@ -67,7 +68,8 @@ def packed_conv_transpose2d(
     backend: str | None = None,
 ) -> Tensor:
     """The transposed convolution from one plan's rows to another's; see :func:`packed_conv2d`."""
-    x, weight, bias, g = checks.conv_transpose_arguments(x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan)  # fmt: skip
+    options = stride, padding, dilation, groups, output_padding
+    x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, options, in_plan, transposed=True)
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, None)  # fmt: skip
     return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
 
