@@ -20,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..nn import ConvExperts, Skip
 from ..plans import ExpertPlan, SamplePlan
 from .dense_rules import argument
-from .sums import Chain, Even, Gated, Owners, Repeat, Same, Shares, Sums, Times, slope
+from .mac_sums import Sums, slope
+from .row_maps import Chain, Even, Gated, Owners, Repeat, Same, Shares, Times
 
 
 def first_tensor(tree: Any) -> Tensor | PackedSequence | None:

@@ -13,7 +13,7 @@ from ..nn.pixels import sequential as chains
 from ..plans import BlockPlan, PixelPlan, as_pixel_plan
 from ..stack.run_rows import _plans as plans_of_stack
 from .dense_rules import Cost
-from .sums import slope
+from .mac_sums import slope
 
 
 class Computed(NamedTuple):

@@ -12,9 +12,10 @@ from ..nn import ConvExperts, GroupedDynamicConv2d
 from ..ops import probing
 from ..ops.observers import observers, observing
 from ..plans import SamplePlan
+from .mac_sums import Sums
+from .row_maps import Owners
 from .row_tracking import Frame, device_of, first_tensor, rows_of, special_frame
 from .rules import OPAQUE
-from .sums import Owners, Sums
 
 
 class Call(NamedTuple):
