@@ -6,7 +6,7 @@ the count has nothing to do but to write zeros, or ``base``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -52,6 +52,11 @@ class Side:
     def capacity(self) -> int:
         """The most live channels that a group may have."""
         return self.size if self.index is None else min(self.size, self.index.shape[1])
+
+    @property
+    def whole(self) -> Side:
+        """The same channels as one group."""
+        return replace(self, groups=1, size=self.groups * self.size)
 
     def arguments(self, side: str) -> dict:
         """The kernels' arguments for the lists of "in" or "out"; ``_lists`` steps from job to job."""

@@ -22,8 +22,6 @@ Groups narrower than 16 channels (depthwise above all) use a kernel without a ma
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -312,7 +310,7 @@ def _operands(x: Tensor, w: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs
 def _direct(x, w, out, ins: Side, outs: Side, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip
     if outs.packed:
         out.zero_()
-    whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]
+    whole = ins.whole, outs.whole
     bias, scale, base = epilogue
     tile = tiling.direct_tile(whole[1].size)
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)

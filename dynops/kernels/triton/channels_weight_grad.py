@@ -7,8 +7,6 @@ bitwise reproducible. The copies of a chunk of samples are kept at a time, 64 Mi
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -180,25 +178,22 @@ def conv_weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """See ``ops.channels.conv._conv_weight_grad``."""
     g = ConvGeometry(*geometry)
-    outputs, k_size, kh, kw = weight_shape
     ins, outs = sides(weight_shape, lists, g, heads, packed_in, packed_out)
     g = g._replace(groups=ins.groups)
-    db = _bias_grad(grad, outs, outputs) if bias else grad.new_empty(0)
+    db = _bias_grad(grad, outs, weight_shape[0]) if bias else grad.new_empty(0)
     if grad.numel() == 0 or x.numel() == 0 or 0 in (ins.capacity, outs.capacity):
         return grad.new_zeros(weight_shape), db
     narrow = heads == 1 and gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g)
     jobs = g.batch if ins.per_sample or outs.per_sample else 1
     dw = (_direct if narrow else _products)(grad, x, ins, outs, g, jobs)
-    dw = dw.view(outputs, kh, kw, k_size).permute(0, 3, 1, 2)
-    return dw.to(grad.dtype, memory_format=torch.contiguous_format), db
+    return gemm.as_weight(dw, weight_shape, grad.dtype), db
 
 
 def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
     sums = grad.sum((2, 3), dtype=torch.float32)
     if outs.packed:
-        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)[
-            :, :, 0, 0
-        ]
+        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)
+        sums = sums[:, :, 0, 0]
     elif outs.index is not None:
         sums = sums.masked_fill(~torch.ops.dynops.channel_mask(outs.index, outs.count, outputs), 0)
     return sums.sum(0).to(grad.dtype)
@@ -251,7 +246,7 @@ def _direct(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, job
     """float32 ``[O, taps, C/groups]``."""
     rows = g.batch // jobs * g.out_h * g.out_w
     grad, x = gemm.rows_of(grad), gemm.rows_of(x)
-    whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]
+    whole = ins.whole, outs.whole
     tile = tiling.direct_tile(whole[1].size)
     grid = (g.taps * ins.size, triton.cdiv(whole[1].size, tile["N"]))
     chunk = chunk_rows(rows, jobs * grid[0] * grid[1], tile["M"], x.device)

@@ -191,7 +191,7 @@ def _launch(kernel, h: Tensor, tensors, activation, gated, interleaved, alpha, l
     rows, inner = h.shape
     tile = tiling.direct_tile(inner)
     with gemm.on_device(h):
-        kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(inner, tile["N"])](
+        kernel[tiling.grid(h, tile)](
             *tensors, rows, inner, alpha, limit, ACTIVATION=activation, GATED=gated,
             INTERLEAVED=gated and interleaved, WIDE=gemm.is_wide(*tensors), **tile,
         )  # fmt: skip

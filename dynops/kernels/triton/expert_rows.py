@@ -100,7 +100,7 @@ def gather(x: Tensor, weight: Tensor | None, order, offsets, position: Tensor) -
     tile = tiling.direct_tile(x.shape[1])
     weight = contiguous(weight)
     with gemm.on_device(x):
-        gather_pairs_kernel[_grid(out, tile)](
+        gather_pairs_kernel[tiling.grid(out, tile)](
             x, out, weight, order, offsets, out.shape[0], offsets.shape[0] - 1, position.shape[1], x.shape[1],
             WIDE=gemm.is_wide(x, out), **tile,
         )  # fmt: skip
@@ -115,7 +115,7 @@ def combine(rows: Tensor, weight: Tensor | None, order, offsets, position: Tenso
     rows, tile = rows.contiguous(), tiling.direct_tile(rows.shape[1])
     weight = contiguous(weight)
     with gemm.on_device(rows):
-        combine_pairs_kernel[_grid(out, tile)](
+        combine_pairs_kernel[tiling.grid(out, tile)](
             rows, out, weight, position, *position.shape, rows.shape[1], WIDE=gemm.is_wide(rows, out), **tile
         )
     return out
@@ -135,7 +135,3 @@ def dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position: Tensor
             WIDE=gemm.is_wide(x, rows), **tile,
         )  # fmt: skip
     return out
-
-
-def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
-    return triton.cdiv(rows.shape[0], tile["M"]), triton.cdiv(rows.shape[1], tile["N"])

@@ -232,6 +232,13 @@ def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
 
 
+def as_weight(dw: Tensor, weight_shape, dtype: torch.dtype) -> Tensor:
+    """``dw`` ``[A, kh*kw, B]`` as ``[A, B, kh, kw]`` of this dtype, contiguous."""
+    lead, inner, kh, kw = weight_shape
+    dw = dw.view(lead, kh, kw, inner).permute(0, 3, 1, 2)
+    return dw.to(dtype, memory_format=torch.contiguous_format)
+
+
 def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDescriptor | None:
     """``w`` of :func:`weight_rows` as a matrix that TMA reads in boxes of a tile, or None where it cannot.
 

@@ -148,8 +148,7 @@ def conv_weight_grad(
         gemm.rows_of(grad), gemm.rows_of(x), index, count, source, (lead, kh * kw, inner), g, from_rows
     )
     dw = slices.sum(0) if slices.shape[0] > 1 else slices[0]
-    dw = dw.view(lead, kh, kw, inner).permute(0, 3, 1, 2)
-    return dw.to(grad.dtype, memory_format=torch.contiguous_format), db
+    return gemm.as_weight(dw, weight_shape, grad.dtype), db
 
 
 def _bias_grad(grad: Tensor, index: Tensor, count: Tensor | None, rows: bool) -> Tensor:

@@ -119,7 +119,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     wide = gemm.is_wide(out) or reach >= gemm.INT32_LIMIT
     with gemm.on_device(x):
-        gather_rows_kernel[_grid(out, tile)](
+        gather_rows_kernel[tiling.grid(out, tile)](
             words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
         )  # fmt: skip
     return out
@@ -135,7 +135,7 @@ def scatter_rows(
         return out
     rows, tile = rows.contiguous(), _tile(rows.shape[1])
     with gemm.on_device(rows):
-        scatter_rows_kernel[_grid(rows, tile)](
+        scatter_rows_kernel[tiling.grid(rows, tile)](
             words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -152,7 +152,7 @@ def merge_rows(
     rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
     scale = contiguous(scale)
     with gemm.on_device(rows):
-        merge_rows_kernel[_grid(out, tile)](
+        merge_rows_kernel[tiling.grid(out, tile)](
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -202,10 +202,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _tile(columns: int) -> dict:
     return {"M": 1, "N": 2048, "num_warps": 4} if columns > _LONG else tiling.direct_tile(columns)
-
-
-def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
-    return triton.cdiv(rows.shape[0], tile["M"]), triton.cdiv(rows.shape[1], tile["N"])
 
 
 def words(x: Tensor) -> Tensor:

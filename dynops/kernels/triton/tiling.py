@@ -158,6 +158,11 @@ def direct_tile(channels: int) -> dict:
     return {"M": 2048 // n, "N": n, "num_warps": 4}
 
 
+def grid(rows: Tensor, tile: dict) -> tuple[int, int]:
+    """The programs of such a kernel over the elements of ``rows`` [R, C]."""
+    return -(-rows.shape[0] // tile["M"]), -(-rows.shape[1] // tile["N"])
+
+
 _MOST_PARTS = 16
 _PART_STEPS = 4  # of a part's pipeline of three at least, or filling it costs more than the SMs gained
 
