@@ -8,10 +8,7 @@
 
 #include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
-
-#ifndef DYNOPS_CUDA_ARCHS
-#define DYNOPS_CUDA_ARCHS ""
-#endif
+#include "dynops_build.h"  // setup.py writes it
 
 namespace py = pybind11;
 

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from spread import long_first, part_of
 
 
 def pytest_addoption(parser):
@@ -17,8 +18,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    part, parts = map(int, config.getoption("--part").split("/"))
-    items[:] = items[len(items) * part // parts : len(items) * (part + 1) // parts]
+    items[:] = long_first(part_of(items, config.getoption("--part")))
 
 
 @pytest.fixture(autouse=True)

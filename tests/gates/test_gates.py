@@ -377,22 +377,6 @@ def test_temperature_and_noise_of_a_whole_model():
             set_it(nn.Linear(1, 1), True if set_it is gates.set_noise else 1.0)
 
 
-def test_annealing_does_not_compile_again_each_time():
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph
-
-    gate = gates.GumbelSigmoid()
-    run = torch.compile(gate, fullgraph=True, backend=backend)
-    x = random_tensor(8)
-    for step in range(10):
-        gates.set_temperature(gate, gates.annealed_temperature(5.0, 0.5, step / 9))
-        run(x)
-    assert len(compiled) <= 2  # the second time with a temperature that varies
-
-
 def test_annealed_temperature():
     assert gates.annealed_temperature(5.0, 0.5, 0.0) == 5.0
     assert math.isclose(gates.annealed_temperature(5.0, 0.5, 1.0), 0.5)

@@ -295,26 +295,6 @@ def test_eval_is_deterministic(name):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("name", ["PooledGate", "SpatialGate", "GaterNet"])
-def test_training_is_noisy(name):
-    head = HEADS[name]().train()
-    x = random_tensor(60, C, 7, 7)
-    masks = [outputs(head, x)[0] for _ in range(2)]
-    assert not torch.equal(*masks)
-    head.eval()
-    masks = [outputs(head, x)[0] for _ in range(2)]
-    assert torch.equal(*masks)
-
-
-@pytest.mark.parametrize("name", ["PooledGate", "SpatialGate"])
-def test_temperature_and_noise_of_heads(name):
-    head = HEADS[name](temperature=3.0).train()
-    assert head.gumbel.temperature == 3.0
-    gates.set_noise(head, False)
-    x = random_tensor(60, C, 7, 7)
-    assert torch.equal(outputs(head, x)[0], outputs(head, x)[0])
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes_and_layouts(name, dtype):
@@ -398,15 +378,6 @@ def test_masks_are_what_plans_and_layers_take():
     assert torch.equal(PixelPlan.from_mask(mask).mask(), mask[:, 0] != 0)
     plan = ChannelPlan.from_mask(channels(x).mask.detach())
     assert torch.equal(plan.mask(), channels(x).mask != 0)
-
-
-def test_heads_load_their_own_state():
-    for make in ALL.values():
-        head = randomized(make()).eval()
-        twin = make().eval()
-        twin.load_state_dict(head.state_dict())
-        x = random_tensor(3, C, 7, 7)
-        assert all(map(torch.equal, outputs(head, x), outputs(twin, x)))
 
 
 def test_reset_leaves_the_backbone_alone():

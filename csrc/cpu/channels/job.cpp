@@ -53,6 +53,7 @@ class Job {
   Forward forward_of(const ListPart& in, const ListPart& out) const;
   void place_weights();
   void take_by_panel();
+  char* panel_memory() const;
   int64_t chunk_units() const;
   void run_chunk(Range units);
   void read(Part& part, Range lines);
@@ -83,8 +84,7 @@ class Job {
   bool empty_ = false;     // its list ends before the job's panels
   bool last_ = true;       // whether no job writes channels after this one's
   bool in_place_ = false;  // outputs are computed where they lie
-  bool by_panel_ = false;  // the weight comes panel by panel, to panel_
-  char* panel_ = nullptr;
+  bool by_panel_ = false;  // the weight comes panel by panel, to panel_memory()
   RowsAt weight_{0, 0};  // of the steps: where segment 0 would lie
 };
 
@@ -198,8 +198,12 @@ void Job::place_weights() {
 void Job::take_by_panel() {
   by_panel_ = true;
   parts_[0].position_bytes = parts_[0].live.panel_bytes();
+}
+
+// Asked for at each use: the sample before may have had smaller panels, and its memory has moved since.
+char* Job::panel_memory() const {
   Scratch& s = c_.mix ? s_ : Scratch::mine(0);
-  panel_ = s.weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
+  return s.weight.at_least(parts_[0].live.panel_bytes() * c_.positions());
 }
 
 // Units whose compact input, transformed input and outputs stay in the L2 cache.
@@ -304,7 +308,7 @@ void Job::bring(int64_t panel, size_t taps) {
   int64_t first = c_.g.taps();
   for (int32_t tap : c_.tap_groups[taps].taps) first = std::min(first, segment_of(tap));
   const int64_t bytes = live.segment_bytes(panel);
-  weight_ = RowsAt::from(panel_, bytes, first);
+  weight_ = RowsAt::from(panel_memory(), bytes, first);
   for (int32_t tap : c_.tap_groups[taps].taps) {
     const int64_t segment = segment_of(tap);
     kernels().pick_panel(live.pick, panel, segment, weight_.row(segment));
@@ -319,8 +323,8 @@ void Job::mix(std::vector<Job>& jobs, int64_t panel, size_t taps) {
   const int64_t before = (one.before_ / kernels().panel_width + panel) * live.panel_bytes();
   char* to[kSampleGroup];
   for (size_t i = 0; i < jobs.size(); ++i) {
-    jobs[i].weight_ = RowsAt::from(jobs[i].panel_, bytes, segment);
-    to[i] = jobs[i].panel_;
+    to[i] = jobs[i].panel_memory();
+    jobs[i].weight_ = RowsAt::from(to[i], bytes, segment);
   }
   kernels().mix({c.weight + before + segment * bytes, c.expert_bytes, c.experts,
                  c.mix + one.sample_ * c.experts, int64_t(jobs.size()), c.dtype, bytes / 4, to});
@@ -383,8 +387,9 @@ void Job::compute_winograd(Part& part, Range units) {
   pass.transform(begin, end, v, (end - begin) * channels);
   for (int64_t panel = 0; panel < part.live.layout.panels; ++panel) {
     if (by_panel_) {
-      part.live.bring(panel, panel_, part.position_bytes);
-      part.f.weight = RowsAt::from(panel_, part.live.panel_bytes(), panel).row(0);
+      char* const memory = panel_memory();
+      part.live.bring(panel, memory, part.position_bytes);
+      part.f.weight = RowsAt::from(memory, part.live.panel_bytes(), panel).row(0);
     }
     pass.multiply(begin, end, v, panel, panel + 1, s_.work);
   }

@@ -355,31 +355,6 @@ def test_gradients_of_mixed_training_are_the_masked_dense_forms(norm_first):
 # --------------------------------------------------------------------------------- module contract
 
 
-def test_state_dict_keys():
-    model = attention_model(MaxSoftmax(0.5), exits=1)
-    layer = {f"stages.0.{name}" for name in nn.TransformerEncoderLayer(WIDTH, 2, 16).state_dict()}
-    assert set(model.state_dict()) == layer | {
-        "heads.0.weight", "heads.0.bias", "criterion.threshold", "criterion.temperature"
-    }  # fmt: skip
-    assert "stages.0.1.weight" in affine_model(exits=1).state_dict()
-
-
-@torch.no_grad()
-def test_compiles():
-    model = attention_model(lambda z, e, rows: z[:, 0] > z[:, 1])
-    x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
-
-    def run(x):
-        out = model(x * 2)
-        return out.logits + 1, out.exits
-
-    got, expected = torch.compile(run, backend="aot_eager")(x), run(x)
-    assert torch.equal(got[1], expected[1]) and near(got[0], expected[0])
-    assert len(set(expected[1].flatten().tolist())) >= 2
-    whole = torch.compile(lambda x: model(x, all_exits=True), backend="aot_eager", fullgraph=True)
-    assert all(near(a, b) for a, b in zip(whole(x), model(x, all_exits=True), strict=True))
-
-
 def test_bad_arguments_are_named():
     model, x = affine_model(), random_tensor(2, 3, WIDTH)
     with pytest.raises(ValueError, match=r"^hidden: expected \[B, T, C\], got \(3, 8\)"):

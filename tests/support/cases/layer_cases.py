@@ -102,6 +102,17 @@ def exits(**options) -> nn.Module:
     return dnn.EarlyExit(stages, heads, dnn.MaxSoftmax(0.3), **options)
 
 
+def halting_pixels(**options) -> nn.Module:
+    units = [dnn.SparseSequential(nn.Conv2d(C, C, **conv()), nn.ReLU()) for _ in range(3)]
+    halts = [nn.Sequential(nn.Conv2d(C, 1, 1), nn.Sigmoid()) for _ in range(2)]
+    return dnn.SpatialHalting(units, halts, **options)
+
+
+def tokens() -> nn.Module:
+    stages = [dnn.TokenEncoderLayer(C, 2, 24, batch_first=True) for _ in range(2)]
+    return dnn.TokenExit(stages, [nn.Linear(C, 5) for _ in range(2)], dnn.MaxSoftmax(0.3))
+
+
 def channels(n: int = N) -> Tensor:
     return torch.rand(n, C) < 0.6
 
@@ -120,6 +131,8 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "SlimmableConv2d": lambda: Layer(dnn.SlimmableConv2d([8, C], [12, 24], 3, padding=1), (x(8), 0)),
     "CondConv2d": lambda: Layer(dnn.CondConv2d(C, 24, 3, padding=1, routing=True), (x(),)),
     "DynamicConv2d": lambda: Layer(dnn.DynamicConv2d(C, 24, 3, padding=1), (x(),)),
+    "ChannelGatedConv2d": lambda: Layer(dnn.ChannelGatedConv2d(C, 24, 3, padding=1), (x(),)),
+    "GroupedDynamicConv2d": lambda: Layer(dnn.GroupedDynamicConv2d(C, 24, 3, padding=1), (x(),)),
     "Experts": lambda: Layer(dnn.Experts(4, C, 24), (random_tensor(30, C), *routed(30))),
     "MoE": lambda: Layer(dnn.MoE.from_sizes(C, 24, 4, 2, shared_intermediate=16), (random_tensor(30, C),)),
     "ConvExperts": lambda: Layer(dnn.ConvExperts([stack() for _ in range(4)]), (x(), *routed(N)), False),
@@ -132,6 +145,11 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "EarlyExit, all": lambda: Layer(exits(), (x(), True)),
     "Halting": lambda: Layer(dnn.Halting(Step(), Halt(), 3), (random_tensor(N, C),), False),
     "Halting, dense": lambda: Layer(dnn.Halting(Step(), Halt(), 3, dense=True), (random_tensor(N, C),)),
+    "SpatialHalting": lambda: Layer(halting_pixels(), (x(),), False),
+    "SpatialHalting, dense": lambda: Layer(halting_pixels(dense=True), (x(),)),
+    "TokenExit": lambda: Layer(tokens(), (random_tensor(N, 6, C),), False),
+    "TokenExit, all": lambda: Layer(tokens(), (random_tensor(N, 6, C), None, None, True)),
+    "SkimRNN, dense": lambda: Layer(dnn.SkimRNN(C, 12, 4, dense=True), (random_tensor(6, N, C),)),
     "SkipRNN": lambda: Layer(dnn.SkipRNN(C, 12), (random_tensor(N, 6, C),), False),
     "convert_": lambda: Layer(Active(), (x(), mask(0.05))),
     "convert_ in blocks": lambda: Layer(Active((4, 2)), (x(), mask(0.02))),

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../../csrc/cuda/blocks.cuh"
+#include "../../../csrc/cuda/blocks.cuh"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../../csrc/cuda/experts.cuh"
+#include "../../../csrc/cuda/experts.cuh"
 
 namespace {
 

@@ -1,9 +1,9 @@
 // The kernels of csrc/cuda/pixels.cu compiled for a CPU. Built and called by test_cuda_pixels_on_host.py.
 #include "block_of_threads.h"
 
-#include "../../csrc/cuda/needed.cuh"
-#include "../../csrc/cuda/rows.cuh"
-#include "../../csrc/cuda/select.cuh"
+#include "../../../csrc/cuda/needed.cuh"
+#include "../../../csrc/cuda/rows.cuh"
+#include "../../../csrc/cuda/select.cuh"
 
 namespace {
 
