@@ -91,13 +91,13 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     """Makes a model's convolutions sparse, in place; ``with dynops.active(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, MaxPool2d, AvgPool2d;
-    exact types only). Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, GroupNorm, InstanceNorm2d,
+    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types only). Outside the context the model is the dense one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
     resolution and is zero elsewhere, after every layer: convolutions read what the layer before
-    them left (the model's input is read whole), norms and pools are masked too, and in training mode
-    norms take their statistics from active pixels only (:class:`dynops.nn.MaskedBatchNorm2d`).
+    them left (the model's input is read whole), and norms take their statistics from active pixels only
+    (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
     Layers that were not converted run dense on those maps.
 
     A module whose forward torch.fx can trace runs as a whole: convolution, norm, residual sum and
