@@ -240,7 +240,7 @@ def test_an_empty_plan_copies_nothing(conv, capacity, calls):
     assert allocated <= out.numel() * 4 + 4096, f"{allocated} bytes for an output of {out.numel() * 4}"
     out = ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, base=base)
     assert calls == [] and torch.equal(out, base) and out.data_ptr() != base.data_ptr()
-    assert not ops.packed_conv2d(x, weight, bias, None, plan, **conv.arguments).any()
+    assert not conv.packed_op(x, weight, bias, None, plan).any()
     grad = in_layout(base, "nchw")
     dx = torch.ops.dynops.pixel_conv_input_grad(
         grad, weight, plan.index, plan.count, None, 0, _geometry(conv), False, ""
