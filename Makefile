@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-ready test test-all lint build wheel asan cuda gpu-audit gpu-check clean FORCE
+.PHONY: help bench bench-ready test test-all lint docs build wheel asan cuda gpu-audit gpu-check clean FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -61,6 +61,15 @@ lint: $(DEV_READY)  ## ruff and clang-format, checks only
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
+
+docs: $(READY)  ## the pages of docs/ into build/docs; fails on a broken link
+ifdef PYTHON
+	@$(PY) -c 'import material' || { echo "make docs needs mkdocs-material in $(PY): pip install -r requirements/docs.txt"; exit 1; }
+else
+	@$(PY) -c 'import material' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q -r requirements/docs.txt
+endif
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 build: $(BUILT)  ## compile dynops._C in place
 

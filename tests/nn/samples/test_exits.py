@@ -33,7 +33,7 @@ from dynops.nn.samples.criteria import (
     Verdict,
 )
 from dynops.nn.samples.exits import Cascade, EarlyExit, at_most
-from dynops.stack import sample_stack
+from dynops.stack import traced
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -375,8 +375,8 @@ def test_stages_of_convolutions_run_on_rows(monkeypatch):
         for c, stride in ((3, 1), (32, 2), (32, 1))
     ]
     heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)) for _ in stages]
-    taken, run = [], sample_stack.run_rows
-    monkeypatch.setattr(sample_stack, "run_rows", lambda *a: taken.append(a[2].shape[0]) or run(*a))
+    taken, run = [], traced.run_rows
+    monkeypatch.setattr(traced, "run_rows", lambda *a: taken.append(a[1].shape[0]) or run(*a))
 
     def leaves(logits, exit, state):
         return torch.arange(len(logits)) % 2 == 0

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.gpu.launches import Form
+from benchmarks.gpu.audit.launches import Form
 
 
 @triton.jit
