@@ -67,9 +67,6 @@ def norm(x: Tensor, bn: nn.Module) -> Tensor:
     return (x - mean) / torch.sqrt(var + bn.eps) * weight + bias
 
 
-# -------------------------------------------------------------------------------- the equations
-
-
 def test_pooled_gate():
     gate = randomized(gates.PooledGate(C, 8)).double().eval()
     x = 4 * random_tensor(40, C, 5, 3, dtype=torch.float64)
@@ -258,9 +255,6 @@ def test_policy_net_plans_all_layers():
         flat(random_tensor(2, 8))
 
 
-# ----------------------------------------------------------------------------------- contracts
-
-
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("open_rate", [0.85, 0.3])
 @torch.no_grad()
@@ -388,9 +382,6 @@ def test_reset_leaves_the_backbone_alone():
         head.reset_parameters()
         assert torch.equal(head.backbone[0].weight, before)
         assert not torch.equal(list(head.parameters())[-2], last)
-
-
-# -------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

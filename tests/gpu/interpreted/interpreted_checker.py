@@ -173,9 +173,6 @@ def test_a_grid_of_no_programs():
         scalar_kernel[(0,)](*tensors(1, 1), 0)
 
 
-# ---------------------------------------------------------------------------------------- guards
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64], ids=str)
 def test_guards_are_poison_and_watched(dtype):
     """Without an interpreter: as what runs on a GPU would read and write."""

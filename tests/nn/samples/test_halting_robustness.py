@@ -15,9 +15,6 @@ from dynops.testing import random_tensor
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-# ---------------------------------------------------------------------------------------- survive
-
-
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("batch", [0, 1, 4])
 def test_all_halt_at_once_or_never(dense, batch):
@@ -74,9 +71,6 @@ def test_a_decision_of_a_gate_is_a_score():
     decide = lambda s: Decision(torch.ones(len(s)), torch.full((len(s), 1), 0.5))  # noqa: E731
     assert Halting(lambda s, n: s, decide, 4)(x).steps.tolist() == [2, 2, 2]
     assert Halting(lambda s, n: s, decide, 4, weighted=False)(x).steps.tolist() == [1, 1, 1]
-
-
-# ----------------------------------------------------------------------------------------- errors
 
 
 def test_wrong_arguments():

@@ -200,9 +200,6 @@ def test_gradient_of_gathered_planes():
     assert torch.equal(rows_at(dx, mask), grad) and not dx.masked_fill(mask[:, None], 0).any()
 
 
-# ------------------------------------------------------------------------------ nothing beyond the mask
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the C++ ops that were called, and the elements of the largest tensor that was allocated."""
@@ -270,9 +267,6 @@ def test_few_pixels_gather_few_rows(calls):
     assert largest[-2] <= 80 * 80 * 4 + 64, "the table of rows is the next"  # int32 [N, H, W]
 
 
-# ----------------------------------------------------------------------------- the dense layer where it wins
-
-
 def test_the_dense_layer_wins_where_a_pixel_costs_more_than_its_products():
     """By measured numbers: channels_last 2 to 16 channels 3x3 at 224 x 224 (dense from 0.9 on, rows at 0.1), and never
     on a map so small that its last pass and calls take longer."""
@@ -305,9 +299,6 @@ def test_dense_and_a_mask_is_the_same(conv, monkeypatch):
     dense.clear()
     ops.sparse_conv2d(x, with_grad, None, plan, **conv.arguments)
     assert not dense, "with a gradient the plan's own pixels are computed"
-
-
-# --------------------------------------------------------------------------------------- compile, threads
 
 
 @pytest.mark.parametrize("conv", CASES, ids=str)
