@@ -23,7 +23,7 @@ import dynops
 from dynops import ops
 from dynops.testing import random_mask, random_tensor
 
-from .text import aligned
+from .harness.text import aligned
 
 DEPTHS = (256, 576, 1152, 2304, 4608, 9216, 18432)  # products in a sum
 FORMATS = (torch.contiguous_format, torch.channels_last)

@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from ..observers import unscriptable as _unscriptable
+from ..scripting import unscriptable as _unscriptable
 from .blocks import SparseBlocks
 from .channels import (
     ChannelBatchNorm2d,

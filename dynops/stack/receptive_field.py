@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..geometry import reach, transposed_size, window_count
+
 _MAX_SIZES = 64
 
 
@@ -61,19 +63,14 @@ class Window(NamedTuple):
 
     @property
     def extent(self) -> int:
-        return self.dilation * (self.kernel - 1) + 1
+        return reach(self.kernel, self.dilation)
 
     def span(self, out: Span) -> Span:
         first, size = out.first * self.stride - self.before, (out.size - 1) * self.stride + self.extent
         return Span(first, size, out.step * self.stride)
 
     def out_size(self, size: int) -> int:
-        room = size + self.before + self.after - self.extent
-        if not self.ceil:
-            return room // self.stride + 1
-        out = -(-room // self.stride) + 1
-        # the last window begins inside the map or the padding before it
-        return out - 1 if (out - 1) * self.stride >= size + self.before else out
+        return window_count(size, self.kernel, self.stride, self.before, self.after, self.dilation, self.ceil)
 
 
 class Transposed(NamedTuple):
@@ -91,7 +88,7 @@ class Transposed(NamedTuple):
 
     @property
     def extent(self) -> int:
-        return self.dilation * (self.kernel - 1) + 1
+        return reach(self.kernel, self.dilation)
 
     def span(self, out: Span) -> Span:
         first = -(-(out.first + self.padding - self.extent + 1) // self.stride)
@@ -99,7 +96,7 @@ class Transposed(NamedTuple):
         return Span(first, max(last - first + 1, 1), out.step // self.stride)
 
     def out_size(self, size: int) -> int:
-        return (size - 1) * self.stride - 2 * self.padding + self.extent + self.extra
+        return transposed_size(size, self.kernel, self.stride, self.padding, self.dilation, self.extra)
 
 
 class Enlarged(NamedTuple):

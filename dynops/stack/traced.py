@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry import BlockGeometry
-from ..ops import dense_fallback as auto
-from ..ops.pixels.conv import beats_dense
+from ..ops.dense_fallback import beats_dense, break_even
 from ..plans import BlockPlan, PixelPlan
 from .graph import Stack, local_stack_of
 from .policy import Needed, needed_plans
@@ -126,7 +125,7 @@ class Traced:
         maps = self.layout(in_shape, plan.geometry).maps
         for layer, g in self.convs(in_shape):
             tile = maps[layer.out]
-            share = auto.break_even(path, device, dtype, layer.conv.weight, g)
+            share = break_even(path, device, dtype, layer.conv.weight, g)
             if share is None:
                 return None
             computed = plan.num_blocks * tile.tile_h * tile.tile_w / (g.batch * g.out_h * g.out_w)

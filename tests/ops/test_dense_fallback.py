@@ -1,4 +1,4 @@
-"""auto: the dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
+"""The dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynops import BlockPlan, PixelPlan, backends, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks, SparseConv2d
 from dynops.nn.blocks import sparse_blocks as blocks
-from dynops.ops import dense_fallback as auto
+from dynops.ops import dense_fallback
 from dynops.ops.pixels import conv as pixels
 from dynops.stack import traced
 from dynops.stack.traced import Traced
@@ -33,7 +33,7 @@ def ran(monkeypatch):
     """Which of the paths ran."""
     log = []
     for module, name in (
-        (pixels, "dense_layer"),
+        (dense_fallback, "dense_layer"),
         (pixels, "_pixel_conv"),
         (traced, "run_rows"),
         (blocks, "run_tiles"),
@@ -243,4 +243,4 @@ def test_the_halo_is_counted():
 
 def test_no_table_ships_for_a_cpu():
     assert configs.of(torch.device("cpu")) is None
-    assert not auto.decides(torch.device("cpu"), torch.float32, None)
+    assert not dense_fallback.decides(torch.device("cpu"), torch.float32, None)

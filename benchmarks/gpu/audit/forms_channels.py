@@ -8,6 +8,7 @@ import torch
 
 from dynops import ChannelPlan
 from dynops.geometry import ConvGeometry
+from dynops.kernels.lists import Lists
 from dynops.kernels.triton import channels
 from dynops.kernels.triton.channel_index import channel_index
 
@@ -40,13 +41,13 @@ def _convolution(
     lead = () if shared else (batch,)
     ins = ChannelPlan.from_mask(torch.ones((*lead, width) if heads == 1 else (*lead, heads, width)))
     outs = ChannelPlan.from_mask(torch.ones(*lead, width))
-    lists = (ins.index, ins.count, outs.index, outs.count)
+    lists = Lists(ins.index, ins.count, outs.index, outs.count)
     fused = (torch.zeros(batch, width, dtype=dtype), None if packed else x) if epilogue else (None, None)
     columns = width if packed else -1
-    channels.conv(x, weight, weight[:, 0, 0, 0], *lists, list(g), heads, "silu", *fused, packed, columns)
+    channels.conv(x, weight, weight[:, 0, 0, 0], lists, list(g), heads, "silu", *fused, packed, columns)
     if grads:
-        channels.conv_input_grad(x, weight, *lists, list(g), heads, columns, packed)
-        channels.conv_weight_grad(x, x, *lists, list(weight.shape), list(g), heads, packed, packed, True)
+        channels.conv_input_grad(x, weight, lists, list(g), heads, columns, packed)
+        channels.conv_weight_grad(x, x, lists, list(weight.shape), list(g), heads, packed, packed, True)
 
 
 def _moved(dtype: torch.dtype) -> None:

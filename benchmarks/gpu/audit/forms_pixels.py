@@ -9,6 +9,7 @@ import torch
 
 from dynops import PixelPlan
 from dynops.geometry import ConvGeometry
+from dynops.kernels.epilogue import Epilogue
 from dynops.kernels.triton import pixels, rows
 
 from .launches import Form, wide
@@ -55,7 +56,9 @@ def _convolution(
         x, y = (map_.flatten(2).transpose(1, 2).flatten(0, 1) for map_ in (x, y))
     if epilogue:
         fused = [per_output, per_output, per_output[:1].expand(number), residual]
-    pixels.conv(x, weight, per_output, plan.index, count, source, list(g), "silu", *fused, None, packed)
+    pixels.conv(
+        x, weight, per_output, plan.index, count, source, list(g), Epilogue("silu", *fused), None, packed
+    )
     if grads:
         pixels.conv_input_grad(y, weight, plan.index, count, source, 2 * size * size, list(g), packed)
         pixels.conv_weight_grad(y, x, plan.index, count, source, list(weight.shape), list(g), packed)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dynops import BlockPlan, PixelPlan, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks
-from dynops.ops import dense_fallback as auto
+from dynops.ops import dense_fallback
+from dynops.ops.epilogue import NOTHING
 
 from ...harness import masks
 from ...harness.rows import break_even
@@ -101,7 +102,7 @@ def _break_even(points: list[tuple[float, float]], dense: float) -> float:
 def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callable, float]]:
     """{path: (call, the share of the output's pixels that it computes)}, the plans built before.
 
-    "dense" is what ``auto`` runs in place of the others: the dense layer, and a mask.
+    "dense" is what ``dense_fallback`` runs in place of the others: the dense layer, and a mask.
     """
     n, _, size, _ = x.shape
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +119,7 @@ def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callab
 
     def dense():
         out = F.conv2d(x, conv.weight, None, padding=conv.padding, groups=conv.groups)
-        return auto.finish_dense(out, plan, ("", None, None, None, None), None)
+        return dense_fallback.finish_dense(out, plan, NOTHING, None)
 
     found = {"pixels": (pixels, plan.density), "dense": (dense, 1.0)}
     for path, share in (("rows", min(covered, 1.0)), ("tiles", covered)):

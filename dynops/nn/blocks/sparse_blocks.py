@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ... import backends, context
 from ...geometry import BlockGeometry, pair
 from ...modes import autocast_dtype
-from ...ops import checks
-from ...ops import dense_fallback as auto
+from ...ops import checks, dense_fallback
 from ...ops.pixels.rows import in_format_of
 from ...plans import BlockPlan, as_block_plan, check_mask
 from ...stack.run_rows import checked_base
@@ -169,7 +168,7 @@ class SparseBlocks(nn.Module):
         if bound.rows and backends.choose(None, x.device, x.dtype) != "reference":
             paths.insert(0, "rows")
         dtype, step = autocast_dtype(x) or x.dtype, (plan.geometry.step_h, plan.geometry.step_w)
-        if auto.decides(x.device, dtype, plan.count) and bound.fits_step(step):
+        if dense_fallback.decides(x.device, dtype, plan.count) and bound.fits_step(step):
             costs = {path: bound.cost(path, plan, in_shape, x.device, dtype) for path in paths}
             if None not in costs.values():
                 costs |= {"dense": 1.0} if may_be_dense else {}
@@ -181,7 +180,7 @@ class SparseBlocks(nn.Module):
         out = apart(self.module, x)  # x may be the base too
         if not (plan.is_full and _covers(plan.geometry)):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
-            out = auto.keep_pixels(out, plan.pixels(), base)
+            out = dense_fallback.keep_pixels(out, plan.pixels(), base)
         return in_format_of(out, x)
 
 

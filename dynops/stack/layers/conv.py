@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry, ConvGeometry
 from ...kept import kept
-from ...ops.epilogue import ACTIVATIONS
+from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
 from ...plans import PixelPlan
@@ -18,8 +18,6 @@ from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
 from .base import SAME, Layer, Rows, finish, place, spans_of
 from .norm import check_norm, dense_norm, statistics_refusal
-
-_NOTHING = ("", None, None, None, None)
 
 
 class Conv(Layer):
@@ -127,14 +125,14 @@ class Conv(Layer):
             residual = residual.to(values.dtype)
         norm = self.norm
         if norm is None:
-            epilogue = (activation, None, None, None, residual)
+            epilogue = Epilogue(activation, residual=residual)
         elif uses_batch_statistics(norm):
-            out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
+            out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, NOTHING, None, True, None)
             if residual is not None and residual.dim() == 4:
                 residual = gather_rows(residual, plan.index, plan.count)
             return norm_rows(norm, out, plan, residual, activation)
         else:
-            epilogue = (activation, *fold(norm), None, residual)
+            epilogue = Epilogue(activation, *fold(norm), None, residual)
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
 
     def _then_broadcast(self, run, rows: Tensor, residual: Tensor | None, plan: PixelPlan):

@@ -11,7 +11,7 @@ from processes import torch_threads
 
 from dynops import ops
 from dynops.geometry import ConvGeometry
-from dynops.kernels.cpu import channel_outputs as cpp_channel_outputs
+from dynops.kernels.cpu import channel_outputs
 from dynops.testing import (
     LAYOUTS,
     assert_within_budget,
@@ -186,8 +186,8 @@ def test_the_dense_convolution_runs_where_it_is_faster(monkeypatch):
         pytest.skip("the binary is not built")
     x, weight, mask, *_, arguments = make("3x3")
     ran = []
-    kernel = cpp_channel_outputs.conv
-    monkeypatch.setattr(cpp_channel_outputs, "conv", lambda *a: ran.append(True) or kernel(*a))
+    kernel = channel_outputs.conv
+    monkeypatch.setattr(channel_outputs, "conv", lambda *a: ran.append(True) or kernel(*a))
     for density, kernel_runs in ((0.1, True), (0.9, False)):
         for layout in ("nchw", "channels_last", "strided", "transposed"):
             ran.clear()
@@ -203,9 +203,9 @@ def test_half_precision_leaves_the_kernel_earlier():
         pytest.skip("the binary is not built")
     g = ConvGeometry(1, 10, 10, 10, 10, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
     weight, mask = random_tensor(8, 256, 1, 1), torch.arange(800).view(1, 8, 10, 10) % 4 == 0
-    assert cpp_channel_outputs.wins(weight, mask, g)
-    assert not cpp_channel_outputs.wins(weight.bfloat16(), mask, g)
-    assert not cpp_channel_outputs.wins(weight[:, :8], mask, g)
+    assert channel_outputs.wins(weight, mask, g)
+    assert not channel_outputs.wins(weight.bfloat16(), mask, g)
+    assert not channel_outputs.wins(weight[:, :8], mask, g)
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")

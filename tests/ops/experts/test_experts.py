@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from pixel_strategies import SETTINGS, seeds
 
 from dynops import ExpertPlan, ops
-from dynops.ops.experts.checks import QuantizedExperts
+from dynops.ops.experts.quantized import QuantizedExperts
 from dynops.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -8,7 +8,7 @@ from expert_cases import CASES, Case, assert_close, linear_oracle
 from processes import torch_threads
 
 from dynops import ExpertPlan, ops
-from dynops.ops.experts.checks import QuantizedExperts
+from dynops.ops.experts.quantized import QuantizedExperts
 from dynops.testing import available_backends, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -15,7 +15,7 @@ from torch import Tensor
 from dynops import PixelPlan, backends, ops
 from dynops.geometry import ConvGeometry
 from dynops.nn import SparseConv2d
-from dynops.ops import dense_fallback as auto
+from dynops.ops import dense_fallback
 from dynops.testing import (
     assert_within_budget,
     dense_masked_conv2d,
@@ -204,10 +204,9 @@ def test_gradient_of_gathered_planes():
 def calls(monkeypatch):
     """The names of the C++ ops that were called, and the elements of the largest tensor that was allocated."""
     seen = []
-    from dynops.kernels.cpu import pixels as cpp
-    from dynops.kernels.cpu import planes as cpp_planes
+    from dynops.kernels.cpu import engine, pixels, planes, rows
 
-    for module in (cpp, cpp_planes):
+    for module in (engine, pixels, planes, rows):
         for name, value in list(vars(module).items()):
             if isinstance(value, torch._ops.OpOverload):
                 monkeypatch.setattr(module, name, _noting(value, seen))
@@ -272,10 +271,10 @@ def test_the_dense_layer_wins_where_a_pixel_costs_more_than_its_products():
     on a map so small that its last pass and calls take longer."""
     thin = ConvGeometry(1, 224, 224, 224, 224, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
     weight, pixels = torch.empty(16, 2, 3, 3), 224 * 224
-    assert auto.cpu_dense_is_faster(int(0.9 * pixels), weight, thin)
-    assert not auto.cpu_dense_is_faster(int(0.1 * pixels), weight, thin)
+    assert dense_fallback.cpu_dense_is_faster(int(0.9 * pixels), weight, thin)
+    assert not dense_fallback.cpu_dense_is_faster(int(0.1 * pixels), weight, thin)
     small = thin._replace(in_h=14, in_w=14, out_h=14, out_w=14)
-    assert not auto.cpu_dense_is_faster(196, torch.empty(256, 64, 1, 1), small)
+    assert not dense_fallback.cpu_dense_is_faster(196, torch.empty(256, 64, 1, 1), small)
 
 
 @pytest.mark.parametrize("conv", [Conv(2, 16, 3, padding=1, n=1, h=224, w=224), Conv(32, 32, 3, padding=1, groups=32, n=1, h=224, w=224)], ids=str)  # fmt: skip

@@ -11,6 +11,7 @@ from yardstick import torch_weight_grads
 
 from dynops import ChannelPlan
 from dynops.geometry import ConvGeometry
+from dynops.kernels.lists import Lists
 from dynops.testing import assert_within_budget, random_tensor
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -142,9 +143,8 @@ class Inputs:
         self.case, self.g, self.dtype = case, case.geometry, dtype
         self.ins = case.plan(case.ins, case.c, case.heads)
         self.outs = case.plan(case.outs, case.o)
-        self.lists = [
-            t for p in (self.ins, self.outs) for t in ((None, None) if p is None else (p.index, p.count))
-        ]
+        lists = [(None, None) if p is None else (p.index, p.count) for p in (self.ins, self.outs)]
+        self.lists = Lists(*lists[0], *lists[1])
         self.weight = random_tensor(case.o, case.c // case.groups, *case.kernel, dtype=dtype).to(DEVICE)
         self.in_width = self.ins.width if case.packed_in else -1
         self.out_width = self.outs.width if case.packed_out else -1
@@ -164,20 +164,20 @@ class Inputs:
         tensors = (self.x, self.weight, bias, scale, base)
         x, weight, bias, scale, base = (None if t is None else t.double() if double else t for t in tensors)
         return run(
-            x, weight, bias, *self.lists, list(self.g), self.case.heads, activation, scale, base,
+            x, weight, bias, self.lists, list(self.g), self.case.heads, activation, scale, base,
             self.case.packed_in, self.out_width,
         )  # fmt: skip
 
     def input_grad(self, run, double: bool = False):
         grad, weight = (t.double() if double else t for t in (self.grad, self.weight))
         return run(
-            grad, weight, *self.lists, list(self.g), self.case.heads, self.in_width, self.case.packed_out
+            grad, weight, self.lists, list(self.g), self.case.heads, self.in_width, self.case.packed_out
         )
 
     def weight_grad(self, run, double: bool = False):
         grad, x = (t.double() if double else t for t in (self.grad, self.x))
         return run(
-            grad, x, *self.lists, list(self.weight.shape), list(self.g), self.case.heads, self.case.packed_in,
+            grad, x, self.lists, list(self.weight.shape), list(self.g), self.case.heads, self.case.packed_in,
             self.case.packed_out, True,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from yardstick import torch_weight_grads
 
 from dynops import PixelPlan
 from dynops.geometry import ConvGeometry
+from dynops.kernels.epilogue import Epilogue
 from dynops.kernels.triton import pixels
 from dynops.testing import assert_within_budget, random_mask, random_tensor
 
@@ -133,8 +134,8 @@ class Inputs:
             given = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         out = run(
             x, weight, given["bias"], self.plan.index, self.plan.count, self.source, list(self.g),
-            given["activation"] or "", given["scale"], given["shift"], given["gate"], given["residual"],
-            given["base"], self.case.packed_out,
+            Epilogue(given["activation"] or "", *(given[name] for name in names[2:-1])), given["base"],
+            self.case.packed_out,
         )  # fmt: skip
         if not self.case.packed_out:
             return out

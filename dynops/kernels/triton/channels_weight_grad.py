@@ -1,14 +1,11 @@
 """The weight gradient of the convolution on live channels in Triton.
 
-A program multiplies the live channels of one slice of a sample's pixels, for one tap and one tile of live
-outputs and inputs, into that slice's own float32 copy of the live part of the gradient. A second pass adds the
-copies: each element of the gradient looks up its place in every sample's copy. No atomics: the result is
+A program owns one slice of a sample's pixels, one tap, and one tile of live outputs and inputs. It multiplies their
+live channels into the slice's own float32 copy of the live part of the gradient. A second pass adds the copies: each element of the gradient looks up its place in every sample's copy. No atomics: the result is
 bitwise reproducible. The copies of a chunk of samples are kept at a time, 64 MiB at most where one fits.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import triton
@@ -16,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Lists, choose, list_part, listed, sides
+from .channel_lists import Side, choose, list_part, listed, sides
 from .gemm import source_row
-from .pixels_weight import chunk_rows
+from .pixels_weight_grad import chunk_rows
 
 _COPIES = 2**24  # elements of the copies of a chunk of samples
 
@@ -81,7 +79,7 @@ def weight_grad_kernel(
 
 @triton.jit
 def _channels(index, count, job, group, lists, length, size, part, slot, PARTS: tl.constexpr, STEPS: tl.constexpr, READS: tl.constexpr):  # fmt: skip
-    """How many live channels a group has, and where those at ``slot`` lie in a row of the map."""
+    """The number of a group's live channels, and the places of those at ``slot`` in a row of the map."""
     live = size
     channel = group * part + slot
     if index is not None:
@@ -176,46 +174,32 @@ def direct_weight_grad_kernel(
 
 
 def conv_weight_grad(
-    grad: Tensor,  # [N, O, out_h, out_w]; packed_out: [N, width, out_h, out_w]
-    x: Tensor,  # [N, C, H, W]; packed_in: [N, width, H, W]
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
-    weight_shape: list[int],
-    geometry: list[int],
-    heads: int,
-    packed_in: bool,
-    packed_out: bool,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
-    """The gradients of ``conv`` (without its epilogue) with respect to weight and bias."""
+    grad, x, lists: Lists, weight_shape, geometry, heads: int, packed_in: bool, packed_out: bool, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.channels.conv._conv_weight_grad``."""
     g = ConvGeometry(*geometry)
-    outputs, k_size, kh, kw = weight_shape
-    ins, outs = sides(weight_shape, in_index, in_count, out_index, out_count, g, heads, packed_in, packed_out)
+    ins, outs = sides(weight_shape, lists, g, heads, packed_in, packed_out)
     g = g._replace(groups=ins.groups)
-    db = _bias_grad(grad, outs, outputs) if bias else grad.new_empty(0)
+    db = _bias_grad(grad, outs, weight_shape[0]) if bias else grad.new_empty(0)
     if grad.numel() == 0 or x.numel() == 0 or 0 in (ins.capacity, outs.capacity):
         return grad.new_zeros(weight_shape), db
     narrow = heads == 1 and gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g)
     jobs = g.batch if ins.per_sample or outs.per_sample else 1
     dw = (_direct if narrow else _products)(grad, x, ins, outs, g, jobs)
-    dw = dw.view(outputs, kh, kw, k_size).permute(0, 3, 1, 2)
-    return dw.to(grad.dtype, memory_format=torch.contiguous_format), db
+    return gemm.as_weight(dw, weight_shape, grad.dtype), db
 
 
-def _bias_grad(grad: Tensor, outs: Lists, outputs: int) -> Tensor:
+def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
     sums = grad.sum((2, 3), dtype=torch.float32)
     if outs.packed:
-        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)[
-            :, :, 0, 0
-        ]
+        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)
+        sums = sums[:, :, 0, 0]
     elif outs.index is not None:
         sums = sums.masked_fill(~torch.ops.dynops.channel_mask(outs.index, outs.count, outputs), 0)
     return sums.sum(0).to(grad.dtype)
 
 
-def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int) -> Tensor:
+def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
     """float32 ``[O, taps, C/groups]``."""
     rows, outputs = g.batch // jobs * g.out_h * g.out_w, g.groups * outs.size
     x, k_part, x_reads = _readable(x, ins, g.taps)
@@ -251,18 +235,18 @@ def _products(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry,
     return dw
 
 
-def _readable(x: Tensor, lists: Lists, taps: int) -> tuple[Tensor, int, str]:
+def _readable(x: Tensor, lists: Side, taps: int) -> tuple[Tensor, int, str]:
     """The map as the product reads it, the channels that each group has there, and how it is read."""
     if lists.index is not None and taps > 1:  # read once for each tap: worth a copy that is read in vectors
         return channel_lists.compact(x, lists), channel_lists.padded(lists.capacity), "compact"
     return gemm.rows_of(x), 0 if lists.heads else lists.size, "packed" if lists.packed else "dense"
 
 
-def _direct(grad: Tensor, x: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int) -> Tensor:
+def _direct(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
     """float32 ``[O, taps, C/groups]``."""
     rows = g.batch // jobs * g.out_h * g.out_w
     grad, x = gemm.rows_of(grad), gemm.rows_of(x)
-    whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]
+    whole = ins.whole, outs.whole
     tile = tiling.direct_tile(whole[1].size)
     grid = (g.taps * ins.size, triton.cdiv(whole[1].size, tile["N"]))
     chunk = chunk_rows(rows, jobs * grid[0] * grid[1], tile["M"], x.device)

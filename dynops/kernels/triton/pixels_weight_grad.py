@@ -2,8 +2,8 @@
 
 A program reduces one slice of rows, for one tap and one tile of the weight, into that slice's own
 float32 copy of the gradient; a second pass adds the copies. No atomics: the result is bitwise
-reproducible. Where taps are selective (a transposed convolution with a stride) the rows come sorted
-by their taps, and a block of rows that lacks the tap is skipped.
+reproducible. In a transposed convolution with a stride, whose taps are selective, the rows come sorted by their
+taps. A block of rows that lacks the tap is skipped.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def direct_weight_grad_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
     GRAD_ROWS: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As weight_grad_kernel without a matrix product: one tap and one channel k of every group.
+    """weight_grad_kernel without a matrix product: one tap and one channel k of every group.
 
     M rows are taken at a time, N tiles the output channels; a tile spans groups.
     """
@@ -136,28 +136,19 @@ def direct_weight_grad_kernel(
 
 
 def conv_weight_grad(
-    grad: Tensor,  # [P, O] if rows else [N, O, out_h, out_w]
-    x: Tensor,  # [N, C, H, W], or [R, C] with source
-    index: Tensor,  # [P]
-    count: Tensor | None,  # [1]
-    source: Tensor | None,  # [N, in_h, in_w]
-    weight_shape: list[int],
-    geometry: list[int],
-    rows: bool,
-    bias: bool = True,
-) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
-    """The gradients of ``conv`` (without its epilogue) with respect to weight and bias."""
+    grad, x, index, count, source, weight_shape, geometry, from_rows: bool, bias: bool = True
+) -> tuple[Tensor, Tensor]:
+    """See ``ops.pixels.conv._conv_weight_grad``."""
     g = ConvGeometry(*geometry)
-    db = _bias_grad(grad, index, count, rows) if bias else grad.new_empty(0)
+    db = _bias_grad(grad, index, count, from_rows) if bias else grad.new_empty(0)
     if index.shape[0] == 0:
         return grad.new_zeros(weight_shape), db
     lead, inner, kh, kw = weight_shape
     slices = _slices(
-        gemm.rows_of(grad), gemm.rows_of(x), index, count, source, (lead, kh * kw, inner), g, rows
+        gemm.rows_of(grad), gemm.rows_of(x), index, count, source, (lead, kh * kw, inner), g, from_rows
     )
     dw = slices.sum(0) if slices.shape[0] > 1 else slices[0]
-    dw = dw.view(lead, kh, kw, inner).permute(0, 3, 1, 2)
-    return dw.to(grad.dtype, memory_format=torch.contiguous_format), db
+    return gemm.as_weight(dw, weight_shape, grad.dtype), db
 
 
 def _bias_grad(grad: Tensor, index: Tensor, count: Tensor | None, rows: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolution with weights of its own for each sample, each region of a map, or mixed from a few.
+"""Convolution with weights of its own for each sample, or for each region of a map.
 
 The mathematics, for output pixel p of sample n, taps t, with the weight that region r of p names::
 
@@ -9,26 +9,26 @@ The gradients, with dy, sum over the pixels p of region r::
     dx[n, i, q]     = sum over (p, t) with q(p, t) = q of W[n, r(p), :, i, t] . dy[n, :, p]
     dW[n, r, o, i, t] = sum_p dy[n, o, p] x[n, i, q(p, t)]        db[n, r, o] = sum_p dy[n, o, p]
 
-and a mixed weight is ``W[n] = sum_e mix[n, e] weight[e]``. ``_conv``, ``_conv_input_grad``,
-``_conv_weight_grad`` and ``_mixed_conv`` are the reference in plain PyTorch; the kernels have the same signatures.
+``_conv``, ``_conv_input_grad`` and ``_conv_weight_grad`` are the reference in plain PyTorch; the kernels have the
+same signatures.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ... import backends, modes
+from ... import modes
 from ...geometry import ConvGeometry, as_geometry
-from ...kernels.cpu import channel_weights as cpp_channel_weights
-from ...kernels.layout import memory_format_of
+from ...kernels import cpu
+from ...kernels.layout import empty_map
 from .. import batching
+from .. import checks as tensor_checks
+from ..dense_conv import dense_conv, dense_conv_grads
+from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
-from ..pixels.conv import dense_conv, dense_conv_grads
-from ..registry import define
-from . import weight_checks as checks
+from ..registry import define, save_inputs, saved_inputs
+from . import sample_checks as checks
 
 # ---------------------------------------------------------------------------------- reference
 
@@ -118,124 +118,53 @@ def _conv_weight_grad(
     return torch.stack(dw, 1), torch.stack(db, 1) if bias else grad.new_empty(0)
 
 
-def _as_rows(weight: Tensor) -> Tensor:
-    """``flatten(1)``, which the vmap of batched gradients does not know."""
-    return weight.reshape(weight.shape[0], weight.shape[1:].numel())
-
-
-def _mix(mix: Tensor, weight: Tensor) -> Tensor:
-    """``[N, 1, O, C/groups, kh, kw]``: each sample's sum of the ``weight[e]``."""
-    return (mix.to(weight.dtype) @ _as_rows(weight)).view(-1, 1, *weight.shape[1:])
-
-
-def _mixed_conv(
-    x: Tensor,  # [N, C, H, W]
-    weight: Tensor,  # [E, O, C/groups, kh, kw]
-    mix: Tensor,  # [N, E]
-    bias: Tensor | None,  # [N or 1, 1, O]
-    geometry: list[int],
-    activation: str,
-) -> Tensor:  # [N, O, out_h, out_w]
-    return _conv(x, _mix(mix, weight), bias, None, geometry, activation)
-
-
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _kernels(backend: str, x: Tensor):
-    """The kernel module for ``x``, or None for the reference above."""
-    name = backends.choose(backend, x.device, x.dtype)
-    if name == "triton" and backend:
-        raise RuntimeError("backend='triton': per-sample weights have no Triton kernel")
-    return cpp_channel_weights if name == "cpp" else None
-
-
-def _run_conv(x, weight, bias, region, geometry, activation, backend):
-    kernels = _kernels(backend, x)
-    run = _conv if kernels is None else kernels.conv
-    out = run(x, weight, bias, region, geometry, activation)
-    return out.contiguous(memory_format=memory_format_of(x))
-
-
-def _run_input_grad(grad, weight, region, geometry, backend):
-    kernels = _kernels(backend, grad)
-    run = _conv_input_grad if kernels is None else kernels.conv_input_grad
-    return run(grad, weight, region, geometry).contiguous(memory_format=memory_format_of(grad))
-
-
-def _run_weight_grad(grad, x, region, weight_shape, geometry, bias, backend):
-    kernels = _kernels(backend, grad)
-    run = _conv_weight_grad if kernels is None else kernels.conv_weight_grad
-    return run(grad, x, region, weight_shape, geometry, bias)
-
-
-def _run_mixed(x, weight, mix, bias, geometry, activation, backend):
-    kernels = _kernels(backend, x)
-    run = _mixed_conv if kernels is None else kernels.mixed_conv
-    out = run(x, weight, mix, bias, geometry, activation)
-    return out.contiguous(memory_format=memory_format_of(x))
-
-
-def _fake_map(like: Tensor, batch, channels, height, width) -> Tensor:
-    return like.new_empty(batch, channels, height, width).contiguous(memory_format=memory_format_of(like))
+KERNELS = Kernels(cpu.sample_conv, named="a convolution with per-sample weights")
 
 
 def _fake_conv(x, weight, bias, region, geometry, activation, backend):
     g = as_geometry(geometry)
-    return _fake_map(x, g.batch, weight.shape[2], g.out_h, g.out_w)
+    return empty_map(x, (g.batch, weight.shape[2], g.out_h, g.out_w))
 
 
 def _fake_input_grad(grad, weight, region, geometry, backend):
     g = as_geometry(geometry)
-    return _fake_map(grad, g.batch, weight.shape[3] * g.groups, g.in_h, g.in_w)
+    return empty_map(grad, (g.batch, weight.shape[3] * g.groups, g.in_h, g.in_w))
 
 
 def _fake_weight_grad(grad, x, region, weight_shape, geometry, bias, backend):
     return grad.new_empty(weight_shape), grad.new_empty(weight_shape[:3] if bias else 0)
 
 
-def _fake_mixed(x, weight, mix, bias, geometry, activation, backend):
-    g = as_geometry(geometry)
-    return _fake_map(x, g.batch, weight.shape[1], g.out_h, g.out_w)
-
-
 # Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
 
 
-def _input_grad_setup(ctx, inputs, output):
-    grad, weight, region, ctx.geometry, ctx.backend = inputs
-    ctx.save_for_backward(grad, weight, region)
-
-
 def _input_grad_backward(ctx, dx):
-    grad, weight, region = ctx.saved_tensors
+    grad, weight, region, geometry, backend = saved_inputs(ctx)
     need_grad, need_w = ctx.needs_input_grad[:2]
-    d_grad = _convolution(dx, weight, None, region, ctx.geometry, "", ctx.backend) if need_grad else None
-    dw = _weight_grad(grad, dx, region, weight.shape, ctx.geometry, False, ctx.backend)[0] if need_w else None
+    d_grad = _convolution(dx, weight, None, region, geometry, "", backend) if need_grad else None
+    dw = _weight_grad(grad, dx, region, weight.shape, geometry, False, backend)[0] if need_w else None
     return d_grad, dw, None, None, None
 
 
-def _weight_grad_setup(ctx, inputs, output):
-    grad, x, region, _, ctx.geometry, ctx.bias, ctx.backend = inputs
-    ctx.save_for_backward(grad, x, region)
-
-
 def _weight_grad_backward(ctx, dw, db):
-    grad, x, region = ctx.saved_tensors
+    grad, x, region, _, geometry, bias, backend = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
     d_grad = dx = None
     if need_grad:
-        d_grad = _convolution(x, dw, db if ctx.bias else None, region, ctx.geometry, "", ctx.backend)
+        d_grad = _convolution(x, dw, db if bias else None, region, geometry, "", backend)
     if need_x:
-        dx = _input_grad(grad, dw, region, ctx.geometry, ctx.backend)
+        dx = _input_grad(grad, dw, region, geometry, backend)
     return d_grad, dx, *[None] * 5
 
 
 _input_grad = define(
     "weighted_conv_input_grad(Tensor grad, Tensor weight, Tensor? region, SymInt[] geometry, str backend) -> Tensor",
-    _run_input_grad,
+    KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True),
     _fake_input_grad,
-    _input_grad_setup,
+    save_inputs,
     _input_grad_backward,
     terms="grad weight",
     vmap=batching.samples("grad", "region", one_or_each=("weight",)),
@@ -243,9 +172,9 @@ _input_grad = define(
 _weight_grad = define(
     "weighted_conv_weight_grad(Tensor grad, Tensor x, Tensor? region, SymInt[] weight_shape, SymInt[] geometry, "
     "bool bias, str backend) -> (Tensor, Tensor)",
-    _run_weight_grad,
+    KERNELS.run("conv_weight_grad", _conv_weight_grad),
     _fake_weight_grad,
-    _weight_grad_setup,
+    save_inputs,
     _weight_grad_backward,
     terms="grad x; grad",
     vmap=batching.sample_weight_grad,
@@ -254,7 +183,7 @@ _weight_grad = define(
 # ----------------------------------------------------------------------------------- autograd
 
 
-def _refuse_activation(activation: str, name: str) -> None:
+def refuse_activation(activation: str, name: str) -> None:
     if activation:
         raise RuntimeError(
             f"dynops::{name}: the fused activation has no gradient; the public functions of dynops.ops "
@@ -262,14 +191,14 @@ def _refuse_activation(activation: str, name: str) -> None:
         )
 
 
-def _like_bias(db: Tensor, batch: int) -> Tensor:
+def like_bias(db: Tensor, batch: int) -> Tensor:
     """The gradient ``[N or 1, R, O]`` of a bias of ``batch`` samples."""
     return db.sum(0, keepdim=True) if batch == 1 and db.shape[0] != 1 else db
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, region, geometry, activation, backend = inputs
-    _refuse_activation(activation, "weighted_conv")
+    refuse_activation(activation, "weighted_conv")
     ctx.save_for_backward(x, weight, region)
     ctx.geometry, ctx.backend, ctx.bias_batch = geometry, backend, 0 if bias is None else bias.shape[0]
 
@@ -282,62 +211,20 @@ def _backward(ctx, grad):
         dx = _input_grad(grad, weight, region, ctx.geometry, ctx.backend)
     if need_w or need_b:
         dw, db = _weight_grad(grad, x, region, weight.shape, ctx.geometry, need_b, ctx.backend)
-        db = _like_bias(db, ctx.bias_batch) if need_b else None
+        db = like_bias(db, ctx.bias_batch) if need_b else None
     return dx, dw if need_w else None, db, None, None, None, None
-
-
-def _mixed_setup_context(ctx, inputs, output):
-    x, weight, mix, bias, geometry, activation, backend = inputs
-    _refuse_activation(activation, "mixed_conv")
-    ctx.save_for_backward(x, weight, mix)
-    ctx.geometry, ctx.backend, ctx.bias_batch = geometry, backend, 0 if bias is None else bias.shape[0]
-
-
-def _inner_products(each: Tensor, weight: Tensor) -> Tensor:
-    """``each @ weight.flatten(1).t()``, ``[N, E]``, output by output: one float32 sum over the 14400 numbers of a weight
-    was 2.5 times as far from the exact one."""
-    per_output = each.view(each.shape[0], weight.shape[1], math.prod(weight.shape[2:])).transpose(0, 1)
-    by_output = weight.reshape(*weight.shape[:2], math.prod(weight.shape[2:]))
-    return torch.bmm(per_output, by_output.permute(1, 2, 0)).sum(0)
-
-
-def _mixed_backward(ctx, grad):
-    x, weight, mix = ctx.saved_tensors
-    need_x, need_w, need_mix, need_b = ctx.needs_input_grad[:4]
-    dx = dw = dmix = db = None
-    if need_x:
-        dx = _input_grad(grad, _mix(mix, weight), None, ctx.geometry, ctx.backend)
-    if need_w or need_mix or need_b:
-        shape = [grad.shape[0], 1, *weight.shape[1:]]
-        each, db = _weight_grad(grad, x, None, shape, ctx.geometry, need_b, ctx.backend)
-        each = _as_rows(each)
-        dw = (mix.to(each.dtype).t() @ each).view_as(weight) if need_w else None
-        dmix = _inner_products(each, weight).to(mix.dtype) if need_mix else None
-        db = _like_bias(db, ctx.bias_batch) if need_b else None
-    return dx, dw, dmix, db, None, None, None
 
 
 _convolution = define(
     "weighted_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? region, SymInt[] geometry, str activation, "
     "str backend) -> Tensor",
-    _run_conv,
+    KERNELS.run("conv", _conv, like_first=True),
     _fake_conv,
     _setup_context,
     _backward,
     terms="x weight, bias",
     vmap=batching.samples("x", "region", one_or_each=("weight", "bias")),
 )
-_mixed = define(
-    "mixed_conv(Tensor x, Tensor weight, Tensor mix, Tensor? bias, SymInt[] geometry, str activation, "
-    "str backend) -> Tensor",
-    _run_mixed,
-    _fake_mixed,
-    _mixed_setup_context,
-    _mixed_backward,
-    terms="x weight mix, bias",
-    vmap=batching.samples("x", "mix", one_or_each=("bias",)),
-)
-
 # ------------------------------------------------------------------------------ public functions
 
 
@@ -373,14 +260,14 @@ def sample_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: dynamic filter networks (NIPS 2016), WeightNet (ECCV 2020).
+    Paper: dynamic filter networks (NIPS 2016).
     """
     x, weight, bias = checks.tensors(x, weight, "weight", {5: "[N, O, C/groups, kh, kw]"}, bias)
     checks.batch_of(weight, "weight", x)
     x, g = checks.geometry(x, weight, (stride, padding, dilation, groups, padding_mode))
     bias = checks.bias_of(bias, {"[N, O]": (x.shape[0], weight.shape[1]), "[O]": weight.shape[1:2]})
     bias = None if bias is None else bias.view(-1, 1, weight.shape[1])
-    return _finished(_convolution, (x, weight[:, None], bias, None, g), activation, backend)
+    return finished(_convolution, (x, weight[:, None], bias, None, g), activation, backend)
 
 
 def region_conv2d(
@@ -431,62 +318,15 @@ def region_conv2d(
     shapes = {"[N, R, O]": (x.shape[0], regions, outputs)} if each else {}
     bias = checks.bias_of(bias, shapes | {"[R, O]": (regions, outputs)})
     bias = bias[None] if bias is not None and bias.dim() == 2 else bias
-    return _finished(_convolution, (x, weights, bias, region, g), activation, backend)
+    return finished(_convolution, (x, weights, bias, region, g), activation, backend)
 
 
-def mixed_conv2d(
-    x: Tensor,
-    weights: Tensor,
-    mix: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1,
-    groups: int = 1,
-    padding_mode: str = "zeros",
-    activation: str | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """2-D convolution of each sample with its own mixture of a few weights.
-
-    Equals ``sample_conv2d(x, einsum("ne,eoikl->noikl", mix, weights), mix @ bias, …)``. On a CPU the weights are
-    mixed as the kernel reads them, without ``[N, O, C, kh, kw]`` in memory; where a sample has one pixel and a weight
-    2**17 elements or more, the outputs of all weights are, which then takes half of the time.
-
-    Args:
-        x: ``[N, C, H, W]``, either memory format (channels_last is the fast one); the output has the same one.
-        weights: ``[E, O, C/groups, kh, kw]``, of ``x``'s dtype.
-        mix: ``[N, E]``, any floating dtype: how much of each weight a sample takes.
-        bias: ``[E, O]`` (mixed as the weights are), ``[O]`` (added as it is) or None.
-        stride, padding, dilation, groups, padding_mode, activation, backend: as in :func:`sample_conv2d`.
-
-    Returns:
-        ``[N, O, out_H, out_W]``, dtype of ``x``. ``x``, ``weights``, ``mix`` and ``bias`` get their gradients.
-
-    Raises:
-        TypeError, ValueError: an argument that does not fit, with what was expected and what came.
-        RuntimeError: a named backend that cannot run here.
-
-    Papers: CondConv (NeurIPS 2019), dynamic convolution (CVPR 2020), DY-CNN (2020).
-    """
-    x, weights, bias = checks.tensors(x, weights, "weights", {5: "[E, O, C/groups, kh, kw]"}, bias)
-    checks.not_empty(weights, "to mix")
-    x, g = checks.geometry(x, weights, (stride, padding, dilation, groups, padding_mode))
-    experts, outputs = weights.shape[:2]
-    checks.mix_of(mix, x, experts)
-    bias = checks.bias_of(bias, {"[E, O]": (experts, outputs), "[O]": (outputs,)})
-    if bias is not None:
-        bias = (mix.to(bias.dtype) @ bias if bias.dim() == 2 else bias).view(-1, 1, outputs)
-    return _finished(_mixed, (x, weights, mix, bias, g), activation, backend)
-
-
-def _finished(op, arguments: tuple, activation: str | None, backend: str | None) -> Tensor:
+def finished(op, arguments: tuple, activation: str | None, backend: str | None) -> Tensor:
     """Runs the op with its activation, fused where no gradient is needed."""
-    activation = checks.activation_of(activation)
+    activation = tensor_checks.activation(activation)
     if not modes.differentiated(*arguments):
         return op(*arguments, activation, backend or "")
     return ACTIVATIONS[activation](op(*arguments, "", backend or ""))
 
 
-__all__ = ["mixed_conv2d", "region_conv2d", "sample_conv2d"]
+__all__ = ["region_conv2d", "sample_conv2d"]

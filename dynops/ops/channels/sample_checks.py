@@ -9,7 +9,6 @@ from torch import Tensor
 from ... import modes
 from ...geometry import ConvGeometry
 from .. import checks
-from ..epilogue import ACTIVATIONS
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -24,8 +23,7 @@ def tensors(x, weight, name: str, shapes: dict[int, str], bias) -> tuple[Tensor,
         raise ValueError(
             f"{name}: expected {what}, a kernel of at least 1x1, got shape {tuple(weight.shape)}"
         )
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    checks.floating(x)
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a tensor or None, got {type(bias).__name__}")
     dtype = modes.autocast_dtype(x)
@@ -54,7 +52,7 @@ def not_empty(weights: Tensor, what: str) -> None:
 
 def geometry(x: Tensor, weight: Tensor, options: tuple) -> tuple[Tensor, ConvGeometry]:
     """x, padded where the mode needs it, and the geometry. ``options``: stride to padding_mode."""
-    g, fill = checks.conv_geometry(x.shape, weight.shape[-4:], *options)
+    g, fill = checks.conv_geometry(x.shape, weight.shape[-4:], options)
     return (x if fill is None else F.pad(x, fill, mode=options[-1])), g
 
 
@@ -71,10 +69,7 @@ def region_of(region, g: ConvGeometry, regions: int, x: Tensor) -> Tensor:
     checks.tensor(region, "region", 3, "[N, out_H, out_W]")
     if region.dtype not in _INTEGERS:
         raise TypeError(f"region: expected an integer dtype, got {region.dtype}")
-    if tuple(region.shape) != g.out_shape:
-        raise ValueError(
-            f"region: expected the output's [N, H, W] = {g.out_shape}, got {tuple(region.shape)}"
-        )
+    checks.shaped(region, "region", g.out_shape, what="the output's [N, H, W] =")
     checks.same(region, "region", x, dtype=False)
     if region.numel() and modes.may_look(region):
         low, high = (int(bound) for bound in torch.aminmax(region))
@@ -86,14 +81,6 @@ def region_of(region, g: ConvGeometry, regions: int, x: Tensor) -> Tensor:
 def mix_of(mix, x: Tensor, experts: int) -> None:
     """``mix`` is ``[N, E]``."""
     checks.tensor(mix, "mix", 2, "[N, E]")
-    if not mix.is_floating_point():
-        raise TypeError(f"mix: expected a floating dtype, got {mix.dtype}")
-    if tuple(mix.shape) != (x.shape[0], experts):
-        raise ValueError(f"mix: expected shape {(x.shape[0], experts)}, got {tuple(mix.shape)}")
+    checks.floating(mix, "mix")
+    checks.shaped(mix, "mix", (x.shape[0], experts))
     checks.same(mix, "mix", x, dtype=False)
-
-
-def activation_of(activation: str | None) -> str:
-    if (activation or "") not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)[1:]}, got {activation!r}")
-    return activation or ""

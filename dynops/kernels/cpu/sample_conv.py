@@ -1,6 +1,6 @@
 """The C++ kernels of convolutions with weights of their own for samples and regions, or mixed from a few.
 
-Same signatures as the references in ``ops/channel_weights.py``.
+Same signatures as the references in ``ops/channels/sample_conv.py`` and ``ops/channels/mixed_conv.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from torch import Tensor
 from ... import backends
 from ...geometry import ConvGeometry, as_geometry
 from ...kept import kept
-from . import pixels as cpp
+from ..layout import contiguous, empty_map
+from .engine import ACTIVATIONS, CHANNELS_LAST, Setup, setup_of, takes_winograd
+from .rows import last
 
 if backends.has_binary():
     _cpu_weighted_conv = torch.ops.dynops.cpu_weighted_conv.default
@@ -19,7 +21,7 @@ if backends.has_binary():
     _cpu_input_grad = torch.ops.dynops.cpu_weighted_input_grad.default
     _cpu_mixed_conv = torch.ops.dynops.cpu_mixed_conv.default
     _cpu_mixed_in_steps = torch.ops.dynops.cpu_mixed_in_steps.default
-
+    _cpu_conv = torch.ops.dynops.cpu_conv.default
 
 # As csrc/cpu/channels/sample_conv.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct. Mixed weights want as
 # many more as there are: Winograd's are 16/9 as large.
@@ -36,55 +38,47 @@ def _tiles(g: ConvGeometry) -> int:
 
 
 def _out_map(x: Tensor, channels: int, g: ConvGeometry) -> Tensor:
-    shape = (g.batch, channels, g.out_h, g.out_w)
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _merged(g: ConvGeometry, weight: Tensor, x: Tensor) -> bool:
-    return cpp._setup(g, weight.shape[-4:], x.dtype, False).merged
+    return empty_map(x, (g.batch, channels, g.out_h, g.out_w), CHANNELS_LAST)
 
 
 def conv(x, weight, bias, region, geometry, activation) -> Tensor:
-    """See ``ops.channel_weights._conv``."""
+    """See ``ops.channels.sample_conv._conv``."""
     g = as_geometry(geometry)
     out = _out_map(x, weight.shape[2], g)
-    merged = _merged(g, weight, x)
-    _cpu_weighted_conv(cpp._last(x), weight.contiguous(), _contiguous(bias), _contiguous(region), g, cpp._ACTIVATIONS[activation], merged, out)  # fmt: skip
+    merged = setup_of(g, weight.shape[-4:], x.dtype, False).merged
+    tensors = last(x), weight.contiguous(), contiguous(bias), contiguous(region)
+    _cpu_weighted_conv(*tensors, g, ACTIVATIONS[activation], merged, out)
     return out
 
 
 def conv_input_grad(grad, weight, region, geometry) -> Tensor:
-    """See ``ops.channel_weights._conv_input_grad``. Accumulates in float32, whatever the dtype."""
+    """See ``ops.channels.sample_conv._conv_input_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
     shape = (g.batch, weight.shape[3] * g.groups, g.in_h, g.in_w)
-    depthwise = cpp._setup(g, weight.shape[2:], grad.dtype, False).depthwise
+    depthwise = setup_of(g, weight.shape[2:], grad.dtype, False).depthwise
     dtype = grad.dtype if depthwise else torch.float32
-    dx = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last, device="cpu")
+    dx = torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST, device="cpu")
     if not depthwise:  # whose kernel writes every pixel once
         dx.zero_()
-    _cpu_input_grad(cpp._last(grad), weight.contiguous(), _contiguous(region), g, dx)
+    _cpu_input_grad(last(grad), weight.contiguous(), contiguous(region), g, dx)
     return dx.to(grad.dtype)
 
 
 def conv_weight_grad(grad, x, region, weight_shape, geometry, bias) -> tuple[Tensor, Tensor]:
-    """See ``ops.channel_weights._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
+    """See ``ops.channels.sample_conv._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     g = as_geometry(geometry)
     dw = grad.new_empty(weight_shape)
     db = grad.new_empty(weight_shape[:3] if bias else 0)
-    _cpu_weight_grad(cpp._last(grad), cpp._last(x), _contiguous(region), g, dw, db if bias else None)
+    _cpu_weight_grad(last(grad), last(x), contiguous(region), g, dw, db if bias else None)
     return dw, db
 
 
 def _mixes_winograd(weight: Tensor, g: ConvGeometry, x: Tensor) -> bool:
     tiles = max(_WINOGRAD_TILES, _WINOGRAD_TILES_A_KERNEL * weight.shape[0])
-    return cpp.takes_winograd(g, weight.shape[1:], x.dtype) and _tiles(g) >= tiles
+    return takes_winograd(g, weight.shape[1:], x.dtype) and _tiles(g) >= tiles
 
 
-def _packed(weight: Tensor, g: ConvGeometry, setup, winograd: bool) -> Tensor:
+def _packed(weight: Tensor, g: ConvGeometry, setup: Setup, winograd: bool) -> Tensor:
     """``[E, bytes]``: each weight as the GEMM reads it, made once for each version of all."""
 
     def make():
@@ -106,20 +100,21 @@ def _mix_outputs(x, packed, mix, bias, g, activation, merged: bool, out) -> None
     if bias is not None:
         out.copy_(bias.view(-1, bias.shape[-1], 1, 1).expand_as(out))
     for e in range(packed.shape[0]):
-        last = e + 1 == packed.shape[0]
+        is_last = e + 1 == packed.shape[0]
         sum_so_far = out if e or bias is not None else None
-        cpp._cpu_conv(x, packed[e], None, index, None, None, g, activation if last else 0, None, None, shares[e], sum_so_far, None, merged, None, out)  # fmt: skip
+        finish = activation if is_last else 0, None, None, shares[e], sum_so_far, None
+        _cpu_conv(x, packed[e], None, index, None, None, g, *finish, merged, None, out)
 
 
 def mixed_conv(x, weight, mix, bias, geometry, activation) -> Tensor:
-    """See ``ops.channel_weights._mixed_conv``. Mixes in float32, whatever the dtype."""
+    """See ``ops.channels.mixed_conv._conv``. Mixes in float32, whatever the dtype."""
     g = as_geometry(geometry)
     out = _out_map(x, weight.shape[1], g)
-    setup = cpp._setup(g, weight.shape[1:], x.dtype, False)
+    setup = setup_of(g, weight.shape[1:], x.dtype, False)
     winograd = _mixes_winograd(weight, g, x)
     packed = _packed(weight, g, setup, winograd)
     mix = mix.to(torch.float32).contiguous()
-    tensors = cpp._last(x), packed, mix, _contiguous(bias), g, cpp._ACTIVATIONS[activation]
+    tensors = last(x), packed, mix, contiguous(bias), g, ACTIVATIONS[activation]
     few = g.out_h * g.out_w <= _OUTPUT_PIXELS and weight[0].numel() >= _OUTPUT_WEIGHTS
     if few and x.dtype == torch.float32 and not setup.depthwise:
         _mix_outputs(*tensors, setup.merged, out)

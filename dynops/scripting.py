@@ -1,4 +1,4 @@
-"""Asks who looks on at a computation: TorchScript's tracer, a dispatch mode, a profiler. An op that would go past the dispatcher asks first, and so does a decision that becomes indices."""
+"""Refusals of TorchScript: its tracer, its compiler and the ONNX exporter that is built on them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,10 @@ import types
 import torch
 
 _tracing = torch._C._is_tracing
-_modes = torch._C._len_torch_dispatch_stack
-_profiled = torch._C._autograd._profiler_enabled
-
-
-def observed() -> bool:
-    """True if the dispatcher must see a call: 0.1 us.
-
-    Raises:
-        RuntimeError: TorchScript's tracer looks on.
-    """
-    if _tracing():
-        refuse_tracing()
-    return _modes() > 0 or _profiled()
 
 
 def refuse_tracing() -> None:
-    """Raises RuntimeError where ``torch.jit.trace``, or the ONNX exporter that is built on it, looks on.
+    """Raises RuntimeError while ``torch.jit.trace``, or the ONNX exporter that is built on it, runs: 0.04 us.
 
     It would keep the indices of its example for every input, and not record the kernels that fill an output.
     """

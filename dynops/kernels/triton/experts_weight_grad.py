@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import contiguous
 from . import gemm, tiling
-from .pixels_weight import chunk_rows
+from .pixels_weight_grad import chunk_rows
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -109,26 +110,16 @@ def bias_grad_kernel(
 
 
 def weight_grad(
-    grad: Tensor,  # [T, O], packed [P, O]
-    x: Tensor,  # [T, I], packed [P, I]
-    row_weight: Tensor | None,  # [T, K]
-    order: Tensor,
-    offsets: Tensor,
-    position: Tensor,
-    packed_grad: bool,
-    packed_x: bool,
-    transposed: bool,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:  # dW [E, O, I] or transposed [E, I, O]; db [E, O], or [0] where nobody asks
-    """See ``ops.experts._weight_grad``."""
+    grad, x, row_weight, order, offsets, position, packed_grad: bool, packed_x: bool, transposed: bool, bias: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``ops.experts.linear._weight_grad``."""
     outputs, inputs, experts = grad.shape[1], x.shape[1], offsets.shape[0] - 1
     shape = (experts, inputs, outputs) if transposed else (experts, outputs, inputs)
     db_shape = (experts, outputs) if bias else (0,)
     if order.shape[0] == 0 or outputs == 0:
         return grad.new_zeros(shape), grad.new_zeros(db_shape)
     grad, x = grad.contiguous(), x.contiguous()
-    row_weight = None if row_weight is None else row_weight.contiguous()
-    rows = (row_weight, order, offsets, position.shape[1])
+    rows = (contiguous(row_weight), order, offsets, position.shape[1])
     dw = _weights(grad, x, rows, shape, packed_grad, packed_x, transposed)
     return dw, _bias(grad, rows, db_shape, packed_grad) if bias else grad.new_empty(0)
 
