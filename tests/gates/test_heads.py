@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from comparison import close
 from torch import Tensor, nn
 
-from dynops import ChannelPlan, PixelPlan, SamplePlan, gates
-from dynops.nn.samples.skip import Skip
+from dynops import gates
 from dynops.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -351,27 +350,6 @@ def test_compiles_without_graph_breaks(name):
     actual = outputs(torch.compile(head, fullgraph=True, backend="aot_eager"), x)
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-
-
-def test_masks_are_what_plans_and_layers_take():
-    """From features to skipped work, and the task's gradient back to every parameter of the gate."""
-    x = random_tensor(6, C, 7, 7)
-    gate, spatial, channels = (
-        gates.PooledGate(C, open_rate=0.5),
-        gates.SpatialGate(C),
-        gates.ChannelGate(C, 8, 0.5),
-    )
-    mask = gate(x).mask
-    y = Skip(nn.Conv2d(C, C, 3, padding=1))(x, mask)
-    kept = SamplePlan.from_mask(mask.detach())
-    assert kept.num_rows == int(mask.sum()) and torch.equal(kept.mask(), mask > 0)
-    assert torch.equal(y[mask == 0], x[mask == 0])
-    y.square().sum().backward()
-    assert gate.fc1.weight.grad.norm() > 0
-    mask = spatial(x).mask.detach()
-    assert torch.equal(PixelPlan.from_mask(mask).mask(), mask[:, 0] != 0)
-    plan = ChannelPlan.from_mask(channels(x).mask.detach())
-    assert torch.equal(plan.mask(), channels(x).mask != 0)
 
 
 def test_reset_leaves_the_backbone_alone():

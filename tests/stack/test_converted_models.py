@@ -253,27 +253,3 @@ def test_block_sizes_that_are_none(block_size, inputs):
 def test_blocks_of_a_mask_with_nan():
     with pytest.raises(ValueError, match="mask: expected numbers, got NaN"):
         dynops.active(torch.full((1, 8, 8), torch.nan), 4)
-
-
-@pytest.mark.parametrize("block_size", [None, (8, 4)])
-def test_compiles_in_the_context(block_size):
-    model = small_resnet(BasicBlock, torch.float32)
-    x, mask = torch.randn(2, 3, 32, 32), random_mask((2, 32, 32), 0.05)
-    with torch.no_grad():
-        dense = model(x)
-        dynops.convert_(model)
-
-        @torch.compile(fullgraph=True, backend="aot_eager")
-        def run(x, mask):
-            with dynops.active(mask, block_size):
-                return model(x)
-
-        for seed in range(2):
-            mask = random_mask((2, 32, 32), 0.02, seed)
-            with dynops.active(mask, block_size):
-                expected = model(x)
-            close(run(x, mask), expected, 1e-5)
-        with dynops.active(mask, block_size):  # a context around the call of a compiled (copy of a) model
-            compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-            close(compiled(x), expected, 1e-5)
-        close(compiled(x), dense, 1e-5)
