@@ -92,22 +92,6 @@ def test_exceptions():
     assert hooks(model) == 0 and not dynops.ops.watch.watchers()
 
 
-def test_a_model_that_catches_its_own_exception_counts_on():
-    class Catches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fails, self.block = Fails(), block()
-            self.fails.fails = True
-
-        def forward(self, x, g):
-            try:
-                return self.fails(x, g)
-            except KeyError:
-                return self.block(x)
-
-    assert count(Catches(), images(2), torch.tensor([1, 0])).layers["block.0"].computed == 2 * BLOCK
-
-
 def test_other_threads_and_other_models_do_not_count():
     model, other = Skip(block()), Skip(block())
     g = torch.tensor([1, 0, 1])
