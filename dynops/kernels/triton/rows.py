@@ -78,7 +78,8 @@ def merge_rows_kernel(
         row = row.to(tl.int64)
         column = column.to(tl.int64)
     at = n[:, None] * columns + column[None, :]
-    alone = share == 1 if MIX else share != share  # a row that stands alone must not read the base, which may be NaN
+    # a row that stands alone must not read the base, which may be NaN
+    alone = share == 1 if MIX else share != share
     below = tl.load(base + at, mask=inside & (~alone)[:, None], other=0).to(tl.float32)
     source = row[:, None] * columns + column[None, :]
     value = tl.load(rows + source, mask=inside & kept[:, None], other=0).to(tl.float32)
