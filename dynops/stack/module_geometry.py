@@ -37,8 +37,10 @@ def conv_transpose_geometry(
     )
 
 
-def geometry_of(conv: nn.Conv2d | nn.ConvTranspose2d, in_shape: tuple[int, int, int]) -> ConvGeometry:
-    """The geometry of either kind of convolution, with zero padding."""
+def geometry_of(
+    conv: nn.Conv2d | nn.ConvTranspose2d, in_shape: tuple[int, int, int], padded: bool = False
+) -> ConvGeometry:
+    """The geometry of either kind of convolution; ``padded`` as in :func:`conv_geometry`."""
     if isinstance(conv, nn.ConvTranspose2d):
         return conv_transpose_geometry(conv, in_shape)
-    return conv_geometry(conv, in_shape)
+    return conv_geometry(conv, in_shape, padded)

@@ -18,8 +18,8 @@ import planted_kernels
 import torch
 from planted_kernels import SOUND, SPILLS, STRIDED, TEN_STAGES, TWO_WARPS
 
-from benchmarks.gpu import audit, forms
-from benchmarks.gpu.launches import Form
+from benchmarks.gpu.audit import audit, forms
+from benchmarks.gpu.audit.launches import Form
 
 ARCHS = audit.ARCHS
 

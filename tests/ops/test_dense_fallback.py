@@ -14,7 +14,8 @@ from dynops.nn import SparseBlocks, SparseConv2d
 from dynops.nn.blocks import sparse_blocks as blocks
 from dynops.ops import dense_fallback
 from dynops.ops.pixels import conv as pixels
-from dynops.stack.traced import Bound
+from dynops.stack import traced
+from dynops.stack.traced import Traced
 from dynops.testing import assert_within_budget, dense_masked_conv2d, random_mask, random_tensor
 
 
@@ -34,7 +35,7 @@ def ran(monkeypatch):
     for module, name in (
         (dense_fallback, "dense_layer"),
         (pixels, "_pixel_conv"),
-        (blocks, "run_rows"),
+        (traced, "run_rows"),
         (blocks, "run_tiles"),
     ):
         original = getattr(module, name)
@@ -232,7 +233,7 @@ def test_the_halo_is_counted():
     """A 3x3 convolution before another computes 6x6 pixels for a block of 4x4."""
     conv = nn.Conv2d(16, 16, 3, padding=1)
     bound, plan = (
-        Bound(nn.Sequential(conv, nn.Conv2d(16, 16, 3, padding=1))),
+        Traced(nn.Sequential(conv, nn.Conv2d(16, 16, 3, padding=1))),
         BlockPlan.from_mask(block_mask(16), 4),
     )
     arguments = (plan, (2, 16, 16), torch.device("cpu"), torch.float32)

@@ -140,7 +140,9 @@ def _merge_backward(ctx, grad):
     dkept = _gather(grad, index, count)  # [K, F], zero past the count
     drows = dbase = dscale = None
     if ctx.needs_input_grad[0]:
-        drows = dkept if scale is None else (dkept * scale.to(dkept.dtype)[:, None])
+        drows = dkept
+        if scale is not None:
+            drows = zero_past_count(dkept * scale.to(dkept.dtype)[:, None], index, count)
     if ctx.needs_input_grad[3]:
         dbase = grad
         if ctx.mix:
