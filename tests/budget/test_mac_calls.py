@@ -51,7 +51,7 @@ def test_hooks_are_removed_and_contexts_nest():
         model(images(2))
         assert hooks(model) > 0
     assert (outer.total, inner.total, part.total) == (8 * BLOCK, 4 * BLOCK, 2 * BLOCK)
-    assert hooks(model) == 0 and not dynops.ops.watch.watchers()
+    assert hooks(model) == 0 and not dynops.ops.observers.observers()
     with pytest.raises(RuntimeError, match="entered already"), outer, outer:
         pass
     assert hooks(model) == 0
@@ -89,7 +89,7 @@ def test_exceptions():
     with pytest.raises(KeyError), MacCounter(model):
         model.fails = True
         model(images(2), g)
-    assert hooks(model) == 0 and not dynops.ops.watch.watchers()
+    assert hooks(model) == 0 and not dynops.ops.observers.observers()
 
 
 def test_other_threads_and_other_models_do_not_count():
