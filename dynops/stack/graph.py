@@ -27,6 +27,7 @@ from .layers import (
     called,
     place,
 )
+from .staleness import Watch
 from .trace import Ref, Step, Untraceable, dense_type, trace
 
 KINDS = {
@@ -59,6 +60,7 @@ class Stack(NamedTuple):
     layers: tuple[Layer, ...]
     dropouts: tuple[Dropout, ...]
     output: int
+    watch: Watch
     multiple: tuple[int, int]  # of what blocks must lie apart, so that every value's blocks are whole pixels
 
 
@@ -82,10 +84,10 @@ def layers_of(module: nn.Module) -> Stack:
     whole = Whole(module)
     kinds = {m: KINDS[kind] for m in module.modules() if (kind := dense_type(m)) in KINDS}
     try:
-        steps = trace(whole, kinds, whole=True)
+        traced = trace(whole, kinds, whole=True)
     except Untraceable as reason:
         raise TypeError(f"module: expected one that can be traced; {reason}") from None
-    steps, output = _without_copies(steps.steps, steps.output)
+    steps, output = _without_copies(traced.steps, traced.output)
     dropouts = tuple(Dropout(step.target, whole) for step in steps if step.kind == "dropout")
     parameters = {step.out: step.target for step in steps if step.kind == "attr"}
     layers = [_layer(step, whole, parameters) for step in steps if step.kind not in ("attr", "dropout")]
@@ -97,7 +99,8 @@ def layers_of(module: nn.Module) -> Stack:
     if 0 not in needed:
         raise TypeError("module: expected an output that is computed from the input")
     layers = tuple(reversed(kept))
-    return Stack(layers, dropouts, output, _multiple(layers, output))
+    watch = Watch(whole, traced, hooks=False)
+    return Stack(layers, dropouts, output, watch, _multiple(layers, output))
 
 
 def _without_copies(steps: tuple[Step, ...], output: int) -> tuple[list[Step], int]:

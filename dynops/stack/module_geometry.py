@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, pair
 
 
 def conv_geometry(conv: nn.Conv2d, in_shape: tuple[int, int, int], padded: bool = False) -> ConvGeometry:
@@ -60,3 +60,10 @@ def geometry_of(conv: nn.Conv2d | nn.ConvTranspose2d, in_shape: tuple[int, int, 
     if isinstance(conv, nn.ConvTranspose2d):
         return conv_transpose_geometry(conv, in_shape)
     return conv_geometry(conv, in_shape)
+
+
+def pool_geometry(pool: nn.MaxPool2d | nn.AvgPool2d, in_shape: tuple, out_shape: tuple) -> ConvGeometry:
+    """The windows of a pool from a map ``(N, H, W)`` to one of ``out_shape``."""
+    kernel, padding = pair(pool.kernel_size, "kernel_size"), pair(pool.padding, "padding")
+    stride, dilation = pair(pool.stride, "stride"), pair(getattr(pool, "dilation", 1), "dilation")
+    return ConvGeometry(*in_shape, *out_shape[1:], *kernel, *stride, *padding, *dilation, 1, 0)

@@ -15,17 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..context import active
+from ..context import use_mask
+from ..geometry import ConvGeometry
 from ..modes import autocast_dtype
 from ..ops.epilogue import ACTIVATIONS
 from ..ops.pixels.rows import gather_pixels, in_format, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .module_geometry import conv_geometry, conv_transpose_geometry
 from .norm import norm_rows
+from .pool import pool_under
 from .run_rows import FusedConv
+from .staleness import Watch
 from .trace import Ref, Step, Trace, find
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MAX_SIZES = 64  # input sizes whose geometry a step keeps
 
 
@@ -40,22 +42,22 @@ def _dense(value):
     return scatter_pixels(value.values, value.plan) if type(value) is Rows else value
 
 
-def _rows_at(value, plan: PixelPlan, channels: int) -> Tensor | None:
-    """``value`` as rows of ``plan``, or None where it is a map of another size (to be broadcast)."""
+def _rows_at(value, plan: PixelPlan, channels: int, active: use_mask) -> Tensor | None:
+    """``value`` as rows of ``plan``, or None where it has another size or may be nonzero outside of the plan."""
     if type(value) is Rows:
         return value.values if value.plan is plan and value.values.shape[1] == channels else None
     n, h, w = plan.shape
-    if isinstance(value, Tensor) and value.shape == (n, channels, h, w):
+    if isinstance(value, Tensor) and value.shape == (n, channels, h, w) and active.knows(value, plan):
         return gather_pixels(value, plan)
     return None
 
 
-def _add(a, b):
-    """The sum of two values: rows where one of them is rows and the other has its size."""
+def _add(a, b, active: use_mask):
+    """The sum of two values: rows where both are zero outside of one plan."""
     if type(a) is not Rows and type(b) is not Rows:
         return operator.add(a, b)
     rows, other = (a, b) if type(a) is Rows else (b, a)
-    values = _rows_at(other, rows.plan, rows.values.shape[1])
+    values = _rows_at(other, rows.plan, rows.values.shape[1], active)
     return _dense(a) + _dense(b) if values is None else Rows(rows.values + values, rows.plan)
 
 
@@ -76,20 +78,20 @@ class _Conv:
             self.pads = self.conv._reversed_padding_repeated_twice
         self.sizes: dict = {}
 
-    def run(self, env: list, active: active, autocast: torch.dtype | None) -> Rows | Tensor:
-        values, in_plan, shape = self._input(env)
-        geometry, out_shape = self.sizes.get(shape) or self._size(shape)
-        plan = active.plan(out_shape, values.device)
+    def run(self, env: list, active: use_mask, autocast: torch.dtype | None) -> Rows | Tensor:
+        values, in_plan, shape = self._input(env, active)
+        geometry, whole = self.sizes.get(shape) or self._size(shape)
+        plan = active.after(whole, values.device)
         residual = None
         if self.residual is not None:
-            residual = _rows_at(env[self.residual], plan, self.conv.out_channels)
+            residual = _rows_at(env[self.residual], plan, self.conv.out_channels, active)
             if residual is None:
                 plain = FusedConv(self.conv, None, "")
                 rows = plain(values, in_plan, plan, geometry, autocast)
                 return self._then_broadcast(env, rows, plan)
         return Rows(self.fused(values, in_plan, plan, geometry, autocast, residual), plan)
 
-    def _input(self, env: list) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
+    def _input(self, env: list, active: use_mask) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
         x = env[self.x]
         if type(x) is Rows and self.pads is None:
@@ -98,7 +100,10 @@ class _Conv:
         values = _dense(x)
         if values.dim() != 4:
             raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(values.shape)}")
-        values = env[self.x] = in_format(values, torch.channels_last)  # once for all readers
+        env[self.x] = in_format(values, torch.channels_last)  # once for all readers
+        if env[self.x] is not values:
+            active.note_like(env[self.x], values)
+            values = env[self.x]
         if self.pads is not None:
             values = F.pad(values, self.pads, mode=self.conv.padding_mode)
         self.fused.check(values)
@@ -109,15 +114,23 @@ class _Conv:
             geometry = conv_transpose_geometry(self.conv, shape)
         else:
             geometry = conv_geometry(self.conv, shape, padded=self.pads is not None)
-        entry = geometry, geometry.out_shape
+        entry = geometry, self._unpadded(geometry)
         if not torch.compiler.is_compiling():
             if len(self.sizes) >= _MAX_SIZES:
                 self.sizes.clear()
             self.sizes[shape] = entry
         return entry
 
+    def _unpadded(self, geometry: ConvGeometry) -> ConvGeometry:
+        """The geometry on the map itself, where the input carries its padding already."""
+        if self.pads is None:
+            return geometry
+        left, right, top, bottom = self.pads
+        size = geometry.in_h - top - bottom, geometry.in_w - left - right
+        return geometry._replace(in_h=size[0], in_w=size[1], pad_h=top, pad_w=left)
+
     def _then_broadcast(self, env, rows: Tensor, plan: PixelPlan) -> Tensor:
-        """The norm, and the sum with a map of another size, which is dense."""
+        """The norm, and the sum with a map that is not zero outside of the plan, or of another size: it is dense."""
         if self.norm is not None:
             rows = norm_rows(self.norm, rows, plan)
         out = scatter_pixels(rows, plan) + _dense(env[self.residual])
@@ -132,7 +145,7 @@ class _Norm:
         self.out, self.free = step.out, step.free
         self.norm = module.get_submodule(step.target)
 
-    def run(self, env: list, active: active, autocast) -> Rows | Tensor:
+    def run(self, env: list, active: use_mask, autocast) -> Rows | Tensor:
         x = env[self.x]
         if type(x) is not Rows:
             self.norm._check_input_dim(x)
@@ -141,7 +154,7 @@ class _Norm:
         values, plan = x
         if self.residual is None:
             return Rows(norm_rows(self.norm, values, plan, None, self.activation), plan)
-        residual = _rows_at(env[self.residual], plan, values.shape[1])
+        residual = _rows_at(env[self.residual], plan, values.shape[1], active)
         if residual is not None:
             return Rows(norm_rows(self.norm, values, plan, residual, self.activation), plan)
         out = scatter_pixels(norm_rows(self.norm, values, plan), plan) + _dense(env[self.residual])
@@ -152,11 +165,9 @@ class _Pool:
     def __init__(self, step: Step, module: nn.Module):
         self.x, self.out, self.free = step.inputs[0], step.out, step.free
         self.pool = module.get_submodule(step.target)
-        self.forward = self.pool.pixels_of.forward
 
-    def run(self, env: list, active: active, autocast) -> Rows:
-        out = self.forward(self.pool, _dense(env[self.x]))
-        plan = active.plan((out.shape[0], out.shape[2], out.shape[3]), out.device)
+    def run(self, env: list, active: use_mask, autocast) -> Rows:
+        out, plan = pool_under(self.pool, _dense(env[self.x]), active)
         return Rows(gather_pixels(out, plan), plan)
 
 
@@ -173,7 +184,7 @@ class _Activation:
         else:
             self.function = find(step.target)
 
-    def run(self, env: list, active: active, autocast) -> Rows | Tensor:
+    def run(self, env: list, active: use_mask, autocast) -> Rows | Tensor:
         x = env[self.x]
         values = x.values if type(x) is Rows else x
         values = self.function(values.clone() if self.copies else values, **self.kwargs)
@@ -185,8 +196,8 @@ class _Add:
         self.a, self.b = step.inputs
         self.out, self.free = step.out, step.free
 
-    def run(self, env: list, active: active, autocast) -> Rows | Tensor:
-        return _add(env[self.a], env[self.b])
+    def run(self, env: list, active: use_mask, autocast) -> Rows | Tensor:
+        return _add(env[self.a], env[self.b], active)
 
 
 class _Dropout:
@@ -196,7 +207,7 @@ class _Dropout:
         self.x, self.out, self.free = step.inputs[0], step.out, step.free
         self.dropout = module.get_submodule(step.target)
 
-    def run(self, env: list, active: active, autocast) -> Rows | Tensor:
+    def run(self, env: list, active: use_mask, autocast) -> Rows | Tensor:
         x, dropout = env[self.x], self.dropout
         if not dropout.training:
             return x
@@ -216,7 +227,7 @@ class _Call:
         if step.kind == "function":
             self.function = find(step.target)
 
-    def run(self, env: list, active: active, autocast):
+    def run(self, env: list, active: use_mask, autocast):
         if self.kind == "attr":
             return operator.attrgetter(self.target)(self.module)
         args = _filled(self.args, env)
@@ -251,22 +262,20 @@ class Program:
     """A trace bound to one module. In a copy (deepcopy, pickle) it is None, until the copy binds its own."""
 
     def __init__(self, trace: Trace, module: nn.Module):
-        self.module = module
+        self.module, self.watch = module, Watch(module, trace)
+        if not self.watch.valid:
+            return
         self.values, self.output = trace.values, trace.output
         self.steps = tuple(_STEPS.get(step.kind, _Call)(step, module) for step in trace.steps)
-        self.links, self.hooks = _watch(trace, module)
 
     def __reduce__(self):
         return _unbound, ()
 
     def holds(self) -> bool:
-        """Whether the steps still say what the module would do: the same modules, and no hooks in them."""
-        for modules, name, module in self.links:
-            if modules.get(name) is not module:
-                return False
-        return not any(self.hooks)
+        """Whether the steps still say what the module would do."""
+        return self.watch.holds()
 
-    def run(self, x: Tensor, active: active) -> Tensor:
+    def run(self, x: Tensor, active: use_mask) -> Tensor:
         """``module.forward(x)`` under the mask of ``active``."""
         autocast = autocast_dtype(x)
         env: list = [None] * self.values
@@ -275,30 +284,12 @@ class Program:
             env[step.out] = step.run(env, active, autocast)
             for value in step.free:
                 env[value] = None
-        out = _dense(env[self.output])
+        value = env[self.output]
+        out = _dense(value)
         if isinstance(out, Tensor) and out.dim() == 4:
-            return in_format_of(out, x)
-        return out
+            out = in_format_of(out, x)
+        return active.note(out, value.plan) if type(value) is Rows else out
 
 
 def _unbound() -> None:
     return None
-
-
-def _watch(trace: Trace, module: nn.Module) -> tuple[tuple, tuple]:
-    """The places of the modules that the steps stand for, and the hooks of those that are not called."""
-    links, hooks = {}, []
-    for step in trace.steps:
-        if step.kind in _STEPS and step.kind != "add" and step.args != ("function",):
-            paths = [step.target] + ([step.norm] if step.norm else [])
-        else:
-            paths = [step.target.rpartition(".")[0]] if step.kind == "module" else []
-        for path in paths:
-            parent = module
-            for name in path.split(".") if path else ():
-                child = parent._modules[name]
-                if (id(parent), name) not in links:
-                    links[id(parent), name] = (parent._modules, name, child)
-                    hooks.extend(getattr(child, kind) for kind in _HOOKS)
-                parent = child
-    return tuple(links.values()), tuple(hooks)

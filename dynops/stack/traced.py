@@ -11,10 +11,8 @@ from ..ops.pixels.conv import beats_dense
 from ..plans import BlockPlan
 from .graph import Stack, layers_of
 from .run_tiles import Layout, layout_of, sizes_of
+from .staleness import HOOKS
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# What sizes and norms follow from; 0.3 us a module to look at.
-_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "ceil_mode", "scale_factor", "eps")  # fmt: skip
 _MAX_SIZES = 64  # input sizes whose geometry a layer keeps
 
 
@@ -25,17 +23,12 @@ class Bound:
         self.module = module
         self.stack: Stack = layers_of(module)
         self.rows = all(layer.rows for layer in self.stack.layers)
-        self.children = tuple((m._modules, dict(m._modules)) for m in module.modules())
-        self.leaves = tuple(m.__dict__ for m in module.modules() if not m._modules)
-        self.settings = _settings(self.leaves)
-        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in _HOOKS)
+        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS)
         self._sizes: dict = {}
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the modules inside are still those that were traced, and have the strides and the like that they had."""
-        if module is not self.module or not all(now == then for now, then in self.children):
-            return False
-        return self.settings == _settings(self.leaves)
+        """Whether this is still what was traced."""
+        return module is self.module and self.stack.watch.holds()
 
     def check_mode(self) -> None:
         """Raises TypeError, by name, for what has come since the trace."""
@@ -117,7 +110,3 @@ class Bound:
                 self._sizes.clear()
             found = self._sizes[key] = make()
         return found
-
-
-def _settings(leaves: tuple[dict, ...]) -> list:
-    return [leaf.get(name) for leaf in leaves for name in _SETTINGS]

@@ -2,13 +2,14 @@
 
 from .conv import SparseConv2d, SparseConvTranspose2d
 from .halting import SpatialHalting
-from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
+from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d, MaskedSyncBatchNorm
 from .sequential import SparseSequential
 
 __all__ = [
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
     "MaskedMaxPool2d",
+    "MaskedSyncBatchNorm",
     "SparseConv2d",
     "SparseConvTranspose2d",
     "SparseSequential",
