@@ -9,7 +9,18 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .nn import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d, SparseConv2d, SparseConvTranspose2d
+from .nn import (
+    MaskedAvgPool2d,
+    MaskedBatchNorm2d,
+    MaskedGroupNorm,
+    MaskedInstanceNorm2d,
+    MaskedMaxPool2d,
+    MaskedPixelShuffle,
+    MaskedUpsample,
+    MaskedZeroPad2d,
+    SparseConv2d,
+    SparseConvTranspose2d,
+)
 from .nn.pixels import MaskedSyncBatchNorm
 from .stack import converted
 from .stack.trace import Trace, Untraceable, trace
@@ -21,6 +32,11 @@ _SPARSE = {
     nn.SyncBatchNorm: MaskedSyncBatchNorm,
     nn.MaxPool2d: MaskedMaxPool2d,
     nn.AvgPool2d: MaskedAvgPool2d,
+    nn.GroupNorm: MaskedGroupNorm,
+    nn.InstanceNorm2d: MaskedInstanceNorm2d,
+    nn.Upsample: MaskedUpsample,
+    nn.PixelShuffle: MaskedPixelShuffle,
+    nn.ZeroPad2d: MaskedZeroPad2d,
 }
 _DENSE = {sparse: dense for dense, sparse in _SPARSE.items()}
 _KINDS = {
@@ -30,6 +46,11 @@ _KINDS = {
     MaskedSyncBatchNorm: "norm",
     MaskedMaxPool2d: "pool",
     MaskedAvgPool2d: "pool",
+    MaskedGroupNorm: "layer",
+    MaskedInstanceNorm2d: "layer",
+    MaskedUpsample: "layer",
+    MaskedPixelShuffle: "layer",
+    MaskedZeroPad2d: "layer",
 }
 _RELATIVES = (
     nn.modules.conv._ConvNd,
@@ -38,9 +59,13 @@ _RELATIVES = (
     nn.modules.pooling._AvgPoolNd,
     nn.GroupNorm,
     nn.LayerNorm,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.ZeroPad2d,
 )
 _NOT_ON_MAPS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d)
-_CHOSEN = ("already sparse", "filter_fn")  # reasons that need no warning
+_ELSEWHERE = "it does not work on [N, C, H, W]"
+_CHOSEN = ("already sparse", "filter_fn", _ELSEWHERE)  # reasons that need no warning
 _CONVERTED = "_dynops_converted"
 
 
@@ -155,10 +180,14 @@ def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> N
     reason = None
     if own in _DENSE or _CONVERTED in module.__dict__:
         reason = "already sparse"
+    elif isinstance(module, _NOT_ON_MAPS):
+        reason = _ELSEWHERE
     elif own not in _SPARSE and not _is_frozen_norm(module):
         reason = f"{kind.__name__} is not exactly one of {', '.join(k.__name__ for k in _SPARSE)}"
     elif getattr(module, "return_indices", False):
         reason = "it returns indices"
+    elif getattr(module, "track_running_stats", False) and kind is nn.InstanceNorm2d:
+        reason = "it has running statistics"
     elif filter_fn is not None and not filter_fn(module, name):
         reason = "filter_fn"
     if reason:

@@ -5,7 +5,7 @@ meet in two classes, whoever imported ``checkpoint`` and whenever: the reentrant
 other one in ``_CheckpointFrame`` (looked up in torch 2.13 and 2.14). Their methods are wrapped here. Where a torch has
 them no more, the way is to enter the context inside the function that is checkpointed.
 
-What only listens (:mod:`dynops.ops.watch`) does not travel, as it changes no value. Neither do attributes of modules, which
+What only listens (:mod:`dynops.ops.observers`) does not travel, as it changes no value. Neither do attributes of modules, which
 ``nn.set_width`` sets as ``module.train()`` does: they must be in the backward pass what they were in the forward pass.
 """
 
@@ -24,7 +24,7 @@ _scopes: list[Scope] = checkpoint.__dict__.setdefault(_MARK, [])
 
 
 def travels(scope: Scope) -> None:
-    """What holds in ``scope`` when a function is checkpointed holds when it is computed again."""
+    """Takes the values of ``scope`` at a checkpoint along to its recomputation."""
     _scopes.append(scope)
 
 

@@ -9,7 +9,7 @@ _BINS = 100  # of the rates of single calls
 
 
 class Tally:
-    """How many gates are open. Slot C of ``[C + 1]`` is that of samples without a class."""
+    """Counts open gates. Slot C of ``[C + 1]`` is that of samples without a class."""
 
     def __init__(self, classes: int, device: torch.device):
         self.classes = classes
@@ -47,7 +47,7 @@ def _quantile(counts: Tensor, share: float) -> float:
 
 
 class Histogram:
-    """How often each of 0 … bins - 1 came, for each class; other values (dropped choices) do not count."""
+    """Counts each of 0 … bins - 1 for each class; other values (dropped choices) do not count."""
 
     def __init__(self, classes: int, bins: int, device: torch.device):
         self.classes, self.bins = classes, bins

@@ -193,7 +193,7 @@ class Recorder(Tracker):
     # ------------------------------------------------------------------------------------ results
 
     def summary(self) -> dict[str, dict[str, dict]]:
-        """What was recorded, as plain numbers: reads it back from the device.
+        """Returns what was recorded as plain numbers; reads it back from the device.
 
         ``{"rates": {layer: {"rate", "calls", "p50", "p99", "classes"}}, "exits" | "steps" | "experts":
         {layer: {"counts", "mean", "classes"}}}``. p50 and p99: of the rates of single calls, to 1 %.

@@ -1,4 +1,4 @@
-"""Whose rows a layer runs on: a frame for each batch that a model makes smaller, and what closes it.
+"""Tracks which rows a layer runs on: a frame opens for each batch that a model makes smaller, and closes with it.
 
 Everything that compacts a batch goes through ``ops.gather_samples``, which tells its watchers. So a tensor
 that was gathered is known, and so is the output of a module that was called with it; the module runs in a
@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..nn import ConvExperts, Skip
+from ..nn import Cascade, ConvExperts, EarlyExit, Halting, JumpReader, Skip, SpatialHalting
 from ..plans import ExpertPlan, SamplePlan
 from .dense_rules import argument
-from .sums import Chain, Even, Gated, Owners, Repeat, Same, Shares, Sums, Times, slope
+from .mac_sums import Sums, slope
+from .row_maps import Chain, Even, Gated, Owners, Repeat, Same, Shares, Times
 
 
 def first_tensor(tree: Any) -> Tensor | PackedSequence | None:
@@ -75,7 +76,7 @@ class Frame:
         return self._known.get(tensor) if isinstance(tensor, Tensor) else None
 
     def way_from(self, tensor, rows: int) -> Same:
-        """From the ``rows`` of a tensor to those of this frame."""
+        """Maps the ``rows`` of a tensor to those of this frame."""
         known = self.known(tensor)
         if known is not None and len(known.owner) == rows:
             return known
@@ -210,7 +211,7 @@ class HaltingFrame(Frame):
 
     def close(self, module, args, kwargs, out, counter) -> None:
         steps = out.steps.detach()
-        if hasattr(self.layer, "max_steps"):
+        if isinstance(self.layer, Halting):
             self._repeat(steps)
         else:
             self._price_rest(out, counter)
@@ -240,7 +241,7 @@ class HaltingFrame(Frame):
         self.sums.take(before, way, dense)
 
     def _price_rest(self, out, counter) -> None:
-        """What no pixel reached costs nothing, but belongs to the dense cost."""
+        """A layer that no pixel reached costs nothing, but belongs to the dense cost."""
         for part in (*self.layer.units, *self.layer.halts):
             if part not in self.called and self.rows:
                 for name, number in counter.price(part, (out.output,)).dense.items():
@@ -294,7 +295,7 @@ class ExitsFrame(Frame):
 
     def __init__(self, layer: nn.Module, rows: int, device: torch.device):
         super().__init__(rows, device)
-        self.missing = set(layer.stages if hasattr(layer, "stages") else layer.models)
+        self.missing = set(layer.stages if isinstance(layer, EarlyExit) else layer.models)
 
     def enter(self, module: nn.Module, value) -> Frame | None:
         self.missing.discard(module)
@@ -365,11 +366,10 @@ def special_frame(module: nn.Module, args: tuple, kwargs: dict, value, counter) 
         return SkipFrame(module, args, kwargs, rows, device)
     if isinstance(module, ConvExperts):
         return BranchesFrame(module, args, kwargs, rows, device, counter)
-    if hasattr(module, "num_exits") and hasattr(module, "visits"):
+    if isinstance(module, (EarlyExit, Cascade)):
         return ExitsFrame(module, rows, device)
-    if all(hasattr(module, name) for name in ("rnn", "policy", "encoder", "max_jumps")):
+    if isinstance(module, JumpReader):
         return ReaderFrame(module, args, kwargs, rows, device)
-    halts = all(hasattr(module, name) for name in ("step", "halt", "max_steps"))
-    if halts or all(hasattr(module, name) for name in ("units", "halts", "first")):
+    if isinstance(module, (Halting, SpatialHalting)):
         return HaltingFrame(module, rows, device)
     return None

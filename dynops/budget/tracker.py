@@ -10,11 +10,12 @@ from torch.utils import _pytree as pytree
 
 from ..nn import ConvExperts, GroupedDynamicConv2d
 from ..ops import probing
-from ..ops.watch import watchers, watching
+from ..ops.observers import observers, observing
 from ..plans import SamplePlan
+from .mac_sums import Sums
+from .row_maps import Owners
 from .row_tracking import Frame, device_of, first_tensor, rows_of, special_frame
 from .rules import OPAQUE
-from .sums import Owners, Sums
 
 
 class Call(NamedTuple):
@@ -68,8 +69,8 @@ class Tracker:
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
-        self._watching = watching(self)
-        self._watching.__enter__()
+        self._observing = observing(self)
+        self._observing.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
@@ -78,13 +79,13 @@ class Tracker:
         self._hooks, self._names = [], {}
         self._frames, self._calls = [], []
         self._keeps, self.returned = set(), {}
-        self._watching.__exit__()
+        self._observing.__exit__()
 
     # -------------------------------------------------------------------------------------- hooks
 
     def _foreign(self) -> bool:
-        """Whether a call is another thread's, task's or generator's."""
-        return self not in watchers() or probing.by() not in (None, self)
+        """True if a call is another thread's, task's or generator's."""
+        return self not in observers() or probing.by() not in (None, self)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._foreign():
@@ -129,7 +130,7 @@ class Tracker:
             self.returned.clear()
 
     def _know(self, frame: Frame, out: Any) -> None:
-        """What a module returns has the rows of what it was called with."""
+        """Gives a module's result the rows of its input."""
         if not isinstance(frame.way, Owners):
             return
         for leaf in pytree.tree_leaves(out):

@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from ..observers import unscriptable as _unscriptable
+from ..scripting import unscriptable as _unscriptable
 from .blocks import SparseBlocks
 from .channels import (
     ChannelBatchNorm2d,
@@ -36,7 +36,12 @@ from .experts import shards as expert_shards
 from .pixels import (
     MaskedAvgPool2d,
     MaskedBatchNorm2d,
+    MaskedGroupNorm,
+    MaskedInstanceNorm2d,
     MaskedMaxPool2d,
+    MaskedPixelShuffle,
+    MaskedUpsample,
+    MaskedZeroPad2d,
     SparseConv2d,
     SparseConvTranspose2d,
     SparseSequential,
@@ -59,8 +64,6 @@ from .samples import (
     MaxSoftmax,
     Patience,
     Skip,
-    Verdict,
-    Visit,
     distillation_loss,
     exit_cost,
     exit_probabilities,
@@ -68,7 +71,6 @@ from .samples import (
     fit_thresholds,
     gradient_rescale,
     learned_exit_loss,
-    pad_positions,
     self_distillation_loss,
     weighted_exit_loss,
 )
@@ -84,9 +86,6 @@ from .steps import (
     SkipRNN,
     SkipState,
     StepSelection,
-    compacted_cell,
-    encode_steps,
-    gather_steps,
     partial_update,
     prefix_mask,
 )
@@ -122,7 +121,12 @@ __all__ = [
     "Margin",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
+    "MaskedGroupNorm",
+    "MaskedInstanceNorm2d",
     "MaskedMaxPool2d",
+    "MaskedPixelShuffle",
+    "MaskedUpsample",
+    "MaskedZeroPad2d",
     "MaxSoftmax",
     "MoE",
     "MoEOutput",
@@ -151,23 +155,17 @@ __all__ = [
     "TokenSequential",
     "TopKRouter",
     "UniversalBatchNorm2d",
-    "Verdict",
-    "Visit",
-    "compacted_cell",
     "distillation_loss",
-    "encode_steps",
     "exit_cost",
     "exit_probabilities",
     "expert_shards",
     "fit_temperature",
     "fit_thresholds",
-    "gather_steps",
     "gradient_rescale",
     "importance_loss",
     "learned_exit_loss",
     "load_balance_loss",
     "load_loss",
-    "pad_positions",
     "partial_update",
     "prefix_mask",
     "self_distillation_loss",

@@ -1,4 +1,4 @@
-"""What the layers that take the place of a dense one share: ``from_dense`` and input without a batch."""
+"""Base of the layers that take the place of a dense one: ``from_dense`` and input without a batch."""
 
 from __future__ import annotations
 

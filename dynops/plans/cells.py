@@ -40,8 +40,12 @@ class Axis(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Padding before and after together; padding "same" may have one more after."""
-        return self.extent - 1 if self.keeps else 2 * self.before
+        """Padding before and after together. They may differ where the stride is 1 ("same", pads)."""
+        return self.out - self.size + self.extent - 1 if self._is_plain else 2 * self.before
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.stride == 1 and not self.transposed
 
 
 def axes(g: ConvGeometry, ceil: bool = False) -> tuple[Axis, Axis]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .staleness import Opaque, frozen
+from .staleness import Opaque, changed, frozen
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "dynops"}
 _NOTHING = object()
@@ -133,7 +133,7 @@ def _content(cell: types.CellType):
 
 def _same(value, before, picture) -> bool:
     if picture is not None or value is None:
-        return frozen(value) == picture
+        return not changed(value, picture)
     if len(value) != len(before):
         return False
     if isinstance(value, list):

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from .. import context
 from .outside import Outside
-from .staleness import Opaque, frozen, hooked, own_class
+from .staleness import Opaque, changed, frozen, hooked, own_class
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
@@ -49,10 +49,17 @@ class Untraceable(Exception):
 
 
 class _Value(fx.Proxy):
-    """A tensor of the graph, which ``isinstance`` takes for one."""
+    """A tensor of the graph, which ``isinstance`` takes for one in a user's code.
+
+    In torch's own it must not: its C++ would read memory that is not there.
+    """
 
     _is_param = False
-    __class__ = property(lambda self: Tensor)
+
+    @property
+    def __class__(self):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return type(self) if caller.partition(".")[0] == "torch" else Tensor
 
 
 class _StandIn:
@@ -158,7 +165,13 @@ class Recorder(fx.Tracer):
             self._modes, self._random = _modes_now(), _random_now()
             value = self.create_proxy("placeholder", name, (), {})
             self.input_name = name
-            out = self.call(root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value})
+            try:
+                out = self.call(
+                    root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value}
+                )
+            finally:
+                if _random_now() != self._random:
+                    _set_random(self._random)
         if self._failure is not None:  # a forward may have caught it
             raise self._failure
         self._check_writes()
@@ -168,10 +181,8 @@ class Recorder(fx.Tracer):
     def _input(self, root: nn.Module) -> tuple[str, bool]:
         """The name of the forward's first argument, and whether it may be given by place."""
         own = self.module.__dict__.get("forward")
-        if (
-            own is not None
-            or type(self.module).__call__ is not nn.Module.__call__
-            and not _is_graph(self.module)
+        if own is not None or (
+            type(self.module).__call__ is not nn.Module.__call__ and not _is_graph(self.module)
         ):
             raise Untraceable("a forward or __call__ of its own is set on it")
         parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
@@ -201,7 +212,6 @@ class Recorder(fx.Tracer):
             self._outside.check()
             self._check_modes()
             if _random_now() != self._random:
-                _set_random(self._random)
                 raise self.failure("its forward draws random numbers")
             return out
         except Untraceable:
@@ -247,7 +257,7 @@ class Recorder(fx.Tracer):
 
     def _check_writes(self) -> None:
         for (path, name), value in self._handed.items():
-            if (path, name) in self.reads and frozen(value) != self.reads[path, name]:
+            if (path, name) in self.reads and changed(value, self.reads[path, name]):
                 raise self.failure(f"its forward changes its attribute {name!r}", path)
         for stand, before in self._before:
             now = _flat(stand)

@@ -36,8 +36,6 @@ _MOST_ITEMS = 1000
 _BASE = frozenset(nn.Module().__dict__)  # what every module has
 # Of a layer: what its parameters say too, and what it looks at in each call.
 _LIVE = {
-    "in_channels",
-    "out_channels",
     "num_features",
     "affine",
     "momentum",
@@ -64,7 +62,8 @@ def frozen(value: Any, room: list[int] | None = None) -> Any:
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, types.FunctionType):
-        if value.__closure__ or value.__defaults__ or value.__kwdefaults__:
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        if value.__closure__ or not all(isinstance(default, _SCALARS) for default in defaults):
             raise Opaque("a function that holds values")
         return value
     if isinstance(value, tuple) or kind in (list, set, frozenset, deque):
@@ -77,6 +76,14 @@ def frozen(value: Any, room: list[int] | None = None) -> Any:
     if isinstance(value, (torch.Tensor, nn.Module)) or not (plain or kind is types.SimpleNamespace):
         raise Opaque(f"a {kind.__name__}")
     return (kind, frozen(vars(value), room))
+
+
+def changed(value: Any, picture: Any) -> bool:
+    """Whether ``value`` is no longer what :func:`frozen` made ``picture`` of."""
+    try:
+        return frozen(value) != picture
+    except Opaque:  # something else was put into it
+        return True
 
 
 def is_scalar(picture: Any) -> bool:
@@ -102,6 +109,11 @@ def signature(module: nn.Module, path: str) -> tuple:
         inner, torch.fx.GraphModule
     )  # copies have classes of other names, and the same code
     return path, inner.code if is_graph else own_class(type(inner)).__name__, tuple(inner._modules)
+
+
+def signatures(module: nn.Module) -> tuple[tuple, ...]:
+    """The signature of every module inside of ``module``."""
+    return tuple(signature(module, path) for path, _ in module.named_modules())
 
 
 def own_class(kind: type) -> type:
@@ -187,9 +199,9 @@ def _defining(kind: type) -> type:
 def _settings(layer: nn.Module):
     """The attributes of a layer that its steps were made for."""
     for name, value in layer.__dict__.items():
-        if name not in _BASE and name not in _LIVE and not name.startswith("_"):
-            if isinstance(value, (*_SCALARS, tuple)):
-                yield name, value
+        seen = name not in _BASE and name not in _LIVE and not name.startswith("_")
+        if seen and isinstance(value, (*_SCALARS, tuple)):
+            yield name, value
 
 
 def _picture(space: Any, name: str) -> Any:

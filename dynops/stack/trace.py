@@ -3,7 +3,7 @@
 ``trace(module, kinds)`` records what the forward does, as one :class:`Step` for each convolution with
 the norm, residual sum and activation that follow it, and one for everything else. Steps name modules
 by their path and functions by their qualified name, so that they pickle and hold for any copy of the
-module. ``dynops.stack.program`` runs them; ``dynops.stack.staleness`` tells until when they hold.
+module. ``dynops.stack.graph`` makes layers of them; ``dynops.stack.staleness`` tells until when they hold.
 """
 
 from __future__ import annotations
@@ -126,13 +126,15 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     input_name, steps, values, output = made[0]
     if not whole and not any(step.kind == "conv" for step in steps):
         raise Untraceable("its forward calls no converted convolution")
+    if any(step.kind == "attr" and step.out == output for step in steps):
+        raise Untraceable("its output is a parameter")
     inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))
     layers = dict.fromkeys(path for step in steps for path in _layers_of(step))
     modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *layers)))
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
         input_name,
-        _free(_fuse(steps, output), output),
+        _free(fuse(steps, output), output),
         values,
         output,
         inlined,
@@ -162,7 +164,7 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
 
 def _layers_of(step: Step) -> tuple[str, ...]:
     """The paths of the layers that a step stands for, rather than calls."""
-    if step.kind not in ("conv", "norm", "pool", "act", "dropout") or step.args == ("function",):
+    if step.kind not in ("conv", "norm", "pool", "layer", "act", "dropout") or step.args == ("function",):
         return ()
     return (step.target,)
 
@@ -330,7 +332,7 @@ def find(name: str) -> Callable | None:
 # ------------------------------------------------------------------------------------ fusion
 
 
-def _fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
+def fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
     """Gives each convolution (and each norm without one) the norm, sum and activation after it.
 
     A fused step stands where its last part stood, so that a residual is there when it runs.

@@ -58,18 +58,6 @@ def test_dense_layer(layer, shape, each):
     assert (float(macs.total), macs.dense, float(macs.flops)) == (3 * each, 3 * each, 6 * each)
 
 
-def test_a_dense_convolution_costs_what_the_flop_counter_says():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 2, 2, 4), nn.Flatten(), nn.Linear(512, 10)
-    )
-    x = torch.randn(2, 3, 16, 16)
-    with FlopCounterMode(display=False) as flops:
-        model(x)
-    assert float(count(model, x).flops) == flops.get_total_flops()
-
-
 def test_bilinear():
     layer = nn.Bilinear(3, 4, 5)
     assert count(layer, torch.randn(2, 3), torch.randn(2, 4)).per_sample.tolist() == [5 * (3 * 4 + 4)] * 2
@@ -206,17 +194,6 @@ def test_blocks(path, inner):
     assert macs.dense == 2 * 64 * (27 * 4 + 36 * 5)
     assert count(layer, torch.randn(2, 3, 8, 8)).total == macs.dense
     layer(torch.randn(2, 3, 8, 8), mask)  # no hook is left inside
-
-
-def test_rows_of_a_chain_agree_with_the_benchmarks_theory():
-    from benchmarks.theory import chain_macs
-
-    chain = SparseSequential(
-        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2)
-    )
-    mask = torch.rand(2, 9, 9) < 0.2
-    expected = chain_macs(chain, (2, 9, 9), PixelPlan.from_mask(mask))
-    assert float(count(chain, torch.randn(2, 4, 9, 9), mask).total) == expected
 
 
 @pytest.mark.parametrize(("mode", "each"), [("gaussian", 2 * 5 * (3 + 1) * 36), ("nearest", 0)])

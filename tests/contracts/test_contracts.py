@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from contract_cases import NAMES, samples_on
-from on_gpu import moved
 
 from dynops import PixelPlan, backends, ops
 from dynops.geometry import ConvGeometry
@@ -13,7 +12,6 @@ from dynops.testing import (
     assert_within_budget,
     available_backends,
     dense_masked_conv2d,
-    in_layout,
     random_mask,
     random_tensor,
 )
@@ -51,7 +49,7 @@ def test_opcheck(name, device):
 @of_every_op
 def test_opcheck_of_aot_dispatch(name, device):
     every = samples_on(device)[name]
-    for arguments in every[:: max(len(every) // 4, 1)]:  # slow: four of each
+    for arguments in every[:: max(len(every) // 2, 1)]:  # slow: two or three of each
         torch.library.opcheck(getattr(D, name).default, arguments, test_utils="test_aot_dispatch_dynamic")
 
 
@@ -89,134 +87,6 @@ def test_the_fused_epilogue_refuses_to_be_differentiated():
     for epilogue in (("relu", None, None), ("", random_tensor(2), None), ("", None, random_tensor(2))):
         with pytest.raises(RuntimeError, match=r"epilogue|no gradient"):
             D.pixel_conv(x, weight, None, plan.index, None, None, g, *epilogue, None, None, None, False, "")
-
-
-# ------------------------------------------------------------------------- compile, export
-
-
-def block(x, weight, bias, depthwise, mask, backend=None):
-    """A plan, its halo, a packed chain and a dense-out convolution with everything fused."""
-    plan = PixelPlan.from_mask(mask)
-    inner = plan.needed(3, padding=1)
-    rows = ops.packed_conv2d(x, weight, bias, None, inner, activation="silu", backend=backend)
-    rows = ops.packed_conv2d(rows, depthwise, None, inner, plan, padding=1, groups=8, backend=backend)
-    out = ops.scatter_pixels(rows, plan)
-    gate = mask.to(x.dtype) * 0.5
-    return ops.sparse_conv2d(
-        out, weight, bias, plan, gate=gate, residual=x, base=x, activation="gelu", backend=backend
-    )
-
-
-def block_inputs(size=(9, 10)):
-    x = in_layout(random_tensor(2, 8, *size), "channels_last")
-    weights = random_tensor(8, 8, 1, 1), random_tensor(8), random_tensor(8, 1, 3, 3)
-    return [t.requires_grad_() for t in (x, *weights)], random_mask((2, *size), 0.3)
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def check_compiled(compiled, backend, size=(9, 10), device="cpu"):
-    leaves, mask = moved(block_inputs(size), device)
-    expected, actual = block(*leaves, mask, backend), compiled(*leaves, mask, backend)
-    assert_same(actual, expected)
-    assert actual.stride() == expected.stride()
-    dy = random_tensor(*expected.shape).to(device)
-    assert_same(torch.autograd.grad(actual, leaves, dy), torch.autograd.grad(expected, leaves, dy))
-    with torch.no_grad():
-        assert_same(compiled(*leaves, mask, backend), expected)
-
-
-@pytest.mark.parametrize("backend", (*BACKENDS, None))
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_aot_eager(dynamic, backend, fresh_dynamo):
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    check_compiled(compiled, backend)
-    check_compiled(compiled, backend, (7, 6))
-
-
-@on_every_device
-def test_compile_inductor(device, fresh_dynamo):
-    check_compiled(torch.compile(block, fullgraph=True), None, device=device)
-
-
-def test_compile_with_a_plan_as_input(fresh_dynamo):
-    """A plan made outside, compact or not, goes in as an argument, and other plans reuse the graph."""
-
-    def layer(x, weight, plan):
-        rows = ops.packed_conv2d(ops.gather_pixels(x, plan), weight, None, plan, plan, padding=1)
-        rows = ops.packed_conv2d(rows, weight[:, :, :1, :1], None, plan, plan, activation="relu")
-        return ops.scatter_pixels(rows, plan)
-
-    x, weight = random_tensor(2, 8, 9, 10).requires_grad_(), random_tensor(8, 8, 3, 3).requires_grad_()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for density, capacity in ((0.3, None), (0.6, None), (0.4, 180)):
-        plan = PixelPlan.from_mask(random_mask((2, 9, 10), density), capacity)
-        twin = PixelPlan(plan.index, plan.shape, plan.count)
-        expected, actual = layer(x, weight, twin), compiled(x, weight, plan)
-        assert_same(actual, expected)
-        dy = random_tensor(*expected.shape)
-        assert_same(
-            torch.autograd.grad(actual, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy)
-        )
-
-
-def test_compile_of_transposed_and_gathers(fresh_dynamo):
-    def up(x, weight, mask):
-        plan = PixelPlan.from_mask(mask)
-        y = ops.sparse_conv_transpose2d(x, weight, None, plan, stride=2, scale=weight[0, :, 0, 0])
-        return ops.gather_pixels(y, plan).sum(0)
-
-    x, weight = random_tensor(1, 4, 5, 6).requires_grad_(), random_tensor(4, 3, 2, 2).requires_grad_()
-    mask = random_mask((1, 10, 12), 0.3)
-    actual = torch.compile(up, fullgraph=True, backend="aot_eager")(x, weight, mask)
-    assert_same(actual, up(x, weight, mask))
-    grads = [torch.autograd.grad(y.sum(), (x, weight)) for y in (actual, up(x, weight, mask))]
-    assert_same(*grads)
-
-
-class Exported(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        leaves, _ = block_inputs()
-        self.weight, self.bias, self.depthwise = map(torch.nn.Parameter, leaves[1:])
-
-    def forward(self, x, mask):
-        return block(x, self.weight, self.bias, self.depthwise, mask)
-
-
-@on_every_device
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(strict, device, fresh_dynamo):
-    module = Exported().eval().to(device)
-    (x, *_), mask = moved(block_inputs(), device)
-    x = x.detach()
-    with torch.no_grad():
-        program = torch.export.export(module, (x, mask), strict=strict)
-        exported = program.module()
-        names = {str(node.target) for node in program.graph.nodes}
-        assert any("dynops.pixel_conv" in name for name in names), names
-        for density in (0, 0.3, 1):
-            mask = random_mask((2, 9, 10), density).to(device)
-            assert_same(exported(x, mask), module(x, mask))
-
-
-def test_export_with_a_dynamic_batch():
-    module = Exported().eval()
-    (x, *_), mask = block_inputs()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        program = torch.export.export(module, (x.detach(), mask), dynamic_shapes=({0: batch}, {0: batch}))
-        x, mask = random_tensor(5, 8, 9, 10), random_mask((5, 9, 10))
-        assert_same(program.module()(x, mask), module(x, mask))
 
 
 # ---------------------------------------------------------------------------------- errors
@@ -412,7 +282,7 @@ def test_the_named_backend_is_the_one_that_runs(monkeypatch):
 
     calls = []
     monkeypatch.setattr(
-        pixels, "_conv", lambda x, *rest: calls.append("reference") or x.new_zeros(2, 4, 7, 6)
+        pixels, "dense_conv", lambda x, *rest: calls.append("reference") or x.new_zeros(2, 4, 7, 6)
     )
     ops.sparse_conv2d(X, W, B, PLAN, backend="reference")
     assert calls == ["reference"]

@@ -2,81 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import pathlib
 import subprocess
 import sys
-import threading
-import warnings
-import weakref
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from masked_conv import Net, assert_near, in_place, unseen
 from torch import nn
 
 import dynops
-from dynops import PixelPlan, ops
-from dynops import kept as kept_module
 from dynops.kept import Kept, Mark, kept, refresh
-from dynops.testing import available_backends, in_layout, random_mask, random_tensor
+from dynops.testing import available_backends, random_mask, random_tensor
 
 BACKENDS = available_backends()
-needs_binary = pytest.mark.skipif("cpp" not in BACKENDS, reason="without a binary nothing is kept")
 
-
-def inputs(n=2, c=16, o=24, size=14, density=0.4, dtype=torch.float32):
-    x = in_layout(random_tensor(n, c, size, size, dtype=dtype), "channels_last")
-    mask = random_mask((n, size, size), density)
-    return x, random_tensor(o, c, 3, 3, dtype=dtype), random_tensor(o, dtype=dtype), mask
-
-
-def expected(x, weight, bias, mask):
-    return F.conv2d(x, weight, bias, padding=1) * mask[:, None]
-
-
-def assert_near(actual, exact):
-    error = (actual.double() - exact.double()).norm() / exact.double().norm()
-    assert error < 8 * torch.finfo(actual.dtype).eps, f"relative error {error:.2e}"
-
-
-# ------------------------------------------------------------------------------------- writes
-
-
-def unseen(weight: torch.Tensor) -> int:
-    """An element of a contiguous weight that the fingerprint does not read."""
-    flat, mark = weight.data.view(-1), Mark(weight)
-    for i in range(16, weight.numel(), 16):
-        flat[i] += 1
-        seen = not mark.holds(weight)
-        flat[i] -= 1
-        if not seen and mark.holds(weight):
-            return i
-    raise AssertionError("every line is read")
-
-
-class Net(nn.Module):
-    """A weight and what the op makes of it, checked against the dense layer at every call."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        x, weight, bias, self.mask = inputs(dtype=dtype)
-        self.x, self.plan = x, PixelPlan.from_mask(self.mask)
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def check(self):
-        with torch.no_grad():
-            for weight in (self.weight, self.weight[8:16]):
-                x, bias = self.x.to(weight.dtype), self.bias[: len(weight)]
-                out = ops.sparse_conv2d(x, weight, bias, self.plan, padding=1)
-                assert_near(out, expected(x.double(), weight.double(), bias.double(), self.mask))
-
-
-def in_place(net):
-    with torch.no_grad():
-        net.weight.mul_(3)
+needs_binary = pytest.mark.skipif(
+    "cpp" not in available_backends(), reason="without a binary nothing is kept"
+)
 
 
 def part_in_place(net):
@@ -88,11 +32,6 @@ def through_a_view(net):
     net.weight.detach().view(-1).neg_()
 
 
-def in_inference_mode(net):
-    with torch.inference_mode():
-        net.weight.add_(1)
-
-
 def optimiser(make):
     def change(net):
         net.weight.grad = torch.ones_like(net.weight)
@@ -101,28 +40,11 @@ def optimiser(make):
     return change
 
 
-def load(net):
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
-
-
-def load_assign(net):
-    net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}, assign=True)
-
-
-def data_swap(net):
-    net.weight.data = net.weight.data * 2
-
-
 def data_swap_where_memory_is_reused(net):
     """The second swap is likely to get the address that the first one freed."""
     shape = net.weight.shape
     net.weight.data = torch.empty(0)
     net.weight.data = random_tensor(*shape) * 5
-
-
-def there_and_back(net):
-    """float32 to bfloat16 and back: the same address and version are likely, the values are rounded."""
-    net.bfloat16().float()
 
 
 def memory_format(net):
@@ -138,10 +60,6 @@ def same_data_other_strides(net):
 def through_data(net):
     """As an exponential moving average is swapped in, or a critic's weights are clamped."""
     net.weight.data.mul_(0.5).add_(1)
-
-
-def through_numpy(net):
-    net.weight.detach().numpy()[:] += 1
 
 
 def one_slice_through_data(net):
@@ -196,17 +114,16 @@ class DataSgd(torch.optim.Optimizer):
                 weight.data.view(-1)[self.at] += 1000
 
 
+# Loading, other dtypes and numpy are in test_kept_training.py
 CHANGES = {
     f.__name__: f
     for f in (
-        in_place, part_in_place, through_a_view, in_inference_mode, load, load_assign, data_swap,
-        data_swap_where_memory_is_reused, there_and_back, memory_format, same_data_other_strides, through_data,
-        through_numpy, one_slice_through_data, swap, swap_on_conversion, refilled_storage, averaged,
+        in_place, part_in_place, through_a_view, data_swap_where_memory_is_reused, memory_format,
+        same_data_other_strides, through_data, one_slice_through_data, swap, swap_on_conversion, refilled_storage,
+        averaged,
     )
 } | {
     "sgd": optimiser(lambda p: torch.optim.SGD(p, lr=1.0)),
-    "sgd_foreach": optimiser(lambda p: torch.optim.SGD(p, lr=1.0, foreach=True)),
-    "adam": optimiser(lambda p: torch.optim.Adam(p, lr=1.0)),
     "adam_fused": optimiser(lambda p: torch.optim.Adam(p, lr=1.0, fused=True)),  # bumps no version
     "sgd_fused": optimiser(lambda p: torch.optim.SGD(p, lr=1.0, fused=True)),
     "through_data_in_a_step": optimiser(DataSgd),
@@ -224,38 +141,6 @@ def test_a_changed_weight_is_seen(change):
         net.check()
         assert net.weight.dtype == torch.float32
     assert change is memory_format or not torch.equal(net.weight, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_weight_of_another_dtype_is_seen(dtype):
-    net = Net()
-    net.check()
-    net.to(dtype).check()
-    in_place(net)
-    net.check()
-    net.float().check()
-
-
-def test_a_copy_has_its_own_weight():
-    net = Net()
-    net.check()
-    twin = copy.deepcopy(net)
-    twin.check()
-    in_place(twin)
-    twin.check()
-    net.check()
-
-
-def test_inference_tensors():
-    """They have no version."""
-    with torch.inference_mode():
-        net = Net()
-        net.weight.data = net.weight.data.clone()
-        assert net.weight.is_inference()
-        for _ in range(2):
-            net.check()
-            net.weight.mul_(2)
-        net.check()
 
 
 @needs_binary
@@ -325,187 +210,6 @@ def test_a_step_is_seen_where_no_fingerprint_looks():
         optimizer.step()
 
 
-# ---------------------------------------------------------------------------------- the cache
-
-
-@needs_binary
-def test_make_is_called_once_for_a_content():
-    cache, calls, weight = Kept(), [], nn.Parameter(torch.rand(3))
-
-    def get(key="a", weight=weight):
-        return cache.get(key, lambda: calls.append(0) or weight.detach().clone(), weight)
-
-    assert get() is get() and len(calls) == 1
-    assert get("b") is not get() and len(calls) == 2
-    assert get(weight=weight.detach()) is get() and len(calls) == 2  # a view is the same weight
-    with torch.no_grad():
-        weight.mul_(3)
-    assert torch.equal(get(), weight) and len(calls) == 3
-    cache.clear()
-    get()
-    assert len(calls) == 4
-
-
-@needs_binary
-def test_every_tensor_counts():
-    cache, tensors = Kept(), [torch.rand(5) for _ in range(3)]
-
-    def get():
-        return cache.get("sum", lambda: sum(tensors), tensors[0], None, *tensors[1:])
-
-    for tensor in tensors:
-        assert get() is get()
-        tensor.numpy()[2] += 1
-        assert torch.equal(get(), sum(tensors))
-
-
-def test_an_address_that_is_reused_is_noticed():
-    """As in ``module.half().float()``: version, address and shape are those of the freed memory."""
-    cache, weight = Kept(), nn.Parameter(torch.zeros(1000))
-    memory = torch.zeros(1000)  # two storages over one piece of memory stand for a reused address
-    for value in (1.0, 2.0):
-        memory.fill_(value)
-        weight.data = torch.from_numpy(memory.numpy())
-        assert cache.get("key", lambda: weight.detach().clone(), weight)[0] == value
-
-
-@needs_binary
-def test_views_of_one_memory_are_told_apart():
-    cache, flat = Kept(), torch.arange(64.0)
-    views = (flat.view(8, 8), flat.view(8, 8).t(), flat[1:], flat.view(4, 16), flat.view(torch.int32))
-    for view in views:
-        assert torch.equal(cache.get("copy", view.clone, view), view)
-    assert len(cache) == len(views)
-
-
-@needs_binary
-def test_the_cache_is_used(monkeypatch):
-    net, cached = Net(), Kept.get
-    net.check()
-
-    def refuse():
-        raise AssertionError("packed again")
-
-    def get(self, key, make, tensor, *others):
-        return cached(self, key, refuse, tensor, *others)
-
-    monkeypatch.setattr(Kept, "get", get)
-    net.check()
-    in_place(net)
-    with pytest.raises(AssertionError, match="packed again"):
-        net.check()
-
-
-@needs_binary
-def test_nothing_grows():
-    """Neither with calls, nor with new views, nor with memory that died."""
-    gc.collect()
-    kept.clear()
-    nets = [Net() for _ in range(3)]
-    for net in nets:
-        net.check()
-    refs, size = [weakref.ref(net.weight) for net in nets], len(kept)
-    assert size > 0
-    for _ in range(20):
-        nets[0].check()
-    assert len(kept) == size
-    del nets, net
-    gc.collect()
-    assert all(ref() is None for ref in refs)
-    assert len(kept) == 0
-    cache, flat = Kept(), torch.rand(20_000)
-    for i in range(10_000):
-        cache.get("copy", flat[:3].clone, flat[i : i + 3])
-    assert len(cache) <= kept_module._MOST_ENTRIES
-
-
-@needs_binary
-def test_a_view_does_not_keep_its_own_memory_alive():
-    cache, weight = Kept(), torch.rand(4, 4)
-    assert cache.get("t", weight.t, weight).data_ptr() == weight.data_ptr()
-    assert cache.get("pair", lambda: (torch.rand(3), weight[0]), weight)[1].data_ptr() == weight.data_ptr()
-    assert len(cache) == 0
-
-
-@needs_binary
-def test_a_step_of_another_thread_while_something_is_made():
-    """What was read before the step is not kept after it."""
-    cache, weight = Kept(), torch.rand(100_000)
-
-    def make():
-        made = weight.clone()
-        weight.data[50_001] += 1  # seen by no fingerprint
-        cache.clear()
-        return made
-
-    cache.get("key", make, weight)
-    assert torch.equal(cache.get("key", weight.clone, weight), weight)
-
-
-def test_threads_and_an_optimiser():
-    """Half of the threads read, one steps; in the end every thread sees the last weights."""
-    net, stop, failures = Net(), threading.Event(), []
-    optimizer = torch.optim.SGD([net.weight], lr=1e-3, fused=True)
-    net.weight.grad = torch.ones_like(net.weight)
-
-    def read():
-        try:
-            while not stop.is_set():
-                with torch.no_grad():
-                    ops.sparse_conv2d(net.x, net.weight, net.bias, net.plan, padding=1)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for _ in range(30):
-        optimizer.step()
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    net.check()
-
-
-class FakeStream:
-    """Of a GPU: what waits for what."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self):
-        self.waited = []
-
-    def wait_event(self, event):
-        self.waited.append(event)
-
-
-def test_another_stream_waits_for_what_this_one_made(monkeypatch):
-    class Made:
-        is_cuda, device, used = True, FakeStream.device, []
-
-        def record_stream(self, stream):
-            self.used.append(stream)
-
-    class Event:
-        def record(self, stream):
-            self.stream = stream
-
-    first, second = FakeStream(), FakeStream()
-    monkeypatch.setattr(kept_module, "_tensors", lambda made: (made,))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
-    entry = kept_module._Entry(None, Made())
-    assert entry.event.stream is first
-    assert entry.on_this_stream() is entry.made and first.waited == []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: second)
-    entry.on_this_stream()
-    assert second.waited == [entry.event] and Made.used == [second]
-
-
-# -------------------------------------------------------------------------- what is not seen
-
-
 def test_refresh():
     net = nn.Sequential(dynops.nn.SparseConv2d(32, 64, 3, padding=1), nn.Identity()).eval()
     x, mask = random_tensor(1, 32, 8, 8), random_mask((1, 8, 8), 0.5)
@@ -527,37 +231,6 @@ def test_refresh():
     assert len(kept) == 0
     with pytest.raises(TypeError, match=r"expected an nn\.Module or None, got Parameter"):
         refresh(other.weight)
-
-
-@needs_binary
-def test_the_debug_switch_compares_all(monkeypatch):
-    cache, weight = Kept(), torch.rand(200, 300)
-    at = unseen(weight)
-    monkeypatch.setattr(kept_module, "_compare_whole", True)
-    cache.get("copy", weight.clone, weight)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cache.get("copy", weight.clone, weight)
-    weight.data.view(-1)[at] += 1
-    with pytest.warns(UserWarning, match=r"a tensor of shape \[200, 300\] was written in a way"):
-        assert torch.equal(cache.get("copy", weight.clone, weight), weight)
-
-
-@needs_binary
-def test_the_fingerprint_reads_small_tensors_whole_and_the_ends_of_large_ones():
-    for size in (1, 7, 63, 64, 65, 4096, 100_003):
-        memory = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-        seen = kept_module.fingerprint(memory.ctypes.data, size, 64)
-        assert seen == kept_module.fingerprint(memory.copy().ctypes.data, size, 64)
-        for place in range(size) if size <= 4096 else (0, 63, size - 64, size - 1):
-            memory[place] ^= 1
-            assert kept_module.fingerprint(memory.ctypes.data, size, 64) != seen, (size, place)
-            memory[place] ^= 1
-    with pytest.raises(TypeError, match="address, bytes, lines"):
-        kept_module.fingerprint(1, 2)
-
-
-# -------------------------------------------------------------------------- autocast, processes
 
 
 @needs_binary

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import dynops
+from dynops import modes
 from dynops import nn as layers
-from dynops import observers
 from dynops.budget import MacCounter
 from dynops.ops.pixels.conv import _convolution
 
@@ -60,11 +60,7 @@ CASES = {
     "conv": (lambda: layers.SparseConv2d(8, 16, 3, padding=1), X, MASK),
     "grouped conv": (lambda: layers.SparseConv2d(8, 16, 3, padding=1, groups=4), X, MASK),
     "pointwise conv": (lambda: layers.SparseConv2d(8, 16, 1), X, MASK),
-    "transposed": (
-        lambda: layers.SparseConvTranspose2d(8, 6, 2, stride=2),
-        X,
-        MASK.repeat_interleave(2, 1).repeat_interleave(2, 2),
-    ),
+    "transposed": (lambda: layers.SparseConvTranspose2d(8, 6, 2, stride=2), X, MASK.repeat_interleave(2, 1).repeat_interleave(2, 2)),
     "capacity": (lambda: layers.SparseConv2d(8, 16, 3, padding=1), X, dynops.PixelPlan.from_mask(MASK, 200)),
     "chain": (lambda: layers.SparseSequential(*net()[:5]), X, MASK),
     "channels": (lambda: layers.ChannelConv2d(8, 12, 3, padding=1), X, CHANNELS),
@@ -72,14 +68,9 @@ CASES = {
     "linear": (lambda: layers.ChannelLinear(8, 6), torch.randn(2, 8), CHANNELS),
     "kernels": (lambda: layers.CondConv2d(8, 6, 3, num_experts=3), X, torch.rand(2, 3)),
     "experts": (lambda: layers.Experts(4, 16, 8), torch.randn(30, 16), TOPK, torch.rand(30, 2)),
-    "experts, capacity": (
-        lambda: layers.Experts(4, 16, 8),
-        torch.randn(30, 16),
-        dynops.ExpertPlan.from_topk(TOPK, 4, 9),
-        torch.rand(30, 2),
-    ),
+    "experts, capacity": (lambda: layers.Experts(4, 16, 8), torch.randn(30, 16), dynops.ExpertPlan.from_topk(TOPK, 4, 9), torch.rand(30, 2)),
     "skip": (lambda: layers.Skip(net()[:5]), X, torch.tensor([0.0, 1.0])),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -172,11 +163,11 @@ def test_the_profiler_names_the_ops(grad):
 
 
 def test_nothing_looks_on_by_default():
-    assert not observers.observed()
+    assert not modes.observed()
     with torch.profiler.profile():
-        assert observers.observed()
+        assert modes.observed()
     with FlopCounterMode(display=False):
-        assert observers.observed()
+        assert modes.observed()
     assert (
-        min(timeit.repeat(observers.observed, number=1000, repeat=5)) < 1e-3
+        min(timeit.repeat(modes.observed, number=1000, repeat=5)) < 1e-3
     )  # 0.1 us a call; here 10 times that

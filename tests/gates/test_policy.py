@@ -7,18 +7,13 @@ import math
 
 import pytest
 import torch
+from comparison import close
 from torch import Tensor
 
 from dynops import gates
 from dynops.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    """In the relative Euclidean norm; the default is for float64."""
-    assert actual.shape == expected.shape
-    assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
 def probabilities(*shape: int) -> Tensor:
@@ -40,16 +35,6 @@ def test_actions_have_the_rates_of_their_probabilities(dtype):
     assert (rates - p.detach().float()).abs().max() < 5 * 0.5 / math.sqrt(draws)
 
 
-def test_choices_have_the_rates_of_their_probabilities():
-    draws = 10000
-    p = torch.tensor([2.0, 0.0, 1.0, 5.0])
-    choices = gates.sample_actions(p.expand(draws, 4), categorical=True)
-    assert choices.dtype == torch.int64 and choices.shape == (draws,)
-    rates = torch.bincount(choices, minlength=4) / draws
-    assert rates[1] == 0
-    assert (rates - p / 8).abs().max() < 5 * 0.5 / math.sqrt(draws)
-
-
 def test_actions_of_nan_are_nan():
     p = torch.tensor([0.3, math.nan, 1.0])
     assert gates.sample_actions(p).isnan().tolist() == [False, True, False]
@@ -61,20 +46,12 @@ def test_log_probability_and_entropy_are_those_of_distributions():
     p = probabilities(6, 5)
     actions = gates.sample_actions(p)
     bernoulli = torch.distributions.Bernoulli(p)
-    assert_near(gates.log_probability(p, actions), bernoulli.log_prob(actions))
-    assert_near(gates.entropy(p), bernoulli.entropy())
+    close(gates.log_probability(p, actions), bernoulli.log_prob(actions))
+    close(gates.entropy(p), bernoulli.entropy())
     choices = gates.sample_actions(p, categorical=True)
     categorical = torch.distributions.Categorical(p)
-    assert_near(gates.log_probability(p, choices, categorical=True), categorical.log_prob(choices))
-    assert_near(gates.entropy(p, categorical=True), categorical.entropy())
-
-
-@pytest.mark.parametrize("categorical", [False, True])
-def test_gradcheck(categorical):
-    p = probabilities(4, 3)
-    actions = gates.sample_actions(p, categorical)
-    assert torch.autograd.gradcheck(lambda p: gates.log_probability(p, actions, categorical), p)
-    assert torch.autograd.gradcheck(lambda p: gates.entropy(p, categorical), p)
+    close(gates.log_probability(p, choices, categorical=True), categorical.log_prob(choices))
+    close(gates.entropy(p, categorical=True), categorical.entropy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,7 +66,7 @@ def test_certain_actions_are_finite(dtype):
 
 def test_explore():
     p = probabilities(7)
-    assert_near(gates.explore(p, 0.7), 0.7 * p + 0.3 * (1 - p))
+    close(gates.explore(p, 0.7), 0.7 * p + 0.3 * (1 - p))
     ends = gates.explore(torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(ends, torch.tensor([0.2, 0.5, 0.8]))
 
@@ -116,7 +93,7 @@ def test_reward_to_go_is_skipnets():
         for i in reversed(range(7)):
             total = total + (1 - actions[:, i]) * 0.3 / 7 * (1.0 if c is None else c[i])
             expected.insert(0, total)
-        assert_near(gates.reward_to_go(actions, loss, 0.3, c), torch.stack(expected, 1))
+        close(gates.reward_to_go(actions, loss, 0.3, c), torch.stack(expected, 1))
 
 
 def test_curriculum_frees_the_last_layers_first():
@@ -143,7 +120,7 @@ def test_self_critical_loss_is_blockdrops():
         log_p = p[n, i].log() if actions[n, i] else (1 - p[n, i]).log()
         expected = expected - log_p * (reward[n] - greedy[n]).detach() / 6
     loss = gates.self_critical_loss(gates.log_probability(p, actions), reward, greedy, mask)
-    assert_near(loss, expected)
+    close(loss, expected)
     assert torch.equal(
         loss, gates.self_critical_loss(gates.log_probability(p, actions), reward, greedy, mask.expand(6, 5))
     )
@@ -167,14 +144,14 @@ def test_reinforce_is_the_gradient_of_the_expected_reward(baseline):
         one = gates.reinforce_loss(log_p, torch.tensor([reward], dtype=torch.float64), baseline)
         loss = loss + probability.detach() * one
     actual, expected = (torch.autograd.grad(value, p)[0] for value in (loss, -expected_reward))
-    assert_near(actual, expected)
+    close(actual, expected)
 
 
 def test_reinforce_takes_a_reward_for_each_action():
     log_p, reward = random_tensor(4, 3, dtype=torch.float64), random_tensor(4, 3, dtype=torch.float64)
-    assert_near(gates.reinforce_loss(log_p, reward), -(log_p * reward).sum() / 4)
+    close(gates.reinforce_loss(log_p, reward), -(log_p * reward).sum() / 4)
     column = reward[:, 0]
-    assert_near(gates.reinforce_loss(log_p[:, 0], column, 0.5), -(log_p[:, 0] * (column - 0.5)).mean())
+    close(gates.reinforce_loss(log_p[:, 0], column, 0.5), -(log_p[:, 0] * (column - 0.5)).mean())
 
 
 def test_losses_of_no_sample_are_zero():
@@ -184,21 +161,6 @@ def test_losses_of_no_sample_are_zero():
     assert loss == 0 and log_p.grad.shape == (0, 3)
     assert gates.usage_reward(torch.zeros(0, 3), torch.zeros(0, dtype=torch.bool)).shape == (0,)
     assert gates.reward_to_go(torch.zeros(0, 3), torch.zeros(0), 0.1).shape == (0, 3)
-
-
-def test_a_policy_learns_to_skip_what_does_not_matter():
-    """Layer 0 is needed for the right answer and the others are not: the greedy policy ends with layer 0 alone."""
-    logits = torch.full((4,), 1.7, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], 0.1)
-    for _ in range(100):
-        probability = gates.explore(torch.sigmoid(logits).expand(32, 4))
-        actions, greedy = gates.sample_actions(probability), (logits.detach() > 0).float().expand(32, 4)
-        rewards = [gates.usage_reward(a, a[:, 0] == 1) for a in (actions, greedy)]
-        loss = gates.self_critical_loss(gates.log_probability(probability, actions), *rewards)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert (logits > 0).tolist() == [True, False, False, False]
 
 
 def test_compiles_without_graph_breaks():

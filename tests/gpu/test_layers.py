@@ -1,8 +1,9 @@
-"""Every layer: values and gradients against float64 on a CPU, torch.compile, autocast."""
+"""Every layer: values and gradients against float64 on a CPU, torch.compile, autocast, copies, no sample."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -17,7 +18,18 @@ COMPILER = "inductor" if ON_GPU else "aot_eager"
 INDUCTOR = ("SparseConv2d", "SparseSequential", "ChannelConv2d", "MoE", "convert_")
 
 # What they compute depends on a score that may fall on the other side of its threshold in half precision.
-DECIDES = ("EarlyExit", "Halting", "Halting, dense", "SkipRNN")
+DECIDES = (
+    "ChannelGatedConv2d",
+    "EarlyExit",
+    "GroupedDynamicConv2d",
+    "Halting",
+    "Halting, dense",
+    "SkimRNN, dense",
+    "SkipRNN",
+    "SpatialHalting",
+    "SpatialHalting, dense",
+    "TokenExit",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +89,37 @@ def test_compiles(name):
     compiled = torch.compile(module, fullgraph=whole, backend=compiler)
     with torch.no_grad():
         assert_close_enough(compiled(*inputs), module(*inputs))
-    if name in INDUCTOR:  # training too
+    if whole:  # training too
         (out, grads), expected = (trained(m, inputs) for m in (compiled, module))
         assert_close_enough(out, expected[0])
         assert_close_enough(grads, expected[1])
+
+
+@of_every_layer
+def test_copies(name):
+    """What is pickled and loaded, copied, or given the state of another is the same layer."""
+    module, inputs, _ = layer_of(name)
+    module, inputs = module.to(DEVICE), moved(inputs)
+    with torch.no_grad():
+        expected, fresh = module(*inputs), LAYERS[name]().module.eval().to(DEVICE)
+        fresh.load_state_dict(module.state_dict())
+        for other in (fresh, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert_close_enough(other(*inputs), expected)
+
+
+@of_every_layer
+def test_no_sample(name):
+    """Neither in training nor outside of it."""
+    module, inputs, _ = layer_of(name)
+    module, along = module.to(DEVICE), int(name in ("SkimRNN, dense", "SkipRNN"))  # where the batch lies
+    none = [t.narrow(along, 0, 0) if isinstance(t, torch.Tensor) else t for t in moved(inputs)]
+    none[0].requires_grad_()
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            outs = floating(module(*none))
+        assert outs and all(0 in t.shape or t.dim() == 0 for t in outs)
+    if live := [t.sum() for t in outs if t.requires_grad]:
+        torch.autograd.backward(live)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if ON_GPU else [torch.bfloat16], ids=str)

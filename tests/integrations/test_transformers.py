@@ -26,15 +26,6 @@ def registered():
     dynops.integrations.transformers.register()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are done sooner by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def used(monkeypatch):
     """The activations that experts_mlp was called with."""
@@ -152,9 +143,8 @@ def test_a_whole_model_in_bfloat16(used):
     assert relative_error(actual.float(), expected.float()) < 16 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_a_compiled_model(name):
-    model = make_model(name)
+def test_a_compiled_model():
+    model = make_model("GptOss")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (9, 5):
         with torch.no_grad():
@@ -162,17 +152,6 @@ def test_a_compiled_model(name):
             model.set_experts_implementation("dynops")
             actual = compiled(TOKENS[:, :length]).logits
         assert relative_error(actual, expected) < 1e-4
-
-
-def test_a_compiled_models_gradients():
-    model = make_model("Olmoe")
-    expected = run_with(model, "eager", gradients)
-    model.set_experts_implementation("dynops")
-    model.zero_grad()
-    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(TOKENS).logits
-    logits.backward(random_tensor(*logits.shape, generator=torch.Generator().manual_seed(1)))
-    for key, right in expected.items():
-        assert relative_error(model.get_parameter(key).grad, right) < 1e-4, key
 
 
 def test_generate():

@@ -31,15 +31,6 @@ def registered():
     dynops.integrations.transformers.register()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are done sooner by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Gates of their own that no op of dynops has the formula of.
 CALLED = {"DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "Inkling2Experts"}
 

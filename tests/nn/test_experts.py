@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from mixture_cases import E, H, K, M, T, randomised, routed
 from torch import Tensor, nn
 
 from dynops import ExpertPlan
 from dynops.nn import (
-    ConvExperts,
     Experts,
     MoE,
     Routing,
@@ -26,7 +26,6 @@ from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-E, H, M, T, K = 5, 12, 7, 9, 2  # experts, hidden, intermediate, tokens, choices
 
 # -------------------------------------------------------------------------------------- oracle
 
@@ -66,22 +65,6 @@ def loop(layer: Experts, parameters: dict, x: Tensor, index: Tensor, weight: Ten
 
 def double(parameters: dict) -> dict:
     return {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """The same module with unit-scale values: a small one would hide a wrong term."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.copy_(random_tensor(*parameter.shape) * (2 / math.sqrt(fan) if fan > 1 else 1))
-    return module
-
-
-def routed(tokens: int = T, choices: int = K, dropped: bool = True):
-    """An index with dropped pairs, and weights."""
-    index = torch.stack([torch.randperm(E + dropped)[:choices] for _ in range(tokens)]) if tokens else None
-    index = torch.zeros(0, choices, dtype=torch.int64) if index is None else index
-    return index, torch.rand(tokens, choices) + 0.5
 
 
 VARIANTS = {
@@ -130,15 +113,6 @@ def test_half_precision(experts, dtype):
     parameters = {name: p.detach() for name, p in experts.named_parameters()}
     exact = loop(experts, double(parameters), x.double(), index, weight.double()).detach()
     assert_within_budget(experts(x, index, weight), exact, loop(experts, parameters, x, index, weight))
-
-
-def test_parameters_have_transformers_names_and_layouts():
-    shapes = {name: tuple(p.shape) for name, p in Experts(E, H, M, bias=True).named_parameters()}
-    assert shapes == {
-        "gate_up_proj": (E, 2 * M, H), "gate_up_proj_bias": (E, 2 * M), "down_proj": (E, H, M), "down_proj_bias": (E, H),
-    }  # fmt: skip
-    shapes = {n: tuple(p.shape) for n, p in Experts(E, H, M, gated=False, transposed=True).named_parameters()}
-    assert shapes == {"up_proj": (E, H, M), "down_proj": (E, M, H)}
 
 
 def test_gpt_oss_checkpoints_load():
@@ -213,25 +187,6 @@ def test_a_callable_activation():
         copy.deepcopy(named).double()(x.double(), index, weight),
         named(x, index, weight),
     )
-
-
-def test_autocast():
-    layer, x, (index, weight) = randomised(Experts(E, H, M, bias=True)), random_tensor(T, H), routed()
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x, index, weight)
-    expected = copy.deepcopy(layer).bfloat16()(x.bfloat16(), index, weight)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-
-
-def test_compiles_without_graph_breaks():
-    layer, x, (index, weight) = randomised(Experts(E, H, M, bias=True)), random_tensor(T, H), routed()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    out = compiled(x, index, weight)
-    assert_within_budget(
-        out, copy.deepcopy(layer).double()(x.double(), index, weight), layer(x, index, weight)
-    )
-    out.sum().backward()
-    assert all(p.grad is not None for p in layer.parameters())
 
 
 # ---------------------------------------------------------------------------------- eight bits
@@ -320,27 +275,11 @@ def transformers_block(family: str, name: str, configuration: str, **values):
 
 SIZES = {"num_experts": E, "moe_intermediate_size": M}
 BLOCKS = {
-    "Mixtral": (
-        ("mixtral", "MixtralSparseMoeBlock", "MixtralConfig"),
-        {"num_local_experts": E, "intermediate_size": M},
-        {},
-    ),
-    "Qwen3-MoE": (
-        ("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig"),
-        {"norm_topk_prob": True, **SIZES},
-        {},
-    ),
-    "OLMoE": (
-        ("olmoe", "OlmoeSparseMoeBlock", "OlmoeConfig"),
-        {"num_experts": E, "intermediate_size": M},
-        {"router": {"renormalize": False}},
-    ),
-    "Qwen2-MoE": (
-        ("qwen2_moe", "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig"),
-        {"shared_expert_intermediate_size": 10, **SIZES},
-        {"router": {"renormalize": False}, "shared_intermediate": 10, "shared_gate": True},
-    ),
-}
+    "Mixtral": (("mixtral", "MixtralSparseMoeBlock", "MixtralConfig"), {"num_local_experts": E, "intermediate_size": M}, {}),
+    "Qwen3-MoE": (("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig"), {"norm_topk_prob": True, **SIZES}, {}),
+    "OLMoE": (("olmoe", "OlmoeSparseMoeBlock", "OlmoeConfig"), {"num_experts": E, "intermediate_size": M}, {"router": {"renormalize": False}}),
+    "Qwen2-MoE": (("qwen2_moe", "Qwen2MoeSparseMoeBlock", "Qwen2MoeConfig"), {"shared_expert_intermediate_size": 10, **SIZES}, {"router": {"renormalize": False}, "shared_intermediate": 10, "shared_gate": True}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("model", BLOCKS)
@@ -428,61 +367,12 @@ def test_moe_of_any_modules():
     assert torch.equal(MoE(First(), Double(), shared=nn.Identity())(x).output, 3 * x)
 
 
-@pytest.mark.parametrize("leading", [(0,), (2, 0), ()])
-def test_moe_of_no_token_and_of_one(leading):
-    moe = moe_of(
-        shared_intermediate=4, capacity_factor=1.25, router={"noise": True},
-        losses={"load_balance": 1.0, "importance": 1.0, "load": 1.0, "z": 1.0},
-    )  # fmt: skip
-    output, losses, _ = moe(random_tensor(*leading, H))
-    assert output.shape == (*leading, H) and all(loss.isfinite() for loss in losses.values())
-    (output.sum() + sum(losses.values())).backward()
-    assert all(p.grad.isfinite().all() for p in moe.experts.parameters())
-
-
-def test_moe_trains():
-    """A few steps on a task that one expert of this size cannot learn."""
-    torch.manual_seed(0)
-    moe = MoE.from_sizes(8, 8, 4, 2, losses={"load_balance": 0.01})
-    x = torch.randn(64, 8)
-    target = torch.where(x[:, :1] > 0, x.roll(1, 1), -x)
-    optimizer = torch.optim.Adam(moe.parameters(), 0.03)
-    history = []
-    for _ in range(40):
-        output, losses, _ = moe(x)
-        error = F.mse_loss(output, target)
-        optimizer.zero_grad()
-        (error + sum(losses.values())).backward()
-        optimizer.step()
-        history.append(error.item())
-    assert history[-1] < 0.5 * history[0]
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_moe_compiles(backend):
-    moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
-    compiled = torch.compile(moe, fullgraph=True, backend=backend, dynamic=True)
-    for tokens in (T, 13):
-        x = random_tensor(tokens, H)
-        exact = copy.deepcopy(moe).double()(x.double()).output.detach()
-        assert_within_budget(compiled(x).output, exact, moe(x).output)
-
-
 def test_moe_exports():
     moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25).eval()
     sizes = {"x": {0: torch.export.Dim("tokens", min=2, max=64)}}
     exported = torch.export.export(moe, (random_tensor(T, H),), dynamic_shapes=sizes).module()
     x = random_tensor(13, H)
     assert torch.equal(exported(x).output, moe(x).output)
-
-
-def test_moe_autocasts():
-    moe = moe_of(shared_intermediate=6, shared_gate=True, capacity_factor=1.25, losses={"load_balance": 0.1})
-    x = random_tensor(T, H)
-    with torch.autocast("cpu", torch.bfloat16):
-        output, losses, routing = moe(x)
-    assert output.dtype == torch.bfloat16 and losses["load_balance"].dtype == torch.float32
-    assert torch.equal(routing.index, moe(x).routing.index)
 
 
 @pytest.mark.parametrize(
@@ -501,161 +391,3 @@ def test_moe_autocasts():
 def test_moe_names_bad_arguments(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         MoE(**{"router": TopKRouter(H, E, K), "experts": Experts(E, H, M)} | options)
-
-
-# --------------------------------------------------------------------------------- ConvExperts
-
-N = 6
-
-
-def branch(norm: bool = True) -> nn.Module:
-    layers = [nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()]
-    return nn.Sequential(*(layer for layer in layers if norm or not isinstance(layer, nn.BatchNorm2d)))
-
-
-def conv_experts(**options) -> ConvExperts:
-    return randomised(ConvExperts([branch() for _ in range(E)], **options)).eval()
-
-
-def masked_branches(layer: ConvExperts, x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
-    """Every branch on every sample, times its weight or zero."""
-    slots = []
-    for e, module in enumerate(layer.branches):
-        chosen = (index == e).to(x.dtype) if weight is None else weight.to(x.dtype) * (index == e)
-        slots.append(module(x) * chosen.sum(1)[:, None, None, None])
-    return torch.cat(slots, 1) if layer.combine == "concat" else torch.stack(slots).sum(0)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("combine", ["sum", "concat"])
-def test_conv_experts_equal_masked_branches(combine, memory_format):
-    layer = conv_experts(combine=combine)
-    x = random_tensor(N, 3, 8, 8).to(memory_format=memory_format).requires_grad_()
-    index, weight = routed(N)
-    index[0] = 2  # twice the same
-    weight.requires_grad_()
-    wide = copy.deepcopy(layer).double()
-    x64, w64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    actual, dense = layer(x, index, weight), masked_branches(layer, x, index, weight)
-    exact = masked_branches(wide, x64, index, w64)
-    assert actual.is_contiguous(memory_format=memory_format)
-    assert_within_budget(actual, exact.detach(), dense)
-    grad = random_tensor(*actual.shape)
-    mine = torch.autograd.grad(actual, (x, weight, *layer.parameters()), grad, allow_unused=True)
-    theirs = torch.autograd.grad(dense, (x, weight, *layer.parameters()), grad)
-    exact = torch.autograd.grad(exact, (x64, w64, *wide.parameters()), grad.double())
-    for a, e in zip(mine, exact, strict=True):
-        assert a is not None or e.count_nonzero() == 0  # of a branch that nobody chose
-    mine = [torch.zeros_like(d) if a is None else a for a, d in zip(mine, theirs, strict=True)]
-    # in one vector: a bias has four values, too few for a norm to be a yardstick
-    mine, exact, theirs = (torch.cat([g.flatten() for g in grads]) for grads in (mine, exact, theirs))
-    assert_within_budget(mine, exact, theirs, "gradient")
-    assert_within_budget(
-        layer(x, index), masked_branches(wide, x64, index, None), masked_branches(layer, x, index, None)
-    )
-
-
-def test_only_chosen_branches_run_and_once():
-    layer, sizes = conv_experts(), {}
-    for e, module in enumerate(layer.branches):
-        module.register_forward_hook(
-            lambda _, inputs, __, e=e: sizes.setdefault(e, []).append(len(inputs[0]))
-        )
-    index = torch.tensor([[0, 3], [3, 0], [3, E], [E, E], [3, 3], [0, E]])
-    out = layer(random_tensor(N, 3, 8, 8), index, torch.ones(N, 2))
-    assert sizes == {0: [3], 3: [5]}
-    assert out[3].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("combine", ["sum", "concat"])
-@pytest.mark.parametrize("training", [True, False])
-def test_nothing_chosen_is_zero_of_the_right_shape(combine, training):
-    layer = conv_experts(combine=combine).train(training)
-    x, weight = random_tensor(N, 3, 8, 8), torch.rand(N, K, requires_grad=True)
-    channels = 4 * (E if combine == "concat" else 1)
-    before = copy.deepcopy(layer.state_dict())
-    out = layer(x, torch.full((N, K), E), weight)
-    assert out.shape == (N, channels, 4, 4) and out.count_nonzero() == 0
-    out.sum().backward()
-    assert weight.grad.count_nonzero() == 0
-    assert layer(x[:0], torch.zeros(0, K, dtype=torch.int64)).shape == (0, channels, 4, 4)
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-
-
-def test_nothing_chosen_of_a_norm_that_needs_two_samples():
-    layer = ConvExperts([nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.BatchNorm1d(7)) for _ in range(E)])
-    assert layer(random_tensor(N, 3, 2, 2), torch.full((N,), E)).shape == (N, 7)
-
-
-@pytest.mark.parametrize("combine", ["sum", "concat"])
-def test_conv_experts_in_half_precision(combine):
-    layer = conv_experts(combine=combine).bfloat16()
-    x, (index, weight) = random_tensor(N, 3, 8, 8, dtype=torch.bfloat16), routed(N)
-    exact = masked_branches(copy.deepcopy(layer).double(), x.double(), index, weight.double())
-    dense = masked_branches(layer, x, index, weight)
-    assert_within_budget(layer(x, index, weight), exact.detach(), dense)
-
-
-def test_values_of_dropped_samples_are_not_read():
-    layer, x = conv_experts(), random_tensor(N, 3, 8, 8)
-    index = torch.zeros(N, 1, dtype=torch.int64)
-    index[2] = E
-    x[2] = math.nan
-    out = layer(x, index)
-    assert out.isfinite().all() and out[2].count_nonzero() == 0
-
-
-def test_conv_experts_with_a_gate_and_shared_plan():
-    gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), TopKRouter(3, E, K))
-    layer = ConvExperts([branch(norm=False) for _ in range(E)], gate)
-    x = random_tensor(N, 3, 8, 8)
-    index, weight, *_ = gate(x)
-    other = ConvExperts(layer.branches)
-    out = layer(x)
-    assert torch.equal(out, other(x, index, weight))
-    assert torch.equal(out, other(x, ExpertPlan.from_topk(index, E), weight))
-    out.sum().backward()
-    assert gate[2].weight.grad.count_nonzero() > 0
-
-
-def test_conv_experts_of_vectors_and_volumes():
-    for make, shape in (
-        (lambda: nn.Linear(5, 3), (5,)),
-        (lambda: nn.Conv3d(2, 3, 3, padding=1), (2, 4, 4, 4)),
-    ):
-        layer = ConvExperts([make() for _ in range(E)])
-        x, (index, weight) = random_tensor(N, *shape), routed(N)
-        parts = [
-            module(x) * (weight * (index == e)).sum(1).reshape(N, *[1] * len(shape))
-            for e, module in enumerate(layer.branches)
-        ]
-        exact = copy.deepcopy(layer).double()(x.double(), index, weight.double())
-        assert_within_budget(layer(x, index, weight), exact.detach(), torch.stack(parts).sum(0))
-
-
-def test_conv_experts_name_bad_arguments():
-    with pytest.raises(ValueError, match=r"^branches: expected at least one module, got none"):
-        ConvExperts([])
-    with pytest.raises(ValueError, match=r"^combine: expected 'sum' or 'concat', got 'mean'"):
-        ConvExperts([branch()], combine="mean")
-    layer, x, index = conv_experts(), random_tensor(N, 3, 8, 8), torch.zeros(N, 1, dtype=torch.int64)
-    with pytest.raises(
-        ValueError, match=r"^topk_index: expected \[N, K\], as the layer has no gate, got None"
-    ):
-        layer(x)
-    with pytest.raises(ValueError, match=r"^topk_index: expected 6 samples and 5 experts, got ExpertPlan\(5"):
-        layer(x, index[1:])
-    for combine in ("sum", "concat"):
-        with pytest.raises(ValueError, match=r"^topk_weight: expected \(6, 1\), got \(6, 2\)"):
-            conv_experts(combine=combine)(x, index, torch.ones(6, 2))
-    with pytest.raises(ValueError, match=r"^topk_index: expected None, as the layer has a gate, got Tensor"):
-        ConvExperts([branch()], nn.Identity())(x, index)
-    with pytest.raises(
-        TypeError, match=r"^x: expected a floating tensor \[N, C, ...\], got torch.int64 \(6, 1\)"
-    ):
-        layer(index, index)
-    uneven = ConvExperts([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 5, 3)])
-    with pytest.raises(
-        ValueError, match=r"^branches: expected \(5, 4, 6, 6\) from branch 1, got \(5, 5, 6, 6\)"
-    ):
-        uneven(x, torch.tensor([0, 1, 1, 1, 1, 1]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -209,19 +207,6 @@ def test_from_dense_shares_parameters_and_keys():
     assert layer.gate.bias.item() == 1
 
 
-def test_copies_casts_and_other_parameters():
-    x = random_tensor(3, 6, IN)
-    layer = SkipRNN.from_dense(nn.GRU(IN, HIDDEN, 2, batch_first=True))
-    copied = copy.deepcopy(layer).double()
-    assert copied.weight_hh_l1 is not layer.weight_hh_l1
-    u = torch.ones(3, 6)
-    torch.testing.assert_close(copied(x.double(), updates=u).output.float(), layer(x, updates=u).output)
-    zeros = {name: torch.zeros_like(value) for name, value in layer.named_parameters()}
-    assert not torch.func.functional_call(layer, zeros, (x, None, u)).output.any()
-    with torch.no_grad():
-        assert not torch.func.functional_call(layer, zeros, (x,)).output.any()
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(0, 5),
@@ -358,36 +343,6 @@ def test_dtypes(dtype):
         torch.testing.assert_close(own.output, out.output.detach(), rtol=0.02, atol=0.02)
 
 
-def test_autocast_as_pytorchs_layer():
-    dense = nn.LSTM(IN, HIDDEN)
-    layer, x = SkipRNN.from_dense(dense), random_tensor(4, 3, IN)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, state = dense(x)
-        outputs = [layer(x), layer(x, updates=torch.ones(4, 3))]
-    for out in outputs:
-        assert out.output.dtype == expected.dtype
-        assert out.state.hidden[0].dtype == state[0].dtype
-        out.output.float().sum().backward()
-    assert layer.weight_ih_l0.grad.dtype == torch.float32
-
-
-def test_compile():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.head = skip_rnn(dtype=torch.float32), nn.Linear(HIDDEN, 2)
-
-        def forward(self, x):
-            return self.head(torch.relu(self.rnn(2 * x).output))
-
-    model, x = Model(), random_tensor(3, 4, IN)
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    model.rnn.dense = True
-    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(whole(x), model(x))
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_compacted_cell(dense):
     cell = nn.LSTMCell(IN, HIDDEN, dtype=torch.float64)
@@ -413,24 +368,18 @@ WRONG = {
     "PackedSequence": (TypeError, lambda m, x: m(nn.utils.rnn.pack_padded_sequence(x, [4, 4, 4], True))),
     "x: expected .B, T, 5": (ValueError, lambda m, x: m(x[0])),
     "state: expected .h, c": (TypeError, lambda m, x: m(x, torch.zeros(1, 3, HIDDEN))),
-    "state: expected .1, 3, 7": (ValueError, lambda m, x: m(x, (torch.zeros(1, 2, HIDDEN),) * 2)),
-    "state: expected a probability": (
-        ValueError,
-        lambda m, x: m(x, SkipState((torch.zeros(1, 3, HIDDEN),) * 2, x[0])),
-    ),
+    "state: expected .1, 3, 7": (ValueError, lambda m, x: m(x, (torch.zeros(1, 2, HIDDEN)) * 2)),
+    "state: expected a probability": (ValueError, lambda m, x: m(x, SkipState((torch.zeros(1, 3, HIDDEN)) * 2, x[0]))),
     "updates: expected a real tensor": (TypeError, lambda m, x: m(x, updates=[1])),
     "updates: expected .3, 4": (ValueError, lambda m, x: m(x, updates=torch.ones(4, 3))),
     "lengths: expected integers": (TypeError, lambda m, x: m(x, lengths=torch.ones(3))),
     "lengths: expected .3": (ValueError, lambda m, x: m(x, lengths=[1, 2])),
     "lengths: expected values in .0, 4": (ValueError, lambda m, x: m(x, lengths=[1, 2, 5])),
     "mode: expected one of": (ValueError, lambda m, x: SkipRNN(IN, HIDDEN, mode="lstm")),
-    "expected bidirectional=False": (
-        ValueError,
-        lambda m, x: SkipRNN.from_dense(nn.LSTM(2, 3, bidirectional=True)),
-    ),
+    "expected bidirectional=False": (ValueError, lambda m, x: SkipRNN.from_dense(nn.LSTM(2, 3, bidirectional=True))),
     "expected dropout=0": (ValueError, lambda m, x: SkipRNN.from_dense(nn.LSTM(2, 3, 2, dropout=0.5))),
     "layer: expected nn.LSTM": (TypeError, lambda m, x: SkipRNN.from_dense(nn.Linear(2, 3))),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)

@@ -210,27 +210,6 @@ def test_location_policy():
     assert torch.equal(stopping(h, position, length).stop, h[:, 0] > 0)
 
 
-def test_location_reader_moves_both_ways():
-    reader = reader_of("LSTM", policy=LocationPolicy(HIDDEN, 0.3, dtype=torch.float64), max_jumps=6)
-    x = torch.randn(5, 40, IN, dtype=torch.float64)
-    out = reader(x, lengths=[40, 30, 20, 10, 1])
-    assert (out.read == 7).all()
-    assert (out.starts < torch.tensor([40, 30, 20, 10, 1])[:, None]).all()
-    assert (out.starts.diff(dim=1) < 0).any() and (out.starts.diff(dim=1) > 0).any()
-    for b in range(5):
-        assert_close(out.output[b], reader.rnn(x[b, out.starts[b]][:, None])[0][-1, 0])
-
-
-def test_reader_in_a_compiled_model():
-    reader = reader_of("GRU", read=2, max_jumps=2).eval()
-    x = torch.randn(3, 9, IN, dtype=torch.float64)
-
-    def model(x):
-        return torch.relu(reader(x * 2).output) + 1
-
-    assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
-
-
 # -------------------------------------------------------------------------------- StepSelection
 
 
@@ -317,43 +296,25 @@ def test_encoder_runs_once_on_selected_frames():
 
 WRONG = {
     "rnn: expected nn.LSTM": (TypeError, lambda: JumpReader(nn.GRUCell(2, 3), JumpPolicy(3, 2), max_jumps=1)),
-    "rnn: expected one": (
-        ValueError,
-        lambda: JumpReader(nn.GRU(2, 3, bidirectional=True), JumpPolicy(3, 2), max_jumps=1),
-    ),
+    "rnn: expected one": (ValueError, lambda: JumpReader(nn.GRU(2, 3, bidirectional=True), JumpPolicy(3, 2), max_jumps=1)),
     "read: expected": (ValueError, lambda: reader_of(read=0, max_jumps=1)),
     "max_jumps: expected": (ValueError, lambda: reader_of(max_jumps=-1)),
     "max_jump: expected": (ValueError, lambda: JumpPolicy(3, 0)),
     "std: expected": (ValueError, lambda: LocationPolicy(3, 0.0)),
     "x: expected a tensor": (TypeError, lambda: reader_of(max_jumps=1)(torch.zeros(3))),
     "x: expected .B, T, 4": (ValueError, lambda: reader_of(max_jumps=1)(torch.zeros(3, 2, 5))),
-    "state: expected shapes": (
-        ValueError,
-        lambda: reader_of(max_jumps=1)(torch.zeros(3, 2, IN), torch.zeros(1, 3, HIDDEN)),
-    ),
-    "lengths: expected values": (
-        ValueError,
-        lambda: reader_of(max_jumps=1)(torch.zeros(2, 2, IN), lengths=[1, 3]),
-    ),
+    "state: expected shapes": (ValueError, lambda: reader_of(max_jumps=1)(torch.zeros(3, 2, IN), torch.zeros(1, 3, HIDDEN))),
+    "lengths: expected values": (ValueError, lambda: reader_of(max_jumps=1)(torch.zeros(2, 2, IN), lengths=[1, 3])),
     "index: expected integers": (TypeError, lambda: StepSelection.from_index(torch.zeros(2, 2), 3)),
     "index: expected values in": (ValueError, lambda: StepSelection.from_index(torch.full((2, 2), 3), 3)),
-    "index: expected .2, S": (
-        ValueError,
-        lambda: gather_steps(torch.zeros(2, 3), torch.zeros(3, 1, dtype=torch.int64)),
-    ),
+    "index: expected .2, S": (ValueError, lambda: gather_steps(torch.zeros(2, 3), torch.zeros(3, 1, dtype=torch.int64))),
     "mask: expected numbers": (ValueError, lambda: StepSelection.from_mask(torch.full((2, 2), torch.nan))),
     "mask: expected .B, T": (ValueError, lambda: StepSelection.from_mask(torch.ones(2))),
     "scores: expected a floating": (TypeError, lambda: StepSelection.from_topk(torch.ones(2, 2).long(), 1)),
     "k: expected": (ValueError, lambda: StepSelection.from_topk(torch.ones(2, 2), -1)),
-    "rows: expected .4": (
-        ValueError,
-        lambda: StepSelection.from_topk(torch.ones(2, 2), 2).pad(torch.ones(3, 1)),
-    ),
-    "x: expected .2, 2, ...": (
-        ValueError,
-        lambda: StepSelection.from_topk(torch.ones(2, 2), 2).gather(torch.ones(2, 3)),
-    ),
-}
+    "rows: expected .4": (ValueError, lambda: StepSelection.from_topk(torch.ones(2, 2), 2).pad(torch.ones(3, 1))),
+    "x: expected .2, 2, ...": (ValueError, lambda: StepSelection.from_topk(torch.ones(2, 2), 2).gather(torch.ones(2, 3))),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)

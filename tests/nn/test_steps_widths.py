@@ -234,44 +234,18 @@ def test_nan_gates():
     assert (layer.eval()(x).skim == 0).all()
 
 
-def test_compile_and_autocast():
-    layer, x = skim_rnn("GRU").float().eval(), torch.randn(3, 4, IN)
-    expected = layer(x).output
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x).output, expected)
-    layer.dense = True
-    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x).output, expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = layer(x)
-    assert out.output.dtype == torch.bfloat16
-    torch.testing.assert_close(out.output.float(), expected, rtol=0.05, atol=0.05)
-
-
 WRONG = {
     "small_size: expected": (ValueError, lambda: SkimRNN(IN, HIDDEN, HIDDEN + 1)),
     "mode: expected": (ValueError, lambda: SkimRNN(IN, HIDDEN, 2, mode="lstm")),
     "skim: expected .2, 3": (ValueError, lambda: skim_rnn()(torch.zeros(2, 3, IN), skim=torch.ones(3, 2))),
     "cell: expected": (TypeError, lambda: partial_update(nn.Linear(2, 3), *[torch.zeros(2, 2)] * 2, 1)),
-    "x: expected .N, 5": (
-        ValueError,
-        lambda: partial_update(cell_of("GRU"), *[torch.zeros(2, HIDDEN)] * 2, 1),
-    ),
-    "state: expected .h, c": (
-        TypeError,
-        lambda: partial_update(cell_of("LSTM"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), 1),
-    ),
-    "width: expected values": (
-        ValueError,
-        lambda: partial_update(
-            cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.tensor([1, 9])
-        ),
-    ),
-    "width: expected integers": (
-        TypeError,
-        lambda: partial_update(cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.ones(2)),
-    ),
+    "x: expected .N, 5": (ValueError, lambda: partial_update(cell_of("GRU"), *[torch.zeros(2, HIDDEN)] * 2, 1)),
+    "state: expected .h, c": (TypeError, lambda: partial_update(cell_of("LSTM"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), 1)),
+    "width: expected values": (ValueError, lambda: partial_update(cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.tensor([1, 9]))),
+    "width: expected integers": (TypeError, lambda: partial_update(cell_of("GRU"), torch.zeros(2, IN), torch.zeros(2, HIDDEN), torch.ones(2))),
     "fraction: expected": (TypeError, lambda: prefix_mask(torch.ones(2, 2), 3)),
     "epsilon: expected": (ValueError, lambda: prefix_mask(torch.ones(2), 3, epsilon=0.5)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)

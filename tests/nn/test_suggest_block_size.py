@@ -84,7 +84,7 @@ def test_another_problem_is_measured_again(fake, change):
     elif change == "candidates":
         candidates = (4, 16)
     elif change == "threads":
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
     try:
         suggest_block_size(module, x, mask, candidates)
     finally:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from block_loops import BLOCK_SIZES, FLOATS, MASK_DTYPES, SHAPE, slow_gather, slow_scatter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import in_threads
+from processes import torch_threads
 from torch import Tensor
 
 from dynops import BlockPlan, PixelPlan, ops
-from dynops.geometry import BlockGeometry
 from dynops.ops import blocks
-from dynops.plans import as_block_plan
 from dynops.testing import assert_within_budget, available_backends, in_layout, random_mask, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 BACKENDS = available_backends()
-MASK_DTYPES = [
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
-    torch.float16, torch.bfloat16, torch.float32, torch.float64,
-]  # fmt: skip
-FLOATS = MASK_DTYPES[6:]
-KINDS = ["random", "square", "one", "empty", "full"]
-SHAPE = (2, 11, 13)
-BLOCK_SIZES = [1, 4, (3, 5), (1, 13), (11, 1), 16, (2, 40)]
 # halo: (top, bottom, left, right)
 HALOS = {0: (0, 0, 0, 0), 1: (1, 1, 1, 1), (2, 0): (2, 2, 0, 0), (0, 3, 1, 20): (0, 3, 1, 20)}
 
@@ -37,259 +28,6 @@ def backend(request, monkeypatch) -> str:
     if request.param == "reference":
         monkeypatch.setattr(blocks, "_kernels", lambda x, sums=False: None)
     return request.param
-
-
-# ------------------------------------------------------------------------------------ oracles
-
-
-def corners(plan: BlockPlan, halo=(0, 0, 0, 0)) -> list[tuple[int, int, int]]:
-    """(n, y, x) of the first pixel of each active tile."""
-    g = plan.geometry
-    active = [i for i in plan.index.tolist() if i >= 0]
-    at = [(i // (g.grid_h * g.grid_w), i // g.grid_w % g.grid_h, i % g.grid_w) for i in active]
-    return [(n, g.first_h + by * g.step_h - halo[0], g.first_w + bx * g.step_w - halo[2]) for n, by, bx in at]
-
-
-MARGIN = 48  # more than any tile here lies over the edge
-
-
-def slow_gather(x: Tensor, plan: BlockPlan, halo=(0, 0, 0, 0)) -> Tensor:
-    height, width = plan.block_size[0] + halo[0] + halo[1], plan.block_size[1] + halo[2] + halo[3]
-    padded = F.pad(x, (MARGIN,) * 4)
-    tiles = [
-        padded[n, :, y + MARGIN : y + MARGIN + height, x0 + MARGIN : x0 + MARGIN + width]
-        for n, y, x0 in corners(plan, halo)
-    ]
-    unused = [x.new_zeros(x.shape[1], height, width)] * (len(plan) - len(tiles))
-    return torch.stack(tiles + unused) if len(plan) else x.new_zeros(0, x.shape[1], height, width)
-
-
-def slow_scatter(tiles: Tensor, plan: BlockPlan, base: Tensor | None = None, add: bool = False) -> Tensor:
-    n, h, w = plan.shape
-    out = tiles.new_zeros(n, tiles.shape[1], h, w) if base is None else base
-    out = F.pad(out, (MARGIN,) * 4).clone()
-    for tile, (n, y, x) in zip(tiles, corners(plan), strict=False):  # unused tiles come last
-        window = (n, slice(None), slice(y + MARGIN, y + MARGIN + plan.block_size[0]))
-        window += (slice(x + MARGIN, x + MARGIN + plan.block_size[1]),)
-        out[window] = out[window] + tile if add else tile
-    return out[:, :, MARGIN : MARGIN + h, MARGIN : MARGIN + w]
-
-
-def slow_blocks(mask: Tensor, g: BlockGeometry, reduce: str = "any", threshold: float = 0) -> list[int]:
-    """The active blocks, one at a time."""
-    values = F.pad(mask.double().abs(), (MARGIN,) * 4)
-    active = []
-    for i in range(g.batch * g.grid_h * g.grid_w):
-        n, by, bx = i // (g.grid_h * g.grid_w), i // g.grid_w % g.grid_h, i % g.grid_w
-        y, x = g.first_h + by * g.step_h + MARGIN, g.first_w + bx * g.step_w + MARGIN
-        block = values[n, y : y + g.tile_h, x : x + g.tile_w]
-        if (block.max() if reduce == "any" else block.sum() / block.numel()) > threshold:
-            active.append(i)
-    return active
-
-
-def slow_cover(plan: BlockPlan) -> Tensor:
-    ones = torch.ones(len(plan), 1, *plan.block_size)
-    return slow_scatter(ones, plan, add=True)[:, 0] > 0
-
-
-# -------------------------------------------------------------------------------------- plans
-
-
-@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_from_mask(kind, block_size):
-    mask = random_mask(SHAPE, 0.1, kind)
-    plan = BlockPlan.from_mask(mask, block_size)
-    height, width = plan.block_size
-    assert (height, width) == (block_size if isinstance(block_size, tuple) else (block_size,) * 2)
-    assert plan.geometry.grid == (2, -(-11 // height), -(-13 // width)) and plan.shape == SHAPE
-    expected = slow_blocks(mask, plan.geometry)
-    assert plan.index.dtype == torch.int32 and plan.index.tolist() == expected and plan.count is None
-    assert len(plan) == plan.num_blocks == len(expected)
-    assert plan.density == len(expected) / plan.num_all and plan.is_full == (len(expected) == plan.num_all)
-    assert plan.blocks().flatten().nonzero()[:, 0].tolist() == expected
-    assert torch.equal(plan.mask(), slow_cover(plan)) and plan.mask()[mask].all()
-    assert torch.equal(plan.pixels().mask(), plan.mask()) and plan.pixels() is plan.pixels()
-
-
-@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
-@pytest.mark.parametrize("reduce", ["any", "mean"])
-@pytest.mark.parametrize("threshold", [0, 0.25, 1, 2.5, -1, float("inf")])
-def test_reduce_and_threshold(threshold, reduce, dtype):
-    """Values of both signs whose sums are exact, so that some means are the threshold itself."""
-    values = torch.randint(-3, 4, SHAPE) * random_mask(SHAPE, 0.3)
-    mask = values.to(dtype) if dtype.is_signed else values.abs().to(dtype)
-    for view in (mask, mask[:, None], mask.transpose(1, 2).contiguous().transpose(1, 2)):
-        plan = BlockPlan.from_mask(view, (2, 4), reduce, threshold)
-        assert plan.index.tolist() == slow_blocks(mask, plan.geometry, reduce, threshold)
-
-
-def test_a_mean_counts_pixels_outside_as_zero():
-    plan = BlockPlan.from_mask(torch.ones(1, 3, 3), 2, "mean", 0.5)
-    assert plan.index.tolist() == [0]  # 4/4, 2/4, 2/4, 1/4
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_the_least_integer_has_a_magnitude(dtype):
-    least = torch.iinfo(dtype).min
-    mask = torch.tensor([[[least, 0, -1, 0]]], dtype=dtype)
-    assert BlockPlan.from_mask(mask, (1, 2), "any", -(least + 1)).index.tolist() == (
-        [0] if least > -(2**60) else []
-    )
-    assert BlockPlan.from_mask(mask, (1, 2)).index.tolist() == [0, 1]
-
-
-def test_minus_zero_is_inactive_and_infinity_active():
-    for dtype in FLOATS:
-        mask = torch.tensor([[[-0.0, float("inf"), 0.0, -float("inf")]]], dtype=dtype)
-        assert BlockPlan.from_mask(mask, 1).index.tolist() == [1, 3]
-        assert BlockPlan.from_mask(mask, 1, "mean", 9).index.tolist() == [1, 3]
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 9)),
-    block_size=st.tuples(st.integers(1, 12), st.integers(1, 6)),
-    stride=st.one_of(st.none(), st.tuples(st.integers(1, 5), st.integers(1, 7))),
-    padding=st.tuples(st.integers(0, 4), st.integers(0, 2)),
-    offset=st.tuples(st.integers(-3, 6), st.integers(-1, 14)),
-    density=st.sampled_from([0, 0.05, 0.5, 1]),
-    reduce=st.sampled_from(["any", "mean"]),
-    capacity=st.sampled_from([None, 0, 3, 400]),
-    seed=st.integers(0, 99),
-)
-def test_any_grid(shape, block_size, stride, padding, offset, density, reduce, capacity, seed):
-    """The kernels, the reference and the loops agree; each pixel from the offset on lies in a block."""
-    mask = random_mask(shape, density, generator=torch.Generator().manual_seed(seed))
-    grid = {"stride": stride, "padding": padding, "offset": offset}
-    plan = BlockPlan.from_mask(mask, block_size, reduce, 0.1, **grid, capacity=capacity)
-    expected = slow_blocks(mask, plan.geometry, reduce, 0.1)[:capacity]
-    reference = blocks._block_mask(mask, plan.geometry, reduce == "mean", 0.1)
-    assert reference.flatten().nonzero()[:capacity, 0].tolist() == expected
-    assert plan.index[: len(expected)].tolist() == expected and (plan.index[len(expected) :] == -1).all()
-    assert (plan.count is None) == (capacity is None) and plan.density == len(expected) / max(plan.num_all, 1)
-    cover = slow_cover(plan)
-    assert torch.equal(plan.mask(), cover)
-    assert torch.equal(blocks._block_cover(plan.index, plan.count, plan.geometry), cover)
-    pixels = plan.pixels()
-    assert torch.equal(pixels.mask(), cover) and (pixels.count is None) == (capacity is None)
-    assert (pixels.index[: int(cover.sum())].diff() > 0).all()
-    gaps = stride is not None and any(s > b for s, b in zip(stride, block_size, strict=True))
-    if reduce == "any" and capacity is None and not gaps:
-        y, x = (max(offset[i] - padding[i], 0) for i in (0, 1))
-        assert cover[:, y:, x:][mask[:, y:, x:]].all()
-
-
-@pytest.mark.parametrize("extra", [-2, 0, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_capacity_form(kind, extra):
-    mask = random_mask(SHAPE, 0.05, kind)
-    active = slow_blocks(mask, BlockPlan.from_mask(mask, 3).geometry)
-    capacity = max(len(active) + extra, 0)
-    plan, kept = BlockPlan.from_mask(mask, 3, capacity=capacity), active[:capacity]
-    assert plan.index.tolist() == kept + [-1] * (capacity - len(kept)) and plan.count.tolist() == [len(kept)]
-    assert not plan.is_full and plan.num_blocks == capacity and plan.density == len(kept) / 40
-    assert torch.equal(plan.mask(), slow_cover(plan))
-    assert torch.equal(plan.pixels().mask(), plan.mask()) and plan.pixels().num_rows == 2 * 11 * 13
-
-
-def test_from_blocks():
-    active = random_mask((2, 3, 2), 0.5)
-    plan = BlockPlan.from_blocks(active, (2, 9, 7), (3, 4))
-    assert plan.geometry == BlockPlan.from_mask(torch.ones(2, 9, 7), (3, 4)).geometry
-    assert torch.equal(plan.blocks(), active)
-    assert BlockPlan.from_blocks(active, (2, 9, 7), (3, 4), capacity=20).count.tolist() == [int(active.sum())]
-
-
-def test_repr_len_to_and_as_block_plan():
-    mask = torch.eye(4)[None]
-    plan = BlockPlan.from_mask(mask, 2)
-    assert repr(plan) == "BlockPlan(2 of 4 blocks of (2, 2), shape=(1, 4, 4))" and len(plan) == 2
-    assert "capacity form" in repr(BlockPlan.from_mask(mask, 2, capacity=3))
-    assert as_block_plan(plan, 3) is plan and as_block_plan(mask, 2).index.tolist() == [0, 3]
-    for capacity in (None, 3):
-        plan = BlockPlan.from_mask(mask, 2, capacity=capacity)
-        same, meta = plan.to("cpu"), plan.to("meta")
-        assert torch.equal(same.index, plan.index) and same.geometry == plan.geometry
-        assert meta.device.type == "meta" and (meta.count is None) == (capacity is None)
-
-
-def test_a_mask_with_gradient_gives_a_plan_without():
-    assert not BlockPlan.from_mask(torch.rand(1, 3, 3, requires_grad=True), 2).index.requires_grad
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(
-    "arguments", [{}, {"threshold": 0.5}, {"reduce": "mean"}, {"stride": 3}, {"capacity": 9}]
-)
-def test_nan_mask(arguments, dtype):
-    """Also where no block looks."""
-    for place in (0, 31, 209):
-        mask = torch.ones(1, 3, 70, dtype=dtype)
-        mask.view(-1)[place] = float("nan")
-        with pytest.raises(ValueError, match=r"mask.*NaN"):
-            BlockPlan.from_mask(mask, 2, **arguments)
-
-
-MASK = torch.ones(1, 4, 6)
-
-
-@pytest.mark.parametrize("error, match, arguments", [
-    (TypeError, r"mask: expected a tensor.*list", {"mask": [1]}),
-    (TypeError, r"mask: .*complex64", {"mask": MASK.to(torch.complex64)}),
-    (ValueError, r"mask: expected \[N, H, W\].*\(6,\)", {"mask": MASK[0, 0]}),
-    (ValueError, r"mask: .*\(2, 3, 4, 6\)", {"mask": torch.ones(2, 3, 4, 6)}),
-    (ValueError, r"block_size: expected an int or a pair of ints >= 1, got 0", {"block_size": 0}),
-    (ValueError, r"block_size: .*\(2, 2, 2\)", {"block_size": (2, 2, 2)}),
-    (ValueError, r"block_size: .*1\.5", {"block_size": 1.5}),
-    (ValueError, r"block_size: .*None", {"block_size": None}),
-    (ValueError, r"reduce: expected one of \('any', 'mean'\), got 'max'", {"reduce": "max"}),
-    (ValueError, r"threshold: expected a number, got nan", {"threshold": float("nan")}),
-    (ValueError, r"threshold: .*'0'", {"threshold": "0"}),
-    (ValueError, r"threshold: .*True", {"threshold": True}),
-    (ValueError, r"stride: .*>= 1, got 0", {"stride": 0}),
-    (ValueError, r"padding: .*>= 0, got -1", {"padding": -1}),
-    (ValueError, r"offset: .*0\.5", {"offset": 0.5}),
-    (ValueError, r"capacity: .*-1", {"capacity": -1}),
-    (ValueError, r"capacity: .*'4'", {"capacity": "4"}),
-    (ValueError, r"block_size: expected at most 2147483647 .*blocks",
-     {"mask": torch.empty(1, 2**15, 2**15, device="meta"), "block_size": 1, "padding": 2**14}),
-    (ValueError, r"mask: expected at most 2147483647", {"mask": torch.empty(1, 2**16, 2**15, device="meta")}),
-])  # fmt: skip
-def test_bad_masks_and_grids(error, match, arguments):
-    with pytest.raises(error, match=match):
-        BlockPlan.from_mask(**{"mask": MASK, "block_size": 2, **arguments})
-
-
-@pytest.mark.parametrize("error, match, arguments", [
-    (TypeError, r"blocks: expected a tensor.*list", {"blocks": [1]}),
-    (ValueError, r"blocks: expected \[N, H, W\].*\(3,\)", {"blocks": torch.ones(3)}),
-    (ValueError, r"blocks: expected shape \(1, 2, 3\), got \(1, 3, 2\)", {"blocks": torch.ones(1, 3, 2)}),
-    (ValueError, r"blocks: .*\(1, 2, 3\)", {"blocks": torch.ones(2, 2, 3)}),
-    (ValueError, r"shape: expected \(N, H, W\), got \(4, 6\)", {"shape": (4, 6)}),
-    (ValueError, r"shape: .*-4", {"shape": (1, -4, 6)}),
-    (ValueError, r"shape: .*4\.0", {"shape": (1, 4.0, 6)}),
-    (ValueError, r"shape: expected at most 2147483647 pixels", {"shape": (1, 2**16, 2**15)}),
-    (ValueError, r"block_size: .*0", {"block_size": 0}),
-])  # fmt: skip
-def test_bad_blocks(error, match, arguments):
-    with pytest.raises(error, match=match):
-        BlockPlan.from_blocks(
-            **{"blocks": torch.ones(1, 2, 3), "shape": (1, 4, 6), "block_size": 2, **arguments}
-        )
-
-
-def test_the_index_is_checked():
-    geometry = BlockPlan.from_mask(MASK, 2).geometry
-    for index in (torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int32)):
-        with pytest.raises(TypeError, match="index: expected int32"):
-            BlockPlan(index, geometry)
-    with pytest.raises(TypeError, match=r"mask_or_plan: expected a BlockPlan or a mask.*PixelPlan"):
-        as_block_plan(PixelPlan.full((1, 2, 2)), 2)
-
-
-# -------------------------------------------------------------------------------------- SBNet
 
 
 @pytest.mark.parametrize("block, kernel, stride, padding, active, rows", [
@@ -337,9 +75,6 @@ def test_through_refuses(plan, conv, match):
     plan = BlockPlan.from_mask(torch.ones(SHAPE), **plan)
     with pytest.raises(ValueError, match=match):
         plan.through(**conv)
-
-
-# ------------------------------------------------------------------------- gather and scatter
 
 
 def plans(density=0.1) -> dict[str, BlockPlan]:
@@ -429,31 +164,6 @@ def test_copies_of_any_dtype(layout, dtype, backend):
         assert out.dtype == dtype and torch.equal(out, slow_scatter(tiles, plan, base))
 
 
-def test_integers_are_added(backend):
-    plan = PLANS["overlapping"]
-    tiles, base = (tiles_for(plan) * 9).long(), (map_for(plan) * 9).long()
-    out = ops.scatter_blocks(tiles, plan, base, add=True)
-    assert torch.equal(out, slow_scatter(tiles, plan, base, add=True))
-
-
-@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded", "zero_stride"])
-@pytest.mark.parametrize("channels", [1, 5])
-def test_other_layouts(channels, layout, backend):
-    plan, wide = PLANS["blocks 4"], PLANS["overlapping"]
-    x, tiles = (in_layout(f(plan, channels), layout) for f in (map_for, tiles_for))
-    assert torch.equal(ops.gather_blocks(x, plan, 1), slow_gather(x, plan, HALOS[1]))
-    assert torch.equal(ops.scatter_blocks(tiles, plan, x), slow_scatter(tiles, plan, x))
-    base = in_layout(map_for(plan, channels), "channels_last")
-    assert torch.equal(ops.scatter_blocks(tiles, plan, base), slow_scatter(tiles, plan, base))
-    tiles = in_layout(tiles_for(wide, channels), layout)
-    torch.testing.assert_close(
-        ops.scatter_blocks(tiles, wide, x, add=True),
-        slow_scatter(tiles, wide, x, add=True),
-        rtol=1e-6,
-        atol=1e-6,
-    )
-
-
 @pytest.mark.parametrize("channels", [0, 1, 2, 16, 33])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_channels_and_single_pixels(layout, channels, backend):
@@ -481,9 +191,6 @@ def test_a_zeroed_output_past_the_caches():
         times = torch.ops.dynops.scatter_tiles(torch.ones_like(halo), plan.index, None, wide, None, True)
         out = torch.ops.dynops.scatter_tiles(halo, plan.index, None, wide, None, True)
         torch.testing.assert_close(out, x * times, rtol=1e-6, atol=0)
-
-
-# ---------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -517,28 +224,6 @@ def test_gradient_of_scatter(plan, add, backend):
     for grad, expected, leaf in zip(grads, slow, leaves, strict=True):
         assert torch.equal(grad, torch.zeros_like(leaf) if expected is None else expected)
 
-
-def test_gradient_of_an_expanded_gradient(backend):
-    """``out.sum().backward()`` sends a gradient whose strides are all zero."""
-    plan, x = PLANS["overlapping"], map_for(PLANS["overlapping"]).requires_grad_()
-    ops.gather_blocks(x, plan).sum().backward()
-    ones = torch.ones(len(plan), 5, *plan.block_size)
-    assert torch.equal(x.grad, slow_scatter(ones, plan, add=True))
-    tiles = tiles_for(PLANS["blocks 4"]).requires_grad_()
-    ops.scatter_blocks(tiles, PLANS["blocks 4"]).sum().backward()
-    assert torch.equal(tiles.grad, slow_gather(torch.ones(2, 5, 11, 13), PLANS["blocks 4"]))
-
-
-@pytest.mark.parametrize("name", ["blocks (3, 5)", "capacity", "overlapping", "outside", "empty"])
-def test_gradcheck(name):
-    plan = PLANS[name]
-    x, tiles = (f(plan, 1, torch.float64).requires_grad_() for f in (map_for, tiles_for))
-    assert torch.autograd.gradcheck(lambda x: ops.gather_blocks(x, plan, (1, 0, 2, 1)), x)
-    for add in (True,) if plan.geometry.overlaps else (False, True):
-        assert torch.autograd.gradcheck(lambda t, x, add=add: ops.scatter_blocks(t, plan, x, add), (tiles, x))
-
-
-# ---------------------------------------------------------------------------------- properties
 
 SETTINGS = settings(
     max_examples=60,
@@ -598,9 +283,6 @@ def test_gather_and_scatter_are_adjoint(case, halo):
     assert torch.equal(torch.autograd.grad(tiles, x, t)[0], back)
 
 
-# ------------------------------------------------------------------------------------- threads
-
-
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype, layout):
@@ -618,31 +300,11 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, layout):
             ops.scatter_blocks(inner, plan, grad, True),
         )
 
-    try:
-        torch.set_num_threads(1)
-        one = run()
-    finally:
-        torch.set_num_threads(2)
-    for a, b in zip(one, run(), strict=True):
+    with torch_threads(2):
+        two = run()
+    for a, b in zip(two, run(), strict=True):
         assert torch.equal(a, b)
 
-
-def test_threads_call_at_once():
-    mask = random_mask((2, 40, 50), 0.02)
-    xs = [in_layout(random_tensor(2, 24, 40, 50) * i, "channels_last") for i in range(1, 7)]
-    plan = BlockPlan.from_mask(mask, 4)
-
-    def work(i):
-        for _ in range(10):
-            mine = BlockPlan.from_mask(mask, 4)
-            assert torch.equal(mine.index, plan.index) and torch.equal(plan.pixels().mask(), mine.mask())
-            tiles = ops.gather_blocks(xs[i], plan)
-            assert torch.equal(ops.scatter_blocks(tiles, mine), xs[i] * mine.mask()[:, None])
-
-    in_threads(6, work)
-
-
-# -------------------------------------------------------------------------------------- errors
 
 PLAN = BlockPlan.from_mask(torch.ones(2, 4, 6), 2)
 X, TILES = random_tensor(2, 3, 4, 6), random_tensor(12, 3, 2, 2)
@@ -717,49 +379,3 @@ def test_the_kernels_refuse_other_shapes():
     for match, call in calls.items():
         with pytest.raises(RuntimeError, match=match):
             call()
-
-
-# ------------------------------------------------------------------------------------- compile
-
-
-def layer(x, mask, capacity):
-    """A plan, its tiles with a halo, the way back over a base, and the pixels of the blocks."""
-    plan = BlockPlan.from_mask(mask, 4, "mean", 0.1, capacity=capacity)
-    tiles = F.avg_pool2d(ops.gather_blocks(x, plan, 1), 3, 1)
-    out = ops.scatter_blocks(tiles, plan, base=x)
-    rows = ops.gather_pixels(out, plan.pixels())
-    return out + ops.scatter_pixels(rows, plan.pixels()) * plan.mask()[:, None]
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("capacity", [None, 9])
-def test_compile(capacity, dynamic):
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in ((11, 13), (8, 9)):
-        x, mask = random_tensor(2, 5, *size).requires_grad_(), random_mask((2, *size), 0.15)
-        expected, actual = layer(x, mask, capacity), compiled(x, mask, capacity)
-        torch.testing.assert_close(actual, expected)
-        assert actual.stride() == expected.stride()
-        dy = torch.rand_like(expected)
-        torch.testing.assert_close(torch.autograd.grad(actual, x, dy), torch.autograd.grad(expected, x, dy))
-    torch._dynamo.reset()
-
-
-def test_compile_with_a_plan_as_input():
-    """A plan made outside, compact or not, goes in as an argument."""
-
-    def run(x, plan):
-        tiles = ops.gather_blocks(x, plan, (1, 2)).relu()
-        return ops.scatter_blocks(tiles[:, :, 1:-1, 2:-2], plan, add=True) + plan.mask()[:, None]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    x = random_tensor(2, 5, 11, 13).requires_grad_()
-    for name in ("blocks 4", "capacity", "overlapping"):
-        plan = PLANS[name]
-        expected, actual = run(x, plan), compiled(x, plan)
-        torch.testing.assert_close(actual, expected)
-        dy = torch.rand_like(expected)
-        torch.testing.assert_close(torch.autograd.grad(actual, x, dy), torch.autograd.grad(expected, x, dy))
-    torch._dynamo.reset()

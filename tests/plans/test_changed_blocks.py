@@ -81,11 +81,7 @@ def test_compiles():
     ("error", "message", "arguments"),
     [
         (TypeError, "previous: expected a tensor", {"previous": [1]}),
-        (
-            ValueError,
-            r"previous: expected \[N, C, H, W\], got shape \(3, 8, 8\)",
-            {"previous": torch.ones(3, 8, 8)},
-        ),
+        (ValueError, r"previous: expected \[N, C, H, W\], got shape \(3, 8, 8\)", {"previous": torch.ones(3, 8, 8)}),
         (ValueError, "current: expected the shape of previous", {"current": torch.ones(1, 3, 8, 9)}),
         (TypeError, "current: expected the dtype of previous", {"current": torch.ones(1, 3, 8, 8).half()}),
         (ValueError, "on the device of previous cpu", {"current": torch.ones(1, 3, 8, 8, device="meta")}),
@@ -94,13 +90,9 @@ def test_compiles():
         (ValueError, "tolerance: expected a number >= 0, got '1'", {"tolerance": "1"}),
         (ValueError, "block_size: expected an int or a pair of ints >= 1, got 0", {"block_size": 0}),
         (TypeError, "layer: expected a dynops.nn.SparseBlocks, got Conv2d", {"layer": nn.Conv2d(3, 3, 1)}),
-        (
-            ValueError,
-            r"block_size: expected the layer's \(4, 4\), got 8",
-            {"layer": SparseBlocks(nn.Conv2d(3, 3, 1), 4), "block_size": 8},
-        ),
+        (ValueError, r"block_size: expected the layer's \(4, 4\), got 8", {"layer": SparseBlocks(nn.Conv2d(3, 3, 1), 4), "block_size": 8}),
     ],
-)
+)  # fmt: skip
 def test_arguments_that_do_not_fit(error, message, arguments):
     fitting = {"previous": torch.ones(1, 3, 8, 8), "current": torch.ones(1, 3, 8, 8), "block_size": 4}
     with pytest.raises(error, match=message):

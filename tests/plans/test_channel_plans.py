@@ -75,33 +75,6 @@ def test_capacity_keeps_the_first_ones(capacity):
     assert torch.equal(plan.mask(), mask & (mask.cumsum(1) <= capacity))
 
 
-@pytest.mark.parametrize("dtype", MASK_DTYPES[2:], ids=str)
-def test_negative_and_tiny_values_are_live(dtype):
-    tiny = torch.finfo(dtype).tiny if dtype.is_floating_point else 1
-    mask = torch.tensor([[-1, 0, tiny, 0]], dtype=torch.float64).to(dtype)
-    assert lists_in(ChannelPlan.from_mask(mask)) == [[0, 2]]
-
-
-def test_minus_zero_is_dead_and_infinity_live():
-    mask = torch.tensor([[-0.0, float("inf"), 0.0, -float("inf")]])
-    assert lists_in(ChannelPlan.from_mask(mask)) == [[1, 3]]
-
-
-def test_non_contiguous_masks():
-    wide = torch.rand(8, 30, 2) < 0.5
-    views = (wide[::2, ::3, 1], wide[..., 0].T, wide[:1, :, 0].expand(6, -1), wide[:, :1, 0].expand(-1, 5))
-    for mask in views:
-        assert not mask.is_contiguous()
-        assert lists_in(ChannelPlan.from_mask(mask)) == lists_of(mask)
-        assert lists_in(ChannelPlan.from_mask(mask.float(), 2)) == [row[:2] for row in lists_of(mask)]
-
-
-def test_a_plan_has_no_gradient():
-    gate = torch.rand(2, 5, requires_grad=True)
-    plan = ChannelPlan.from_mask(gate.round())
-    assert not plan.index.requires_grad and not plan.mask().requires_grad
-
-
 # ------------------------------------------------------------------ prefix, grouped, from_index
 
 
@@ -177,8 +150,6 @@ MASK = torch.ones(2, 6)
     (TypeError, r"mask: .*sparse", lambda: ChannelPlan.from_mask(MASK.to_sparse())),
     (ValueError, r"mask: .*\(2, 6, 2, 1\)", lambda: ChannelPlan.from_mask(MASK[:, :, None, None].expand(-1, -1, 2, 1))),
     (ValueError, r"mask: .*got shape \(\)", lambda: ChannelPlan.from_mask(torch.tensor(1))),
-    (ValueError, r"mask: expected numbers, got NaN", lambda: ChannelPlan.from_mask(MASK * float("nan"))),
-    (ValueError, r"mask: expected numbers, got NaN", lambda: ChannelPlan.from_mask(MASK.half() * float("nan"), 2)),
     (ValueError, r"capacity: .*-1", lambda: ChannelPlan.from_mask(MASK, -1)),
     (ValueError, r"capacity: .*1.5", lambda: ChannelPlan.from_mask(MASK, 1.5)),
     (ValueError, r"width: expected ints in \[0, 6\], got 0 to 7", lambda: ChannelPlan.prefix([0, 7], 6)),
@@ -190,6 +161,7 @@ MASK = torch.ones(2, 6)
     (ValueError, r"group: .*0", lambda: ChannelPlan.grouped(MASK, 0)),
     (ValueError, r"mask: .*\(2, 6, 1\)", lambda: ChannelPlan.grouped(MASK[..., None], 2)),
     (ValueError, r"index: .*ascending.*\[2, 1, -1\] in list 1", lambda: ChannelPlan.from_index([[0, 1, 2], [2, 1]], 6)),
+    (ValueError, "index", lambda: ChannelPlan.from_index(torch.tensor([[0, 2, -1, 3]]), 6)),
     (ValueError, r"index: .*ascending.*\[1, 1\]", lambda: ChannelPlan.from_index([[1, 1]], 6)),
     (ValueError, r"index: .*\[0, 6\).*\[6\]", lambda: ChannelPlan.from_index([[6]], 6)),
     (ValueError, r"index: .*\[-2\]", lambda: ChannelPlan.from_index(torch.tensor([[-2]]), 6, torch.tensor([1]))),
@@ -207,13 +179,6 @@ def test_refusals(error, match, make):
         make()
 
 
-@pytest.mark.parametrize("lists", [[[0, 2, -1, 3]], [[-1, 0]]])
-def test_a_hole_in_a_list_is_refused_or_ends_it(lists):
-    """-1 pads the end: a channel after it is a mistake."""
-    with pytest.raises(ValueError, match="index"):
-        ChannelPlan.from_index(torch.tensor(lists), 6)
-
-
 # ---------------------------------------------------------------------------------- references
 
 
@@ -229,15 +194,6 @@ def test_the_references_are_what_runs(dtype):
             assert torch.equal(
                 D.channel_mask(index, count, channels), reference._channel_mask(index, count, channels)
             )
-
-
-def test_one_nan_among_many():
-    mask = torch.rand(20, 70)
-    mask[13, 69] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        ChannelPlan.from_mask(mask)
-    with pytest.raises(ValueError, match="NaN"):  # also where the capacity ends the search before it
-        ChannelPlan.from_mask(mask, 1)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -119,15 +119,6 @@ def layer_by_layer(model):
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Maps this small are done sooner by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def inputs():
     return torch.randn(2, 3, 64, 48, dtype=torch.float64), random_mask((2, 64, 48))

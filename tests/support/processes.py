@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
 import threading
+
+import torch
 
 import dynops
 from dynops import backends
@@ -17,9 +20,7 @@ ROOT = pathlib.Path(dynops.__file__).parent
 
 def run_script(script: str, timeout: float = 60, **env) -> str:
     """Runs a script in a fresh interpreter that finds this dynops; returns what it printed."""
-    tests = ROOT.parent / "tests"
-    paths = [ROOT.parent, tests / "support", tests / "ops", os.environ.get("PYTHONPATH")]
-    path = os.pathsep.join(str(p) for p in paths if p)
+    path = os.pathsep.join(str(p) for p in (ROOT.parent, os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, "PYTHONPATH": path, **env},
@@ -49,6 +50,16 @@ def in_threads(count: int, work) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+@contextlib.contextmanager
+def torch_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def all_isas() -> list[str]:

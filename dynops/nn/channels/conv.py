@@ -118,7 +118,7 @@ def _plan(mask_or_plan, name: str) -> ChannelPlan | None:
 
 
 def _folds(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    """Whether the convolution's scale and bias can take the norm: no gradient, and a range that holds shift / factor."""
+    """True if the convolution's scale and bias can take the norm: no gradient, and a range that holds shift / factor."""
     if torch.is_grad_enabled() or modes.transformed() or uses_batch_statistics(norm):
         return False
     return (modes.autocast_dtype(x) or x.dtype) != torch.float16

@@ -355,7 +355,3 @@ class ChannelGatedConv2d(nn.Conv2d):
     @property
     def num_full(self) -> int:
         return 0 if self._open is None else int(self._open.count_nonzero())
-
-    def threshold_loss(self, target: float) -> Tensor:
-        """The squared distance of the thresholds to their target: what, times a factor, holds the gates closed."""
-        return ((self.threshold - target) ** 2).sum()

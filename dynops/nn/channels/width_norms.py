@@ -19,8 +19,9 @@ class SwitchableBatchNorm2d(Slimmable, nn.Module):
 
     Shape:
         - width: as in :class:`dynops.nn.SlimmableConv2d`, the index of a switch, or a tensor ``[N]`` of them.
-        - input, output: for the whole batch ``[N, channels of the switch, H, W]``; for each sample ``[N, C, H, W]``
-          with the widest's channels, of which those past a sample's width are not read, and zero in the output.
+        - input, output: for the whole batch ``[N, channels of the switch, H, W]``; for each sample
+          ``[N, C, H, W]`` with the channels of the widest. Channels past a sample's width are not read, and are zero in
+          the output.
 
     With a width for each sample the statistics of training are those of the samples of the switch; which these are
     is read on the host, so that a GPU is waited for. In eval mode it is one pass, without that.

@@ -113,8 +113,8 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
     """``nn.Conv2d`` that runs at several widths: the first channels of its input and of its output.
 
     The parameters and ``state_dict`` are those of the ``nn.Conv2d`` of the widest switch. With lists the layer has
-    a switch for each entry, and a width is the index of one; with ints it is universally slimmable, and a width is
-    a multiplier in (0, 1], rounded to a multiple of 8 channels as the published code does.
+    a switch for each entry, and a width is the index of one; with ints it is universally slimmable: a width
+    is a multiplier in (0, 1], rounded to a multiple of 8 channels as the published code does.
 
     Args:
         in_channels_list, out_channels_list: lists of as many entries as there are switches, or two ints.

@@ -122,7 +122,7 @@ class ConvExperts(nn.Module):
         return torch.cat([rows.to(like.dtype) for rows in outputs]), out_layout
 
     def _output_of_none(self, x: Tensor) -> Tensor:
-        """What an output is like where nobody chose a branch: the first one's, of zeros.
+        """Returns the output where no sample chose a branch: zeros, like the first branch's.
 
         Two of them, as a norm of vectors refuses one in training mode; on copies of the buffers, which a norm changes. (The meta
         device would cost nothing, but not every module runs there.)

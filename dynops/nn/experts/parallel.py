@@ -1,9 +1,9 @@
 """Expert parallelism: the experts of a layer sharded over the ranks of a process group.
 
 Every rank has tokens of its own and experts of its own. A token travels once to each rank that holds some of its experts,
-however many those are, with its choices and their weights; that rank runs them and sends their weighted sum back, and the
-sums of the ranks are added at home in float32, in the order of the ranks. What goes where is an ``ExpertPlan`` too: its
-"experts" are the ranks.
+however many those are, with its choices and their weights; that rank runs them and sends their weighted sum
+back. The token's own rank adds the sums in float32, in the order of the ranks. What goes where is an
+``ExpertPlan`` too: its "experts" are the ranks.
 
 The gradients come out as in one process that has all tokens: those of tokens and routing weights at home, those of an expert
 on its rank, *summed* over the losses of all ranks. ``expert_shards`` has what data parallelism needs on top.
@@ -63,7 +63,7 @@ def _exchange(group, send: list[int], receive: list[int], *tensors: Tensor) -> t
 
 
 class _Route(NamedTuple):
-    """Which tokens go to which rank: a plan over ranks, its rows to each of them, and the rows that come from each."""
+    """Sends tokens to ranks: a plan over ranks, its rows to each of them, and the rows that come from each."""
 
     plan: ExpertPlan
     send: list[int]

@@ -113,7 +113,7 @@ class TopKRouter(ExactBuffers):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear`` has it; the noise starts at the standard deviation softplus(0) for every token."""
+        """Starts the weights as ``nn.Linear`` does; the noise starts at the standard deviation softplus(0) for every token."""
         bound = 1 / math.sqrt(self.hidden)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:

@@ -1,4 +1,4 @@
-"""What a model with sharded experts needs around it: data parallelism, clipping, and state dicts of the whole."""
+"""Wraps a model with sharded experts: data parallelism, clipping, and state dicts of the whole."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ def _mean(grad: Tensor, ranks: int, replicas) -> Tensor:
 def prepare_fsdp(model: nn.Module, mesh: DeviceMesh, **options) -> None:
     """``fully_shard`` for the experts; ``fully_shard(model)`` then takes the rest.
 
-    Their parameters are sharded a second time over the ranks that hold the same experts, and their gradients become means over
-    all ranks, as those of the rest do. ``fully_shard`` takes the values that each rank has: seed the ranks alike, or load.
+    Their parameters are sharded a second time, over the ranks that hold the same experts. Their gradients
+    become means over all ranks, as those of the rest do. ``fully_shard`` takes the values that each rank has:
+    seed the ranks alike, or load.
 
     Args:
         model: before ``fully_shard``.

@@ -13,7 +13,7 @@ from ..from_dense import FromDense, with_batch
 
 
 class _SparseConv(FromDense):
-    """What the two layers share: the mask, ``from_dense``."""
+    """Base of the two layers: the mask, ``from_dense``."""
 
     def _plan(self, x: Tensor, mask_or_plan, output_padding=None) -> PixelPlan | None:
         """The plan that a call is for: the one passed, else that of ``dynops.active``, else None."""

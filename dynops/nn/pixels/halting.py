@@ -48,8 +48,8 @@ class SpatialHalting(nn.Module):
         weighted: False: the output is the last value, and the score a decision, as in :class:`Halting`. With
             scores that are 1 where a classifier is confident, confident pixels leave the stage (deep layer
             cascade).
-        dense: calls ``unit(x)`` and masks the residual. The result is the same up to rounding, but for
-            BatchNorm in training mode, whose statistics are then those of the whole map, as published code
+        dense: calls ``unit(x)`` and masks the residual. The result is the same up to rounding, except with
+            BatchNorm in training mode: its statistics are then those of the whole map, as published code
             trains it. An attribute: it may be changed at any time.
         max_fraction: the largest share of the batch's pixels that goes on after a unit,
             ``floor(max_fraction * N * H * W)``: those whose scores have the smallest sum; the others halt.

@@ -19,7 +19,7 @@ from ..exact import ExactBuffers
 
 
 class Verdict(NamedTuple):
-    """What a criterion says at one exit.
+    """The decision of a criterion at one exit.
 
     ``leave``: bool ``[n]``. ``confidence``: ``[n]``, higher is surer; it orders the samples where
     ``max_fraction`` makes some of them leave; None: the largest softmax probability does. ``memory``: what

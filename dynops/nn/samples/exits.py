@@ -34,7 +34,7 @@ class ExitScores(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """What happens at one exit, see :meth:`EarlyExit.visits`.
+    """One exit's event, see :meth:`EarlyExit.visits`.
 
     ``exit``: its number. ``index``: int64 ``[n]``, ascending, which samples of the batch are there.
     ``logits``: ``[n, ...]``. ``staying``: the :class:`~dynops.SamplePlan` of those n that go on.
@@ -55,7 +55,7 @@ class Visit(NamedTuple):
 
 
 class _Exits(nn.Module):
-    """What EarlyExit and Cascade share: the batch that shrinks, and results in their own slots."""
+    """Base of EarlyExit and Cascade: the batch shrinks, and results go to their own slots."""
 
     num_exits: int
     _maker: str  # the argument whose modules return logits
@@ -211,9 +211,10 @@ class EarlyExit(_Exits):
     that are still there, and raises where one sample of a 1x1 map is left.
 
     Args:
-        stages: E modules, state -> state. The state is a tensor ``[n, ...]``, or any nesting of tuples, lists, dicts,
-            dataclasses (a ``ModelOutput``), registered pytrees, transformers' caches, None and values that are no tensors.
-            Some of its tensors have a row for each sample, the others are shared by all: see ``shared``.
+        stages: E modules, state -> state. The state is a tensor ``[n, ...]`` or a nesting of tensors: tuples,
+            lists, dicts, dataclasses (a ``ModelOutput``), registered pytrees, transformers' caches. It may also
+            hold None and other values. Some of its tensors have a row for each sample, the others are shared by
+            all: see ``shared``.
         heads: E modules, state -> logits ``[n, ...]``; or -> ``(logits, state)``, the state that the
             criterion and the next stage get (IMTA: features for the next head).
         criterion: a :class:`Criterion` (:class:`MaxSoftmax`, :class:`Entropy`, :class:`Margin`,
@@ -228,23 +229,25 @@ class EarlyExit(_Exits):
         shared: which parts of a state all samples share, so that they go on as they are: names (dict keys, fields, positions in
             a tuple), or a dict ``{name: bool}``, where False says that a part has a row for each sample. It counts for all
             that lies in that part. What is not named is decided by shape, where samples leave: a tensor ``[n, ...]``, n
-            the samples that are there, has a row for each; scalars, ``[1, ...]`` and any other first size are shared. Where
-            both are possible, a tensor that was shared before stays so, and one ``[n, n]`` that is bool or floating, not the
-            first tensor and not of its shape, is taken as a mask of T = n positions, with a warning. A cache (DynamicCache, StaticCache,
-            EncoderDecoderCache, those of linear attention) has rows: stages after the exit get a smaller copy of it, and the
-            caller's keeps the rows of all samples and what the stages before the exit wrote.
+            the samples that are there, has a row for each; scalars, ``[1, ...]`` and any other first size are
+            shared. Where both are possible, a tensor that was shared before stays so. A bool or floating
+            tensor ``[n, n]`` is taken as a mask of T = n positions, with a warning, unless it is the first
+            tensor or has its shape. A cache (DynamicCache, StaticCache, EncoderDecoderCache, those of linear
+            attention) has rows: stages after the exit get a smaller copy. The caller's cache keeps the rows
+            of all samples and what the stages before the exit wrote.
 
     Shape:
         - x: the first stage's state.
         - output: :class:`ExitOutput`, ``(logits [N, ...], exits int64 [N])``, in the batch's order; with all
           exits a list of E logits ``[N, ...]``, with ``confidence=True`` too :class:`ExitScores`.
 
-    Stages and heads are functions of values: what one of them writes in place into a tensor that the caller, a head, a
-    criterion or the next stage reads too is its own. (A cache is there to be written into.) Logits have the dtype
-    of the first exit's, and all heads return them in one size ``[n, ...]``, where samples leave.
+    Stages and heads are functions of values: a stage that writes into its input in place changes it for no
+    other reader. (A cache is there to be written into.) Logits have the dtype of the first exit's. Where
+    samples leave, all heads return logits of one size ``[n, ...]``.
 
-    On a CPU, without gradients, a stage of convolutions, norms in eval mode, activations and sums with a 3x3
-    convolution that runs as Winograd's runs on rows, as in :class:`Skip`.
+    On a CPU, without gradients, a stage may run on rows, as in :class:`Skip`. Such a stage holds
+    convolutions, norms in eval mode, activations and sums, and a 3x3 convolution that Winograd's algorithm
+    takes.
 
     On a GPU the number of samples that go on is read back once at each exit. Under ``torch.compile`` a model
     that lets samples leave breaks its graph here, and runs the stages as they are: compile stages and heads

@@ -49,8 +49,8 @@ class Halting(nn.Module):
             step on. It treats each sample by itself: in training mode a BatchNorm in it takes its statistics
             from those that still run, however few (see ``dense``). What a step reads and never changes
             (Graves' input) may be a part of the state.
-        halt: a module or function ``state -> score``, a probability in [0, 1] for each sample, ``[K]`` or
-            ``[K, 1, ...]``, for example a Linear and a sigmoid; NaN counts as 0. Or a
+        halt: a module or function ``state -> score``, for example a Linear and a sigmoid. A score is a
+            probability in [0, 1] for each sample, ``[K]`` or ``[K, 1, ...]``; NaN counts as 0. Or a
             :class:`dynops.gates.Decision`, of which the score counts (with ``weighted=False`` the mask). It
             is not called after the last step.
         max_steps: where everything halts.
@@ -59,9 +59,9 @@ class Halting(nn.Module):
             by itself. The step then gets rows ``[P, C]`` of the positions that run and returns their new
             rows; so does ``halt``.
         mixes: at the level "position", the step reads other positions too, as attention does. It is called as
-            ``step(hidden, plan, n)`` with all states ``[B, T, C]``, where halted positions keep their last
-            one, and the :class:`~dynops.SamplePlan` of the ``B * T`` positions that run, and returns the new
-            rows ``[P, C]`` of those (Universal Transformer). See :func:`pad_positions`.
+            ``step(hidden, plan, n)`` and returns the new rows ``[P, C]`` of the positions that run (Universal
+            Transformer). ``hidden`` holds all states ``[B, T, C]``, of halted positions their last; ``plan`` is
+            the :class:`~dynops.SamplePlan` of the ``B * T`` positions. See :func:`pad_positions`.
         weighted: False: the output is the last state, and the score is a decision: best a hard one with a
             gradient (:mod:`dynops.gates`), 1 = this step was the last. Its gradient is that of a gate on the
             next step, ``s_{n+1} = s_n + (1 - h_n) (step(s_n) - s_n)``, the gate being 1 in the forward pass

@@ -1,7 +1,7 @@
-"""What trains networks with exits: losses over all of them, and gradients that do not grow with their number.
+"""Trains networks with exits: losses over all of them, and gradients that do not grow with their number.
 
-``logits`` are those of every exit, a list of E tensors ``[N, C]`` (or ``[N, C, ...]``) or one ``[E, N, C]``,
-as a model with exits returns them in training. Losses are means over the samples, computed in float32 at
+``logits`` are those of every exit, as a model with exits returns them in training: a list of E tensors
+``[N, C]`` (or ``[N, C, ...]``), or one ``[E, N, C]``. Losses are means over the samples, computed in float32 at
 least.
 """
 
@@ -181,7 +181,7 @@ def learned_exit_loss(
     costs: Sequence[float] | Tensor,
     penalty: float = 1.0,
 ) -> Tensor:
-    """What trains a :class:`LearnedExit`: the expected cross-entropy and ``penalty`` times the expected cost.
+    """Trains a :class:`LearnedExit`: the expected cross-entropy and ``penalty`` times the expected cost.
 
     The mean over the samples of ``sum_e p[e] * (cross_entropy(logits[e], label) + penalty * costs[e])``, p
     the :func:`exit_probabilities`; gradients go to the heads and to the confidences.

@@ -38,20 +38,20 @@ class Skip(nn.Module):
         shortcut: s, a module; None: the identity.
         mode: "residual" or "replace".
         dense: computes F for every sample and multiplies by the gate. The output is the same; the gate's gradient is
-            exact for every sample. Without it the gate of a sample that was skipped gets none through this layer (what
-            it skipped is not known), only through losses on the gate itself; the gates of the kept ones get the exact
-            one. Published methods train dense; measure, deploy and fine-tune without. An attribute: it may be changed
-            at any time.
+            exact for every sample. Without it the gate of a skipped sample gets no gradient through this
+            layer, only through losses on the gate itself; the gates of kept samples get the exact one.
+            Published methods train dense; measure, deploy and fine-tune without. An attribute: it may be
+            changed at any time.
         max_fraction: the largest share of the batch that runs, ``floor(max_fraction * N)`` samples, the first ones in
             the batch; those that find no place are skipped. (:func:`dynops.budget.cap` chooses by score.) On a GPU and
             under ``torch.compile`` the plan then has the capacity form: F always runs on that many samples, and
             nothing waits for the device.
         path: "samples" gathers the kept samples, calls F on them and scatters. "rows" runs F as
-            :class:`SparseBlocks` does, on the pixels of the kept samples where they lie, its last convolution writing into the
-            output: for an F of convolutions, norms in eval mode, activations and sums that torch.fx can trace, with an
-            identity shortcut and gates of 0 and 1; other calls gather all the same. None takes the faster. Where no
-            gradient is needed that is, for such an F and gates: rows on a CPU with a 3x3 convolution that runs as
-            Winograd's, else in float32 a gathered batch, with the norms in the weights. An attribute.
+            :class:`SparseBlocks` does, on the pixels of the kept samples where they lie; its last convolution
+            writes into the output. Rows need an F of convolutions, norms in eval mode, activations and sums that
+            torch.fx can trace, an identity shortcut, and gates of 0 and 1; other calls gather. None takes the
+            faster path. On a CPU, without gradients, that is rows if a 3x3 convolution of F runs as Winograd's,
+            else in float32 a gathered batch with the norms in the weights. An attribute.
 
     Shape:
         - x: ``[N, ...]``, any rank and memory format, or with a module that takes and returns it a pytree of such tensors.
@@ -60,18 +60,18 @@ class Skip(nn.Module):
           layers share (g = 1).
         - output: that of s and F, which must agree.
 
-    F and s are functions of values: what one of them writes into its input in place (``ReLU(inplace=True)``, ``x += 1``) is
-    its own, and ``x`` stays as it is. The dtype of the output is that of the formula, whatever the gate: where F, or s, did
-    not run and the output is narrower than float32, it is widened if the other one returns a wider dtype. (A module that has not
-    run yet runs on two samples to tell, once, without gradients.) With nothing to skip or none kept the output may
-    be a tensor that s or F returned, ``x`` itself for an identity.
+    F and s are functions of values: ``x`` stays as it is where one of them writes into its input in place
+    (``ReLU(inplace=True)``, ``x += 1``). The output has the dtype of the formula for every gate. If F or s
+    did not run, and its dtype is wider than the other's, the output is widened. (A module that has not run
+    yet runs once on two samples to tell, without gradients.) With all samples kept or none, the output may be
+    the tensor that F or s returned, ``x`` itself for an identity.
 
     A parameter of F gets no gradient (None) where no sample ran: wrap a model in ``DistributedDataParallel`` with
     ``find_unused_parameters=True`` where a rank may skip F (or s), or train with ``dense=True``.
 
-    On a GPU each call without ``max_fraction`` reads the number of kept samples back to the host. ``torch.compile``
-    of a surrounding model breaks its graph here, as the size of the small batch depends on data (with ``dense`` or
-    ``max_fraction`` it does not).
+    On a GPU each call without ``max_fraction`` reads the number of kept samples back to the host.
+    ``torch.compile`` of a surrounding model breaks its graph here: the size of the small batch depends on
+    data. With ``dense`` or ``max_fraction`` it does not.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came; NaN in a gate.
@@ -211,7 +211,7 @@ def _outside_graph(layer: Skip, x: Any, gate: Tensor | SamplePlan) -> Any:
 
 
 def _is_hard(gate: Tensor) -> bool:
-    """Whether every gate is 0 or 1, where looking costs nothing: nothing is multiplied then, and F can run on rows."""
+    """True if every gate is 0 or 1 and looking costs nothing: F can then run on rows, and nothing is multiplied."""
     return modes.may_look(gate) and bool(((gate == 0) | (gate == 1)).all())
 
 

@@ -53,7 +53,7 @@ class Compaction:
         return _filled(state, rows), *others
 
     def takes(self, leaf: Tensor, path: tuple, first: Tensor | None, batch: int) -> bool:
-        """Whether a tensor has a row for each sample, where no name says so."""
+        """True if a tensor has a row for each sample; asked where no name says so."""
         is_rows = leaf.dim() > 0 and leaf.shape[0] == batch
         if is_rows and self._known.get(path) == leaf.shape:  # its size is the batch's only now
             is_rows = False
@@ -77,7 +77,7 @@ def _may_be_pairs(leaf: Tensor, first: Tensor | None) -> bool:
 
 
 class _Slot:
-    """Where a tensor's rows will be put."""
+    """The place for a tensor's rows."""
 
     def __init__(self, number: int):
         self.number = number

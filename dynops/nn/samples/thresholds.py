@@ -42,10 +42,10 @@ def fit_thresholds(
     """Thresholds under which the mean cost of a sample is ``budget`` at most, and as near to it as they allow.
 
     MSDNet's procedure: a share proportional to ``q^e`` of the samples is to leave at exit e. At each exit but
-    the last the threshold is the confidence of the last one in that share, of those that are still there, the
-    surest first; whoever reaches it leaves. q is searched by bisection; the cost is that of the exits which
-    the thresholds really choose, ties included. (A larger budget buys more computation, not always more
-    accuracy.)
+    the last, the samples that are still there are sorted, the surest first. The threshold is the confidence
+    of the last sample in that share; whoever reaches it leaves. q is searched by bisection; the cost is that
+    of the exits which the thresholds really choose, ties included. (A larger budget buys more computation,
+    not always more accuracy.)
 
     Args:
         logits: of all E exits for N validation samples, ``[E, N, C]`` or a list, as ``model(x,
@@ -179,7 +179,7 @@ def fit_temperature(logits: Sequence[Tensor] | Tensor, labels: Tensor) -> Tensor
     of_label = z.gather(1, labels[:, None])[:, 0]
 
     def slope(log_inverse: float) -> float:
-        """Of the loss over 1 / temperature: the mean logit under the softmax, less the label's."""
+        """Derivative of the loss by 1 / temperature: the mean logit under the softmax, less the label's."""
         return float(((torch.softmax(z * math.exp(log_inverse), 1) * z).sum(1) - of_label).mean())
 
     low, high = -math.log(100), math.log(100)

@@ -1,4 +1,4 @@
-"""What recurrent layers that skip share: arguments, cells on rows of states, packed sequences of ragged
+"""Shared parts of recurrent layers that skip: arguments, cells on rows of states, packed sequences of ragged
 runs."""
 
 from __future__ import annotations

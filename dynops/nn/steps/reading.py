@@ -81,7 +81,7 @@ class JumpPolicy(nn.Module):
 
 
 class LocationPolicy(nn.Module):
-    """Where in [0, 1] of the sequence to look next: ``sigmoid(linear(h))``, with Gaussian noise in training.
+    """Chooses where in [0, 1] of the sequence to look next: ``sigmoid(linear(h))``, with Gaussian noise in training.
 
     Args:
         hidden: H.
@@ -129,7 +129,7 @@ class LocationPolicy(nn.Module):
 
 
 class JumpOutput(NamedTuple):
-    """What :class:`JumpReader` returns; J is ``max_jumps``.
+    """The result of :class:`JumpReader`; J is ``max_jumps``.
 
     ``output``: ``[B, H]``, the top layer's h after the last step that was read. ``state``: as the recurrent
     layer has it, ``[L, B, H]``. ``actions``: int64 ``[B, J]``, -1 where none was taken. ``log_prob`` and

@@ -17,7 +17,7 @@ THRESHOLD = 0.5  # above it a probability rounds to 1
 
 
 class SkipState(NamedTuple):
-    """What a :class:`SkipRNN` carries from one call to the next.
+    """The state that a :class:`SkipRNN` carries from one call to the next.
 
     ``hidden``: as ``nn.LSTM`` has it, ``(h, c)``, or ``h`` of the other cells, ``[L, B, H]``.
     ``probability``: float64 ``[B]``, the accumulated update probability of the next step.
@@ -58,9 +58,9 @@ class SkipRNN(nn.RNNBase):
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU". The gate reads c of an LSTM (as the authors' code
             does), else h.
         dense: computes every step of every sequence and multiplies by u. The output is the same; the gate's
-            gradient is exact for every step. Without it ``S - s`` of a skipped step is not known, so that a
-            skipped u gets no gradient through the state, only through p and through losses on ``updates``;
-            all others are exact. The paper trains dense. In the dense form a NaN of a skipped step spreads.
+            gradient is exact for every step. Without it ``S - s`` of a skipped step is not known: a skipped u
+            gets no gradient through the state, only through p and losses on ``updates``; all others are
+            exact. The paper trains dense. In the dense form a NaN of a skipped step spreads.
             An attribute: it may be changed at any time.
 
     Shape (with ``batch_first``; else B and T change places in all but the states):
@@ -316,7 +316,7 @@ class SkipRNN(nn.RNNBase):
 
     @staticmethod
     def _is_scaled(u: Tensor) -> bool:
-        """Whether the decisions multiply: they have a gradient, or another value than 0 and 1."""
+        """True if the decisions multiply: they have a gradient, or another value than 0 and 1."""
         if not u.is_floating_point():
             return False
         nan, soft = torch.stack([u.isnan().any(), ((u != 0) & (u != 1)).any()]).tolist()

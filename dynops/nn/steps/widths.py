@@ -195,7 +195,7 @@ def _prefix_gates(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, hid
 
 
 class SkimOutput(NamedTuple):
-    """What :class:`SkimRNN` returns.
+    """The result of :class:`SkimRNN`.
 
     ``output``: ``[B, T, H]``. ``state``: as ``nn.LSTM`` has it, ``(h, c)`` or ``h``, ``[1, B, H]``. ``skim``:
     ``[B, T]``, 1 where the small cell ran. ``log_skim``: ``[B, T]``, the gate's log-probability of skimming,

@@ -33,9 +33,9 @@ class TokenExit(nn.Module):
     """A chain of stages with an exit after each, for every token by itself, with its state copied up.
 
     ``rows = stages[e](hidden, plan); logits = heads[e](rows)``: a stage computes the tokens of the plan,
-    those that have not left, and may read the states of all, which for a token that has left are those of its
-    last stage. Which tokens go on is read back once at each exit on a GPU; where none leaves nothing is
-    compacted, and where all have left the later stages do not run.
+    which have not left, and may read the states of all. A token that has left keeps the state of its last
+    stage. Which tokens go on is read back once at each exit on a GPU; where none leaves nothing is compacted,
+    and where all have left the later stages do not run.
 
     In training mode, or with ``all_exits=True``, every exit sees every token (aligned training). With
     ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with ``exits`` drawn at
@@ -262,7 +262,7 @@ class TokenEncoderLayer(FromDense, nn.TransformerEncoderLayer):
 
 
 class _Slots:
-    """Where a plan's tokens lie in ``[L, M]``: L sequences that have one, M the most that a sequence has."""
+    """Places a plan's tokens in ``[L, M]``: L sequences that have one, M the most that a sequence has."""
 
     def __init__(self, plan: SamplePlan, batch: int, tokens: int):
         self.shape, self.plan, self.live = (batch, tokens), None, None
@@ -299,7 +299,7 @@ class _Slots:
 
 
 def _attention_mask(slots: _Slots, padding_mask, src_mask, dtype: torch.dtype) -> Tensor | None:
-    """What ``scaled_dot_product_attention`` takes (bool: true = attend), ``[L or 1, 1, M or 1, T]``."""
+    """Makes the mask of ``scaled_dot_product_attention`` (bool: true = attend), ``[L or 1, 1, M or 1, T]``."""
     allowed = None if padding_mask is None else ~padding_mask[:, None, None, :]
     if src_mask is None:
         return allowed
@@ -351,7 +351,7 @@ def _check_hidden(hidden: Tensor) -> None:
 
 
 def _check_tokens(value: Tensor | None, name: str, hidden: Tensor) -> None:
-    """Whether ``value`` is None or has one number for each token: bool for a padding mask, else int."""
+    """True if ``value`` is None or has one number for each token: bool for a padding mask, else int."""
     if value is None:
         return
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(hidden.shape[:2]):

@@ -47,12 +47,6 @@ def test_copies_any_dtype(dtype):
             assert torch.equal(blocks.scatter_tiles(*arguments), reference._scatter_tiles(*arguments))
 
 
-def test_sums_are_reproducible():
-    t = Inputs(CASES["wide-halo"], torch.float32, False, DEVICE)
-    arguments = (t.tiles, t.index, t.count, list(t.g), t.base, True)
-    assert torch.equal(blocks.scatter_tiles(*arguments), blocks.scatter_tiles(*arguments))
-
-
 def test_units_are_as_wide_as_edges_allow():
     plain, halo = CASES["plain"].geometry, CASES["halo"].geometry
     for g, elements, size, unit in (

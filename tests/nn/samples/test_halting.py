@@ -157,22 +157,6 @@ def script_reference(state: Scripted, weighted: bool):
 # ------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_gradcheck(weighted):
-    """Finite differences of output and ponder, at scores whose sums are far from the threshold."""
-    scores = torch.tensor(
-        [[0.3, 0.3, 0.9, 0.1, 0.1], [0.9, 0.5, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.1, 0.3]], dtype=torch.float64
-    ).requires_grad_(weighted)
-    value = random_tensor(3, 4, dtype=torch.float64).requires_grad_()
-
-    def function(value, scores):
-        out = by_script(weighted=weighted)(scripted(scores, value))
-        return (out.output.value, out.ponder) if weighted else out.output.value
-
-    assert by_script()(scripted(scores, value)).steps.tolist() == [3, 2, 5]
-    assert torch.autograd.gradcheck(function, (value, scores))
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_ponder_has_a_gradient_through_the_remainder_only(dense):
     scores = torch.tensor([[0.3, 0.3, 0.9, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]).requires_grad_()
@@ -226,15 +210,6 @@ class ConvStep(nn.Module):
         return x + torch.relu(self.conv(x)) * 0.3
 
 
-class PooledScore(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.linear(x.mean((2, 3))) - 0.5)
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_maps_in_both_formats_and_dtypes(memory_format, dtype):
@@ -262,16 +237,3 @@ def test_maps_in_both_formats_and_dtypes(memory_format, dtype):
     assert out.output[0].dtype == dtype and out.ponder.dtype == torch.float32
     assert out.steps.tolist() == [3, 1, 3, 2] * 2
     assert_within_budget(out.output[0], exact.output[0], masked)
-
-
-def test_a_convolutional_step_learns_as_in_the_dense_form():
-    step, halt = ConvStep().double(), PooledScore().double()
-    x = random_tensor(8, 4, 5, 5, dtype=torch.float64).requires_grad_()
-    with torch.no_grad():
-        halt.linear.weight.mul_(6)
-    inputs = [x, *step.parameters(), *halt.parameters()]
-    compact, dense = (Halting(step, halt, 6, dense=dense)(x) for dense in (False, True))
-    assert len(compact.steps.unique()) > 1
-    assert_same(compact, dense)
-    for ours, theirs in zip(gradients(compact, inputs), gradients(dense, inputs), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

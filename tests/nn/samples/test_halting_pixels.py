@@ -104,14 +104,6 @@ def test_values_and_gradients_are_those_of_the_equations(first, dense):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_gradcheck():
-    torch.manual_seed(3)  # of which pixels halt at different units
-    layer = stage(3).double()
-    x = random_tensor(1, CHANNELS, 3, 3, dtype=torch.float64).requires_grad_()
-    assert len(layer(x).steps.unique()) > 1
-    assert torch.autograd.gradcheck(lambda x: layer(x)[:2], x, fast_mode=True)
-
-
 class Scores(nn.Module):
     """A halt whose score is given."""
 
@@ -279,27 +271,6 @@ def test_batchnorm_in_training_takes_computed_pixels_and_with_dense_the_whole_ma
         seen = (x + layer.units[0](x)).detach()
         seen = seen if dense else seen[:, :, 1:4, 2:5]  # one pixel and the reach of a 3x3
         torch.testing.assert_close(second[0].running_mean, seen.mean((0, 2, 3)))
-
-
-def test_autocast():
-    layer, x = stage(3), random_tensor(2, CHANNELS, 6, 6)
-    for dense in (False, True):
-        layer.dense = dense
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = layer(x)
-        assert out.output.dtype == torch.float32 and out.ponder.dtype == torch.float32
-        gradients(out.output, out.ponder, list(layer.parameters()))
-
-
-def test_a_dense_stage_compiles_whole_and_a_sparse_one_in_parts():
-    torch._dynamo.reset()
-    layer, x = stage(3), random_tensor(2, CHANNELS, 6, 6)
-    expected = layer(x)
-    for dense in (True, False):
-        layer.dense = dense
-        model = torch.compile(lambda x: layer(x * 1.0), backend="eager", fullgraph=dense)
-        for ours, theirs in zip(model(x), expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
 
 
 def test_wrong_arguments():

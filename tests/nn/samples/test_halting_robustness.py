@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from halting_cases import STEPS, WIDTH, Attending, Cell, assert_same, by_script, cell_and_halt, scripted
+from halting_cases import STEPS, WIDTH, Attending, Cell, by_script, scripted
 from torch import Tensor, nn
 
 from dynops.nn.samples.halting import Halting
@@ -65,16 +65,6 @@ def test_batchnorm_in_training_sees_what_runs_and_with_dense_everything():
         torch.testing.assert_close(norm.running_var, first[rows].transpose(0, 1).flatten(1).var(1))
 
 
-def test_autocast_runs_as_the_step_does():
-    step, halt = cell_and_halt(torch.float32)
-    x = random_tensor(9, WIDTH)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for options in ({}, {"weighted": False}, {"dense": True}):
-            out = Halting(step, halt, STEPS, **options)(x)
-            assert out.output.dtype == step(x, 1).dtype and out.ponder.dtype == torch.float32
-            out.output.float().sum().backward()
-
-
 def test_a_decision_of_a_gate_is_a_score():
     class Decision(NamedTuple):
         mask: Tensor
@@ -84,31 +74,6 @@ def test_a_decision_of_a_gate_is_a_score():
     decide = lambda s: Decision(torch.ones(len(s)), torch.full((len(s), 1), 0.5))  # noqa: E731
     assert Halting(lambda s, n: s, decide, 4)(x).steps.tolist() == [2, 2, 2]
     assert Halting(lambda s, n: s, decide, 4, weighted=False)(x).steps.tolist() == [1, 1, 1]
-
-
-# ---------------------------------------------------------------------------------------- compile
-
-
-class Model(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        step, halt = cell_and_halt(torch.float32)
-        step.forward = lambda state, n: torch.tanh(step.linear(state) + 0.1 * n)
-        self.before, self.halting = nn.Linear(WIDTH, WIDTH), Halting(step, halt, STEPS, **options)
-
-    def forward(self, x):
-        output, ponder, steps = self.halting(self.before(x))
-        return output * 2, ponder, steps
-
-
-def test_a_dense_model_compiles_whole_and_a_compacted_one_in_parts():
-    torch._dynamo.reset()
-    x = random_tensor(2, 4, WIDTH)
-    model = Model(level="position", max_fraction=0.5)
-    expected = model(x)
-    for dense in (True, False):
-        model.halting.dense = dense
-        assert_same(torch.compile(model, backend="eager", fullgraph=dense)(x), expected, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import io
-import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynops import SamplePlan, active, backends
 from dynops.nn import Skip, SparseConv2d
-from dynops.stack import sample_stack
+from dynops.stack import traced
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -108,8 +105,8 @@ def test_rows_path(mode, keep, monkeypatch):
         hooked = layer(x, gate)  # a hook wants the module to be called
         assert len(calls) == 2 * any(keep) and hooked.equal(gathered)
         layer.module[0]._forward_hooks.clear()
-        taken, run = [], sample_stack.run_rows
-        monkeypatch.setattr(sample_stack, "run_rows", lambda *a: taken.append(1) or run(*a))
+        taken, run = [], traced.run_rows
+        monkeypatch.setattr(traced, "run_rows", lambda *a: taken.append(1) or run(*a))
         for form in (torch.contiguous_format, torch.channels_last):
             check(layer, x.contiguous(memory_format=form), gate, mode)
         assert len(taken) == 2 * any(keep)
@@ -239,23 +236,6 @@ def test_trees():
     assert out["count"].tolist() == [1, 1, 2, 7]
 
 
-@pytest.mark.parametrize("rank", [2, 3, 5])
-def test_other_ranks(rank):
-    layer, x = Skip(nn.Linear(7, 7)).eval(), random_tensor(6, *[2] * (rank - 2), 7)
-    for keep in KEEPS.values():
-        check(layer, x, torch.tensor(keep).bool(), "linear")
-
-
-def test_autocast_keeps_the_dtype_of_the_dense_layer():
-    layer, x = Skip(nn.Conv2d(8, 8, 3, padding=1)).eval(), random_tensor(6, 8, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        for keep in ("some", "all"):
-            gate = torch.tensor(KEEPS[keep])
-            out, dense = layer(x, gate), dense_of(layer)(x, gate)
-            assert out.dtype == dense.dtype == torch.float32
-            assert (out - dense).norm() <= 0.01 * dense.norm()
-
-
 # -------------------------------------------------------------------------------------- gradients
 
 
@@ -353,16 +333,6 @@ def test_an_active_mask_reaches_the_layers_inside():
 # -------------------------------------------------------------------------------------- attacks
 
 
-def test_no_batch_and_one_sample():
-    for mode in MODES:
-        layer = Skip(branch(), None, mode).eval()
-        assert layer(torch.zeros(0, 8, 4, 4), torch.zeros(0)).shape == (0, 8, 4, 4)
-        x = random_tensor(1, 8, 4, 4)
-        for keep in (0, 1):
-            with torch.no_grad():
-                check(layer, x, torch.tensor([keep]), f"{mode} {keep}")
-
-
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -385,25 +355,6 @@ def test_refuses(call, error, says):
         call(Skip(nn.Linear(5, 5)), random_tensor(4, 5))
 
 
-def test_state_survives():
-    layer = Skip(branch(), nn.Conv2d(8, 8, 1)).eval()
-    assert set(layer.state_dict()) == {
-        *(f"module.{key}" for key in layer.module.state_dict()),
-        *(f"shortcut.{key}" for key in layer.shortcut.state_dict()),
-    }
-    plain, x, gate = Skip(branch(32)).eval(), random_tensor(4, 32, 6, 6), torch.tensor([1, 0, 1, 0])
-    with torch.no_grad():
-        expected = plain(x, gate)  # traced by now
-        saved = io.BytesIO()
-        torch.save(plain, saved)
-        saved.seek(0)
-        for copied in (copy.deepcopy(plain), torch.load(saved, weights_only=False)):
-            assert copied(x, gate).equal(expected)
-            copied.module[0].weight.zero_()
-            assert not copied(x, gate).equal(expected)
-    assert "mode='residual'" in repr(plain)
-
-
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=1, max_size=6),
@@ -417,67 +368,3 @@ def test_any_gate(gate, mode, shortcut, channels, size):
     x = random_tensor(len(gate), channels, *size)
     with torch.no_grad():
         check(layer, x, torch.tensor(gate), f"{gate}")
-
-
-def test_threads():
-    layer, x = Skip(branch(32)).eval(), random_tensor(6, 32, 8, 8)
-    gates = [torch.tensor(keep).bool() for keep in KEEPS.values()]
-    with torch.no_grad():
-        expected = [layer(x, gate) for gate in gates]
-    results = {}
-
-    def run(i):
-        with torch.no_grad():
-            results[i] = [layer(x, gate) for gate in gates]
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(a.equal(b) for run in results.values() for a, b in zip(run, expected, strict=True))
-    assert len(results) == 4
-
-
-class Model(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.stem, self.skip = nn.Conv2d(3, 8, 1), Skip(branch(), **options)
-
-    def forward(self, x, gate):
-        return F.relu(self.skip(F.relu(self.stem(x)), gate)).mean((2, 3))
-
-
-@pytest.mark.parametrize("options", [{}, {"max_fraction": 0.5}, {"dense": True}], ids=str)
-def test_the_surrounding_model_compiles(options):
-    model, x = Model(**options).eval(), random_tensor(6, 3, 5, 5)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=bool(options))
-    for keep in KEEPS.values():
-        for gate in (torch.tensor(keep).bool(), torch.tensor(keep).float()):
-            assert torch.allclose(compiled(x, gate), model(x, gate), atol=1e-6)
-
-
-def test_trains_dense_and_runs_compacted():
-    torch.manual_seed(1)
-    layer, head = (
-        Skip(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4)), dense=True),
-        nn.Linear(4, 1),
-    )
-    optimiser = torch.optim.Adam([*layer.parameters(), *head.parameters()], 0.03)
-    x = torch.randn(64, 4)
-    target = torch.where(x[:, :1] > 0, x.flip(1), x)  # half of the samples need the layer
-    losses = []
-    for _ in range(150):
-        soft = torch.sigmoid(head(x))[:, 0]
-        gate = (soft > 0.5).float() + soft - soft.detach()
-        loss = F.mse_loss(layer(x, gate), target) + 0.05 * gate.mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.4 * losses[0]
-    assert 0.3 < gate.mean() < 0.7
-    trained = layer(x, gate)
-    layer.dense = False
-    assert torch.allclose(layer(x, gate), trained, atol=1e-6)

@@ -99,20 +99,6 @@ def test_other_encoder_layers(options):
     assert near(layer(x, SamplePlan.from_mask(active.flatten())), plain(layer)(x)[active])
 
 
-@settings(max_examples=15, deadline=None)
-@given(data=st.data(), b=st.integers(0, 3), t=st.integers(1, 4), norm_first=st.booleans())
-def test_any_set_of_tokens(data, b, t, norm_first):
-    layer = encoder(norm_first)
-    active = torch.tensor(
-        data.draw(st.lists(st.booleans(), min_size=b * t, max_size=b * t)), dtype=torch.bool
-    )
-    x = torch.randn(b, t, WIDTH, dtype=torch.float64)
-    rows = layer(x, SamplePlan.from_mask(active))
-    assert rows.shape == (int(active.sum()), WIDTH)
-    if b:
-        assert near(rows, plain(layer)(x).flatten(0, 1)[active])
-
-
 def test_gradients_of_an_encoder_layer():
     for norm_first in (False, True):
         layer = encoder(norm_first)
@@ -367,42 +353,6 @@ def test_gradients_of_mixed_training_are_the_masked_dense_forms(norm_first):
 
 
 # --------------------------------------------------------------------------------- module contract
-
-
-def test_state_dict_keys():
-    model = attention_model(MaxSoftmax(0.5), exits=1)
-    layer = {f"stages.0.{name}" for name in nn.TransformerEncoderLayer(WIDTH, 2, 16).state_dict()}
-    assert set(model.state_dict()) == layer | {
-        "heads.0.weight", "heads.0.bias", "criterion.threshold", "criterion.temperature"
-    }  # fmt: skip
-    assert "stages.0.1.weight" in affine_model(exits=1).state_dict()
-
-
-@torch.no_grad()
-def test_compiles():
-    model = attention_model(lambda z, e, rows: z[:, 0] > z[:, 1])
-    x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
-
-    def run(x):
-        out = model(x * 2)
-        return out.logits + 1, out.exits
-
-    got, expected = torch.compile(run, backend="aot_eager")(x), run(x)
-    assert torch.equal(got[1], expected[1]) and near(got[0], expected[0])
-    assert len(set(expected[1].flatten().tolist())) >= 2
-    whole = torch.compile(lambda x: model(x, all_exits=True), backend="aot_eager", fullgraph=True)
-    assert all(near(a, b) for a, b in zip(whole(x), model(x, all_exits=True), strict=True))
-
-
-@torch.no_grad()
-def test_autocast():
-    model = attention_model().float()
-    x, at = torch.randn(2, 5, WIDTH), torch.randint(0, 3, (2, 5))
-    expected = model(x, exits=at)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x, exits=at)
-    assert out.logits.dtype == torch.bfloat16 and torch.equal(out.exits, at)
-    assert (out.logits.float() - expected.logits).norm() <= 0.05 * expected.logits.norm()
 
 
 def test_bad_arguments_are_named():

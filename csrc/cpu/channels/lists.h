@@ -1,0 +1,99 @@
+// The live channels of a batch, as the ops of the channels noun get them.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "../engine/operands.h"
+
+namespace dynops::cpu {
+
+// The entries of a list that lie in one range of its channels, counted from the range's first.
+struct ListPart {
+  ChannelList list;
+  int64_t begin;  // entries before them
+  int64_t first;  // the range's first channel
+};
+
+// Lists int32 [S, L] with counts [S]: for each sample and head, or `heads` for all samples; or none, where
+// every channel is live.
+class ChannelLists {
+ public:
+  // Throws where a list is not strictly ascending in [0, channels). `groups`: equal ranges of channels.
+  ChannelLists(const OptionalTensor& index, const OptionalTensor& count, int64_t channels, int64_t groups,
+               int64_t heads, int64_t batch)
+      : channels_(int32_t(channels)), heads_(heads), range_(int32_t(channels / groups)) {
+    if (index) {
+      adopt(*index, *count, batch);
+    } else {
+      all_.resize(size_t(channels));
+      std::iota(all_.begin(), all_.end(), 0);
+      index_ = all_.data();
+      count_.assign(size_t(heads), channels_);
+      stride_ = 0;
+    }
+    if (groups > 1) make_relative();
+  }
+
+  bool shared() const { return int64_t(count_.size()) == heads_; }
+  int64_t heads() const { return heads_; }
+  int64_t channels() const { return channels_; }
+  int64_t lists() const { return int64_t(count_.size()); }
+  int64_t total() const { return std::accumulate(count_.begin(), count_.end(), int64_t(0)); }
+  int64_t longest() const { return count_.empty() ? 0 : *std::max_element(count_.begin(), count_.end()); }
+
+  ChannelList whole(int64_t sample, int64_t head = 0) const {
+    const int64_t s = row(sample, head);
+    return {index_ + s * stride_, count_[size_t(s)], channels_};
+  }
+
+  // The entries in the group's range of channels.
+  ListPart group(int64_t sample, int64_t group) const {
+    const int64_t s = row(sample, 0);
+    const int32_t* list = index_ + s * stride_;
+    const int32_t* end = list + count_[size_t(s)];
+    const int32_t* first = std::lower_bound(list, end, int32_t(group) * range_);
+    const int32_t* last = std::lower_bound(first, end, int32_t(group + 1) * range_);
+    const int32_t* relative = range_ == channels_ ? first : relative_.data() + (first - index_);
+    return {{relative, int32_t(last - first), range_}, first - list, group * range_};
+  }
+
+ private:
+  int64_t row(int64_t sample, int64_t head) const { return shared() ? head : sample * heads_ + head; }
+
+  void adopt(const Tensor& index, const Tensor& count, int64_t batch) {
+    STD_TORCH_CHECK(index.dim() == 2 && index.scalar_type() == ScalarType::Int && index.is_contiguous() &&
+                        count.dim() == 1 && count.scalar_type() == ScalarType::Int && count.is_contiguous() &&
+                        count.size(0) == index.size(0),
+                    "index, count: expected contiguous int32 [S, L] and [S]");
+    const int64_t lists = index.size(0);
+    STD_TORCH_CHECK(lists == heads_ || lists == heads_ * batch, "index: expected ", heads_, " or ",
+                    heads_ * batch, " lists, got ", lists);
+    index_ = data_of<const int32_t>(index);
+    stride_ = index.size(1);
+    const int32_t* counts = data_of<const int32_t>(count);
+    count_.assign(counts, counts + lists);
+    for (int64_t s = 0; s < lists; ++s) {
+      const int32_t* list = index_ + s * stride_;
+      const int64_t live = count_[size_t(s)];
+      bool ascends = live >= 0 && live <= stride_;
+      for (int64_t j = 1; ascends && j < live; ++j) ascends = list[j - 1] < list[j];
+      STD_TORCH_CHECK(ascends && (live == 0 || (list[0] >= 0 && list[live - 1] < channels_)),
+                      "index: expected ascending channels in [0, ", channels_, ") in list ", s);
+    }
+  }
+
+  void make_relative() {
+    relative_.resize(stride_ ? count_.size() * size_t(stride_) : all_.size());
+    for (size_t i = 0; i < relative_.size(); ++i) relative_[i] = index_[i] % range_;
+  }
+
+  const int32_t* index_;
+  int64_t stride_;
+  std::vector<int32_t> count_, all_, relative_;
+  int32_t channels_;
+  int64_t heads_;
+  int32_t range_;
+};
+
+}  // namespace dynops::cpu

@@ -1,0 +1,69 @@
+// The activation between the two GEMMs of an expert on the CPU, and its gradient.
+#include "../engine/operands.h"
+#include "../engine/parallel.h"
+
+namespace dynops::cpu {
+namespace {
+
+constexpr double kElementsPerThread = 32 * 1024;
+
+// Rows of z and of h (or their gradients), and what leads from one to the other.
+Glu glu_of(const Tensor& z, const Tensor& h, int64_t activation, bool gated, bool interleaved, double alpha,
+           double limit) {
+  const auto name = static_cast<Activation>(activation);
+  const Activation last = gated ? Activation::kClampedSwiglu : Activation::kRelu2;
+  STD_TORCH_CHECK(activation >= 0 && name <= last, "activation: expected 0 to ", int64_t(last), ", got ",
+                  activation);
+  STD_TORCH_CHECK(z.dim() == 2 && h.dim() == 2 && z.is_contiguous() && h.is_contiguous() &&
+                      z.size(0) == h.size(0) && z.size(1) == h.size(1) * (gated ? 2 : 1),
+                  "z: expected contiguous rows, ", gated ? "two columns for each of " : "as wide as ",
+                  h.size(1), ", got ", z.numel(), " elements");
+  return {name,      gated,     interleaved, float(alpha), float(limit),
+          h.size(1), h.size(1), dtype_of(z), dtype_of(h)};
+}
+
+template <class Row>
+void each_row(const Tensor& h, const Row& row) {
+  const int64_t rows = h.size(0), threads = threads_for(double(h.numel()), kElementsPerThread);
+  parallel(threads, [&](int64_t t) {
+    for (int64_t p = part(rows, t, threads); p < part(rows, t + 1, threads); ++p) row(p);
+  });
+}
+
+int64_t row_bytes(const Tensor& t) { return t.size(1) * int64_t(t.element_size()); }
+
+void expert_activation(const Tensor& z, int64_t activation, bool gated, bool interleaved, double alpha,
+                       double limit, Tensor h) {
+  const Glu glu = glu_of(z, h, activation, gated, interleaved, alpha, limit);
+  each_row(h, [&](int64_t p) {
+    kernels().glu(glu, data_of<const char>(z) + p * row_bytes(z), data_of<char>(h) + p * row_bytes(h));
+  });
+}
+
+void expert_activation_grad(const Tensor& grad, const Tensor& z, int64_t activation, bool gated,
+                            bool interleaved, double alpha, double limit, Tensor dz) {
+  const Glu glu = glu_of(z, grad, activation, gated, interleaved, alpha, limit);
+  STD_TORCH_CHECK(dz.numel() == z.numel() && dz.is_contiguous() && dtype_of(dz) == glu.in,
+                  "dz: expected z's shape and dtype, got ", dz.numel(), " elements");
+  each_row(grad, [&](int64_t p) {
+    kernels().glu_grad(glu, data_of<const char>(grad) + p * row_bytes(grad),
+                       data_of<const char>(z) + p * row_bytes(z), data_of<char>(dz) + p * row_bytes(z));
+  });
+}
+
+}  // namespace
+}  // namespace dynops::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
+  m.def(
+      "cpu_expert_activation(Tensor z, int activation, bool gated, bool interleaved, float alpha, "
+      "float limit, Tensor(a!) h) -> ()");
+  m.def(
+      "cpu_expert_activation_grad(Tensor grad, Tensor z, int activation, bool gated, bool interleaved, "
+      "float alpha, float limit, Tensor(a!) dz) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
+  m.impl("cpu_expert_activation", TORCH_BOX(&dynops::cpu::expert_activation));
+  m.impl("cpu_expert_activation_grad", TORCH_BOX(&dynops::cpu::expert_activation_grad));
+}

@@ -1,0 +1,282 @@
+// Grouped linear layers and the MLPs of experts on the CPU: forward.
+#include "product.h"
+
+namespace dynops::cpu {
+namespace {
+
+// The rows that an op reads and writes.
+struct ExpertCall {
+  const ExpertRows& rows;
+  Dtype dtype;  // of x, as the products read it
+  int64_t threads;
+
+  ExpertCall(const ExpertRows& rows, const Tensor& x, double macs_a_row)
+      : rows(rows),
+        dtype(dtype_of(x)),
+        threads(threads_for(double(rows.rows()) * macs_a_row, kMacsPerThread)) {
+    STD_TORCH_CHECK(dtype == Dtype::kFloat32 || (dtype == Dtype::kBFloat16 && kernels().bf16_dot),
+                    "x: expected float32, or bfloat16 where there is an instruction for its pairs");
+  }
+};
+
+double macs_of(const ExpertWeight& w) { return double(w.outputs) * double(w.inputs); }
+
+void check_fits(const ExpertWeight& w, const ExpertRows& rows, const char* name) {
+  STD_TORCH_CHECK(w.experts == rows.experts, name, ": expected ", rows.experts, " experts, got ", w.experts);
+}
+
+void check_rows(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), name,
+                  ": expected contiguous ", rows, " x ", columns);
+}
+
+// The rows of one expert: pointers to their x.
+void point_at_rows(ExpertWork& work, const ExpertRows& rows, int64_t expert, const char* x, int64_t row_bytes,
+                   bool packed) {
+  const int64_t first = rows.offsets[expert], count = rows.count(expert);
+  work.x.resize(size_t(count));
+  for (int64_t i = 0; i < count; ++i) {
+    work.x[size_t(i)] = x + (packed ? first + i : rows.token(first + i)) * row_bytes;
+  }
+}
+
+// y = activation(sums) of each row to its own place, or times its weight added to its token's.
+struct Target {
+  char* out;
+  Dtype dtype;
+  int64_t row_bytes;
+  bool packed;
+  Activation activation;
+  const float* row_weight;  // [pairs], by pair, or null
+};
+
+void finish(ExpertWork& work, const ExpertRows& rows, const ExpertWeight& w, const ExpertColumns& columns,
+            int64_t stride, const Target& target, int64_t first, int64_t count) {
+  work.out.resize(size_t(count));
+  work.weight.resize(size_t(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows.offsets[columns.expert] + first + i;
+    const int64_t to = target.packed ? row : rows.token(row);
+    work.out[size_t(i)] = target.out + to * target.row_bytes + columns.begin * size_of(target.dtype);
+    if (target.row_weight) work.weight[size_t(i)] = target.row_weight[rows.order[row]];
+  }
+  const int64_t channel = columns.expert * w.outputs + columns.begin;
+  kernels().finish_rows({int32_t(count), int32_t(columns.count), work.sums.data(), stride,
+                         w.scale ? w.scale + channel : nullptr,
+                         w.bias ? w.bias + channel * size_of(w.bias_dtype) : nullptr, w.bias_dtype,
+                         target.activation, target.row_weight ? work.weight.data() : nullptr, work.out.data(),
+                         target.dtype, !target.packed});
+}
+
+// The columns of a piece of work: tasks are numbered expert by expert, or chunk by chunk.
+struct Pieces {
+  const ExpertRows& rows;
+  int64_t columns, chunk, chunks;
+  bool by_expert;
+
+  int64_t count() const { return chunks * int64_t(rows.live.size()); }
+  ExpertColumns at(int64_t piece) const {
+    const int64_t live = int64_t(rows.live.size());
+    const int64_t e = by_expert ? piece / chunks : piece % live,
+                  c = by_expert ? piece % chunks : piece / live;
+    return {rows.live[size_t(e)], c * chunk, std::min(chunk, columns - c * chunk)};
+  }
+};
+
+// out[row] = …, or out[token] += … over the experts in their order. An element belongs to one task.
+void linear_rows(const ExpertCall& call, const char* x, bool packed_in, const ExpertWeight& w,
+                 const Target& target) {
+  const ExpertRows& rows = call.rows;
+  const ExpertProduct product(w, call.dtype);
+  const int64_t live = int64_t(rows.live.size()), column_bytes = w.inputs * size_of(w.dtype);
+  const int64_t chunk = columns_a_task(w.outputs, column_bytes, target.packed ? live : 1, call.threads);
+  const Pieces pieces{rows, w.outputs, chunk, (w.outputs + chunk - 1) / chunk, target.packed};
+  const int64_t each = target.packed ? 1 : live, row_bytes = w.inputs * size_of(call.dtype);
+  for_each_task(call.threads, each ? pieces.count() / each : 0,
+                [&](ExpertWork& work, int64_t task, int64_t guess) {
+                  for (int64_t i = 0; i < each; ++i) {
+                    const ExpertColumns columns = pieces.at(task * each + i);
+                    if (i == 0 && !target.packed) {
+                      for (int64_t t = 0; t < rows.tokens; ++t) {
+                        kernels().fill(target.out + t * target.row_bytes + columns.begin * 4, nullptr,
+                                       columns.count * 4, false);
+                      }
+                    }
+                    const int64_t after = i + 1 < each ? task * each + i + 1 : guess * each;
+                    const ExpertColumns next = after < 0 ? columns : pieces.at(after);
+                    const int64_t stride = product.sums_stride(columns);
+                    point_at_rows(work, rows, columns.expert, x, row_bytes, packed_in);
+                    product.run(work, columns, rows.count(columns.expert), after < 0 ? nullptr : &next,
+                                [&](int64_t first, int64_t count) {
+                                  finish(work, rows, w, columns, stride, target, first, count);
+                                });
+                  }
+                });
+}
+
+// Rows that no expert computes: zero.
+void fill_dropped(const ExpertRows& rows, const Tensor& out) {
+  const int64_t row_bytes = out.size(1) * size_of(dtype_of(out));
+  kernels().fill(data_of<char>(out) + rows.rows() * row_bytes, nullptr,
+                 (rows.pairs - rows.rows()) * row_bytes, false);
+}
+
+// x: contiguous float32, or bfloat16 where there is an instruction for its pairs. out: packed, of any dtype;
+// else float32.
+void grouped_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                    const OptionalTensor& bias, const OptionalTensor& row_weight, const Tensor& order,
+                    const Tensor& offsets, const Tensor& position, bool packed_in, bool packed_out,
+                    bool transposed, int64_t activation, Tensor out) {
+  const ExpertRows rows(order, offsets, position);
+  const ExpertWeight w(weight, scale, bias, transposed);
+  check_fits(w, rows, "weight");
+  check_rows(x, packed_in ? rows.pairs : rows.tokens, w.inputs, "x");
+  check_rows(out, packed_out ? rows.pairs : rows.tokens, w.outputs, "out");
+  STD_TORCH_CHECK(packed_out || dtype_of(out) == Dtype::kFloat32, "out: expected float32 sums");
+  const ExpertCall call(rows, x, macs_of(w));
+  const Target target{data_of<char>(out), dtype_of(out),          w.outputs * size_of(dtype_of(out)),
+                      packed_out,         Activation(activation), row_weights(row_weight, rows)};
+  if (packed_out) fill_dropped(rows, out);
+  if (!packed_out && rows.live.empty()) {
+    return kernels().fill(data_of<char>(out), nullptr, rows.tokens * target.row_bytes, false);
+  }
+  linear_rows(call, data_of<const char>(x), packed_in, w, target);
+}
+
+struct Between {  // the two products of an MLP
+  Activation activation;
+  bool gated, interleaved;
+  float alpha, limit;
+};
+
+// h = activation(up x) of columns of h: those of the gate and of up are one piece.
+class UpPass {
+ public:
+  UpPass(const ExpertCall& call, const char* x, const ExpertWeight& up, const Between& between, char* h,
+         Dtype h_dtype)
+      : call_(call), x_(x), up_(up), between_(between), product_(up, call.dtype), h_(h), h_dtype_(h_dtype) {
+    inner_ = between.gated ? up.outputs / 2 : up.outputs;
+    const int64_t live = int64_t(call.rows.live.size());
+    const int64_t column_bytes = up.inputs * size_of(up.dtype) * (between.gated ? 2 : 1);
+    chunk_ = columns_a_task(inner_, column_bytes, live, call.threads);
+    chunks_ = (inner_ + chunk_ - 1) / chunk_;
+  }
+
+  void run() const {
+    const ExpertRows& rows = call_.rows;
+    const int64_t tasks = chunks_ * int64_t(rows.live.size()), row_bytes = up_.inputs * size_of(call_.dtype);
+    for_each_task(call_.threads, tasks, [&](ExpertWork& work, int64_t task, int64_t guess) {
+      const ExpertColumns columns = columns_of(task), next = columns_of(std::max<int64_t>(guess, 0));
+      point_at_rows(work, rows, columns.expert, x_, row_bytes, false);
+      product_.run(work, columns, rows.count(columns.expert), guess < 0 ? nullptr : &next,
+                   [&](int64_t first, int64_t count) { finish_block(work, columns, first, count); });
+    });
+  }
+
+ private:
+  ExpertColumns columns_of(int64_t task) const {
+    const int64_t expert = call_.rows.live[size_t(task / chunks_)], begin = task % chunks_ * chunk_;
+    const int64_t count = std::min(chunk_, inner_ - begin);
+    if (!between_.gated) return {expert, begin, count};
+    if (between_.interleaved) return {expert, 2 * begin, 2 * count};
+    return {expert, begin, count, inner_ + begin};
+  }
+
+  // Scales and biases the sums where they lie, unless the activation is one that does so as it writes.
+  void affine(ExpertWork& work, const ExpertColumns& columns, int64_t stride, int64_t count) const {
+    if (!up_.scale && !up_.bias) return;
+    const int64_t width = product_.run_width(columns.count);
+    for (int run = 0; run < columns.runs(); ++run) {
+      const int64_t channel = columns.expert * up_.outputs + columns.begin_of(run);
+      float* sums = work.sums.data() + run * width;
+      for (int64_t i = 0; i < count; ++i) work.out[size_t(i)] = reinterpret_cast<char*>(sums + i * stride);
+      kernels().finish_rows(
+          {int32_t(count), int32_t(columns.count), sums, stride, up_.scale ? up_.scale + channel : nullptr,
+           up_.bias ? up_.bias + channel * size_of(up_.bias_dtype) : nullptr, up_.bias_dtype,
+           Activation::kNone, nullptr, work.out.data(), Dtype::kFloat32, false});
+    }
+  }
+
+  void finish_block(ExpertWork& work, const ExpertColumns& columns, int64_t first, int64_t count) const {
+    const int64_t width = product_.run_width(columns.count), stride = product_.sums_stride(columns);
+    if (!between_.gated) {
+      const Target target{h_, h_dtype_, inner_ * size_of(h_dtype_), true, between_.activation, nullptr};
+      return finish(work, call_.rows, up_, columns, stride, target, first, count);
+    }
+    work.out.resize(size_t(count));
+    affine(work, columns, stride, count);
+    const int64_t begin = between_.interleaved ? columns.begin / 2 : columns.begin;
+    const int64_t inner = between_.interleaved ? columns.count / 2 : columns.count;
+    const int64_t row = call_.rows.offsets[columns.expert] + first;
+    const Glu glu{
+        between_.activation, true,    between_.interleaved, between_.alpha, between_.limit, inner, width,
+        Dtype::kFloat32,     h_dtype_};
+    for (int64_t i = 0; i < count; ++i) {
+      kernels().glu(glu, reinterpret_cast<const char*>(work.sums.data() + i * stride),
+                    h_ + ((row + i) * inner_ + begin) * size_of(h_dtype_));
+    }
+  }
+
+  const ExpertCall& call_;
+  const char* x_;
+  const ExpertWeight& up_;
+  const Between& between_;
+  const ExpertProduct product_;
+  char* h_;
+  Dtype h_dtype_;
+  int64_t inner_, chunk_, chunks_;
+};
+
+// h: [pairs, inner], dtype of x; out: float32 [tokens, hidden].
+void experts_mlp(const Tensor& x, const Tensor& up_in, const Tensor& down_in, const OptionalTensor& up_scale,
+                 const OptionalTensor& down_scale, const OptionalTensor& up_bias,
+                 const OptionalTensor& down_bias, const OptionalTensor& row_weight, const Tensor& order,
+                 const Tensor& offsets, const Tensor& position, int64_t activation, bool gated,
+                 bool interleaved, bool up_transposed, bool down_transposed, double alpha, double limit,
+                 Tensor h, Tensor out) {
+  const ExpertRows rows(order, offsets, position);
+  const ExpertWeight up(up_in, up_scale, up_bias, up_transposed);
+  const ExpertWeight down(down_in, down_scale, down_bias, down_transposed);
+  check_fits(up, rows, "up");
+  check_fits(down, rows, "down");
+  STD_TORCH_CHECK(up.outputs == (gated ? 2 : 1) * down.inputs, "up: expected ", (gated ? 2 : 1) * down.inputs,
+                  " outputs, got ", up.outputs);
+  check_rows(x, rows.tokens, up.inputs, "x");
+  check_rows(h, rows.pairs, down.inputs, "h");
+  check_rows(out, rows.tokens, down.outputs, "out");
+  STD_TORCH_CHECK(dtype_of(out) == Dtype::kFloat32 && dtype_of(h) == dtype_of(x),
+                  "h, out: expected x's dtype and float32");
+  const Target target{data_of<char>(out), Dtype::kFloat32,
+                      down.outputs * 4,   false,
+                      Activation::kNone,  row_weights(row_weight, rows)};
+  if (rows.live.empty()) {
+    return kernels().fill(target.out, nullptr, rows.tokens * target.row_bytes, false);
+  }
+  const Between between{Activation(activation), gated, interleaved, float(alpha), float(limit)};
+  const ExpertCall call(rows, x, macs_of(up) + macs_of(down));
+  UpPass(call, data_of<const char>(x), up, between, data_of<char>(h), dtype_of(h)).run();
+  linear_rows(call, data_of<const char>(h), true, down, target);
+}
+
+}  // namespace
+}  // namespace dynops::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
+  m.def(
+      "cpu_grouped_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? row_weight, Tensor "
+      "order, Tensor offsets, Tensor position, bool packed_in, bool packed_out, bool transposed, int "
+      "activation, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "cpu_experts_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_scale, Tensor? down_scale, Tensor? "
+      "up_bias, "
+      "Tensor? down_bias, Tensor? row_weight, Tensor order, Tensor offsets, Tensor position, int activation, "
+      "bool "
+      "gated, bool interleaved, bool up_transposed, bool down_transposed, float alpha, float "
+      "limit, Tensor(a!) h, Tensor(b!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
+  m.impl("cpu_grouped_linear", TORCH_BOX(&dynops::cpu::grouped_linear));
+  m.impl("cpu_experts_mlp", TORCH_BOX(&dynops::cpu::experts_mlp));
+}

@@ -1,0 +1,243 @@
+// gather_rows, scatter_rows and merge_rows on the CPU: whole rows, of a pixel or of a sample. Copies are of
+// any dtype.
+#include <cstring>
+#include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "../engine/operands.h"
+#include "../engine/parallel.h"
+#include "../engine/rows.h"
+
+namespace dynops::cpu {
+namespace {
+
+constexpr double kBytesPerThread = 64 * 1024;
+
+// The bytes of one pixel of a map [N, C, H, W] that lies channels_last.
+int64_t row_bytes(const Tensor& map) { return map.size(1) * int64_t(map.element_size()); }
+
+// Rows in pieces: a sample's row may be megabytes, and two of them have to keep every thread busy.
+struct Pieces {
+  static constexpr int64_t kBytes = 32 * 1024;
+  int64_t bytes, per_row;
+
+  explicit Pieces(int64_t row_bytes)
+      : bytes(row_bytes), per_row(std::max<int64_t>(1, (row_bytes + kBytes - 1) / kBytes)) {}
+
+  // Calls f(row, first byte, bytes) for a thread's share of the pieces of all rows.
+  template <class F>
+  void each(int64_t rows, int64_t t, int64_t threads, const F& f) const {
+    const int64_t first = part(rows * per_row, t, threads), end = part(rows * per_row, t + 1, threads);
+    int64_t row = first / per_row, piece = first % per_row;
+    for (int64_t i = first; i < end; ++i) {
+      f(row, piece * kBytes, std::min(kBytes, bytes - piece * kBytes));
+      if (++piece == per_row) piece = 0, ++row;
+    }
+  }
+};
+
+}  // namespace
+
+// Rows of `bytes` out of `inputs`; those past the count become zero.
+void gather_bytes(const Tensor& x, const Tensor& index, const OptionalTensor& count, int64_t inputs,
+                  int64_t bytes, const Tensor& out) {
+  const int64_t rows = active_rows(index, count);
+  STD_TORCH_CHECK(out.size(0) >= rows && out.numel() * int64_t(out.element_size()) == out.size(0) * bytes &&
+                      x.numel() * int64_t(x.element_size()) >= inputs * bytes,
+                  "rows: expected room for ", rows, " rows of ", bytes, " bytes, got ", out.size(0), " and ",
+                  out.numel(), " elements");
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out.data_ptr());
+  const int32_t* at = checked_index(index, rows, inputs);
+  const int64_t threads = threads_for(double(rows) * bytes, kBytesPerThread);
+  const Pieces pieces(bytes);
+  parallel(threads, [&](int64_t t) {
+    pieces.each(rows, t, threads, [&](int64_t i, int64_t begin, int64_t size) {
+      std::memcpy(to + i * bytes + begin, from + at[i] * bytes + begin, size_t(size));
+    });
+  });
+  if (out.size(0) > rows) std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
+}
+
+// x must be channels_last.
+void gather(const Tensor& x, const Tensor& index, const OptionalTensor& count, Tensor out) {
+  gather_bytes(x, index, count, x.size(0) * x.size(2) * x.size(3), row_bytes(x), out);
+}
+
+// The bytes of one sample of `batch`.
+int64_t sample_bytes(const Tensor& x, int64_t batch) {
+  return batch ? x.numel() / batch * int64_t(x.element_size()) : 0;
+}
+
+// x [N, ...] and out [K, ...] lie alike, without gaps and sample after sample.
+void gather_samples(const Tensor& x, const Tensor& index, const OptionalTensor& count, Tensor out) {
+  gather_bytes(x, index, count, x.size(0), sample_bytes(x, x.size(0)), out);
+}
+
+void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
+                   int64_t begin, int64_t end, bool stream) {
+  const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
+  while (begin < end) {
+    const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
+    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes,
+                   stream);
+    begin = stop + 1;
+  }
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
+#endif
+}
+
+namespace {
+
+// What becomes of each row of a base [N]: a row of `rows` is put there, added to it or mixed with it.
+class Merge {
+ public:
+  Merge(const Tensor& rows, int64_t bytes, int64_t outputs, const int32_t* index, int64_t count)
+      : rows_(static_cast<const char*>(rows.const_data_ptr())),
+        bytes_(bytes),
+        size_(int64_t(rows.element_size())),
+        row_of_(size_t(outputs), -1) {
+    for (int64_t i = 0; i < count; ++i) row_of_[size_t(index[i])] = int32_t(i);
+  }
+
+  // out[n] = rows[i], where there is no row base[n], or zero.
+  void copy(const char* base, char* out) const {
+    each([&](int64_t n, int64_t i, int64_t begin, int64_t size) {
+      const char* below = base ? base + n * bytes_ + begin : nullptr;
+      kernels().fill(out + n * bytes_ + begin, i < 0 ? below : rows_ + i * bytes_ + begin, size, false);
+    });
+  }
+
+  // out[n] = scale[i] * rows[i] + base[n], or with `mix` + (1 - scale[i]) * base[n]; no scale: 1. Sums of
+  // float32.
+  void add(const char* base, const float* scale, bool mix, Dtype dtype, char* out) const {
+    each([&](int64_t n, int64_t i, int64_t begin, int64_t size) {
+      const int64_t at = n * bytes_ + begin;
+      const char* row = rows_ + i * bytes_ + begin;
+      const float share = i >= 0 && scale ? scale[i] : 1.f;
+      if (i < 0 || (mix && share == 1.f)) {  // of a row that stands alone: nothing of the base, were it NaN
+        kernels().fill(out + at, i < 0 ? base + at : row, size, false);
+        return;
+      }
+      const int64_t in_at[2] = {0, row - (base + at)}, filter_at[2] = {0, 1};
+      const float filter[2] = {mix ? 1.f - share : 1.f, share};
+      kernels().local_filter(
+          {2, base + at, in_at, filter, filter_at, 0, 1, size / size_, nullptr, dtype, out + at});
+    });
+  }
+
+ private:
+  // f(n, its row or -1, first byte, bytes), on all threads.
+  template <class F>
+  void each(const F& f) const {
+    const int64_t outputs = int64_t(row_of_.size());
+    const int64_t threads = threads_for(double(outputs) * double(bytes_), kBytesPerThread);
+    const Pieces pieces(bytes_);
+    parallel(threads, [&](int64_t t) {
+      pieces.each(outputs, t, threads,
+                  [&](int64_t n, int64_t begin, int64_t size) { f(n, row_of_[size_t(n)], begin, size); });
+    });
+  }
+
+  const char* rows_;
+  int64_t bytes_, size_;  // of a row, of an element
+  std::vector<int32_t> row_of_;
+};
+
+}  // namespace
+
+// base and out must be channels_last.
+void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& count,
+             const OptionalTensor& base, Tensor out) {
+  const int64_t rows = active_rows(index, count), bytes = row_bytes(out);
+  const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
+  STD_TORCH_CHECK(rows_in.dim() == 2 && rows_in.size(0) >= rows && rows_in.size(1) == out.size(1) &&
+                      (!base || base->numel() == out.numel()),
+                  "rows: expected at least ", rows, " of ", out.size(1),
+                  " channels and a base of the output's ", out.numel(), " elements, got ", rows_in.size(0),
+                  " and ", base ? base->numel() : 0);
+  const char* from = static_cast<const char*>(rows_in.const_data_ptr());
+  const char* below = base ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
+  char* to = static_cast<char*>(out.data_ptr());
+  const int32_t* at = checked_index(index, rows, pixels);
+  if (bytes > Pieces::kBytes) return Merge(rows_in, bytes, pixels, at, rows).copy(below, to);
+  const int64_t threads = threads_for(double(pixels) * bytes, kBytesPerThread);
+  parallel(threads, [&](int64_t t) {
+    fill_inactive(to, below, bytes, at, rows, part(pixels, t, threads), part(pixels, t + 1, threads), false);
+    for (int64_t i = part(rows, t, threads); i < part(rows, t + 1, threads); ++i) {
+      std::memcpy(to + at[i] * bytes, from + i * bytes, size_t(bytes));
+    }
+  });
+}
+
+// Writes the base, or zero, at the pixels of a channels_last map that are not in the index.
+void keep(const Tensor& index, const OptionalTensor& count, const OptionalTensor& base, Tensor out) {
+  const int64_t rows = active_rows(index, count), bytes = row_bytes(out);
+  const int64_t pixels = out.size(0) * out.size(2) * out.size(3);
+  const int32_t* at = checked_index(index, rows, pixels);
+  STD_TORCH_CHECK(!base || base->numel() == out.numel(), "base: expected the output's ", out.numel(),
+                  " elements, got ", base ? base->numel() : 0);
+  const char* below = base ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
+  const int64_t threads = threads_for(double(pixels - rows) * bytes, kBytesPerThread);
+  parallel(threads, [&](int64_t t) {
+    fill_inactive(static_cast<char*>(out.data_ptr()), below, bytes, at, rows, part(pixels, t, threads),
+                  part(pixels, t + 1, threads), false);
+  });
+}
+
+// out [N, ...] is base (or zero) with the samples of rows [K, ...] in their slots; all lie alike, as above.
+void scatter_samples(const Tensor& rows_in, const Tensor& index, const OptionalTensor& count,
+                     const OptionalTensor& base, Tensor out) {
+  const int64_t rows = active_rows(index, count), batch = out.size(0);
+  const int32_t* at = checked_index(index, rows, batch);
+  STD_TORCH_CHECK(rows_in.size(0) == index.size(0) &&
+                      rows_in.numel() * batch == out.numel() * rows_in.size(0) &&
+                      (!base || base->numel() == out.numel()),
+                  "rows: expected ", index.size(0), " samples of the output's size, got ", rows_in.size(0),
+                  " of ", rows_in.numel(), " elements");
+  Merge(rows_in, sample_bytes(out, batch), batch, at, rows)
+      .copy(base ? static_cast<const char*>(base->const_data_ptr()) : nullptr,
+            static_cast<char*>(out.data_ptr()));
+}
+
+// rows [K, F], base and out [N, F], contiguous; scale float32 [K]. The rows past the count are not read.
+void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& count, const Tensor& base,
+           const OptionalTensor& scale, bool mix, Tensor out) {
+  const int64_t rows = active_rows(index, count);
+  const int32_t* at = checked_index(index, rows, out.size(0));
+  STD_TORCH_CHECK(rows_in.size(0) == index.size(0) && rows_in.size(1) == out.size(1) &&
+                      base.numel() == out.numel() && (!scale || scale->numel() == index.size(0)),
+                  "rows: expected [", index.size(0), ", ", out.size(1),
+                  "] and a base of the output's shape, got ", rows_in.numel(), " and ", base.numel(),
+                  " elements");
+  const Merge merge(rows_in, row_bytes(out), out.size(0), at, rows);
+  merge.add(static_cast<const char*>(base.const_data_ptr()),
+            scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, mix, dtype_of(out),
+            static_cast<char*>(out.data_ptr()));
+}
+
+}  // namespace dynops::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
+  m.def("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
+  m.def("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
+  m.def("cpu_keep(Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
+  m.def("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
+  m.def("cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
+  m.def(
+      "cpu_merge(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix, Tensor(a!) "
+      "out) "
+      "-> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
+  m.impl("cpu_gather", TORCH_BOX(&dynops::cpu::gather));
+  m.impl("cpu_scatter", TORCH_BOX(&dynops::cpu::scatter));
+  m.impl("cpu_keep", TORCH_BOX(&dynops::cpu::keep));
+  m.impl("cpu_gather_samples", TORCH_BOX(&dynops::cpu::gather_samples));
+  m.impl("cpu_scatter_samples", TORCH_BOX(&dynops::cpu::scatter_samples));
+  m.impl("cpu_merge", TORCH_BOX(&dynops::cpu::merge));
+}
