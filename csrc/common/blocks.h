@@ -1,4 +1,4 @@
-// Where the blocks of a grid lie in a map, for host and device. dynops/geometry.py defines the same.
+// The places of a grid's blocks in a map, for host and device. dynops/geometry.py defines the same.
 #pragma once
 
 #include "divisor.h"
