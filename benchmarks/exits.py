@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dynops.nn.sample_criteria import MaxSoftmax
-from dynops.nn.sample_exits import EarlyExit
-from dynops.nn.token_exits import TokenExit, TokenSequential
+from dynops.nn.samples.criteria import MaxSoftmax
+from dynops.nn.samples.exits import EarlyExit
+from dynops.nn.tokens.exits import TokenExit, TokenSequential
 
 from .layers import Setting
 from .models import LayerMacs, calibrated

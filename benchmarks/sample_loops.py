@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynops.nn.sample_halting import Halting
-from dynops.nn.steps import SkipRNN
+from dynops.nn.samples.halting import Halting
+from dynops.nn.steps.rnn import SkipRNN
 
 from .layers import Setting
 from .models import LayerMacs, calibrated

@@ -6,7 +6,7 @@ from torch import nn
 
 from dynops import PixelPlan
 from dynops.geometry import ConvGeometry
-from dynops.nn.shapes import geometry_of
+from dynops.stack.module_geometry import geometry_of
 
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 

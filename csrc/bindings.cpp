@@ -8,12 +8,15 @@
 
 #include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
-
-#ifndef DYNOPS_CUDA_ARCHS
-#define DYNOPS_CUDA_ARCHS ""
-#endif
+#include "dynops_build.h"  // setup.py writes it
 
 namespace py = pybind11;
+
+// libstdc++ since GCC 11 reads this variable of glibc 2.32 to save atomics where there is one thread. One of our own,
+// hidden and always false, lets the binary load with the older glibc that torch itself supports.
+extern "C" {
+char __libc_single_threaded = 0;
+}
 
 static py::dict build_info() {
   std::vector<std::string> isas;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -11,32 +12,38 @@ NAMES = ("cpp", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if importlib.util.find_spec("dynops._C") is None:  # a source tree that was not built: the reference runs
-    _C, _C_ERROR = None, "there is no dynops._C beside dynops/__init__.py"
+    _C, _C_ERROR = None, f"{Path(__file__).parent} holds no dynops._C; `make build` there makes it"
 else:  # a binary that does not load raises here, rather than leave everything slow
-    from . import _C
-
+    try:
+        from . import _C
+    except ImportError as error:
+        raise ImportError(
+            f"dynops._C needs torch 2.11 or newer and does not load with {torch.__version__}: {error}"
+        ) from error
     _C_ERROR = None
 
 
 def has_binary() -> bool:
-    """Whether the binary is built."""
+    """True if the binary is built."""
     return _C is not None
 
 
 def build_info() -> dict:
-    """What the binary was built with: versions, instruction sets, CUDA architectures.
+    """Returns what the binary was built with: versions, instruction sets, CUDA architectures.
 
     Raises:
         RuntimeError: the package was not built.
     """
     if _C is None:
-        raise RuntimeError(f"dynops._C is not built (pip install . builds it): {_C_ERROR}")
+        raise RuntimeError(
+            f"the binary is not built: {_C_ERROR}. A dynops that pip installed is found from outside a source tree"
+        )
     return _C.build_info()
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
+    """True if Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -16,8 +16,8 @@ from .nn import (
     SparseConv2d,
     SparseConvTranspose2d,
 )
-from .nn.trace import Trace, Untraceable, trace
-from .program import Program
+from .stack.program import Program
+from .stack.trace import Trace, Untraceable, trace
 
 _SPARSE = {
     nn.Conv2d: SparseConv2d,

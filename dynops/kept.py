@@ -1,4 +1,4 @@
-"""What is made of tensors (packed weights, folded norms, inverse indices), kept while these stay as they are.
+"""Keeps what is made of tensors (packed weights, folded norms, inverse indices) while these stay as they are.
 
 One rule for all of it. A thing is kept with the memory that it was made of, and is made again where
 
@@ -6,8 +6,8 @@ One rule for all of it. A thing is kept with the memory that it was made of, and
 - the version counter of a tensor moved: any in-place operation that autograd sees;
 - an optimiser of ``torch.optim`` stepped: all is forgotten, since fused steps move no counter;
 - on a CPU, the **fingerprint** of the content differs: ``F.batch_norm`` moves running statistics without a
-  counter, and so do collectives, FSDP2, ``weight.data``, other processes and numpy. Up to 16 KB (norms) every byte is
-  read, of more 66 cache lines (1 KB in 64 parts), of stacked experts two lines of each at least.
+  counter, and so do collectives, FSDP2, ``weight.data``, other processes and numpy. Up to 16 KB (norms) every
+  byte is read; of more, 66 cache lines; of stacked experts, at least two lines of each.
 
 A fingerprint does not see one element that is written through ``.data`` in a large weight; on a GPU, where reading it
 would wait for the device, there is none at all. :func:`refresh` is for these. ``DYNOPS_CHECK_KEPT=1`` in the environment
@@ -40,7 +40,7 @@ _compare_whole = os.environ.get("DYNOPS_CHECK_KEPT", "") not in ("", "0")
 
 
 class Mark:
-    """What a few tensors held at one moment."""
+    """The contents of a few tensors at one moment."""
 
     __slots__ = ("_marks", "_memory", "_seen", "_storages", "_whole")
 
@@ -57,7 +57,7 @@ class Mark:
         self._whole = _whole(tensors) if _compare_whole else None
 
     def holds(self, *tensors: Tensor | None) -> bool:
-        """Whether ``tensors``, of the same shapes, strides and dtypes, hold the same now, as far as can be seen at once."""
+        """True if ``tensors``, of the same shapes, strides and dtypes, hold the same now, as far as can be seen at once."""
         try:
             marks = []
             for t in tensors:
@@ -69,7 +69,7 @@ class Mark:
         return (not self._storages and self._whole is None) or self._is_really_same(tensors)
 
     def lies_at(self, begins: set[int]) -> bool:
-        """Whether one of the tensors begins at one of these addresses."""
+        """True if one of the tensors begins at one of these addresses."""
         return not begins.isdisjoint(self._marks[::2])
 
     def _is_really_same(self, tensors: tuple) -> bool:
@@ -148,7 +148,7 @@ class Kept:
 
 
 class _Slot(dict):
-    """What was made of one memory, by key and layout. Not found by the tensor: weak references to parameters hinder
+    """Everything made of one memory, by key and layout. It is not found by the tensor: weak references to parameters hinder
     ``torch.utils.swap_tensors``, and a view or ``detach()`` of a weight is the same weight."""
 
     __slots__ = ("storage",)
@@ -160,7 +160,7 @@ class _Slot(dict):
 
 
 class _Entry:
-    """What was made of one content. Threads may make the same twice; either is right."""
+    """The value made of one content. Threads may make the same twice; either is right."""
 
     __slots__ = ("event", "made", "mark", "stream")
 
@@ -184,7 +184,7 @@ class _Entry:
 
 
 def can_keep(*tensors: Tensor | None) -> bool:
-    """Whether a change of these tensors can be noticed."""
+    """True if a change of these tensors can be noticed."""
     return fingerprint is not None and all(t is None or t.is_cpu or _shows_changes(t) for t in tensors)
 
 
@@ -200,13 +200,12 @@ def made_plain(make: Callable[[], object]):
 
 
 def _shows_changes(t: Tensor) -> bool:
-    """Whether a change of a tensor that is not on a CPU can be noticed; and it is not to be part of a CUDA graph, whose
-    replay sees the tensor as it is then."""
+    """True if a change of a tensor that is not on a CPU can be noticed. It must not be part of a CUDA graph, whose replay sees the tensor as it is then."""
     return not t.is_inference() and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _marks(tensors: tuple) -> list[int]:
-    """Where each tensor lies, and its version, or -1: one made in inference mode has none."""
+    """Returns where each tensor lies, and its version, or -1: one made in inference mode has none."""
     marks = []
     for t in tensors:
         marks += (0, 0) if t is None else (t.data_ptr(), _version(t))
@@ -221,7 +220,7 @@ def _version(t: Tensor) -> int:
 
 
 def _memory(t: Tensor) -> tuple[int, int, int]:
-    """Where ``t`` begins, the bytes from there to its end, gaps included, and how many lines to read of them."""
+    """Returns where ``t`` begins, the bytes from there to its end, gaps included, and how many lines to read of them."""
     if t.numel() == 0:
         return 0, 0, 0
     if t.is_contiguous():

@@ -1,4 +1,4 @@
-"""What watches a computation: a compiler, a transform of ``torch.func``, forward-mode AD, a gradient, a subclass.
+"""Asks what watches a computation: a compiler, a transform of ``torch.func``, forward-mode AD, a gradient, a subclass.
 
 Every short cut that goes past PyTorch's dispatcher asks here first. Autocast is asked for here too.
 """
@@ -26,21 +26,21 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func``, batched gradients or forward-mode AD are active, whatever of."""
+    """True if a transform of ``torch.func``, batched gradients or forward-mode AD is active, over any tensor."""
     if _transforms() or forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and _has_key(_VMAP_MODE)
 
 
 def watched() -> bool:
-    """Whether a compiler or a transform is active."""
+    """True if a compiler or a transform is active."""
     if torch.compiler.is_compiling():
         return True
     return _transforms() or forward_ad._current_level >= 0 or _has_key(_VMAP_MODE)
 
 
 def differentiated(*values) -> bool:
-    """Whether a derivative, or another transform, of a function of these tensors may be asked for.
+    """True if a derivative, or another transform, of a function of these tensors may be asked for.
 
     Then the function is composed of ops that have derivatives; a fused one would have none. Values that are no
     tensors do not count.
@@ -55,7 +55,7 @@ def differentiated(*values) -> bool:
 
 
 def plain(*values: Tensor | None) -> bool:
-    """Whether nothing at all watches a function of these tensors, so that a kernel may be called by itself."""
+    """True if nothing watches a function of these tensors: a kernel may then be called by itself."""
     if watched() or observed():
         return False
     grad = torch.is_grad_enabled()
@@ -66,14 +66,14 @@ def plain(*values: Tensor | None) -> bool:
 
 
 def tracing() -> bool:
-    """Whether a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
+    """True if a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def sizes_are_fixed(x: Tensor) -> bool:
-    """Whether sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
+    """True if sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
     if torch.compiler.is_compiling() or x.is_meta:
         return True
     if (_transforms() or _has_key(_VMAP_MODE)) and is_batched(x):
@@ -82,7 +82,7 @@ def sizes_are_fixed(x: Tensor) -> bool:
 
 
 def sizes_stay(tree) -> bool:
-    """Whether sizes must not depend on the values of a tree of tensors, and the graph cannot be left: an export, ``make_fx``,
+    """True if sizes must not depend on the values of a tree of tensors, and the graph cannot be left: an export, ``make_fx``,
     meta tensors, a ``vmap``. (A compiler leaves its graph where a layer makes a batch smaller.)"""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
@@ -100,12 +100,12 @@ def refuse_fixed_sizes(tree, name: str) -> None:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether reading a value of ``x`` costs nothing: on a CPU, where it has one (a fake tensor has none)."""
+    """True if reading a value of ``x`` costs nothing: on a CPU, where it has one (a fake tensor has none)."""
     return x.device.type == "cpu" and type(x) in _PLAIN and not tracing() and not is_batched(x)
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether a ``torch.func.vmap`` (or that of batched gradients) is over ``x``."""
+    """True if a ``torch.func.vmap`` (or that of batched gradients) is over ``x``."""
     if not _transforms():
         if torch.compiler.is_compiling() or not _has_key(_VMAP_MODE):
             return False
@@ -119,7 +119,7 @@ def is_batched(x: Tensor) -> bool:
 
 
 def vmapped() -> bool:
-    """Whether a vmap is active, whatever over: the tangent of a tensor that is not batched may be."""
+    """True if any vmap is active: the tangent of a tensor that is not batched may be."""
     if torch.compiler.is_compiling():
         return False
     if _has_key(_VMAP_MODE):

@@ -1,6 +1,4 @@
-"""Who looks on at a computation: TorchScript's tracer, a dispatch mode, a profiler. Asked wherever an op would go
-past the dispatcher, and wherever a decision becomes indices.
-"""
+"""Asks who looks on at a computation: TorchScript's tracer, a dispatch mode, a profiler. An op that would go past the dispatcher asks first, and so does a decision that becomes indices."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _profiled = torch._C._autograd._profiler_enabled
 
 
 def observed() -> bool:
-    """Whether a call must be seen by the dispatcher: 0.1 us.
+    """True if the dispatcher must see a call: 0.1 us.
 
     Raises:
         RuntimeError: TorchScript's tracer looks on.

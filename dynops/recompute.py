@@ -24,7 +24,7 @@ _scopes: list[Scope] = checkpoint.__dict__.setdefault(_MARK, [])
 
 
 def travels(scope: Scope) -> None:
-    """What holds in ``scope`` when a function is checkpointed holds when it is computed again."""
+    """Takes the values of ``scope`` at a checkpoint along to its recomputation."""
     _scopes.append(scope)
 
 

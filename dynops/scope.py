@@ -134,7 +134,7 @@ def _owner() -> FrameType | None:
 
 
 def _manages(driver: FrameType | None) -> bool:
-    """Whether a generator that ``driver`` resumed is a context manager."""
+    """True if a generator that ``driver`` resumed is a context manager."""
     if driver is None:
         return False
     return driver.f_code.co_name in _MANAGES or driver.f_globals.get("__name__", "").startswith(_MANAGERS)

@@ -1,4 +1,4 @@
-"""What tests need: one error budget, makers of inputs and masks, and a dense oracle.
+"""Helps tests: one error budget, makers of inputs and masks, and a dense oracle.
 
 The oracle (:func:`dense_masked_conv2d`) is plain ``F.conv2d`` and a mask. It shares no line with
 ``dynops.ops``, so that a mistake there cannot hide here. A test then reads::
@@ -64,8 +64,8 @@ def assert_within_budget(
 
     In the Euclidean norm ``|actual - exact|`` may be at most ``2 |dense - exact|`` plus one rounding
     of the output dtype, ``eps/2 * |exact|``. So where the exact result is zero, ``actual`` must be
-    zero too. A norm over many values can hide one that is wrong, so the largest single error may be
-    at most ``8 max|dense - exact| + 4 eps * max|exact|``.
+    zero too. A norm over many values can hide one that is wrong. So the largest single error may be at most
+    ``8 max|dense - exact| + 4 eps * max|exact|``.
 
     Args:
         actual: the result under test.
@@ -152,8 +152,8 @@ def random_mask(
 def in_layout(x: Tensor, layout: str) -> Tensor:
     """``x`` ``[N, C, H, W]`` laid out in memory in one of :data:`LAYOUTS`.
 
-    The values stay, but in "expanded" (every image is the first, batch stride 0) and "zero_stride"
-    (every pixel of an image is its first, strides 0 in H and W).
+    The values stay the same, except in two layouts: in "expanded" every image is the first (batch stride 0),
+        in "zero_stride" every pixel of an image is its first (strides 0 in H and W).
     """
     if layout == "nchw":
         return x.to(memory_format=torch.contiguous_format)

@@ -27,8 +27,8 @@ def suggest_block_size(
     Small blocks follow a mask closely, large ones have less halo and fewer calls: which wins depends on
     the layers, the mask and the machine, so it is measured: the candidates take turns for about 0.3 s
     (longer where a call takes more than 25 ms), and the lowest median wins. The answer is kept while the
-    module lives, for this shape, dtype, memory format, device, number of threads and density of the mask
-    (of its pixels and of its blocks, to 5 %); another call then returns it at once.
+    module lives. It holds for this shape, dtype, memory format, device, number of threads and density of the
+    mask (of its pixels and of its blocks, to 5 %); another call then returns it at once.
 
     The module is run in inference mode as it is; its training flags and torch's random state stay as
     they were.
@@ -68,7 +68,7 @@ def _check(module, x, mask, candidates) -> tuple[int, ...]:
 
 
 def _key(x: Tensor, mask: Tensor, sizes: tuple[int, ...]) -> tuple:
-    """What an answer holds for. Scattered and clustered masks of one density differ in their largest blocks."""
+    """The key of an answer. Scattered and clustered masks of one density differ in their largest blocks."""
     densities = tuple(round(BlockPlan.from_mask(mask, size).density * 20) for size in (1, max(sizes)))
     layout = x.is_contiguous(memory_format=torch.channels_last)
     return tuple(x.shape), x.dtype, str(x.device), layout, densities, torch.get_num_threads(), sizes

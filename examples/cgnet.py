@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynops import budget
 from dynops.nn import ChannelGatedConv2d
 
 from .common import Digits, Length, fit, main
@@ -61,7 +62,7 @@ def train(model: nn.Module, data: Digits, length: Length) -> None:
     """With gradients the layer computes the rest everywhere, as its surrogate gradient needs it."""
 
     def loss(x: Tensor, y: Tensor, progress: float) -> Tensor:
-        thresholds = sum(layer.conv.threshold_loss(TARGET) for layer in model.layers)
+        thresholds = budget.threshold_target_loss(model, TARGET)
         return F.cross_entropy(model(x, "dynamic"), y) + 1e-2 * thresholds
 
     fit(model, data.train, loss, length)

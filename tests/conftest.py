@@ -1,15 +1,15 @@
-"""Thread count, seeds and poisoned memory for every test."""
+"""One thread, the same seeds and, where a test asks for it, poisoned memory."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch: the suite is sized for two cores
+# Before torch. Two processes of tests on two cores with two threads each take three times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-
-torch.set_num_threads(2)
+from spread import long_first, part_of
 
 
 def pytest_addoption(parser):
@@ -18,8 +18,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    part, parts = map(int, config.getoption("--part").split("/"))
-    items[:] = items[len(items) * part // parts : len(items) * (part + 1) // parts]
+    items[:] = long_first(part_of(items, config.getoption("--part")))
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +41,11 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing that was compiled before counts, and nothing is left for the next test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

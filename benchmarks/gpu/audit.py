@@ -117,11 +117,11 @@ def _progress(done: int, total: int) -> None:
         print(f"{done} of {total} compiled", file=sys.stderr, flush=True)
 
 
-def quick(configurations: list[forms.Configuration]) -> list[forms.Configuration]:
-    """The first configuration of each kernel on each architecture."""
+def sample(configurations: list[forms.Configuration]) -> list[forms.Configuration]:
+    """The first configuration of each kernel and type on each architecture, at the largest tile."""
     first: dict = {}
-    for configuration in configurations:
-        first.setdefault((configuration.arch, configuration.launch.title), configuration)
+    for c in configurations:
+        first.setdefault((c.arch, c.launch.title, c.type), c)
     return list(first.values())
 
 
@@ -201,7 +201,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         default="",
         help="only kernels with this in their names, Triton's first; shows all their binaries",
     )
-    add("--quick", action="store_true", help="one binary of each Triton kernel, and no CUDA C++")
+    add("--all", action="store_true", help="every form and tile of Triton's kernels, not one of each type")
     add("--out", type=Path, help="folder for gpu-audit.csv")
     add("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     return parser.parse_args(arguments)
@@ -219,10 +219,10 @@ def main(arguments: list[str]) -> int:
     for arch in archs:
         failures += [f"{tile} | no form launches this tile" for tile in forms.unlaunched_tiles(arch, every)]
     chosen = [c for c in every if options.kernel in c.launch.title]
-    tasks = [(triton_rows, (c,)) for c in (quick(chosen) if options.quick else chosen)]
+    tasks = [(triton_rows, (c,)) for c in (chosen if options.all or options.kernel else sample(chosen))]
     if nvcc.find() is None:
         print("csrc/cuda: skipped, there is no nvcc")
-    elif not options.quick and not (options.kernel and chosen):
+    elif not (options.kernel and chosen):
         tasks = [(cuda_rows, (source, arch)) for source in nvcc.sources() for arch in archs] + tasks
     rows = [row for row in run_all(tasks, options.processes) if options.kernel in row.kernel]
     if not rows:

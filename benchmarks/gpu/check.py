@@ -34,7 +34,7 @@ TESTS_AT_A_TIME = (
     12  # processes; Triton compiles on the host, for a second or two a form, while others use the GPU
 )
 TEST_PARTS = 3  # of each file
-DRY_TESTS = ("tests/test_plans.py", "-k", "capacity")  # a handful
+DRY_TESTS = ("tests/plans/test_plans.py", "-k", "capacity")  # a handful
 NO_TIME = "no time was left"
 
 

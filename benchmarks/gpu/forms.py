@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from triton.runtime.jit import JITFunction
 
-from dynops import kernels
+from dynops.kernels import triton as kernels
 
 from . import forms_blocks, forms_channels, forms_experts, forms_pixels
 from .launches import TYPES, Form, Launch, tiles

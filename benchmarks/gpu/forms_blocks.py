@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from dynops import BlockPlan, SamplePlan
-from dynops.kernels import blocks, rows
+from dynops.kernels.triton import blocks, rows
 
 from .launches import Form, wide
 

@@ -8,8 +8,8 @@ import torch
 
 from dynops import ChannelPlan
 from dynops.geometry import ConvGeometry
-from dynops.kernels import channels
-from dynops.kernels.channel_index import channel_index
+from dynops.kernels.triton import channels
+from dynops.kernels.triton.channel_index import channel_index
 
 from .launches import Form, wide
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from dynops import ExpertPlan, ops
-from dynops.kernels import experts
+from dynops.kernels.triton import experts
 
 from .launches import Form, wide
 

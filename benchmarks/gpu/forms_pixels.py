@@ -9,7 +9,7 @@ import torch
 
 from dynops import PixelPlan
 from dynops.geometry import ConvGeometry
-from dynops.kernels import pixels, rows
+from dynops.kernels.triton import pixels, rows
 
 from .launches import Form, wide
 

@@ -16,8 +16,9 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dynops.kernels import configs, gemm, tiling
-from dynops.kernels.tiling import Tile
+from dynops.kernels import configs
+from dynops.kernels.triton import gemm, tiling
+from dynops.kernels.triton.tiling import Tile
 
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dynops import BlockPlan, PixelPlan, backends
 from dynops.geometry import ConvGeometry
-from dynops.ops import blocks, index, rows
+from dynops.ops import blocks, index
+from dynops.ops.pixels import rows
 
 from .stages import FAILED, NOT_RUN, PASSED, Finished
 

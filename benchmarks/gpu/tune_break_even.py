@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynops import BlockPlan, PixelPlan, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks
-from dynops.ops import auto
+from dynops.ops import dense_fallback as auto
 
 from .. import masks
 from .tune_problems import RESNET

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynops.kernels import configs, tiling
-from dynops.kernels.tiling import Tile
+from dynops.kernels import configs
+from dynops.kernels.triton import tiling
+from dynops.kernels.triton.tiling import Tile
 from dynops.testing import assert_within_budget
 
 from .tune_problems import Call, Problem

@@ -52,7 +52,7 @@ def called_experts(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a matrix of its own, as transformers' routers do."""
+    """True if a module multiplies its input by a matrix of its own, as transformers' routers do."""
     weight = module._parameters.get("weight")
     is_known = isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__module__.startswith(
         ("torch.", "dynops.")

@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 from ..ops import probing
 from .dense_rules import Cost
-from .frames import Frame, device_of, first_tensor
+from .mac_sums import Sums
+from .row_maps import Same
+from .row_tracking import Frame, device_of, first_tensor
 from .rules import rule_of, saliency_heads
-from .sums import Same, Sums
 from .tracker import Call, Tracker
 
 

@@ -27,9 +27,9 @@ from ..nn import (
 )
 from ..ops import probing
 from ..plans import BlockPlan, ChannelPlan, ExpertPlan
-from . import pictures
+from . import plots as pictures
+from .counters import Histogram, Tally
 from .dense_rules import argument
-from .tallies import Histogram, Tally
 from .tracker import Call, Tracker
 
 _PIXELS = (SparseConv2d, SparseConvTranspose2d, SparseSequential, SparseBlocks)
@@ -193,7 +193,7 @@ class Recorder(Tracker):
     # ------------------------------------------------------------------------------------ results
 
     def summary(self) -> dict[str, dict[str, dict]]:
-        """What was recorded, as plain numbers: reads it back from the device.
+        """Returns what was recorded as plain numbers; reads it back from the device.
 
         ``{"rates": {layer: {"rate", "calls", "p50", "p99", "classes"}}, "exits" | "steps" | "experts":
         {layer: {"counts", "mean", "classes"}}}``. p50 and p99: of the rates of single calls, to 1 %.

@@ -29,7 +29,7 @@ from ..plans import ChannelPlan, ExpertPlan, PixelPlan
 from . import stacks
 from .called_rules import called_experts, called_router, is_router, matrices_of
 from .dense_rules import DENSE_RULES, Cost, argument, conv, step_macs
-from .sums import opened, slope
+from .mac_sums import opened, slope
 
 # ------------------------------------------------------------------------------------------ pixels
 

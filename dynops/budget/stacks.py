@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..nn import SparseBlocks, SparseSequential
-from ..nn import sequential as chains
-from ..nn.rows import _plans as plans_of_stack
+from ..nn.pixels import sequential as chains
 from ..plans import BlockPlan, PixelPlan, as_pixel_plan
+from ..stack.run_rows import _plans as plans_of_stack
 from .dense_rules import Cost
-from .sums import slope
+from .mac_sums import slope
 
 
 class Computed(NamedTuple):

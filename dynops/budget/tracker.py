@@ -12,9 +12,10 @@ from ..nn import ConvExperts, GroupedDynamicConv2d
 from ..ops import probing
 from ..ops.watch import watchers, watching
 from ..plans import SamplePlan
-from .frames import Frame, device_of, first_tensor, rows_of, special_frame
+from .mac_sums import Sums
+from .row_maps import Owners
+from .row_tracking import Frame, device_of, first_tensor, rows_of, special_frame
 from .rules import OPAQUE
-from .sums import Owners, Sums
 
 
 class Call(NamedTuple):
@@ -83,7 +84,7 @@ class Tracker:
     # -------------------------------------------------------------------------------------- hooks
 
     def _foreign(self) -> bool:
-        """Whether a call is another thread's, task's or generator's."""
+        """True if a call is another thread's, task's or generator's."""
         return self not in watchers() or probing.by() not in (None, self)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -129,7 +130,7 @@ class Tracker:
             self.returned.clear()
 
     def _know(self, frame: Frame, out: Any) -> None:
-        """What a module returns has the rows of what it was called with."""
+        """Gives a module's result the rows of its input."""
         if not isinstance(frame.way, Owners):
             return
         for leaf in pytree.tree_leaves(out):

@@ -18,7 +18,7 @@ SURROGATES = ("sigmoid", "identity", "clipped")
 
 
 class Decision(NamedTuple):
-    """What a gate decides.
+    """The decision of a gate.
 
     ``mask``: float, nonzero where the gate is open. It is 0 or 1 with the gradient of a soft function, unless
     the gate says that its mask is soft. Detached, it is what plans take. ``score``: the soft value, in [0, 1]

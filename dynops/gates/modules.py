@@ -11,7 +11,7 @@ from .functions import Decision
 
 
 class _Gumbel(nn.Module):
-    """What both relaxations share: a temperature and a noise switch, attributes that may be set at any time."""
+    """Base of both relaxations: a temperature and a noise switch, attributes that may be set at any time."""
 
     def __init__(self, temperature: float = 1.0, hard: bool = True, noise: bool | None = None):
         super().__init__()

@@ -17,8 +17,8 @@ def register(name: str = "dynops") -> None:
     gate, a norm after each expert and tokens that are dropped (an index of ``num_experts``) are honoured. The
     activation is fused where dynops has it; a gate of the model's own is called between the two GEMMs.
 
-    A model none of whose experts use that interface (Llama 4, Switch Transformers, NLLB-MoE) runs as it did, and warns with its
-    name and the reason, when it is made or set.
+    Some models have experts that do not use that interface (Llama 4, Switch Transformers, NLLB-MoE). Such a
+    model runs as before, and warns with its name and the reason when it is made or set.
 
     Args:
         name: what ``experts_implementation`` is to be.

@@ -61,7 +61,7 @@ _PLAIN_GATES = {_default_apply_gate, *_gates({"beam.BeamExperts": ()})}
 
 
 class _Middle(NamedTuple):
-    """What stands between the two GEMMs: arguments of ``experts_mlp``."""
+    """Arguments of ``experts_mlp`` for what stands between the two GEMMs."""
 
     activation: str | Callable[[Tensor], Tensor]
     gated: bool

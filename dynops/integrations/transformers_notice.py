@@ -14,7 +14,7 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules of experts that
 
 
 def notice(name: str) -> None:
-    """From now on a model that is made with ``experts_implementation=name``, or set to it, in vain warns."""
+    """Makes transformers warn if a model is set to ``experts_implementation=name`` and does not use it."""
     if not _names:
         PreTrainedModel.set_experts_implementation = _after_setting(
             PreTrainedModel.set_experts_implementation
@@ -51,7 +51,7 @@ def _after_making(post_init):
 
 
 def _users(model: nn.Module, name: str) -> bool:
-    """Whether any module looks the implementation up: transformers' decorator gives it flags and the config."""
+    """True if any module looks the implementation up: transformers' decorator gives it flags and the config."""
     found = (m for m in model.modules() if "has_gate" in vars(m) and "is_transposed" in vars(m))
     return any(getattr(m.config, "_experts_implementation", None) == name for m in found)
 

@@ -1,45 +1,90 @@
 """Layers: each takes the place of an ordinary one, with its constructor, parameters and keys."""
 
+import sys as _sys
+
 from ..observers import unscriptable as _unscriptable
-from . import expert_shards
 from .blocks import SparseBlocks
-from .channel_gating import ChannelGatedConv2d, GroupedDynamicConv2d
-from .channel_norm import ChannelBatchNorm2d
-from .channel_weights import CondConv2d, DynamicConv2d
-from .channel_width_norms import SwitchableBatchNorm2d, UniversalBatchNorm2d
-from .channel_widths import SlimmableConv2d, SlimmableLinear, set_width
-from .channels import ChannelConv2d, ChannelLinear
-from .conv_experts import ConvExperts
-from .expert_losses import importance_loss, load_balance_loss, load_loss, z_loss
-from .expert_parallel import ParallelExperts
-from .experts import Experts
-from .masked import MaskedAvgPool2d, MaskedBatchNorm2d, MaskedMaxPool2d
-from .moe import MoE, MoEOutput, SharedExpert
-from .pixel_halting import SpatialHalting
-from .pixels import SparseConv2d, SparseConvTranspose2d
-from .routers import Routing, TopKRouter
-from .sample_criteria import Criterion, Entropy, IDKClass, LearnedExit, Margin, MaxSoftmax, Patience, Verdict
-from .sample_exits import Cascade, EarlyExit, ExitOutput, ExitScores, Visit
-from .sample_halting import Halting, HaltingOutput, pad_positions
-from .sample_losses import (
+from .channels import (
+    ChannelBatchNorm2d,
+    ChannelConv2d,
+    ChannelGatedConv2d,
+    ChannelLinear,
+    CondConv2d,
+    DynamicConv2d,
+    GroupedDynamicConv2d,
+    SlimmableConv2d,
+    SlimmableLinear,
+    SwitchableBatchNorm2d,
+    UniversalBatchNorm2d,
+    set_width,
+)
+from .experts import (
+    ConvExperts,
+    Experts,
+    MoE,
+    MoEOutput,
+    ParallelExperts,
+    Routing,
+    SharedExpert,
+    TopKRouter,
+    importance_loss,
+    load_balance_loss,
+    load_loss,
+    z_loss,
+)
+from .experts import shards as expert_shards
+from .pixels import (
+    MaskedAvgPool2d,
+    MaskedBatchNorm2d,
+    MaskedMaxPool2d,
+    SparseConv2d,
+    SparseConvTranspose2d,
+    SparseSequential,
+    SpatialHalting,
+)
+from .samples import (
+    Cascade,
+    Criterion,
+    EarlyExit,
+    Entropy,
+    ExitOutput,
+    ExitScores,
+    FittedThresholds,
     GradientRescale,
+    Halting,
+    HaltingOutput,
+    IDKClass,
+    LearnedExit,
+    Margin,
+    MaxSoftmax,
+    Patience,
+    Skip,
     distillation_loss,
     exit_cost,
     exit_probabilities,
+    fit_temperature,
+    fit_thresholds,
     gradient_rescale,
     learned_exit_loss,
     self_distillation_loss,
     weighted_exit_loss,
 )
-from .sample_thresholds import FittedThresholds, fit_temperature, fit_thresholds
-from .samples import Skip
-from .sequential import SparseSequential
-from .step_cells import compacted_cell
-from .step_frames import StepSelection, encode_steps, gather_steps
-from .step_reading import Jump, JumpOutput, JumpPolicy, JumpReader, LocationPolicy
-from .step_widths import SkimOutput, SkimRNN, partial_update, prefix_mask
-from .steps import SkipOutput, SkipRNN, SkipState
-from .token_exits import TokenEncoderLayer, TokenExit, TokenExitOutput, TokenSequential
+from .steps import (
+    Jump,
+    JumpOutput,
+    JumpPolicy,
+    JumpReader,
+    LocationPolicy,
+    SkimOutput,
+    SkimRNN,
+    SkipOutput,
+    SkipRNN,
+    SkipState,
+    StepSelection,
+    partial_update,
+    prefix_mask,
+)
+from .tokens import TokenEncoderLayer, TokenExit, TokenExitOutput, TokenSequential
 
 __all__ = [
     "Cascade",
@@ -100,23 +145,17 @@ __all__ = [
     "TokenSequential",
     "TopKRouter",
     "UniversalBatchNorm2d",
-    "Verdict",
-    "Visit",
-    "compacted_cell",
     "distillation_loss",
-    "encode_steps",
     "exit_cost",
     "exit_probabilities",
     "expert_shards",
     "fit_temperature",
     "fit_thresholds",
-    "gather_steps",
     "gradient_rescale",
     "importance_loss",
     "learned_exit_loss",
     "load_balance_loss",
     "load_loss",
-    "pad_positions",
     "partial_update",
     "prefix_mask",
     "self_distillation_loss",
@@ -126,3 +165,12 @@ __all__ = [
 ]
 
 _unscriptable(globals(), __all__)
+
+# A pickle names a class by its module. These names stood in pickles before each noun had a room.
+_BEFORE_ROOMS = (
+    "channel_gating channel_norm channel_weights channel_width_norms channel_widths conv_experts expert_losses "
+    "expert_parallel masked moe pixel_halting routers sample_criteria sample_exits sample_halting sample_losses "
+    "sample_thresholds sequential step_frames step_reading step_widths token_exits"
+)
+for _name in _BEFORE_ROOMS.split():
+    _sys.modules[f"{__name__}.{_name}"] = _sys.modules[__name__]

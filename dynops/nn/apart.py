@@ -1,9 +1,9 @@
 """Calls of a user's modules on tensors that somebody else reads too: what they write in place stays their own.
 
-Every layer here that hands one tensor to several modules (a branch and a shortcut, a head and the next stage) takes them as
-functions of values: ``x + F(x)`` is that of ``F(x.clone())``, also where ``F`` begins with ``ReLU(inplace=True)``. A layer
-of PyTorch or dynops says whether it writes. Of any other module the first call gets a copy, and tells; a module that did not
-write gets the tensor itself from then on, and is watched.
+Some layers hand one tensor to several modules: a branch and a shortcut, a head and the next stage. They take
+these modules as functions of values: ``x + F(x)`` is that of ``F(x.clone())``, also where ``F`` begins with
+``ReLU(inplace=True)``. A layer of PyTorch or dynops says whether it writes. Of any other module the first
+call gets a copy, and tells; a module that did not write gets the tensor itself from then on, and is watched.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _reads_only(module: Callable) -> bool:
-    """Whether the first layer of a module is one of PyTorch's or dynops' that returns new tensors."""
+    """True if the first layer of a module is one of PyTorch's or dynops' that returns new tensors."""
     while _is_known(module) and isinstance(module, nn.Sequential) and len(module):
         module = module[0]
     if not _is_known(module) or isinstance(module, (nn.Sequential, *_PASSES_ON)):
@@ -105,7 +105,7 @@ def _reads_only(module: Callable) -> bool:
 
 
 def _is_known(module: Callable) -> bool:
-    """Whether a module's forward was written here or in PyTorch, and is all that runs."""
+    """True if a module's forward was written here or in PyTorch, and is all that runs."""
     if not isinstance(module, nn.Module) or "forward" in vars(module):
         return False
     if module._forward_pre_hooks or module._forward_hooks:

@@ -16,7 +16,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 class Returned:
-    """What modules returned, by their input's dtypes and autocast's. One that has not run yet runs on two samples, once."""
+    """Remembers the dtypes that modules return, by their input's and autocast's. A module that has not run yet runs on two samples, once."""
 
     def __init__(self):
         self._seen: dict[tuple, tuple[Callable, list[torch.dtype | None]]] = {}

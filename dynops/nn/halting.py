@@ -1,9 +1,9 @@
 """The loop of adaptive computation time: rows leave it as their halting scores add up to 1.
 
-A row is what may halt by itself: a sample, a position of a sequence or a pixel. With h the score of step n
-and ``total`` the sum of those before it, a row halts at the first step with ``total + h >= 1 - epsilon``, or
-at the last step there is. That step has the weight ``R = 1 - total`` (the remainder), each one before it its
-score; the weights add up to 1, and the ponder cost is ``n + R``.
+A row is what may halt by itself: a sample, a position of a sequence or a pixel. Let h be the score of step n
+and ``total`` the sum of those before it. A row halts at the first step with ``total + h >= 1 - epsilon``, or
+at the last step. That step has the weight ``R = 1 - total`` (the remainder), each one before it its score;
+the weights add up to 1, and the ponder cost is ``n + R``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pondered(NamedTuple):
 
 
 class HaltingRule:
-    """When a row halts and what it leaves behind."""
+    """The rule by which a row halts, and the value it leaves behind."""
 
     def __init__(self, max_steps: int, epsilon: float, weighted: bool, max_fraction: float | None):
         if not is_int(max_steps, 1):
@@ -53,7 +53,7 @@ class HaltingRule:
         self.weighted, self.max_fraction = weighted, max_fraction
 
     def most(self, rows: int) -> int | None:
-        """How many of ``rows`` rows may run on after a step; None: all."""
+        """Returns how many of ``rows`` rows may run on after a step; None: all."""
         return None if self.max_fraction is None else most_of(self.max_fraction, rows)
 
     def halts(self, score: Tensor | None, total: Tensor, most: int | None, running: Tensor | None) -> Tensor:
@@ -74,7 +74,7 @@ class HaltingRule:
 
 
 class _Rows(NamedTuple):
-    """What the loop knows of its rows. One tree, so that one gather makes it smaller."""
+    """The state of the loop's rows: one tree, so that one gather makes it smaller."""
 
     state: Any
     average: list[Tensor | None]  # the weighted sum so far of each floating leaf, float32 at least

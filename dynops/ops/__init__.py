@@ -3,23 +3,22 @@
 from ..observers import unscriptable as _unscriptable
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
-from .channel_filters import local_conv2d
-from .channel_outputs import masked_output_conv2d
-from .channel_weights import mixed_conv2d, region_conv2d, sample_conv2d
-from .channels import (
+from .channels.conv import (
     channel_conv2d,
     channel_linear,
     gather_channels,
     packed_channel_conv2d,
     scatter_channels,
 )
-from .expert_activations import expert_activation
-from .expert_checks import QuantizedExperts
-from .expert_rows import combine_pairs, gather_pairs
-from .experts import experts_mlp, grouped_linear, quantize_experts
+from .channels.filters import local_conv2d
+from .channels.outputs import masked_output_conv2d
+from .channels.weights import mixed_conv2d, region_conv2d, sample_conv2d
+from .experts.activations import expert_activation
+from .experts.checks import QuantizedExperts
+from .experts.mlp import experts_mlp, grouped_linear, quantize_experts
+from .experts.rows import combine_pairs, gather_pairs
 from .flops import register_formulas as _register_formulas
-from .interpolate import interpolate_pixels
-from .pixels import (
+from .pixels.conv import (
     gather_pixels,
     packed_conv2d,
     packed_conv_transpose2d,
@@ -27,6 +26,7 @@ from .pixels import (
     sparse_conv2d,
     sparse_conv_transpose2d,
 )
+from .pixels.interpolate import interpolate_pixels
 from .samples import gather_samples, scatter_samples
 
 __all__ = [

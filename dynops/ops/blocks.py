@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
-from ..kernels import cpp, cuda
+from ..kernels import cuda
+from ..kernels.cpu import pixels as cpp
 from ..kernels.layout import memory_format_of
 from ..plans import BlockPlan
 from . import batching, checks
@@ -106,7 +107,7 @@ def _kernels(x: Tensor, sums: bool = False):
     if x.is_cuda and cuda.AVAILABLE:
         return cuda if fits else None
     if backends.choose(None, x.device, x.dtype) == "triton":
-        from ..kernels import blocks
+        from ..kernels.triton import blocks
 
         return blocks
     return None

@@ -98,7 +98,7 @@ def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _run_channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if mask.is_cuda and backends.has_triton() and not mask.is_complex():
-        from ..kernels.channel_index import channel_index
+        from ..kernels.triton.channel_index import channel_index
 
         return channel_index(mask, size)
     return _channel_index(mask, size)

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import backends, modes
-from ..kernels import cpp
+from ..kernels.cpu import pixels as cpp
 from ..plans import SamplePlan
-from .rows import gather_rows, memory_format_of, merge_rows, scatter_rows
+from .pixels.rows import gather_rows, memory_format_of, merge_rows, scatter_rows
 from .watch import watchers
 
 

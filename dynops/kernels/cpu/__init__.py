@@ -1,0 +1,1 @@
+"""The C++ kernels: what prepares memory for ``csrc/cpu``."""

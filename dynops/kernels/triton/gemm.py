@@ -1,0 +1,304 @@
+"""What the Triton kernels share: where a tap reads, the epilogue, the order of taps, weights. Tile sizes: ``tiles.py``.
+
+Works with Triton 3.6 to 3.9. Imported only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...geometry import ConvGeometry
+from ...kept import kept
+from . import tiling
+
+# Sizes that change from input to input: not specialised on, so a new one compiles nothing.
+UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
+MAX_ORDERED_TAPS = 62  # a tap set is one integer; larger kernels walk over every tap
+INT32_LIMIT = 2**31 - 2**16  # room for the lanes past the end of the last tile
+
+# --------------------------------------------------------------------------- device functions
+
+
+@triton.jit
+def _coordinate(out, tap, size, stride, pad, dilation, TRANSPOSED: tl.constexpr):
+    """The input coordinate that ``tap`` of ``out`` reads, and whether it is inside the input."""
+    if TRANSPOSED:
+        shifted = out + pad - tap * dilation
+        at = shifted // stride
+        inside = (shifted >= 0) & (at * stride == shifted) & (at < size)
+    else:
+        at = out * stride - pad + tap * dilation
+        inside = (at >= 0) & (at < size)
+    return at, inside
+
+
+@triton.jit
+def split_pixel(pixel, h, w):
+    """``n, y, x`` of the flat position ``n*h*w + y*w + x``."""
+    line = pixel // w
+    n = line // h
+    return n, line - n * h, pixel - line * w
+
+
+@triton.jit
+def source_row(
+    pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The row of x that ``tap`` of an output pixel reads, and whether there is one.
+
+    READS: "pixels", the row is the input pixel; "active", the same, where ``source`` has one;
+    "packed", ``source`` names the row; "aligned", output row i reads row i.
+    """
+    if READS == "aligned":
+        at = row
+        valid = live
+    else:
+        n, y, x = split_pixel(pixel, out_h, out_w)
+        tap_y = tap // KERNEL_W
+        in_y, inside_y = _coordinate(y, tap_y, in_h, STRIDE_H, pad_h, DIL_H, TRANSPOSED)
+        in_x, inside_x = _coordinate(x, tap - tap_y * KERNEL_W, in_w, STRIDE_W, pad_w, DIL_W, TRANSPOSED)
+        valid = live & inside_y & inside_x
+        if WIDE:
+            n = n.to(tl.int64)
+        at = (n * in_h + in_y) * in_w + in_x
+        if READS != "pixels":
+            mapped = tl.load(source + at, mask=valid, other=-1)
+            valid = mapped >= 0
+            if READS == "packed":
+                at = mapped
+    if WIDE:
+        at = at.to(tl.int64)
+    return at, valid
+
+
+@triton.jit
+def load_pixels(index, row, rows):
+    """The output pixels of these rows, -1 where there is none; without an index, row i is pixel i."""
+    if index is None:
+        pixel = tl.where(row < rows, row, -1)
+    else:
+        pixel = tl.load(index + row, mask=row < rows, other=-1)
+    return pixel
+
+
+@triton.jit
+def rank(entries, last, value, STEPS: tl.constexpr, GAPS: tl.constexpr):
+    """How many of the ascending ``entries[:last]`` are <= value; with GAPS, how many have at most ``value``
+    channels before them that are not in the list. A binary search: ``last < 2**STEPS``."""
+    low = value * 0
+    high = low + last
+    for _ in range(STEPS):
+        middle = low + (high - low) // 2
+        searching = low < high
+        entry = tl.load(entries + middle, mask=searching, other=0)
+        if GAPS:
+            entry -= middle
+        below = entry <= value
+        low = tl.where(searching & below, middle + 1, low)
+        high = tl.where(searching & (entry > value), middle, high)
+    return low
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """The activation in float32. NaN stays NaN, as in torch."""
+    if ACTIVATION == "relu":
+        z = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == "relu6":
+        z = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+    elif ACTIVATION == "silu":
+        z = z * tl.sigmoid(z)
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 * (1 + tanh(u)) = sigmoid(2u)
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACTIVATION == "hardswish":
+        z = z * tl.where(z < -3, 0.0, tl.where(z > 3, 6.0, z + 3)) / 6
+    elif ACTIVATION == "relu2":
+        z = tl.where(z < 0, 0.0, z * z)
+    else:
+        tl.static_assert(ACTIVATION == "")
+    return z
+
+
+@triton.jit
+def finish(z, bias, scale, shift, gate, residual, row, channel, row_mask, channel_mask, channels,
+           ACTIVATION: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """``activation(gate * (scale * (z + bias) + shift) + residual)`` of a tile, in float32."""
+    if bias is not None:
+        z += tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        z *= tl.load(scale + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    if shift is not None:
+        z += tl.load(shift + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    if gate is not None:
+        z *= tl.load(gate + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        if WIDE:
+            row = row.to(tl.int64)
+        at = row[:, None] * channels + channel[None, :]
+        mask = row_mask[:, None] & channel_mask[None, :]
+        z += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    return activate(z, ACTIVATION)
+
+
+# ----------------------------------------------------------------- rows in the order of their taps
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def tap_set(key, TAPS: tl.constexpr):
+    """The union of the rows' tap sets: as bits, and how many."""
+    taps = tl.reduce(key ^ (key >> 1), 0, _or)  # a key is the Gray rank of its set
+    WIDTH: tl.constexpr = 32 if TAPS <= 31 else 64
+    bits = (taps >> tl.arange(0, WIDTH).to(taps.dtype)) & 1
+    return taps, tl.sum(bits, 0).to(tl.int32)
+
+
+@triton.jit
+def lowest_tap(taps):
+    """The position of the lowest set bit: the exponent of that power of two as a float."""
+    lowest = (taps & -taps).to(tl.float32)
+    return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def tap_key_kernel(
+    keys, index, source, rows, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """keys[i] = the Gray rank of the set of taps for which row i reads something."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK if WIDE else tl.program_id(0) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    pixel = load_pixels(index, row, rows)
+    taps = tl.zeros([BLOCK], tl.int32 if TAPS <= 31 else tl.int64)
+    for tap in range(TAPS):
+        _, valid = source_row(
+            pixel, pixel >= 0, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+        )  # fmt: skip
+        taps |= valid.to(taps.dtype) << tap
+    for shift in tl.static_range(6 if TAPS > 31 else 5):  # Gray decoding: a prefix xor from the top
+        taps ^= taps >> (1 << shift)
+    tl.store(keys + row, taps.to(keys.dtype.element_ty), mask=row < rows)
+
+
+def tap_order(
+    index: Tensor | None, source: Tensor | None, rows: int, options: dict, device
+) -> tuple[Tensor, Tensor]:
+    """The rows' tap sets (as Gray ranks), descending, and the rows in that order."""
+    dtype = torch.int16 if options["TAPS"] <= 15 else torch.int32 if options["TAPS"] <= 31 else torch.int64
+    keys = torch.empty(rows, dtype=dtype, device=device)
+    tap_key_kernel[(triton.cdiv(rows, 256),)](keys, index, source, rows, **options, BLOCK=256)
+    return torch.sort(keys, descending=True)
+
+
+# ------------------------------------------------------------------------------ layout, weights
+
+
+def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[A, B, kh, kw]`` as ``[A, kh*kw, B]`` of this dtype: no copy where it is channels_last.
+
+    A copy is kept for the next call (``dynops.kept``), except under CUDA graph capture, where it
+    becomes part of the graph, so that a replay sees the weight as it is then.
+    """
+    make = functools.partial(_weight_rows, weight, dtype)
+    if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
+        return make()
+    return kept.get(("triton", dtype), make, weight)
+
+
+def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    lead, inner, kh, kw = weight.shape
+    return weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDescriptor | None:
+    """``w`` of :func:`weight_rows` as a matrix that TMA reads in boxes of a tile, or None where it cannot.
+
+    From sm_90 on one thread then fetches a weight tile, where 256 threads issued eight 16-byte copies each (and
+    held their addresses: 206 registers became 194 on sm_90 with tiles of 128x256x64). A box must not run into the
+    next tap's or group's part of the reduction: what stands there is multiplied by zero, and may be NaN.
+    """
+    matrix = w.view(w.shape[0], -1)
+    if sizes["k_size"] % tile["K"] or not takes_boxes(matrix):
+        return None
+    box = [tile["K"], tile["N"]] if g.transposed else [tile["N"], tile["K"]]
+    return TensorDescriptor.from_tensor(matrix, box)
+
+
+def takes_boxes(matrix: Tensor) -> bool:
+    """Whether TMA reads this matrix: half precision from sm_90 on, rows that begin at multiples of 16 bytes."""
+    arch = tiling.device_facts(matrix.device)[0]
+    half = matrix.element_size() == 2 and matrix.numel() > 0
+    return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
+
+
+def nchw(x: Tensor) -> bool:
+    """Whether an output in the format of ``x`` [N, C, H, W] is NCHW rather than channels_last."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    # one channel, or one pixel, is contiguous both ways: then only the strides tell
+    return x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1])
+
+
+def empty_map(like: Tensor, batch: int, channels: int, h: int, w: int) -> Tensor:
+    """An uninitialised channels_last ``[N, C, H, W]``."""
+    options = {"dtype": like.dtype, "device": like.device}
+    return torch.empty((batch, channels, h, w), memory_format=torch.channels_last, **options)
+
+
+def adjoint(g: ConvGeometry) -> ConvGeometry:
+    """The geometry with input and output exchanged: tap t of q reads p where tap t of p read q."""
+    return g._replace(in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w, transposed=1 - g.transposed)
+
+
+def geometry_arguments(g: ConvGeometry) -> dict:
+    """The kernels' geometry arguments."""
+    sizes = {name: getattr(g, name) for name in UNSPECIALIZED[1:]}
+    steps = {"STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w, "DIL_H": g.dil_h, "DIL_W": g.dil_w}
+    return {**sizes, **steps, "KERNEL_W": g.kernel_w, "TAPS": g.taps, "TRANSPOSED": bool(g.transposed)}
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Rows of channels: a map [N, C, H, W] as channels_last, packed rows as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+
+
+def product_sizes(
+    in_channels: int, out_channels: int, w_shape: tuple[int, int, int], g: ConvGeometry
+) -> dict:
+    """The kernels' channel arguments; ``w_shape`` as :func:`weight_rows` returns it."""
+    k_size, n_size = in_channels // g.groups, out_channels // g.groups
+    sizes = {"k_size": k_size, "n_size": n_size, "lead": w_shape[1] * w_shape[2]}
+    return {**sizes, "in_channels": in_channels, "out_channels": out_channels}
+
+
+def is_narrow(sizes: dict, g: ConvGeometry) -> bool:
+    """Whether groups are too narrow for a matrix product (depthwise above all)."""
+    return g.groups > 1 and min(sizes["k_size"], sizes["n_size"]) < 16
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """Whether an element offset in one of these may pass 2**31."""
+    return any(t is not None and t.numel() >= INT32_LIMIT for t in tensors)
+
+
+def on_device(x: Tensor):
+    """Launches go to the current CUDA device: makes it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,378 @@
+"""Pixel-sparse convolution in Triton: ``conv`` and ``conv_input_grad``.
+
+``conv_weight_grad`` is in ``pixels_weight.py``.
+
+The signatures and the meaning are those of the reference in ``dynops/ops/pixels/conv.py``. Nothing here
+reads the count on the host, and nothing uses atomics: every result is bitwise reproducible.
+
+**Forward.** An implicit GEMM. A program owns a tile of plan rows and output channels and walks over
+(channel block, tap), computing the pointers of each tap from the pixel; the product accumulates in
+float32, the epilogue is applied in registers, and the tile is stored at its pixels. Weights come by TMA
+where there is one. In the capacity form a few programs walk over the tiles that the count covers. Where rows
+are so few that SMs would have nothing to do, the reduction is split into parts, added by a second kernel.
+
+**Input gradient.** The same kernel on the adjoint geometry: input pixel q gathers ``W[t]^T dy[p]`` over
+the active p that read it. Rows are first sorted by which taps are active for them (one integer sort, in
+Gray-code order, so that neighbours differ in few taps), and a tile walks only over the taps that some
+row of it has. Where masks are clustered the work is that of the active outputs. For a random mask a
+3x3 convolution walks over more, counted with tiles of 64 rows: 1.04 times the active MACs at 32x56x56
+and 50 %, 1.14 at 8x56x56 (1.24 at 25 %), 1.4 at 8x28x28, 1.8 at 1x28x28 (2.8 at 25 %). A larger kernel
+than 62 taps is not sorted and walks over all taps. A transposed convolution's forward uses the same
+order: there it separates the phases.
+
+Groups narrower than 16 channels (depthwise above all) use kernels without a matrix product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import ConvGeometry
+from . import gemm, tiling
+from .gemm import finish, load_pixels, lowest_tap, source_row, tap_set
+from .pixels_weight import conv_weight_grad
+from .rows import filled, gather_rows, scatter_rows
+
+__all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatter_rows"]
+
+# ------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
+def conv_kernel(
+    x, w, w_box, out, index, count, order, keys, source, target, bias, scale, shift, gate, residual,
+    rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The convolution at the pixels of ``index``: a tile a program, or, with a count on the device, as many
+    programs as run at once, which walk over the tiles that have rows. (A capacity may hold ten times the count,
+    and a program without rows still has to be given its shared memory on an SM: expected to cost, not measured.)"""
+    if count is None:
+        _conv_tile(
+            tl.program_id(0), x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+            rows, rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+            KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ACTIVATION, PRECISION,
+            WIDE, PARTS, M, N, K,
+        )  # fmt: skip
+    else:
+        valid = tl.minimum(rows, tl.load(count))
+        covered = valid
+        if (
+            WRITES_ROWS or order is not None
+        ):  # zeros past the count; rows without taps lie among those past it
+            covered = rows
+        for tile in range(tl.program_id(0), tl.cdiv(n_size, N) * tl.cdiv(covered, M), tl.num_programs(0)):
+            _conv_tile(
+                tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+                rows, valid, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+                KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ACTIVATION, PRECISION,
+                WIDE, PARTS, M, N, K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _conv_tile(
+    tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+    rows, valid_rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows and output channels of one group.
+
+    The weight is ``[groups*n_size, taps, k_size]``, transposed ``[groups*k_size, taps, n_size]``;
+    ``lead`` is the stride of its first dimension. ``w_box``: the same as a matrix that TMA reads, or None.
+    With ``order``, rows are taken in that order and ``keys`` are their tap sets in the same order. A result
+    goes to its row, its pixel, or, with ``target`` (a row for each pixel, or -1), to that row. PARTS > 1: each
+    part of the reduction stores float32 sums ``[PARTS, rows, out_channels]``, for finish_parts_kernel.
+    """
+    n_tiles = tl.cdiv(n_size, N)
+    group = tl.program_id(1)
+    first = (tile // n_tiles).to(tl.int64) * M if WIDE else (tile // n_tiles) * M
+    slot = first + tl.arange(0, M)
+    first_channel = (tile % n_tiles) * N
+    channel = first_channel + tl.arange(0, N)  # within the group
+    row = slot
+    if order is not None:
+        row = tl.load(order + slot, mask=slot < rows, other=rows).to(slot.dtype)
+    pixel = load_pixels(index, row, rows)
+    live = pixel >= 0
+    if order is not None:
+        key = tl.load(keys + slot, mask=slot < rows, other=0)
+        taps, walked = tap_set(key.to(tl.int32 if TAPS <= 31 else tl.int64), TAPS)
+        left = taps
+        tap = lowest_tap(taps)
+    else:
+        walked = tl.where(first < valid_rows, TAPS, 0)
+        tap = 0
+    start = 0
+    steps = walked * tl.cdiv(k_size, K)
+    if PARTS > 1:
+        each = tl.cdiv(TAPS * tl.cdiv(k_size, K), PARTS)
+        begin = tl.program_id(2) * each
+        tap = begin % TAPS
+        start = (begin // TAPS) * K
+        steps = tl.maximum(0, tl.minimum(each, steps - begin))
+    channel_mask = channel < n_size
+    w_group = w + group.to(tl.int64) * lead * (k_size if TRANSPOSED else n_size)
+    reduction = tl.arange(0, K)
+    acc = tl.zeros([M, N], tl.float32)
+    # Taps are the inner loop: neighbouring ones read the same rows, which are then still in L1 (hence ".ca")
+    for _ in range(steps):
+        k = start + reduction
+        k_mask = k < k_size
+        at, valid = source_row(
+            pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+        )  # fmt: skip
+        x_at = at[:, None] * in_channels + (group * k_size + k)[None, :]
+        a = tl.load(
+            x + x_at,
+            mask=valid[:, None] & k_mask[None, :],
+            other=0.0,
+            cache_modifier=".ca" if TAPS > 1 else "",
+        )
+        if w_box is None:
+            if TRANSPOSED:
+                w_at = k[:, None] * lead + tap * n_size + channel[None, :]
+            else:
+                w_at = channel[None, :] * lead + tap * k_size + k[:, None]
+            b = tl.load(w_group + w_at, mask=k_mask[:, None] & channel_mask[None, :], other=0.0)
+        elif TRANSPOSED:
+            b = w_box.load([group * k_size + start, tap * n_size + first_channel])
+        else:
+            b = w_box.load([group * n_size + first_channel, tap * k_size + start]).T
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if order is not None:
+            left &= left - 1
+            done = left == 0
+            left = tl.where(done, taps, left)
+            tap = lowest_tap(left)
+        else:
+            tap += 1
+            done = tap == TAPS
+            tap = tl.where(done, 0, tap)
+        start += tl.where(done, K, 0)
+    channel += group * n_size
+    if PARTS > 1:
+        at = (tl.program_id(2).to(tl.int64) * rows + slot)[:, None] * out_channels + channel[None, :]
+        tl.store(out + at, acc, mask=(slot < rows)[:, None] & channel_mask[None, :])
+    else:
+        z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
+        _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+
+
+@triton.jit
+def _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels,
+           WRITES_ROWS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Stores a tile at its rows (zero past the count), at its pixels, or where ``target`` says."""
+    if WRITES_ROWS:
+        at = row
+        z = tl.where(live[:, None], z, 0.0)
+        stored = row < rows
+    elif target is not None:
+        at = tl.load(target + pixel, mask=live, other=-1)
+        stored = at >= 0
+    else:
+        at = pixel
+        stored = live
+    if WIDE:
+        at = at.to(tl.int64)
+    at = at[:, None] * out_channels + channel[None, :]
+    tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_parts_kernel(
+    sums, out, index, target, bias, scale, shift, gate, residual, rows, out_channels,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The parts of a reduction added in their order, then finished and stored as _conv_tile does it."""
+    row = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * M + tl.arange(0, M)
+    channel = tl.program_id(1) * N + tl.arange(0, N)
+    channel_mask = channel < out_channels
+    pixel = load_pixels(index, row, rows)
+    live = pixel >= 0
+    z = tl.zeros([M, N], tl.float32)
+    at = row.to(tl.int64)[:, None] * out_channels + channel[None, :]
+    for part in range(PARTS):
+        part_at = part * rows.to(tl.int64) * out_channels
+        z += tl.load(sums + part_at + at, mask=live[:, None] & channel_mask[None, :], other=0.0)
+    z = finish(z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
+    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+
+
+@triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
+def direct_conv_kernel(
+    x, w, out, index, count, source, target, bias, scale, shift, gate, residual,
+    rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """As conv_kernel without a matrix product, for narrow groups; a tile spans groups."""
+    n_tiles = tl.cdiv(out_channels, N)
+    tile = tl.program_id(0)
+    first = (tile // n_tiles).to(tl.int64) * M if WIDE else (tile // n_tiles) * M
+    row = first + tl.arange(0, M)
+    channel = (tile % n_tiles) * N + tl.arange(0, N)
+    channel_mask = channel < out_channels
+    pixel = load_pixels(index, row, rows)
+    live = pixel >= 0
+    walked = TAPS
+    if count is not None:
+        walked = tl.where(first < tl.load(count), TAPS, 0)
+    group = channel // n_size
+    acc = tl.zeros([M, N], tl.float32)
+    for tap in range(walked):
+        at, valid = source_row(
+            pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+        )  # fmt: skip
+        for k in range(k_size):
+            x_at = at[:, None] * in_channels + (group * k_size + k)[None, :]
+            a = tl.load(x + x_at, mask=valid[:, None] & channel_mask[None, :], other=0.0)
+            if TRANSPOSED:
+                w_at = (group * k_size + k) * lead + tap * n_size + channel % n_size
+            else:
+                w_at = channel * lead + tap * k_size + k
+            b = tl.load(w + w_at, mask=channel_mask, other=0.0)
+            acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
+    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+
+
+# ----------------------------------------------------------------------------------- launchers
+
+
+def conv(
+    x: Tensor,  # [N, C, H, W], or [R, C] with source
+    weight: Tensor,  # [O, C/groups, kh, kw]; transposed: [C, O/groups, kh, kw]
+    bias: Tensor | None,  # [O]
+    index: Tensor,  # [P]
+    count: Tensor | None,  # [1]
+    source: Tensor | None,  # [N, in_h, in_w]: the row of x at each input pixel, or -1
+    geometry: list[int],
+    activation: str,
+    scale: Tensor | None,  # [O]
+    shift: Tensor | None,  # [O]
+    gate: Tensor | None,  # [P]
+    residual: Tensor | None,  # [P, O]
+    base: Tensor | None,  # [N, O, out_h, out_w]
+    rows: bool,  # whether to return packed rows
+) -> Tensor:  # [P, O] if rows (zero past the count) else [N, O, out_h, out_w]
+    """The convolution at the pixels of ``index``, with its epilogue."""
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
+    reads = "pixels" if source is None else "packed"
+    ordered = bool(g.transposed) and g.stride_h * g.stride_w > 1
+    epilogue = [None if t is None else t.contiguous() for t in (bias, scale, shift, gate, residual)]
+    if rows:
+        out = x.new_empty(index.shape[0], channels)
+        _gather(x, weight, out, index, count, source, None, g, reads, True, ordered, epilogue, activation)
+        return out
+    out = gemm.empty_map(x, g.batch, channels, g.out_h, g.out_w)
+    with filled(out, base, index, count):
+        _gather(x, weight, out, index, count, source, None, g, reads, False, ordered, epilogue, activation)
+    return out.contiguous() if source is None and gemm.nchw(x) else out
+
+
+def conv_input_grad(
+    grad: Tensor,  # [P, O] if rows else [N, O, out_h, out_w]
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor | None,
+    source: Tensor | None,
+    source_rows: int,  # rows of x, where it is packed
+    geometry: list[int],
+    rows: bool,
+) -> Tensor:  # like x
+    """The gradient of ``conv`` (without its epilogue) with respect to x."""
+    g = ConvGeometry(*geometry)
+    channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+    if source is None:
+        out = gemm.empty_map(grad, g.batch, channels, g.in_h, g.in_w)
+    else:
+        out = grad.new_zeros(source_rows, channels)
+    if g.is_pointwise:  # every output pixel has an input pixel of its own
+        reads = "aligned" if rows else "pixels"
+        with filled(out, None, index, count) if source is None else contextlib.nullcontext():
+            _gather(grad, weight, out, index, count, None, source, gemm.adjoint(g), reads)
+    else:
+        active = torch.ops.dynops.inverse_index(index, count, list(g.out_shape))
+        reads = "packed" if rows else "active"
+        _gather(grad, weight, out, None, None, active, source, gemm.adjoint(g), reads, ordered=True)
+    return out.contiguous() if not rows and source is None and gemm.nchw(grad) else out
+
+
+def _gather(
+    x: Tensor,  # [N, C, H, W] or [R, C]
+    weight: Tensor,
+    out: Tensor,  # [N, O, out_h, out_w] channels_last or [P, O]
+    index: Tensor | None,  # [P], or None for every pixel of the output
+    count: Tensor | None,
+    source: Tensor | None,
+    target: Tensor | None,  # the row of out at each pixel, or -1
+    g: ConvGeometry,  # of this product: the adjoint one for an input gradient
+    reads: str,  # see gemm.source_row
+    writes_rows: bool = False,
+    ordered: bool = False,  # whether to sort the rows by their taps
+    epilogue=(None,) * 5,
+    activation: str = "",
+) -> None:
+    """Chooses the kernel and launches it: out = epilogue(sum over taps of weight x)."""
+    rows = g.batch * g.out_h * g.out_w if index is None else index.shape[0]
+    if rows == 0 or out.numel() == 0:
+        return
+    x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype)
+    sizes = gemm.product_sizes(x.shape[1], out.shape[1], w.shape, g)
+    options = {"READS": reads, "WIDE": gemm.is_wide(x, w, out, source, target), **gemm.geometry_arguments(g)}
+    stored = {"WRITES_ROWS": writes_rows, "ACTIVATION": activation}
+    with gemm.on_device(x):
+        if gemm.is_narrow(sizes, g):
+            tile = tiling.direct_tile(out.shape[1])
+            grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
+            direct_conv_kernel[grid](x, w, out, index, count, source, target, *epilogue, rows, **sizes, **options, **stored, **tile)  # fmt: skip
+            return
+        order = keys = None
+        if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
+            keys, order = gemm.tap_order(index, source, rows, options, x.device)
+        tile, precision = tiling.choose(
+            x, rows, sizes["n_size"], sizes["k_size"], g.groups,
+            family="pixels", indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=epilogue[4] is not None,
+        )  # fmt: skip
+        blocks = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
+        steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])
+        parts = tiling.parts(x.device, blocks * g.groups, steps)
+        sums = (
+            out
+            if parts == 1
+            else torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
+        )
+        programs = blocks if count is None else min(blocks, tiling.resident(x.device))
+        options["WIDE"] |= gemm.is_wide(sums)
+        conv_kernel[programs, g.groups, parts](
+            x, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *epilogue, rows,
+            **sizes, **options, **stored, PRECISION=precision, PARTS=parts, **tile,
+        )  # fmt: skip
+        if parts > 1:
+            _finish_parts(sums, out, index, target, epilogue, rows, options["WIDE"], stored, parts)
+
+
+def _finish_parts(sums: Tensor, out: Tensor, index, target, epilogue, rows: int, wide: bool, stored: dict, parts: int) -> None:  # fmt: skip
+    channels = out.shape[1]
+    tile = tiling.direct_tile(channels)
+    finish_parts_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
+        sums, out, index, target, *epilogue, rows, channels, **stored, WIDE=wide, PARTS=parts, **tile
+    )

@@ -1,0 +1,1 @@
+"""Convolutions on some channels of each sample, and with per-sample weights."""

@@ -1,0 +1,286 @@
+"""Local convolution: a filter of its own for each pixel, shared by the channels of a group.
+
+The mathematics, for output pixel p, taps t, input position q(p, t) (``geometry.ConvGeometry``, at pixel
+p // upsample) and g(c) the group of channel c::
+
+    out[n, c, p] = sum_t kernels[n, g(c) * T + t, p] x[n, c, q(p, t)]
+
+The gradients::
+
+    dx[n, c, q]              = sum over (p, t) with q(p, t) = q of kernels[n, g(c) * T + t, p] dy[n, c, p]
+    dkernels[n, g * T + t, p] = sum over c in g of dy[n, c, p] x[n, c, q(p, t)]
+
+``_conv``, ``_conv_input_grad`` and ``_conv_kernel_grad`` are the reference in plain PyTorch, tap by tap; the
+kernels have the same signatures. The geometry is that of the output before it is upsampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import backends, modes
+from ...geometry import ConvGeometry, as_geometry, is_int, pair
+from ...kernels.cpu import channel_outputs as cpp_channel_outputs
+from ...kernels.layout import memory_format_of
+from .. import batching, checks
+from ..registry import define
+
+# ---------------------------------------------------------------------------------- reference
+
+
+def _wide(x: Tensor) -> Tensor:
+    """As sums are kept: half precision in float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _padded_size(g: ConvGeometry) -> tuple[int, int]:
+    """What the taps of all outputs span; the input may be larger where a stride leaves some of it over."""
+    height = (g.out_h - 1) * g.stride_h + g.dil_h * (g.kernel_h - 1) + 1
+    width = (g.out_w - 1) * g.stride_w + g.dil_w * (g.kernel_w - 1) + 1
+    return max(height, g.pad_h + g.in_h), max(width, g.pad_w + g.in_w)
+
+
+def _taps(padded: Tensor, g: ConvGeometry) -> Iterator[tuple[int, Tensor]]:
+    """For each tap the view ``[N, C, out_h, out_w]`` of the padded input that the outputs read."""
+    for t in range(g.taps):
+        y, x = t // g.kernel_w * g.dil_h, t % g.kernel_w * g.dil_w
+        rows = padded[:, :, y : y + (g.out_h - 1) * g.stride_h + 1 : g.stride_h]
+        yield t, rows[..., x : x + (g.out_w - 1) * g.stride_w + 1 : g.stride_w]
+
+
+def _padded(x: Tensor, g: ConvGeometry) -> Tensor:
+    height, width = _padded_size(g)
+    return F.pad(x, (g.pad_w, width - g.pad_w - g.in_w, g.pad_h, height - g.pad_h - g.in_h))
+
+
+def _upsampled(x: Tensor, scale: int) -> Tensor:
+    return x if scale == 1 else x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
+def _summed(x: Tensor, scale: int) -> Tensor:
+    """The sums over each ``scale x scale`` pixels: the gradient of :func:`_upsampled`."""
+    return x if scale == 1 else x.unflatten(3, (-1, scale)).sum(4).unflatten(2, (-1, scale)).sum(3)
+
+
+def _conv(
+    x: Tensor,  # [N, C, H, W]
+    kernels: Tensor,  # [N, groups * T, out_h * upsample, out_w * upsample]
+    geometry: list[int],
+    upsample: int,
+) -> Tensor:  # [N, C, out_h * upsample, out_w * upsample]
+    g = as_geometry(geometry)
+    filters = _wide(kernels).unflatten(1, (g.groups, 1, g.taps))
+    out = 0
+    for t, patch in _taps(_padded(_wide(x), g), g):
+        out = out + filters[:, :, :, t] * _upsampled(patch, upsample).unflatten(1, (g.groups, -1))
+    return out.flatten(1, 2).to(x.dtype)
+
+
+def _conv_input_grad(
+    grad: Tensor,  # [N, C, out_h * upsample, out_w * upsample]
+    kernels: Tensor,
+    geometry: list[int],
+    upsample: int,
+) -> Tensor:  # [N, C, H, W]
+    g = as_geometry(geometry)
+    filters = _wide(kernels).unflatten(1, (g.groups, 1, g.taps))
+    dy = _wide(grad).unflatten(1, (g.groups, -1))
+    padded = dy.new_zeros(g.batch, grad.shape[1], *_padded_size(g))
+    for t, patch in _taps(padded, g):
+        patch += _summed((filters[:, :, :, t] * dy).flatten(1, 2), upsample)
+    inside = padded[:, :, g.pad_h : g.pad_h + g.in_h, g.pad_w : g.pad_w + g.in_w]
+    return inside.to(grad.dtype)
+
+
+def _conv_kernel_grad(
+    grad: Tensor,
+    x: Tensor,
+    geometry: list[int],
+    upsample: int,
+) -> Tensor:  # [N, groups * T, out_h * upsample, out_w * upsample]
+    g = as_geometry(geometry)
+    dy = _wide(grad).unflatten(1, (g.groups, -1))
+    sums = [
+        (dy * _upsampled(patch, upsample).unflatten(1, (g.groups, -1))).sum(2)
+        for _, patch in _taps(_padded(_wide(x), g), g)
+    ]
+    return torch.stack(sums, 2).flatten(1, 2).to(grad.dtype)
+
+
+# ---------------------------------------------------------------------- backends, fakes, schema
+
+
+def _has_kernels(backend: str, x: Tensor) -> bool:
+    return backends.choose(backend, x.device, x.dtype) == "cpp"
+
+
+def _run_conv(x, kernels, geometry, upsample, backend):
+    run = cpp_channel_outputs.local_conv if _has_kernels(backend, x) else _conv
+    return run(x, kernels, geometry, upsample).contiguous(memory_format=memory_format_of(x))
+
+
+def _run_input_grad(grad, kernels, geometry, upsample, backend):
+    run = cpp_channel_outputs.local_conv_input_grad if _has_kernels(backend, grad) else _conv_input_grad
+    return run(grad, kernels, geometry, upsample).contiguous(memory_format=memory_format_of(grad))
+
+
+def _run_kernel_grad(grad, x, geometry, upsample, backend):
+    run = cpp_channel_outputs.local_conv_kernel_grad if _has_kernels(backend, x) else _conv_kernel_grad
+    return run(grad, x, geometry, upsample).contiguous(memory_format=memory_format_of(grad))
+
+
+def _fake_map(like: Tensor, *shape) -> Tensor:
+    return like.new_empty(shape).contiguous(memory_format=memory_format_of(like))
+
+
+def _fake_conv(x, kernels, geometry, upsample, backend):
+    return _fake_map(x, *x.shape[:2], *kernels.shape[2:])
+
+
+def _fake_input_grad(grad, kernels, geometry, upsample, backend):
+    g = as_geometry(geometry)
+    return _fake_map(grad, *grad.shape[:2], g.in_h, g.in_w)
+
+
+def _fake_kernel_grad(grad, x, geometry, upsample, backend):
+    g = as_geometry(geometry)
+    return _fake_map(grad, grad.shape[0], g.groups * g.taps, *grad.shape[2:])
+
+
+# Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
+
+
+def _input_grad_backward(ctx, dx):
+    grad, kernels = ctx.saved_tensors
+    need_grad, need_kernels = ctx.needs_input_grad[:2]
+    options = (ctx.geometry, ctx.upsample, ctx.backend)
+    d_grad = _convolution(dx, kernels, *options) if need_grad else None
+    return d_grad, (_kernel_grad(grad, dx, *options) if need_kernels else None), None, None, None
+
+
+def _kernel_grad_backward(ctx, d_kernels):
+    grad, x = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    options = (ctx.geometry, ctx.upsample, ctx.backend)
+    d_grad = _convolution(x, d_kernels, *options) if need_grad else None
+    return d_grad, (_input_grad(grad, d_kernels, *options) if need_x else None), None, None, None
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.geometry, ctx.upsample, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+_input_grad = define(
+    "local_conv_input_grad(Tensor grad, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
+    _run_input_grad,
+    _fake_input_grad,
+    _setup_context,
+    _input_grad_backward,
+    terms="grad kernels",
+    vmap=batching.samples("grad", "kernels"),
+)
+_kernel_grad = define(
+    "local_conv_kernel_grad(Tensor grad, Tensor x, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
+    _run_kernel_grad,
+    _fake_kernel_grad,
+    _setup_context,
+    _kernel_grad_backward,
+    terms="grad x",
+    vmap=batching.samples("grad", "x"),
+)
+
+
+def _backward(ctx, grad):
+    x, kernels = ctx.saved_tensors
+    need_x, need_kernels = ctx.needs_input_grad[:2]
+    options = (ctx.geometry, ctx.upsample, ctx.backend)
+    dx = _input_grad(grad, kernels, *options) if need_x else None
+    return dx, (_kernel_grad(grad, x, *options) if need_kernels else None), None, None, None
+
+
+_convolution = define(
+    "local_conv(Tensor x, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
+    _run_conv,
+    _fake_conv,
+    _setup_context,
+    _backward,
+    terms="x kernels",
+    vmap=batching.samples("x", "kernels"),
+)
+
+# ------------------------------------------------------------------------------ public functions
+
+
+def local_conv2d(
+    x: Tensor,
+    kernels: Tensor,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """2-D convolution with filters of its own at each output pixel: one filter for the channels of a group.
+
+    With ``u = unfold(x, kernel_size, …)`` as ``[N, groups, C/groups, T, out_H, out_W]`` and ``k = kernels`` as
+    ``[N, groups, 1, T, out_H, out_W]``, equals ``(k * u).sum(3)``, but nothing is unfolded. Involution,
+    dynamic filters and pixel-adaptive convolution are this with their own kernels, CARAFE with ``upsample``
+    and kernels that sum to one.
+
+    Args:
+        x: ``[N, C, H, W]``, either memory format; the output has the same one. channels_last is the fast one,
+            for the kernels too: another is copied.
+        kernels: ``[N, groups * kh * kw, out_H, out_W]``, of ``x``'s dtype; tap ``(r, s)`` of group g is channel
+            ``(g * kh + r) * kw + s``.
+        kernel_size: (kh, kw).
+        stride, padding, dilation, padding_mode: as in ``nn.Conv2d``.
+        groups: how many filters a pixel has; each is applied to C/groups adjacent channels.
+        upsample: s makes the output s times as high and wide; output pixel ``(y, x)`` reads what ``(y // s, x // s)``
+            of the output without it would.
+        backend: "cpp" or "reference"; None takes the fastest.
+
+    Returns:
+        ``[N, C, out_H, out_W]``, dtype of ``x``. ``x`` and ``kernels`` get their gradients.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, with what was expected and what came.
+        RuntimeError: a named backend that cannot run here.
+
+    Papers: dynamic filter networks (NIPS 2016), pixel-adaptive convolution (CVPR 2019), CARAFE (ICCV 2019),
+    involution (CVPR 2021).
+    """
+    if backend == "triton":
+        raise RuntimeError("backend='triton': local_conv2d has no Triton kernel")
+    checks.tensor(x, "x", 4, "[N, C, H, W]")
+    checks.tensor(kernels, "kernels", 4, "[N, groups * kh * kw, out_H, out_W]")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if (dtype := modes.autocast_dtype(x)) is not None:
+        x, kernels = x.to(dtype), kernels.to(dtype)
+    checks.same(kernels, "kernels", x)
+    if not is_int(upsample, 1):
+        raise ValueError(f"upsample: expected an int >= 1, got {upsample!r}")
+    if not is_int(groups, 1) or x.shape[1] % groups:
+        raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups!r}")
+    kernel = pair(kernel_size, "kernel_size", 1)
+    g, fill = checks.conv_geometry(x.shape, (x.shape[1], x.shape[1] // groups, *kernel), stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    expected = (g.batch, groups * g.taps, g.out_h * upsample, g.out_w * upsample)
+    if tuple(kernels.shape) != expected:
+        raise ValueError(
+            f"kernels: expected shape {expected}, as kernel_size {kernel} with groups={groups} has it, "
+            f"got {tuple(kernels.shape)}"
+        )
+    x = x if fill is None else F.pad(x, fill, mode=padding_mode)
+    return _convolution(x, kernels, g, upsample, backend or "")
+
+
+__all__ = ["local_conv2d"]

@@ -1,0 +1,140 @@
+"""auto: whether the pixels of a plan, or all of them in the dense layer, are computed faster.
+
+Decided by the plan's density and what was measured on the device's architecture (``kernels.configs``). Where that
+has no answer, for a capacity plan (whose density the host does not know) and while a compiler traces, no density
+decides: then the dense layer runs only where a plan holds every pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, modes
+from ..geometry import ConvGeometry
+from ..kernels import configs
+from ..kernels.cpu import pixels as cpp
+from ..plans import PixelPlan
+from . import checks
+from .epilogue import ACTIVATIONS
+from .pixels.rows import scatter_pixels
+
+
+def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
+    """Whether the density of a plan with this ``count`` may decide at all."""
+    if torch.compiler.is_compiling() or count is not None:
+        return False
+    return configs.of(device) is not None and dtype in backends.FAST_DTYPES and not modes.transformed()
+
+
+def break_even(
+    path: str, device: torch.device, dtype: torch.dtype, weight: Tensor, g: ConvGeometry
+) -> float | None:
+    """The share of a convolution's output pixels below which ``path`` is faster than the dense layer.
+
+    None where that was not measured: a transposed convolution, or groups that are neither one nor depthwise.
+
+    Args:
+        path: "pixels", "full", "rows" or "tiles", as :meth:`configs.Config.shares` has them.
+        dtype: that of the product, which under autocast is not that of the input.
+    """
+    config, inputs = configs.of(device), weight.shape[1] * g.groups
+    depthwise = g.groups == inputs == weight.shape[0]
+    if config is None or g.transposed or not (g.groups == 1 or depthwise):
+        return None
+    form, pixels = "conv" if g.groups == 1 else "depthwise", g.batch * g.out_h * g.out_w
+    shares = config.shares(configs.precision(dtype), form, g.taps, inputs, weight.shape[0], pixels)
+    return None if shares is None else shares.get(path)
+
+
+def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool | None:
+    """Whether the dense layer computes a plan faster than the op does; None where that was not measured."""
+    if not decides(x.device, x.dtype, plan.count):
+        return None
+    share = break_even("full" if plan.is_full else "pixels", x.device, x.dtype, weight, g)
+    return None if share is None else plan.num_rows > share * plan.num_pixels
+
+
+# A CPU's time in products of float32, of which two cores make 150 a ns. Of a pixel, ours takes for each output its
+# products and as many as 50 more (the table of its taps, sums that begin and end; 1x1: 20), and depthwise 1200 and 37 a channel
+# where the dense layer's bytes take 32. The dense layer comes to its result by one more pass and calls, which leave
+# its threads asleep: 100 us (64 to 256 channels, 56 x 56: 0.37 ms alone, 0.45 after a plan was built).
+# Measured, channels_last, Sapphire Rapids and Zen 5, the densities from which the dense layer won: 18 products an output
+# (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7; 256 (1x1) 0.8
+# to 0.95; 1152 (3x3, stride 2) 0.95; depthwise 32 channels 0.15, 144 0.3 to 0.5, 512 and more never to 0.7.
+_PIXEL_PRODUCTS, _POINTWISE_PRODUCTS, _FINISH = 50, 20, 15e6
+_DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
+
+
+def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether a CPU computes ``rows`` scattered pixels of a channels_last map faster with the dense layer and a mask."""
+    pixels, outputs, products = g.batch * g.out_h * g.out_w, weight.shape[0], weight.shape[1] * g.taps
+    more = _PIXEL_PRODUCTS if g.taps > 1 else _POINTWISE_PRODUCTS
+    ours, dense = rows * outputs * (products + more), pixels * outputs * products
+    if g.groups == outputs and weight.shape[1] == 1:
+        ours = rows * (_DEPTHWISE_PIXEL + _DEPTHWISE_ROWS * outputs)
+        dense = pixels * _DEPTHWISE_DENSE * outputs
+    return ours > dense + _FINISH
+
+
+def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | None) -> Tensor:
+    """The op's result from that of the dense convolution, bias included: where(mask, epilogue(out), base or 0).
+
+    Args:
+        out: ``[N, O, H, W]``; written over where gradients are off.
+        epilogue: (activation, scale, shift, gate ``[P]``, residual ``[P, O]`` or ``[N, O, H, W]``).
+        base: ``[N, O, H, W]`` of ``out``'s dtype.
+    """
+    activation, scale, shift, gate, residual = epilogue
+    if (
+        (torch.is_grad_enabled() or modes.transformed())
+        and not plan.is_full
+        and not checks.epilogue_is_empty(epilogue)
+    ):
+        # an infinity there times a gradient of zero would be NaN
+        out = out.masked_fill(_inactive_mask(plan), 0)
+    if scale is not None:
+        out = out * scale.to(out.dtype)[:, None, None]
+    if shift is not None:
+        out = out + shift.to(out.dtype)[:, None, None]
+    if gate is not None:
+        out = out * scatter_pixels(gate.to(out.dtype)[:, None], plan)
+    if residual is not None:
+        out = out + (residual if residual.dim() == 4 else scatter_pixels(residual, plan))
+    out = ACTIVATIONS[activation](out)
+    return out if plan.is_full else keep_pixels(out, plan, base)
+
+
+def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
+    """``out`` at the plan's pixels, ``base`` (or zero) elsewhere; written over where gradients are off.
+
+    There only inactive rows are touched: a mask would read and write all of a map that is dense almost everywhere.
+    """
+    maps = (out,) if base is None else (out, base)
+    watched = torch.is_grad_enabled() or modes.transformed()
+    if watched or not all(t.is_contiguous(memory_format=torch.channels_last) for t in maps):
+        inactive = _inactive_mask(plan)
+        return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
+    if out.device.type == "cpu" and backends.has_binary():
+        return cpp.keep_pixels(out, plan.index, plan.count, base)
+    rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)
+    index = _inactive_index(plan)
+    if base_rows:
+        rows.index_copy_(0, index, base_rows[0].index_select(0, index))
+    else:
+        rows.index_fill_(0, index, 0)
+    return out
+
+
+def _inactive_mask(plan: PixelPlan) -> Tensor:
+    """Bool ``[N, 1, H, W]``."""
+    return (plan.inverse() < 0)[:, None]
+
+
+def _inactive_index(plan: PixelPlan) -> Tensor:
+    """int64 flat positions of the pixels that are not in a compact plan (kept): their number is known, so that a GPU
+    is not waited for."""
+    size = plan.num_pixels - plan.num_rows
+    return plan.derived(
+        "inactive", lambda: torch.nonzero_static(plan.inverse().view(-1) < 0, size=size)[:, 0]
+    )

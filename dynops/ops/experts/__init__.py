@@ -1,0 +1,1 @@
+"""Products of each token with its experts' weights."""

@@ -1,0 +1,1 @@
+"""Convolutions on the pixels of a plan, and the rows that they are packed in."""

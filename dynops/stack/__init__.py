@@ -1,0 +1,1 @@
+"""A module as a graph of layers, run on rows or on tiles."""

@@ -1,0 +1,198 @@
+"""Values of the pixel kernels in Triton's interpreter. Run by ``test_triton_interpreter.py``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import interpreter  # noqa: F401 (mends the interpreter)
+import pytest
+import torch
+from pixel_launches import CASES, DTYPES, Inputs, check, of_cases
+
+from dynops import PixelPlan, ops
+from dynops.geometry import ConvGeometry
+from dynops.kernels.triton import gemm, pixels, rows, tiling
+from dynops.ops.pixels import conv as reference
+from dynops.testing import random_mask, random_tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@of_cases
+def test_forward(name, dtype):
+    inputs = Inputs(CASES[name], dtype)
+    check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(CASES[name].o, dtype=dtype))
+    if not CASES[name].packed_out and not CASES[name].packed_in:
+        assert gemm.nchw(inputs.conv(pixels.conv)) == gemm.nchw(inputs.x)
+
+
+@of_cases
+def test_input_grad(name, dtype):
+    inputs = Inputs(CASES[name], dtype)
+    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+
+
+@of_cases
+def test_weight_grad(name, dtype):
+    inputs = Inputs(CASES[name], dtype)
+    check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
+
+
+@pytest.mark.parametrize(
+    "activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
+)
+@pytest.mark.parametrize("name", ["3x3", "depthwise", "packed", "transposed-stride"])
+def test_epilogue(name, activation):
+    for dtype in DTYPES if name == "3x3" else DTYPES[:1]:
+        inputs, channels = Inputs(CASES[name], dtype), CASES[name].o
+        rows, g = inputs.plan.num_rows, inputs.g
+        changes = {k: random_tensor(channels, dtype=dtype) for k in ("bias", "scale", "shift")}
+        changes |= {
+            "gate": random_tensor(rows, dtype=dtype),
+            "residual": random_tensor(rows, channels, dtype=dtype),
+        }
+        if not CASES[name].packed_out:
+            changes["base"] = random_tensor(g.batch, channels, g.out_h, g.out_w, dtype=dtype)
+        check(inputs.conv, pixels.conv, reference._conv, activation=activation, **changes)
+
+
+def test_nan_passes_through_every_activation():
+    inputs = Inputs(replace(CASES["1x1"], mask="full"), torch.float32)
+    inputs.x[0, 0, 0, 0] = float("nan")
+    for activation in ("", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"):
+        assert inputs.conv(pixels.conv, activation=activation)[0, :, 0, 0].isnan().all(), activation
+
+
+@pytest.mark.parametrize("name", ["3x3", "packed", "depthwise", "transposed-stride", "capacity"])
+@pytest.mark.parametrize("limit", ["int64-offsets", "small-tiles"])
+def test_other_configurations(name, limit, monkeypatch):
+    """The 64-bit offsets that tensors past 2**31 elements take, and the tiles of small problems."""
+    if limit == "int64-offsets":
+        monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
+    else:
+        monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
+    inputs = Inputs(CASES[name], torch.float32)
+    check(inputs.conv, pixels.conv, reference._conv)
+    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+    check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
+
+
+@pytest.mark.parametrize("name", ["3x3", "groups", "transposed-stride", "packed", "capacity", "wide"])
+def test_weights_by_tma(name, monkeypatch):
+    """The boxes in which sm_90 fetches weights. What lies beside a box's own part is NaN or another group's."""
+    case = replace(CASES[name], c=64 if name == "wide" else 32, o=40)
+    boxes, from_tensor = [], gemm.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
+    )
+    for processors in (1, 64) if name == "3x3" else (64,):
+        monkeypatch.setattr(tiling, "device_facts", lambda device, n=processors: (90, n))
+        inputs = Inputs(case, torch.bfloat16)
+        check(inputs.conv, pixels.conv, reference._conv)
+        check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+    assert len(boxes) == (2 if name == "3x3" else 1), "one for the forward product of each run"
+
+
+SPLIT = [(name, torch.float32) for name in ("groups", "dilation", "packed-in", "packed-out", "capacity", "capacity-packed", "empty")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,dtype", [*SPLIT, ("3x3", torch.bfloat16)])
+def test_split_reductions(name, dtype, monkeypatch):
+    """Few rows: the reduction in parts, whose sums are added and finished by a second kernel."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
+    split, choose = [], tiling.parts
+    monkeypatch.setattr(tiling, "parts", lambda *given: split.append(choose(*given)) or split[-1])
+    case, packed = replace(CASES[name], c=72, o=36 if name == "groups" else 20), CASES[name].packed_out
+    inputs = Inputs(case, dtype)
+    rows, g = inputs.plan.num_rows, inputs.g
+    changes = {key: random_tensor(case.o, dtype=dtype) for key in ("bias", "scale", "shift")}
+    changes |= {
+        "gate": random_tensor(rows, dtype=dtype),
+        "residual": random_tensor(rows, case.o, dtype=dtype),
+    }
+    if not packed:
+        changes["base"] = random_tensor(g.batch, case.o, g.out_h, g.out_w, dtype=dtype)
+    check(inputs.conv, pixels.conv, reference._conv, activation="relu", **changes)
+    assert name == "empty" or max(split) > 1
+
+
+@pytest.mark.parametrize("name", ["3x3", "1x1", "depthwise", "transposed-stride", "packed-in", "capacity", "empty", "full", "one", "no-images"])  # fmt: skip
+def test_filled_beside(name, monkeypatch):
+    """The fill of a large map, which writes where the plan has no pixel and nowhere else."""
+    monkeypatch.setattr(rows, "_LARGE", 1)
+    inputs = Inputs(CASES[name], torch.float32)
+    g = inputs.g
+    base = random_tensor(g.batch, CASES[name].o, g.out_h, g.out_w)
+    for value in (None, base):
+        check(inputs.conv, pixels.conv, reference._conv, base=value)
+    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+    out = gemm.empty_map(base, *base.shape)
+    with rows.filled(out, base, inputs.plan.index, inputs.plan.count):
+        assert out.permute(0, 2, 3, 1)[inputs.plan.mask()].isnan().all(), "an active pixel was written"
+
+
+def test_programs_walk_over_tiles(monkeypatch):
+    """A capacity form with more tiles than programs: each walks over several."""
+    monkeypatch.setattr(tiling, "resident", lambda device: 2)
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
+    monkeypatch.setattr(tiling, "parts", lambda *given: 1)
+    for name in ("capacity", "capacity-packed", "capacity-exceeded", "capacity-transposed", "capacity-empty"):
+        case = replace(CASES[name], n=3, h=11, w=11, capacity=CASES[name].capacity * 5)
+        inputs = Inputs(case, torch.float32)
+        check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(case.o))
+
+
+def test_many_slices_of_rows(monkeypatch):
+    """A weight gradient whose rows are split among programs and added in a second pass."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
+    for name in ("3x3", "depthwise"):
+        inputs = Inputs(replace(CASES[name], h=14, w=14, mask="full"), torch.float32)
+        check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
+
+
+def test_input_gradient_walks_over_the_taps_of_active_outputs():
+    """The work of a tile is the union of its rows' taps; the docstring of kernels/pixels.py has the numbers."""
+    g = ConvGeometry(8, 56, 56, 56, 56, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)
+    plan = PixelPlan.from_mask(random_mask(g.out_shape, 0.5))
+    active = plan.inverse()
+    options = {"READS": "active", "WIDE": False, **gemm.geometry_arguments(gemm.adjoint(g))}
+    keys, order = gemm.tap_order(None, active, plan.num_pixels, options, active.device)
+    sets = keys.int() ^ (keys.int() >> 1)
+    read = torch.nn.functional.unfold((active >= 0).float()[:, None], 3, padding=1)  # [N, 9, H*W]
+    bits = (read.flip(1).long() << torch.arange(9).view(1, 9, 1)).sum(1).reshape(-1)
+    assert torch.equal(sets, bits[order].int())
+    union = sets.view(-1, 64).clone()
+    while union.shape[1] > 1:
+        union = union[:, ::2] | union[:, 1::2]
+    walked = sum(int(((union >> tap) & 1).sum()) for tap in range(9)) * 64
+    assert walked <= 1.16 * int(read.sum())
+
+
+@pytest.mark.parametrize("nchw", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.float64], ids=str)
+@pytest.mark.parametrize("capacity", [None, 60])
+def test_gather_and_scatter(dtype, nchw, capacity):
+    x = (random_tensor(2, 19, 7, 6) * 100).to(dtype)
+    x = x if nchw else x.to(memory_format=torch.channels_last)
+    plan = PixelPlan.from_mask(random_mask((2, 7, 6), 0.4), capacity)
+    rows = pixels.gather_rows(x, plan.index, plan.count)
+    assert torch.equal(rows, torch.ops.dynops.gather_rows(x, plan.index, plan.count))
+    for base in (None, x):
+        out = pixels.scatter_rows(rows + 1, plan.index, plan.count, list(plan.shape), base)
+        expected = torch.ops.dynops.scatter_rows(rows + 1, plan.index, plan.count, list(plan.shape), base)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+def test_named_backend_runs_the_kernels():
+    x, weight, bias = random_tensor(2, 20, 7, 6), random_tensor(24, 20, 3, 3), random_tensor(24)
+    plan = PixelPlan.from_mask(random_mask((2, 7, 6), 0.4))
+    grads = {}
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        out = ops.sparse_conv2d(
+            leaves[0], leaves[1], leaves[2], plan, padding=1, activation="silu", backend=backend
+        )
+        out.square().sum().backward()
+        grads[backend] = [out, *(t.grad for t in leaves)]
+    for got, expected in zip(grads["triton"], grads["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
