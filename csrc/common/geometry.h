@@ -84,7 +84,7 @@ struct BlockGeometry {
 
   DYNOPS_HD int64_t pixels() const { return batch * height * width; }
   DYNOPS_HD int64_t blocks() const { return batch * grid_h * grid_w; }
-  // Whether a pixel may lie in more than one tile.
+  // True if a pixel may lie in more than one tile.
   DYNOPS_HD bool overlaps() const {
     return (tile_h > step_h && grid_h > 1) || (tile_w > step_w && grid_w > 1);
   }

@@ -75,7 +75,7 @@ void visit_values(const Tensor& t, const char* name, const F& f) {
   }
 }
 
-// Whether a map [N, C, H, W] and tiles [B, C, h, w] are those of the geometry, and alike.
+// Checks that a map [N, C, H, W] and tiles [B, C, h, w] have the sizes of the geometry, and one dtype.
 inline void check_tiles(const Tensor& map, const Tensor& tiles, const BlockGeometry& g) {
   STD_TORCH_CHECK(
       map.dim() == 4 && map.size(0) == g.batch && map.size(2) == g.height && map.size(3) == g.width,

@@ -60,7 +60,7 @@ class Launch {
   // Below it 32 bits hold every number and one stride of the largest grid more.
   int64_t narrow() const { return int64_t(1) << 30; }
 
-  // Whether a CUDA graph records the stream.
+  // True if a CUDA graph records the stream.
   bool captured() const {
     cudaStreamCaptureStatus status;
     check(cudaStreamIsCapturing(stream_, &status), "capture");

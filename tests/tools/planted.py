@@ -87,8 +87,8 @@ FAULTS = {
     "rows of a block": Fault("csrc", "out[i - width] + int32_t(g.width)", "out[i - width] + int32_t(width)", "ops/test_blocks"),
     "weight of a pair": Fault("csrc", "one[0] = weight[plan.order[p]]", "one[0] = weight[p]", "ops/test_experts"),
     "row of a pair": Fault("csrc", "packed ? row : pair / plan.topk", "packed ? row : pair % plan.topk", "ops/test_experts"),
-    "channel of a group": Fault("csrc", "relative_[i] = index_[i] % range_", "relative_[i] = index_[i]", "ops/test_channels"),
-    "end of a group": Fault("csrc", "std::lower_bound(first, end, int32_t(group + 1) * range_)", "end", "ops/test_channels"),
+    "channel of a group": Fault("csrc", "relative_[i] = index_[i] % width_", "relative_[i] = index_[i]", "ops/test_channels"),
+    "end of a group": Fault("csrc", "std::lower_bound(first, end, int32_t(group + 1) * width_)", "end", "ops/test_channels"),
 }  # fmt: skip
 
 

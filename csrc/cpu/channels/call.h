@@ -79,7 +79,7 @@ struct Call {
     if (bias.empty()) return 0.f;
     return bias[(int64_t(bias.size()) > outputs() ? sample * outputs() : 0) + channel];
   }
-  // Whether the output is written past the caches.
+  // True if the output is written past the caches.
   bool streams() const { return !y.packed && samples * g.out_pixels() * y.stride >= kStreamBytes; }
   // Heads of the output each add to it.
   bool accumulates() const { return out.heads() > 1; }

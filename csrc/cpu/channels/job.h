@@ -7,7 +7,7 @@
 
 namespace dynops::cpu {
 
-// Whether the live columns and rows of the packed weight lie as a packed weight does.
+// True if the live columns and rows of the packed weight lie as a packed weight does.
 inline bool lies_packed(const PanelLayout& layout, const ChannelList& rows, const ChannelList& columns) {
   if (columns.count == 0) return true;
   const int64_t width = kernels().panel_width;
@@ -74,9 +74,9 @@ class LiveSample {
   // `slot`: of the thread's scratch memory.
   LiveSample(const Call& c, const Job& job, int64_t sample, int slot);
 
-  // Whether the job's panels lie past the sample's list.
+  // True if the job's panels lie past the sample's list.
   bool empty() const { return slices.empty(); }
-  // Whether the weight comes panel by panel to a direct convolution.
+  // True if the weight comes panel by panel to a direct convolution.
   bool in_steps() const { return by_panel && !call.winograd; }
   char* panel_memory() const;
 
@@ -105,7 +105,7 @@ class LiveSample {
 
   std::vector<int32_t> relative_;  // the index of `out`, where first_ > 0
   int64_t first_ = 0;              // the job's first channel
-  bool last_ = true;               // whether no job writes channels after this one's
+  bool last_ = true;               // true if no job writes channels after this one's
 };
 
 // Samples that take their panels out of the same lines of a large weight, in turn.

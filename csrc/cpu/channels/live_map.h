@@ -19,7 +19,7 @@ struct Side {
     const int32_t* first = std::lower_bound(channel, last, int32_t(begin));
     return {first - channel, std::lower_bound(first, last, int32_t(end)) - channel};
   }
-  // Those whose channels lie in the span.
+  // The side of those channels alone that lie in the span.
   Side within(Span channels) const {
     const Span mine = within(channels.begin, channels.end);
     return {{in_row.index + mine.begin, int32_t(mine.size()), in_row.channels}, channel + mine.begin};

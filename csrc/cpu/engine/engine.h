@@ -70,7 +70,7 @@ struct RowBlock {
   char* const* out;       // [rows]
   const char* const* residual = nullptr;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
   const float* gate = nullptr;            // [rows] or null
-  bool near = false;  // whether `in` lies in the caches already: nothing is asked for ahead
+  bool near = false;  // true if `in` lies in the caches already: nothing is asked for ahead
 };
 
 // Rows in a tile of a panel of `vectors` vectors: as many sums as kTileRows x 2.

@@ -70,7 +70,7 @@ inline std::vector<int32_t> ascending(int64_t count) {
   return numbers;
 }
 
-// Whether the GEMM multiplies pairs of this dtype as they are.
+// True if the GEMM multiplies pairs of this dtype as they are.
 inline bool multiplies_pairs(Dtype dtype) { return dtype == Dtype::kBFloat16 && kernels().bf16_dot; }
 
 // An output as large as this is zeroed past the caches. 1x1, 8 x 64 -> 256 channels, 56 x 56, 10 %, then

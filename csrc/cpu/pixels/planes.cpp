@@ -33,10 +33,10 @@ struct Places {
         y_bytes(map.stride(2) * size),
         x_bytes(map.stride(3) * size) {}
 
-  // Whether each plane is without gaps: then a line's end is the next one's beginning.
+  // True if each plane is without gaps: then a line's end is the next one's beginning.
   bool whole() const { return (x_bytes == size || w <= 1) && (y_bytes == w * size || h <= 1); }
 
-  // Whether ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
+  // True if ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
   // batch.
   bool ascends(int64_t images) const { return whole() && (images <= 1 || n_bytes >= h * w * size); }
 

@@ -39,7 +39,7 @@ class WeightGrad {
         max_threads_(max_threads),
         split_(int32_t(group_out_)) {}
 
-  // Whether rows are so few that their inputs, and not the sums, are brought into the weight's order. Each
+  // True if rows are so few that their inputs, and not the sums, are brought into the weight's order. Each
   // panel then has columns i * taps + t, and its sums over all rows go from registers to dW. With 20 rows of
   // 512 -> 512 channels 3x3 the sums, one by one to their places, took 600 us.
   bool few_rows() const {

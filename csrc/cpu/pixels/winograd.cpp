@@ -51,7 +51,7 @@ Tensor winograd_quads(const Tensor& index, const OptionalTensor& count, IntHeade
   return out;
 }
 
-// Whether the tiles hold every row once, each at its own pixel, so that no output is left as the allocator
+// True if the tiles hold every row once, each at its own pixel, so that no output is left as the allocator
 // gave it. As winograd_quads lists them: 0.5 ns a row.
 bool quads_hold_rows(const Forward& f, const int32_t* quads, int64_t tiles) {
   const int64_t w = f.g.out_w, pixels = f.g.out_pixels();
