@@ -87,8 +87,8 @@ FAULTS = {
     "rows of a block": Fault("csrc", "out[i - width] + int32_t(g.width)", "out[i - width] + int32_t(width)", "ops/test_blocks plans/test_block_plans"),
     "weight of a pair": Fault("csrc", "one[0] = weight[plan.order[p]]", "one[0] = weight[p]", "ops/experts/test_experts"),
     "row of a pair": Fault("csrc", "packed ? row : pair / plan.topk", "packed ? row : pair % plan.topk", "ops/experts/test_experts"),
-    "channel of a group": Fault("csrc", "relative_[i] = index_[i] % range_", "relative_[i] = index_[i]", "ops/channels/test_channels"),
-    "end of a group": Fault("csrc", "std::lower_bound(first, end, int32_t(group + 1) * range_)", "end", "ops/channels/test_channels"),
+    "channel of a group": Fault("csrc", "relative_[i] = index_[i] % width_", "relative_[i] = index_[i]", "ops/channels/test_channels"),
+    "end of a group": Fault("csrc", "std::lower_bound(first, end, int32_t(group + 1) * width_)", "end", "ops/channels/test_channels"),
 }  # fmt: skip
 
 
