@@ -16,8 +16,6 @@ import dynops
 from dynops.kept import Kept, Mark, kept, refresh
 from dynops.testing import available_backends, random_mask, random_tensor
 
-BACKENDS = available_backends()
-
 needs_binary = pytest.mark.skipif(
     "cpp" not in available_backends(), reason="without a binary nothing is kept"
 )
