@@ -1,7 +1,5 @@
 """What is made of weights, norms and plans is made again when these change, however they are written."""
 
-from __future__ import annotations
-
 import pathlib
 import subprocess
 import sys

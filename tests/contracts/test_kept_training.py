@@ -1,7 +1,5 @@
 """Whatever a training script does, a layer's output is that of a fresh copy of it, which keeps nothing yet."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Local convolution against ``F.unfold`` and a sum: values and gradients, every argument."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Output masks against the dense convolution and a ``where``: values and gradients, every argument."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """What convolutions with weights of samples, regions and mixtures refuse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

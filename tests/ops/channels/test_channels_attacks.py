@@ -1,7 +1,5 @@
 """Channel ops under hostile values, arguments, threads and compilers; properties over any convolution."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from channel_cases import KINDS, at_channels, channels_of, masked_channel_conv2d, packed, unpacked
