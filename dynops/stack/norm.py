@@ -57,6 +57,12 @@ def norm_rows(
 
 
 def _train_rows(norm: nn.BatchNorm2d, rows: Tensor) -> Tensor:
+    if (
+        isinstance(norm, nn.SyncBatchNorm)
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
+        return nn.SyncBatchNorm.forward(norm, rows)
     if rows.shape[0] < 2:  # no variance can be had from fewer
         if norm.running_mean is None:
             return apply_epilogue(rows * 0, "", None, norm.bias, None, None)

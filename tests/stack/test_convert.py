@@ -28,9 +28,20 @@ def resized(mask, size):
     return out
 
 
+def halved(mask, size):
+    """[N, H, W] to [N, *size] as layers of stride 2 move it: pixel i stands for pixels 2i and 2i + 1."""
+    if mask.shape[1] < size[0]:
+        return resized(mask, size)
+    mask = mask != 0
+    while tuple(mask.shape[1:]) != tuple(size):
+        even = F.pad(mask, (0, mask.shape[2] % 2, 0, mask.shape[1] % 2))
+        mask = even[:, ::2, ::2] | even[:, 1::2, ::2] | even[:, ::2, 1::2] | even[:, 1::2, 1::2]
+    return mask
+
+
 def hold(x, mask):
     """``x`` where the mask is, zero elsewhere."""
-    return torch.where(resized(mask, x.shape[2:])[:, None], x, 0)
+    return torch.where(halved(mask, x.shape[2:])[:, None], x, 0)
 
 
 def norm(bn, x, mask):
@@ -39,7 +50,7 @@ def norm(bn, x, mask):
         return hold(
             F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps), mask
         )
-    active = resized(mask, x.shape[2:])
+    active = halved(mask, x.shape[2:])
     rows = x.permute(0, 2, 3, 1)[active]
     mean, var = rows.mean(0), rows.var(0, correction=0)
     with torch.no_grad():

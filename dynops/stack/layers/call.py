@@ -82,7 +82,7 @@ class Call(Layer):
         if self.keeps_zero or (self.packs and not run.policy.zero_outside):
             plan, values = run.together(self, "any" if self.scales else "rows")
         if plan is None:
-            return self._call({v: run.dense(v) for v in self.inputs})
+            return self._call({v: run.as_called(v) for v in self.inputs})
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)
