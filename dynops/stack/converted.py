@@ -162,15 +162,9 @@ def _members(base: type[nn.Module], forward: Callable, new: Callable) -> dict:
         _, _, *state = base.__reduce_ex__(self, protocol)
         return new, (base,), *state
 
-    def __setstate__(self, state):
-        base.__setstate__(self, state)
-        if self.__dict__.get(_TRACE) is not None:  # now, as a compiler cannot trace how a program is made
-            _program(self)
-
     return {
         "forward": forward,
         "__reduce_ex__": __reduce_ex__,
-        "__setstate__": __setstate__,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__init_subclass__": classmethod(lambda cls, **options: None),
