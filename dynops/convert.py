@@ -102,9 +102,9 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     """Makes a model's convolutions sparse, in place; ``with dynops.active(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
-    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one). The output of a
-    FrozenBatchNorm2d is masked. Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm,
+    InstanceNorm2d, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of
+    one). The output of a FrozenBatchNorm2d is masked. Outside the context the model is the dense one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
     resolution and is zero elsewhere, after every layer: convolutions read what the layer before
