@@ -22,7 +22,9 @@ def headline_block(reports: list[Report]) -> str:
     """One line for each kind of skipping: the median speed-up, and the row that gained least."""
     rows = [row for report in reports for row in report.rows if row.mode == "forward"]
     experts = [row for report in reports for row in report.experts]
-    quarter = [row for row in rows if row.suite == "layers" and row.variant == "plain" and row.density == 0.25]
+    quarter = [
+        row for row in rows if row.suite == "layers" and row.variant == "plain" and row.density == 0.25
+    ]
     half = [row for row in rows if row.suite == "samples" and HALF[0] <= row.density <= HALF[1]]
     mixtures = [row for row in experts if row.mode in ("forward", "model") and row.weights == row.dtype]
     lines = [
