@@ -23,6 +23,8 @@ def rows(x, name: str) -> Tensor:
 
 
 def plan_of(plan, x: Tensor) -> ExpertPlan:
+    if isinstance(plan, ExpertPlan) and plan.order.device == x.device:
+        return plan
     return checks.plan(plan, ExpertPlan, "plan", x.device, "from_topk")
 
 
@@ -79,11 +81,11 @@ def weights_of(weight, bias, names: tuple[str, str], x: Tensor, experts: int, tr
 
 def fits(weights: Weights, name: str, experts: int, inputs: int, of: str = "x") -> None:
     """The weights are of so many experts and inputs."""
-    shape = weights.matrix.shape
-    if shape[0] != experts or weights.inputs != inputs:
+    shape, got = weights.matrix.shape, weights.inputs
+    if shape[0] != experts or got != inputs:
         raise ValueError(
             f"{name}: expected {experts} experts of {inputs} inputs, as the plan and {of} have them, got "
-            f"{shape[0]} of {weights.inputs} in shape {tuple(shape)}"
+            f"{shape[0]} of {got} in shape {tuple(shape)}"
         )
 
 
