@@ -34,9 +34,9 @@ def floating(x: Tensor, name: str = "x") -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def shaped(value: Tensor, name: str, expected: tuple, why: str = "", what: str = "shape") -> None:
+def shaped(value: Tensor, name: str, expected: tuple, why: str = "", what: str = "shape ") -> None:
     if value.shape != expected:
-        raise ValueError(f"{name}: expected {what} {tuple(expected)}{why}, got {tuple(value.shape)}")
+        raise ValueError(f"{name}: expected {what}{tuple(expected)}{why}, got {tuple(value.shape)}")
 
 
 def activation(name: str | None, known=tuple(ACTIVATIONS)) -> str:

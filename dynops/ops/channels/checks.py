@@ -38,7 +38,7 @@ def base_of(base, shape: tuple[int, ...], x: Tensor) -> None:
     """``base`` has the shape of the output, and the dtype and device of ``x``."""
     if not isinstance(base, Tensor):
         raise TypeError(f"base: expected a tensor, got {type(base).__name__}")
-    checks.shaped(base, "base", shape, what="the output's shape")
+    checks.shaped(base, "base", shape, what="the output's shape ")
     checks.same(base, "base", x, dtype=modes.autocast_dtype(x) is None)
 
 

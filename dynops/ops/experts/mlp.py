@@ -121,9 +121,8 @@ def experts_mlp(
     checks.plan_rows(x, "x", checks.plan_of(plan, x), packed=False)
     x, up, down, up_bias, down_bias = checks.autocast(x, up, down, up_bias, down_bias)
     experts = plan.num_experts
-    ups = checks.weights_of(up, up_bias, ("up", "up_bias"), x, experts, transposed)
-    downs = checks.weights_of(down, down_bias, ("down", "down_bias"), x, experts, transposed)
-    checks.fits(ups, "up", experts, x.shape[1])
+    ups = checks.weights_of(up, up_bias, ("up", "up_bias"), x, experts, x.shape[1], transposed)
+    downs = checks.weights_of(down, down_bias, ("down", "down_bias"), x, experts, None, transposed)
     checks.topk_weight_of(topk_weight, plan)
     indices, name = (plan.order, plan.offsets, plan.position), backend or ""
 
