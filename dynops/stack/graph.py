@@ -10,6 +10,7 @@ from torch import nn
 
 from .activations import fused_name
 from .layers import Layer, layer_of, mapped
+from .staleness import Watch, signatures
 from .trace import Ref, Step, Trace, Untraceable, dense_type, fuse, trace
 
 KINDS = {
@@ -33,6 +34,7 @@ class Stack(NamedTuple):
     output: int
     checked: tuple[Layer, ...] = ()  # layers that do not run, but must be in eval mode
     multiple: tuple[int, int] = (1, 1)  # of the distance of blocks, so that every value's are whole pixels
+    watch: Watch | None = None  # what it holds for
 
     @property
     def packs(self) -> bool:
@@ -78,7 +80,8 @@ def local_stack_of(module: nn.Module) -> Stack:
         if layer.refusal:
             raise TypeError(layer.refusal)
     layers = _that_count(layers, output)
-    return _made(layers, steps.values, output, tuple(dropouts), _multiple(layers, output))
+    watch = Watch(whole, steps, hooks=False)
+    return _made(layers, steps.values, output, tuple(dropouts), _multiple(layers, output), watch)
 
 
 def chain_of(module: nn.Module, names: list[tuple[str, str, nn.Module]]) -> Stack:
@@ -92,7 +95,10 @@ def chain_of(module: nn.Module, names: list[tuple[str, str, nn.Module]]) -> Stac
         activation = fused_name(layer) if kind == "act" else ""
         args = ("module",) if kind == "act" else ()
         steps.append(Step(kind, name, (value,), value + 1, args, activation=activation))
-    return _made(_layers(fuse(tuple(steps), len(steps)), module), len(steps) + 1, len(steps))
+    watch = Watch(module, Trace("", tuple(steps), 0, 0, modules=signatures(module)), hooks=False)
+    return _made(
+        _layers(fuse(tuple(steps), len(steps)), module), len(steps) + 1, len(steps), (), (1, 1), watch
+    )
 
 
 def _layers(steps, module: nn.Module) -> list[Layer]:

@@ -3,7 +3,7 @@
 ``trace(module, kinds)`` records what the forward does, as one :class:`Step` for each convolution with
 the norm, residual sum and activation that follow it, and one for everything else. Steps name modules
 by their path and functions by their qualified name, so that they pickle and hold for any copy of the
-module. ``dynops.stack.graph`` makes layers of them.
+module. ``dynops.stack.graph`` makes layers of them; ``dynops.stack.staleness`` tells until when they hold.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import ZERO_PRESERVING, fused_name
+from .recording import Recorder, Untraceable, opaque
+from .staleness import signature
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
@@ -41,16 +43,13 @@ _FUNCTIONS = {
     torch.tanh: "",
     F.tanh: "",
 }
+_FRESH = ("conv", "norm", "pool", "act", "add")  # steps whose result shares no memory with another value
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
 
 def dense_type(module: nn.Module) -> type:
     """The class of the torch layer whose pixels ``module`` computes; of other modules their own."""
     return vars(type(module)).get("pixels_of", type(module))
-
-
-class Untraceable(Exception):
-    """Why a module cannot run as steps."""
 
 
 @dataclass(frozen=True)
@@ -77,102 +76,125 @@ class Step(NamedTuple):
 
 
 class Trace(NamedTuple):
+    """The steps of a forward, and what they hold for: see ``staleness.Watch``."""
+
     input_name: str
     steps: tuple[Step, ...]
     values: int
     output: int
+    inlined: tuple[str, ...] = ()  # the paths of the modules whose forwards ran
+    modules: tuple[tuple, ...] = ()  # the signatures of these and of the layers that steps stand for
+    reads: tuple[tuple, ...] = ()  # (path, name, picture) of each attribute that a forward read
+    called: tuple[str, ...] = ()  # the paths of modules that are called, as their forwards cannot be traced
 
 
 # -------------------------------------------------------------------------------- torch.fx
-
-
-class _Tracer(fx.Tracer):
-    """Looks into modules that hold something to convert; every other one is a leaf."""
-
-    proxy_buffer_attributes = True  # so that a forward that updates a buffer cannot do so while it is traced
-
-    def __init__(self, kinds: dict[nn.Module, str], whole: bool):
-        super().__init__()
-        self.kinds, self.whole = kinds, whole
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if self.whole:  # all but torch's own
-            return module in self.kinds or super().is_leaf_module(module, qualified_name)
-        return module in self.kinds or not any(m in self.kinds for m in module.modules())
 
 
 def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -> Trace:
     """The steps of ``module.forward``.
 
     Args:
-        module: any module; its forward is run on fx proxies, in training and in eval mode.
+        module: any module; its forward is run on stand-ins, in training and in eval mode.
         kinds: the modules inside it that are converted, each with "conv", "norm" or "pool".
         whole: looks into every module that is not torch's own, also where it holds nothing to convert.
 
+    A module inside it whose forward cannot be traced, or that has hooks, is one step, which calls it. With ``whole``
+    it is an error, and hooks are left to who runs the steps.
+
     Raises:
         Untraceable: control flow that depends on the data or on the training flag, more than one
-            input or output, in-place changes, or side effects.
+            input or output, in-place changes, modes of its own, random numbers, or side effects.
     """
-    recorded = [_record(module, kinds, training, whole) for training in (False, True)]
-    if recorded[0] != recorded[1]:
-        raise Untraceable("its forward differs between training and eval mode")
-    input_name, steps, values, output = recorded[0]
+    leaves, called = _leaves(module, kinds, whole), set()
+    if not whole:
+        called |= {path for path, m in module.named_modules() if path and opaque(m)}
+    while True:
+        try:
+            return _trace(module, kinds, whole, leaves, called)
+        except Untraceable as reason:
+            if whole or not reason.path or reason.path in called:
+                raise
+            called.add(reason.path)
+
+
+def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[str]) -> Trace:
+    recorders = [Recorder(module, leaves | called, training) for training in (False, True)]
+    made = [_Steps(module, kinds, called, whole).make(recorder) for recorder in recorders]
+    if made[0] != made[1]:
+        raise Untraceable("its forward differs between training and eval mode, or by the mode of its caller")
+    input_name, steps, values, output = made[0]
     if not whole and not any(step.kind == "conv" for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     if any(step.kind == "attr" and step.out == output for step in steps):
         raise Untraceable("its output is a parameter")
-    return Trace(input_name, _free(fuse(steps, output), output), values, output)
+    inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))
+    layers = dict.fromkeys(path for step in steps for path in _layers_of(step))
+    modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *layers)))
+    reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
+    return Trace(
+        input_name,
+        _free(fuse(steps, output), output),
+        values,
+        output,
+        inlined,
+        modules,
+        tuple((*key, picture) for key, picture in reads.items()),
+        tuple(sorted(called)),
+    )
 
 
-def _record(module: nn.Module, kinds: dict[nn.Module, str], training: bool, whole: bool) -> tuple:
-    before = [(m, dict(m.__dict__)) for m in module.modules()]
-    try:
-        for m, _ in before:
-            m.__dict__["training"] = training
-        graph = _Tracer(kinds, whole).trace(module)
-        changed = [m for m, state in before if _changed(m, {**state, "training": training})]
-    except Exception as error:  # user code run on proxies may raise anything
-        reason = str(error).strip().splitlines()
-        raise Untraceable(f"torch.fx: {reason[0] if reason else type(error).__name__}") from error
-    finally:
-        for m, state in before:
-            m.__dict__.clear()
-            m.__dict__.update(state)
-    if changed:
-        raise Untraceable(f"its forward changes attributes of {type(changed[0]).__name__}")
-    return _Recorder(module, kinds).record(graph)
+def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[str]:
+    """The paths of modules that are not looked into."""
+    leaves = set()
+    for path, m in module.named_modules():
+        if whole:
+            if "forward" in m.__dict__:
+                raise Untraceable("a forward of its own is set on it", path)
+            torchs_own = m.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
+                m, nn.Sequential
+            )
+            leaf = m in kinds or torchs_own
+        else:
+            leaf = m in kinds or not any(inner in kinds for inner in m.modules())
+        if leaf and path:
+            leaves.add(path)
+    return leaves
 
 
-def _changed(module: nn.Module, state: dict) -> bool:
-    now = module.__dict__
-    return len(now) != len(state) or any(now.get(key) is not value for key, value in state.items())
+def _layers_of(step: Step) -> tuple[str, ...]:
+    """The paths of the layers that a step stands for, rather than calls."""
+    if step.kind not in ("conv", "norm", "pool", "layer", "act", "dropout") or step.args == ("function",):
+        return ()
+    return (step.target,)
 
 
-class _Recorder:
+class _Steps:
     """Turns fx nodes into steps. A node that changes a value in place gives it a new number."""
 
-    def __init__(self, module: nn.Module, kinds: dict[nn.Module, str]):
-        self.module, self.kinds = module, kinds
+    def __init__(self, module: nn.Module, kinds: dict[nn.Module, str], called: set[str], whole: bool):
+        self.module, self.kinds, self.called, self.whole = module, kinds, called, whole
+        self.fresh: set[int] = set()  # values that share no memory with another one
         self.number: dict[fx.Node, int] = {}
         self.steps: list[Step] = []
         self.values = 0
-        self.input_name = ""
 
-    def record(self, graph: fx.Graph) -> tuple[str, tuple[Step, ...], int, int]:
+    def make(self, recorder: Recorder) -> tuple[str, tuple[Step, ...], int, int]:
         output = None
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                if self.values:
-                    raise Untraceable("it has more than one input")
-                self.input_name = str(node.target)
-                self.number[node] = self.new()
-            elif node.op == "output":
-                output = self.operand(node.args[0])
-            else:
-                getattr(self, "_" + node.op)(node)
+        for node in recorder.record().nodes:
+            try:
+                if node.op == "placeholder":
+                    self.number[node] = self.new()
+                elif node.op == "output":
+                    output = self.operand(node.args[0])
+                else:
+                    getattr(self, "_" + node.op)(node)
+            except Untraceable as reason:
+                reason.path = node.meta["scope"]
+                raise
         if output is None:
             raise Untraceable("its output is not one tensor")
-        return self.input_name, tuple(self.steps), self.values, output
+        return recorder.input_name, tuple(self.steps), self.values, output
 
     def new(self) -> int:
         self.values += 1
@@ -183,11 +205,13 @@ class _Recorder:
 
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        scope = stack[-1][0] if stack else ""
-        self.steps.append(Step(kind, target, inputs, out, scope=scope, **fields))
+        self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
+        if kind in _FRESH:
+            self.fresh.add(out)
         if inplace:
             old = inputs[0]
+            if old not in self.fresh and not (self.whole and old == 0):
+                raise Untraceable("it changes its input in place" if old == 0 else f"{node} works in place")
             for other, value in self.number.items():
                 if value == old:
                     self.number[other] = out
@@ -215,7 +239,9 @@ class _Recorder:
         arguments = (*node.args, *node.kwargs.values())
         x = self.operand(arguments[0]) if len(arguments) == 1 else None
         inplace = getattr(module, "inplace", False)
-        if x is not None and type(module) is nn.Identity:
+        if node.target in self.called:
+            self.emit_call(node, "module", node.target)
+        elif x is not None and type(module) is nn.Identity:
             self.number[node] = x
         elif x is not None and module in self.kinds:
             self.emit(node, self.kinds[module], node.target, (x,))

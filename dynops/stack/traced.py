@@ -15,10 +15,7 @@ from .policy import Needed, needed_plans
 from .receptive_field import KeptSizes, sizes_of
 from .run_rows import run_rows
 from .run_tiles import Layout, layout_of
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# What sizes and norms follow from; 0.3 us a module to look at.
-_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "ceil_mode", "scale_factor", "eps")  # fmt: skip
+from .staleness import HOOKS
 
 
 class Macs(NamedTuple):
@@ -42,17 +39,12 @@ class Traced:
         self.module = module
         self.stack = local_stack_of(module) if stack is None else stack
         self.rows = self.stack.packs
-        self.children = tuple((m._modules, dict(m._modules)) for m in module.modules())
-        self.leaves = tuple(m.__dict__ for m in module.modules() if not m._modules)
-        self.settings = _settings(self.leaves)
-        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in _HOOKS)
+        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS)
         self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:
-        """True where the modules inside are those that were traced, with the same strides and the like."""
-        if module is not self.module or not all(now == then for now, then in self.children):
-            return False
-        return self.settings == _settings(self.leaves)
+        """True where this is still what was traced."""
+        return module is self.module and self.stack.watch.holds()
 
     def check_mode(self) -> None:
         """Raises TypeError, by name, for what has come since the trace."""
@@ -158,7 +150,3 @@ class Traced:
             return lambda value: plans[value].mask().flatten(1).sum(1).double()
         maps, tiles = self.layout(in_shape, plan.geometry).maps, plan.blocks().flatten(1).sum(1).double()
         return lambda value: tiles * maps[value].tile_h * maps[value].tile_w
-
-
-def _settings(leaves: tuple[dict, ...]) -> list:
-    return [leaf.get(name) for leaf in leaves for name in _SETTINGS]

@@ -1,7 +1,5 @@
 """SkipRNN and compacted_cell, against loops over single sequences with PyTorch's cells in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -327,20 +325,6 @@ def test_padding_is_not_read():
         grads = gradients((out.output, *out.state.hidden), [x, layer.weight_hh_l0])
         assert all(value.isfinite().all() for value in (out.output, *out.state.hidden, *grads))
         assert (out.output[1, 3:] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
-    layer = skip_rnn("LSTM", 2, dtype=dtype)
-    x = random_tensor(3, 6, IN, dtype=dtype)
-    with torch.no_grad():
-        own = layer(x)
-    stepped = layer(x)
-    given = layer(x, updates=own.updates)
-    for out in (stepped, given):
-        assert out.output.dtype == out.updates.dtype == out.state.hidden[1].dtype == dtype
-        assert torch.equal(own.updates, out.updates)
-        torch.testing.assert_close(own.output, out.output.detach(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dense", [False, True])

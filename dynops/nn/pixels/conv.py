@@ -27,7 +27,7 @@ class _SparseConv(FromDense):
             geometry = conv_transpose_geometry(self, in_shape, output_padding)
         else:
             geometry = conv_geometry(self, in_shape)
-        return active.plan(geometry.out_shape, x.device)
+        return active.after(geometry, x.device)
 
 
 def _epilogue(batched: bool, gate, residual, base) -> dict:

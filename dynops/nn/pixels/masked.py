@@ -9,10 +9,21 @@ from ...ops import gather_pixels, scatter_pixels
 from ...ops.pixels.rows import in_format_of
 from ...plans import PixelPlan, as_pixel_plan
 from ...stack.layers.norm import group_norm_rows
+from ...stack.masked_output import under_mask
 from ...stack.norm import norm_rows
 
 
-class MaskedBatchNorm2d(nn.BatchNorm2d):
+class _MaskedNorm:
+    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        plan = _plan(input, mask_or_plan)
+        if plan is None:
+            return self.pixels_of.forward(self, input)
+        self._check_input_dim(input)
+        out = scatter_pixels(norm_rows(self, gather_pixels(input, plan), plan), plan)
+        return in_format_of(out, input)
+
+
+class MaskedBatchNorm2d(_MaskedNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that norms the pixels of a mask and is zero elsewhere.
 
     Called as ``layer(x, mask_or_plan)``; without that argument inside ``with dynops.active(mask):``
@@ -29,13 +40,14 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     pixels_of = nn.BatchNorm2d
 
-    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
-        plan = _plan(input, mask_or_plan)
-        if plan is None:
-            return nn.BatchNorm2d.forward(self, input)
-        self._check_input_dim(input)
-        out = scatter_pixels(norm_rows(self, gather_pixels(input, plan), plan), plan)
-        return in_format_of(out, input)
+
+class MaskedSyncBatchNorm(_MaskedNorm, nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` of the pixels of a mask: in training mode the statistics are those of all ranks' active pixels.
+
+    See :class:`MaskedBatchNorm2d` for the call.
+    """
+
+    pixels_of = nn.SyncBatchNorm
 
 
 class _MaskedSampleNorm:
@@ -78,6 +90,10 @@ class MaskedInstanceNorm2d(_MaskedSampleNorm, nn.InstanceNorm2d):
 
 class _MaskedOutput:
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        active = context.current()
+        if mask_or_plan is None and active is not None:
+            out, plan = under_mask(self, input, active)
+            return active.note(mask_pixels(out, plan), plan)
         out = self.pixels_of.forward(self, input)
         plan = _plan(out, mask_or_plan)
         return out if plan is None else mask_pixels(out, plan)

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...ops.dense_fallback import keep_pixels
 from ...plans import PixelPlan, as_pixel_plan
 from ...stack.activations import ELEMENTWISE, fused_name
 from ...stack.graph import chain_of
+from ...stack.run_rows import checked_base
+from ...stack.staleness import HOOKS
 from ...stack.traced import Macs, Traced
 from .conv import SparseConv2d, SparseConvTranspose2d
 from .masked import MaskedBatchNorm2d
@@ -30,8 +33,8 @@ class SparseSequential(nn.Sequential):
 
     In training mode a norm takes its statistics from the rows that are computed (active pixels and
     the halo that later layers read), not from the whole map, and updates its running statistics with
-    them as ``nn.BatchNorm2d`` does. Dropout draws for the computed rows only. With a mask, hooks of
-    the inner modules are not called.
+    them as ``nn.BatchNorm2d`` does. Dropout draws for the computed rows only. Where an inner module has a hook, as
+    pruning sets one, the chain runs dense and keeps the pixels of the mask.
 
     Takes exactly these modules: Conv2d and ConvTranspose2d (padding mode zeros) or their sparse
     forms, BatchNorm2d, elementwise activations, Dropout, Identity, and nn.Sequential of the same.
@@ -72,6 +75,13 @@ class SparseSequential(nn.Sequential):
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
         traced, plan = self._bound_to(input, mask_or_plan)
+        if any(
+            hooks for _, hooks in traced.hooks[len(HOOKS) :]
+        ):  # they may make the weights, as pruning does
+            out = super().forward(input)
+            return keep_pixels(
+                out, plan, None if base is None else checked_base(base, input, plan, out.shape[1], out.dtype)
+            )
         return traced.on_rows(input, plan, base)
 
     def macs(self, input: Tensor, mask_or_plan: Tensor | PixelPlan) -> Macs:

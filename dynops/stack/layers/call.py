@@ -47,7 +47,7 @@ class Call(Layer):
         self.function = find(step.target) if step.kind == "function" else None
         self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
         self.refusal = self._refuses(step, parameters)
-        self.packs, name = not self.refusal, step.target.rpartition(":")[2]
+        self.packs, name = self.refusal == "", step.target.rpartition(":")[2]
         self.cats = step.target in _CATS
         self.scales = name in _SCALES
         refers_only = (
@@ -82,7 +82,7 @@ class Call(Layer):
         if self.keeps_zero or (self.packs and not run.policy.zero_outside):
             plan, values = run.together(self, "any" if self.scales else "rows")
         if plan is None:
-            return self._call({v: run.dense(v) for v in self.inputs})
+            return self._call({v: run.as_called(v) for v in self.inputs})
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)
