@@ -12,8 +12,8 @@
 
 namespace py = pybind11;
 
-// libstdc++ since GCC 11 reads this variable of glibc 2.32 to save atomics where there is one thread. One of our own,
-// hidden and always false, lets the binary load with the older glibc that torch itself supports.
+// libstdc++ since GCC 11 reads this variable of glibc 2.32 to save atomics where there is one thread. One of
+// our own, hidden and always false, lets the binary load with the older glibc that torch itself supports.
 extern "C" {
 char __libc_single_threaded = 0;
 }

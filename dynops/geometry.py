@@ -45,7 +45,7 @@ def transposed_size(
 
 
 class ConvGeometry(NamedTuple):
-    """Everything about a convolution but its values. ``list(geometry)`` is what an op's schema takes.
+    """Everything about a convolution but its values. An op's schema takes ``list(geometry)``.
 
     Tap ``(r, s)`` of output pixel ``(y, x)`` reads input pixel
 
@@ -180,7 +180,7 @@ def is_int(value, least: int | None = None) -> bool:
 
 
 class BlockGeometry(NamedTuple):
-    """Equal rectangles over a map, in a grid. ``list(geometry)`` is what an op's schema takes.
+    """Equal rectangles over a map, in a grid. An op's schema takes ``list(geometry)``.
 
     Block ``(by, bx)`` covers rows ``first_h + by*step_h`` to ``+ tile_h`` (and likewise columns) of the
     map: tiles overlap where they are larger than the step, and may lie over the map's edge.

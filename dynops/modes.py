@@ -93,7 +93,7 @@ def plain(*values) -> bool:
 
 
 def tracing() -> bool:
-    """True if a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
+    """True if a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), records the computation."""
     if torch.compiler.is_compiling():
         return True
     return _dispatch_modes() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None

@@ -1,4 +1,4 @@
-// Where the blocks of a grid lie in a map, for host and device. dynops/geometry.py defines the same.
+// The places of a grid's blocks in a map, for host and device. dynops/geometry.py defines the same.
 #pragma once
 
 #include "divisor.h"
@@ -46,7 +46,7 @@ struct BlockGrid {
         rows{g.height, g.grid_h, g.step_h, g.tile_h, Int(g.first_h)},
         columns{g.width, g.grid_w, g.step_w, g.tile_w, Int(g.first_w)} {}
 
-  // Where element `at` of the tiles lies in the map, or -1: outside of it, or past the count.
+  // The place of element `at` of the tiles in the map, or -1: outside of it, or past the count.
   DYNOPS_HD Int in_map(Int at, const int32_t* index) const {
     const auto [line, j] = columns.tile.divide(at);
     const auto [plane, i] = rows.tile.divide(line);

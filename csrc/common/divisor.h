@@ -24,7 +24,7 @@ struct Divisor {
   }
 };
 
-// As a multiplication and a shift (Granlund and Montgomery, PLDI 1994): a GPU divides in about 20
+// Divides by a multiplication and a shift (Granlund and Montgomery, PLDI 1994). A GPU divides in about 20
 // instructions, and a copied word would need five to seven divisions.
 template <>
 struct Divisor<int32_t> {

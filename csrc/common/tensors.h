@@ -1,4 +1,4 @@
-// Small helpers over libtorch's stable ABI that the op files of both devices share.
+// Tensors over libtorch's stable ABI, as the op files of both devices read and check them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -33,6 +33,59 @@ inline BlockGeometry block_geometry_of(IntHeaderOnlyArrayRef v) {
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+}
+
+// Calls f with a pointer to a tensor's integers.
+template <class F>
+void visit_integers(const Tensor& t, const char* name, const F& f) {
+  const void* data = t.const_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Byte:
+      return f(static_cast<const uint8_t*>(data));
+    case ScalarType::Char:
+      return f(static_cast<const int8_t*>(data));
+    case ScalarType::Short:
+      return f(static_cast<const int16_t*>(data));
+    case ScalarType::Int:
+      return f(static_cast<const int32_t*>(data));
+    case ScalarType::Long:
+      return f(static_cast<const int64_t*>(data));
+    default:
+      STD_TORCH_CHECK(false, name, ": expected uint8, int8, int16, int32 or int64, got another dtype");
+  }
+}
+
+// The same of integers, bool (as bytes) and floats; Half and BFloat16 are the device's types.
+template <class Half, class BFloat16, class F>
+void visit_values(const Tensor& t, const char* name, const F& f) {
+  const void* data = t.const_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Bool:
+      return f(static_cast<const uint8_t*>(data));
+    case ScalarType::Half:
+      return f(static_cast<const Half*>(data));
+    case ScalarType::BFloat16:
+      return f(static_cast<const BFloat16*>(data));
+    case ScalarType::Float:
+      return f(static_cast<const float*>(data));
+    case ScalarType::Double:
+      return f(static_cast<const double*>(data));
+    default:
+      return visit_integers(t, name, f);
+  }
+}
+
+// Checks that a map [N, C, H, W] and tiles [B, C, h, w] have the sizes of the geometry, and one dtype.
+inline void check_tiles(const Tensor& map, const Tensor& tiles, const BlockGeometry& g) {
+  STD_TORCH_CHECK(
+      map.dim() == 4 && map.size(0) == g.batch && map.size(2) == g.height && map.size(3) == g.width,
+      "map: expected [", g.batch, ", C, ", g.height, ", ", g.width, "], got ", map.dim(), " dimensions, ",
+      map.numel(), " elements");
+  STD_TORCH_CHECK(tiles.dim() == 4 && tiles.size(1) == map.size(1) && tiles.size(2) == g.tile_h &&
+                      tiles.size(3) == g.tile_w,
+                  "tiles: expected [B, ", map.size(1), ", ", g.tile_h, ", ", g.tile_w, "], got ", tiles.dim(),
+                  " dimensions, ", tiles.numel(), " elements");
+  STD_TORCH_CHECK(map.scalar_type() == tiles.scalar_type(), "tiles: expected the dtype of the map");
 }
 
 // Rows that a plan computes: those of the index, or the count of a capacity plan (on the CPU).

@@ -19,7 +19,7 @@ struct Sums {
   }
   void add_tail(const char* p, int64_t bytes) {  // fewer than a line
     char line[kLine] = {};
-    std::memcpy(line, p, size_t(bytes));
+    std::memcpy(line, p, bytes);
     add_line(line);
   }
   uint64_t result() {

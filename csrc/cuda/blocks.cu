@@ -17,18 +17,6 @@ Lines lines_of(const Tensor& map, const Tensor& tiles) {
   return last ? Lines{1, channels, size} : Lines{channels, 1, size};
 }
 
-void check_shapes(const Tensor& map, const Tensor& tiles, const BlockGeometry& g) {
-  STD_TORCH_CHECK(
-      map.dim() == 4 && map.size(0) == g.batch && map.size(2) == g.height && map.size(3) == g.width,
-      "map: expected [", g.batch, ", C, ", g.height, ", ", g.width, "], got ", map.dim(), " dimensions, ",
-      map.numel(), " elements");
-  STD_TORCH_CHECK(tiles.dim() == 4 && tiles.size(1) == map.size(1) && tiles.size(2) == g.tile_h &&
-                      tiles.size(3) == g.tile_w,
-                  "tiles: expected [B, ", map.size(1), ", ", g.tile_h, ", ", g.tile_w, "], got ", tiles.dim(),
-                  " dimensions, ", tiles.numel(), " elements");
-  STD_TORCH_CHECK(map.scalar_type() == tiles.scalar_type(), "tiles: expected the dtype of the map");
-}
-
 const int32_t* positions(const Tensor& tensor, const char* name, int64_t size) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() == size,
                   name, ": expected ", size, " contiguous int32, got ", tensor.numel(), " elements");
@@ -38,7 +26,7 @@ const int32_t* positions(const Tensor& tensor, const char* name, int64_t size) {
 // x and out are both channels_last or both contiguous; tiles of the index -1 become zero.
 void cuda_gather_tiles(const Tensor& x, const Tensor& index, IntHeaderOnlyArrayRef geometry, Tensor out) {
   const BlockGeometry g = block_geometry_of(geometry);
-  check_shapes(x, out, g);
+  check_tiles(x, out, g);
   const int32_t* at = positions(index, "index", out.size(0));
   if (out.numel() == 0) return;
   const Launch launch(x);
@@ -50,7 +38,7 @@ void cuda_gather_tiles(const Tensor& x, const Tensor& index, IntHeaderOnlyArrayR
 void cuda_scatter_tiles(const Tensor& tiles, const Tensor& inverse, IntHeaderOnlyArrayRef geometry,
                         const OptionalTensor& base, bool add, Tensor out) {
   const BlockGeometry g = block_geometry_of(geometry);
-  check_shapes(out, tiles, g);
+  check_tiles(out, tiles, g);
   STD_TORCH_CHECK(!base || (base->scalar_type() == out.scalar_type() && base->numel() == out.numel()),
                   "base: expected the dtype and shape of the output, got ", base ? base->numel() : 0,
                   " elements for ", out.numel());
@@ -76,34 +64,6 @@ void cuda_scatter_tiles(const Tensor& tiles, const Tensor& inverse, IntHeaderOnl
 
 // ------------------------------------------------------------------ masks of blocks and of pixels
 
-template <class F>
-void visit_values(const Tensor& mask, const F& f) {
-  const void* data = mask.const_data_ptr();
-  switch (mask.scalar_type()) {
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-      return f(static_cast<const uint8_t*>(data));
-    case ScalarType::Char:
-      return f(static_cast<const int8_t*>(data));
-    case ScalarType::Short:
-      return f(static_cast<const int16_t*>(data));
-    case ScalarType::Int:
-      return f(static_cast<const int32_t*>(data));
-    case ScalarType::Long:
-      return f(static_cast<const int64_t*>(data));
-    case ScalarType::Half:
-      return f(static_cast<const __half*>(data));
-    case ScalarType::BFloat16:
-      return f(static_cast<const __nv_bfloat16*>(data));
-    case ScalarType::Float:
-      return f(static_cast<const float*>(data));
-    case ScalarType::Double:
-      return f(static_cast<const double*>(data));
-    default:
-      STD_TORCH_CHECK(false, "mask: expected a bool, integer or floating dtype");
-  }
-}
-
 Tensor block_mask(const Tensor& given, IntHeaderOnlyArrayRef geometry, bool mean, double threshold) {
   const BlockGeometry g = block_geometry_of(geometry);
   STD_TORCH_CHECK(given.numel() == g.pixels(), "mask: expected ", g.pixels(), " pixels, got ", given.numel());
@@ -112,8 +72,8 @@ Tensor block_mask(const Tensor& given, IntHeaderOnlyArrayRef geometry, bool mean
   const Tensor blocks = empty_on(mask, {g.batch, g.grid_h, g.grid_w}, ScalarType::Bool);
   if (blocks.numel() == 0) return blocks;
   auto* active = static_cast<bool*>(blocks.data_ptr());
-  visit_values(mask,
-               [&](const auto* values) { mask_blocks<32>(launch, g, values, mean, threshold, active); });
+  visit_values<__half, __nv_bfloat16>(
+      mask, "mask", [&](const auto* values) { mask_blocks<32>(launch, g, values, mean, threshold, active); });
   return blocks;
 }
 

@@ -1,13 +1,13 @@
 // The kernels of blocks.cu and their launches. Free of torch: tests/blocks_on_host.cpp runs them on a CPU.
 //
-// A line of a map is contiguous in both memory formats: W pixels of C elements in channels_last, one plane
-// an image; W elements in NCHW, C planes. Lines are taken in words, the widest that no tile's edge cuts, and
-// then both formats are one [N, planes, H, words].
+// A line of a map is contiguous in both memory formats. In channels_last it is W pixels of C elements, one
+// plane an image; in NCHW it is W elements, C planes. Lines are taken in words, the widest that no tile's
+// edge cuts, and then both formats are one [N, planes, H, words].
 //
 // A thread owns a word of the output in both directions, so that each byte is written once. A scatter finds
-// the tiles over its word through the inverse of the index: it needs no output filled with the base first,
-// half of which would be written twice at 50 % density, and it sums in registers, in float32 and in the
-// order of the plan, without atomics.
+// the tiles over its word through the inverse of the index. So the output is not filled with the base first:
+// at 50 % density half of it would be written twice. Sums stay in registers, in float32 and in the order of
+// the plan, without atomics.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -128,7 +128,7 @@ __global__ void reduce_blocks(const T* __restrict__ mask, Int blocks, BlockGrid<
 
 // ------------------------------------------------------------------------------------- launches
 
-// How the lines of a map lie in memory.
+// The layout of a map's lines in memory.
 struct Lines {
   int64_t planes;    // of an image: 1 in channels_last, C in NCHW
   int64_t elements;  // of a pixel: C in channels_last, 1 in NCHW
@@ -156,13 +156,14 @@ inline int64_t largest_number(const BlockGeometry& g, int64_t planes, int64_t ti
   return std::max({g.pixels() * planes, tiles * planes * g.tile_h * g.tile_w, g.blocks(), rows, columns});
 }
 
-// Calls f with the grid, in 32-bit numbers where the launch can do with them.
+// Calls f(grid, total), in 32-bit numbers where the launch can do with them; total: the items of the launch.
 template <class Launch, class F>
-void visit_grid(const Launch& launch, const BlockGeometry& g, int64_t planes, int64_t tiles, const F& f) {
+void visit_grid(const Launch& launch, const BlockGeometry& g, int64_t planes, int64_t tiles, int64_t total,
+                const F& f) {
   if (largest_number(g, planes, tiles) < launch.narrow()) {
-    f(BlockGrid<int32_t>(g, planes), int32_t());
+    f(BlockGrid<int32_t>(g, planes), int32_t(total));
   } else {
-    f(BlockGrid<int64_t>(g, planes), int64_t());
+    f(BlockGrid<int64_t>(g, planes), total);
   }
 }
 
@@ -172,11 +173,10 @@ void gather_tiles(const Launch& launch, const BlockGeometry& g, const Lines& lin
   visit_word(edges(g, lines.pixel()) | address(map) | address(out), [&](auto* null) {
     using Word = std::remove_pointer_t<decltype(null)>;
     const BlockGeometry words = in_words(g, lines.pixel(), sizeof(Word));
-    visit_grid(launch, words, lines.planes, tiles, [&](const auto& grid, auto zero) {
-      using Int = decltype(zero);
-      const int64_t total = tiles * lines.planes * words.tile_h * words.tile_w;
-      launch("gather_words", total, gather_words<Word, Int>, static_cast<const Word*>(map), index, Int(total),
-             grid, static_cast<Word*>(out));
+    const int64_t all = tiles * lines.planes * words.tile_h * words.tile_w;
+    visit_grid(launch, words, lines.planes, tiles, all, [&](const auto& grid, auto total) {
+      launch("gather_words", total, gather_words<Word, decltype(total)>, static_cast<const Word*>(map), index,
+             total, grid, static_cast<Word*>(out));
     });
   });
 }
@@ -188,11 +188,10 @@ void replace_tiles(const Launch& launch, const BlockGeometry& g, const Lines& li
   visit_word(edges(g, lines.pixel()) | addresses, [&](auto* null) {
     using Word = std::remove_pointer_t<decltype(null)>;
     const BlockGeometry words = in_words(g, lines.pixel(), sizeof(Word));
-    visit_grid(launch, words, lines.planes, tiles, [&](const auto& grid, auto zero) {
-      using Int = decltype(zero);
-      const int64_t total = words.pixels() * lines.planes;
-      launch("replace_words", total, replace_words<Word, Int>, static_cast<const Word*>(values), inverse,
-             static_cast<const Word*>(base), Int(total), grid, static_cast<Word*>(out));
+    const int64_t all = words.pixels() * lines.planes;
+    visit_grid(launch, words, lines.planes, tiles, all, [&](const auto& grid, auto total) {
+      launch("replace_words", total, replace_words<Word, decltype(total)>, static_cast<const Word*>(values),
+             inverse, static_cast<const Word*>(base), total, grid, static_cast<Word*>(out));
     });
   });
 }
@@ -202,11 +201,10 @@ void add_packed(const Launch& launch, const BlockGeometry& g, const Lines& lines
                 const void* values, const int32_t* inverse, const void* base, void* out) {
   using Word = Packed<T, N>;
   const BlockGeometry words = in_words(g, lines.pixel(), sizeof(Word));
-  visit_grid(launch, words, lines.planes, tiles, [&](const auto& grid, auto zero) {
-    using Int = decltype(zero);
-    const int64_t total = words.pixels() * lines.planes;
-    launch("add_words", total, add_words<T, N, Int>, static_cast<const Word*>(values), inverse,
-           static_cast<const Word*>(base), Int(total), grid, static_cast<Word*>(out));
+  const int64_t all = words.pixels() * lines.planes;
+  visit_grid(launch, words, lines.planes, tiles, all, [&](const auto& grid, auto total) {
+    launch("add_words", total, add_words<T, N, decltype(total)>, static_cast<const Word*>(values), inverse,
+           static_cast<const Word*>(base), total, grid, static_cast<Word*>(out));
   });
 }
 
@@ -227,19 +225,16 @@ void add_tiles(const Launch& launch, const BlockGeometry& g, const Lines& lines,
 template <class Launch>
 void mark_blocks(const Launch& launch, const BlockGeometry& g, int64_t tiles, const int32_t* index,
                  bool* mask) {
-  visit_grid(launch, g, 1, tiles, [&](const auto& grid, auto zero) {
-    using Int = decltype(zero);
-    const int64_t total = tiles * g.tile_h * g.tile_w;
-    launch("mark_tiles", total, mark_tiles<Int>, index, Int(total), grid, mask);
+  visit_grid(launch, g, 1, tiles, tiles * g.tile_h * g.tile_w, [&](const auto& grid, auto total) {
+    launch("mark_tiles", total, mark_tiles<decltype(total)>, index, total, grid, mask);
   });
 }
 
 template <int Lanes, class T, class Launch>
 void mask_blocks(const Launch& launch, const BlockGeometry& g, const T* mask, bool mean, double threshold,
                  bool* active) {
-  visit_grid(launch, g, 1, 0, [&](const auto& grid, auto zero) {
-    using Int = decltype(zero);
-    launch("reduce_blocks", g.blocks() * Lanes, reduce_blocks<Lanes, T, Int>, mask, Int(g.blocks()), grid,
+  visit_grid(launch, g, 1, 0, g.blocks(), [&](const auto& grid, auto blocks) {
+    launch("reduce_blocks", g.blocks() * Lanes, reduce_blocks<Lanes, T, decltype(blocks)>, mask, blocks, grid,
            mean, double(g.tile_h) * double(g.tile_w), threshold, active);
   });
 }

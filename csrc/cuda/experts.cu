@@ -12,25 +12,6 @@
 namespace dynops::cuda {
 namespace {
 
-template <class F>
-void visit_integers(const Tensor& index, const F& f) {
-  const void* data = index.const_data_ptr();
-  switch (index.scalar_type()) {
-    case ScalarType::Byte:
-      return f(static_cast<const uint8_t*>(data));
-    case ScalarType::Char:
-      return f(static_cast<const int8_t*>(data));
-    case ScalarType::Short:
-      return f(static_cast<const int16_t*>(data));
-    case ScalarType::Int:
-      return f(static_cast<const int32_t*>(data));
-    case ScalarType::Long:
-      return f(static_cast<const int64_t*>(data));
-    default:
-      STD_TORCH_CHECK(false, "index: expected uint8, int8, int16, int32 or int64, got another dtype");
-  }
-}
-
 // Only the bits that tell experts apart are sorted by: one pass over the pairs for each 8 of them.
 int bits_of(int64_t largest) {
   int bits = 1;
@@ -60,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_index(const Tensor& given, int64_t exp
                                              bits_of(experts), launch.stream());
     });
   };
-  visit_integers(index, [&](const auto* choices) {
+  visit_integers(index, "index", [&](const auto* choices) {
     const Choices<std::decay_t<decltype(*choices)>> pairs{choices, uint32_t(tokens), uint32_t(topk),
                                                           int32_t(experts), false};
     plan_experts(launch, sort, pairs, capacity, memory, numbers(scratch));

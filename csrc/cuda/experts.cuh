@@ -52,7 +52,7 @@ __global__ void keep_first(const int32_t* __restrict__ sorted, const int32_t* __
   }
 }
 
-// Where experts begin, and where pairs are; items are the larger of rows and E + 1.
+// Writes the first row of each expert and the row of each pair; items are the larger of rows and E + 1.
 __global__ void write_places(const int32_t* __restrict__ sorted, const int32_t* __restrict__ order,
                              int64_t rows, int32_t experts, int32_t* __restrict__ offsets,
                              int32_t* __restrict__ position) {

@@ -1,4 +1,4 @@
-// What every CUDA file needs of a launch: the device, its current stream, a grid, the error check.
+// Launches, as every CUDA file does them: the device, its current stream, a grid, the error check.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,8 +16,8 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 // torch's current stream of a device. The function lies in libtorch_cuda, which this binary must not need: it
-// also loads beside a torch without CUDA. Python loads libtorch_cuda for itself alone, so that a weak symbol
-// would not find it either; here it is asked for by the name under which it is loaded.
+// also loads beside a torch without CUDA. Python loads libtorch_cuda for itself alone, so a weak symbol would
+// not find it either. Here it is asked for by the name under which it is loaded.
 inline cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t device, void** stream);
   static const auto function = [] {
@@ -33,7 +33,7 @@ inline cudaStream_t current_stream(int32_t device) {
 
 constexpr int kThreads = 256;
 
-// Of a grid whose blocks stride over it.
+// The largest grid; its blocks stride over the items.
 constexpr int64_t kMostBlocks = int64_t(1) << 20;
 
 // Makes the tensor's device current for a scope, and launches kernels on that device's current stream.
@@ -60,7 +60,7 @@ class Launch {
   // Below it 32 bits hold every number and one stride of the largest grid more.
   int64_t narrow() const { return int64_t(1) << 30; }
 
-  // Whether a CUDA graph records the stream.
+  // True if a CUDA graph records the stream.
   bool captured() const {
     cudaStreamCaptureStatus status;
     check(cudaStreamIsCapturing(stream_, &status), "capture");

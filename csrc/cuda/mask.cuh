@@ -19,7 +19,7 @@ struct MaskView {
   }
 };
 
-// The same mask in vectors of 16 bytes at multiples of 16, wherever its memory begins: only the vectors at
+// The same mask in vectors of 16 bytes at multiples of 16, wherever its memory begins. Only the vectors at
 // its two ends are read element by element.
 template <class Word>
 class MaskVectors {

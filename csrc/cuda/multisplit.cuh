@@ -1,9 +1,9 @@
-// A stable partition of pairs by expert in two launches: blocks count the pairs of each expert in their parts
-// of the list; then each adds up the counts of all parts, and so knows where its own pairs go. (A multisplit:
-// Ashkiani et al., PPoPP 2016.) A list of one part needs the second launch only.
+// A stable partition of pairs by expert in two launches. Blocks first count the pairs of each expert in their
+// parts of the list. Then each adds up the counts of all parts, and so knows where its own pairs go. (A
+// multisplit: Ashkiani et al., PPoPP 2016.) A list of one part needs the second launch only.
 //
-// A warp walks its share of a part 32 pairs at a time: lanes find those of the same expert by a match, and
-// their order is that of the lanes. No order depends on which block or warp is first.
+// A warp walks its share of a part 32 pairs at a time. Lanes find the pairs of the same expert by a match, in
+// the order of the lanes. No order depends on which block or warp is first.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ constexpr int kSplitThreads = 256, kSplitWarps = kSplitThreads / kLanes;
 constexpr int kMostExperts = 1024;  // counters of 8 warps: 33 KB of shared memory
 constexpr int kAhead = 4;           // pairs that a lane loads before it needs the first
 
-// A router's choices [T, K], each an expert or E where the pair is dropped, in the order of pairs or, by
-// choice, all first ones, all second ones, ...
+// A router's choices [T, K], each an expert, or E where the pair is dropped. They are in the order of pairs,
+// or by choice: all first ones, all second ones, ...
 template <class T>
 struct Choices {
   const T* index;
@@ -37,7 +37,7 @@ struct Choices {
   }
 };
 
-// How many pairs of each expert a warp has seen: [warp][expert].
+// The number of pairs of each expert that a warp has seen: [warp][expert].
 using Seen = int32_t[kSplitWarps][kMostExperts + 1];
 
 // Calls f(pair, its expert, how many of that expert came before) for the share of this warp.
@@ -107,7 +107,7 @@ __device__ __forceinline__ void add_parts(const int32_t* __restrict__ counts, in
 }
 
 // Calls put(pair, its expert, the first row of that expert, its rank among the expert's pairs) for every
-// pair, and writes offsets [E + 1], the first row of each expert. One part needs no counts.
+// pair. Writes offsets [E + 1], the first row of each expert. One part needs no counts.
 template <class T, class Put>
 __global__ void place_pairs(Choices<T> choices, int64_t share, const int32_t* __restrict__ counts,
                             int32_t* __restrict__ offsets, Put put) {
@@ -139,7 +139,7 @@ __global__ void place_pairs(Choices<T> choices, int64_t share, const int32_t* __
              [&](uint32_t pair, int32_t expert, int32_t rank) { put(pair, expert, first[expert], rank); });
 }
 
-// Where a pair goes: its row, and what stands there.
+// Puts a pair at its row.
 struct PutRow {
   int32_t experts;
   int32_t *order, *position;
@@ -151,7 +151,7 @@ struct PutRow {
   }
 };
 
-// Which pairs their expert has room for: the others are dropped.
+// Drops the pairs that their expert has no room for.
 struct PutKey {
   int32_t experts;
   int64_t capacity;
@@ -164,11 +164,11 @@ struct PutKey {
 
 // ------------------------------------------------------------------------------------- launches
 
-// How a list of pairs is cut. Nothing here was measured on a GPU; the reasons are these. A block walks 1024
+// The cut of a list of pairs. Nothing here was measured on a GPU; the reasons are these. A block walks 1024
 // pairs in about the time that a launch takes, so that fewer are not worth another block. Each block reads
-// the counts of all parts, E + 1 each: 16384 of them are 64 loads a thread, about as long. Up to 4096 pairs a
-// block, two launches should then take less than the sort, which is five or more launches and moves 40 bytes
-// a pair; beyond, the sort's use of the whole GPU wins.
+// the counts of all parts, E + 1 each: 16384 of them are 64 loads a thread, about as long. The sort is five
+// or more launches and moves 40 bytes a pair. Up to 4096 pairs a block, two launches should take less;
+// beyond, the sort's use of the whole GPU wins.
 struct Split {
   static constexpr int64_t kPart = 1024, kCounts = 16384, kParts = 128, kMostPairs = 4096;
 

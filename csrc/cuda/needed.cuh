@@ -20,10 +20,10 @@ __global__ void mark_needed(const int32_t* __restrict__ index, int64_t rows, Geo
                             uint8_t* __restrict__ mask) {
   for (int64_t i = first_item<int64_t>(); i < rows; i += item_stride<int64_t>()) {
     if (index[i] < 0) continue;
-    const Pixel p = pixel_at(index[i], int32_t(g.out_h), int32_t(g.out_w));
+    const Pixel p = g.out_pixel(index[i]);
     for (int32_t r = 0; r < int32_t(g.kernel_h); ++r) {
       for (int32_t s = 0; s < int32_t(g.kernel_w); ++s) {
-        const int32_t q = input_pixel(g, p, r, s);
+        const int32_t q = g.in_pixel(p, r, s);
         if (q >= 0) mask[q] = 1;
       }
     }

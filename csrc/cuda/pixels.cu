@@ -5,6 +5,7 @@
 #include <array>
 #include <tuple>
 
+#include "../common/mask.h"
 #include "launch.h"
 #include "needed.cuh"
 #include "rows.cuh"
@@ -15,35 +16,12 @@ namespace {
 
 // ------------------------------------------------------------------------------- mask to index
 
+// Calls f with the mask's elements as they are selected from.
 template <class F>
-auto visit_mask(const Tensor& mask, const F& f) {
-  const auto select = [&](auto value, auto largest) {
-    using Word = decltype(value);
-    return f(
-        Selection<Word>({static_cast<const Word*>(mask.const_data_ptr()), mask.numel(), value, largest}));
-  };
-  switch (mask.scalar_type()) {
-    case ScalarType::Half:
-      return select(uint16_t(0x7fff), uint16_t(0x7c00));
-    case ScalarType::BFloat16:
-      return select(uint16_t(0x7fff), uint16_t(0x7f80));
-    case ScalarType::Float:
-      return select(uint32_t(0x7fffffff), uint32_t(0x7f800000));
-    case ScalarType::Double:
-      return select(~uint64_t(0) >> 1, uint64_t(0x7ff) << 52);
-    default:
-      break;
-  }
-  switch (mask.element_size()) {
-    case 1:
-      return select(uint8_t(0xff), uint8_t(0xff));
-    case 2:
-      return select(uint16_t(0xffff), uint16_t(0xffff));
-    case 4:
-      return select(~uint32_t(0), ~uint32_t(0));
-    default:
-      return select(~uint64_t(0), ~uint64_t(0));
-  }
+auto visit_selection(const Tensor& mask, const F& f) {
+  return visit_mask(mask, [&](auto data, auto value, auto largest) {
+    return f(Selection<decltype(value)>({data, mask.numel(), value, largest}));
+  });
 }
 
 // The active elements below and the NaN above, on the host. Waits for the stream. The copy goes to memory
@@ -71,7 +49,7 @@ Tensor mask_to_index(const Tensor& given) {
                   "mask: a CUDA graph cannot capture a plan of exact size, which the host reads: expected a "
                   "capacity");
   const Tensor mask = torch::stable::contiguous(given);
-  return visit_mask(mask, [&](const auto& selection) {
+  return visit_selection(mask, [&](const auto& selection) {
     const Tensor memory = launch.bytes(mask, selection.parts * int64_t(sizeof(uint64_t)));
     auto* counts = static_cast<uint64_t*>(memory.data_ptr());
     count_parts(launch, selection, counts);
@@ -97,7 +75,7 @@ std::tuple<Tensor, Tensor> mask_to_index_capacity(const Tensor& given, int64_t c
     return {index, count};
   }
   const Tensor mask = torch::stable::contiguous(given);
-  visit_mask(mask, [&](const auto& selection) {
+  visit_selection(mask, [&](const auto& selection) {
     const Tensor counts = launch.bytes(mask, selection.parts * int64_t(sizeof(uint64_t)));
     write_capacity(launch, selection, static_cast<uint64_t*>(counts.data_ptr()), capacity, numbers(index),
                    numbers(count));

@@ -1,7 +1,7 @@
 // The kernels of gather_rows and scatter_rows and their launches. Free of torch: tests/pixels_on_host.cpp
 // runs them on a CPU.
 //
-// Rows [P, C] and the pixels of a channels_last map are both contiguous: they move in words of up to 16
+// Rows [P, C] and the pixels of a channels_last map are both contiguous. They move in words of up to 16
 // bytes, one a thread, neighbours by neighbours.
 #pragma once
 
@@ -35,7 +35,7 @@ struct StridedMap {
 
 // -------------------------------------------------------------------------------------- kernels
 
-// Where a pixel's channels begin, in words: pixel after pixel, or by strides.
+// The word at which a pixel's channels begin: pixel after pixel, or by strides.
 template <class Int>
 struct WholePixels {
   Int words;
@@ -67,14 +67,14 @@ __global__ void gather_row_words(const Word* __restrict__ x, const int32_t* __re
 }
 
 // The same from a map whose channels lie apart, as NCHW. A block turns tiles of rows by channels in shared
-// memory: its warps read one channel of neighbouring pixels, and write neighbouring channels of one row.
+// memory. Its warps read one channel of neighbouring pixels, and write neighbouring channels of one row.
 template <class Word>
 __global__ void gather_turned(const Word* __restrict__ x, const int32_t* __restrict__ index, int64_t rows,
                               StridedMap map, Word* __restrict__ out) {
   __shared__ Word tile[kRowTile][kRowTile + 1];  // + 1: a column's elements lie in different banks
   const int lane = int(threadIdx.x) % kRowTile, first = int(threadIdx.x) / kRowTile;
-  const int64_t across = (map.channels + kRowTile - 1) / kRowTile;
-  const int64_t tiles = (rows + kRowTile - 1) / kRowTile * across;
+  const int64_t across = ceil_div(map.channels, kRowTile);
+  const int64_t tiles = ceil_div(rows, kRowTile) * across;
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const int64_t row = t / across * kRowTile, channel = t % across * kRowTile;
     const int32_t flat = row + lane < rows ? index[row + lane] : -1;
@@ -158,7 +158,7 @@ void gather_turned_words(const Launch& launch, int64_t rows, const StridedMap& m
                          const int32_t* index, void* out) {
   visit_word(uint64_t(map.size), [&](auto* null) {
     using Word = std::remove_pointer_t<decltype(null)>;
-    const int64_t tiles = (rows + kRowTile - 1) / kRowTile * ((map.channels + kRowTile - 1) / kRowTile);
+    const int64_t tiles = ceil_div(rows, kRowTile) * ceil_div(map.channels, kRowTile);
     launch.blocks("gather_turned", tiles, kRowTile * kTurnedThreads, gather_turned<Word>,
                   static_cast<const Word*>(x), index, rows, map, static_cast<Word*>(out));
   });
@@ -175,9 +175,9 @@ void gather_pixel_rows(const Launch& launch, int64_t rows, const StridedMap& map
 }
 
 // out: a channels_last map of `pixels` pixels. It holds the base, or zero, already: at the active pixels
-// these bytes are written twice. To write each once, as the blocks do, would take the inverse of the index:
-// 8 bytes a pixel and 8 a row, written and read, and one launch more. It would save one write of the rows,
-// and for maps that fit into the L2 cache (50 MB of an H100) that write is not one to memory.
+// these bytes are written twice. To write each once, as the blocks do, would take the inverse of the index.
+// That is 8 bytes a pixel and 8 a row, written and read, and one launch more. It would save one write of the
+// rows. For maps that fit into the L2 cache (50 MB of an H100) that write does not go to memory.
 template <class Launch>
 void scatter_pixel_rows(const Launch& launch, int64_t rows, int64_t pixels, int64_t bytes, const void* values,
                         const int32_t* index, void* out) {

@@ -1,6 +1,6 @@
-// The positions of a mask's active elements, in ascending order, in two launches: blocks count the active
-// elements of their parts of the mask; then each adds up the counts of the parts before its own, and writes
-// the positions of its part from there. Free of torch: tests/pixels_on_host.cpp runs them on a CPU.
+// The positions of a mask's active elements, in ascending order, in two launches. Blocks first count the
+// active elements of their parts of the mask. Then each adds up the counts of the parts before its own, and
+// writes the positions of its part from there. Free of torch: tests/pixels_on_host.cpp runs them on a CPU.
 //
 // Nothing waits for another block and nothing is atomic, so that there is no memory to prepare and every
 // run writes the same. The mask is read twice, the second time from the L2 cache where it fits there (50 MB

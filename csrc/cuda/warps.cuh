@@ -7,7 +7,7 @@ namespace dynops::cuda {
 
 constexpr int kLanes = 32;  // of a warp
 
-// What the threads before this one have, and what all of them have.
+// The sum over the threads before this one, and over all threads.
 template <class T>
 struct Prefix {
   T before, total;

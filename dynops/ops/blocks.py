@@ -230,7 +230,7 @@ def scatter_blocks(tiles: Tensor, plan: BlockPlan, base: Tensor | None = None, a
     """The dense map with ``tiles`` at the plan's blocks and ``base`` (or zero) elsewhere.
 
     Args:
-        tiles: ``[plan.num_blocks, C, block_h, block_w]``; what lies outside the map is dropped.
+        tiles: ``[plan.num_blocks, C, block_h, block_w]``; pixels outside the map are dropped.
         base: ``[N, C, H, W]`` of the same dtype, or None.
         add: adds the tiles to ``base`` instead of replacing it. Blocks that overlap need it.
 

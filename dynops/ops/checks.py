@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: what does not fit raises before a kernel sees it."""
+"""Argument checks of the public functions: a misfit raises before a kernel sees it."""
 
 from __future__ import annotations
 
@@ -239,14 +239,14 @@ def conv_arguments(x, weight, bias, plan, options: tuple, in_plan=None, transpos
 
 
 def conv_geometry(in_shape, weight_shape, options: tuple, bias: Tensor | None = None):
-    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
+    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and the paddings of ``F.pad``."""
     if bias is not None:
         shaped(bias, "bias", (weight_shape[0],))
     return _geometry(_conv_geometry, in_shape, weight_shape, None, options)
 
 
 def epilogue(plan, x, channels, name, scale, shift, gate, residual, base) -> Epilogue:
-    """Checks what an op does to its result; ``name``: of the activation. The gate becomes ``[P]``.
+    """Checks the parts of an epilogue; ``name``: of the activation. The gate becomes ``[P]``.
 
     The residual is ``[P, O]`` or ``[N, O, H, W]``.
     """

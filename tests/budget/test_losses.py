@@ -33,9 +33,6 @@ class Decision:
         self.mask = mask
 
 
-# ------------------------------------------------------------------------------------------- gates
-
-
 def test_target_rate():
     gates = (torch.rand(6, 3) < 0.5).double().requires_grad_()
     rates = gates.detach().numpy().mean(0)
@@ -113,9 +110,6 @@ def test_losses_of_a_model():
         blocks_of(macs.layers, ["blocks.11"])
 
 
-# -------------------------------------------------------------------------------------- thresholds
-
-
 def test_threshold_target():
     model = nn.Sequential(ChannelGatedConv2d(4, 3, 1, th=1.0), ChannelGatedConv2d(4, 2, 1, th=0.5))
     assert threshold_target_loss(model, 2.0).item() == pytest.approx(3 * 1 + 2 * 2.25)
@@ -183,9 +177,6 @@ def test_batch_shaping():
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-# --------------------------------------------------------------------------------------------- cap
 
 
 @settings(max_examples=60, deadline=None)

@@ -176,16 +176,6 @@ def test_an_inference_tensor_is_packed_once():
         assert len(calls) == 2
 
 
-def test_a_compiled_fused_step_is_seen():
-    net = Net()
-    optimizer = torch.optim.SGD([net.weight], lr=1.0, fused=True)
-    net.check()
-    for _ in range(2):
-        net.weight.grad = torch.ones_like(net.weight)
-        torch.compile(optimizer.step, backend="aot_eager")()
-        net.check()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_that_touches_two_of_64_experts(dtype):
     weight = torch.rand(64, 48, 40).to(dtype)

@@ -22,9 +22,6 @@ from dynops.testing import available_backends, in_layout, random_mask, random_te
 BACKENDS = available_backends()
 
 
-# ------------------------------------------------------------------------- threads and forks
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_share_a_layer(dtype):
     """One layer, one plan, a cold weight cache: every thread gets its own right answer."""
@@ -96,9 +93,6 @@ def test_fork_after_use(backend):
     assert out.split() == ["child", "parent"]
 
 
-# ------------------------------------------------------------------------------------------ leaks
-
-
 def test_a_graph_that_was_used_frees_its_tensors():
     x, weight, bias, mask = inputs()
     plan = PixelPlan.from_mask(mask)
@@ -134,9 +128,6 @@ def test_memory_does_not_grow(backend):
     for _ in range(60):  # rows that are not freed would be 0.2 MiB a step, a map 0.4
         step()
     assert resident_mib() - before < 8
-
-
-# -------------------------------------------------------------------- what is read and written
 
 
 def poison_freed_memory(*sizes: int) -> None:
@@ -233,8 +224,6 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     right = act.get(activation, getattr(F, activation or "", None))(values)
     torch.testing.assert_close(out, right, rtol=1e-6, atol=1e-6, equal_nan=True)
 
-
-# -------------------------------------------------------------------------------- import rules
 
 # What a floor may import from dynops, by the first part of the name (DESIGN: imports run one way).
 FLOORS = {

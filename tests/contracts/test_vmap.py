@@ -81,9 +81,6 @@ def test_kernels_stay_within_the_budget_in_every_mode(name):
         assert_within_budget(ours, right, yardstick, f"result {k}")
 
 
-# ------------------------------------------------------------------------------------- layers
-
-
 class Net(nn.Module):
     """A few convolutions on one plan, or dense ones and its mask."""
 

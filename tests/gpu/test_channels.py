@@ -16,8 +16,6 @@ from dynops.testing import random_tensor
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 UNNAMED = None if ON_GPU else FAST  # ops without a Triton kernel
 
-# -------------------------------------------------------------------------------------------- plans
-
 
 def of_plan(plan: ChannelPlan) -> list:
     return [plan.index, plan.count, plan.mask()]
@@ -46,9 +44,6 @@ def test_prefixes_and_groups_are_those_of_the_cpu():
         lambda d: ChannelPlan.full(12, d),
     ):
         assert_same(moved(of_plan(make(DEVICE)), "cpu"), of_plan(make("cpu")))
-
-
-# --------------------------------------------------------------------------------------- convolutions
 
 
 @dataclass(frozen=True)
@@ -208,9 +203,6 @@ def test_linear(kind):
         return torch.where(out_mask[:, None], out, 0)
 
     compare(ours, oracle, tensors, kind=kind)
-
-
-# ------------------------------------------------------------- weights of each sample, dynamic filters
 
 
 def weighted(kind: str, *lead: int) -> dict[str, torch.Tensor]:

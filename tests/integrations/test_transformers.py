@@ -39,8 +39,6 @@ def used(monkeypatch):
     return calls
 
 
-# ---------------------------------------------------------------------------------- whole models
-
 VOCABULARY, TOPK = 97, "num_experts_per_tok"
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -158,9 +156,6 @@ def test_generate():
     model = make_model("Qwen3Moe")
     run = functools.partial(type(model).generate, inputs=TOKENS[:1, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(run_with(model, "dynops", run), run_with(model, "eager", run))
-
-
-# ------------------------------------------------------------------------------------- register
 
 
 def test_register_twice_and_by_another_name():

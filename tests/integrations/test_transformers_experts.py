@@ -115,9 +115,6 @@ def test_autocast():
     assert relative_error(actual, expected) < 4 * torch.finfo(torch.bfloat16).eps
 
 
-# ----------------------------------------------------------------------------- flags and gates
-
-
 class Layer(nn.Module):
     """A class of experts as a model could write it; what ``use_experts_implementation`` is told varies."""
 

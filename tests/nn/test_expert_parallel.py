@@ -36,9 +36,6 @@ def processes(request, tmp_path_factory):
     group.stop()
 
 
-# -------------------------------------------------------------------------------- one layer's case
-
-
 def oracle(x, up, down, index, weight):
     """SwiGLU experts by masks: every expert on every token."""
     out = torch.zeros_like(x)
@@ -119,9 +116,6 @@ CASES = {  # experts, choices, tokens of each rank, which experts
 def test_values_and_gradients(processes, name, dtype):
     experts, topk, tokens, choose = CASES[name]
     processes.run(check_layer, experts, topk, tokens[: processes.ranks], choose, dtype)
-
-
-# ------------------------------------------------------------------------------ the layer's manners
 
 
 def check_messages():
@@ -248,9 +242,6 @@ def test_gradients_of_some(processes, frozen):
 def test_needs_torch_distributed():
     with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
         ParallelExperts.from_sizes(4, HIDDEN, INNER)
-
-
-# ------------------------------------------------------------------------------------- whole models
 
 
 class Net(nn.Module):

@@ -329,20 +329,6 @@ def test_padding_is_not_read():
         assert (out.output[1, 3:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
-    layer = skip_rnn("LSTM", 2, dtype=dtype)
-    x = random_tensor(3, 6, IN, dtype=dtype)
-    with torch.no_grad():
-        own = layer(x)
-    stepped = layer(x)
-    given = layer(x, updates=own.updates)
-    for out in (stepped, given):
-        assert out.output.dtype == out.updates.dtype == out.state.hidden[1].dtype == dtype
-        assert torch.equal(own.updates, out.updates)
-        torch.testing.assert_close(own.output, out.output.detach(), rtol=0.02, atol=0.02)
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_compacted_cell(dense):
     cell = nn.LSTMCell(IN, HIDDEN, dtype=torch.float64)

@@ -33,9 +33,6 @@ def reader_of(kind="LSTM", layers=1, *, policy=None, jumps=(4, 0), **options) ->
     return reader
 
 
-# ------------------------------------------------------------------------------------ JumpReader
-
-
 def read_alone(reader: JumpReader, x: Tensor, actions: list[int] | None) -> dict:
     """One sequence, step by step: its own jumps (eval), or those given."""
     policy, rnn, state, start, length = reader.policy, reader.rnn, None, 0, len(x)
@@ -208,9 +205,6 @@ def test_location_policy():
     assert abs(noise.std().item() - 1) < 0.1
     stopping = LocationPolicy(HIDDEN, stop=lambda h: h[:, 0] > 0)
     assert torch.equal(stopping(h, position, length).stop, h[:, 0] > 0)
-
-
-# -------------------------------------------------------------------------------- StepSelection
 
 
 @settings(max_examples=25, deadline=None)

@@ -111,9 +111,6 @@ def test_prefix_mask():
     assert ((mask != 0) == (i - 1 < width[:, None])).all()
 
 
-# --------------------------------------------------------------------------------------- SkimRNN
-
-
 def skim_rnn(mode="LSTM", **options) -> SkimRNN:
     layer = SkimRNN(IN, HIDDEN, SMALL, mode=mode, batch_first=True, dtype=torch.float64, **options)
     with torch.no_grad():

@@ -160,9 +160,6 @@ def test_compiled_without_a_break(ran):
     assert (compiled - run(x)).norm() <= 1e-5 * compiled.norm()
 
 
-# ------------------------------------------------------------------------------------- blocks
-
-
 def stack() -> nn.Module:
     layers = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)
     return nn.Sequential(*layers).eval()

@@ -71,9 +71,6 @@ def assert_merged(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> No
         assert_within_budget(actual, exact, dense, what)
 
 
-# -------------------------------------------------------------------------------------- the plan
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, *DTYPES])
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 1, 1, 1)])
 def test_plan_of_a_mask(dtype, shape):
@@ -154,9 +151,6 @@ def test_pixels_are_the_whole_maps_of_the_samples():
 def test_plans_refuse(make, error, says):
     with pytest.raises(error, match=says):
         make()
-
-
-# --------------------------------------------------------------------------- gather and scatter
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])

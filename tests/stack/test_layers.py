@@ -173,3 +173,12 @@ def test_skipped_samples_of_a_module_that_enlarges(path):
     with torch.no_grad():
         expected = torch.stack([x[0], x[1] + module(x[1:2])[0], x[2]])
         assert torch.allclose(layer(x, torch.tensor([0, 1, 0])), expected, atol=1e-13)
+
+
+def test_macs_are_those_of_the_pixels_that_layers_read():
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(2, 4, 1))
+    layer, x = SparseBlocks(module.eval(), 2, "rows"), torch.randn(2, 4, 6, 6)
+    mask = torch.zeros(2, 12, 12)
+    mask[1, 5, 5] = 1  # a block of 4 pixels, which are one pixel before the shuffle
+    macs = layer.macs(x, mask)
+    assert macs.live.tolist() == [0, 4 * 8 + 4 * 8 * 9] and macs.dense == 144 * 8 + 36 * 4 * 8 * 9

@@ -61,9 +61,6 @@ def products(kind: str):
             setting.fp32_precision = precision
 
 
-# --------------------------------------------------------------------------------------- comparison
-
-
 def run(function: Callable, tensors: dict[str, Tensor], grads, dy: list[Tensor]) -> list[Tensor]:
     """The result of ``function(**tensors)`` and the gradients of ``grads`` under ``dy[0]``, made where it is missing."""
     leaves = {name: value.detach() for name, value in tensors.items()}
@@ -160,9 +157,6 @@ def assert_near(actual, expected, kind: str = "ieee", what: str = "result") -> N
         a, e = a.detach().double().cpu(), e.detach().double().cpu()
         error, limit = (a - e).norm(), 8 * _EPS[kind] * e.norm() + 1e-12
         assert error <= limit, f"{what}: differs by {error:.3e}, over {limit:.3e}"
-
-
-# ------------------------------------------------------------------------ graphs and synchronisation
 
 
 def captured(function: Callable, *static):

@@ -44,8 +44,6 @@ def chosen(rows=4096, n=64, k=64, batch=1, family="pixels", **options) -> dict:
     return tiling.choose(X, rows, n, k, batch, **{"family": family, "indirect": False, **options})[0]
 
 
-# ------------------------------------------------------------------------------------- lookup
-
 TUNED = Tile(64, 32, 32, 8, 5)
 FOUND = {"M": 64, "N": 32, "K": 32, "num_warps": 8, "num_stages": 5}
 
@@ -146,9 +144,6 @@ def test_every_launcher_names_its_kernel(monkeypatch):
     assert {request.family for request in trial.asked} == names | {f"{name}_weight" for name in names}
 
 
-# ------------------------------------------------------------------------------ the built-in rule
-
-
 def test_the_built_in_choice_counts_waves(monkeypatch):
     """Large tiles for many rows, small ones for few, and none that keeps SMs idle in a last wave for nothing."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 132))
@@ -161,9 +156,6 @@ def test_the_built_in_choice_counts_waves(monkeypatch):
     # a weight gradient cuts its rows into slices: few tiles need not be small
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9, family="pixels_weight")) == (64, 64)
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9)) == (32, 16)
-
-
-# ------------------------------------------------------------------------------------- search
 
 
 class Clock:
@@ -280,9 +272,6 @@ def test_candidates_are_tiles_that_a_launcher_takes(arch, kind):
             assert sum(changed) == 1 and all(value & (value - 1) == 0 for value in near[:4])
 
 
-# ---------------------------------------------------------------------------------- break-even
-
-
 @pytest.mark.parametrize(
     "times, dense, expected",
     [((4, 6, 8, 10), 7, 0.7), ((4, 6, 8, 10), 20, 1.0), ((8, 12, 16, 20), 4, 0.2), ((5, 5, 5, 15), 10, 0.9)],
@@ -296,9 +285,6 @@ def test_every_problem_has_a_name_of_its_own():
     names = [found.name + str(found.dtype) for found in problems.every_problem()]
     assert len(set(names)) == len(names) > 80
     assert len({layer.name for layer in break_even.layers()}) == len(break_even.layers())
-
-
-# -------------------------------------------------------------------------------- command line
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ class GridRows {
  public:
   GridRows(const Tensor& index, const OptionalTensor& count, const BlockGeometry& geometry)
       : g_(geometry), blocks_(active_rows(index, count)), at_(checked_index(index, blocks_, g_.blocks())) {
-    starts_.reserve(size_t(rows() + 1));
+    starts_.reserve(rows() + 1);
     for (int64_t row = 0, b = 0; row < rows(); ++row) {
       starts_.push_back(b);
       while (b < blocks_ && at_[b] < (row + 1) * g_.grid_w) ++b;
@@ -21,7 +21,7 @@ class GridRows {
   }
 
   int64_t rows() const { return g_.batch * g_.grid_h; }
-  Span blocks_of(int64_t row) const { return {starts_[size_t(row)], starts_[size_t(row + 1)]}; }
+  Span blocks_of(int64_t row) const { return {starts_[row], starts_[row + 1]}; }
 
   // The lines of an image that row `by` of the grid covers.
   Span lines(int64_t by) const { return clipped(g_.first_h + by * g_.step_h, g_.tile_h, g_.height); }

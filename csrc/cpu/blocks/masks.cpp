@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../engine/mask.h"
+#include "../engine/operands.h"
 #include "../engine/parallel.h"
 
 namespace dynops::cpu {
@@ -65,8 +66,9 @@ void reduce_blocks(const T* mask, const BlockGeometry& g, Reduce reduce, uint8_t
   const int64_t rows = g.batch * g.grid_h;
   const int64_t threads = threads_for(double(g.pixels()) * sizeof(T), kMaskBytesPerThread);
   parallel(threads, [&](int64_t t) {
-    std::vector<Partial> columns(size_t(g.width));
-    for (int64_t row = part(rows, t, threads); row < part(rows, t + 1, threads); ++row) {
+    std::vector<Partial> columns(g.width);
+    const Span mine = share_of(rows, t, threads);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
       const Span ys = clipped(g.first_h + row % g.grid_h * g.step_h, g.tile_h, g.height);
       std::fill(columns.begin(), columns.end(), Partial(0));
       for (int64_t y = ys.begin; y < ys.end; ++y) {
@@ -75,39 +77,11 @@ void reduce_blocks(const T* mask, const BlockGeometry& g, Reduce reduce, uint8_t
       for (int64_t bx = 0; bx < g.grid_w; ++bx) {
         const Span xs = clipped(g.first_w + bx * g.step_w, g.tile_w, g.width);
         Partial total = 0;
-        for (int64_t x = xs.begin; x < xs.end; ++x) total = reduce.join(total, columns[size_t(x)]);
+        for (int64_t x = xs.begin; x < xs.end; ++x) total = reduce.join(total, columns[x]);
         out[row * g.grid_w + bx] = reduce.active(total);
       }
     }
   });
-}
-
-// Calls f with a pointer to the mask's elements as what they are (bool as bytes).
-template <class F>
-void visit_values(const Tensor& mask, const F& f) {
-  const void* data = mask.const_data_ptr();
-  switch (mask.scalar_type()) {
-    case ScalarType::Char:
-      return f(static_cast<const int8_t*>(data));
-    case ScalarType::Short:
-      return f(static_cast<const int16_t*>(data));
-    case ScalarType::Int:
-      return f(static_cast<const int32_t*>(data));
-    case ScalarType::Long:
-      return f(static_cast<const int64_t*>(data));
-    case ScalarType::Half:
-      return f(static_cast<const torch::headeronly::Half*>(data));
-    case ScalarType::BFloat16:
-      return f(static_cast<const torch::headeronly::BFloat16*>(data));
-    case ScalarType::Float:
-      return f(static_cast<const float*>(data));
-    case ScalarType::Double:
-      return f(static_cast<const double*>(data));
-    default:
-      STD_TORCH_CHECK(mask.element_size() == 1, "mask: expected bool, integers or floats, got elements of ",
-                      mask.element_size(), " bytes");
-      return f(static_cast<const uint8_t*>(data));
-  }
 }
 
 Tensor block_mask(const Tensor& mask_in, IntHeaderOnlyArrayRef geometry, bool mean, double threshold) {
@@ -116,7 +90,7 @@ Tensor block_mask(const Tensor& mask_in, IntHeaderOnlyArrayRef geometry, bool me
                   mask_in.numel());
   const Tensor mask = torch::stable::contiguous(mask_in);
   Tensor blocks = empty({g.batch, g.grid_h, g.grid_w}, ScalarType::Bool);
-  uint8_t* out = static_cast<uint8_t*>(blocks.data_ptr());
+  uint8_t* out = data_of<uint8_t>(blocks);
   visit_mask(mask, [&](auto words, auto bits, auto largest) {
     using Word = decltype(bits);
     const bool may_be_nan = largest != Word(~Word(0));
@@ -125,7 +99,7 @@ Tensor block_mask(const Tensor& mask_in, IntHeaderOnlyArrayRef geometry, bool me
     if (!mean && threshold == 0) reduce_blocks(words, g, AnyBit<Word>{bits}, out);
   });
   if (!mean && threshold == 0) return blocks;
-  visit_values(mask, [&](auto values) {
+  visit_values<torch::headeronly::Half, torch::headeronly::BFloat16>(mask, "mask", [&](auto values) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(values)>>;
     if (mean) {
       reduce_blocks(values, g, Mean<T>{threshold, double(g.tile_h * g.tile_w)}, out);
@@ -142,7 +116,7 @@ Tensor block_cover(const Tensor& index, const OptionalTensor& count, IntHeaderOn
   const BlockGeometry g = block_geometry_of(geometry);
   const GridRows grid(index, count, g);
   Tensor mask = empty({g.batch, g.height, g.width}, ScalarType::Bool);
-  uint8_t* out = static_cast<uint8_t*>(mask.data_ptr());
+  uint8_t* out = data_of<uint8_t>(mask);
   std::fill(out, out + g.pixels(), uint8_t(0));
   for (int64_t row = 0; row < grid.rows(); ++row) {
     const Span blocks = grid.blocks_of(row), ys = grid.lines(row % g.grid_h);
@@ -150,7 +124,7 @@ Tensor block_cover(const Tensor& index, const OptionalTensor& count, IntHeaderOn
       uint8_t* line = out + (row / g.grid_h * g.height + y) * g.width;
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const Span xs = grid.columns(row, b);
-        std::memset(line + xs.begin, 1, size_t(xs.size()));
+        std::memset(line + xs.begin, 1, xs.size());
       }
     }
   }
@@ -165,8 +139,8 @@ int64_t line_pixels(const GridRows& grid, int64_t row) {
   return pixels;
 }
 
-// Straight from the blocks where they do not overlap: 400 x 700 pixels, 10 % active in blocks of 16 x 16,
-// take 5 us, a mask and its index 90.
+// Lists the pixels straight from the blocks where these do not overlap. 400 x 700 pixels, 10 % active in
+// blocks of 16 x 16, take 5 us; a mask and its index take 90.
 Tensor block_pixels(const Tensor& index, IntHeaderOnlyArrayRef geometry) {
   const BlockGeometry g = block_geometry_of(geometry);
   STD_TORCH_CHECK(g.pixels() <= INT32_MAX, "geometry: expected at most 2**31 - 1 pixels, got ", g.pixels());
@@ -177,7 +151,7 @@ Tensor block_pixels(const Tensor& index, IntHeaderOnlyArrayRef geometry) {
     total += grid.lines(row % g.grid_h).size() * line_pixels(grid, row);
   }
   Tensor pixels = empty({total}, ScalarType::Int);
-  int32_t* out = static_cast<int32_t*>(pixels.data_ptr());
+  int32_t* out = data_of<int32_t>(pixels);
   for (int64_t row = 0; row < grid.rows(); ++row) {
     const Span blocks = grid.blocks_of(row), ys = grid.lines(row % g.grid_h);
     if (blocks.size() == 0 || ys.size() == 0) continue;

@@ -2,21 +2,13 @@
 //
 // Both memory formats are the same walk over lines of memory, see Layout. Copies are of any dtype.
 #include <cstring>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
-#include "../engine/engine.h"
 #include "../engine/operands.h"
 #include "../engine/parallel.h"
 #include "grid.h"
 
 namespace dynops::cpu {
 namespace {
-
-constexpr double kBytesPerThread = 64 * 1024;
-constexpr int64_t kStreamBytes =
-    8 << 20;  // an output as large as this is zeroed past the caches, as in pixels.cpp
 
 // A map is `planes` planes of H lines an image, a tile as many of tile_h lines. A pixel of a line holds
 // every channel in channels_last (one plane), and one of them in NCHW (C planes).
@@ -35,19 +27,9 @@ struct Layout {
 };
 
 void check_shapes(const Tensor& map, const Tensor& tiles, const Tensor& index, const BlockGeometry& g) {
-  STD_TORCH_CHECK(
-      map.dim() == 4 && map.size(0) == g.batch && map.size(2) == g.height && map.size(3) == g.width,
-      "map: expected [", g.batch, ", C, ", g.height, ", ", g.width, "], got ", map.dim(), " dimensions, ",
-      map.numel(), " elements");
-  STD_TORCH_CHECK(tiles.dim() == 4 && tiles.size(0) == index.size(0) && tiles.size(1) == map.size(1) &&
-                      tiles.size(2) == g.tile_h && tiles.size(3) == g.tile_w,
-                  "tiles: expected [", index.size(0), ", ", map.size(1), ", ", g.tile_h, ", ", g.tile_w,
-                  "], got ", tiles.dim(), " dimensions, ", tiles.numel(), " elements");
-  STD_TORCH_CHECK(map.scalar_type() == tiles.scalar_type(), "tiles: expected the dtype of the map");
-}
-
-void zero(char* to, int64_t bytes) {
-  if (bytes > 0) kernels().fill(to, nullptr, bytes, false);
+  check_tiles(map, tiles, g);
+  STD_TORCH_CHECK(tiles.size(0) == index.size(0), "tiles: expected ", index.size(0), " as the index, got ",
+                  tiles.size(0));
 }
 
 // -------------------------------------------------------------------------------------- gather
@@ -56,14 +38,14 @@ void zero(char* to, int64_t bytes) {
 void gather_plane(const char* from, int64_t y0, int64_t x0, const BlockGeometry& g, int64_t pixel, char* to) {
   const Span ys = clipped(y0, g.tile_h, g.height), xs = clipped(x0, g.tile_w, g.width);
   const int64_t line = g.tile_w * pixel, left = (xs.begin - x0) * pixel, run = xs.size() * pixel;
-  zero(to, (ys.begin - y0) * line);
+  fill_zero(to, (ys.begin - y0) * line);
   for (int64_t y = ys.begin; y < ys.end; ++y) {
     char* row = to + (y - y0) * line;
-    zero(row, left);
-    std::memcpy(row + left, from + (y * g.width + xs.begin) * pixel, size_t(run));
-    zero(row + left + run, line - left - run);
+    fill_zero(row, left);
+    std::memcpy(row + left, from + (y * g.width + xs.begin) * pixel, run);
+    fill_zero(row + left + run, line - left - run);
   }
-  zero(to + (ys.end - y0) * line, (y0 + g.tile_h - ys.end) * line);
+  fill_zero(to + (ys.end - y0) * line, (y0 + g.tile_h - ys.end) * line);
 }
 
 // x and out are both channels_last or both contiguous; tiles past the count become zero.
@@ -78,16 +60,14 @@ void gather_tiles(const Tensor& x, const Tensor& index, const OptionalTensor& co
   const int64_t plane = g.tile_h * g.tile_w * layout.bytes, planes = tiles * layout.planes;
   const char* from = data_of<const char>(x);
   char* to = data_of<char>(out);
-  const int64_t threads = threads_for(double(planes) * double(plane), kBytesPerThread);
-  parallel(threads, [&](int64_t t) {
-    for (int64_t i = part(planes, t, threads); i < part(planes, t + 1, threads); ++i) {
-      const int64_t block = at[i / layout.planes], row = block / g.grid_w, n = row / g.grid_h;
-      const int64_t y0 = g.first_h + row % g.grid_h * g.step_h, x0 = g.first_w + block % g.grid_w * g.step_w;
-      const int64_t source = (n * layout.planes + i % layout.planes) * g.height * g.width;
-      gather_plane(from + source * layout.bytes, y0, x0, g, layout.bytes, to + i * plane);
-    }
+  const int64_t threads = threads_for(double(planes) * double(plane), kCopyBytesPerThread);
+  parallel_shares(planes, threads, [&](int64_t i) {
+    const int64_t block = at[i / layout.planes], row = block / g.grid_w, n = row / g.grid_h;
+    const int64_t y0 = g.first_h + row % g.grid_h * g.step_h, x0 = g.first_w + block % g.grid_w * g.step_w;
+    const int64_t source = (n * layout.planes + i % layout.planes) * g.height * g.width;
+    gather_plane(from + source * layout.bytes, y0, x0, g, layout.bytes, to + i * plane);
   });
-  zero(to + planes * plane, (out.size(0) - tiles) * layout.planes * plane);
+  fill_zero(to + planes * plane, (out.size(0) - tiles) * layout.planes * plane);
 }
 
 // ------------------------------------------------------------------------------------- scatter
@@ -128,7 +108,7 @@ struct Scatter {
   // Calls f(run of a tile, its columns) for all tiles over a line, in the order of the plan.
   template <class F>
   void for_each_run(const Line& line, const F& f) const {
-    const Span rows = rows_over[size_t(line.y)];
+    const Span rows = rows_over[line.y];
     for (int64_t by = rows.begin; by < rows.end; ++by) {
       const int64_t row = line.n * g.grid_h + by, i = line.y - (g.first_h + by * g.step_h);
       const Span blocks = grid.blocks_of(row);
@@ -149,7 +129,7 @@ struct Scatter {
 
 std::vector<Span> rows_over_lines(const BlockGeometry& g) {
   std::vector<Span> rows;
-  rows.reserve(size_t(g.height));
+  rows.reserve(g.height);
   for (int64_t y = 0; y < g.height; ++y) {
     const int64_t from_first = y - g.first_h, past_first = from_first - g.tile_h;
     const int64_t begin = past_first < 0 ? 0 : past_first / g.step_h + 1;
@@ -160,18 +140,18 @@ std::vector<Span> rows_over_lines(const BlockGeometry& g) {
 }
 
 // Runs come in the order of memory: what lies between two is filled, so that every byte is written once.
-void replace_lines(const Scatter& s, int64_t begin, int64_t end) {
-  int64_t done = begin * s.line_bytes();
-  Line line(begin, s.g, s.layout);
-  for (int64_t i = begin; i < end; ++i, line.next(s.g, s.layout)) {
+void replace_lines(const Scatter& s, Span lines) {
+  int64_t done = lines.begin * s.line_bytes();
+  Line line(lines.begin, s.g, s.layout);
+  for (int64_t i = lines.begin; i < lines.end; ++i, line.next(s.g, s.layout)) {
     s.for_each_run(line, [&](const char* run, Span xs) {
       const int64_t start = line.begin + xs.begin * s.layout.bytes, bytes = xs.size() * s.layout.bytes;
       s.fill(done, start);
-      std::memcpy(s.out + start, run, size_t(bytes));
+      std::memcpy(s.out + start, run, bytes);
       done = start + bytes;
     });
   }
-  s.fill(done, end * s.line_bytes());
+  s.fill(done, lines.end * s.line_bytes());
 }
 
 // Base and the tiles over one line. `memory` holds the sums of a line where they cannot be in the output.
@@ -199,10 +179,11 @@ void add_line(const Scatter& s, const Line& line, Dtype dtype, float* memory) {
 }
 
 // A thread owns lines of the output, and each sums its tiles in their order: no thread count changes a bit.
-void add_lines(const Scatter& s, Dtype dtype, int64_t begin, int64_t end) {
-  std::vector<float> memory(dtype == Dtype::kFloat32 ? 0 : size_t(s.g.width * s.layout.elements));
-  Line line(begin, s.g, s.layout);
-  for (int64_t i = begin; i < end; ++i, line.next(s.g, s.layout)) add_line(s, line, dtype, memory.data());
+void add_lines(const Scatter& s, Dtype dtype, Span lines) {
+  std::vector<float> memory(dtype == Dtype::kFloat32 ? 0 : s.g.width * s.layout.elements);
+  Line line(lines.begin, s.g, s.layout);
+  for (int64_t i = lines.begin; i < lines.end; ++i, line.next(s.g, s.layout))
+    add_line(s, line, dtype, memory.data());
 }
 
 // tiles, base and out are all channels_last or all contiguous.
@@ -216,37 +197,30 @@ void scatter_tiles(const Tensor& tiles, const Tensor& index, const OptionalTenso
   STD_TORCH_CHECK(add || !g.overlaps(), "add: expected True for tiles that overlap, got False");
   if (out.numel() == 0) return;
   const int64_t bytes = out.numel() * int64_t(out.element_size());
-  const Scatter s{g,
-                  Layout(out, tiles),
-                  GridRows(index, count, g),
-                  rows_over_lines(g),
-                  data_of<const char>(tiles),
-                  data_of<const char>(base),
-                  data_of<char>(out),
-                  bytes >= kStreamBytes};
+  const Scatter s{.g = g,
+                  .layout = Layout(out, tiles),
+                  .grid = GridRows(index, count, g),
+                  .rows_over = rows_over_lines(g),
+                  .tiles = data_of<const char>(tiles),
+                  .base = data_of<const char>(base),
+                  .out = data_of<char>(out),
+                  .stream = bytes >= kStreamBytes};
   const bool sums = add && (base || g.overlaps());  // one tile and zero: the tile
   const Dtype dtype = sums ? dtype_of(out) : Dtype::kFloat32;
-  const int64_t threads = threads_for(double(bytes), kBytesPerThread);
+  const int64_t threads = threads_for(double(bytes), kCopyBytesPerThread);
   parallel(threads, [&](int64_t t) {
-    const int64_t begin = part(s.lines(), t, threads), end = part(s.lines(), t + 1, threads);
-    sums ? add_lines(s, dtype, begin, end) : replace_lines(s, begin, end);
-#if defined(__x86_64__)
-    if (s.stream) _mm_sfence();  // other threads may read the output after this one's part is done
-#endif
+    const Span lines = share_of(s.lines(), t, threads);
+    sums ? add_lines(s, dtype, lines) : replace_lines(s, lines);
+    if (s.stream) end_stream();
   });
 }
 
+DYNOPS_CPU_OP("cpu_gather_tiles(Tensor x, Tensor index, Tensor? count, int[] geometry, Tensor(a!) out) -> ()",
+              gather_tiles)
+DYNOPS_CPU_OP(
+    "cpu_scatter_tiles(Tensor tiles, Tensor index, Tensor? count, int[] geometry, Tensor? base, bool "
+    "add, Tensor(a!) out) -> ()",
+    scatter_tiles)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def("cpu_gather_tiles(Tensor x, Tensor index, Tensor? count, int[] geometry, Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_scatter_tiles(Tensor tiles, Tensor index, Tensor? count, int[] geometry, Tensor? base, bool add, "
-      "Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_gather_tiles", TORCH_BOX(&dynops::cpu::gather_tiles));
-  m.impl("cpu_scatter_tiles", TORCH_BOX(&dynops::cpu::scatter_tiles));
-}

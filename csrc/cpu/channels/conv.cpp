@@ -1,8 +1,5 @@
 // Convolution on the live channels of each sample, on the CPU: forward, and the gradient of the input.
 #include <atomic>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 #include "../engine/forward_pass.h"
 #include "../engine/winograd_pass.h"
@@ -29,77 +26,66 @@ void write_rows(const Call& c, const ChannelList& live, int64_t first, int64_t r
 
 namespace {
 
-// How a call falls into jobs.
-struct Jobs {
+// The jobs that a call falls into: groups of samples, and shares of their rows or panels.
+struct JobGrid {
   int64_t groups;  // of samples
-  int64_t row_parts = 1, panel_parts = 1;
-  int64_t size() const { return groups * row_parts * panel_parts; }
+  int64_t row_shares = 1, panel_shares = 1;
+  int64_t size() const { return groups * row_shares * panel_shares; }
 };
 
-int64_t live_panels(const Call& c) {
-  return (c.out.longest() + kernels().panel_width - 1) / kernels().panel_width;
-}
+int64_t live_panels(const Call& c) { return ceil_div(c.out.longest(), kernels().panel_width); }
 
 double macs_of(const Call& c) {
   const double pairs = double(c.in.total()) * double(c.out.total()) / double(c.in.lists() * c.out.lists());
-  return pairs * double(c.g.out_pixels() * c.samples * c.g.taps()) / double(c.parts);
+  return pairs * double(c.g.out_pixels() * c.samples * c.g.taps()) / double(c.slices);
 }
 
-// Whether samples take the weight in turn: they mix it from several, or it is large, and a map's rows are too
-// few to hide how it comes from the L3 cache.
+// Samples take the weight in turn if they mix it from several, or if it is large and a map has too few rows
+// to hide the time that it takes from the L3 cache.
 bool shares_weight(const Call& c) {
   constexpr int64_t kLargeWeight = 1 << 20, kFewRows = 128;
-  return c.mix || (c.parts == 1 && !c.winograd && !c.depthwise && c.layout.group_bytes > kLargeWeight &&
+  return c.mix || (c.slices == 1 && !c.winograd && !c.depthwise && c.layout.group_bytes > kLargeWeight &&
                    c.g.out_pixels() <= kFewRows);
 }
 
-// A sample is one job where samples are many. Else it is cut by rows, each part compacting the weight for
-// itself; by channels, each part compacting the input, where rows are few or the weight is large.
-Jobs jobs_of(const Call& c, int64_t threads) {
+// A sample is one job where samples are many. Where rows are few or the weight is large it is cut by
+// channels, and each job compacts the input. Else it is cut by rows, and each job compacts the weight.
+JobGrid jobs_of(const Call& c, int64_t threads) {
   const bool split = c.mix && live_panels(c) >= threads;  // each thread reads its part of the kernels
   const int64_t share = split ? c.samples : c.samples / threads;
   const int64_t group = shares_weight(c) ? std::clamp<int64_t>(share, 1, kSampleGroup) : 1;
-  Jobs jobs{(c.samples + group - 1) / group};
+  JobGrid jobs{ceil_div(c.samples, group)};
   if (split) {
-    jobs.panel_parts = threads;
+    jobs.panel_shares = threads;
     return jobs;
   }
   if (jobs.groups % threads == 0 || jobs.groups >= 4 * threads) return jobs;
-  const int64_t rows = c.g.out_pixels(), weight_bytes = c.positions() * c.layout.group_bytes / 2;
-  const bool few_rows = rows < threads * 4 * kTileRows;
-  const bool large_weight = weight_bytes > (1 << 20) && rows < threads * kMaxBlockRows;
-  if (c.parts == 1 && (few_rows || large_weight) && live_panels(c) >= threads) {
-    jobs.panel_parts = threads;
+  const int64_t weight_bytes = c.positions() * c.layout.group_bytes / 2;
+  if (c.slices == 1 && shares_panels(threads, c.g.out_pixels(), live_panels(c), weight_bytes)) {
+    jobs.panel_shares = threads;
   } else {
-    jobs.row_parts = std::min(threads, c.units());
+    jobs.row_shares = std::min(threads, c.units());
   }
   return jobs;
 }
 
-void run_jobs(const Call& c, const Jobs& jobs, int64_t threads) {
+void run_jobs(const Call& c, const JobGrid& jobs, int64_t threads) {
   std::atomic<int64_t> next{0};
-  const int64_t panels = live_panels(c);
   parallel(std::min(threads, jobs.size()), [&](int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < jobs.size();) {
-      const int64_t p = i % jobs.panel_parts, r = i / jobs.panel_parts % jobs.row_parts;
-      const auto range = [](int64_t size, int64_t at, int64_t parts) {
-        return Range{part(size, at, parts), part(size, at + 1, parts)};
-      };
-      const int64_t group = i / (jobs.panel_parts * jobs.row_parts);
-      const JobRange job{range(c.samples, group, jobs.groups), range(c.units(), r, jobs.row_parts),
-                         range(panels, p, jobs.panel_parts)};
+      const int64_t p = i % jobs.panel_shares, r = i / jobs.panel_shares % jobs.row_shares;
+      const Job job{.samples = share_of(c.samples, i / (jobs.panel_shares * jobs.row_shares), jobs.groups),
+                    .units = share_of(c.units(), r, jobs.row_shares),
+                    .panels = share_of(live_panels(c), p, jobs.panel_shares)};
       c.depthwise ? run_depthwise_job(c, job) : run_channel_job(c, job);
     }
-#if defined(__x86_64__)
-    _mm_sfence();  // other threads may read what was written past the caches
-#endif
+    end_stream();
   });
 }
 
 // Tables that depend on the geometry of a job.
 void prepare(Call& c) {
-  c.pixels.resize(size_t(c.g.out_pixels()));
-  std::iota(c.pixels.begin(), c.pixels.end(), 0);
+  c.pixels = ascending(c.g.out_pixels());
   c.classes = row_classes(c.g, c.pixels.data(), c.g.out_pixels());
   c.tap_groups = {c.classes[0]};
   if (c.dtype == Dtype::kFloat32 && shares_weight(c)) {
@@ -107,10 +93,7 @@ void prepare(Call& c) {
     for (int32_t tap = 0; tap < c.g.taps(); ++tap) c.tap_groups.push_back({{tap}, {}, true});
   }
   if (c.winograd) c.quads = all_quads(c.g);
-  if (c.merged) {
-    c.run.resize(size_t(c.g.kernel_w * c.in.channels()));
-    std::iota(c.run.begin(), c.run.end(), 0);
-  }
+  if (c.merged) c.run = ascending(c.g.kernel_w * c.in.channels());
 }
 
 // Everything that follows from the lists, then the jobs.
@@ -119,7 +102,7 @@ void run(Call& c) {
   c.zero = zero.data();
   prepare(c);
   const int64_t threads = threads_for(macs_of(c), kMacsPerThread);
-  const Jobs jobs = jobs_of(c, threads);
+  const JobGrid jobs = jobs_of(c, threads);
   if (!c.depthwise && !c.mix && c.in.shared() && c.out.shared() && jobs.size() > 1) compact_weights(c);
   run_jobs(c, jobs, threads);
 }
@@ -146,32 +129,29 @@ void channel_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& b
                   bool heads_out, int64_t activation, const OptionalTensor& scale, const OptionalTensor& base,
                   bool packed_in, bool packed_out, bool merged, bool turned, bool winograd, Tensor out) {
   Geometry g = geometry_of(geometry);
-  const int64_t batch = g.batch, parts = std::max(g.groups, heads);
+  const int64_t batch = g.batch;
   const int64_t in_heads = heads_out ? 1 : heads, out_heads = heads_out ? heads : 1;
   const bool depthwise = is_depthwise(g, in_channels, out_channels);
-  const int64_t groups = depthwise ? 1 : parts;
-  Call c{g,
-         batch,
-         groups,
-         ChannelLists(in_index, in_count, in_channels, in_heads > 1 ? 1 : groups, in_heads, batch),
-         ChannelLists(out_index, out_count, out_channels, out_heads > 1 ? 1 : groups, out_heads, batch),
-         dtype_of(x),
-         map_of(x, packed_in),
-         map_of(out, packed_out),
-         data_of<const char>(base),
-         data_of<const char>(weight),
-         {},
-         winograd ? 1
-         : merged ? g.kernel_h
-                  : g.taps(),
-         merged,
-         turned,
-         winograd,
-         dtype_of(x) == Dtype::kBFloat16 && kernels().bf16_dot,
-         depthwise,
-         {},
-         data_of<const float>(scale),
-         Activation(activation)};
+  const int64_t slices = depthwise ? 1 : std::max(g.groups, heads);
+  Call c{
+      .g = g,
+      .samples = batch,
+      .slices = slices,
+      .in = ChannelLists(in_index, in_count, in_channels, in_heads > 1 ? 1 : slices, in_heads, batch),
+      .out = ChannelLists(out_index, out_count, out_channels, out_heads > 1 ? 1 : slices, out_heads, batch),
+      .dtype = dtype_of(x),
+      .x = map_of(x, packed_in),
+      .y = map_of(out, packed_out),
+      .base = data_of<const char>(base),
+      .weight = data_of<const char>(weight),
+      .segments = winograd ? 1 : g.taps() / (merged ? g.kernel_w : 1),
+      .merged = merged,
+      .turned = turned,
+      .winograd = winograd,
+      .dot = multiplies_pairs(dtype_of(x)),
+      .depthwise = depthwise,
+      .scale = data_of<const float>(scale),
+      .activation = Activation(activation)};
   check_maps(c, x, out, batch);
   if (batch * g.out_h * g.out_w == 0) return;
   c.g.groups = 1;
@@ -180,12 +160,12 @@ void channel_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& b
   c.g.batch = one ? batch : 1;
   if (bias) {
     c.bias = channel_vector(bias, out_channels, 0.f);
-    c.bias.resize(size_t(out_channels));
+    c.bias.resize(out_channels);
   }
-  const int64_t depth = in_channels / (in_heads > 1 ? 1 : groups) * (merged ? g.kernel_w : 1);
-  c.layout = panel_layout(out_channels / (out_heads > 1 ? 1 : groups), c.segments, depth, c.dot);
-  STD_TORCH_CHECK(depthwise || weight.numel() == groups * c.positions() * c.layout.group_bytes,
-                  "weight: expected it packed, ", groups * c.positions() * c.layout.group_bytes, " bytes");
+  const int64_t depth = in_channels / (in_heads > 1 ? 1 : slices) * (merged ? g.kernel_w : 1);
+  c.layout = panel_layout(out_channels / (out_heads > 1 ? 1 : slices), c.segments, depth, c.dot);
+  STD_TORCH_CHECK(depthwise || weight.numel() == slices * c.positions() * c.layout.group_bytes,
+                  "weight: expected it packed, ", slices * c.positions() * c.layout.group_bytes, " bytes");
   run(c);
 }
 
@@ -196,26 +176,18 @@ void mixed_in_steps(const Tensor& x, const Tensor& weight, const Tensor& mix, co
   const Geometry g = geometry_of(geometry);
   const OptionalTensor all;
   const int64_t in_channels = x.size(1), outputs = out.size(1), experts = weight.size(0);
-  Call c{g,
-         g.batch,
-         1,
-         ChannelLists(all, all, in_channels, 1, 1, g.batch),
-         ChannelLists(all, all, outputs, 1, 1, g.batch),
-         dtype_of(x),
-         map_of(x, false),
-         map_of(out, false),
-         nullptr,
-         data_of<const char>(weight),
-         panel_layout(outputs, g.taps(), in_channels, false),
-         g.taps(),
-         false,
-         false,
-         false,
-         false,
-         false,
-         {},
-         nullptr,
-         Activation(activation)};
+  Call c{.g = g,
+         .samples = g.batch,
+         .slices = 1,
+         .in = ChannelLists(all, all, in_channels, 1, 1, g.batch),
+         .out = ChannelLists(all, all, outputs, 1, 1, g.batch),
+         .dtype = dtype_of(x),
+         .x = map_of(x, false),
+         .y = map_of(out, false),
+         .weight = data_of<const char>(weight),
+         .layout = panel_layout(outputs, g.taps(), in_channels, false),
+         .segments = g.taps(),
+         .activation = Activation(activation)};
   STD_TORCH_CHECK(c.dtype == Dtype::kFloat32 && g.groups == 1 && !g.transposed,
                   "mixed_in_steps: expected float32 and one group");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == c.layout.group_bytes, "weight: expected ",
@@ -227,28 +199,20 @@ void mixed_in_steps(const Tensor& x, const Tensor& weight, const Tensor& mix, co
   c.mix = data_of<const float>(mix);
   c.experts = experts;
   c.expert_bytes = c.layout.group_bytes;
-  if (bias) {
-    c.bias.resize(size_t(bias->numel()));
-    kernels().to_float(data_of<const char>(*bias), dtype_of(*bias), bias->numel(), c.bias.data());
-  }
+  c.bias = floats_of(bias);
   run(c);
 }
 
+DYNOPS_CPU_OP(
+    "cpu_channel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? in_count, "
+    "Tensor? out_index, Tensor? out_count, int[] geometry, int in_channels, int out_channels, int "
+    "heads, bool heads_out, int activation, Tensor? scale, Tensor? base, bool packed_in, bool "
+    "packed_out, bool merged, bool turned, bool winograd, Tensor(a!) out) -> ()",
+    channel_conv)
+DYNOPS_CPU_OP(
+    "cpu_mixed_in_steps(Tensor x, Tensor weight, Tensor mix, Tensor? bias, int[] geometry, int "
+    "activation, Tensor(a!) out) -> ()",
+    mixed_in_steps)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_channel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? in_count, "
-      "Tensor? out_index, Tensor? out_count, int[] geometry, int in_channels, int out_channels, int heads, "
-      "bool heads_out, int activation, Tensor? scale, Tensor? base, bool packed_in, bool packed_out, "
-      "bool merged, bool turned, bool winograd, Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_mixed_in_steps(Tensor x, Tensor weight, Tensor mix, Tensor? bias, int[] geometry, int activation, "
-      "Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_channel_conv", TORCH_BOX(&dynops::cpu::channel_conv));
-  m.impl("cpu_mixed_in_steps", TORCH_BOX(&dynops::cpu::mixed_in_steps));
-}

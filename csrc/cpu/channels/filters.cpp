@@ -27,7 +27,7 @@ struct LocalConv {
   double macs() const { return double(g.batch) * out_h() * out_w() * g.taps() * channels; }
 };
 
-// What the taps of a pixel meet: where it lies in the map that is read, and which filter multiplies it.
+// Pairs of an input that a tap of a pixel meets, by its place in the map, and the filter that multiplies it.
 struct Pairs {
   std::vector<int64_t> in_at, filter_at;
 
@@ -44,7 +44,7 @@ class WideFilters {
   const float* of(const Pairs& pairs, const float* filter) {
     if (!c_.few_channels()) return nullptr;
     const int64_t group = c_.group(), taps = c_.g.taps();
-    values_.resize((pairs.in_at.size() + 1) * size_t(c_.channels));
+    values_.resize((pairs.in_at.size() + 1) * c_.channels);
     if (group == 1 && c_.channels % kernels().lanes == 0 && of_one_pixel(pairs)) return turned(pairs, filter);
     float* to = values_.data();
     for (int64_t at : pairs.filter_at) {
@@ -65,11 +65,17 @@ class WideFilters {
   // A filter for each channel, [channels][taps], turned by vectors: 8 x 64 channels of 56 x 56 pixels, 3x3,
   // in 1.8 ms instead of 7.3. Taps that no pair has go to the last row.
   const float* turned(const Pairs& pairs, const float* filter) {
-    row_.assign(size_t(c_.g.taps()), int32_t(pairs.filter_at.size()));
-    for (size_t j = 0; j < pairs.filter_at.size(); ++j) row_[size_t(pairs.filter_at[j])] = int32_t(j);
+    row_.assign(c_.g.taps(), int32_t(pairs.filter_at.size()));
+    for (size_t j = 0; j < pairs.filter_at.size(); ++j) row_[pairs.filter_at[j]] = int32_t(j);
     const int32_t channels = int32_t(c_.channels), taps = int32_t(c_.g.taps());
-    kernels().pack_columns({reinterpret_cast<const char*>(filter), Dtype::kFloat32, taps, channels, channels,
-                            taps, row_.data(), values_.data()});
+    kernels().pack_columns({.from = bytes_of(filter),
+                            .dtype = Dtype::kFloat32,
+                            .step = taps,
+                            .columns = channels,
+                            .width = channels,
+                            .count = taps,
+                            .row = row_.data(),
+                            .to = values_.data()});
     return values_.data();
   }
 
@@ -84,18 +90,26 @@ void for_each_line(const LocalConv& c, int64_t height, const MakeTask& make) {
   const int64_t lines = c.g.batch * height, threads = threads_for(c.macs(), kMacsPerThread);
   parallel(threads, [&](int64_t t) {
     auto task = make();
-    for (int64_t i = part(lines, t, threads); i < part(lines, t + 1, threads); ++i)
-      task(i / height, i % height);
+    const Span mine = share_of(lines, t, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) task(i / height, i % height);
   });
 }
 
-// The outputs [begin, end) of an axis whose taps all lie inside the input.
-Span interior(int64_t out, int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t last = in - 1 - (kernel - 1) * dilation + pad;
-  return {(pad + stride - 1) / stride, last < 0 ? 0 : std::min(out, last / stride + 1)};
+// One pixel: the sum over its pairs, of inputs from `in` on.
+LocalFilter local_filter_of(const LocalConv& c, const Pairs& pairs, const char* in, const float* filter,
+                            WideFilters& wide, char* out) {
+  return {.pairs = int32_t(pairs.in_at.size()),
+          .in = in,
+          .in_at = pairs.in_at.data(),
+          .filter = filter,
+          .filter_at = pairs.filter_at.data(),
+          .filter_step = c.g.taps(),
+          .groups = c.g.groups,
+          .group = c.group(),
+          .wide = wide.of(pairs, filter),
+          .dtype = c.dtype,
+          .out = out};
 }
-
-bool holds(Span span, int64_t at) { return at >= span.begin && at < span.end; }
 
 // ------------------------------------------------------------------------------------- forward
 
@@ -123,15 +137,13 @@ void forward(const LocalConv& c, const char* x, const float* filters, char* out)
       const int64_t y = line / c.upsample, y0 = y * g.stride_h - g.pad_h;
       for (int64_t column = 0; column < c.out_w(); ++column) {
         const int64_t x_out = column / c.upsample, x0 = x_out * g.stride_w - g.pad_w;
-        const bool whole = holds(inner_y, y) && holds(inner_x, x_out);
+        const bool whole = inner_y.holds(y) && inner_x.holds(x_out);
         if (!whole && column % c.upsample == 0) forward_pairs(c, y0, x0, false, border);
         const Pairs& pairs = whole ? inner : border;
         const int64_t at = (n * c.out_h() + line) * c.out_w() + column;
-        const float* filter = filters + at * c.filter_row();
-        kernels().local_filter({int32_t(pairs.in_at.size()),
-                                x + ((n * g.in_h + y0) * g.in_w + x0) * c.row_bytes(), pairs.in_at.data(),
-                                filter, pairs.filter_at.data(), g.taps(), g.groups, c.group(),
-                                wide.of(pairs, filter), c.dtype, out + at * c.row_bytes()});
+        const char* in = x + ((n * g.in_h + y0) * g.in_w + x0) * c.row_bytes();
+        kernels().local_filter(
+            local_filter_of(c, pairs, in, filters + at * c.filter_row(), wide, out + at * c.row_bytes()));
       }
     };
   });
@@ -144,11 +156,9 @@ void backward_pairs(const LocalConv& c, int64_t y, int64_t x, int64_t line, int6
   const Geometry& g = c.g;
   pairs.clear();
   for (int64_t r = 0; r < g.kernel_h; ++r) {
-    const int32_t from_y = input_coordinate(int32_t(y), int32_t(r), int32_t(g.out_h), int32_t(g.stride_h),
-                                            int32_t(g.pad_h), int32_t(g.dil_h), true);
+    const int32_t from_y = g.out_line(int32_t(y), int32_t(r));
     for (int64_t s = 0; s < g.kernel_w && from_y >= 0; ++s) {
-      const int32_t from_x = input_coordinate(int32_t(x), int32_t(s), int32_t(g.out_w), int32_t(g.stride_w),
-                                              int32_t(g.pad_w), int32_t(g.dil_w), true);
+      const int32_t from_x = g.out_column(int32_t(x), int32_t(s));
       for (int64_t i = 0; i < c.upsample * c.upsample && from_x >= 0; ++i) {
         const int64_t at = (from_y * c.upsample + i / c.upsample - line) * c.out_w() + from_x * c.upsample +
                            i % c.upsample - column;
@@ -168,16 +178,14 @@ void input_grad(const LocalConv& c, const char* grad, const float* filters, char
   for_each_line(c, g.in_h, [&] {
     return [&, inner = Pairs(), border = Pairs(), wide = WideFilters(c)](int64_t n, int64_t y) mutable {
       for (int64_t x = 0; x < g.in_w; ++x) {
-        const bool whole = holds(inner_y, y) && holds(inner_x, x);
+        const bool whole = inner_y.holds(y) && inner_x.holds(x);
         const int64_t line = y * c.upsample, column = x * c.upsample;
         Pairs& pairs = whole ? inner : border;
         if (!whole || inner.in_at.empty()) backward_pairs(c, y, x, line, column, pairs);
         const int64_t at = (n * c.out_h() + line) * c.out_w() + column;
-        const float* filter = filters + at * c.filter_row();
-        kernels().local_filter({int32_t(pairs.in_at.size()), grad + at * c.row_bytes(), pairs.in_at.data(),
-                                filter, pairs.filter_at.data(), g.taps(), g.groups, c.group(),
-                                wide.of(pairs, filter), c.dtype,
-                                dx + ((n * g.in_h + y) * g.in_w + x) * c.row_bytes()});
+        char* to = dx + ((n * g.in_h + y) * g.in_w + x) * c.row_bytes();
+        kernels().local_filter(
+            local_filter_of(c, pairs, grad + at * c.row_bytes(), filters + at * c.filter_row(), wide, to));
       }
     };
   });
@@ -189,11 +197,7 @@ void input_grad(const LocalConv& c, const char* grad, const float* filters, char
 class KernelGrad {
  public:
   KernelGrad(const LocalConv& c, const char* zero)
-      : c_(c),
-        zero_(zero),
-        rows_(size_t(c.g.taps())),
-        sums_(size_t(c.filter_row() + kDotsPadding)),
-        wide_(size_t(2 * c.channels)) {}
+      : c_(c), zero_(zero), rows_(c.g.taps()), sums_(c.filter_row() + kDotsPadding), wide_(2 * c.channels) {}
 
   // sums[group][tap] = sum of dy * x over the group's channels, `x` an image and (y0, x0) the first tap in
   // it.
@@ -202,7 +206,7 @@ class KernelGrad {
     for (int64_t t = 0; t < g.taps(); ++t) {
       const int64_t in_y = y0 + t / g.kernel_w * g.dil_h, in_x = x0 + t % g.kernel_w * g.dil_w;
       const bool inside = in_y >= 0 && in_y < g.in_h && in_x >= 0 && in_x < g.in_w;
-      rows_[size_t(t)] = inside ? x + (in_y * g.in_w + in_x) * c_.row_bytes() : zero_;
+      rows_[t] = inside ? x + (in_y * g.in_w + in_x) * c_.row_bytes() : zero_;
     }
     c_.few_channels() ? few_channels(dy) : dot_products(dy);
     return sums_.data();
@@ -213,8 +217,14 @@ class KernelGrad {
     const int64_t taps = c_.g.taps(), group_bytes = c_.group() * size_of(c_.dtype);
     for (int64_t group = 0; group < c_.g.groups; ++group) {
       const int64_t byte = group * group_bytes;
-      kernels().dots({int32_t(taps), 1, int32_t(c_.group()), &byte, rows_.data(), dy + byte, c_.dtype,
-                      sums_.data() + group * taps});
+      kernels().dots({.rows = int32_t(taps),
+                      .segments = 1,
+                      .depth = int32_t(c_.group()),
+                      .segment = &byte,
+                      .x = rows_.data(),
+                      .weight = dy + byte,
+                      .dtype = c_.dtype,
+                      .sums = sums_.data() + group * taps});
     }
   }
 
@@ -223,11 +233,11 @@ class KernelGrad {
     kernels().to_float(dy, c_.dtype, c_.channels, wide_dy);
     const int64_t taps = c_.g.taps(), group = c_.group();
     for (int64_t t = 0; t < taps; ++t) {
-      kernels().to_float(rows_[size_t(t)], c_.dtype, c_.channels, wide_x);
+      kernels().to_float(rows_[t], c_.dtype, c_.channels, wide_x);
       for (int64_t i = 0, c = 0; i < c_.g.groups; ++i) {
         float sum = 0;
         for (int64_t end = c + group; c < end; ++c) sum += wide_dy[c] * wide_x[c];
-        sums_[size_t(i * taps + t)] = sum;
+        sums_[i * taps + t] = sum;
       }
     }
   }
@@ -294,21 +304,16 @@ void local_conv_kernel_grad(const Tensor& grad, const Tensor& x, int64_t upsampl
               data_of<char>(out));
 }
 
+DYNOPS_CPU_OP("cpu_local_conv(Tensor x, Tensor filters, int upsample, int[] geometry, Tensor(a!) out) -> ()",
+              local_conv)
+DYNOPS_CPU_OP(
+    "cpu_local_conv_input_grad(Tensor grad, Tensor filters, int upsample, int[] geometry, Tensor(a!) "
+    "dx) -> ()",
+    local_conv_input_grad)
+DYNOPS_CPU_OP(
+    "cpu_local_conv_kernel_grad(Tensor grad, Tensor x, int upsample, int[] geometry, Tensor(a!) out) -> "
+    "()",
+    local_conv_kernel_grad)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def("cpu_local_conv(Tensor x, Tensor filters, int upsample, int[] geometry, Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_local_conv_input_grad(Tensor grad, Tensor filters, int upsample, int[] geometry, Tensor(a!) dx) "
-      "-> ()");
-  m.def(
-      "cpu_local_conv_kernel_grad(Tensor grad, Tensor x, int upsample, int[] geometry, Tensor(a!) out) -> "
-      "()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_local_conv", TORCH_BOX(&dynops::cpu::local_conv));
-  m.impl("cpu_local_conv_input_grad", TORCH_BOX(&dynops::cpu::local_conv_input_grad));
-  m.impl("cpu_local_conv_kernel_grad", TORCH_BOX(&dynops::cpu::local_conv_kernel_grad));
-}

@@ -1,35 +1,51 @@
-// The live channels of a batch, as the ops of the channels noun get them.
+// The live channels of a batch, as the ops on channels get them.
 #pragma once
 
-#include <numeric>
 #include <vector>
 
 #include "../engine/operands.h"
 
 namespace dynops::cpu {
 
-// The entries of a list that lie in one range of its channels, counted from the range's first.
-struct ListPart {
+// The channels that two lists share, and where they stand in both.
+struct Overlap {
+  std::vector<int32_t> channel, in, out;
+
+  Overlap(const ChannelList& inputs, const ChannelList& outputs) {
+    for (int32_t i = 0, o = 0; i < inputs.count && o < outputs.count;) {
+      if (inputs.index[i] == outputs.index[o]) {
+        channel.push_back(inputs.index[i]);
+        in.push_back(i);
+        out.push_back(o);
+      }
+      const int32_t step = inputs.index[i] - outputs.index[o];
+      i += step <= 0;
+      o += step >= 0;
+    }
+  }
+};
+
+// The entries of a list that lie in one slice of its channels, counted from the slice's first.
+struct ListSlice {
   ChannelList list;
   int64_t begin;  // entries before them
-  int64_t first;  // the range's first channel
+  int64_t first;  // the slice's first channel
 };
 
 // Lists int32 [S, L] with counts [S]: for each sample and head, or `heads` for all samples; or none, where
 // every channel is live.
 class ChannelLists {
  public:
-  // Throws where a list is not strictly ascending in [0, channels). `groups`: equal ranges of channels.
+  // Throws where a list is not strictly ascending in [0, channels). `groups`: equal slices of channels.
   ChannelLists(const OptionalTensor& index, const OptionalTensor& count, int64_t channels, int64_t groups,
                int64_t heads, int64_t batch)
-      : channels_(int32_t(channels)), heads_(heads), range_(int32_t(channels / groups)) {
+      : channels_(int32_t(channels)), heads_(heads), width_(int32_t(channels / groups)) {
     if (index) {
       adopt(*index, *count, batch);
     } else {
-      all_.resize(size_t(channels));
-      std::iota(all_.begin(), all_.end(), 0);
+      all_ = ascending(channels);
       index_ = all_.data();
-      count_.assign(size_t(heads), channels_);
+      count_.assign(heads, channels_);
       stride_ = 0;
     }
     if (groups > 1) make_relative();
@@ -44,18 +60,18 @@ class ChannelLists {
 
   ChannelList whole(int64_t sample, int64_t head = 0) const {
     const int64_t s = row(sample, head);
-    return {index_ + s * stride_, count_[size_t(s)], channels_};
+    return {index_ + s * stride_, count_[s], channels_};
   }
 
-  // The entries in the group's range of channels.
-  ListPart group(int64_t sample, int64_t group) const {
+  // The entries in the group's slice of channels.
+  ListSlice group(int64_t sample, int64_t group) const {
     const int64_t s = row(sample, 0);
     const int32_t* list = index_ + s * stride_;
-    const int32_t* end = list + count_[size_t(s)];
-    const int32_t* first = std::lower_bound(list, end, int32_t(group) * range_);
-    const int32_t* last = std::lower_bound(first, end, int32_t(group + 1) * range_);
-    const int32_t* relative = range_ == channels_ ? first : relative_.data() + (first - index_);
-    return {{relative, int32_t(last - first), range_}, first - list, group * range_};
+    const int32_t* end = list + count_[s];
+    const int32_t* first = std::lower_bound(list, end, int32_t(group) * width_);
+    const int32_t* last = std::lower_bound(first, end, int32_t(group + 1) * width_);
+    const int32_t* relative = width_ == channels_ ? first : relative_.data() + (first - index_);
+    return {{relative, int32_t(last - first), width_}, first - list, group * width_};
   }
 
  private:
@@ -75,7 +91,7 @@ class ChannelLists {
     count_.assign(counts, counts + lists);
     for (int64_t s = 0; s < lists; ++s) {
       const int32_t* list = index_ + s * stride_;
-      const int64_t live = count_[size_t(s)];
+      const int64_t live = count_[s];
       bool ascends = live >= 0 && live <= stride_;
       for (int64_t j = 1; ascends && j < live; ++j) ascends = list[j - 1] < list[j];
       STD_TORCH_CHECK(ascends && (live == 0 || (list[0] >= 0 && list[live - 1] < channels_)),
@@ -84,8 +100,8 @@ class ChannelLists {
   }
 
   void make_relative() {
-    relative_.resize(stride_ ? count_.size() * size_t(stride_) : all_.size());
-    for (size_t i = 0; i < relative_.size(); ++i) relative_[i] = index_[i] % range_;
+    relative_.resize(stride_ ? count_.size() * stride_ : all_.size());
+    for (size_t i = 0; i < relative_.size(); ++i) relative_[i] = index_[i] % width_;
   }
 
   const int32_t* index_;
@@ -93,7 +109,7 @@ class ChannelLists {
   std::vector<int32_t> count_, all_, relative_;
   int32_t channels_;
   int64_t heads_;
-  int32_t range_;
+  int32_t width_;
 };
 
 }  // namespace dynops::cpu

@@ -1,7 +1,8 @@
 // Convolution at selected (channel, pixel) positions on the CPU: a dot product for each.
 //
-// Block by block of up to 8 x 8 output pixels: the input under them is copied into a tile in the L1 cache
-// (padded, in the dtype of the products), then each channel's row of weights meets its selected pixels.
+// Works on blocks of up to 8 x 8 output pixels. The input under a block is copied into a tile in the L1
+// cache, padded and in the dtype of the products. Then each channel's row of weights meets its selected
+// pixels.
 #include <array>
 #include <cstring>
 
@@ -34,7 +35,7 @@ struct MaskedConv {
   int64_t row_bytes() const { return depth * size_of(product); }
 };
 
-// How outputs are cut: blocks of pixels, panels of channels.
+// The blocks of pixels and panels of channels that outputs are cut into.
 struct Cut {
   int64_t height, width, in_height, in_width;  // of a block and the input under it
   int64_t lines, columns;                      // blocks of a map
@@ -48,33 +49,33 @@ struct Cut {
     }
     const int64_t outputs = c.outputs / g.groups;
     const int64_t most = std::max<int64_t>(kWeightBytes / (c.chunks * g.taps() * c.row_bytes()), 16);
-    panels_of_group = std::max((outputs + most - 1) / most, blocks(g) < 2 * threads ? threads : 1);
-    panel = (outputs + panels_of_group - 1) / panels_of_group;
-    panels_of_group = (outputs + panel - 1) / panel;
+    panels_of_group = std::max(ceil_div(outputs, most), blocks(g) < 2 * threads ? threads : 1);
+    panel = ceil_div(outputs, panels_of_group);
+    panels_of_group = ceil_div(outputs, panel);
   }
   int64_t blocks(const Geometry& g) const { return g.batch * lines * columns; }
 
  private:
   // Nearly equal blocks of at most this size.
   void size(const Geometry& g, int64_t most_height, int64_t most_width) {
-    lines = (g.out_h + most_height - 1) / most_height, columns = (g.out_w + most_width - 1) / most_width;
-    height = (g.out_h + lines - 1) / lines, width = (g.out_w + columns - 1) / columns;
+    lines = ceil_div(g.out_h, most_height), columns = ceil_div(g.out_w, most_width);
+    height = ceil_div(g.out_h, lines), width = ceil_div(g.out_w, columns);
     in_height = (height - 1) * g.stride_h + (g.kernel_h - 1) * g.dil_h + 1;
     in_width = (width - 1) * g.stride_w + (g.kernel_w - 1) * g.dil_w + 1;
   }
 };
 
-// What one thread computes with.
+// The working memory of one thread, and one panel of one block at a time.
 class Worker {
  public:
   Worker(const MaskedConv& c, const Cut& cut)
       : c_(c),
         cut_(cut),
-        tile_(size_t(cut.in_height * cut.in_width * c.row_bytes()) + 64),
-        bits_(size_t(cut.panel)),
-        sums_(size_t(c.chunks > 1 ? cut.panel * kSide * kSide : 0)),
-        row_step_((cut.panel + 15) / 16 * 16 + 16),
-        rows_(size_t(row_step_ * kSide * kSide)) {
+        tile_(cut.in_height * cut.in_width * c.row_bytes() + 64),
+        bits_(cut.panel),
+        sums_(c.chunks > 1 ? cut.panel * kSide * kSide : 0),
+        row_step_(round_up(cut.panel, 16) + 16),
+        rows_(row_step_ * kSide * kSide) {
     for (int64_t r = 0; r < c.g.kernel_h; ++r) {
       for (int64_t s = 0; s < c.g.kernel_w; ++s) taps_.push_back(offset(r * c.g.dil_h, s * c.g.dil_w));
     }
@@ -128,7 +129,7 @@ class Worker {
         std::memcpy(&bytes, from + j * of_pixel, 8);
         line |= bytes << j;
       }
-      for (int64_t k = 0; k < 8; ++k) bits_[size_t(o + k)] |= (line >> (8 * k) & 0xff) << (i * width_);
+      for (int64_t k = 0; k < 8; ++k) bits_[o + k] |= (line >> (8 * k) & 0xff) << (i * width_);
       return 8;
     }
     uint64_t line = 0;
@@ -138,7 +139,7 @@ class Worker {
     } else {
       for (int64_t j = 0; j < width_; ++j) line |= uint64_t(from[j * of_pixel] != 0) << j;
     }
-    bits_[size_t(o)] |= line << (i * width_);
+    bits_[o] |= line << (i * width_);
     return 1;
   }
 
@@ -155,17 +156,16 @@ class Worker {
         const int64_t x = x0 + j;
         char* to = tile() + offset(i, j);
         if (y < 0 || y >= g.in_h || x < 0 || x >= g.in_w) {
-          std::memset(to, 0, size_t(c_.row_bytes()));
+          std::memset(to, 0, c_.row_bytes());
           continue;
         }
         const char* pixel = from + ((n_ * g.in_h + y) * g.in_w + x) * c_.pixel_bytes;
         if (c_.dtype == c_.product) {
-          std::memcpy(to, pixel, size_t(channels * element));
+          std::memcpy(to, pixel, channels * element);
         } else {
           kernels().to_float(pixel, c_.dtype, channels, (float*)to);
         }
-        if (channels < c_.depth)
-          std::memset(to + channels * element, 0, size_t((c_.depth - channels) * element));
+        if (channels < c_.depth) std::memset(to + channels * element, 0, (c_.depth - channels) * element);
       }
     }
   }
@@ -180,7 +180,7 @@ class Worker {
     }
     float* kept = sums_.data();
     for (int64_t o = begin_; o < end_; ++o) {
-      uint64_t bits = bits_[size_t(o - begin_)];
+      uint64_t bits = bits_[o - begin_];
       if (!bits) continue;
       const char* x[kSide * kSide];
       float sums[kSide * kSide + kDotsPadding];
@@ -189,11 +189,17 @@ class Worker {
         pixel[live] = int32_t(__builtin_ctzll(bits));
         x[live] = pixel_x[pixel[live]];
       }
-      kernels().dots({live, int32_t(taps_.size()), int32_t(c_.depth), taps_.data(), x,
-                      c_.weight + (chunk * c_.outputs + o) * weight_bytes, c_.product, sums});
+      kernels().dots({.rows = live,
+                      .segments = int32_t(taps_.size()),
+                      .depth = int32_t(c_.depth),
+                      .segment = taps_.data(),
+                      .x = x,
+                      .weight = c_.weight + (chunk * c_.outputs + o) * weight_bytes,
+                      .dtype = c_.product,
+                      .sums = sums});
       if (c_.chunks > 1) {
         for (int32_t i = 0; chunk && i < live; ++i) sums[i] += kept[i];
-        std::memcpy(kept, sums, size_t(live) * 4);
+        std::memcpy(kept, sums, live * 4);
         kept += live;
       }
       if (chunk + 1 < c_.chunks) continue;
@@ -246,34 +252,33 @@ void masked_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
                   "mask: expected bool of the output's shape");
   if (out.numel() == 0) return;
   const std::vector<float> shift = channel_vector(bias, outputs, 0.f);
-  const MaskedConv c{g,
-                     data_of<const char>(x) + begin * size_of(dtype),
-                     x.size(1) * size_of(dtype),
-                     dtype,
-                     product,
-                     data_of<const char>(weight),
-                     inputs,
-                     weight.size(0),
-                     weight.size(3),
-                     outputs,
-                     shift.data(),
-                     data_of<const uint8_t>(mask),
-                     {mask.stride(0), mask.stride(1), mask.stride(2), mask.stride(3)},
-                     data_of<const char>(partial),
-                     data_of<char>(out)};
+  const MaskedConv c{.g = g,
+                     .x = data_of<const char>(x) + begin * size_of(dtype),
+                     .pixel_bytes = x.size(1) * size_of(dtype),
+                     .dtype = dtype,
+                     .product = product,
+                     .weight = data_of<const char>(weight),
+                     .inputs = inputs,
+                     .chunks = weight.size(0),
+                     .depth = weight.size(3),
+                     .outputs = outputs,
+                     .bias = shift.data(),
+                     .mask = data_of<const uint8_t>(mask),
+                     .mask_stride = {mask.stride(0), mask.stride(1), mask.stride(2), mask.stride(3)},
+                     .partial = data_of<const char>(partial),
+                     .out = data_of<char>(out)};
   const double macs = double(out.numel()) * g.taps() * inputs / 4;  // a quarter of the mask, say
   const int64_t threads = threads_for(macs, kMacsPerThread);
   const Cut cut(c, threads);
   const int64_t blocks = cut.blocks(g), items = g.groups * cut.panels_of_group * blocks;
   parallel(threads, [&](int64_t t) {
     Worker worker(c, cut);
-    for (int64_t i = part(items, t, threads); i < part(items, t + 1, threads); ++i) {
-      worker.run(i / blocks, i % blocks);
-    }
+    const Span mine = share_of(items, t, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) worker.run(i / blocks, i % blocks);
   });
 }
 
-// How many of a mask's elements are selected, 8 at a time: 0.03 ms a million.
+// The number of a mask's selected elements, counted 8 at a time: 0.03 ms a million.
 int64_t count_selected(const Tensor& mask) {
   const uint8_t* from = data_of<const uint8_t>(mask);
   const int64_t size = mask.numel(), whole = size / 8 * 8;
@@ -287,17 +292,11 @@ int64_t count_selected(const Tensor& mask) {
   return count;
 }
 
+DYNOPS_CPU_OP(
+    "cpu_masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor mask, Tensor? partial, int begin, "
+    "int inputs, int[] geometry, Tensor(a!) out) -> ()",
+    masked_conv)
+DYNOPS_CPU_OP("cpu_count_selected(Tensor mask) -> int", count_selected)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor mask, Tensor? partial, int begin, "
-      "int inputs, int[] geometry, Tensor(a!) out) -> ()");
-  m.def("cpu_count_selected(Tensor mask) -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_masked_conv", TORCH_BOX(&dynops::cpu::masked_conv));
-  m.impl("cpu_count_selected", TORCH_BOX(&dynops::cpu::count_selected));
-}

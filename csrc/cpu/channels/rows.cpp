@@ -1,9 +1,4 @@
 // Channel lists from masks and back, and gather_channels and scatter_channels, on the CPU.
-#include <cstring>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "../engine/mask.h"
 #include "../engine/parallel.h"
 #include "lists.h"
@@ -46,8 +41,6 @@ Tensor channel_mask(const Tensor& index, const Tensor& count, int64_t channels) 
 
 // ----------------------------------------------------------------------------------------- copies
 
-constexpr double kBytesPerThread = 64 * 1024;
-
 // The two maps of a copy: `whole` has all channels, `packed` the live ones, both in the same memory format.
 struct Maps {
   const Tensor &whole, &packed;
@@ -70,7 +63,7 @@ struct Maps {
                     " elements, the map has ", whole.numel());
   }
 
-  // Of what is copied: a row of channels (channels_last) or a plane.
+  // The bytes of what is copied: a row of channels (channels_last) or a plane.
   int64_t whole_bytes() const { return (last ? channels : pixels) * element; }
   int64_t packed_bytes() const { return (last ? width : pixels) * element; }
 
@@ -85,20 +78,17 @@ struct Maps {
   template <class F>
   void share(int64_t lines, const F& f) const {
     const double bytes = double(batch * pixels) * double((channels + width) * element);
-    const int64_t threads = threads_for(bytes, kBytesPerThread), all = batch * lines;
+    const int64_t threads = threads_for(bytes, kCopyBytesPerThread), all = batch * lines;
     parallel(threads, [&](int64_t t) {
-      for (int64_t at = part(all, t, threads), end = part(all, t + 1, threads); at < end;) {
-        const int64_t n = at / lines, stop = std::min(end, (n + 1) * lines);
+      const Span mine = share_of(all, t, threads);
+      for (int64_t at = mine.begin; at < mine.end;) {
+        const int64_t n = at / lines, stop = std::min(mine.end, (n + 1) * lines);
         f(n, at - n * lines, stop - at);
         at = stop;
       }
     });
   }
 };
-
-void zero(char* to, int64_t bytes) {
-  if (bytes > 0) kernels().fill(to, nullptr, bytes, false);
-}
 
 // x and out: both channels_last (`last`) or both contiguous.
 void gather_channels(const Tensor& x, const Tensor& index, const Tensor& count, bool last, Tensor out) {
@@ -127,7 +117,7 @@ void gather_channels(const Tensor& x, const Tensor& index, const Tensor& count, 
     kernels().compress(from + row * m.whole_bytes(), m.whole_bytes(), rows, list, dtype, begin,
                        m.packed_bytes());
     for (int64_t i = 0; live < m.packed_bytes() && i < rows; ++i)
-      zero(begin + i * m.packed_bytes() + live, m.packed_bytes() - live);
+      fill_zero(begin + i * m.packed_bytes() + live, m.packed_bytes() - live);
   });
 }
 
@@ -159,26 +149,21 @@ void scatter_channels(const Tensor& packed, const Tensor& index, const Tensor& c
         kernels().fill(to + at, source, m.whole_bytes(), stream);
       }
     }
-#if defined(__x86_64__)
-    if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
-#endif
+    if (stream) end_stream();
   });
 }
+
+DYNOPS_CPU_OP("cpu_gather_channels(Tensor x, Tensor index, Tensor count, bool last, Tensor(a!) out) -> ()",
+              gather_channels)
+DYNOPS_CPU_OP(
+    "cpu_scatter_channels(Tensor packed, Tensor index, Tensor count, Tensor? base, bool last, "
+    "Tensor(a!) out) -> ()",
+    scatter_channels)
 
 }  // namespace
 }  // namespace dynops::cpu
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def("cpu_gather_channels(Tensor x, Tensor index, Tensor count, bool last, Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_scatter_channels(Tensor packed, Tensor index, Tensor count, Tensor? base, bool last, Tensor(a!) "
-      "out) "
-      "-> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
   m.impl("channel_index", TORCH_BOX(&dynops::cpu::channel_index));
   m.impl("channel_mask", TORCH_BOX(&dynops::cpu::channel_mask));
-  m.impl("cpu_gather_channels", TORCH_BOX(&dynops::cpu::gather_channels));
-  m.impl("cpu_scatter_channels", TORCH_BOX(&dynops::cpu::scatter_channels));
 }

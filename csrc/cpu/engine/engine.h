@@ -1,4 +1,4 @@
-// The CPU engine's interface: what the ops (pixels.cpp, …) hand to the kernels of one instruction set.
+// The CPU engine's interface: the ops hand these structures to the kernels of one instruction set.
 //
 // One computation serves every op: gather rows by pointer, multiply by packed weights, finish
 // (affine map, gate, residual, activation), and write rows by pointer. Nothing is materialised.
@@ -22,14 +22,16 @@ enum class Activation : int32_t {
   kClampedSwiglu,  // of Glu only
 };
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2; }
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kInt8 ? 1 : 2;
+}
 
-// Rows in a tile. 12 x 2 zmm accumulators leave 8 registers for weights and broadcasts: 255-265 of
-// 270 GFLOP/s a core on Zen 5; 14 x 2 and 6 x 4 measured the same, 7 x 4 spills (230).
+// Rows in a tile. 12 x 2 zmm accumulators leave 8 registers for weights and broadcasts, and reach 255-265 of
+// 270 GFLOP/s a core on Zen 5. 14 x 2 and 6 x 4 measured the same, 7 x 4 spills (230).
 constexpr int kTileRows = 12;
 
-// A packed weight of one group: panels of `panel_width` columns, the last one narrower where half a
-// panel is enough, each [depth][width] (dot-product weights: [depth / 2][width][2]).
+// A packed weight of one group, in panels of `panel_width` columns; the last one is narrower where half a
+// panel is enough. A panel is [depth][width], of bfloat16 pairs [depth / 2][width][2].
 struct PanelLayout {
   int64_t columns;  // output channels of the group
   int64_t depth;    // taps * channels of the group, each tap rounded up to `depth_step`
@@ -52,11 +54,11 @@ struct Gemm {
   const char* weight;           // the packed group
   PanelLayout layout;
   Dtype in, out;
-  int64_t in_offset;   // bytes from a row pointer to the group's first channel
-  int64_t out_offset;  // bytes from an output pointer to the group's first channel
-  const float* scale;  // [columns + padding]
+  int64_t in_offset = 0;   // bytes from a row pointer to the group's first channel
+  int64_t out_offset = 0;  // bytes from an output pointer to the group's first channel
+  const float* scale;      // [columns + padding]
   const float* shift;
-  Activation activation;
+  Activation activation = Activation::kNone;
   Ahead ahead = {};     // asked for while this multiplies, a few lines at a time
   int32_t vectors = 0;  // of the one panel that `weight` is, at most wide_vectors; 0: panels of panel_width
 };
@@ -66,9 +68,9 @@ struct RowBlock {
   int32_t rows;
   const char* const* in;  // [tile][segment][rows of the tile] as TileSplit has it; depthwise: [rows][segment]
   char* const* out;       // [rows]
-  const char* const* residual;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
-  const float* gate;            // [rows] or null
-  bool near = false;            // whether `in` lies in the caches already: nothing is asked for ahead
+  const char* const* residual = nullptr;  // [rows] or null; dtype of out; may be `out` itself (accumulate)
+  const float* gate = nullptr;            // [rows] or null
+  bool near = false;  // true if `in` lies in the caches already: nothing is asked for ahead
 };
 
 // Rows in a tile of a panel of `vectors` vectors: as many sums as kTileRows x 2.
@@ -98,7 +100,7 @@ struct Depthwise {
 };
 
 // Rows that each sum their own few taps: out[i][c] = sum_j in[i][j][c] * weight[tap[i][j]][c], j < pairs[i].
-// What scatters in the forward direction gathers here, so that each row is written once.
+// Sums that scatter in the forward direction gather here, so that each row is written once.
 struct DepthwisePairs {
   int32_t rows, taps;     // taps: the stride of `in` and `tap`
   const int32_t* pairs;   // [rows]
@@ -110,13 +112,14 @@ struct DepthwisePairs {
   Dtype dtype;          // of in and out
 };
 
-// Products in a float32 sum. Its error grows with its length, so a longer one is the sum of several: one sum
-// of 1152 products was 1.7 times as far from the exact one as the dense layer's, of 18432 products 7.9 times;
-// so they are 0.65 and 1.0 times as far, and take 0 to 2 % more time (AVX2 3 %). Pairs of bfloat16 are
+// Products in a float32 sum. Its error grows with its length, so a longer one is the sum of several. One sum
+// of 1152 products was 1.7 times as far from the exact one as the dense layer's, of 18432 products 7.9 times.
+// In parts they are 0.65 and 1.0 times as far, and take 0 to 2 % more time (AVX2 3 %). Pairs of bfloat16 are
 // rounded to it in the end, which is 300 times the error of one sum of 18432.
 inline constexpr int32_t kSumLength = 128;
-// The same of a weight's gradient from so many rows in all. The dense layer sums a small map line by line,
-// and is 2.3 times as exact as one sum of 72 products; half as long everywhere would take 2.5 % more time.
+// The products in a sum of a weight's gradient, from so many rows in all. The dense layer sums a small map
+// line by line, and is 2.3 times as exact as one sum of 72 products. Half the length everywhere would take
+// 2.5 % more time.
 inline int32_t outer_length(int64_t rows) { return rows <= 2 * kSumLength ? kSumLength / 2 : kSumLength; }
 
 // dw[o][c] (+)= sum_k grad[k][o] * x[k][c] over a block of rows, for one panel of columns.
@@ -190,20 +193,20 @@ struct RowDots {
 
 // out[i][c] (+)= weight[i] * activate(scale[c] * sums[i][c] + bias[c])
 struct FinishRows {
-  int32_t rows, columns;
-  const float* sums;
-  int64_t sums_stride;
-  const float* scale;  // [columns] or null
-  const char* bias;    // [columns] or null
-  Dtype bias_dtype;
-  Activation activation;
-  const float* weight;  // [rows] or null
-  char* const* out;     // [rows]
-  Dtype dtype;          // of out
-  bool add;             // to out, which is float32
+  int32_t rows = 0, columns = 0;
+  const float* sums = nullptr;
+  int64_t sums_stride = 0;
+  const float* scale = nullptr;  // [columns] or null
+  const char* bias = nullptr;    // [columns] or null
+  Dtype bias_dtype = Dtype::kFloat32;
+  Activation activation = Activation::kNone;
+  const float* weight = nullptr;  // [rows] or null
+  char* const* out = nullptr;     // [rows]
+  Dtype dtype = Dtype::kFloat32;  // of out
+  bool add = false;               // to out, which is float32
 };
 
-// The same of G w G^T (winograd.cpp) of a float32 3x3 weight: to[position][channel][c].
+// A packed panel of G w G^T (winograd.cpp) of a float32 3x3 weight: to[position][channel][c].
 struct PackWinograd {
   const float* from;  // [column][channel][9]
   int64_t channels;
@@ -229,11 +232,11 @@ struct LocalFilter {
   const char* in;
   const int64_t* in_at;  // [pairs]: bytes
   const float* filter;
-  const int64_t* filter_at;  // [pairs]
-  int64_t filter_step;       // to the next group's
-  int64_t groups, group;     // group: channels that share a filter
-  const float* wide;         // [pairs][groups * group]: the filters channel by channel, or null
-  Dtype dtype;               // of in and out
+  const int64_t* filter_at;     // [pairs]
+  int64_t filter_step = 0;      // to the next group's
+  int64_t groups = 1, group;    // group: channels that share a filter
+  const float* wide = nullptr;  // [pairs][groups * group]: the filters channel by channel, or null
+  Dtype dtype;                  // of in and out
   char* out;
 };
 
@@ -249,8 +252,7 @@ struct Mixture {
   char* const* to;
 };
 
-// What stands between the two GEMMs of an expert, of one row: h = activation(z), or gated activation(gate) *
-// up.
+// One row between the two GEMMs of an expert: h = activation(z), or gated activation(gate) * up.
 struct Glu {
   Activation activation;
   bool gated;          // z holds gate and up: n of each
@@ -261,7 +263,7 @@ struct Glu {
   Dtype in, out;       // of z, of h; the gradients have their dtypes
 };
 
-// Pixels of maps that lie channel by channel, [N, C, H, W]: channel c of row i is at[i] + c * channel_bytes
+// Pixels of maps that lie channel by channel, [N, C, H, W]. Channel c of row i lies at[i] + c * channel_bytes
 // into the planes, and c * size into the row.
 struct PlaneRows {
   int64_t rows, channels;
@@ -279,8 +281,8 @@ struct PlaneSpread {
   int64_t channel_bytes, row_bytes, size;
 };
 
-// Output pixels of a convolution of planes, a vector of a line at a time: finish(sum_t weight[o][t] * in[at +
-// offset[t]]) where keep is 1, elsewhere the base or zero.
+// Output pixels of a convolution of planes, a vector of a line at a time. They are finish(sum_t weight[o][t]
+// * in[at + offset[t]]) where keep is 1, elsewhere the base or zero.
 struct PlaneStrip {
   int32_t outputs, taps;  // taps: of every input channel
   int32_t live, width;    // vectors, and the pixels of each that are stored

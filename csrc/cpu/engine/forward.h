@@ -1,18 +1,17 @@
-// What every way of computing a convolution forward starts from.
+// The forward convolution as every way of computing it sees it.
 #pragma once
 
 #include <vector>
 
 #include "operands.h"
 #include "parallel.h"
-#include "rows.h"
 #include "taps.h"
 
 namespace dynops::cpu {
 
 // A vector of channels as float32, padded so that full vectors may be read past its end.
 inline std::vector<float> channel_vector(const OptionalTensor& t, int64_t channels, float otherwise) {
-  std::vector<float> out(size_t(channels) + 64, otherwise);
+  std::vector<float> out(channels + 64, otherwise);
   if (t) {
     const Tensor whole = torch::stable::contiguous(*t);
     kernels().to_float(data_of<const char>(whole), dtype_of(whole), channels, out.data());
@@ -23,34 +22,34 @@ inline std::vector<float> channel_vector(const OptionalTensor& t, int64_t channe
 // scale * (y + bias) + shift as one affine map.
 struct Affine {
   std::vector<float> scale, shift;
-  Affine() = default;
   // + bias: `channels` values, or null for none.
-  Affine(const float* bias, int64_t channels) : scale(size_t(channels) + 64, 1.f), shift(scale.size(), 0.f) {
+  explicit Affine(int64_t channels, const float* bias = nullptr)
+      : scale(channels + 64, 1.f), shift(scale.size(), 0.f) {
     if (bias) std::copy_n(bias, channels, shift.begin());
   }
   Affine(const OptionalTensor& bias, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
          int64_t channels)
       : scale(channel_vector(scale_in, channels, 1.f)), shift(channel_vector(bias, channels, 0.f)) {
     const std::vector<float> add = channel_vector(shift_in, channels, 0.f);
-    for (int64_t c = 0; c < channels; ++c)
-      shift[size_t(c)] = shift[size_t(c)] * scale[size_t(c)] + add[size_t(c)];
+    for (int64_t c = 0; c < channels; ++c) shift[c] = shift[c] * scale[c] + add[c];
   }
 };
 
 struct Forward {
   Geometry g;
-  int64_t in_channels, out_channels, rows;
+  int64_t in_channels, out_channels;
+  int64_t rows = 0;
   Dtype dtype;
-  const int32_t* index;
+  const int32_t* index = nullptr;
   Source source;
   Affine affine;
   Activation activation;
-  const char* weight;
-  const float* gate;     // [rows] or null
-  const char* residual;  // [rows, O], [N, H, W, O] or null
-  const char* base;      // [N, H, W, O] or null
-  char* out;             // [N, H, W, O] or [rows, O]
-  bool packed_out, residual_map;
+  const char* weight = nullptr;
+  const float* gate = nullptr;     // [rows] or null
+  const char* residual = nullptr;  // [rows, O], [N, H, W, O] or null
+  const char* base = nullptr;      // [N, H, W, O] or null
+  char* out = nullptr;             // [N, H, W, O] or [rows, O]
+  bool packed_out = false, residual_map = false;
   int64_t out_stride = 0;              // bytes from an output row to the next, 0: they are contiguous
   const PanelLayout* whole = nullptr;  // of a weight that has more channels and columns than are computed
   bool turned = false;                 // the taps meet the weight's in reverse: a gradient with stride 1
@@ -61,18 +60,33 @@ struct Forward {
     return residual + (residual_map ? index[row] : row) * out_bytes();
   }
   bool depthwise() const { return each || is_depthwise(g, in_channels, out_channels); }
-  bool dot() const { return dtype == Dtype::kBFloat16 && kernels().bf16_dot && !depthwise(); }
+  bool dot() const { return multiplies_pairs(dtype) && !depthwise(); }
   bool converts() const { return dtype != Dtype::kFloat32 && !dot() && !depthwise(); }
   int64_t out_bytes() const { return out_stride ? out_stride : out_channels * size_of(dtype); }
+  // Of the packed weight.
+  int64_t weight_bytes() const { return in_channels / g.groups * out_channels * g.taps() * (dot() ? 2 : 4); }
 };
 
-// The part of the output that no row writes: once, in the same parallel region as the first class, so
+// Fills those of `pixels` that are not in the ascending `index`: from `base`, or with zero where it is null,
+// past the caches if `stream`. Nothing that is computed is written twice.
+inline void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
+                          Span pixels, bool stream) {
+  const int32_t* next = std::lower_bound(index, index + rows, int32_t(pixels.begin));
+  for (int64_t begin = pixels.begin; begin < pixels.end;) {
+    const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, pixels.end) : pixels.end;
+    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes,
+                   stream);
+    begin = stop + 1;
+  }
+  if (stream) end_stream();
+}
+
+// A thread's share of the output that no row writes. Done once, in the parallel region of the first class, so
 // that one core's stores overlap another's arithmetic.
-inline void fill_part(const Forward& f, int64_t t, int64_t threads) {
+inline void fill_share(const Forward& f, int64_t t, int64_t threads) {
   const int64_t pixels = f.g.out_pixels();
-  const bool stream = pixels * f.out_bytes() >= kStreamBytes;
-  fill_inactive(f.out, f.base, f.out_bytes(), f.index, f.rows, part(pixels, t, threads),
-                part(pixels, t + 1, threads), stream);
+  fill_inactive(f.out, f.base, f.out_bytes(), f.index, f.rows, share_of(pixels, t, threads),
+                pixels * f.out_bytes() >= kStreamBytes);
 }
 
 }  // namespace dynops::cpu

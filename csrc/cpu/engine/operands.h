@@ -1,12 +1,25 @@
-// What the CPU op files read from tensors.
+// Tensors as the ops on the CPU read them.
 #pragma once
 
+#include <cstring>
+#include <numeric>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../../common/tensors.h"
 #include "engine.h"
 
 namespace dynops::cpu {
+
+inline std::string op_name(const char* schema) { return std::string(schema, std::strcspn(schema, "(")); }
+
+// Registers a function for CPU tensors, under a schema of torch.ops.dynops.
+#define DYNOPS_CPU_OP(schema, function)                                   \
+  STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) { m.def(schema); }             \
+  STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {                             \
+    m.impl(::dynops::cpu::op_name(schema).c_str(), TORCH_BOX(&function)); \
+  }
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -20,7 +33,7 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
-// As `const T` the memory is read only: a lazy clone (copy on write) then is not copied.
+// A `const T` only reads: a lazy clone (copy on write) then is not copied.
 template <class T>
 T* data_of(const Tensor& t) {
   if constexpr (std::is_const_v<T>) {
@@ -35,8 +48,34 @@ T* data_of(const OptionalTensor& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
 
-// An output as large as this is zeroed past the caches: 1x1, 8 x 64 -> 256 channels, 56 x 56, 10 %: 0.46 ms
-// instead of 0.80; 3x3, 64 channels, 400 x 700, 1 %: 1.4 instead of 2.5. At 6 MB it makes no difference.
+// float32 memory as the kernels take memory of any dtype.
+inline char* bytes_of(float* floats) { return reinterpret_cast<char*>(floats); }
+inline const char* bytes_of(const float* floats) { return reinterpret_cast<const char*>(floats); }
+
+inline void fill_zero(char* to, int64_t bytes) {
+  if (bytes > 0) kernels().fill(to, nullptr, bytes, false);
+}
+
+// All elements of a contiguous tensor as float32; none of no tensor.
+inline std::vector<float> floats_of(const OptionalTensor& t) {
+  std::vector<float> out(t ? t->numel() : 0);
+  if (t) kernels().to_float(data_of<const char>(*t), dtype_of(*t), t->numel(), out.data());
+  return out;
+}
+
+// 0, 1, … count - 1.
+inline std::vector<int32_t> ascending(int64_t count) {
+  std::vector<int32_t> numbers(count);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  return numbers;
+}
+
+// True if the GEMM multiplies pairs of this dtype as they are.
+inline bool multiplies_pairs(Dtype dtype) { return dtype == Dtype::kBFloat16 && kernels().bf16_dot; }
+
+// An output as large as this is zeroed past the caches. 1x1, 8 x 64 -> 256 channels, 56 x 56, 10 %, then
+// takes 0.46 ms instead of 0.80; 3x3, 64 channels, 400 x 700, 1 %, takes 1.4 instead of 2.5. At 6 MB it makes
+// no difference.
 constexpr int64_t kStreamBytes = 8 << 20;
 
 // MACs below which a second thread costs more than it brings.

@@ -10,12 +10,15 @@ namespace dynops::cpu {
 
 PanelLayout panel_layout(int64_t columns, int64_t segments, int64_t depth, bool dot) {
   const Kernels& k = kernels();
-  const int64_t step = dot ? 2 : 1, rounded = segments * ((depth + step - 1) / step * step);
-  const int64_t panels = (columns + k.panel_width - 1) / k.panel_width;
-  const int64_t last = columns - (panels - 1) * k.panel_width;
-  const int64_t last_width = (last + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t rounded = segments * round_up(depth, dot ? 2 : 1), panels = ceil_div(columns, k.panel_width);
+  const int64_t last_width = round_up(columns - (panels - 1) * k.panel_width, k.lanes);
   const int64_t floats = rounded * ((panels - 1) * k.panel_width + last_width);
   return {columns, rounded, panels, columns ? floats * (dot ? 2 : 4) : 0};
+}
+
+int64_t stored_width(int64_t left) {
+  const Kernels& k = kernels();
+  return left > k.panel_width - k.lanes ? k.panel_width : round_up(left, k.lanes);
 }
 
 Packer::Packer(const WeightView& view, int64_t merged_taps, bool dot)
@@ -35,8 +38,7 @@ int64_t Packer::panel_bytes() const { return kernels().panel_width * layout_.dep
 
 void Packer::pack(const char* weight, Dtype dtype, int64_t panel, float* scratch, char* to) const {
   const Kernels& k = kernels();
-  const int64_t first = panel * k.panel_width, left = layout_.columns - first, lanes = k.lanes;
-  const int64_t width = left > k.panel_width - lanes ? k.panel_width : (left + lanes - 1) / lanes * lanes;
+  const int64_t first = panel * k.panel_width, left = layout_.columns - first, width = stored_width(left);
   float* out = dot_ ? scratch : reinterpret_cast<float*>(to);
   const int64_t filled = view_.taps / segments_ * view_.channels;
   for (int64_t s = 0; filled < segment_depth_ && s < segments_; ++s) {  // the odd one of the last pair
@@ -45,9 +47,14 @@ void Packer::pack(const char* weight, Dtype dtype, int64_t panel, float* scratch
   const char* from = weight + first * view_.column_stride * size_of(dtype);
   const int64_t runs = view_.channel_stride == view_.taps ? 1 : view_.channels;
   for (int64_t i = 0; i < runs; ++i) {
-    k.pack_columns({from + i * view_.channel_stride * size_of(dtype), dtype, view_.column_stride,
-                    int32_t(std::min(left, width)), int32_t(width), int32_t(row_.size()), row_.data(),
-                    out + i * width});
+    k.pack_columns({.from = from + i * view_.channel_stride * size_of(dtype),
+                    .dtype = dtype,
+                    .step = view_.column_stride,
+                    .columns = int32_t(std::min(left, width)),
+                    .width = int32_t(width),
+                    .count = int32_t(row_.size()),
+                    .row = row_.data(),
+                    .to = out + i * width});
   }
   if (dot_) k.pack_pairs(out, layout_.depth / 2, width, to);
 }
@@ -61,20 +68,22 @@ void Packer::pack_groups(const char* weight, Dtype dtype, int64_t groups, float*
 }
 
 void pack_depthwise(const char* weight, Dtype dtype, int64_t channels, int64_t taps, float* to) {
-  std::vector<float> floats(static_cast<size_t>(channels * taps));
+  std::vector<float> floats(channels * taps);
   kernels().to_float(weight, dtype, channels * taps, floats.data());
   for (int64_t t = 0; t < taps; ++t) {
-    for (int64_t c = 0; c < channels; ++c) to[t * channels + c] = floats[size_t(c * taps + t)];
+    for (int64_t c = 0; c < channels; ++c) to[t * channels + c] = floats[c * taps + t];
   }
 }
 
 void pack_winograd(const float* weight, const PanelLayout& layout, int64_t panel, char* to,
                    int64_t position_bytes) {
-  const int64_t width = kernels().panel_width, lanes = kernels().lanes, first = panel * width;
-  const int64_t left = std::min(layout.columns - first, width);
-  kernels().pack_winograd({weight + first * layout.depth * 9, layout.depth, int32_t(left),
-                           int32_t(left > width - lanes ? width : (left + lanes - 1) / lanes * lanes),
-                           reinterpret_cast<float*>(to), position_bytes / 4});
+  const int64_t first = panel * kernels().panel_width, left = layout.columns - first;
+  kernels().pack_winograd({.from = weight + first * layout.depth * 9,
+                           .channels = layout.depth,
+                           .columns = int32_t(std::min<int64_t>(left, kernels().panel_width)),
+                           .width = int32_t(stored_width(left)),
+                           .to = reinterpret_cast<float*>(to),
+                           .position_stride = position_bytes / 4});
 }
 
 namespace {
@@ -94,7 +103,7 @@ Tensor pack_weight(const Tensor& weight_in, int64_t groups, bool transposed, boo
   char* out = data_of<char>(packed);
   parallel(groups * layout.panels, [&](int64_t i) {
     const int64_t group = i / layout.panels, panel = i % layout.panels;
-    const std::unique_ptr<float[]> scratch(dot ? new float[size_t(packer.panel_bytes() / 2)] : nullptr);
+    const std::unique_ptr<float[]> scratch(dot ? new float[packer.panel_bytes() / 2] : nullptr);
     packer.pack(from + group * view.group_stride * size_of(dtype), dtype, panel, scratch.get(),
                 out + group * layout.group_bytes + panel * packer.panel_bytes());
   });
@@ -122,19 +131,12 @@ Tensor packed_depthwise(const Tensor& weight_in) {
   return packed;
 }
 
+DYNOPS_CPU_OP(
+    "cpu_pack_weight(Tensor weight, int groups, bool transposed, bool input_grad, bool merged, bool "
+    "dot) -> Tensor",
+    pack_weight)
+DYNOPS_CPU_OP("cpu_pack_winograd(Tensor weight) -> Tensor", packed_winograd)
+DYNOPS_CPU_OP("cpu_pack_depthwise(Tensor weight) -> Tensor", packed_depthwise)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_pack_weight(Tensor weight, int groups, bool transposed, bool input_grad, bool merged, bool dot) "
-      "-> Tensor");
-  m.def("cpu_pack_winograd(Tensor weight) -> Tensor");
-  m.def("cpu_pack_depthwise(Tensor weight) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_pack_weight", TORCH_BOX(&dynops::cpu::pack_weight));
-  m.impl("cpu_pack_winograd", TORCH_BOX(&dynops::cpu::packed_winograd));
-  m.impl("cpu_pack_depthwise", TORCH_BOX(&dynops::cpu::packed_depthwise));
-}

@@ -1,3 +1,4 @@
+// Weights in the order in which the GEMM reads them.
 #pragma once
 
 #include <vector>
@@ -11,8 +12,11 @@ namespace dynops::cpu {
 // `dot`: bfloat16 pairs, so that a run is rounded up to an even depth.
 PanelLayout panel_layout(int64_t columns, int64_t segments, int64_t depth, bool dot);
 
+// The width of the panel that holds the first of the last `left` columns: a full panel's, or whole vectors.
+int64_t stored_width(int64_t left);
+
 // A contiguous weight of a convolution, [out, in, taps], or of a transposed one, [in, out, taps], as the
-// matrices of its groups: their columns are the outputs, or in the input gradient the inputs.
+// matrices of its groups. Their columns are the outputs, or in the input gradient the inputs.
 struct WeightView {
   int64_t columns, channels, taps;  // of a group; channels: what a column sums over, at each tap
   int64_t column_stride, channel_stride, group_stride;

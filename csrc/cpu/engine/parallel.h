@@ -5,6 +5,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "../../common/geometry.h"
 
 namespace dynops::cpu {
 
@@ -20,16 +25,35 @@ void parallel(int64_t tasks, const Task& task) {
   });
 }
 
-// How many threads are worth starting for `work` units, at least `grain` each.
+// The number of threads worth starting for `work` units, at least `grain` each.
 inline int64_t threads_for(double work, double grain) {
   const int64_t all = int64_t(torch::stable::get_num_threads());
   return std::clamp<int64_t>(int64_t(work / grain), 1, all);
 }
 
-// The i-th of n nearly equal parts of [0, size), cut at multiples of `step`.
-inline int64_t part(int64_t size, int64_t i, int64_t n, int64_t step = 1) {
-  const int64_t steps = (size + step - 1) / step;
-  return std::min(size, steps * i / n * step);
+// The i-th of n nearly equal shares of [0, size), cut at multiples of `step`.
+inline Span share_of(int64_t size, int64_t i, int64_t n, int64_t step = 1) {
+  const int64_t steps = ceil_div(size, step);
+  return {std::min(size, steps * i / n * step), std::min(size, steps * (i + 1) / n * step)};
+}
+
+// Runs task(i) for i in [0, size), `threads` equal shares of them side by side.
+template <class Task>
+void parallel_shares(int64_t size, int64_t threads, const Task& task) {
+  parallel(threads, [&](int64_t t) {
+    const Span mine = share_of(size, t, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) task(i);
+  });
+}
+
+// A copy of fewer bytes is not worth a second thread.
+constexpr double kCopyBytesPerThread = 64 * 1024;
+
+// Ends a thread's stores past the caches: other threads may read them after its task is done.
+inline void end_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace dynops::cpu

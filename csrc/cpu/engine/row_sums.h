@@ -1,4 +1,4 @@
-// Sums of gradient rows: what the gradient of a bias is.
+// Sums of gradient rows, of which the gradient of a bias is made.
 #pragma once
 
 #include <algorithm>
@@ -8,15 +8,15 @@
 
 namespace dynops::cpu {
 
-// Rows summed in float32 before float64 takes over. The sums of 16 were 3 times as far from the exact ones as
-// their last rounding, past the error budget where the dense layer's were exact to that rounding; those of 4
-// add half of it.
+// Rows summed in float32 before float64 takes over. Sums of 16 were 3 times as far from the exact ones as
+// their last rounding. That is past the error budget where the dense layer's sums are exact to that rounding.
+// Sums of 4 add half of it.
 inline constexpr int64_t kSumRows = 4;
 
 // to[c] += the sum of the rows that are added, in their order; whole when this object ends.
 class RowSums {
  public:
-  RowSums(int64_t columns, double* to) : to_(to), few_(size_t(columns), 0.f) {}
+  RowSums(int64_t columns, double* to) : to_(to), few_(columns, 0.f) {}
   ~RowSums() { flush(); }
   RowSums(const RowSums&) = delete;
   RowSums& operator=(const RowSums&) = delete;
@@ -38,5 +38,11 @@ class RowSums {
   std::vector<float> few_;
   int64_t rows_ = 0;
 };
+
+// The sums of all columns in a tensor's dtype, rounded to float32 on the way.
+inline void round_sums(const std::vector<double>& sums, Dtype dtype, char* to) {
+  const std::vector<float> rounded(sums.begin(), sums.end());
+  kernels().from_float(rounded.data(), int64_t(rounded.size()), dtype, to);
+}
 
 }  // namespace dynops::cpu

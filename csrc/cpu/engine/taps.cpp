@@ -7,20 +7,20 @@ const char ZeroRow::shared_[1 << 16] = {};
 std::vector<RowClass> row_classes(const Geometry& g, const int32_t* index, int64_t rows) {
   const int32_t phases_y = g.transposed ? int32_t(g.stride_h) : 1;
   const int32_t phases_x = g.transposed ? int32_t(g.stride_w) : 1;
-  std::vector<RowClass> classes(size_t(phases_y * phases_x));
+  std::vector<RowClass> classes(phases_y * phases_x);
   for (int32_t phase = 0; phase < phases_y * phases_x; ++phase) {
     for (int32_t tap = 0; tap < g.taps(); ++tap) {
       const int64_t r = tap / g.kernel_w, s = tap % g.kernel_w;
       const int64_t y = phase / phases_x + g.pad_h - r * g.dil_h,
                     x = phase % phases_x + g.pad_w - s * g.dil_w;
-      if (y % phases_y == 0 && x % phases_x == 0) classes[size_t(phase)].taps.push_back(tap);
+      if (y % phases_y == 0 && x % phases_x == 0) classes[phase].taps.push_back(tap);
     }
   }
   classes[0].all = classes.size() == 1;
   if (classes[0].all) return classes;
   for (int64_t i = 0; i < rows; ++i) {
-    const Pixel p = pixel_at(index[i], int32_t(g.out_h), int32_t(g.out_w));
-    classes[size_t(p.y % phases_y * phases_x + p.x % phases_x)].rows.push_back(int32_t(i));
+    const Pixel p = g.out_pixel(index[i]);
+    classes[p.y % phases_y * phases_x + p.x % phases_x].rows.push_back(int32_t(i));
   }
   return classes;
 }
@@ -33,26 +33,17 @@ void copy_run(const Source& source, const char* line, int32_t x0, char* to) {
   for (int32_t s = 0; s < g.kernel_w; ++s, to += source.row_bytes) {
     const int32_t x = x0 + s;
     const bool inside = line && x >= 0 && x < g.in_w;
-    std::memcpy(to, inside ? line + x * source.row_bytes : source.zero, size_t(source.row_bytes));
+    std::memcpy(to, inside ? line + x * source.row_bytes : source.zero, source.row_bytes);
   }
-}
-
-// The outputs [begin, end) of one axis whose taps all lie inside the input.
-void interior_range(int64_t out, int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation,
-                    int32_t& begin, int32_t& end) {
-  const int64_t last = in - 1 - (kernel - 1) * dilation + pad;
-  begin = int32_t((pad + stride - 1) / stride);
-  end = last < 0 ? 0 : int32_t(std::min(out, last / stride + 1));
 }
 
 }  // namespace
 
 TapTable::TapTable(const Source& source, const std::vector<int32_t>& taps) : source_(source), taps_(taps) {
   const Geometry& g = source.g;
-  y_begin_ = y_end_ = x_begin_ = x_end_ = 0;
   if (g.transposed) return;
-  interior_range(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dil_h, y_begin_, y_end_);
-  interior_range(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dil_w, x_begin_, x_end_);
+  inner_y_ = interior(g.out_h, g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dil_h);
+  inner_x_ = interior(g.out_w, g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dil_w);
   for (int32_t tap : taps) {
     const int64_t pixels = tap / g.kernel_w * g.dil_h * g.in_w + tap % g.kernel_w * g.dil_w;
     offset_.push_back(source.inverse ? pixels : pixels * source.row_bytes);
@@ -64,8 +55,7 @@ void TapTable::fill_merged(Pixel p, int32_t step, const char** table, char* patc
   const int64_t run = g.kernel_w * source_.row_bytes;
   const int32_t x0 = int32_t(p.x * g.stride_w - g.pad_w);
   for (int32_t r = 0; r < g.kernel_h; ++r) {
-    const int32_t y = input_coordinate(p.y, r, int32_t(g.in_h), int32_t(g.stride_h), int32_t(g.pad_h),
-                                       int32_t(g.dil_h), false);
+    const int32_t y = g.in_line(p.y, r);
     const char* line = y < 0 ? nullptr : source_.x + (int64_t(p.n) * g.in_h + y) * g.in_w * source_.row_bytes;
     if (line && x0 >= 0 && x0 + g.kernel_w <= g.in_w) {
       table[r * step] = line + x0 * source_.row_bytes;
@@ -79,10 +69,10 @@ void TapTable::fill_merged(Pixel p, int32_t step, const char** table, char* patc
 void TapTable::fill_row(Pixel p, int32_t step, const char** table) const {
   const Geometry& g = source_.g;
   const int32_t taps = int32_t(taps_.size());
-  if (!interior(p)) {
+  if (!inner_y_.holds(p.y) || !inner_x_.holds(p.x)) {
     for (int32_t t = 0; t < taps; ++t) {
-      const int32_t tap = taps_[size_t(t)];
-      table[t * step] = source_.row(input_pixel(g, p, tap / int32_t(g.kernel_w), tap % int32_t(g.kernel_w)));
+      const int32_t tap = taps_[t];
+      table[t * step] = source_.row(g.in_pixel(p, tap / int32_t(g.kernel_w), tap % int32_t(g.kernel_w)));
     }
     return;
   }
@@ -113,14 +103,13 @@ void TapTable::fill(const int32_t* at, int32_t height, const char** table, char*
     }
     return;
   }
-  const int32_t h = int32_t(g.out_h), w = int32_t(g.out_w);
-  Pixel p = pixel_at(at[0], h, w);
+  Pixel p = g.out_pixel(at[0]);
   for (int32_t i = 0; i < height; ++i) {
     const int32_t x = i ? p.x + at[i] - at[i - 1] : p.x;
-    if (x < w) {  // positions ascend: most rows stay on their line, and need no division
+    if (x < g.out_w) {  // positions ascend: most rows stay on their line, and need no division
       p.x = x;
     } else {
-      p = pixel_at(at[i], h, w);
+      p = g.out_pixel(at[i]);
     }
     if (source_.merged) {
       fill_merged(p, height, table + i, patches + i * patch_bytes());

@@ -7,7 +7,7 @@ namespace {
 
 constexpr double kElementsPerThread = 32 * 1024;
 
-// Rows of z and of h (or their gradients), and what leads from one to the other.
+// The way from rows of z to rows of h (or between their gradients).
 Glu glu_of(const Tensor& z, const Tensor& h, int64_t activation, bool gated, bool interleaved, double alpha,
            double limit) {
   const auto name = static_cast<Activation>(activation);
@@ -18,16 +18,20 @@ Glu glu_of(const Tensor& z, const Tensor& h, int64_t activation, bool gated, boo
                       z.size(0) == h.size(0) && z.size(1) == h.size(1) * (gated ? 2 : 1),
                   "z: expected contiguous rows, ", gated ? "two columns for each of " : "as wide as ",
                   h.size(1), ", got ", z.numel(), " elements");
-  return {name,      gated,     interleaved, float(alpha), float(limit),
-          h.size(1), h.size(1), dtype_of(z), dtype_of(h)};
+  return {.activation = name,
+          .gated = gated,
+          .interleaved = interleaved,
+          .alpha = float(alpha),
+          .limit = float(limit),
+          .n = h.size(1),
+          .up = h.size(1),
+          .in = dtype_of(z),
+          .out = dtype_of(h)};
 }
 
 template <class Row>
 void each_row(const Tensor& h, const Row& row) {
-  const int64_t rows = h.size(0), threads = threads_for(double(h.numel()), kElementsPerThread);
-  parallel(threads, [&](int64_t t) {
-    for (int64_t p = part(rows, t, threads); p < part(rows, t + 1, threads); ++p) row(p);
-  });
+  parallel_shares(h.size(0), threads_for(double(h.numel()), kElementsPerThread), row);
 }
 
 int64_t row_bytes(const Tensor& t) { return t.size(1) * int64_t(t.element_size()); }
@@ -51,19 +55,14 @@ void expert_activation_grad(const Tensor& grad, const Tensor& z, int64_t activat
   });
 }
 
+DYNOPS_CPU_OP(
+    "cpu_expert_activation(Tensor z, int activation, bool gated, bool interleaved, float alpha, float "
+    "limit, Tensor(a!) h) -> ()",
+    expert_activation)
+DYNOPS_CPU_OP(
+    "cpu_expert_activation_grad(Tensor grad, Tensor z, int activation, bool gated, bool interleaved, "
+    "float alpha, float limit, Tensor(a!) dz) -> ()",
+    expert_activation_grad)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_expert_activation(Tensor z, int activation, bool gated, bool interleaved, float alpha, "
-      "float limit, Tensor(a!) h) -> ()");
-  m.def(
-      "cpu_expert_activation_grad(Tensor grad, Tensor z, int activation, bool gated, bool interleaved, "
-      "float alpha, float limit, Tensor(a!) dz) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_expert_activation", TORCH_BOX(&dynops::cpu::expert_activation));
-  m.impl("cpu_expert_activation_grad", TORCH_BOX(&dynops::cpu::expert_activation_grad));
-}

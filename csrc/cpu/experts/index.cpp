@@ -7,40 +7,20 @@ namespace dynops::cpu {
 namespace {
 
 // The expert of each pair as int32; an unsigned comparison sees what is negative too.
-template <class T>
-void read_keys(const Tensor& index, int64_t experts, int32_t* key) {
-  const T* from = data_of<const T>(index);
-  const int64_t n = index.numel();
-  bool inside = true;
-  for (int64_t i = 0; i < n; ++i) {
-    inside &= uint64_t(int64_t(from[i])) <= uint64_t(experts);
-    key[i] = int32_t(from[i]);
-  }
-  if (inside) return;
-  const auto [low, high] = std::minmax_element(from, from + n);
-  STD_TORCH_CHECK(false, "index: expected values in [0, ", experts, "], got ", int64_t(*low), " to ",
-                  int64_t(*high));
-}
-
 std::vector<int32_t> keys_of(const Tensor& index, int64_t experts) {
-  std::vector<int32_t> key(static_cast<size_t>(index.numel()));
-  switch (index.scalar_type()) {
-    case ScalarType::Byte:
-      read_keys<uint8_t>(index, experts, key.data());
-      break;
-    case ScalarType::Char:
-      read_keys<int8_t>(index, experts, key.data());
-      break;
-    case ScalarType::Short:
-      read_keys<int16_t>(index, experts, key.data());
-      break;
-    case ScalarType::Int:
-      read_keys<int32_t>(index, experts, key.data());
-      break;
-    default:
-      STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index: expected integers");
-      read_keys<int64_t>(index, experts, key.data());
-  }
+  const int64_t n = index.numel();
+  std::vector<int32_t> key(n);
+  visit_integers(index, "index", [&](const auto* from) {
+    bool inside = true;
+    for (int64_t i = 0; i < n; ++i) {
+      inside &= uint64_t(int64_t(from[i])) <= uint64_t(experts);
+      key[i] = int32_t(from[i]);
+    }
+    if (inside) return;
+    const auto [low, high] = std::minmax_element(from, from + n);
+    STD_TORCH_CHECK(false, "index: expected values in [0, ", experts, "], got ", int64_t(*low), " to ",
+                    int64_t(*high));
+  });
   return key;
 }
 
@@ -48,11 +28,11 @@ std::vector<int32_t> keys_of(const Tensor& index, int64_t experts) {
 // dropped.
 void drop_past_capacity(std::vector<int32_t>& key, int64_t tokens, int64_t topk, int64_t experts,
                         int64_t capacity) {
-  std::vector<int64_t> left(static_cast<size_t>(experts), capacity);
+  std::vector<int64_t> left(experts, capacity);
   for (int64_t k = 0; k < topk; ++k) {
     for (int64_t t = 0; t < tokens; ++t) {
-      int32_t& e = key[size_t(t * topk + k)];
-      if (e < experts && left[size_t(e)]-- <= 0) e = int32_t(experts);
+      int32_t& e = key[t * topk + k];
+      if (e < experts && left[e]-- <= 0) e = int32_t(experts);
     }
   }
 }
@@ -69,12 +49,12 @@ std::tuple<Tensor, Tensor, Tensor> expert_index(const Tensor& index_in, int64_t 
 
   Tensor order = empty({pairs}, ScalarType::Int), offsets = empty({experts + 1}, ScalarType::Int);
   Tensor position = empty({tokens, topk}, ScalarType::Int);
-  std::vector<int32_t> next(static_cast<size_t>(experts) + 2, 0);  // of expert e: rows so far
-  for (int32_t e : key) ++next[size_t(e) + 1];
+  std::vector<int32_t> next(experts + 2, 0);  // of expert e: rows so far
+  for (int32_t e : key) ++next[e + 1];
   for (size_t e = 1; e < next.size(); ++e) next[e] += next[e - 1];
   std::copy_n(next.begin(), experts + 1, data_of<int32_t>(offsets));
   for (int64_t i = 0; i < pairs; ++i) {
-    const int32_t e = key[size_t(i)], row = next[size_t(e)]++;
+    const int32_t e = key[i], row = next[e]++;
     data_of<int32_t>(order)[row] = int32_t(i);
     data_of<int32_t>(position)[i] = e < experts ? row : -1;
   }

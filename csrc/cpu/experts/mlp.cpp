@@ -30,13 +30,13 @@ void check_rows(const Tensor& t, int64_t rows, int64_t columns, const char* name
                   ": expected contiguous ", rows, " x ", columns);
 }
 
-// The rows of one expert: pointers to their x.
+// Points at the rows of x that one expert has.
 void point_at_rows(ExpertWork& work, const ExpertRows& rows, int64_t expert, const char* x, int64_t row_bytes,
                    bool packed) {
   const int64_t first = rows.offsets[expert], count = rows.count(expert);
-  work.x.resize(size_t(count));
+  work.x.resize(count);
   for (int64_t i = 0; i < count; ++i) {
-    work.x[size_t(i)] = x + (packed ? first + i : rows.token(first + i)) * row_bytes;
+    work.x[i] = x + (packed ? first + i : rows.token(first + i)) * row_bytes;
   }
 }
 
@@ -46,40 +46,51 @@ struct Target {
   Dtype dtype;
   int64_t row_bytes;
   bool packed;
-  Activation activation;
-  const float* row_weight;  // [pairs], by pair, or null
+  Activation activation = Activation::kNone;
+  const float* row_weight = nullptr;  // [pairs], by pair, or null
 };
+
+// Scale and bias of an expert's outputs from `channel` on.
+FinishRows finish_of(const ExpertWeight& w, int64_t channel) {
+  return {.scale = w.scale ? w.scale + channel : nullptr,
+          .bias = w.bias ? w.bias + channel * size_of(w.bias_dtype) : nullptr,
+          .bias_dtype = w.bias_dtype};
+}
 
 void finish(ExpertWork& work, const ExpertRows& rows, const ExpertWeight& w, const ExpertColumns& columns,
             int64_t stride, const Target& target, int64_t first, int64_t count) {
-  work.out.resize(size_t(count));
-  work.weight.resize(size_t(count));
+  work.out.resize(count);
+  work.weight.resize(count);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = rows.offsets[columns.expert] + first + i;
     const int64_t to = target.packed ? row : rows.token(row);
-    work.out[size_t(i)] = target.out + to * target.row_bytes + columns.begin * size_of(target.dtype);
-    if (target.row_weight) work.weight[size_t(i)] = target.row_weight[rows.order[row]];
+    work.out[i] = target.out + to * target.row_bytes + columns.begin * size_of(target.dtype);
+    if (target.row_weight) work.weight[i] = target.row_weight[rows.order[row]];
   }
-  const int64_t channel = columns.expert * w.outputs + columns.begin;
-  kernels().finish_rows({int32_t(count), int32_t(columns.count), work.sums.data(), stride,
-                         w.scale ? w.scale + channel : nullptr,
-                         w.bias ? w.bias + channel * size_of(w.bias_dtype) : nullptr, w.bias_dtype,
-                         target.activation, target.row_weight ? work.weight.data() : nullptr, work.out.data(),
-                         target.dtype, !target.packed});
+  FinishRows f = finish_of(w, columns.expert * w.outputs + columns.begin);
+  f.rows = int32_t(count);
+  f.columns = int32_t(columns.count);
+  f.sums = work.sums.data();
+  f.sums_stride = stride;
+  f.activation = target.activation;
+  f.weight = target.row_weight ? work.weight.data() : nullptr;
+  f.out = work.out.data();
+  f.dtype = target.dtype;
+  f.add = !target.packed;
+  kernels().finish_rows(f);
 }
 
-// The columns of a piece of work: tasks are numbered expert by expert, or chunk by chunk.
-struct Pieces {
+// The columns of each task: tasks are numbered expert by expert, or chunk by chunk.
+struct ColumnTasks {
   const ExpertRows& rows;
   int64_t columns, chunk, chunks;
   bool by_expert;
 
   int64_t count() const { return chunks * int64_t(rows.live.size()); }
-  ExpertColumns at(int64_t piece) const {
+  ExpertColumns at(int64_t task) const {
     const int64_t live = int64_t(rows.live.size());
-    const int64_t e = by_expert ? piece / chunks : piece % live,
-                  c = by_expert ? piece % chunks : piece / live;
-    return {rows.live[size_t(e)], c * chunk, std::min(chunk, columns - c * chunk)};
+    const int64_t e = by_expert ? task / chunks : task % live, c = by_expert ? task % chunks : task / live;
+    return {rows.live[e], c * chunk, std::min(chunk, columns - c * chunk)};
   }
 };
 
@@ -90,35 +101,33 @@ void linear_rows(const ExpertCall& call, const char* x, bool packed_in, const Ex
   const ExpertProduct product(w, call.dtype);
   const int64_t live = int64_t(rows.live.size()), column_bytes = w.inputs * size_of(w.dtype);
   const int64_t chunk = columns_a_task(w.outputs, column_bytes, target.packed ? live : 1, call.threads);
-  const Pieces pieces{rows, w.outputs, chunk, (w.outputs + chunk - 1) / chunk, target.packed};
+  const ColumnTasks tasks{rows, w.outputs, chunk, ceil_div(w.outputs, chunk), target.packed};
   const int64_t each = target.packed ? 1 : live, row_bytes = w.inputs * size_of(call.dtype);
-  for_each_task(call.threads, each ? pieces.count() / each : 0,
-                [&](ExpertWork& work, int64_t task, int64_t guess) {
-                  for (int64_t i = 0; i < each; ++i) {
-                    const ExpertColumns columns = pieces.at(task * each + i);
-                    if (i == 0 && !target.packed) {
-                      for (int64_t t = 0; t < rows.tokens; ++t) {
-                        kernels().fill(target.out + t * target.row_bytes + columns.begin * 4, nullptr,
-                                       columns.count * 4, false);
-                      }
-                    }
-                    const int64_t after = i + 1 < each ? task * each + i + 1 : guess * each;
-                    const ExpertColumns next = after < 0 ? columns : pieces.at(after);
-                    const int64_t stride = product.sums_stride(columns);
-                    point_at_rows(work, rows, columns.expert, x, row_bytes, packed_in);
-                    product.run(work, columns, rows.count(columns.expert), after < 0 ? nullptr : &next,
-                                [&](int64_t first, int64_t count) {
-                                  finish(work, rows, w, columns, stride, target, first, count);
-                                });
-                  }
-                });
+  const auto run = [&](ExpertWork& work, int64_t task, int64_t guess) {
+    for (int64_t i = 0; i < each; ++i) {
+      const ExpertColumns columns = tasks.at(task * each + i);
+      if (i == 0 && !target.packed) {
+        for (int64_t t = 0; t < rows.tokens; ++t) {
+          fill_zero(target.out + t * target.row_bytes + columns.begin * 4, columns.count * 4);
+        }
+      }
+      const int64_t after = i + 1 < each ? task * each + i + 1 : guess * each;
+      const ExpertColumns next = after < 0 ? columns : tasks.at(after);
+      const int64_t stride = product.sums_stride(columns);
+      point_at_rows(work, rows, columns.expert, x, row_bytes, packed_in);
+      product.run(work, columns, rows.count(columns.expert), after < 0 ? nullptr : &next,
+                  [&](int64_t first, int64_t count) {
+                    finish(work, rows, w, columns, stride, target, first, count);
+                  });
+    }
+  };
+  for_each_task(call.threads, each ? tasks.count() / each : 0, run);
 }
 
-// Rows that no expert computes: zero.
+// Rows that no expert computes become zero.
 void fill_dropped(const ExpertRows& rows, const Tensor& out) {
   const int64_t row_bytes = out.size(1) * size_of(dtype_of(out));
-  kernels().fill(data_of<char>(out) + rows.rows() * row_bytes, nullptr,
-                 (rows.pairs - rows.rows()) * row_bytes, false);
+  fill_zero(data_of<char>(out) + rows.rows() * row_bytes, (rows.pairs - rows.rows()) * row_bytes);
 }
 
 // x: contiguous float32, or bfloat16 where there is an instruction for its pairs. out: packed, of any dtype;
@@ -134,11 +143,15 @@ void grouped_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   check_rows(out, packed_out ? rows.pairs : rows.tokens, w.outputs, "out");
   STD_TORCH_CHECK(packed_out || dtype_of(out) == Dtype::kFloat32, "out: expected float32 sums");
   const ExpertCall call(rows, x, macs_of(w));
-  const Target target{data_of<char>(out), dtype_of(out),          w.outputs * size_of(dtype_of(out)),
-                      packed_out,         Activation(activation), row_weights(row_weight, rows)};
+  const Target target{.out = data_of<char>(out),
+                      .dtype = dtype_of(out),
+                      .row_bytes = w.outputs * size_of(dtype_of(out)),
+                      .packed = packed_out,
+                      .activation = Activation(activation),
+                      .row_weight = row_weights(row_weight, rows)};
   if (packed_out) fill_dropped(rows, out);
   if (!packed_out && rows.live.empty()) {
-    return kernels().fill(data_of<char>(out), nullptr, rows.tokens * target.row_bytes, false);
+    return fill_zero(data_of<char>(out), rows.tokens * target.row_bytes);
   }
   linear_rows(call, data_of<const char>(x), packed_in, w, target);
 }
@@ -149,7 +162,7 @@ struct Between {  // the two products of an MLP
   float alpha, limit;
 };
 
-// h = activation(up x) of columns of h: those of the gate and of up are one piece.
+// h = activation(up x) for columns of h: a task has those of the gate and of up.
 class UpPass {
  public:
   UpPass(const ExpertCall& call, const char* x, const ExpertWeight& up, const Between& between, char* h,
@@ -159,7 +172,7 @@ class UpPass {
     const int64_t live = int64_t(call.rows.live.size());
     const int64_t column_bytes = up.inputs * size_of(up.dtype) * (between.gated ? 2 : 1);
     chunk_ = columns_a_task(inner_, column_bytes, live, call.threads);
-    chunks_ = (inner_ + chunk_ - 1) / chunk_;
+    chunks_ = ceil_div(inner_, chunk_);
   }
 
   void run() const {
@@ -175,7 +188,7 @@ class UpPass {
 
  private:
   ExpertColumns columns_of(int64_t task) const {
-    const int64_t expert = call_.rows.live[size_t(task / chunks_)], begin = task % chunks_ * chunk_;
+    const int64_t expert = call_.rows.live[task / chunks_], begin = task % chunks_ * chunk_;
     const int64_t count = std::min(chunk_, inner_ - begin);
     if (!between_.gated) return {expert, begin, count};
     if (between_.interleaved) return {expert, 2 * begin, 2 * count};
@@ -189,30 +202,43 @@ class UpPass {
     for (int run = 0; run < columns.runs(); ++run) {
       const int64_t channel = columns.expert * up_.outputs + columns.begin_of(run);
       float* sums = work.sums.data() + run * width;
-      for (int64_t i = 0; i < count; ++i) work.out[size_t(i)] = reinterpret_cast<char*>(sums + i * stride);
-      kernels().finish_rows(
-          {int32_t(count), int32_t(columns.count), sums, stride, up_.scale ? up_.scale + channel : nullptr,
-           up_.bias ? up_.bias + channel * size_of(up_.bias_dtype) : nullptr, up_.bias_dtype,
-           Activation::kNone, nullptr, work.out.data(), Dtype::kFloat32, false});
+      for (int64_t i = 0; i < count; ++i) work.out[i] = bytes_of(sums + i * stride);
+      FinishRows f = finish_of(up_, channel);
+      f.rows = int32_t(count);
+      f.columns = int32_t(columns.count);
+      f.sums = sums;
+      f.sums_stride = stride;
+      f.out = work.out.data();
+      kernels().finish_rows(f);
     }
   }
 
   void finish_block(ExpertWork& work, const ExpertColumns& columns, int64_t first, int64_t count) const {
     const int64_t width = product_.run_width(columns.count), stride = product_.sums_stride(columns);
     if (!between_.gated) {
-      const Target target{h_, h_dtype_, inner_ * size_of(h_dtype_), true, between_.activation, nullptr};
+      const Target target{.out = h_,
+                          .dtype = h_dtype_,
+                          .row_bytes = inner_ * size_of(h_dtype_),
+                          .packed = true,
+                          .activation = between_.activation};
       return finish(work, call_.rows, up_, columns, stride, target, first, count);
     }
-    work.out.resize(size_t(count));
+    work.out.resize(count);
     affine(work, columns, stride, count);
     const int64_t begin = between_.interleaved ? columns.begin / 2 : columns.begin;
     const int64_t inner = between_.interleaved ? columns.count / 2 : columns.count;
     const int64_t row = call_.rows.offsets[columns.expert] + first;
-    const Glu glu{
-        between_.activation, true,    between_.interleaved, between_.alpha, between_.limit, inner, width,
-        Dtype::kFloat32,     h_dtype_};
+    const Glu glu{.activation = between_.activation,
+                  .gated = true,
+                  .interleaved = between_.interleaved,
+                  .alpha = between_.alpha,
+                  .limit = between_.limit,
+                  .n = inner,
+                  .up = width,
+                  .in = Dtype::kFloat32,
+                  .out = h_dtype_};
     for (int64_t i = 0; i < count; ++i) {
-      kernels().glu(glu, reinterpret_cast<const char*>(work.sums.data() + i * stride),
+      kernels().glu(glu, bytes_of(work.sums.data() + i * stride),
                     h_ + ((row + i) * inner_ + begin) * size_of(h_dtype_));
     }
   }
@@ -246,11 +272,13 @@ void experts_mlp(const Tensor& x, const Tensor& up_in, const Tensor& down_in, co
   check_rows(out, rows.tokens, down.outputs, "out");
   STD_TORCH_CHECK(dtype_of(out) == Dtype::kFloat32 && dtype_of(h) == dtype_of(x),
                   "h, out: expected x's dtype and float32");
-  const Target target{data_of<char>(out), Dtype::kFloat32,
-                      down.outputs * 4,   false,
-                      Activation::kNone,  row_weights(row_weight, rows)};
+  const Target target{.out = data_of<char>(out),
+                      .dtype = Dtype::kFloat32,
+                      .row_bytes = down.outputs * 4,
+                      .packed = false,
+                      .row_weight = row_weights(row_weight, rows)};
   if (rows.live.empty()) {
-    return kernels().fill(target.out, nullptr, rows.tokens * target.row_bytes, false);
+    return fill_zero(target.out, rows.tokens * target.row_bytes);
   }
   const Between between{Activation(activation), gated, interleaved, float(alpha), float(limit)};
   const ExpertCall call(rows, x, macs_of(up) + macs_of(down));
@@ -258,25 +286,17 @@ void experts_mlp(const Tensor& x, const Tensor& up_in, const Tensor& down_in, co
   linear_rows(call, data_of<const char>(h), true, down, target);
 }
 
+DYNOPS_CPU_OP(
+    "cpu_grouped_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? row_weight, "
+    "Tensor order, Tensor offsets, Tensor position, bool packed_in, bool packed_out, bool transposed, "
+    "int activation, Tensor(a!) out) -> ()",
+    grouped_linear)
+DYNOPS_CPU_OP(
+    "cpu_experts_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_scale, Tensor? down_scale, Tensor? "
+    "up_bias, Tensor? down_bias, Tensor? row_weight, Tensor order, Tensor offsets, Tensor position, int "
+    "activation, bool gated, bool interleaved, bool up_transposed, bool down_transposed, float alpha, "
+    "float limit, Tensor(a!) h, Tensor(b!) out) -> ()",
+    experts_mlp)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_grouped_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? row_weight, Tensor "
-      "order, Tensor offsets, Tensor position, bool packed_in, bool packed_out, bool transposed, int "
-      "activation, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_experts_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_scale, Tensor? down_scale, Tensor? "
-      "up_bias, "
-      "Tensor? down_bias, Tensor? row_weight, Tensor order, Tensor offsets, Tensor position, int activation, "
-      "bool "
-      "gated, bool interleaved, bool up_transposed, bool down_transposed, float alpha, float "
-      "limit, Tensor(a!) h, Tensor(b!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_grouped_linear", TORCH_BOX(&dynops::cpu::grouped_linear));
-  m.impl("cpu_experts_mlp", TORCH_BOX(&dynops::cpu::experts_mlp));
-}

@@ -1,6 +1,5 @@
 // Products of experts' rows with columns of their weights, in three ways; see ExpertProduct.
 #include <array>
-#include <numeric>
 
 #include "product.h"
 
@@ -13,7 +12,7 @@ constexpr int64_t kTurnedColumns = 48;   // that meet all panels of x in turn: w
 constexpr int64_t kBesideRows = 10;      // of an unfilled vector, which dot products take
 constexpr double kTurnedShare = 0.8;     // of the lanes at work, below which dot products are faster
 constexpr int64_t kSegmentDepth = 128;   // between two requests for what lies ahead
-constexpr int64_t kDepthBlock = 2048;    // of the depth: a part that falls into equal segments
+constexpr int64_t kDepthBlock = 2048;    // of the depth, which falls into equal segments
 constexpr int64_t kTaskBytes = 4 << 20;  // of weight: x is packed anew for each task
 constexpr int64_t kTaskColumns = 16;     // the fewest, and the step
 constexpr int64_t kTasksPerThread = 2;
@@ -23,7 +22,7 @@ constexpr int64_t kBlockBytes = 384 * 1024;  // of rows, which share the L2 cach
 constexpr int64_t kAffine = 64;
 constexpr std::array<float, kAffine> constants(float value) {
   std::array<float, kAffine> all{};
-  for (int64_t i = 0; i < kAffine; ++i) all[size_t(i)] = value;
+  for (int64_t i = 0; i < kAffine; ++i) all[i] = value;
   return all;
 }
 constexpr std::array<float, kAffine> kOnes = constants(1), kZeros = constants(0);
@@ -64,19 +63,17 @@ ExpertWeight::ExpertWeight(const Tensor& weight, const OptionalTensor& scale_in,
 }
 
 int64_t columns_a_task(int64_t columns, int64_t column_bytes, int64_t tasks_beside, int64_t threads) {
-  const auto up = [](int64_t n) { return (n + kTaskColumns - 1) / kTaskColumns * kTaskColumns; };
-  const int64_t wide = up(kTaskBytes / std::max<int64_t>(column_bytes, 1));
+  const int64_t wide = round_up(kTaskBytes / std::max<int64_t>(column_bytes, 1), kTaskColumns);
   const int64_t even = columns * tasks_beside / (kTasksPerThread * threads) / kTaskColumns * kTaskColumns;
-  return std::max(kTaskColumns, std::min({wide, even, up(columns)}));
+  return std::max(kTaskColumns, std::min({wide, even, round_up(columns, kTaskColumns)}));
 }
 
 ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
-    : weight_(weight), rows_(rows), dot_(rows == Dtype::kBFloat16), row_(size_t(weight.inputs)) {
-  depth_ = dot_ ? (weight.inputs + 1) / 2 * 2 : weight.inputs;
+    : weight_(weight), rows_(rows), dot_(rows == Dtype::kBFloat16), row_(ascending(weight.inputs)) {
+  depth_ = round_up(weight.inputs, dot_ ? 2 : 1);
   panel_bytes_ = kernels().panel_width * depth_ * size_of(rows);
   const int64_t row_bytes = std::max<int64_t>(depth_ * size_of(rows), 1);
   block_rows_ = std::clamp<int64_t>(kBlockBytes / row_bytes / kTileRows, 4, 64) * kTileRows;
-  std::iota(row_.begin(), row_.end(), 0);
   for (int64_t begin = 0; begin == 0 || begin < weight.inputs; begin += kDepthBlock) {
     const int64_t depth = std::min(weight.inputs - begin, kDepthBlock), segments = segments_of(depth);
     blocks_.push_back({int32_t(segments), int32_t(depth / segments), segment_.size()});
@@ -86,12 +83,12 @@ ExpertProduct::ExpertProduct(const ExpertWeight& weight, Dtype rows)
 
 const char* const* ExpertProduct::in_segments(ExpertWork& work, const DepthBlock& block,
                                               const char* const* rows, int64_t count, int32_t most) const {
-  work.table.resize(size_t(count * block.segments));
+  work.table.resize(count * block.segments);
   const TileSplit split(int32_t(count), most);
   const char** to = work.table.data();
   for (int32_t tile = 0; tile < split.tiles; rows += split.height(tile++)) {
     for (int32_t s = 0; s < block.segments; ++s) {
-      const int64_t byte = segment_[block.first + size_t(s)] * size_of(rows_);
+      const int64_t byte = segment_[block.first + s] * size_of(rows_);
       for (int32_t i = 0; i < split.height(tile); ++i) *to++ = rows[i] + byte;
     }
   }
@@ -101,18 +98,16 @@ const char* const* ExpertProduct::in_segments(ExpertWork& work, const DepthBlock
 // Sums of a part of the depth, of a packed panel of so many columns.
 Gemm ExpertProduct::gemm_of(const DepthBlock& block, const char* panel, int64_t columns,
                             int64_t out_offset) const {
-  return {block.segments,
-          block.depth,
-          segment_.data() + block.first,
-          panel,
-          {columns, depth_, 1, panel_bytes_},
-          rows_,
-          Dtype::kFloat32,
-          0,
-          out_offset,
-          kOnes.data(),
-          kZeros.data(),
-          Activation::kNone};
+  return {.segments = block.segments,
+          .depth = block.depth,
+          .weight_start = segment_.data() + block.first,
+          .weight = panel,
+          .layout = {columns, depth_, 1, panel_bytes_},
+          .in = rows_,
+          .out = Dtype::kFloat32,
+          .out_offset = out_offset,
+          .scale = kOnes.data(),
+          .shift = kZeros.data()};
 }
 
 // The rows that are the last, unfilled vector of a packed x, where dot products are faster for so few.
@@ -122,7 +117,7 @@ int64_t ExpertProduct::beside(int64_t rows) const {
 }
 
 bool ExpertProduct::streams(int64_t rows) const {
-  const int64_t lanes = kernels().lanes, wide = (rows - beside(rows) + lanes - 1) / lanes * lanes;
+  const int64_t lanes = kernels().lanes, wide = round_up(rows - beside(rows), lanes);
   const bool idle = double(rows) < kTurnedShare * double(wide + beside(rows));
   return !weight_.transposed && (rows <= kStreamRows || (rows <= kTurnedRows && idle));
 }
@@ -140,34 +135,58 @@ void ExpertProduct::dots(ExpertWork& work, const ExpertColumns& columns, int64_t
     const char* following = !last  ? weight_.column(columns.expert, columns.second)
                             : next ? weight_.column(next->expert, next->begin)
                                    : nullptr;
-    kernels().row_dots({int32_t(rows), int32_t(columns.count), int32_t(weight_.inputs), work.x.data(), rows_,
-                        weight_.column(columns.expert, columns.begin_of(run)), weight_.row_stride,
-                        weight_.dtype, following, work.sums.data() + run * width, stride});
+    kernels().row_dots({.rows = int32_t(rows),
+                        .columns = int32_t(columns.count),
+                        .depth = int32_t(weight_.inputs),
+                        .x = work.x.data(),
+                        .x_dtype = rows_,
+                        .weight = weight_.column(columns.expert, columns.begin_of(run)),
+                        .weight_stride = weight_.row_stride,
+                        .weight_dtype = weight_.dtype,
+                        .next = following,
+                        .sums = work.sums.data() + run * width,
+                        .sums_stride = stride});
   }
+}
+
+void ExpertProduct::pack_panel(ExpertWork& work, const char* from, Dtype dtype, int64_t step, int64_t count,
+                               int64_t width, char* to) const {
+  const Kernels& k = kernels();
+  const int64_t depth = weight_.inputs;
+  // pairs along a row are units of 32 bits, which move as floats do
+  const bool units = dot_ && dtype == Dtype::kBFloat16 && depth % 2 == 0 && step % 2 == 0;
+  const int64_t unit = units ? 2 : 1;
+  const bool detour = dot_ && !units;
+  if (detour) work.floats.reserve(depth_ * width);
+  float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
+  k.pack_columns({.from = from,
+                  .dtype = units ? Dtype::kFloat32 : dtype,
+                  .step = step / unit,
+                  .columns = int32_t(count),
+                  .width = int32_t(width),
+                  .count = int32_t(depth / unit),
+                  .row = row_.data(),
+                  .to = out});
+  if (!detour) return;
+  std::fill_n(out + depth * width, (depth_ - depth) * width, 0.f);
+  k.pack_pairs(out, depth_ / 2, width, to);
 }
 
 void ExpertProduct::pack(ExpertWork& work, const ExpertColumns& columns, int run, int64_t panel,
                          char* to) const {
   const Kernels& k = kernels();
   const int64_t first = panel * k.panel_width, left = std::min<int64_t>(columns.count - first, k.panel_width);
-  const int64_t depth = weight_.inputs;
-  const int32_t wide = int32_t((left + k.lanes - 1) / k.lanes * k.lanes);
   const char* from = weight_.column(columns.expert, columns.begin_of(run) + first);
-  const int64_t step = weight_.row_stride / size_of(weight_.dtype);
-  if (weight_.transposed) {
-    return k.pack_rows({from, weight_.dtype, step, int32_t(left), wide, int32_t(depth), dot_, to});
-  }
-  // pairs along a row are units of 32 bits, which move as floats do
-  const bool units = dot_ && weight_.dtype == Dtype::kBFloat16 && depth % 2 == 0 && step % 2 == 0;
-  const int64_t unit = units ? 2 : 1;
-  const bool detour = dot_ && !units;
-  if (detour) work.floats.reserve(depth_ * k.panel_width);
-  float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
-  k.pack_columns({from, units ? Dtype::kFloat32 : weight_.dtype, step / unit, int32_t(left), wide,
-                  int32_t(depth / unit), row_.data(), out});
-  if (!detour) return;
-  std::fill_n(out + depth * wide, (depth_ - depth) * wide, 0.f);
-  k.pack_pairs(out, depth_ / 2, wide, to);
+  const int64_t step = weight_.row_stride / size_of(weight_.dtype), width = round_up(left, k.lanes);
+  if (!weight_.transposed) return pack_panel(work, from, weight_.dtype, step, left, width, to);
+  k.pack_rows({.from = from,
+               .dtype = weight_.dtype,
+               .step = step,
+               .columns = int32_t(left),
+               .width = int32_t(width),
+               .count = int32_t(weight_.inputs),
+               .pairs = dot_,
+               .to = to});
 }
 
 // Rows [first, first + count) side by side: where they are, or copied.
@@ -185,24 +204,15 @@ void ExpertProduct::pack_x(ExpertWork& work, int64_t expert, int64_t rows) const
   if (work.packed_by == this && work.packed_expert == expert) return;
   work.packed_by = this;
   work.packed_expert = expert;
-  const Kernels& k = kernels();
   const WidePanels panels(rows);
-  const int64_t depth = weight_.inputs, lanes = k.lanes, vector_bytes = lanes * depth_ * size_of(rows_);
-  const int64_t row_bytes = depth * size_of(rows_), unit = dot_ && depth % 2 == 0 ? 2 : 1;
+  const int64_t depth = weight_.inputs, lanes = kernels().lanes,
+                vector_bytes = lanes * depth_ * size_of(rows_);
   work.packed.reserve(panels.vectors * vector_bytes);
   for (int32_t p = 0; p < panels.panels; ++p) {
     const int64_t first = panels.begin(p) * lanes, wide = panels.width(p) * lanes;
     const int64_t left = std::min(rows - first, wide);
-    const char* from = together(work, first, left, row_bytes);
-    char* to = work.packed.data() + panels.begin(p) * vector_bytes;
-    const bool detour = dot_ && unit == 1;
-    if (detour) work.floats.reserve(depth_ * wide);
-    float* out = detour ? work.floats.data() : reinterpret_cast<float*>(to);
-    k.pack_columns({from, unit == 2 ? Dtype::kFloat32 : rows_, depth / unit, int32_t(left), int32_t(wide),
-                    int32_t(depth / unit), row_.data(), out});
-    if (!detour) continue;
-    std::fill_n(out + depth * wide, (depth_ - depth) * wide, 0.f);
-    k.pack_pairs(out, depth_ / 2, wide, to);
+    pack_panel(work, together(work, first, left, depth * size_of(rows_)), rows_, depth, left, wide,
+               work.packed.data() + panels.begin(p) * vector_bytes);
   }
 }
 
@@ -237,38 +247,58 @@ void ExpertProduct::turned(ExpertWork& work, const ExpertColumns& columns, int64
   pack_x(work, columns.expert, packed);
   work.sums.reserve(rows * stride);
   work.turned_sums.reserve(kTurnedColumns * wide);
-  work.turned_row.resize(size_t(packed));
-  for (int64_t i = 0; i < packed; ++i) work.turned_row[size_t(i)] = int32_t(i * stride / lanes);
+  work.turned_row.resize(packed);
+  for (int64_t i = 0; i < packed; ++i) work.turned_row[i] = int32_t(i * stride / lanes);
   const char* weight[kTurnedColumns];
   char* out[kTurnedColumns];
   for (int64_t i = 0; i < kTurnedColumns; ++i) {
-    out[i] = reinterpret_cast<char*>(work.turned_sums.data() + i * wide);
+    out[i] = bytes_of(work.turned_sums.data() + i * wide);
   }
   for (int run = 0; run < columns.runs(); ++run) {
     for (int64_t c = 0; c < columns.count; c += kTurnedColumns) {
       const int64_t count = std::min(columns.count - c, kTurnedColumns), begin = columns.begin_of(run) + c;
       for (int64_t i = 0; i < count; ++i) weight[i] = weight_.column(columns.expert, begin + i);
       const Ahead after = rows_after(columns, run, c + count, next);
-      const int32_t parts = panels.panels * int32_t(blocks_.size());
-      for (int32_t part = 0; part < parts; ++part) {
-        const int32_t p = part / int32_t(blocks_.size()), vectors = panels.width(p);
-        const DepthBlock& block = blocks_[size_t(part) % blocks_.size()];
+      const int32_t blocks = int32_t(blocks_.size()), steps = panels.panels * blocks;
+      for (int32_t step = 0; step < steps; ++step) {
+        const int32_t p = step / blocks, vectors = panels.width(p);
+        const DepthBlock& block = blocks_[step % blocks];
         const int64_t first = panels.begin(p) * lanes;
         Gemm gemm =
             gemm_of(block, work.packed.data() + first * depth_ * size_of(rows_), vectors * lanes, first * 4);
-        gemm.ahead = share_of(after, part, parts);
+        gemm.ahead = share_of(after, step, steps);
         gemm.vectors = vectors;
         const char* const* in = in_segments(work, block, weight, count, tile_rows(vectors));
-        k.gemm(gemm, {int32_t(count), in, out, block.first ? out : nullptr, nullptr, true}, 0, 1);
+        const RowBlock outputs{.rows = int32_t(count),
+                               .in = in,
+                               .out = out,
+                               .residual = block.first ? out : nullptr,
+                               .near = true};
+        k.gemm(gemm, outputs, 0, 1);
       }
       float* sums = work.sums.data() + run * width + c;
       for (int64_t i = 0; i < count; i += lanes) {  // [column][row] to [row][column]
-        k.pack_columns({out[i], Dtype::kFloat32, wide, int32_t(std::min(count - i, lanes)), int32_t(lanes),
-                        int32_t(packed), work.turned_row.data(), sums + i});
+        k.pack_columns({.from = out[i],
+                        .dtype = Dtype::kFloat32,
+                        .step = wide,
+                        .columns = int32_t(std::min(count - i, lanes)),
+                        .width = int32_t(lanes),
+                        .count = int32_t(packed),
+                        .row = work.turned_row.data(),
+                        .to = sums + i});
       }
       if (!aside) continue;
-      k.row_dots({int32_t(aside), int32_t(count), int32_t(weight_.inputs), work.x.data() + packed, rows_,
-                  weight[0], weight_.row_stride, weight_.dtype, nullptr, sums + packed * stride, stride});
+      k.row_dots({.rows = int32_t(aside),
+                  .columns = int32_t(count),
+                  .depth = int32_t(weight_.inputs),
+                  .x = work.x.data() + packed,
+                  .x_dtype = rows_,
+                  .weight = weight[0],
+                  .weight_stride = weight_.row_stride,
+                  .weight_dtype = weight_.dtype,
+                  .next = nullptr,
+                  .sums = sums + packed * stride,
+                  .sums_stride = stride});
     }
   }
 }
@@ -282,19 +312,17 @@ Ahead ExpertProduct::ahead(const ExpertColumns& columns, int run, int64_t panel)
   return {from, weight_.row_stride, weight_.inputs * element, int32_t(left)};
 }
 
-void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, const Block& block,
+void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, Span block, bool last,
                              const ExpertColumns* next) const {
   const Kernels& k = kernels();
   const int64_t width = run_width(columns.count), stride = sums_stride(columns);
   const int64_t panels = width / k.panel_width, all = panels * columns.runs();
-  const bool once = block.begin == 0 && block.last;  // then one panel after another takes the same place
+  const bool once = block.begin == 0 && last;  // then one panel after another takes the same place
   work.packed.reserve((once ? 1 : all) * panel_bytes_);
   work.packed_by = nullptr;
-  work.sums.reserve(block.rows * stride);
-  work.sums_out.resize(size_t(block.rows));
-  for (int64_t i = 0; i < block.rows; ++i) {
-    work.sums_out[size_t(i)] = reinterpret_cast<char*>(work.sums.data() + i * stride);
-  }
+  work.sums.reserve(block.size() * stride);
+  work.sums_out.resize(block.size());
+  for (int64_t i = 0; i < block.size(); ++i) work.sums_out[i] = bytes_of(work.sums.data() + i * stride);
   for (int64_t p = 0; p < all; ++p) {
     const int run = int(p / panels);
     const int64_t panel = p % panels, first = panel * k.panel_width;
@@ -302,16 +330,20 @@ void ExpertProduct::multiply(ExpertWork& work, const ExpertColumns& columns, con
     if (block.begin == 0) pack(work, columns, run, panel, to);
     Ahead after;
     if (p + 1 < all && block.begin == 0) after = ahead(columns, int((p + 1) / panels), (p + 1) % panels);
-    if (p + 1 == all && block.last && next) after = ahead(*next, 0, 0);
-    const int32_t parts = int32_t(blocks_.size());
-    for (int32_t part = 0; part < parts; ++part) {
-      const DepthBlock& depth = blocks_[size_t(part)];
+    if (p + 1 == all && last && next) after = ahead(*next, 0, 0);
+    const int32_t steps = int32_t(blocks_.size());
+    for (int32_t step = 0; step < steps; ++step) {
+      const DepthBlock& depth = blocks_[step];
       Gemm gemm = gemm_of(depth, to, std::min<int64_t>(columns.count - first, k.panel_width),
                           (run * width + first) * 4);
-      gemm.ahead = share_of(after, part, parts);
-      const char* const* in = in_segments(work, depth, work.x.data() + block.begin, block.rows);
+      gemm.ahead = share_of(after, step, steps);
       char* const* sums = work.sums_out.data();
-      k.gemm(gemm, {int32_t(block.rows), in, sums, part ? sums : nullptr, nullptr, p > 0}, 0, 1);
+      const RowBlock rows{.rows = int32_t(block.size()),
+                          .in = in_segments(work, depth, work.x.data() + block.begin, block.size()),
+                          .out = sums,
+                          .residual = step ? sums : nullptr,
+                          .near = p > 0};
+      k.gemm(gemm, rows, 0, 1);
     }
   }
 }

@@ -1,4 +1,4 @@
-// What the ops on experts share: the plan, weights as they lie, and the columns of a weight that are a task.
+// Products of experts' rows with the columns of their weights.
 #pragma once
 
 #include <atomic>
@@ -83,7 +83,7 @@ struct ExpertWork {
   std::vector<const char*> table;   // [tile][segment][rows of the tile]: what the GEMM's rows read
   Lines<float> sums, turned_sums, floats;
   Lines<char> packed, gathered;
-  // Whose rows lie packed, so that the next columns of an expert find them: the product and the expert.
+  // The product and the expert whose rows lie packed, so that the expert's next columns find them.
   const void* packed_by = nullptr;
   int64_t packed_expert = -1;
 };
@@ -93,8 +93,8 @@ struct ExpertWork {
 struct WidePanels {
   int32_t vectors, panels;
   explicit WidePanels(int64_t rows)
-      : vectors(int32_t((rows + kernels().lanes - 1) / kernels().lanes)),
-        panels((vectors + kernels().wide_vectors - 1) / kernels().wide_vectors) {}
+      : vectors(int32_t(ceil_div(rows, kernels().lanes))),
+        panels(int32_t(ceil_div(vectors, kernels().wide_vectors))) {}
   int32_t begin(int32_t panel) const { return panels ? vectors * panel / panels : 0; }
   int32_t width(int32_t panel) const { return begin(panel + 1) - begin(panel); }
 };
@@ -103,7 +103,7 @@ struct WidePanels {
 //
 // Few rows: dot products straight on the weight's rows, which are read once, at the speed of memory. Up to
 // some 200: the GEMM with its operands exchanged, packed panels of x meet the weight's rows as they lie.
-// Many, or a weight that is transposed or of another dtype: panels of the weight are packed, and stay in the
+// Many, or a weight that is transposed or of another dtype: panels of the weight are packed. They stay in the
 // L2 cache while the rows meet them. Each asks for the part of the weight that comes next while it
 // multiplies. Which it is depends on the rows alone, and so does the order of every sum.
 class ExpertProduct {
@@ -112,12 +112,9 @@ class ExpertProduct {
 
   // The rows' sums lie [rows][sums_stride]: the columns of the first run, then at `run_width` those of the
   // second.
-  int64_t run_width(int64_t columns) const {
-    const int64_t panel = kernels().panel_width;
-    return (columns + panel - 1) / panel * panel;
-  }
-  // Of the sums, from one row to the next: a vector more, so that no power of two brings all rows to one set
-  // of the L1 cache.
+  int64_t run_width(int64_t columns) const { return round_up(columns, kernels().panel_width); }
+  // Floats from one row of sums to the next. It is a vector more than they need: no power of two then brings
+  // all rows to one set of the L1 cache.
   int64_t sums_stride(const ExpertColumns& columns) const {
     return run_width(columns.count) * columns.runs() + kernels().lanes;
   }
@@ -130,12 +127,12 @@ class ExpertProduct {
       streams(rows) ? dots(work, columns, rows, next) : turned(work, columns, rows, next);
       return finish(int64_t(0), rows);
     }
-    const int64_t blocks = (rows + block_rows_ - 1) / block_rows_;
+    const int64_t blocks = ceil_div(rows, block_rows_);
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t from = part(rows, i, blocks, kTileRows), to = part(rows, i + 1, blocks, kTileRows);
-      if (from == to) continue;
-      multiply(work, columns, {from, to - from, to == rows}, next);
-      finish(from, to - from);
+      const Span block = share_of(rows, i, blocks, kTileRows);
+      if (block.size() == 0) continue;
+      multiply(work, columns, block, block.end == rows, next);
+      finish(block.begin, block.size());
     }
   }
 
@@ -157,13 +154,12 @@ class ExpertProduct {
   Gemm gemm_of(const DepthBlock& block, const char* weight, int64_t columns, int64_t out_offset) const;
   const char* together(ExpertWork& work, int64_t first, int64_t count, int64_t row_bytes) const;
   void pack_x(ExpertWork& work, int64_t expert, int64_t rows) const;
-  struct Block {  // of an expert's rows
-    int64_t begin, rows;
-    bool last;
-  };
-  // A block in the GEMM; each panel is packed before the first block meets it.
-  void multiply(ExpertWork& work, const ExpertColumns& columns, const Block& block,
+  // A block of an expert's rows in the GEMM; each panel is packed before the first block meets it.
+  void multiply(ExpertWork& work, const ExpertColumns& columns, Span block, bool last,
                 const ExpertColumns* next) const;
+  // `count` columns of a weight, or rows of x, `step` elements apart, as a panel of `width`.
+  void pack_panel(ExpertWork& work, const char* from, Dtype dtype, int64_t step, int64_t count, int64_t width,
+                  char* to) const;
   void pack(ExpertWork& work, const ExpertColumns& columns, int run, int64_t panel, char* to) const;
   Ahead ahead(const ExpertColumns& columns, int run, int64_t panel) const;
 

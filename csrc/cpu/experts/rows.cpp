@@ -7,13 +7,17 @@
 namespace dynops::cpu {
 namespace {
 
-constexpr double kBytesPerThread = 64 * 1024;
-
 // out = the sum of weight[j] * (in + in_at[j]), of float32, rounded once.
 void weighted_sum(const char* in, const std::vector<int64_t>& in_at, const std::vector<float>& weight,
                   const std::vector<int64_t>& weight_at, int64_t columns, Dtype dtype, char* out) {
-  kernels().local_filter({int32_t(in_at.size()), in, in_at.data(), weight.data(), weight_at.data(), 0, 1,
-                          columns, nullptr, dtype, out});
+  kernels().local_filter({.pairs = int32_t(in_at.size()),
+                          .in = in,
+                          .in_at = in_at.data(),
+                          .filter = weight.data(),
+                          .filter_at = weight_at.data(),
+                          .group = columns,
+                          .dtype = dtype,
+                          .out = out});
 }
 
 // rows[p] = weight[pair of p] * x[token of p], zero where the pair is dropped.
@@ -23,11 +27,12 @@ void gather_pairs(const Tensor& x_in, const OptionalTensor& weight_in, const Ten
   const RowsOf x(x_in, plan.tokens, "x"), rows(out, plan.pairs, "out");
   const float* weight = row_weights(weight_in, plan);
   STD_TORCH_CHECK(rows.columns == x.columns && rows.dtype == x.dtype, "out: expected x's columns and dtype");
-  const int64_t threads = threads_for(double(plan.pairs * x.bytes()), kBytesPerThread);
+  const int64_t threads = threads_for(double(plan.pairs * x.bytes()), kCopyBytesPerThread);
   parallel(threads, [&](int64_t t) {
     const std::vector<int64_t> first(1, 0);
     std::vector<float> one(1);
-    for (int64_t p = part(plan.pairs, t, threads); p < part(plan.pairs, t + 1, threads); ++p) {
+    const Span mine = share_of(plan.pairs, t, threads);
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
       const char* from = p < plan.rows() ? x[plan.token(p)] : nullptr;
       char* to = data_of<char>(out) + p * x.bytes();
       if (!from || !weight) {
@@ -48,11 +53,12 @@ void combine_pairs(const Tensor& rows_in, const OptionalTensor& weight_in, const
   const float* weight = row_weights(weight_in, plan);
   STD_TORCH_CHECK(sums.columns == rows.columns && sums.dtype == rows.dtype,
                   "out: expected the columns and dtype of rows");
-  const int64_t threads = threads_for(double(plan.pairs * rows.bytes()), kBytesPerThread);
+  const int64_t threads = threads_for(double(plan.pairs * rows.bytes()), kCopyBytesPerThread);
   parallel(threads, [&](int64_t thread) {
     std::vector<int64_t> from, which;
     std::vector<float> share;
-    for (int64_t t = part(plan.tokens, thread, threads); t < part(plan.tokens, thread + 1, threads); ++t) {
+    const Span mine = share_of(plan.tokens, thread, threads);
+    for (int64_t t = mine.begin; t < mine.end; ++t) {
       from.clear(), which.clear(), share.clear();
       for (int64_t pair = t * plan.topk; pair < (t + 1) * plan.topk; ++pair) {
         if (plan.position[pair] < 0) continue;
@@ -75,40 +81,38 @@ void pair_dots(const Tensor& x_in, const Tensor& rows_in, bool packed, const Ten
                       out.scalar_type() == ScalarType::Float && out.numel() == plan.pairs &&
                       out.is_contiguous(),
                   "x: expected the columns and dtype of rows, and float32 sums");
-  const int64_t threads = threads_for(double(plan.pairs * rows.bytes()), kBytesPerThread);
-  parallel(threads, [&](int64_t t) {
+  const int64_t threads = threads_for(double(plan.pairs * rows.bytes()), kCopyBytesPerThread);
+  parallel_shares(plan.pairs, threads, [&](int64_t pair) {
     const int64_t segment = 0;
-    float sums[1 + kDotsPadding];
-    for (int64_t pair = part(plan.pairs, t, threads); pair < part(plan.pairs, t + 1, threads); ++pair) {
-      const int32_t row = plan.position[pair];
-      sums[0] = 0;
-      if (row >= 0) {
-        const char* with = rows[row];
-        kernels().dots(
-            {1, 1, int32_t(x.columns), &segment, &with, x[packed ? row : pair / plan.topk], x.dtype, sums});
-      }
-      data_of<float>(out)[pair] = sums[0];
+    const int32_t row = plan.position[pair];
+    float sums[1 + kDotsPadding] = {0};
+    if (row >= 0) {
+      const char* with = rows[row];
+      kernels().dots({.rows = 1,
+                      .segments = 1,
+                      .depth = int32_t(x.columns),
+                      .segment = &segment,
+                      .x = &with,
+                      .weight = x[packed ? row : pair / plan.topk],
+                      .dtype = x.dtype,
+                      .sums = sums});
     }
+    data_of<float>(out)[pair] = sums[0];
   });
 }
 
+DYNOPS_CPU_OP(
+    "cpu_gather_pairs(Tensor x, Tensor? weight, Tensor order, Tensor offsets, Tensor position, "
+    "Tensor(a!) out) -> ()",
+    gather_pairs)
+DYNOPS_CPU_OP(
+    "cpu_combine_pairs(Tensor rows, Tensor? weight, Tensor order, Tensor offsets, Tensor position, "
+    "Tensor(a!) out) -> ()",
+    combine_pairs)
+DYNOPS_CPU_OP(
+    "cpu_pair_dots(Tensor x, Tensor rows, bool packed, Tensor order, Tensor offsets, Tensor position, "
+    "Tensor(a!) out) -> ()",
+    pair_dots)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_gather_pairs(Tensor x, Tensor? weight, Tensor order, Tensor offsets, Tensor position, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_combine_pairs(Tensor rows, Tensor? weight, Tensor order, Tensor offsets, Tensor position, "
-      "Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_pair_dots(Tensor x, Tensor rows, bool packed, Tensor order, Tensor offsets, Tensor position, "
-      "Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_gather_pairs", TORCH_BOX(&dynops::cpu::gather_pairs));
-  m.impl("cpu_combine_pairs", TORCH_BOX(&dynops::cpu::combine_pairs));
-  m.impl("cpu_pair_dots", TORCH_BOX(&dynops::cpu::pair_dots));
-}

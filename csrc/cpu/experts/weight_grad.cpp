@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "../engine/grad_rows.h"
 #include "../engine/pages.h"
 #include "../engine/parallel.h"
 #include "../engine/row_sums.h"
@@ -11,7 +12,7 @@
 namespace dynops::cpu {
 namespace {
 
-// Rows of a plan as a GEMM reads them: packed, or those of the tokens.
+// Rows of a plan as a GEMM reads them: packed, or rows of the tokens.
 struct PlanRows {
   const ExpertPlan& plan;
   RowsOf rows;
@@ -22,9 +23,9 @@ struct PlanRows {
   const char* operator[](int64_t row) const { return rows[packed ? row : plan.token(row)]; }
 };
 
-// dW[e] = sum_p (w[p] left[p]) right[p]^T over the rows p of expert e: [left columns][right columns], so that
-// `left` is dy, or x where the weight is transposed. A task is an expert and a share of the left columns: it
-// computes its part of dW from first row to last, and so the sums do not depend on the number of threads.
+// dW[e] = sum_p (w[p] left[p]) right[p]^T over the rows p of expert e, [left columns][right columns]. `left`
+// is dy, or x where the weight is transposed. A task is an expert and a share of the left columns. It
+// computes its share of dW from first row to last, so the sums do not depend on the number of threads.
 class ExpertWeightGrad {
  public:
   ExpertWeightGrad(const ExpertPlan& plan, const PlanRows& left, const PlanRows& right, const float* weight,
@@ -39,8 +40,8 @@ class ExpertWeightGrad {
         width_(right.rows.columns) {
     threads_ = threads_for(double(plan.rows()) * double(lines_) * double(width_), kMacsPerThread);
     const int64_t tasks = 4 * threads_;  // so that experts of unequal rows end together
-    shares_ = std::max((lines_ + kLines - 1) / kLines, (tasks + plan.experts - 1) / plan.experts);
-    shares_ = std::min(shares_, (lines_ + kTileRows - 1) / kTileRows);
+    shares_ = std::max(ceil_div(lines_, kLines), ceil_div(tasks, plan.experts));
+    shares_ = std::min(shares_, ceil_div(lines_, kTileRows));
   }
 
   void run() const {
@@ -54,27 +55,26 @@ class ExpertWeightGrad {
   }
 
  private:
-  static constexpr int64_t kBlock =
-      192;  // rows: a panel of `right` is 24 KB, a tile of `left` 9 KB, both in L1
+  static constexpr int64_t kRows = 192;   // of a block: 24 KB of a panel of `right`, 9 KB of a tile of `left`
   static constexpr int64_t kLines = 512;  // of dW, columns of `left`: 384 KB a block, of an L2 cache of 1 MB
 
-  // What one thread works with.
+  // The working memory of one thread.
   struct Work {
     std::vector<float> left, line, right, sums;
     std::vector<const char*> in;
   };
 
   void run_task(int64_t expert, int64_t share, Work& w) const {
-    const int64_t begin = part(lines_, share, shares_, kTileRows);
-    const int64_t lines = part(lines_, share + 1, shares_, kTileRows) - begin;
+    const Span mine = share_of(lines_, share, shares_, kTileRows);
+    const int64_t begin = mine.begin, lines = mine.size();
     const int64_t first = plan_.offsets[expert], rows = plan_.offsets[expert + 1] - first;
     char* to = dw_ + (expert * lines_ + begin) * width_ * size_of(dtype_);
-    if (rows == 0) return kernels().fill(to, nullptr, lines * width_ * size_of(dtype_), false);
+    if (rows == 0) return fill_zero(to, lines * width_ * size_of(dtype_));
     const bool direct = dtype_ == Dtype::kFloat32;
-    if (!direct) w.sums.resize(size_t(lines * width_));
+    if (!direct) w.sums.resize(lines * width_);
     float* sums = direct ? reinterpret_cast<float*>(to) : w.sums.data();
-    for (int64_t row = 0; row < rows; row += kBlock) {
-      const int64_t height = std::min(kBlock, rows - row);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t height = std::min(kRows, rows - row);
       pack_left(first + row, height, begin, lines, w);
       add_block(first + row, height, lines, row > 0, outer_length(rows), sums, w);
     }
@@ -84,21 +84,15 @@ class ExpertWeightGrad {
   // `lines` columns of `left` from `begin` on times their rows' weights, as [tile][row][height of the tile].
   void pack_left(int64_t first, int64_t height, int64_t begin, int64_t lines, Work& w) const {
     const TileSplit split{int32_t(lines)};
-    w.left.resize(size_t(kBlock * lines));
-    w.line.resize(size_t(lines));
+    w.left.resize(kRows * lines);
+    w.line.resize(lines);
     for (int64_t i = 0; i < height; ++i) {
       kernels().to_float(left_[first + i] + begin * size_of(dtype_), dtype_, lines, w.line.data());
       if (weight_) {
         const float weight = weight_[plan_.order[first + i]];
         for (float& value : w.line) value *= weight;
       }
-      const float* from = w.line.data();
-      float* to = w.left.data();
-      for (int32_t tile = 0; tile < split.tiles; ++tile) {
-        const int64_t n = split.height(tile);
-        std::copy_n(from, n, to + i * n);
-        from += n, to += n * height;
-      }
+      pack_grad_row(w.line.data(), split, i, height, w.left.data());
     }
   }
 
@@ -107,15 +101,24 @@ class ExpertWeightGrad {
                  Work& w) const {
     const TileSplit split{int32_t(lines)};
     const int64_t width = kernels().panel_width;
-    w.in.resize(size_t(kBlock));
-    w.right.resize(size_t(kBlock * width));
-    for (int64_t i = 0; i < height; ++i) w.in[size_t(i)] = right_[first + i];
+    w.in.resize(kRows);
+    w.right.resize(kRows * width);
+    for (int64_t i = 0; i < height; ++i) w.in[i] = right_[first + i];
     for (int64_t column = 0; column < width_; column += width) {
       const int32_t columns = int32_t(std::min(width, width_ - column));
       kernels().gather_columns(w.in.data(), int32_t(height), column * size_of(dtype_), dtype_, columns,
                                w.right.data());
-      kernels().outer_product({int32_t(height), w.left.data(), w.right.data(), sums + column, width_, split,
-                               0, split.tiles, columns, add, length});
+      kernels().outer_product({.rows = int32_t(height),
+                               .grad = w.left.data(),
+                               .x = w.right.data(),
+                               .dw = sums + column,
+                               .dw_stride = width_,
+                               .outputs = split,
+                               .tile_begin = 0,
+                               .tile_end = split.tiles,
+                               .columns = columns,
+                               .add = add,
+                               .length = length});
     }
   }
 
@@ -132,26 +135,22 @@ class ExpertWeightGrad {
 void expert_bias_grad(const ExpertPlan& plan, const PlanRows& grad, const float* weight, char* db) {
   const int64_t columns = grad.rows.columns;
   const int64_t threads = threads_for(double(plan.rows() * columns), 256e3);
-  parallel(threads, [&](int64_t t) {
-    std::vector<float> row(static_cast<size_t>(columns));
-    std::vector<double> total(static_cast<size_t>(columns));
-    for (int64_t e = part(plan.experts, t, threads); e < part(plan.experts, t + 1, threads); ++e) {
-      std::fill(total.begin(), total.end(), 0.);
-      {
-        RowSums sum(columns, total.data());
-        for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; ++p) {
-          if (!weight) {
-            sum.add(grad[p], grad.rows.dtype);
-            continue;
-          }
-          kernels().to_float(grad[p], grad.rows.dtype, columns, row.data());
-          for (float& value : row) value *= weight[plan.order[p]];
-          sum.add(reinterpret_cast<const char*>(row.data()), Dtype::kFloat32);
+  parallel_shares(plan.experts, threads, [&](int64_t e) {
+    std::vector<float> row(columns);
+    std::vector<double> total(columns, 0.);
+    {
+      RowSums sum(columns, total.data());
+      for (int64_t p = plan.offsets[e]; p < plan.offsets[e + 1]; ++p) {
+        if (!weight) {
+          sum.add(grad[p], grad.rows.dtype);
+          continue;
         }
+        kernels().to_float(grad[p], grad.rows.dtype, columns, row.data());
+        for (float& value : row) value *= weight[plan.order[p]];
+        sum.add(bytes_of(row.data()), Dtype::kFloat32);
       }
-      std::copy(total.begin(), total.end(), row.begin());
-      kernels().from_float(row.data(), columns, grad.rows.dtype, db + e * columns * size_of(grad.rows.dtype));
     }
+    round_sums(total, grad.rows.dtype, db + e * columns * size_of(grad.rows.dtype));
   });
 }
 
@@ -175,16 +174,10 @@ void expert_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Optiona
   if (db) expert_bias_grad(plan, grad, weight, data_of<char>(*db));
 }
 
+DYNOPS_CPU_OP(
+    "cpu_expert_weight_grad(Tensor grad, Tensor x, Tensor? weight, Tensor order, Tensor offsets, Tensor "
+    "position, bool packed_grad, bool packed_x, bool transposed, Tensor(a!) dw, Tensor(b!)? db) -> ()",
+    expert_weight_grad)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_expert_weight_grad(Tensor grad, Tensor x, Tensor? weight, Tensor order, Tensor offsets, "
-      "Tensor position, bool packed_grad, bool packed_x, bool transposed, Tensor(a!) dw, Tensor(b!)? db) -> "
-      "()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_expert_weight_grad", TORCH_BOX(&dynops::cpu::expert_weight_grad));
-}

@@ -1,34 +1,6 @@
 // The kernels for AVX-512 with its bfloat16 dot product (Zen 4 and later, Cooper Lake, Sapphire Rapids).
-#if defined(__x86_64__)
-#include <cstddef>
-#include <cstdint>
-#include "../engine/engine.h"
-
-#include <immintrin.h>
-
-// GCC reports its own _mm512_undefined_ps() as uninitialised (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
-#if defined(__clang__)
-#pragma clang attribute push(                                                               \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
-#endif
-
+#define DYNOPS_ISA avx512_bf16
+#define DYNOPS_ISA_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 #define DYNOPS_ISA_AVX512
 #define DYNOPS_ISA_BF16
-#define DYNOPS_ISA_NAME "avx512_bf16"
-namespace dynops::cpu::avx512_bf16 {
-#include "kernels.inc.h"
-}  // namespace dynops::cpu::avx512_bf16
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // __x86_64__
+#include "x86.inc.h"

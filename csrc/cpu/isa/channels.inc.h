@@ -112,7 +112,8 @@ static void expand_of(const char* from, int64_t from_stride, int64_t rows, const
   }
 }
 
-// Of a part of a list, say a panel of columns: only vectors that hold one of its channels are touched.
+// The list may be a piece of one, say a panel of columns: only vectors that hold one of its channels are
+// touched.
 static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
                        float* const* to) {
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -160,7 +161,7 @@ FORCE_INLINE __m512i weight_lanes(const char* at, int shift, const ChannelList& 
   return _mm512_mask_blend_epi16(0xaaaaaaaau, a_low, high & 1 ? b : _mm512_slli_epi32(b, 16));
 }
 
-// Where sixteen live columns of a segment come from.
+// The sources of sixteen live columns of a segment.
 struct LiveColumns {
   LiveVector live;
   const char* from[16];

@@ -7,11 +7,11 @@ constexpr int kDotRows = 8;  // 8 chains hide the FMA's latency: two of four cyc
 // Loads along the depth: floats, or pairs of bfloat16 where there is an instruction for them.
 template <Dtype kType>
 struct DepthVector {
-  static constexpr int kElement = kType == Dtype::kFloat32 ? 4 : 2;
+  static constexpr int kElement = size_of(kType);
   static constexpr int kLanes = Vec::kLanes, kBytes = kLanes * kElement;
   Vec v;
   FORCE_INLINE DepthVector whole(const char* p) { return {load_as<kType>(p)}; }
-  FORCE_INLINE DepthVector part(const char* p, int n) { return {load(p, kType, n)}; }
+  FORCE_INLINE DepthVector tail(const char* p, int n) { return {load(p, kType, n)}; }
   FORCE_INLINE Vec multiply(DepthVector a, DepthVector b, Vec sum) { return fma(a.v, b.v, sum); }
 };
 
@@ -21,7 +21,7 @@ struct DepthVector<Dtype::kBFloat16> {
   static constexpr int kElement = 2, kLanes = 32, kBytes = 64;
   __m512i v;
   FORCE_INLINE DepthVector whole(const char* p) { return {_mm512_loadu_si512(p)}; }
-  FORCE_INLINE DepthVector part(const char* p, int n) {
+  FORCE_INLINE DepthVector tail(const char* p, int n) {
     return {_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p)};
   }
   FORCE_INLINE Vec multiply(DepthVector a, DepthVector b, Vec sum) {
@@ -98,9 +98,9 @@ static __attribute__((noinline)) void dots_tile(const Dots& d, const char* const
       }
       for (; k < depth; k += Depth::kLanes) {
         const int n = depth - k < Depth::kLanes ? depth - k : Depth::kLanes;
-        const Depth w = Depth::part(weight, n);
+        const Depth w = Depth::tail(weight, n);
         UNROLL for (int i = 0; i < MR; ++i) acc[i][0] =
-            Depth::multiply(Depth::part(x[i] + at, n), w, acc[i][0]);
+            Depth::multiply(Depth::tail(x[i] + at, n), w, acc[i][0]);
         at += n * Depth::kElement, weight += n * Depth::kElement;
       }
     }
@@ -130,9 +130,7 @@ static void dots_typed(const Dots& d) {
 }
 
 static void dots(const Dots& d) {
-  if (d.dtype == Dtype::kFloat32) return dots_typed<Dtype::kFloat32>(d);
-  if (d.dtype == Dtype::kBFloat16) return dots_typed<Dtype::kBFloat16>(d);
-  dots_typed<Dtype::kFloat16>(d);
+  with_float_type(d.dtype, [&](auto type) { dots_typed<type.value>(d); });
 }
 
 // --------------------------------------------------------------------------------- local filters
@@ -140,7 +138,7 @@ static void dots(const Dots& d) {
 // NV vectors of each of kGroups groups: as many sums as hide the latency, a filter's value for NV of them.
 template <Dtype kType, int kGroups, int NV>
 FORCE_INLINE void local_columns(const LocalFilter& f, int64_t group, int64_t channel) {
-  constexpr int64_t kElement = kType == Dtype::kFloat32 ? 4 : 2, kVector = Vec::kLanes * kElement;
+  constexpr int64_t kElement = size_of(kType), kVector = Vec::kLanes * kElement;
   const int64_t byte = channel * kElement, group_bytes = f.group * kElement;
   Vec acc[kGroups][NV];
   UNROLL for (int g = 0; g < kGroups; ++g) { UNROLL for (int v = 0; v < NV; ++v) acc[g][v] = zero(); }
@@ -210,7 +208,5 @@ static void local_filter_typed(const LocalFilter& f) {
 }
 
 static void local_filter(const LocalFilter& f) {
-  if (f.dtype == Dtype::kFloat32) return local_filter_typed<Dtype::kFloat32>(f);
-  if (f.dtype == Dtype::kBFloat16) return local_filter_typed<Dtype::kBFloat16>(f);
-  local_filter_typed<Dtype::kFloat16>(f);
+  with_float_type(f.dtype, [&](auto type) { local_filter_typed<type.value>(f); });
 }

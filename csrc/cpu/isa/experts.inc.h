@@ -1,4 +1,4 @@
-// Rows of experts: products straight on a weight's rows, and what follows a product. Included by
+// Rows of experts: products straight on a weight's rows, and the steps after a product. Included by
 // kernels.inc.h.
 
 // ------------------------------------------------------------------------------ dots of whole rows
@@ -10,9 +10,9 @@ constexpr int kDotTileRows = kPanelVectors == 2 ? 6 : 2;
 // Weights along the depth, as DepthVector<kX> multiplies them.
 template <Dtype kX, Dtype kW>
 struct DepthWeight {
-  static constexpr int kElement = kW == Dtype::kFloat32 ? 4 : kW == Dtype::kInt8 ? 1 : 2;
+  static constexpr int kElement = size_of(kW);
   FORCE_INLINE DepthVector<kX> whole(const char* p) { return {load_as<kW>(p)}; }
-  FORCE_INLINE DepthVector<kX> part(const char* p, int n) { return {load_as<kW>(p, n)}; }
+  FORCE_INLINE DepthVector<kX> tail(const char* p, int n) { return {load_as<kW>(p, n)}; }
 };
 
 #if defined(DYNOPS_ISA_BF16)
@@ -28,13 +28,13 @@ struct DepthWeight<Dtype::kBFloat16, Dtype::kInt8> {  // which bfloat16 holds ex
   FORCE_INLINE DepthVector<Dtype::kBFloat16> whole(const char* p) {
     return join(load_i8(p), load_i8(p + 16));
   }
-  FORCE_INLINE DepthVector<Dtype::kBFloat16> part(const char* p, int n) {
+  FORCE_INLINE DepthVector<Dtype::kBFloat16> tail(const char* p, int n) {
     return join(load_i8(p, n), n > 16 ? load_i8(p + 16, n - 16) : zero());
   }
 };
 #endif
 
-// What a tile reads: MR rows of x and kDotColumns rows of the weight, and rows ahead to ask for.
+// The memory that a tile reads: MR rows of x and kDotColumns rows of the weight, and rows ahead to ask for.
 struct DotTile {
   const char* const* x;
   const char* weight[kDotColumns];
@@ -60,9 +60,9 @@ template <class X, class W, int MR>
 FORCE_INLINE void multiply_depth_end(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
                                      const char* const (&weight)[kDotColumns], int64_t k, int n) {
   X w[kDotColumns];
-  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::part(weight[c] + k * W::kElement, n);
+  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::tail(weight[c] + k * W::kElement, n);
   UNROLL for (int i = 0; i < MR; ++i) {
-    const X row = X::part(x[i] + k * X::kElement, n);
+    const X row = X::tail(x[i] + k * X::kElement, n);
     UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
   }
 }
@@ -114,17 +114,8 @@ template <Dtype kX, Dtype kW>
 static void row_dots_typed(const RowDots& d) {
   using Tile = void (*)(const DotTile&, float*);
   constexpr int kMost = kDotTileRows;
-  static constexpr Tile tile[6] = {
-      row_dots_tile<kX, kW, 1>,
-      row_dots_tile<kX, kW, 2>,
-      row_dots_tile < kX,
-      kW,
-      kMost < 3 ? kMost : 3 >,
-      row_dots_tile < kX,
-      kW,
-      kMost < 4 ? kMost : 4 >
-      , row_dots_tile < kX, kW, kMost < 5 ? kMost : 5 >, row_dots_tile<kX, kW, kMost>,
-  };
+  static constexpr auto tile =
+      by_height<kMost>([]<int kRows>() -> Tile { return row_dots_tile<kX, kW, kRows>; });
   const int tiles = (d.rows + kMost - 1) / kMost;
   for (int column = 0; column < d.columns; column += kDotColumns) {
     const int columns = d.columns - column < kDotColumns ? d.columns - column : kDotColumns;
@@ -159,13 +150,10 @@ static void row_dots(const RowDots& d) {
     return row_dots_typed<Dtype::kBFloat16, Dtype::kBFloat16>(d);
   }
 #endif
-  if (d.weight_dtype == Dtype::kFloat32) return row_dots_typed<Dtype::kFloat32, Dtype::kFloat32>(d);
-  if (d.weight_dtype == Dtype::kBFloat16) return row_dots_typed<Dtype::kFloat32, Dtype::kBFloat16>(d);
-  if (d.weight_dtype == Dtype::kInt8) return row_dots_typed<Dtype::kFloat32, Dtype::kInt8>(d);
-  row_dots_typed<Dtype::kFloat32, Dtype::kFloat16>(d);
+  with_any_type(d.weight_dtype, [&](auto type) { row_dots_typed<Dtype::kFloat32, type.value>(d); });
 }
 
-// ------------------------------------------------------------------------- what follows a product
+// ------------------------------------------------------------------------- after a product
 
 FORCE_INLINE Vec load_floats(const float* p, int n) { return n == Vec::kLanes ? load(p) : load(p, n); }
 
@@ -189,5 +177,85 @@ static void finish_rows(const FinishRows& f) {
       if (f.add) y = add(y, load_floats((const float*)out, n));
       store(out, y, f.dtype, n);
     }
+  }
+}
+
+// ------------------------------------------------- between the products: activation and its gradient
+
+// A vector of gates and one of ups, from column c on.
+FORCE_INLINE void load_halves(const Glu& g, const char* z, int64_t c, Vec& gate, Vec& up) {
+  const int64_t element = size_of(g.in);
+  const int left = left_of(g.n, c);
+  if (!g.interleaved) {
+    gate = load(z + c * element, g.in, left);
+    up = load(z + (g.up + c) * element, g.in, left);
+    return;
+  }
+  const int second = 2 * left - Vec::kLanes;
+  const Vec low = load(z + 2 * c * element, g.in, 2 * left);
+  const Vec high = second > 0 ? load(z + (2 * c + Vec::kLanes) * element, g.in, second) : zero();
+  deinterleave(low, high, gate, up);
+}
+
+FORCE_INLINE void store_halves(const Glu& g, char* z, int64_t c, Vec gate, Vec up) {
+  const int64_t element = size_of(g.in);
+  const int left = left_of(g.n, c);
+  if (!g.interleaved) {
+    store(z + c * element, gate, g.in, left);
+    store(z + (g.up + c) * element, up, g.in, left);
+    return;
+  }
+  const int second = 2 * left - Vec::kLanes;
+  Vec low, high;
+  interleave(gate, up, low, high);
+  store(z + 2 * c * element, low, g.in, 2 * left);
+  if (second > 0) store(z + (2 * c + Vec::kLanes) * element, high, g.in, second);
+}
+
+FORCE_INLINE Vec clamp(Vec x, Vec limit) { return max_of(sub(zero(), limit), min_of(limit, x)); }
+
+static void glu(const Glu& g, const char* z, char* h) {
+  const Vec one = broadcast(1.f), limit = broadcast(g.limit), alpha = broadcast(g.alpha);
+  for (int64_t c = 0; c < g.n; c += Vec::kLanes) {
+    const int left = left_of(g.n, c);
+    Vec gate, up, out;
+    if (!g.gated) {
+      out = activate(load(z + c * size_of(g.in), g.in, left), g.activation);
+    } else {
+      load_halves(g, z, c, gate, up);
+      if (g.activation == Activation::kClampedSwiglu) {
+        gate = min_of(limit, gate);
+        out = mul(mul(add(clamp(up, limit), one), gate), sigmoid(mul(alpha, gate)));
+      } else {
+        out = mul(activate(gate, g.activation), up);
+      }
+    }
+    store(h + c * size_of(g.out), out, g.out, left);
+  }
+}
+
+static void glu_grad(const Glu& g, const char* grad, const char* z, char* dz) {
+  const Vec one = broadcast(1.f), limit = broadcast(g.limit), alpha = broadcast(g.alpha);
+  for (int64_t c = 0; c < g.n; c += Vec::kLanes) {
+    const int left = left_of(g.n, c);
+    const Vec dh = load(grad + c * size_of(g.out), g.out, left);
+    if (!g.gated) {
+      const Vec x = load(z + c * size_of(g.in), g.in, left);
+      store(dz + c * size_of(g.in), mul(dh, activation_slope(x, g.activation)), g.in, left);
+      continue;
+    }
+    Vec gate, up, d_gate, d_up;
+    load_halves(g, z, c, gate, up);
+    if (g.activation == Activation::kClampedSwiglu) {
+      const Vec x = min_of(limit, gate), s = sigmoid(mul(alpha, x));
+      const Vec slope = mul(s, fma(mul(alpha, x), sub(one, s), one));
+      d_gate = where_at_most(gate, limit, mul(mul(dh, add(clamp(up, limit), one)), slope));
+      d_up = where_at_most(up, limit, mul(dh, mul(x, s)));
+      d_up = where_at_most(sub(zero(), limit), up, d_up);
+    } else {
+      d_gate = mul(mul(dh, up), activation_slope(gate, g.activation));
+      d_up = mul(dh, activate(gate, g.activation));
+    }
+    store_halves(g, dz, c, d_gate, d_up);
   }
 }

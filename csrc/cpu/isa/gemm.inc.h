@@ -88,8 +88,8 @@ FORCE_INLINE void load_affine(const Gemm& g, int64_t column, Vec (&scale)[NV], V
   }
 }
 
-// What needs more than an affine map, or a ragged or half-precision store: through a small buffer,
-// so that the accumulators' registers are free again and the code exists once.
+// Finishes a tile that needs more than an affine map, or a ragged or half-precision store. Its sums come
+// through a small buffer, so that the accumulators' registers are free again and the code exists once.
 template <int NV>
 static __attribute__((noinline)) void finish_tile(const Gemm& g, const float* tile, const RowBlock& rows,
                                                   int first_row, int height, int64_t column, int width) {
@@ -149,8 +149,8 @@ FORCE_INLINE void prefetch_segment(const Gemm& g, const NextTile& next, int segm
   }
 }
 
-// What lies ahead, asked for in equal shares at each kAheadDepth of a tile's depth: a burst would wait for
-// memory.
+// Asks for memory that lies ahead, in equal shares at each kAheadDepth of a tile's depth: a burst would wait
+// for memory.
 constexpr int kAheadDepth = 128;
 struct Requests {
   const char *at, *row_end;
@@ -231,12 +231,10 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
 using TileFunction = void (*)(const Gemm&, const RowBlock&, const char* const*, int, const char*, int64_t,
                               int, const NextTile&, Requests&);
 
-template <int NV, bool kDot>
+template <int NV, bool kDot, int kMost = kTileRows>
 static TileFunction tile_function(int height) {
-  static constexpr TileFunction table[kTileRows] = {
-      gemm_tile<1, NV, kDot>, gemm_tile<2, NV, kDot>,  gemm_tile<3, NV, kDot>,  gemm_tile<4, NV, kDot>,
-      gemm_tile<5, NV, kDot>, gemm_tile<6, NV, kDot>,  gemm_tile<7, NV, kDot>,  gemm_tile<8, NV, kDot>,
-      gemm_tile<9, NV, kDot>, gemm_tile<10, NV, kDot>, gemm_tile<11, NV, kDot>, gemm_tile<12, NV, kDot>};
+  static constexpr auto table =
+      by_height<kMost>([]<int MR>() -> TileFunction { return gemm_tile<MR, NV, kDot>; });
   return table[height - 1];
 }
 
@@ -268,14 +266,8 @@ static void gemm_panels(const Gemm& g, const RowBlock& rows, int64_t begin, int6
 template <bool kDot>
 static TileFunction wide_tile_function(int vectors, int height) {
 #if defined(DYNOPS_ISA_AVX512)
-  static constexpr TileFunction three[] = {
-      gemm_tile<1, 3, kDot>, gemm_tile<2, 3, kDot>, gemm_tile<3, 3, kDot>, gemm_tile<4, 3, kDot>,
-      gemm_tile<5, 3, kDot>, gemm_tile<6, 3, kDot>, gemm_tile<7, 3, kDot>, gemm_tile<8, 3, kDot>};
-  static constexpr TileFunction four[] = {gemm_tile<1, 4, kDot>, gemm_tile<2, 4, kDot>,
-                                          gemm_tile<3, 4, kDot>, gemm_tile<4, 4, kDot>,
-                                          gemm_tile<5, 4, kDot>, gemm_tile<6, 4, kDot>};
-  if (vectors == 3) return three[height - 1];
-  if (vectors == 4) return four[height - 1];
+  if (vectors == 3) return tile_function<3, kDot, 8>(height);
+  if (vectors == 4) return tile_function<4, kDot, 6>(height);
 #endif
   return vectors == kPanelVectors ? tile_function<kPanelVectors, kDot>(height)
                                   : tile_function<1, kDot>(height);

@@ -1,23 +1,24 @@
-// The kernels of one instruction set: included by isa_<name>.cpp, inside its namespace and after its
-// target pragma, with DYNOPS_ISA_* defined. Everything here is compiled once for each.
+// The kernels of one instruction set: included by <name>.cpp, inside its namespace and after its target
+// pragma, with DYNOPS_ISA_* defined. Everything here is compiled once for each.
 
 #define FORCE_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 #include "vec.inc.h"
 
-// Vectors in a full panel: two where there are 32 registers, one where there are 16.
+#include "activations.inc.h"
+
+// Vectors in a full panel: two where there are 32 registers, one where there are 16. A wider panel has fewer
+// rows in its tiles, and so fewer loads for a product. 6 x 4 takes 10 for 24, 12 x 2 takes 14.
 #if defined(DYNOPS_ISA_AVX512)
-constexpr int kPanelVectors = 2;
+constexpr int kPanelVectors = 2, kWideVectors = 4;
 #else
-constexpr int kPanelVectors = 1;
+constexpr int kPanelVectors = 1, kWideVectors = 1;
 #endif
-// A wider panel has fewer rows in its tiles, and so fewer loads for a product: 6 x 4 takes 10 for 24, 12 x 2
-// takes 14.
-#if defined(DYNOPS_ISA_AVX512)
-constexpr int kWideVectors = 4;
+#if defined(DYNOPS_ISA_BF16)
+constexpr bool kBf16Dot = true;
 #else
-constexpr int kWideVectors = kPanelVectors;
+constexpr bool kBf16Dot = false;
 #endif
 constexpr int kPanelWidth = kPanelVectors * Vec::kLanes;
 
@@ -65,6 +66,34 @@ FORCE_INLINE Vec load_as(const char* p, int n) {
   return load_f16(p, n);
 }
 
+// A dtype as a type, for f(type) where the kernel is compiled for each; type.value is the dtype.
+template <Dtype kType>
+struct DtypeConstant {
+  static constexpr Dtype value = kType;
+};
+
+template <class F>
+FORCE_INLINE void with_float_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat32) return f(DtypeConstant<Dtype::kFloat32>());
+  if (dtype == Dtype::kBFloat16) return f(DtypeConstant<Dtype::kBFloat16>());
+  f(DtypeConstant<Dtype::kFloat16>());
+}
+
+template <class F>
+FORCE_INLINE void with_any_type(Dtype dtype, const F& f) {
+  dtype == Dtype::kInt8 ? f(DtypeConstant<Dtype::kInt8>()) : with_float_type(dtype, f);
+}
+
+// [i] is function.operator()<i + 1>(): a kernel for each height of a tile.
+template <class F, int... kIndex>
+constexpr auto by_height_of(const F& function, std::integer_sequence<int, kIndex...>) {
+  return std::array{function.template operator()<kIndex + 1>()...};
+}
+template <int kMost, class F>
+constexpr auto by_height(const F& function) {
+  return by_height_of(function, std::make_integer_sequence<int, kMost>());
+}
+
 template <Dtype kOut>
 FORCE_INLINE void store_as(char* p, Vec a) {
   if constexpr (kOut == Dtype::kFloat32) return store((float*)p, a);
@@ -82,7 +111,7 @@ static void fill(char* to, const char* from, int64_t bytes, bool stream) {
   constexpr int64_t kVector = Vec::kLanes * 4;
   const int64_t last = bytes - kVector;
   if (last < 0) {
-    from ? __builtin_memcpy(to, from, size_t(bytes)) : __builtin_memset(to, 0, size_t(bytes));
+    from ? __builtin_memcpy(to, from, bytes) : __builtin_memset(to, 0, bytes);
     return;
   }
   int64_t i = 0;
@@ -107,49 +136,44 @@ static void fill(char* to, const char* from, int64_t bytes, bool stream) {
 #include "dots.inc.h"
 #include "experts.inc.h"
 #include "gemm.inc.h"
-#include "glu.inc.h"
 #include "outer_product.inc.h"
 #include "packing.inc.h"
 #include "planes.inc.h"
 
 extern const Kernels table;
-const Kernels table = {DYNOPS_ISA_NAME,
-                       kPanelWidth,
-                       Vec::kLanes,
-                       kWideVectors,
-#if defined(DYNOPS_ISA_BF16)
-                       true,
-#else
-                       false,
-#endif
-                       fill,
-                       compress,
-                       expand,
-                       expand_add,
-                       pick_panel,
-                       gemm,
-                       winograd_input,
-                       winograd_output,
-                       depthwise,
-                       depthwise_pairs,
-                       depthwise_weight_grad,
-                       outer_product,
-                       gather_columns,
-                       dots,
-                       local_filter,
-                       to_float,
-                       from_float,
-                       add_to,
-                       pack_columns,
-                       pack_winograd,
-                       pack_pairs,
-                       mix,
-                       glu,
-                       glu_grad,
-                       pack_rows,
-                       row_dots,
-                       finish_rows,
-                       gather_planes,
-                       spread_planes,
-                       plane_strip,
-                       split_pairs};
+const Kernels table = {.name = DYNOPS_ISA_NAME,
+                       .panel_width = kPanelWidth,
+                       .lanes = Vec::kLanes,
+                       .wide_vectors = kWideVectors,
+                       .bf16_dot = kBf16Dot,
+                       .fill = fill,
+                       .compress = compress,
+                       .expand = expand,
+                       .expand_add = expand_add,
+                       .pick_panel = pick_panel,
+                       .gemm = gemm,
+                       .winograd_input = winograd_input,
+                       .winograd_output = winograd_output,
+                       .depthwise = depthwise,
+                       .depthwise_pairs = depthwise_pairs,
+                       .depthwise_weight_grad = depthwise_weight_grad,
+                       .outer_product = outer_product,
+                       .gather_columns = gather_columns,
+                       .dots = dots,
+                       .local_filter = local_filter,
+                       .to_float = to_float,
+                       .from_float = from_float,
+                       .add_to = add_to,
+                       .pack_columns = pack_columns,
+                       .pack_winograd = pack_winograd,
+                       .pack_pairs = pack_pairs,
+                       .mix = mix,
+                       .glu = glu,
+                       .glu_grad = glu_grad,
+                       .pack_rows = pack_rows,
+                       .row_dots = row_dots,
+                       .finish_rows = finish_rows,
+                       .gather_planes = gather_planes,
+                       .spread_planes = spread_planes,
+                       .plane_strip = plane_strip,
+                       .split_pairs = split_pairs};

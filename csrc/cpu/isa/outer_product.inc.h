@@ -34,10 +34,8 @@ using OuterFunction = void (*)(const OuterProduct&, const float*, float*);
 
 template <int NV>
 static OuterFunction outer_function(int height) {
-  static constexpr OuterFunction table[kTileRows] = {
-      outer_tile<1, NV>, outer_tile<2, NV>,  outer_tile<3, NV>,  outer_tile<4, NV>,
-      outer_tile<5, NV>, outer_tile<6, NV>,  outer_tile<7, NV>,  outer_tile<8, NV>,
-      outer_tile<9, NV>, outer_tile<10, NV>, outer_tile<11, NV>, outer_tile<12, NV>};
+  static constexpr auto table =
+      by_height<kTileRows>([]<int MR>() -> OuterFunction { return outer_tile<MR, NV>; });
   return table[height - 1];
 }
 

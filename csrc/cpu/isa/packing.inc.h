@@ -33,7 +33,7 @@ static void add_to(const char* from, Dtype dtype, int64_t n, float* to) {
 template <Dtype kIn>
 static void pack_columns_of(const PackColumns& p) {
   constexpr int kLanes = Vec::kLanes;
-  constexpr int64_t kElement = kIn == Dtype::kFloat32 ? 4 : kIn == Dtype::kInt8 ? 1 : 2, kAhead = 512;
+  constexpr int64_t kElement = size_of(kIn), kAhead = 512;
   for (int32_t first = 0; first < p.count; first += kLanes) {
     const int n = left_of(p.count, first);
     for (int32_t c = 0; c < p.width; c += kLanes) {
@@ -55,10 +55,7 @@ static void pack_columns_of(const PackColumns& p) {
 }
 
 static void pack_columns(const PackColumns& p) {
-  if (p.dtype == Dtype::kFloat32) return pack_columns_of<Dtype::kFloat32>(p);
-  if (p.dtype == Dtype::kBFloat16) return pack_columns_of<Dtype::kBFloat16>(p);
-  if (p.dtype == Dtype::kInt8) return pack_columns_of<Dtype::kInt8>(p);
-  pack_columns_of<Dtype::kFloat16>(p);
+  with_any_type(p.dtype, [&](auto type) { pack_columns_of<type.value>(p); });
 }
 
 // G w of three values.
@@ -109,7 +106,7 @@ static void pack_pairs(const float* from, int64_t pairs, int64_t width, char* to
 
 template <Dtype kIn, bool kPairs>
 static void pack_rows_of(const PackRows& p) {
-  constexpr int64_t kElement = kIn == Dtype::kFloat32 ? 4 : kIn == Dtype::kInt8 ? 1 : 2;
+  constexpr int64_t kElement = size_of(kIn);
   constexpr int kRows = kPairs ? 2 : 1;
   char* to = p.to;
   for (int32_t k = 0; k < p.count; k += kRows) {
@@ -133,23 +130,17 @@ static void pack_rows_of(const PackRows& p) {
   }
 }
 
-template <Dtype kIn>
-static void pack_rows_typed(const PackRows& p) {
-  p.pairs ? pack_rows_of<kIn, true>(p) : pack_rows_of<kIn, false>(p);
-}
-
 static void pack_rows(const PackRows& p) {
-  if (p.dtype == Dtype::kFloat32) return pack_rows_typed<Dtype::kFloat32>(p);
-  if (p.dtype == Dtype::kBFloat16) return pack_rows_typed<Dtype::kBFloat16>(p);
-  if (p.dtype == Dtype::kInt8) return pack_rows_typed<Dtype::kInt8>(p);
-  pack_rows_typed<Dtype::kFloat16>(p);
+  with_any_type(p.dtype, [&](auto type) {
+    p.pairs ? pack_rows_of<type.value, true>(p) : pack_rows_of<type.value, false>(p);
+  });
 }
 
 // kOut outputs of one pass over the terms, which come from the L2 cache or beyond.
 template <Dtype kType, int kOut>
 static void mix_of(const Mixture& m, const float* share, char* const* to) {
   constexpr int kLanes = Vec::kLanes, kVectors = kOut > 1 ? 2 : 4;
-  constexpr int64_t kElement = kType == Dtype::kFloat32 ? 4 : 2, kVector = kLanes * kElement;
+  constexpr int64_t kElement = size_of(kType), kVector = kLanes * kElement;
   int64_t i = 0;
   for (; i + kVectors * kLanes <= m.n; i += kVectors * kLanes) {
     Vec sum[kOut][kVectors];

@@ -31,7 +31,7 @@ FORCE_INLINE void store_bits(char* p, Vec a) {
 // Channels copied in one pass over the rows: a cache line of a float32 row.
 constexpr int64_t kPlaneChannels = 16;
 
-// What the squares of registers below copy; other elements go one by one.
+// Elements that the squares of registers below copy; others go one by one.
 template <class T>
 constexpr bool kSquares = sizeof(T) == 4 || (sizeof(T) == 2 && Vec::kLanes > 4);
 
@@ -112,8 +112,8 @@ static void gather_planes(const PlaneRows& p, const char* planes, char* rows) {
   }
 }
 
-// From this many active pixels of a vector on, all of it goes through a square of registers: that takes some
-// 75 cycles for 16 x 16 elements, where an element on its own takes one.
+// From this many active pixels on, a whole vector goes through a square of registers. That takes some 75
+// cycles for 16 x 16 elements; an element on its own takes one.
 constexpr int kSquarePixels = 4;
 
 template <class T>

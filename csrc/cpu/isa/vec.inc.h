@@ -17,10 +17,6 @@ FORCE_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(lan
 FORCE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 FORCE_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lanes_mask(n), a.v); }
 FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-FORCE_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-FORCE_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-FORCE_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 // max and min return their second operand where one is NaN, so a NaN in `x` survives a clamp.
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm512_max_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm512_min_ps(bound.v, x.v)}; }
@@ -84,10 +80,6 @@ FORCE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 FORCE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 FORCE_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-FORCE_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-FORCE_INLINE Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-FORCE_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-FORCE_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {_mm256_max_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {_mm256_min_ps(bound.v, x.v)}; }
 FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) {
@@ -139,10 +131,6 @@ FORCE_INLINE Vec load(const float* p) {
 }
 FORCE_INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a.v, 16); }
 FORCE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-FORCE_INLINE Vec add(Vec a, Vec b) { return {a.v + b.v}; }
-FORCE_INLINE Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
-FORCE_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
-FORCE_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 FORCE_INLINE Vec max_of(Vec bound, Vec x) { return {bound.v > x.v ? bound.v : x.v}; }
 FORCE_INLINE Vec min_of(Vec bound, Vec x) { return {bound.v < x.v ? bound.v : x.v}; }
 FORCE_INLINE Vec where_less(Vec a, Vec b, Vec x) { return {a.v < b.v ? x.v : Float4{0, 0, 0, 0}}; }
@@ -221,41 +209,47 @@ FORCE_INLINE void store_f16(char* p, Vec a) {
 
 #endif
 
+// The vectors of every instruction set are GCC's and clang's own, with operators.
+FORCE_INLINE Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+FORCE_INLINE Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+FORCE_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+FORCE_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+
 #if !defined(DYNOPS_ISA_AVX512)  // no masked access: the ragged end goes through a small buffer
 FORCE_INLINE Vec load(const float* p, int n) {
   float buffer[Vec::kLanes] = {};
-  __builtin_memcpy(buffer, p, size_t(n) * 4);
+  __builtin_memcpy(buffer, p, n * 4);
   return load(buffer);
 }
 FORCE_INLINE void store(float* p, Vec a, int n) {
   float buffer[Vec::kLanes];
   store(buffer, a);
-  __builtin_memcpy(p, buffer, size_t(n) * 4);
+  __builtin_memcpy(p, buffer, n * 4);
 }
 FORCE_INLINE Vec load_bf16(const char* p, int n) {
   char buffer[Vec::kLanes * 2] = {};
-  __builtin_memcpy(buffer, p, size_t(n) * 2);
+  __builtin_memcpy(buffer, p, n * 2);
   return load_bf16(buffer);
 }
 FORCE_INLINE Vec load_f16(const char* p, int n) {
   char buffer[Vec::kLanes * 2] = {};
-  __builtin_memcpy(buffer, p, size_t(n) * 2);
+  __builtin_memcpy(buffer, p, n * 2);
   return load_f16(buffer);
 }
 FORCE_INLINE Vec load_i8(const char* p, int n) {
   char buffer[Vec::kLanes] = {};
-  __builtin_memcpy(buffer, p, size_t(n));
+  __builtin_memcpy(buffer, p, n);
   return load_i8(buffer);
 }
 FORCE_INLINE void store_bf16(char* p, Vec a, int n) {
   char buffer[Vec::kLanes * 2];
   store_bf16(buffer, a);
-  __builtin_memcpy(p, buffer, size_t(n) * 2);
+  __builtin_memcpy(p, buffer, n * 2);
 }
 FORCE_INLINE void store_f16(char* p, Vec a, int n) {
   char buffer[Vec::kLanes * 2];
   store_f16(buffer, a);
-  __builtin_memcpy(p, buffer, size_t(n) * 2);
+  __builtin_memcpy(p, buffer, n * 2);
 }
 #endif
 
@@ -278,7 +272,7 @@ FORCE_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
 #endif
 }
 
-// What interleave does, undone: even = a0 a2 … b0 b2 …, odd = a1 a3 … b1 b3 …
+// Undoes interleave: even = a0 a2 … b0 b2 …, odd = a1 a3 … b1 b3 …
 FORCE_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
 #if defined(DYNOPS_ISA_AVX512)
   const __m512i first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -321,112 +315,4 @@ FORCE_INLINE void store(char* p, Vec a, Dtype dtype, int n) {
   }
   if (dtype == Dtype::kFloat32) return store((float*)p, a, n);
   return dtype == Dtype::kBFloat16 ? store_bf16(p, a, n) : store_f16(p, a, n);
-}
-
-// ---------------------------------------------------------------------------------- functions
-
-// e^x to about one unit in the last place: x = n ln2 + r, a polynomial of degree 6 in r (Cephes).
-FORCE_INLINE Vec exponential(Vec x) {
-  x = max_of(broadcast(-87.f), min_of(broadcast(88.f), x));
-  const Vec n = round_to_integer(mul(x, broadcast(1.44269504088896341f)));
-  Vec r = fma(n, broadcast(-0.693359375f), x);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  Vec p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  return mul(add(fma(mul(r, r), p, r), broadcast(1.f)), power_of_two(n));
-}
-
-FORCE_INLINE Vec sigmoid(Vec x) {
-  return div(broadcast(1.f), add(broadcast(1.f), exponential(mul(x, broadcast(-1.f)))));
-}
-
-// erf(x): an odd rational function on [-4, 4] (as Eigen and XLA use), within 2e-7 of erf.
-FORCE_INLINE Vec error_function(Vec x) {
-  x = max_of(broadcast(-4.f), min_of(broadcast(4.f), x));
-  const Vec s = mul(x, x);
-  Vec p = broadcast(-2.72614225801306e-10f);
-  p = fma(p, s, broadcast(2.77068142495902e-08f));
-  p = fma(p, s, broadcast(-2.10102402082508e-06f));
-  p = fma(p, s, broadcast(-5.69250639462346e-05f));
-  p = fma(p, s, broadcast(-7.34990630326855e-04f));
-  p = fma(p, s, broadcast(-2.95459980854025e-03f));
-  p = fma(p, s, broadcast(-1.60960333262415e-02f));
-  Vec q = broadcast(-1.45660718464996e-05f);
-  q = fma(q, s, broadcast(-2.13374055278905e-04f));
-  q = fma(q, s, broadcast(-1.68282697438203e-03f));
-  q = fma(q, s, broadcast(-7.37332916720468e-03f));
-  q = fma(q, s, broadcast(-1.42647390514189e-02f));
-  return div(mul(x, p), q);
-}
-
-FORCE_INLINE Vec activate(Vec x, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return max_of(zero(), x);
-    case Activation::kRelu6:
-      return min_of(broadcast(6.f), max_of(zero(), x));
-    case Activation::kSilu:
-      return mul(x, sigmoid(x));
-    case Activation::kGelu: {
-      const Vec half = mul(x, broadcast(0.5f));
-      return fma(half, error_function(mul(x, broadcast(0.70710678118654752f))), half);
-    }
-    case Activation::kGeluTanh: {  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
-      const Vec u = mul(x, fma(mul(x, x), broadcast(0.0356774081363f), broadcast(0.7978845608028654f)));
-      return mul(x, sigmoid(add(u, u)));
-    }
-    case Activation::kHardswish: {
-      const Vec inner = min_of(broadcast(6.f), max_of(zero(), add(x, broadcast(3.f))));
-      return mul(mul(x, inner), broadcast(1.f / 6.f));
-    }
-    case Activation::kRelu2: {
-      const Vec positive = max_of(zero(), x);
-      return mul(positive, positive);
-    }
-    default:
-      return x;
-  }
-}
-
-// activate's derivative at x; at a kink that of torch.
-FORCE_INLINE Vec activation_slope(Vec x, Activation activation) {
-  const Vec one = broadcast(1.f);
-  switch (activation) {
-    case Activation::kRelu:
-      return where_less(zero(), x, one);
-    case Activation::kRelu6:
-      return where_less(zero(), x, where_less(x, broadcast(6.f), one));
-    case Activation::kSilu: {
-      const Vec s = sigmoid(x);
-      return mul(s, fma(x, sub(one, s), one));
-    }
-    case Activation::kGelu: {  // the normal distribution, and x times its density
-      const Vec half = broadcast(0.5f), density = exponential(mul(mul(x, x), broadcast(-0.5f)));
-      const Vec below = fma(half, error_function(mul(x, broadcast(0.70710678118654752f))), half);
-      return fma(mul(x, broadcast(0.3989422804014327f)), density, below);
-    }
-    case Activation::kGeluTanh: {
-      const Vec square = mul(x, x);
-      const Vec u = mul(x, fma(square, broadcast(0.0356774081363f), broadcast(0.7978845608028654f)));
-      const Vec du = fma(square, broadcast(0.1070322244089f), broadcast(0.7978845608028654f));
-      // 1 - s as e s: where s is near 1 the difference would have lost its digits, which 2 x du then shows
-      const Vec e = exponential(mul(u, broadcast(-2.f))), s = div(one, add(one, e));
-      return fma(mul(add(x, x), du), mul(mul(e, s), s), s);
-    }
-    case Activation::kHardswish: {
-      const Vec three = broadcast(3.f), inner = fma(x, broadcast(1.f / 3.f), broadcast(0.5f));
-      const Vec middle = where_less(broadcast(-3.f), x, where_less(x, three, inner));
-      return add(middle, where_at_most(three, x, one));
-    }
-    case Activation::kRelu2: {
-      const Vec positive = max_of(zero(), x);
-      return add(positive, positive);
-    }
-    default:
-      return one;
-  }
 }

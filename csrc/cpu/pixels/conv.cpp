@@ -4,7 +4,6 @@
 
 #include "../engine/forward_pass.h"
 #include "planes.h"
-#include "winograd.h"
 
 namespace dynops::cpu {
 namespace {
@@ -15,67 +14,69 @@ void run_forward(const Forward& f) {
   for (const RowClass& rows : row_classes(f.g, f.index, f.rows)) {
     const ForwardPass pass(f, rows);
     const int64_t threads = threads_for(pass.macs() + fill_macs, kMacsPerThread);
-    const int64_t weight_bytes = f.in_channels / f.g.groups * f.out_channels * f.g.taps() * (f.dot() ? 2 : 4);
-    const Partition split(threads, pass.rows(), pass.panels(), weight_bytes);
+    const bool by_panel = shares_panels(threads, pass.rows(), pass.panels(), f.weight_bytes());
     parallel(threads, [&](int64_t t) {
-      if (fills) fill_part(f, t, threads);
-      const int64_t r = t % split.row_parts, p = t / split.row_parts;
-      pass.run(part(pass.rows(), r, split.row_parts, kTileRows),
-               part(pass.rows(), r + 1, split.row_parts, kTileRows),
-               part(pass.panels(), p, split.panel_parts), part(pass.panels(), p + 1, split.panel_parts));
+      if (fills) fill_share(f, t, threads);
+      const Span all_rows{0, pass.rows()}, all_panels{0, pass.panels()};
+      RowTables tables;
+      pass.run(tables, by_panel ? all_rows : share_of(pass.rows(), t, threads, kTileRows),
+               by_panel ? share_of(pass.panels(), t, threads) : all_panels);
     });
     fills = false;
   }
 }
 
-// Shares of active pixels from which on the rows of a block go to their planes while they lie in the L2
-// cache. Below it threads have the same number of rows, and not of pixels to fill.
+// From this share of active pixels on, the rows of a block go to their planes while they lie in the L2 cache.
+// Below it threads have the same number of rows, and not of pixels to fill.
 constexpr double kFusedShare = 0.25;
 constexpr int64_t kFusedBytes = 256 << 10;
+
+// Rows of one class, computed some at a time and brought to their planes from the cache.
+void run_fused(const Forward& f, const RowClass& rows, int64_t threads, const PlaneMap& map) {
+  const int64_t bytes = f.out_bytes();
+  const int64_t step = std::clamp<int64_t>(kFusedBytes / bytes / kTileRows, 4, 64) * kTileRows;
+  parallel(threads, [&](int64_t t) {
+    Forward mine = f;
+    const ForwardPass pass(mine, rows);
+    RowTables tables;
+    std::vector<int32_t> row;
+    const std::unique_ptr<char[]> sums(new char[step * bytes]);
+    const Span all = share_of(f.rows, t, threads, kTileRows);
+    for (int64_t a = all.begin; a < all.end; a += step) {
+      const int64_t b = std::min(all.end, a + step);
+      mine.out = sums.get() - a * bytes;
+      pass.run(tables, {a, b}, {0, pass.panels()});
+      // with its rows a block has the pixels up to the next one's first row
+      int64_t q = a == 0 ? 0 : f.index[a];
+      const int64_t last = b == f.rows ? f.g.out_pixels() : f.index[b];
+      while (q < last) {
+        const int64_t n = q / map.plane, stop = std::min({last, (n + 1) * map.plane, q + step});
+        scatter_pixels(map, {mine.out, f.index, f.rows, false}, n, {q - n * map.plane, stop - n * map.plane},
+                       {0, map.channels}, false, row);
+        q = stop;
+      }
+    }
+  });
+}
 
 // The forward pass to NCHW: `f` writes packed rows, here.
 void run_to_planes(Forward f, const OptionalTensor& quads, const PlaneMap& map) {
   const std::vector<RowClass> classes = row_classes(f.g, f.index, f.rows);
-  const int64_t bytes = f.out_bytes();
-  const int64_t weight_bytes = f.in_channels / f.g.groups * f.out_channels * f.g.taps() * (f.dot() ? 2 : 4);
   f.packed_out = true;
   if (classes.size() == 1 && !quads && double(f.rows) >= kFusedShare * double(f.g.out_pixels())) {
     const ForwardPass whole(f, classes[0]);
     const int64_t threads = threads_for(whole.macs(), kMacsPerThread);
-    const int64_t step = std::clamp<int64_t>(kFusedBytes / bytes / kTileRows, 4, 64) * kTileRows;
-    if (Partition(threads, f.rows, whole.panels(), weight_bytes).panel_parts == 1) {
-      parallel(threads, [&](int64_t t) {
-        Forward mine = f;
-        const ForwardPass pass(mine, classes[0]);
-        Block block;
-        std::vector<int32_t> row;
-        const std::unique_ptr<char[]> sums(new char[size_t(step * bytes)]);
-        const int64_t end = part(f.rows, t + 1, threads, kTileRows);
-        for (int64_t a = part(f.rows, t, threads, kTileRows); a < end; a += step) {
-          const int64_t b = std::min(end, a + step);
-          mine.out = sums.get() - a * bytes;
-          pass.run(block, a, b, 0, pass.panels());
-          // with its rows a block has the pixels up to the next one's first row
-          int64_t q = a == 0 ? 0 : f.index[a];
-          const int64_t last = b == f.rows ? f.g.out_pixels() : f.index[b];
-          while (q < last) {
-            const int64_t n = q / map.plane, stop = std::min({last, (n + 1) * map.plane, q + step});
-            scatter_part(map, {mine.out, f.index, f.rows, false}, n, q - n * map.plane, stop - n * map.plane,
-                         0, map.channels, false, row);
-            q = stop;
-          }
-        }
-      });
-      return;
+    if (!shares_panels(threads, f.rows, whole.panels(), f.weight_bytes())) {
+      return run_fused(f, classes[0], threads, map);
     }
   }
-  const std::unique_ptr<char[]> rows(new char[size_t(std::max<int64_t>(f.rows * bytes, 1))]);
+  const std::unique_ptr<char[]> rows(new char[std::max<int64_t>(f.rows * f.out_bytes(), 1)]);
   f.out = rows.get();
   quads ? run_winograd(f, *quads) : run_forward(f);
   scatter_to_planes(map, {rows.get(), f.index, f.rows, false});
 }
 
-// What the kernels read and write has the sizes that the geometry and the index name: else they would leave
+// Checks that the tensors have the sizes that the geometry and the index name. Kernels would else leave
 // outputs as the allocator gave them, or read past a tensor's end.
 void check_sizes(const Geometry& g, const Tensor& x, int64_t rows, const OptionalTensor& source,
                  const OptionalTensor& gate, const OptionalTensor& residual, const OptionalTensor& base,
@@ -110,22 +111,27 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
   const int32_t* at = checked_index(index, rows, g.out_pixels());
   const bool packed_out = out.dim() == 2;
   check_sizes(g, x, rows, source, gate, residual, base, out);
-  const Forward f{g,
-                  in_channels,
-                  out_channels,
-                  rows,
-                  dtype,
-                  at,
-                  {g, data_of<const char>(x), row_bytes, data_of<const int32_t>(source), zero.data(), merged},
-                  Affine(bias, scale, shift, out_channels),
-                  Activation(activation),
-                  data_of<const char>(weight),
-                  data_of<const float>(gate),
-                  data_of<const char>(residual),
-                  data_of<const char>(base),
-                  data_of<char>(out),
-                  packed_out,
-                  residual && residual->dim() == 4};
+  const Forward f{.g = g,
+                  .in_channels = in_channels,
+                  .out_channels = out_channels,
+                  .rows = rows,
+                  .dtype = dtype,
+                  .index = at,
+                  .source = {.g = g,
+                             .x = data_of<const char>(x),
+                             .row_bytes = row_bytes,
+                             .inverse = data_of<const int32_t>(source),
+                             .zero = zero.data(),
+                             .merged = merged},
+                  .affine = Affine(bias, scale, shift, out_channels),
+                  .activation = Activation(activation),
+                  .weight = data_of<const char>(weight),
+                  .gate = data_of<const float>(gate),
+                  .residual = data_of<const char>(residual),
+                  .base = data_of<const char>(base),
+                  .out = data_of<char>(out),
+                  .packed_out = packed_out,
+                  .residual_map = residual && residual->dim() == 4};
   // an output that is NCHW; of one channel or one pixel it is channels_last too
   if (!packed_out && out_channels > 1 && out.stride(1) != 1) {
     STD_TORCH_CHECK(out.is_contiguous() && (!base || base->is_contiguous()),
@@ -138,20 +144,14 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
     run_forward(f);
   }
   const int64_t unused = packed_out ? out.size(0) - rows : 0;  // rows past a capacity plan's count
-  if (unused) std::memset(f.out + rows * f.out_bytes(), 0, size_t(unused * f.out_bytes()));
+  if (unused) std::memset(f.out + rows * f.out_bytes(), 0, unused * f.out_bytes());
 }
+
+DYNOPS_CPU_OP(
+    "cpu_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, int[] "
+    "geometry, int activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, Tensor? "
+    "base, bool merged, Tensor? quads, Tensor(a!) out) -> ()",
+    conv)
 
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, int[] "
-      "geometry, "
-      "int activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, Tensor? base, bool "
-      "merged, "
-      "Tensor? quads, Tensor(a!) out) "
-      "-> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) { m.impl("cpu_conv", TORCH_BOX(&dynops::cpu::conv)); }

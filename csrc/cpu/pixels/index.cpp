@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../engine/mask.h"
+#include "../engine/operands.h"
 
 namespace dynops::cpu {
 Tensor mask_to_index(const Tensor& mask_in) {
@@ -11,7 +12,7 @@ Tensor mask_to_index(const Tensor& mask_in) {
     const Count count = count_active(data, bits, largest, n);
     STD_TORCH_CHECK(!count.nan, "mask: expected numbers, got NaN");
     Tensor index = empty({count.active}, ScalarType::Int);
-    write_index(data, bits, n, static_cast<int32_t*>(index.data_ptr()), count.active);
+    write_index(data, bits, n, data_of<int32_t>(index), count.active);
     return index;
   });
 }
@@ -21,12 +22,12 @@ namespace {
 std::tuple<Tensor, Tensor> mask_to_index_capacity(const Tensor& mask_in, int64_t capacity) {
   const Tensor mask = torch::stable::contiguous(mask_in);
   Tensor index = empty({capacity}, ScalarType::Int), count = empty({1}, ScalarType::Int);
-  int32_t* out = static_cast<int32_t*>(index.data_ptr());
+  int32_t* out = data_of<int32_t>(index);
   visit_mask(mask, [&](auto data, auto bits, auto largest) {
     STD_TORCH_CHECK(!count_active(data, bits, largest, mask.numel()).nan, "mask: expected numbers, got NaN");
     const int64_t used = write_index(data, bits, mask.numel(), out, capacity);
     std::fill(out + used, out + capacity, -1);
-    *static_cast<int32_t*>(count.data_ptr()) = int32_t(used);
+    *data_of<int32_t>(count) = int32_t(used);
   });
   return {index, count};
 }
@@ -35,7 +36,7 @@ Tensor inverse_index(const Tensor& index, const OptionalTensor& count, IntHeader
   const int64_t rows = active_rows(index, count);
   Tensor inverse = empty({shape[0], shape[1], shape[2]}, ScalarType::Int);
   const int32_t* in = checked_index(index, rows, inverse.numel());
-  int32_t* out = static_cast<int32_t*>(inverse.data_ptr());
+  int32_t* out = data_of<int32_t>(inverse);
   std::fill(out, out + inverse.numel(), -1);
   for (int64_t i = 0; i < rows; ++i) out[in[i]] = int32_t(i);
   return inverse;
@@ -45,14 +46,14 @@ Tensor needed_mask(const Tensor& index, const OptionalTensor& count, IntHeaderOn
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count);
   Tensor mask = empty({g.batch, g.in_h, g.in_w}, ScalarType::Bool);
-  uint8_t* out = static_cast<uint8_t*>(mask.data_ptr());
+  uint8_t* out = data_of<uint8_t>(mask);
   std::fill(out, out + g.in_pixels(), uint8_t(0));
   const int32_t* in = checked_index(index, rows, g.out_pixels());
   for (int64_t i = 0; i < rows; ++i) {
-    const Pixel p = pixel_at(in[i], int32_t(g.out_h), int32_t(g.out_w));
+    const Pixel p = g.out_pixel(in[i]);
     for (int32_t r = 0; r < g.kernel_h; ++r) {
       for (int32_t s = 0; s < g.kernel_w; ++s) {
-        const int32_t q = input_pixel(g, p, r, s);
+        const int32_t q = g.in_pixel(p, r, s);
         if (q >= 0) out[q] = 1;
       }
     }

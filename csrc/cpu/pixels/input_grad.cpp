@@ -1,25 +1,23 @@
 // Pixel-sparse convolution on the CPU: the gradient of the input.
+#include "../engine/forward.h"
 #include "../engine/grad_rows.h"
-#include "../engine/operands.h"
 #include "../engine/pack.h"
-#include "../engine/parallel.h"
-#include "../engine/taps.h"
 
 namespace dynops::cpu {
 namespace {
 
-// The input pixels that the rows of a block read, tap by tap.
+// The input pixels that a block of rows reads, tap by tap.
 class Reach {
  public:
   Reach(const Geometry& g, const int32_t* at, int64_t rows) : g_(g), rows_(rows) {
-    for (std::vector<int32_t>* v : {&y_, &x_, &first_, &q_}) v->resize(size_t(rows));
-    if (g.transposed) pixel_.resize(size_t(rows));
+    for (std::vector<int32_t>* v : {&y_, &x_, &first_, &q_}) v->resize(rows);
+    if (g.transposed) pixel_.resize(rows);
     for (int64_t i = 0; i < rows; ++i) {
-      const Pixel p = pixel_at(at[i], int32_t(g.out_h), int32_t(g.out_w));
-      if (g.transposed) pixel_[size_t(i)] = p;
-      y_[size_t(i)] = int32_t(p.y * g.stride_h - g.pad_h);
-      x_[size_t(i)] = int32_t(p.x * g.stride_w - g.pad_w);
-      first_[size_t(i)] = int32_t((p.n * g.in_h + y_[size_t(i)]) * g.in_w + x_[size_t(i)]);
+      const Pixel p = g.out_pixel(at[i]);
+      if (g.transposed) pixel_[i] = p;
+      y_[i] = int32_t(p.y * g.stride_h - g.pad_h);
+      x_[i] = int32_t(p.x * g.stride_w - g.pad_w);
+      first_[i] = int32_t((p.n * g.in_h + y_[i]) * g.in_w + x_[i]);
     }
   }
 
@@ -27,7 +25,7 @@ class Reach {
   const int32_t* at_tap(int32_t tap) {
     const int32_t r = tap / int32_t(g_.kernel_w), s = tap % int32_t(g_.kernel_w);
     if (g_.transposed) {
-      for (int64_t i = 0; i < rows_; ++i) q_[size_t(i)] = input_pixel(g_, pixel_[size_t(i)], r, s);
+      for (int64_t i = 0; i < rows_; ++i) q_[i] = g_.in_pixel(pixel_[i], r, s);
       return q_.data();
     }
     const int32_t down = r * int32_t(g_.dil_h), across = s * int32_t(g_.dil_w);
@@ -49,56 +47,45 @@ class Reach {
   std::vector<int32_t> y_, x_, first_, q_;
 };
 
-// dx[q] += W[t]^T dy[p] for every pair (p, t) that reads q. For one tap no two rows read the same q, and
-// each thread owns a range of q or of channels, so that nothing is written by two.
+// dx[q] += W[t]^T dy[p] for every pair (p, t) that reads q. For one tap no two rows read the same q. Each
+// thread owns a range of q or of channels, so no two threads write the same.
 class InputGrad {
  public:
-  InputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-            const int32_t* inverse, const char* weight, Dtype dtype, int64_t in_channels,
-            int64_t out_channels, float* dx)
-      : g_(g),
-        grad_(grad),
-        rows_(rows),
-        index_(index),
+  InputGrad(const ConvGrad& c, const int32_t* inverse, const char* weight, float* dx)
+      : c_(c),
+        g_(c.g),
         inverse_(inverse),
         weight_(weight),
-        dtype_(dtype),
-        in_channels_(in_channels),
-        out_channels_(out_channels),
-        dx_(dx) {
-    dot_ = dtype == Dtype::kBFloat16 && kernels().bf16_dot;
-    layout_ = panel_layout(in_channels / g.groups, g.taps(), out_channels / g.groups, dot_);
-    zeros_.assign(size_t(in_channels / g.groups) + 64, 0.f);
-    ones_.assign(size_t(in_channels / g.groups) + 64, 1.f);
-  }
+        dx_(dx),
+        dot_(multiplies_pairs(c.dtype)),
+        layout_(panel_layout(c.group_in(), c.g.taps(), c.group_out(), dot_)),
+        none_(c.group_in()) {}
 
   int64_t panels() const { return layout_.panels; }
 
   void run() const {
-    const double macs = double(rows_) * double(g_.taps() * in_channels_ / g_.groups * out_channels_);
+    const double macs = double(c_.rows) * double(g_.taps() * c_.group_in() * c_.out_channels);
     const int64_t threads = threads_for(macs, kMacsPerThread);
-    // Channels are shared where there are many, so that each thread reads its part of the weight only.
+    // Channels are shared where there are many, so that each thread reads its share of the weight only.
     const bool by_panel = layout_.panels >= 4 * threads;
-    const int64_t panel_parts = by_panel ? threads : 1, range_parts = threads / panel_parts;
     parallel(threads, [&](int64_t t) {
-      const int64_t r = t % range_parts, p = t / range_parts;
-      run_part(int32_t(part(g_.in_pixels(), r, range_parts)),
-               int32_t(part(g_.in_pixels(), r + 1, range_parts)), part(layout_.panels, p, panel_parts),
-               part(layout_.panels, p + 1, panel_parts));
+      const Span all{0, layout_.panels}, pixels{0, g_.in_pixels()};
+      run_share(by_panel ? pixels : share_of(pixels.end, t, threads),
+                by_panel ? share_of(all.end, t, threads) : all);
     });
   }
 
-  // The gradient of the input pixels [begin, end) and of the channels of the panels, on this thread.
-  void run_part(int32_t begin, int32_t end, int64_t panel_begin, int64_t panel_end) const {
+  // The gradient of some input pixels and of the channels of some panels, on this thread.
+  void run_share(Span pixels, Span panels) const {
     Pairs pairs;
-    if (begin >= end) return;
-    const auto [from, last] = readers(begin, end);
-    for (int64_t first = from; first < last; first += kBlockRows) {
-      const int64_t height = std::min(kBlockRows, last - first);
-      Reach reach(g_, index_ + first, height);
+    if (pixels.begin >= pixels.end) return;
+    const Span readers = readers_of(pixels);
+    for (int64_t first = readers.begin; first < readers.end; first += kBlockRows) {
+      const int64_t height = std::min(kBlockRows, readers.end - first);
+      Reach reach(g_, c_.index + first, height);
       for (int32_t tap = 0; tap < g_.taps(); ++tap) {
-        collect(reach.at_tap(tap), first, height, begin, end, pairs);
-        if (pairs.size) multiply(pairs, tap, panel_begin, panel_end);
+        collect(reach.at_tap(tap), first, height, pixels, pairs);
+        if (pairs.size) multiply(pairs, tap, panels);
       }
     }
   }
@@ -114,117 +101,109 @@ class InputGrad {
     const char* converted_from[kBlockRows];
   };
 
-  // Rows of the index in which every row that reads an input pixel of [begin, end) lies: those whose lines
-  // y * stride - pad + [0, reach] may meet the lines of the range.
-  std::pair<int64_t, int64_t> readers(int64_t begin, int64_t end) const {
-    if (g_.transposed || (begin == 0 && end == g_.in_pixels())) return {0, rows_};
-    const int64_t reach = (g_.kernel_h - 1) * g_.dil_h, image = g_.in_h * g_.in_w;
-    const int64_t top = std::max<int64_t>(begin % image / g_.in_w + g_.pad_h - reach, 0);
-    const int64_t bottom = (end - 1) % image / g_.in_w + g_.pad_h;
-    const int64_t from = std::min((top + g_.stride_h - 1) / g_.stride_h, g_.out_h);
+  // Rows of the index that may read one of the input pixels: their lines y * stride - pad + [0, reach] meet
+  // the lines of the pixels.
+  Span readers_of(Span pixels) const {
+    if (g_.transposed || pixels.size() == g_.in_pixels()) return {0, c_.rows};
+    const int64_t reach = (g_.kernel_h - 1) * g_.dil_h, image = g_.in_h * g_.in_w, last = pixels.end - 1;
+    const int64_t top = std::max<int64_t>(pixels.begin % image / g_.in_w + g_.pad_h - reach, 0);
+    const int64_t bottom = last % image / g_.in_w + g_.pad_h;
+    const int64_t from = std::min(ceil_div(top, g_.stride_h), g_.out_h);
     const int64_t to = std::min(bottom / g_.stride_h + 1, g_.out_h);
-    const int64_t first = (begin / image * g_.out_h + from) * g_.out_w;
-    const int64_t last = ((end - 1) / image * g_.out_h + to) * g_.out_w;
-    return {std::lower_bound(index_, index_ + rows_, first) - index_,
-            std::lower_bound(index_, index_ + rows_, last) - index_};
+    const auto row_at = [&](int64_t n, int64_t y) {
+      return std::lower_bound(c_.index, c_.index + c_.rows, (n * g_.out_h + y) * g_.out_w) - c_.index;
+    };
+    return {row_at(pixels.begin / image, from), row_at(last / image, to)};
   }
 
-  // The pairs of one tap with an input pixel in [begin, end): where they are read and written.
-  void collect(const int32_t* at, int64_t first, int64_t height, int32_t begin, int32_t end,
-               Pairs& pairs) const {
+  // The pairs of one tap with one of the input pixels: where they are read and written.
+  void collect(const int32_t* at, int64_t first, int64_t height, Span pixels, Pairs& pairs) const {
     pairs.size = 0;
     for (int64_t i = 0; i < height; ++i) {
       int64_t q = at[i];
-      if (q < begin || q >= end) continue;
+      if (!pixels.holds(q)) continue;
       if (inverse_ && (q = inverse_[q]) < 0) continue;
-      pairs.from[pairs.size] = grad_[first + i];
-      pairs.to[pairs.size++] = reinterpret_cast<char*>(dx_ + q * in_channels_);
+      pairs.from[pairs.size] = c_.grad[first + i];
+      pairs.to[pairs.size++] = bytes_of(dx_ + q * c_.in_channels);
     }
   }
 
-  void multiply(Pairs& pairs, int32_t tap, int64_t panel_begin, int64_t panel_end) const {
-    const int64_t group_in = in_channels_ / g_.groups, group_out = out_channels_ / g_.groups;
+  void multiply(Pairs& pairs, int32_t tap, Span panels) const {
     const int64_t start = tap * (layout_.depth / g_.taps());
-    const bool converts = dtype_ != Dtype::kFloat32 && !dot_;
+    const bool converts = c_.dtype != Dtype::kFloat32 && !dot_;
     for (int64_t group = 0; group < g_.groups; ++group) {
-      const int64_t in_offset = group * group_out * size_of(dtype_);
-      if (converts) convert(pairs, in_offset, group_out);
-      const Gemm gemm{1,
-                      int32_t(group_out),
-                      &start,
-                      weight_ + group * layout_.group_bytes,
-                      layout_,
-                      converts ? Dtype::kFloat32 : dtype_,
-                      Dtype::kFloat32,
-                      converts ? 0 : in_offset,
-                      group * group_in * 4,
-                      ones_.data(),
-                      zeros_.data(),
-                      Activation::kNone};
+      const int64_t in_offset = group * c_.group_out() * size_of(c_.dtype);
+      if (converts) convert(pairs, in_offset, c_.group_out());
+      const Gemm gemm{.segments = 1,
+                      .depth = int32_t(c_.group_out()),
+                      .weight_start = &start,
+                      .weight = weight_ + group * layout_.group_bytes,
+                      .layout = layout_,
+                      .in = converts ? Dtype::kFloat32 : c_.dtype,
+                      .out = Dtype::kFloat32,
+                      .in_offset = converts ? 0 : in_offset,
+                      .out_offset = group * c_.group_in() * 4,
+                      .scale = none_.scale.data(),
+                      .shift = none_.shift.data()};
       // A single tap writes each pixel once, and needs no sum.
-      const RowBlock rows{pairs.size, converts ? pairs.converted_from : pairs.from, pairs.to,
-                          g_.taps() == 1 ? nullptr : pairs.to, nullptr};
-      kernels().gemm(gemm, rows, panel_begin, panel_end);
+      const RowBlock rows{.rows = pairs.size,
+                          .in = converts ? pairs.converted_from : pairs.from,
+                          .out = pairs.to,
+                          .residual = g_.taps() == 1 ? nullptr : pairs.to};
+      kernels().gemm(gemm, rows, panels.begin, panels.end);
     }
   }
 
   void convert(Pairs& pairs, int64_t in_offset, int64_t depth) const {
-    pairs.converted.resize(size_t(kBlockRows * depth));
+    pairs.converted.resize(kBlockRows * depth);
     for (int32_t i = 0; i < pairs.size; ++i) {
       float* to = pairs.converted.data() + i * depth;
-      kernels().to_float(pairs.from[i] + in_offset, dtype_, depth, to);
-      pairs.converted_from[i] = reinterpret_cast<const char*>(to);
+      kernels().to_float(pairs.from[i] + in_offset, c_.dtype, depth, to);
+      pairs.converted_from[i] = bytes_of(to);
     }
   }
 
+  const ConvGrad& c_;
   const Geometry& g_;
-  const GradRows& grad_;
-  int64_t rows_;
-  const int32_t *index_, *inverse_;
+  const int32_t* inverse_;
   const char* weight_;
-  Dtype dtype_;
-  int64_t in_channels_, out_channels_;
   float* dx_;
   bool dot_;
   PanelLayout layout_;
-  std::vector<float> zeros_, ones_;
+  Affine none_;
 };
 
 // ------------------------------------------------------------------------------------ depthwise
 
-// dx of a depthwise convolution, an input line at a time: the pairs (row, tap) that read each pixel of the
-// line are listed, then summed, so that every pixel is written once and none is zeroed first.
+// dx of a depthwise convolution, an input line at a time. The pairs (row, tap) that read each pixel of the
+// line are listed, then summed. So every pixel is written once, and none is zeroed first.
 class DepthwiseInputGrad {
  public:
-  DepthwiseInputGrad(const Geometry& g, const GradRows& grad, int64_t rows, const int32_t* index,
-                     const int32_t* inverse, const float* weight, const int32_t* weight_of, Dtype dtype,
-                     int64_t channels, char* dx)
-      : g_(g),
-        grad_(grad),
-        rows_(rows),
-        index_(index),
+  DepthwiseInputGrad(const ConvGrad& c, const int32_t* inverse, const float* weight, const int32_t* weight_of,
+                     char* dx)
+      : c_(c),
+        g_(c.g),
         inverse_(inverse),
         weight_(weight),
         weight_of_(weight_of),
-        dtype_(dtype),
-        channels_(channels),
         dx_(dx),
-        line_start_(size_t(g.batch * g.out_h + 1)) {
+        line_start_(g_.batch * g_.out_h + 1) {
     int64_t row = 0;
-    for (int64_t line = 0; line < g.batch * g.out_h; ++line) {
-      while (row < rows && index[row] < line * g.out_w) ++row;
-      line_start_[size_t(line)] = row;
+    for (int64_t line = 0; line < g_.batch * g_.out_h; ++line) {
+      while (row < c.rows && c.index[row] < line * g_.out_w) ++row;
+      line_start_[line] = row;
     }
-    line_start_.back() = rows;
+    line_start_.back() = c.rows;
   }
 
   void run() const {
     const int64_t lines = g_.batch * g_.in_h;
-    const double work = double(rows_ * g_.taps() + g_.in_pixels()) * double(channels_);
+    const double work = double(c_.rows * g_.taps() + g_.in_pixels()) * double(c_.in_channels);
     const int64_t threads = threads_for(work, kMacsPerThread / 8);
     parallel(threads, [&](int64_t t) {
-      Line line(size_t(g_.in_w), size_t(g_.taps()));
-      for (int64_t l = part(lines, t, threads); l < part(lines, t + 1, threads); ++l) run_line(l, line);
+      Line line(g_.in_w, g_.taps());
+      const Span mine = share_of(lines, t, threads);
+      for (int64_t l = mine.begin; l < mine.end; ++l) run_line(l, line);
     });
   }
 
@@ -240,46 +219,47 @@ class DepthwiseInputGrad {
     std::fill(line.pairs.begin(), line.pairs.end(), 0);
     const int32_t n = int32_t(l / g_.in_h), y = int32_t(l % g_.in_h);
     for (int32_t r = 0; r < g_.kernel_h; ++r) {
-      // the output line that reads this one at kernel row r: a convolution backward is its transpose
-      const int32_t out_y = input_coordinate(y, r, int32_t(g_.out_h), int32_t(g_.stride_h), int32_t(g_.pad_h),
-                                             int32_t(g_.dil_h), !g_.transposed);
+      const int32_t out_y = g_.out_line(y, r);
       if (out_y >= 0) collect(n * g_.out_h + out_y, r, line);
     }
-    const int64_t bytes = channels_ * size_of(dtype_);
+    const int64_t bytes = c_.in_channels * size_of(c_.dtype);
     for (int64_t x = 0; x < g_.in_w; ++x) {
       const int64_t q = l * g_.in_w + x, row = inverse_ ? inverse_[q] : q;
-      line.out[size_t(x)] = row < 0 ? nullptr : dx_ + row * bytes;
+      line.out[x] = row < 0 ? nullptr : dx_ + row * bytes;
     }
-    kernels().depthwise_pairs({int32_t(g_.in_w), int32_t(g_.taps()), line.pairs.data(), line.in.data(),
-                               line.tap.data(), line.out.data(), channels_, weight_, dtype_});
+    kernels().depthwise_pairs({.rows = int32_t(g_.in_w),
+                               .taps = int32_t(g_.taps()),
+                               .pairs = line.pairs.data(),
+                               .in = line.in.data(),
+                               .tap = line.tap.data(),
+                               .out = line.out.data(),
+                               .channels = c_.in_channels,
+                               .weight = weight_,
+                               .dtype = c_.dtype});
   }
 
   // The pairs of one output line at kernel row r.
   void collect(int64_t out_line, int32_t r, Line& line) const {
     const int64_t taps = g_.taps();
-    for (int64_t row = line_start_[size_t(out_line)]; row < line_start_[size_t(out_line + 1)]; ++row) {
-      const int32_t out_x = int32_t(index_[row] - out_line * g_.out_w);
-      const char* from = grad_[row];
-      const int32_t first = (weight_of_ ? weight_of_[index_[row]] : 0) * int32_t(taps);
+    for (int64_t row = line_start_[out_line]; row < line_start_[out_line + 1]; ++row) {
+      const int32_t out_x = int32_t(c_.index[row] - out_line * g_.out_w);
+      const char* from = c_.grad[row];
+      const int32_t first = (weight_of_ ? weight_of_[c_.index[row]] : 0) * int32_t(taps);
       for (int32_t s = 0; s < g_.kernel_w; ++s) {
-        const int32_t x = input_coordinate(out_x, s, int32_t(g_.in_w), int32_t(g_.stride_w),
-                                           int32_t(g_.pad_w), int32_t(g_.dil_w), g_.transposed);
+        const int32_t x = g_.in_column(out_x, s);
         if (x < 0) continue;
-        const size_t slot = size_t(x * taps + line.pairs[size_t(x)]++);
+        const int64_t slot = x * taps + line.pairs[x]++;
         line.in[slot] = from;
         line.tap[slot] = first + r * int32_t(g_.kernel_w) + s;
       }
     }
   }
 
+  const ConvGrad& c_;
   const Geometry& g_;
-  const GradRows& grad_;
-  int64_t rows_;
-  const int32_t *index_, *inverse_;
+  const int32_t* inverse_;
   const float* weight_;
   const int32_t* weight_of_;  // [output pixels]: which weight, or null
-  Dtype dtype_;
-  int64_t channels_;
   char* dx_;
   std::vector<int64_t> line_start_;  // the first row of each output line
 };
@@ -291,45 +271,28 @@ class DepthwiseInputGrad {
 void conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& index,
                      const OptionalTensor& count, const OptionalTensor& source,
                      IntHeaderOnlyArrayRef geometry, Tensor dx) {
-  const Geometry g = geometry_of(geometry);
-  const int64_t rows = active_rows(index, count), in_channels = dx.size(1), out_channels = grad.size(1);
-  const Dtype dtype = dtype_of(grad);
-  const int32_t* at = checked_index(index, rows, g.out_pixels());
-  const GradRows from{data_of<const char>(grad), out_channels * size_of(dtype),
-                      grad.dim() == 2 ? nullptr : at};
+  const ConvGrad c = conv_grad_of(grad, index, count, geometry, dx.size(1));
   const int32_t* inverse = data_of<const int32_t>(source);
-  if (is_depthwise(g, in_channels, out_channels)) {
-    return DepthwiseInputGrad(g, from, rows, at, inverse, data_of<const float>(weight), nullptr, dtype,
-                              in_channels, data_of<char>(dx))
-        .run();
+  if (c.depthwise()) {
+    return DepthwiseInputGrad(c, inverse, data_of<const float>(weight), nullptr, data_of<char>(dx)).run();
   }
-  InputGrad(g, from, rows, at, inverse, data_of<const char>(weight), dtype, in_channels, out_channels,
-            data_of<float>(dx))
-      .run();
+  InputGrad(c, inverse, data_of<const char>(weight), data_of<float>(dx)).run();
 }
 
 }  // namespace
 
-void add_input_grad(const GradJob& job, const char* weight, int32_t begin, int32_t end, float* dx) {
-  const InputGrad grad(job.g, job.grad, job.rows, job.index, nullptr, weight, job.dtype, job.in_channels,
-                       job.out_channels, dx);
-  grad.run_part(begin, end, 0, grad.panels());
+void add_input_grad(const ConvGrad& c, const char* weight, Span pixels, float* dx) {
+  const InputGrad grad(c, nullptr, weight, dx);
+  grad.run_share(pixels, {0, grad.panels()});
 }
 
-void depthwise_input_grad(const GradJob& job, const float* weight, const int32_t* weight_of, char* dx) {
-  DepthwiseInputGrad(job.g, job.grad, job.rows, job.index, nullptr, weight, weight_of, job.dtype,
-                     job.in_channels, dx)
-      .run();
+void depthwise_input_grad(const ConvGrad& c, const float* weight, const int32_t* weight_of, char* dx) {
+  DepthwiseInputGrad(c, nullptr, weight, weight_of, dx).run();
 }
+
+DYNOPS_CPU_OP(
+    "cpu_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, int[] "
+    "geometry, Tensor(a!) dx) -> ()",
+    conv_input_grad)
 
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, "
-      "int[] geometry, Tensor(a!) dx) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_conv_input_grad", TORCH_BOX(&dynops::cpu::conv_input_grad));
-}

@@ -1,30 +1,28 @@
 // Maps that lie channel by channel, [N, C, H, W], read and written where they lie: pixels to packed rows and
 // back. Strided views are read in place too.
+#include "planes.h"
+
 #include <vector>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 #include "../engine/operands.h"
 #include "../engine/parallel.h"
-#include "planes.h"
 
 namespace dynops::cpu {
 namespace {
 
-constexpr double kBytesPerThread = 32 * 1024;
-// Pixels are copied some at a time with all of their channels, so that their rows stay in the L2 cache: 3136
-// pixels of 256 channels in steps of 512 take 180 us, of 96 147.
+constexpr double kPlaneBytesPerThread = 32 * 1024;
+// Pixels are copied some at a time with all of their channels, so that their rows stay in the L2 cache. 3136
+// pixels of 256 channels take 180 us in steps of 512, and 147 in steps of 96.
 constexpr int64_t kStepBytes = 96 << 10;
 constexpr int64_t kLeastStep = 64, kMostStep = 512;
-constexpr int64_t kPlaneChannels = 16;  // threads share channels in parts of so many
+constexpr int64_t kPlaneChannels = 16;  // a thread's share of channels is a multiple of these
 
 // Pixels copied at a time.
 int64_t step_of(int64_t row_bytes) {
   return std::clamp<int64_t>(kStepBytes / std::max<int64_t>(row_bytes, 1) / 64 * 64, kLeastStep, kMostStep);
 }
 
-// Where the pixels of a map [N, C, H, W] lie, whatever its strides.
+// The places of the pixels of a map [N, C, H, W] of any strides.
 struct Places {
   explicit Places(const Tensor& map)
       : h(map.size(2)),
@@ -35,10 +33,10 @@ struct Places {
         y_bytes(map.stride(2) * size),
         x_bytes(map.stride(3) * size) {}
 
-  // Whether each plane is without gaps: then a line's end is the next one's beginning.
+  // True if each plane is without gaps: then a line's end is the next one's beginning.
   bool whole() const { return (x_bytes == size || w <= 1) && (y_bytes == w * size || h <= 1); }
 
-  // Whether ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
+  // True if ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
   // batch.
   bool ascends(int64_t images) const { return whole() && (images <= 1 || n_bytes >= h * w * size); }
 
@@ -84,24 +82,28 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
   const int64_t row_bytes = channels * places.size;
   const char* from = data_of<const char>(x);
   char* to = data_of<char>(out);
-  const int64_t threads = threads_for(double(rows * row_bytes), kBytesPerThread);
-  const int64_t step = std::clamp<int64_t>((rows + threads - 1) / threads, 1, step_of(row_bytes));
-  const int64_t blocks = (rows + step - 1) / step;
-  parallel(std::min(threads, blocks), [&](int64_t t) {
-    const int64_t parts = std::min(threads, blocks);
-    std::vector<int64_t> place(static_cast<size_t>(step));
-    for (int64_t b = part(blocks, t, parts); b < part(blocks, t + 1, parts); ++b) {
+  const int64_t threads = threads_for(double(rows * row_bytes), kPlaneBytesPerThread);
+  const int64_t step = std::clamp<int64_t>(ceil_div(rows, threads), 1, step_of(row_bytes));
+  const int64_t blocks = ceil_div(rows, step), tasks = std::min(threads, blocks);
+  parallel(tasks, [&](int64_t t) {
+    std::vector<int64_t> place(step);
+    const Span mine = share_of(blocks, t, tasks);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
       const int64_t first = b * step, height = std::min(step, rows - first);
       places.of(at ? at + first : nullptr, first, height, place.data());
       char* row = to + first * row_bytes;
       if (places.c_bytes == places.size) {  // a slice of a channels_last map
-        for (int64_t i = 0; i < height; ++i, row += row_bytes)
-          std::copy_n(from + place[size_t(i)], row_bytes, row);
+        for (int64_t i = 0; i < height; ++i, row += row_bytes) std::copy_n(from + place[i], row_bytes, row);
         continue;
       }
-      kernels().gather_planes(
-          {height, channels, place.data(), places.ascends(x.size(0)), places.c_bytes, row_bytes, places.size},
-          from, row);
+      kernels().gather_planes({.rows = height,
+                               .channels = channels,
+                               .at = place.data(),
+                               .ascends = places.ascends(x.size(0)),
+                               .channel_bytes = places.c_bytes,
+                               .row_bytes = row_bytes,
+                               .size = places.size},
+                              from, row);
     }
   });
   if (out.size(0) > rows) std::fill_n(to + rows * row_bytes, (out.size(0) - rows) * row_bytes, char(0));
@@ -111,63 +113,67 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
 
 // Filled and then written while they lie in the L1 cache: a map that is written in two passes comes from
 // memory twice.
-void scatter_part(const PlaneMap& map, const PlaneSource& source, int64_t n, int64_t begin, int64_t end,
-                  int64_t c, int64_t channels, bool stream, std::vector<int32_t>& row) {
-  const int64_t image = n * map.plane, row_bytes = map.channels * map.size;
-  int64_t first = image + begin, last = image + end;
+void scatter_pixels(const PlaneMap& map, const PlaneSource& source, int64_t n, Span pixels, Span channels,
+                    bool stream, std::vector<int32_t>& row) {
+  const int64_t image = n * map.plane, first_pixel = image + pixels.begin, count = pixels.size();
+  Span rows{first_pixel, image + pixels.end};
   if (!source.all) {  // an empty index has no address either
-    first = std::lower_bound(source.at, source.at + source.count, image + begin) - source.at;
-    last = std::lower_bound(source.at + first, source.at + source.count, image + end) - source.at;
+    const int32_t* const end = source.at + source.count;
+    rows.begin = std::lower_bound(source.at, end, first_pixel) - source.at;
+    rows.end = std::lower_bound(source.at + rows.begin, end, image + pixels.end) - source.at;
   }
-  const int64_t to = ((n * map.channels + c) * map.plane + begin) * map.size;
-  if (map.base || first == last) {
-    for (int64_t k = 0; k < channels; ++k) {
+  const int64_t to = ((n * map.channels + channels.begin) * map.plane + pixels.begin) * map.size;
+  if (map.base || rows.size() == 0) {
+    for (int64_t k = 0; k < channels.size(); ++k) {
       const int64_t line = to + k * map.plane * map.size;
-      kernels().fill(map.to + line, map.base ? map.base + line : nullptr, (end - begin) * map.size,
-                     stream && first == last);
+      kernels().fill(map.to + line, map.base ? map.base + line : nullptr, count * map.size,
+                     stream && rows.size() == 0);
     }
   }
-  if (row.size() < size_t(end - begin)) row.resize(size_t(end - begin));
-  PlaneSpread spread{end - begin,          channels,  row.data(), source.rows + c * map.size, map.to + to,
-                     map.plane * map.size, row_bytes, map.size};
-  if (!map.base && first < last) {
-    std::fill_n(row.begin(), end - begin, -1);
-    for (int64_t r = first; r < last; ++r) {
-      row[size_t((source.all ? r : source.at[r]) - image - begin)] = int32_t(r);
-    }
+  if (int64_t(row.size()) < count) row.resize(count);
+  PlaneSpread spread{.pixels = count,
+                     .channels = channels.size(),
+                     .row = row.data(),
+                     .rows = source.rows + channels.begin * map.size,
+                     .planes = map.to + to,
+                     .channel_bytes = map.plane * map.size,
+                     .row_bytes = map.channels * map.size,
+                     .size = map.size};
+  const auto pixel_of = [&](int64_t r) { return (source.all ? r : source.at[r]) - first_pixel; };
+  if (!map.base && rows.size()) {
+    std::fill_n(row.begin(), count, -1);
+    for (int64_t r = rows.begin; r < rows.end; ++r) row[pixel_of(r)] = int32_t(r);
     kernels().spread_planes(spread);
   }
-  for (int64_t r = first; map.base && r < last; ++r) {  // pixel by pixel into what lies there already
-    const int64_t pixel = (source.all ? r : source.at[r]) - image - begin;
+  for (int64_t r = rows.begin; map.base && r < rows.end;
+       ++r) {  // pixel by pixel into what lies there already
     row[0] = int32_t(r);
     spread.pixels = 1;
-    spread.planes = map.to + to + pixel * map.size;
+    spread.planes = map.to + to + pixel_of(r) * map.size;
     kernels().spread_planes(spread);
   }
 }
 
 void scatter_to_planes(const PlaneMap& map, const PlaneSource& source) {
-  const int64_t step = step_of(map.channels * map.size), pixel_parts = (map.plane + step - 1) / step;
-  const int64_t heads = map.batch * pixel_parts, least = 4 * int64_t(torch::stable::get_num_threads());
+  const int64_t step = step_of(map.channels * map.size), pixel_shares = ceil_div(map.plane, step);
+  const int64_t heads = map.batch * pixel_shares, least = 4 * int64_t(torch::stable::get_num_threads());
   if (heads == 0 || map.channels == 0) return;
   // threads share the channels of a small map
-  const int64_t blocks = (map.channels + kPlaneChannels - 1) / kPlaneChannels;
-  const int64_t channel_parts = std::clamp<int64_t>((least + heads - 1) / heads, 1, blocks);
-  const int64_t parts = heads * channel_parts;
-  const int64_t threads = std::min(threads_for(double(map.bytes()), kBytesPerThread), parts);
+  const int64_t blocks = ceil_div(map.channels, kPlaneChannels);
+  const int64_t channel_shares = std::clamp<int64_t>(ceil_div(least, heads), 1, blocks);
+  const int64_t units = heads * channel_shares;
+  const int64_t threads = std::min(threads_for(double(map.bytes()), kPlaneBytesPerThread), units);
   const bool stream = map.bytes() >= kStreamBytes;
   parallel(threads, [&](int64_t t) {
     std::vector<int32_t> row;
-    for (int64_t i = part(parts, t, threads); i < part(parts, t + 1, threads); ++i) {
-      const int64_t c = part(map.channels, i % channel_parts, channel_parts, kPlaneChannels);
-      const int64_t end_c = part(map.channels, i % channel_parts + 1, channel_parts, kPlaneChannels);
-      const int64_t begin = i / channel_parts % pixel_parts * step;
-      scatter_part(map, source, i / channel_parts / pixel_parts, begin, std::min(map.plane, begin + step), c,
-                   end_c - c, stream, row);
+    const Span mine = share_of(units, t, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const int64_t begin = i / channel_shares % pixel_shares * step;
+      scatter_pixels(map, source, i / channel_shares / pixel_shares,
+                     {begin, std::min(map.plane, begin + step)},
+                     share_of(map.channels, i % channel_shares, channel_shares, kPlaneChannels), stream, row);
     }
-#if defined(__x86_64__)
-    if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
-#endif
+    if (stream) end_stream();
   });
 }
 
@@ -184,20 +190,20 @@ void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const Op
                   "base: expected a map of the output's ", out.numel(), " elements, both NCHW, got ",
                   base ? base->numel() : out.numel(), " elements");
   const int32_t* at = index ? checked_index(*index, rows, pixels) : nullptr;
-  const PlaneMap map{data_of<char>(out), data_of<const char>(base), out.size(0),
-                     out.size(1),        out.size(2) * out.size(3), int64_t(out.element_size())};
+  const PlaneMap map{.to = data_of<char>(out),
+                     .base = data_of<const char>(base),
+                     .batch = out.size(0),
+                     .channels = out.size(1),
+                     .plane = out.size(2) * out.size(3),
+                     .size = int64_t(out.element_size())};
   scatter_to_planes(map, {data_of<const char>(rows_in), at, rows, !index});
 }
 
+DYNOPS_CPU_OP("cpu_gather_planes(Tensor x, Tensor? index, Tensor? count, Tensor(a!) out) -> ()",
+              gather_planes)
+DYNOPS_CPU_OP(
+    "cpu_scatter_planes(Tensor rows, Tensor? index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
+    scatter_planes)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def("cpu_gather_planes(Tensor x, Tensor? index, Tensor? count, Tensor(a!) out) -> ()");
-  m.def("cpu_scatter_planes(Tensor rows, Tensor? index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_gather_planes", TORCH_BOX(&dynops::cpu::gather_planes));
-  m.impl("cpu_scatter_planes", TORCH_BOX(&dynops::cpu::scatter_planes));
-}

@@ -1,12 +1,13 @@
-// Packed rows to a map that lies channel by channel.
+// Packed rows to a map that lies channel by channel, and convolution to one.
 #pragma once
 
-#include <cstdint>
 #include <vector>
+
+#include "../engine/forward.h"
 
 namespace dynops::cpu {
 
-// A map [N, C, H, W] without gaps, and what lies where no row goes.
+// A map [N, C, H, W] without gaps, and the base that lies where no row goes.
 struct PlaneMap {
   char* to;
   const char* base;                      // as `to`, or null: zero
@@ -23,12 +24,16 @@ struct PlaneSource {
   bool all;
 };
 
-// Writes the channels [c, c + channels) of the pixels [begin, end) of image n; `row` is working memory. The
-// rows that lie there are found by a search.
-void scatter_part(const PlaneMap& map, const PlaneSource& source, int64_t n, int64_t begin, int64_t end,
-                  int64_t c, int64_t channels, bool stream, std::vector<int32_t>& row);
+// Writes some channels of some pixels of image n; `row` is working memory. The rows that lie there are found
+// by a search.
+void scatter_pixels(const PlaneMap& map, const PlaneSource& source, int64_t n, Span pixels, Span channels,
+                    bool stream, std::vector<int32_t>& row);
 
 // All of it, on all threads.
 void scatter_to_planes(const PlaneMap& map, const PlaneSource& source);
+
+// The forward pass of a float32 3x3 convolution with stride 1 by Winograd's F(2x2, 3x3). It runs on the tiles
+// of `quads` (winograd.cpp), with the weight of pack_winograd.
+void run_winograd(const Forward& f, const Tensor& quads);
 
 }  // namespace dynops::cpu

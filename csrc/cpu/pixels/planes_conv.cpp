@@ -1,5 +1,5 @@
-// Convolution of a map that lies channel by channel, where few channels meet in an output or few outputs in a
-// channel: depthwise, a colour image, a single score. Vectors hold pixels of a line, so nothing is turned
+// Convolution of a map that lies channel by channel, where an output reads few channels or a channel few
+// outputs: depthwise, a colour image, a single score. Vectors hold pixels of a line, so nothing is turned
 // into rows. A vector without an active pixel is filled and not computed.
 #include <cstring>
 #include <vector>
@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kStripBytes = 192 << 10;  // input lines that a strip of output lines keeps, in the L2 cache
 constexpr int64_t kVector = 16;             // the most lanes that a vector has
 
-struct PlanesJob {
+struct PlanesConv {
   Geometry g;
   int64_t in_channels, out_channels, rows;
   Dtype dtype;
@@ -36,10 +36,10 @@ class Vectors {
  public:
   // Lines of `width` pixels in [begin, end), positions in the batch; `in_step`: floats from what one line
   // reads to what the next one does.
-  void find(const PlanesJob& job, int64_t begin, int64_t end, int64_t width, int64_t in_step) {
-    const int64_t lanes = kernels().lanes, image = begin / job.out_plane() * job.out_plane();
-    const int32_t* at = std::lower_bound(job.index, job.index + job.rows, begin);
-    const int32_t* last = std::lower_bound(at, job.index + job.rows, end);
+  void find(const PlanesConv& c, int64_t begin, int64_t end, int64_t width, int64_t in_step) {
+    const int64_t lanes = kernels().lanes, image = begin / c.out_plane() * c.out_plane();
+    const int32_t* at = std::lower_bound(c.index, c.index + c.rows, begin);
+    const int32_t* last = std::lower_bound(at, c.index + c.rows, end);
     for (std::vector<int64_t>* v : {&in_at, &out_at, &dead}) v->clear();
     keep.clear();
     int64_t filled = begin;  // all before is computed or dead
@@ -53,10 +53,10 @@ class Vectors {
         const int64_t n = std::min(lanes, stop);
         in_at.push_back((line - begin) / width * in_step + x);
         out_at.push_back(line + x - image);
-        keep.resize(keep.size() + size_t(lanes), 0.f);
-        float* mark = &keep[keep.size() - size_t(lanes)];
+        keep.resize(keep.size() + lanes, 0.f);
+        float* mark = &keep[keep.size() - lanes];
         const int32_t* here = at;
-        while (here > job.index && here[-1] >= line + x) --here;  // those that the vector before has as well
+        while (here > c.index && here[-1] >= line + x) --here;  // those that the vector before has as well
         for (; here < last && *here < line + x + n; ++here) mark[*here - line - x] = 1.f;
         at = std::max(at, here);
         if (line + x > filled) dead.insert(dead.end(), {filled - image, line + x - image});
@@ -73,29 +73,41 @@ class Vectors {
 
 // Computes the live vectors of one group's outputs and fills the dead runs. Pixel 0 of the image's first
 // output of the group lies `place` bytes into the output.
-void finish(const PlanesJob& job, const Vectors& v, const float* in, const std::vector<int64_t>& offset,
+void finish(const PlanesConv& c, const Vectors& v, const float* in, const std::vector<int64_t>& offset,
             int64_t width, int64_t group, int64_t place) {
-  const int64_t outputs = job.outputs(), size = size_of(job.dtype), plane = job.out_plane() * size;
+  const int64_t outputs = c.outputs(), size = size_of(c.dtype), plane = c.out_plane() * size;
   for (int64_t o = 0; o < outputs; ++o) {
     for (size_t i = 0; i < v.dead.size(); i += 2) {
       const int64_t from = place + o * plane + v.dead[i] * size;
-      kernels().fill(job.out + from, job.base ? job.base + from : nullptr, (v.dead[i + 1] - v.dead[i]) * size,
+      kernels().fill(c.out + from, c.base ? c.base + from : nullptr, (v.dead[i + 1] - v.dead[i]) * size,
                      false);
     }
   }
-  kernels().plane_strip(
-      {int32_t(outputs), int32_t(offset.size()), int32_t(v.in_at.size()),
-       int32_t(std::min<int64_t>(width, kernels().lanes)), in, offset.data(), v.in_at.data(), v.out_at.data(),
-       v.keep.data(), job.weight + group * outputs * int64_t(offset.size()),
-       job.affine.scale.data() + group * outputs, job.affine.shift.data() + group * outputs, job.activation,
-       job.dtype, job.base ? job.base + place : nullptr, job.out + place, plane});
+  const int64_t taps = int64_t(offset.size()), first = group * outputs;
+  kernels().plane_strip({.outputs = int32_t(outputs),
+                         .taps = int32_t(taps),
+                         .live = int32_t(v.in_at.size()),
+                         .width = int32_t(std::min<int64_t>(width, kernels().lanes)),
+                         .in = in,
+                         .offset = offset.data(),
+                         .in_at = v.in_at.data(),
+                         .out_at = v.out_at.data(),
+                         .keep = v.keep.data(),
+                         .weight = c.weight + first * taps,
+                         .scale = c.affine.scale.data() + first,
+                         .shift = c.affine.shift.data() + first,
+                         .activation = c.activation,
+                         .dtype = c.dtype,
+                         .base = c.base ? c.base + place : nullptr,
+                         .out = c.out + place,
+                         .plane_bytes = plane});
 }
 
-// What one thread works with: strips of output lines of one group of one image.
+// Strips of output lines of one group of one image, with the working memory of one thread.
 class Strip {
  public:
-  Strip(const PlanesJob& job, int64_t lines) : job_(job), lines_(lines) {
-    const Geometry& g = job.g;
+  Strip(const PlanesConv& c, int64_t lines) : c_(c), lines_(lines) {
+    const Geometry& g = c.g;
     const int64_t reach = (g.kernel_w - 1) * g.dil_w;
     phases_ = g.stride_w;
     phase_width_ = g.out_w + reach / g.stride_w + 1 + kVector;
@@ -103,9 +115,9 @@ class Strip {
     line_floats_ = phases_ * phase_width_;
     left_ = std::min(g.pad_w, line_floats_);
     width_ = std::min(g.in_w, line_floats_ - left_);
-    buffer_.assign(size_t(job.inputs() * in_lines_ * line_floats_), 0.f);
-    line_.resize(size_t(g.in_w));
-    for (int64_t i = 0; i < job.inputs(); ++i) {
+    buffer_.assign(c.inputs() * in_lines_ * line_floats_, 0.f);
+    line_.resize(g.in_w);
+    for (int64_t i = 0; i < c.inputs(); ++i) {
       for (int64_t r = 0; r < g.kernel_h; ++r) {
         for (int64_t s = 0; s < g.kernel_w; ++s) {
           const int64_t x = s * g.dil_w;
@@ -116,25 +128,23 @@ class Strip {
   }
 
   void run(int64_t n, int64_t group, int64_t top) {
-    const Geometry& g = job_.g;
+    const Geometry& g = c_.g;
     if (n != n_ || top != top_) {
-      const int64_t image = n * job_.out_plane(), bottom = std::min(g.out_h, top + lines_);
-      vectors_.find(job_, image + top * g.out_w, image + bottom * g.out_w, g.out_w,
-                    g.stride_h * line_floats_);
+      const int64_t image = n * c_.out_plane(), bottom = std::min(g.out_h, top + lines_);
+      vectors_.find(c_, image + top * g.out_w, image + bottom * g.out_w, g.out_w, g.stride_h * line_floats_);
       want(top);
       n_ = n;
       top_ = top;
     }
-    for (int64_t i = 0; i < job_.inputs(); ++i) {
-      const char* plane = job_.x + n * job_.n_bytes + (group * job_.inputs() + i) * job_.c_bytes;
+    for (int64_t i = 0; i < c_.inputs(); ++i) {
+      const char* plane = c_.x + n * c_.n_bytes + (group * c_.inputs() + i) * c_.c_bytes;
       for (int64_t l : wanted_) {
         const int64_t y = top * g.stride_h - g.pad_h + l;
-        bring(y >= 0 && y < g.in_h ? plane + y * job_.y_bytes : nullptr, buffer_.data() + line_of(i, l));
+        bring(y >= 0 && y < g.in_h ? plane + y * c_.y_bytes : nullptr, buffer_.data() + line_of(i, l));
       }
     }
-    const int64_t place =
-        (n * job_.out_channels + group * job_.outputs()) * job_.out_plane() * size_of(job_.dtype);
-    finish(job_, vectors_, buffer_.data(), offset_, g.out_w, group, place);
+    const int64_t place = (n * c_.out_channels + group * c_.outputs()) * c_.out_plane() * size_of(c_.dtype);
+    finish(c_, vectors_, buffer_.data(), offset_, g.out_w, group, place);
   }
 
  private:
@@ -142,15 +152,15 @@ class Strip {
 
   // The input lines that the strip's active output lines read.
   void want(int64_t top) {
-    const Geometry& g = job_.g;
-    std::vector<char> reads(static_cast<size_t>(in_lines_), 0);
+    const Geometry& g = c_.g;
+    std::vector<char> reads(in_lines_, 0);
     for (int64_t at : vectors_.out_at) {
       const int64_t y = at / g.out_w - top;
-      for (int64_t r = 0; r < g.kernel_h; ++r) reads[size_t(y * g.stride_h + r * g.dil_h)] = 1;
+      for (int64_t r = 0; r < g.kernel_h; ++r) reads[y * g.stride_h + r * g.dil_h] = 1;
     }
     wanted_.clear();
     for (int64_t l = 0; l < in_lines_; ++l) {
-      if (reads[size_t(l)]) wanted_.push_back(l);
+      if (reads[l]) wanted_.push_back(l);
     }
   }
 
@@ -158,23 +168,22 @@ class Strip {
   // adjacent outputs is adjacent. The zeros around it stay from the beginning.
   void bring(const char* from, float* to) {
     if (!from) return std::fill_n(to, line_floats_, 0.f), void();
-    const int64_t size = size_of(job_.dtype);
+    const int64_t size = size_of(c_.dtype);
     const float* pixels = line_.data();
-    if (job_.x_bytes != size) {
-      for (int64_t x = 0; x < width_; ++x)
-        kernels().to_float(from + x * job_.x_bytes, job_.dtype, 1, &line_[size_t(x)]);
-    } else if (job_.dtype == Dtype::kFloat32) {
+    if (c_.x_bytes != size) {
+      for (int64_t x = 0; x < width_; ++x) kernels().to_float(from + x * c_.x_bytes, c_.dtype, 1, &line_[x]);
+    } else if (c_.dtype == Dtype::kFloat32) {
       pixels = reinterpret_cast<const float*>(from);
     } else if (phases_ == 1) {
-      return kernels().to_float(from, job_.dtype, width_, to + left_);
+      return kernels().to_float(from, c_.dtype, width_, to + left_);
     } else {
-      kernels().to_float(from, job_.dtype, width_, line_.data());
+      kernels().to_float(from, c_.dtype, width_, line_.data());
     }
     const auto place = [&](int64_t x) {
       return to + (left_ + x) % phases_ * phase_width_ + (left_ + x) / phases_;
     };
     if (phases_ == 1) {
-      std::memcpy(to + left_, pixels, size_t(width_) * 4);
+      std::memcpy(to + left_, pixels, width_ * 4);
     } else if (phases_ == 2) {
       kernels().split_pairs(pixels, width_, place(0), place(1));
     } else {
@@ -182,7 +191,7 @@ class Strip {
     }
   }
 
-  const PlanesJob& job_;
+  const PlanesConv& c_;
   int64_t lines_, phases_, phase_width_, in_lines_, line_floats_, left_, width_, n_ = -1, top_ = -1;
   std::vector<float> buffer_, line_;  // buffer: [inputs][in_lines][phases][phase_width]
   std::vector<int64_t> offset_, wanted_;
@@ -190,45 +199,44 @@ class Strip {
 };
 
 // A 1x1 convolution of float32 planes without gaps reads them where they lie, a plane as one line.
-void run_pointwise(const PlanesJob& job, int64_t threads) {
-  const int64_t plane = job.out_plane(), inputs = job.inputs();
-  // parts of a plane, so that there are some for every thread
-  const int64_t heads = job.g.batch * job.g.groups;
-  const int64_t parts =
-      std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, std::max<int64_t>(plane / 256, 1));
-  const int64_t units = heads * parts;
-  std::vector<int64_t> offset(static_cast<size_t>(inputs));
-  for (int64_t i = 0; i < inputs; ++i) offset[size_t(i)] = i * (job.c_bytes / 4);
-  parallel(std::min(threads, units), [&](int64_t t) {
-    const int64_t tasks = std::min(threads, units);
+void run_pointwise(const PlanesConv& c, int64_t threads) {
+  const int64_t plane = c.out_plane(), inputs = c.inputs(), groups = c.g.groups;
+  // shares of a plane, so that there are some for every thread
+  const int64_t shares =
+      std::clamp<int64_t>(ceil_div(4 * threads, c.g.batch * groups), 1, std::max<int64_t>(plane / 256, 1));
+  const int64_t units = c.g.batch * groups * shares, tasks = std::min(threads, units);
+  std::vector<int64_t> offset(inputs);
+  for (int64_t i = 0; i < inputs; ++i) offset[i] = i * (c.c_bytes / 4);
+  parallel(tasks, [&](int64_t t) {
     Vectors vectors;
     int64_t found = -1;
-    for (int64_t u = part(units, t, tasks); u < part(units, t + 1, tasks); ++u) {
-      const int64_t group = u % job.g.groups, p = u / job.g.groups % parts, n = u / job.g.groups / parts;
-      const int64_t begin = part(plane, p, parts, kVector), end = part(plane, p + 1, parts, kVector);
-      if (found != u / job.g.groups) {
-        vectors.find(job, n * plane + begin, n * plane + end, end - begin, 0);
-        found = u / job.g.groups;
+    const Span mine = share_of(units, t, tasks);
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+      const int64_t group = u % groups, n = u / groups / shares;
+      const Span pixels = share_of(plane, u / groups % shares, shares, kVector);
+      if (found != u / groups) {
+        vectors.find(c, n * plane + pixels.begin, n * plane + pixels.end, pixels.size(), 0);
+        found = u / groups;
       }
-      const char* in = job.x + n * job.n_bytes + group * inputs * job.c_bytes + begin * 4;
-      const int64_t place = (n * job.out_channels + group * job.outputs()) * plane * 4;
-      finish(job, vectors, reinterpret_cast<const float*>(in), offset, end - begin, group, place);
+      const char* in = c.x + n * c.n_bytes + group * inputs * c.c_bytes + pixels.begin * 4;
+      const int64_t place = (n * c.out_channels + group * c.outputs()) * plane * 4;
+      finish(c, vectors, reinterpret_cast<const float*>(in), offset, pixels.size(), group, place);
     }
   });
 }
 
-void run_strips(const PlanesJob& job, int64_t threads) {
-  const Geometry& g = job.g;
-  const int64_t line_bytes = job.inputs() * (g.in_w + 2 * kVector) * 4;
+void run_strips(const PlanesConv& c, int64_t threads) {
+  const Geometry& g = c.g;
+  const int64_t line_bytes = c.inputs() * (g.in_w + 2 * kVector) * 4;
   const int64_t fitting = (kStripBytes / line_bytes - (g.kernel_h - 1) * g.dil_h - 1) / g.stride_h + 1;
   const int64_t heads = g.batch * g.groups;  // strips are short where there would be none for a thread
-  const int64_t shared = heads >= 4 * threads ? g.out_h : (g.out_h * heads + 4 * threads - 1) / (4 * threads);
+  const int64_t shared = heads >= 4 * threads ? g.out_h : ceil_div(g.out_h * heads, 4 * threads);
   const int64_t lines = std::clamp<int64_t>(std::min(fitting, shared), 1, g.out_h);
-  const int64_t strips = (g.out_h + lines - 1) / lines, units = heads * strips;
-  parallel(std::min(threads, units), [&](int64_t t) {
-    const int64_t tasks = std::min(threads, units);
-    Strip strip(job, lines);
-    for (int64_t u = part(units, t, tasks); u < part(units, t + 1, tasks); ++u) {
+  const int64_t strips = ceil_div(g.out_h, lines), units = heads * strips, tasks = std::min(threads, units);
+  parallel(tasks, [&](int64_t t) {
+    Strip strip(c, lines);
+    const Span mine = share_of(units, t, tasks);
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
       strip.run(u / g.groups / strips, u % g.groups, u / g.groups % strips * lines);
     }
   });
@@ -251,49 +259,41 @@ void planes_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
       " and ", out.numel(), " elements");
   if (out.numel() == 0) return;
   const int64_t weights = weight.numel(), size = size_of(dtype);
-  std::vector<float> converted;
-  const float* taps = data_of<const float>(weight);
-  if (dtype_of(weight) != Dtype::kFloat32) {
-    converted.resize(size_t(weights));
-    kernels().to_float(data_of<const char>(weight), dtype_of(weight), weights, converted.data());
-    taps = converted.data();
-  }
+  const bool converts = dtype_of(weight) != Dtype::kFloat32;
+  const std::vector<float> converted = converts ? floats_of(weight) : std::vector<float>();
   const Affine affine(bias, scale, shift, out_channels);
-  const PlanesJob job{g,
-                      in_channels,
-                      out_channels,
-                      rows,
-                      dtype,
-                      at,
-                      data_of<const char>(x),
-                      x.stride(0) * size,
-                      x.stride(1) * size,
-                      x.stride(2) * size,
-                      x.stride(3) * size,
-                      taps,
-                      affine,
-                      Activation(activation),
-                      data_of<const char>(base),
-                      data_of<char>(out)};
+  const PlanesConv c{.g = g,
+                     .in_channels = in_channels,
+                     .out_channels = out_channels,
+                     .rows = rows,
+                     .dtype = dtype,
+                     .index = at,
+                     .x = data_of<const char>(x),
+                     .n_bytes = x.stride(0) * size,
+                     .c_bytes = x.stride(1) * size,
+                     .y_bytes = x.stride(2) * size,
+                     .x_bytes = x.stride(3) * size,
+                     .weight = converts ? converted.data() : data_of<const float>(weight),
+                     .affine = affine,
+                     .activation = Activation(activation),
+                     .base = data_of<const char>(base),
+                     .out = data_of<char>(out)};
   // a few active pixels cost a vector each
   const double computed = std::min(double(rows) * kVector, double(g.out_pixels()));
   const double work = computed * double(weights) + double(out.numel()) + double(x.numel());
   const int64_t threads = threads_for(work, kMacsPerThread);
-  const bool whole = (job.x_bytes == size || g.in_w == 1) && (job.y_bytes == g.in_w * size || g.in_h == 1);
-  if (g.pointwise() && dtype == Dtype::kFloat32 && whole && job.out_plane() >= kVector) {
-    run_pointwise(job, threads);
+  const bool whole = (c.x_bytes == size || g.in_w == 1) && (c.y_bytes == g.in_w * size || g.in_h == 1);
+  if (g.pointwise() && dtype == Dtype::kFloat32 && whole && c.out_plane() >= kVector) {
+    run_pointwise(c, threads);
   } else {
-    run_strips(job, threads);
+    run_strips(c, threads);
   }
 }
 
+DYNOPS_CPU_OP(
+    "cpu_planes_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, int[] "
+    "geometry, int activation, Tensor? scale, Tensor? shift, Tensor? base, Tensor(a!) out) -> ()",
+    planes_conv)
+
 }  // namespace
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def(
-      "cpu_planes_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, int[] geometry, "
-      "int activation, Tensor? scale, Tensor? shift, Tensor? base, Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) { m.impl("cpu_planes_conv", TORCH_BOX(&dynops::cpu::planes_conv)); }

@@ -2,18 +2,11 @@
 // any dtype.
 #include <cstring>
 #include <vector>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
-#include "../engine/operands.h"
-#include "../engine/parallel.h"
-#include "../engine/rows.h"
+#include "../engine/forward.h"
 
 namespace dynops::cpu {
 namespace {
-
-constexpr double kBytesPerThread = 64 * 1024;
 
 // The bytes of one pixel of a map [N, C, H, W] that lies channels_last.
 int64_t row_bytes(const Tensor& map) { return map.size(1) * int64_t(map.element_size()); }
@@ -24,21 +17,19 @@ struct Pieces {
   int64_t bytes, per_row;
 
   explicit Pieces(int64_t row_bytes)
-      : bytes(row_bytes), per_row(std::max<int64_t>(1, (row_bytes + kBytes - 1) / kBytes)) {}
+      : bytes(row_bytes), per_row(std::max<int64_t>(1, ceil_div(row_bytes, kBytes))) {}
 
   // Calls f(row, first byte, bytes) for a thread's share of the pieces of all rows.
   template <class F>
   void each(int64_t rows, int64_t t, int64_t threads, const F& f) const {
-    const int64_t first = part(rows * per_row, t, threads), end = part(rows * per_row, t + 1, threads);
-    int64_t row = first / per_row, piece = first % per_row;
-    for (int64_t i = first; i < end; ++i) {
+    const Span mine = share_of(rows * per_row, t, threads);
+    int64_t row = mine.begin / per_row, piece = mine.begin % per_row;
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
       f(row, piece * kBytes, std::min(kBytes, bytes - piece * kBytes));
       if (++piece == per_row) piece = 0, ++row;
     }
   }
 };
-
-}  // namespace
 
 // Rows of `bytes` out of `inputs`; those past the count become zero.
 void gather_bytes(const Tensor& x, const Tensor& index, const OptionalTensor& count, int64_t inputs,
@@ -48,17 +39,17 @@ void gather_bytes(const Tensor& x, const Tensor& index, const OptionalTensor& co
                       x.numel() * int64_t(x.element_size()) >= inputs * bytes,
                   "rows: expected room for ", rows, " rows of ", bytes, " bytes, got ", out.size(0), " and ",
                   out.numel(), " elements");
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(out.data_ptr());
+  const char* from = data_of<const char>(x);
+  char* to = data_of<char>(out);
   const int32_t* at = checked_index(index, rows, inputs);
-  const int64_t threads = threads_for(double(rows) * bytes, kBytesPerThread);
+  const int64_t threads = threads_for(double(rows) * bytes, kCopyBytesPerThread);
   const Pieces pieces(bytes);
   parallel(threads, [&](int64_t t) {
     pieces.each(rows, t, threads, [&](int64_t i, int64_t begin, int64_t size) {
-      std::memcpy(to + i * bytes + begin, from + at[i] * bytes + begin, size_t(size));
+      std::memcpy(to + i * bytes + begin, from + at[i] * bytes + begin, size);
     });
   });
-  if (out.size(0) > rows) std::memset(to + rows * bytes, 0, size_t((out.size(0) - rows) * bytes));
+  if (out.size(0) > rows) std::memset(to + rows * bytes, 0, (out.size(0) - rows) * bytes);
 }
 
 // x must be channels_last.
@@ -76,31 +67,15 @@ void gather_samples(const Tensor& x, const Tensor& index, const OptionalTensor& 
   gather_bytes(x, index, count, x.size(0), sample_bytes(x, x.size(0)), out);
 }
 
-void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
-                   int64_t begin, int64_t end, bool stream) {
-  const int32_t* next = std::lower_bound(index, index + rows, int32_t(begin));
-  while (begin < end) {
-    const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, end) : end;
-    kernels().fill(out + begin * bytes, base ? base + begin * bytes : nullptr, (stop - begin) * bytes,
-                   stream);
-    begin = stop + 1;
-  }
-#if defined(__x86_64__)
-  if (stream) _mm_sfence();  // other threads may read the output after this one's part is done
-#endif
-}
-
-namespace {
-
-// What becomes of each row of a base [N]: a row of `rows` is put there, added to it or mixed with it.
+// Puts rows in their places among the rows of a base [N], adds them to it or mixes them with it.
 class Merge {
  public:
   Merge(const Tensor& rows, int64_t bytes, int64_t outputs, const int32_t* index, int64_t count)
-      : rows_(static_cast<const char*>(rows.const_data_ptr())),
+      : rows_(data_of<const char>(rows)),
         bytes_(bytes),
         size_(int64_t(rows.element_size())),
-        row_of_(size_t(outputs), -1) {
-    for (int64_t i = 0; i < count; ++i) row_of_[size_t(index[i])] = int32_t(i);
+        row_of_(outputs, -1) {
+    for (int64_t i = 0; i < count; ++i) row_of_[index[i]] = int32_t(i);
   }
 
   // out[n] = rows[i], where there is no row base[n], or zero.
@@ -124,8 +99,14 @@ class Merge {
       }
       const int64_t in_at[2] = {0, row - (base + at)}, filter_at[2] = {0, 1};
       const float filter[2] = {mix ? 1.f - share : 1.f, share};
-      kernels().local_filter(
-          {2, base + at, in_at, filter, filter_at, 0, 1, size / size_, nullptr, dtype, out + at});
+      kernels().local_filter({.pairs = 2,
+                              .in = base + at,
+                              .in_at = in_at,
+                              .filter = filter,
+                              .filter_at = filter_at,
+                              .group = size / size_,
+                              .dtype = dtype,
+                              .out = out + at});
     });
   }
 
@@ -134,11 +115,11 @@ class Merge {
   template <class F>
   void each(const F& f) const {
     const int64_t outputs = int64_t(row_of_.size());
-    const int64_t threads = threads_for(double(outputs) * double(bytes_), kBytesPerThread);
+    const int64_t threads = threads_for(double(outputs) * double(bytes_), kCopyBytesPerThread);
     const Pieces pieces(bytes_);
     parallel(threads, [&](int64_t t) {
       pieces.each(outputs, t, threads,
-                  [&](int64_t n, int64_t begin, int64_t size) { f(n, row_of_[size_t(n)], begin, size); });
+                  [&](int64_t n, int64_t begin, int64_t size) { f(n, row_of_[n], begin, size); });
     });
   }
 
@@ -146,8 +127,6 @@ class Merge {
   int64_t bytes_, size_;  // of a row, of an element
   std::vector<int32_t> row_of_;
 };
-
-}  // namespace
 
 // base and out must be channels_last.
 void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& count,
@@ -159,16 +138,16 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
                   "rows: expected at least ", rows, " of ", out.size(1),
                   " channels and a base of the output's ", out.numel(), " elements, got ", rows_in.size(0),
                   " and ", base ? base->numel() : 0);
-  const char* from = static_cast<const char*>(rows_in.const_data_ptr());
-  const char* below = base ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
-  char* to = static_cast<char*>(out.data_ptr());
+  const char *from = data_of<const char>(rows_in), *below = data_of<const char>(base);
+  char* to = data_of<char>(out);
   const int32_t* at = checked_index(index, rows, pixels);
   if (bytes > Pieces::kBytes) return Merge(rows_in, bytes, pixels, at, rows).copy(below, to);
-  const int64_t threads = threads_for(double(pixels) * bytes, kBytesPerThread);
+  const int64_t threads = threads_for(double(pixels) * bytes, kCopyBytesPerThread);
   parallel(threads, [&](int64_t t) {
-    fill_inactive(to, below, bytes, at, rows, part(pixels, t, threads), part(pixels, t + 1, threads), false);
-    for (int64_t i = part(rows, t, threads); i < part(rows, t + 1, threads); ++i) {
-      std::memcpy(to + at[i] * bytes, from + i * bytes, size_t(bytes));
+    fill_inactive(to, below, bytes, at, rows, share_of(pixels, t, threads), false);
+    const Span mine = share_of(rows, t, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      std::memcpy(to + at[i] * bytes, from + i * bytes, bytes);
     }
   });
 }
@@ -180,11 +159,10 @@ void keep(const Tensor& index, const OptionalTensor& count, const OptionalTensor
   const int32_t* at = checked_index(index, rows, pixels);
   STD_TORCH_CHECK(!base || base->numel() == out.numel(), "base: expected the output's ", out.numel(),
                   " elements, got ", base ? base->numel() : 0);
-  const char* below = base ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
-  const int64_t threads = threads_for(double(pixels - rows) * bytes, kBytesPerThread);
+  const int64_t threads = threads_for(double(pixels - rows) * bytes, kCopyBytesPerThread);
   parallel(threads, [&](int64_t t) {
-    fill_inactive(static_cast<char*>(out.data_ptr()), below, bytes, at, rows, part(pixels, t, threads),
-                  part(pixels, t + 1, threads), false);
+    fill_inactive(data_of<char>(out), data_of<const char>(base), bytes, at, rows,
+                  share_of(pixels, t, threads), false);
   });
 }
 
@@ -199,8 +177,7 @@ void scatter_samples(const Tensor& rows_in, const Tensor& index, const OptionalT
                   "rows: expected ", index.size(0), " samples of the output's size, got ", rows_in.size(0),
                   " of ", rows_in.numel(), " elements");
   Merge(rows_in, sample_bytes(out, batch), batch, at, rows)
-      .copy(base ? static_cast<const char*>(base->const_data_ptr()) : nullptr,
-            static_cast<char*>(out.data_ptr()));
+      .copy(data_of<const char>(base), data_of<char>(out));
 }
 
 // rows [K, F], base and out [N, F], contiguous; scale float32 [K]. The rows past the count are not read.
@@ -213,31 +190,24 @@ void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& cou
                   "rows: expected [", index.size(0), ", ", out.size(1),
                   "] and a base of the output's shape, got ", rows_in.numel(), " and ", base.numel(),
                   " elements");
-  const Merge merge(rows_in, row_bytes(out), out.size(0), at, rows);
-  merge.add(static_cast<const char*>(base.const_data_ptr()),
-            scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr, mix, dtype_of(out),
-            static_cast<char*>(out.data_ptr()));
+  Merge(rows_in, row_bytes(out), out.size(0), at, rows)
+      .add(data_of<const char>(base), data_of<const float>(scale), mix, dtype_of(out), data_of<char>(out));
 }
+
+}  // namespace
+
+DYNOPS_CPU_OP("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()", gather)
+DYNOPS_CPU_OP("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
+              scatter)
+DYNOPS_CPU_OP("cpu_keep(Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()", keep)
+DYNOPS_CPU_OP("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()",
+              gather_samples)
+DYNOPS_CPU_OP(
+    "cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
+    scatter_samples)
+DYNOPS_CPU_OP(
+    "cpu_merge(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix, "
+    "Tensor(a!) out) -> ()",
+    merge)
 
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
-  m.def("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
-  m.def("cpu_keep(Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
-  m.def("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()");
-  m.def("cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()");
-  m.def(
-      "cpu_merge(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix, Tensor(a!) "
-      "out) "
-      "-> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_gather", TORCH_BOX(&dynops::cpu::gather));
-  m.impl("cpu_scatter", TORCH_BOX(&dynops::cpu::scatter));
-  m.impl("cpu_keep", TORCH_BOX(&dynops::cpu::keep));
-  m.impl("cpu_gather_samples", TORCH_BOX(&dynops::cpu::gather_samples));
-  m.impl("cpu_scatter_samples", TORCH_BOX(&dynops::cpu::scatter_samples));
-  m.impl("cpu_merge", TORCH_BOX(&dynops::cpu::merge));
-}

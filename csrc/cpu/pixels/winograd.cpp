@@ -1,16 +1,17 @@
 // Winograd convolution where active pixels lie side by side: 2 x 2 outputs from 16 products instead of 36.
 //
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (CVPR 2016). The 4 x 4 inputs of a tile
-// of outputs are transformed, [16][tile][channel]; 16 products with the transformed weight follow, on the
-// same GEMM as all else; their results are brought back to four outputs, finished, and written to the rows
+// of outputs are transformed, to [16][tile][channel]. 16 products with the transformed weight follow, on the
+// same GEMM as all else. Their results are brought back to four outputs, finished, and written to the rows
 // that are active.
 #include "../engine/winograd_pass.h"
+#include "planes.h"
 
 namespace dynops::cpu {
 namespace {
 
-// A tile takes 16 products where direct convolution takes 9 a pixel, and the transforms' time on top: with
-// all four pixels active it is 1.45 (64 channels) to 1.8 times as fast (128 and more).
+// A tile takes 16 products, and the transforms' time on top; direct convolution takes 9 a pixel. With all
+// four pixels active a tile is 1.45 (64 channels) to 1.8 times as fast (128 and more).
 constexpr double kPixelsPerTile = 2.75;
 constexpr int64_t kMinTiles = 24;  // 64 channels: 64 pixels 29 us instead of 26, 100 pixels 29 instead of 37
 // The tiles of a scattered mask need not all be found to know that they are too many: 12500 pixels took 3 %
@@ -18,14 +19,14 @@ constexpr int64_t kMinTiles = 24;  // 64 channels: 64 pixels 29 us instead of 26
 constexpr int64_t kFirstLook = 1024;
 constexpr double kScattered = 2.3;  // pixels a tile; random pixels have 2.1 at 50 %
 
-// Tiles of 2 x 2 outputs, at even coordinates, that hold an active pixel: [T][5], the tile's top left pixel
-// and the row of each of its four pixels, or -1. Empty where direct convolution is the faster.
+// Tiles of 2 x 2 outputs, at even coordinates, that hold an active pixel. They are [T][5]: the tile's top
+// left pixel and the row of each of its four pixels, or -1. Empty where direct convolution is the faster.
 Tensor winograd_quads(const Tensor& index, const OptionalTensor& count, IntHeaderOnlyArrayRef geometry) {
   const Geometry g = geometry_of(geometry);
   const int64_t rows = active_rows(index, count), w = g.out_w;
   const int32_t* at = checked_index(index, rows, g.out_pixels());
   std::vector<int32_t> quads;
-  quads.reserve(size_t(rows / 2 * 5 + 16));
+  quads.reserve(rows / 2 * 5 + 16);
   int64_t i = 0, tiles = 0;
   while (i < rows) {
     const int64_t line = at[i] / w, y = line % g.out_h, top = (line - y % 2) * w;
@@ -46,15 +47,11 @@ Tensor winograd_quads(const Tensor& index, const OptionalTensor& count, IntHeade
   }
   if (tiles < kMinTiles || double(rows) < kPixelsPerTile * double(tiles)) tiles = 0;
   Tensor out = empty({tiles, 5}, ScalarType::Int);
-  std::copy_n(quads.begin(), tiles * 5, static_cast<int32_t*>(out.data_ptr()));
+  std::copy_n(quads.begin(), tiles * 5, data_of<int32_t>(out));
   return out;
 }
 
-}  // namespace
-
-namespace {
-
-// Whether the tiles hold every row once, each at its own pixel, so that no output is left as the allocator
+// True if the tiles hold every row once, each at its own pixel, so that no output is left as the allocator
 // gave it. As winograd_quads lists them: 0.5 ns a row.
 bool quads_hold_rows(const Forward& f, const int32_t* quads, int64_t tiles) {
   const int64_t w = f.g.out_w, pixels = f.g.out_pixels();
@@ -89,12 +86,6 @@ void run_winograd(const Forward& f, const Tensor& quads) {
   WinogradPass(f, data_of<const int32_t>(quads), quads.size(0)).run();
 }
 
+DYNOPS_CPU_OP("cpu_winograd_quads(Tensor index, Tensor? count, int[] geometry) -> Tensor", winograd_quads)
+
 }  // namespace dynops::cpu
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) {
-  m.def("cpu_winograd_quads(Tensor index, Tensor? count, int[] geometry) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {
-  m.impl("cpu_winograd_quads", TORCH_BOX(&dynops::cpu::winograd_quads));
-}

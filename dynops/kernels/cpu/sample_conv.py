@@ -23,7 +23,7 @@ if backends.has_binary():
     _cpu_mixed_in_steps = torch.ops.dynops.cpu_mixed_in_steps.default
     _cpu_conv = torch.ops.dynops.cpu_conv.default
 
-# As csrc/cpu/channels/sample_conv.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct. Mixed weights want as
+# As csrc/cpu/channels/own_weights.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct. Mixed weights want as
 # many more as there are: Winograd's are 16/9 as large.
 _WINOGRAD_TILES = 49
 _WINOGRAD_TILES_A_KERNEL = 24

@@ -31,7 +31,7 @@ class SparseBlocks(nn.Module):
 
     Takes any module whose forward torch.fx can trace (one input, one output) and that holds only these:
     Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
-    (nearest and bilinear, integer factors), elementwise activations, Dropout in eval mode, their
+    (nearest and bilinear, integer factors), PixelShuffle, ZeroPad2d, elementwise activations, Dropout in eval mode, their
     functional forms, sums, differences and products of maps, parameters of one value for each channel,
     and cat of channels. It is traced at construction, and anew where a module inside was replaced.
 

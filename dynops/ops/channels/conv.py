@@ -56,10 +56,8 @@ def _dense_input(x, index, count, channels: int, heads: int, packed: bool) -> Te
     if packed:
         x = _scatter(x, index, count, channels, None)
     live = _live(index, count, channels, heads)
-    if heads == 1:
-        return (
-            x if live is None else torch.where(live[:, 0], x, 0)
-        )  # keeps the format, as masked_fill does not
+    if heads == 1:  # where keeps the format, which masked_fill does not
+        return x if live is None else torch.where(live[:, 0], x, 0)
     headed = torch.where(live, x[:, None], 0).flatten(1, 2)
     return headed.contiguous(memory_format=memory_format_of(x))
 

@@ -129,8 +129,8 @@ def masked_output_conv2d(
             has the same one.
         weight: ``[O, C/groups, kh, kw]``, of ``x``'s dtype.
         mask: ``[N, O, out_H, out_W]``, bool, integer or floating, nonzero = computed. It has no gradient.
-        partial: ``[N, O, out_H, out_W]``, what the convolution is added to, and the output where it is not
-            computed; zero if None.
+        partial: ``[N, O, out_H, out_W]``: the convolution is added to it, and it is the output elsewhere; zero if
+            None.
         bias: ``[O]`` or None.
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
         in_channels: (begin, end): only these channels of ``x`` are read, in place; the weight is then

@@ -26,9 +26,6 @@ from dynops.testing import assert_within_budget, random_tensor
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-# --------------------------------------------------------------------------------- the formula
-
-
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("max_steps", [1, 2, 5])
 def test_values_and_gradients_are_those_of_a_loop_over_samples(dense, max_steps):
@@ -154,9 +151,6 @@ def script_reference(state: Scripted, weighted: bool):
     return torch.cat(outputs), torch.cat(ponders), torch.cat(counts)
 
 
-# ------------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_ponder_has_a_gradient_through_the_remainder_only(dense):
     scores = torch.tensor([[0.3, 0.3, 0.9, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]).requires_grad_()
@@ -164,9 +158,6 @@ def test_ponder_has_a_gradient_through_the_remainder_only(dense):
     torch.testing.assert_close(ponder, torch.tensor([3 + 0.4, 1 + 1.0]))
     (dscores,) = torch.autograd.grad(ponder.sum(), scores)
     assert dscores.tolist() == [[-1, -1, 0, 0, 0], [0, 0, 0, 0, 0]]
-
-
-# ------------------------------------------------------------------------------------ computation
 
 
 def test_only_what_has_not_halted_is_computed():

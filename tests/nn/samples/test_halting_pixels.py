@@ -159,9 +159,6 @@ def test_any_pattern_of_halting(n, height, width, units, weighted, max_fraction,
         assert after <= max_fraction * n * height * width
 
 
-# ------------------------------------------------------------------------------------ computation
-
-
 class Recording(nn.Module):
     """A unit that notes what it is asked for."""
 

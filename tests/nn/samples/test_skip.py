@@ -64,9 +64,6 @@ def check(layer: Skip, x: Tensor, gate: Tensor, what: str) -> Tensor:
     return actual
 
 
-# -------------------------------------------------------------------------------------- values
-
-
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shortcut", [None, "conv"])
@@ -236,9 +233,6 @@ def test_trees():
     assert out["count"].tolist() == [1, 1, 2, 7]
 
 
-# -------------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize("shortcut", [None, "conv"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
@@ -279,9 +273,6 @@ def test_norms_in_training_mode():
         small(random_tensor(6, 5), torch.tensor(KEEPS["one"]))
     small.dense = True
     assert small(random_tensor(6, 5), torch.tensor(KEEPS["one"])).isfinite().all()
-
-
-# -------------------------------------------------------------------------------------- caps
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -328,9 +319,6 @@ def test_an_active_mask_reaches_the_layers_inside():
     with torch.no_grad(), active(mask[gate.bool()]):
         out = layer(x, gate)
     assert out[1].equal(x[1]) and out[0, :, 2:5].all() and not out[0, :, :2].any()
-
-
-# -------------------------------------------------------------------------------------- attacks
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,6 @@ def test_samples_in_turn_may_have_ever_more_channels():
     assert run_script(GROWING_LISTS, MALLOC_MMAP_THRESHOLD_="65536").split() == ["alive"]
 
 
-# ----------------------------------------------------------------------- what is read and written
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 @pytest.mark.parametrize("kinds", [("random", "random"), ("prefix", "prefix"), ("ragged", "shared"), ("capacity", "one")], ids="-".join)  # fmt: skip
@@ -131,8 +128,6 @@ def test_the_number_of_threads_changes_no_gradient_of_a_weight(conv, backend):
         if backend == "cpp":
             assert torch.equal(result[2], results[0][2]) and torch.equal(result[3], results[0][3])
 
-
-# ------------------------------------------------------------------------------------- refusals
 
 X, W, B = random_tensor(2, 6, 9, 8), random_tensor(4, 6, 3, 3), random_tensor(4)
 INS, OUTS = ChannelPlan.from_mask(torch.rand(2, 6) < 0.5), ChannelPlan.from_mask(torch.rand(2, 4) < 0.5)
@@ -219,8 +214,6 @@ def test_no_wrong_index_reaches_a_kernel(index, count):
         with pytest.raises(RuntimeError, match=r"index|count"):
             call()
 
-
-# ------------------------------------------------------------------------------------ properties
 
 kinds = st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS))
 

@@ -24,9 +24,6 @@ def poison(dtype: torch.dtype) -> int:
     return 0xFF if dtype.is_floating_point else 0x7F
 
 
-# ------------------------------------------------------------------------------------ allocation
-
-
 def between_guards(size, stride, dtype, device, offset: int = GUARD) -> Tensor:
     """Memory of this shape, poisoned, between guards of ``offset`` elements."""
     last = sum((n - 1) * s for n, s in zip(size, stride, strict=True))
@@ -57,9 +54,6 @@ def guarded_outputs():
     with mock.patch.object(torch, "empty", guarded):
         yield
     assert made and all(map(guards_are_whole, made)), "written past an end of the output"
-
-
-# -------------------------------------------------------------------------- arguments of a launch
 
 
 @contextlib.contextmanager
