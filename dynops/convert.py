@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -64,6 +65,8 @@ _RELATIVES = (
     nn.ZeroPad2d,
 )
 _NOT_ON_MAPS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d)
+_MASKABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+_MASKED = "a {}, which runs dense; its output is masked"
 _ELSEWHERE = "it does not work on [N, C, H, W]"
 _CHOSEN = ("already sparse", "filter_fn", _ELSEWHERE)  # reasons that need no warning
 _CONVERTED = "_dynops_converted"
@@ -99,12 +102,14 @@ class Report:
 
 
 def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Makes a model's convolutions sparse, in place; ``with dynops.active(mask):`` gives them their mask.
+    """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm,
-    InstanceNorm2d, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of
-    one). The output of a FrozenBatchNorm2d is masked. Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
+    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one). A
+    FrozenBatchNorm2d, and a subclass of one of these convolutions, BatchNorm2d or pools, runs dense and has its output
+    masked; in training mode such a norm takes its statistics from whole maps. Outside the context the model is the dense
+    one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
     resolution and is zero elsewhere, after every layer: convolutions read what the layer before
@@ -182,21 +187,30 @@ def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> N
         reason = "already sparse"
     elif isinstance(module, _NOT_ON_MAPS):
         reason = _ELSEWHERE
-    elif own not in _SPARSE and not _is_frozen_norm(module):
-        reason = f"{kind.__name__} is not exactly one of {', '.join(k.__name__ for k in _SPARSE)}"
     elif getattr(module, "return_indices", False):
         reason = "it returns indices"
     elif getattr(module, "track_running_stats", False) and kind is nn.InstanceNorm2d:
         reason = "it has running statistics"
     elif filter_fn is not None and not filter_fn(module, name):
         reason = "filter_fn"
+    elif own not in _SPARSE and not _is_maskable(module):
+        reason = f"{kind.__name__} is not exactly one of {', '.join(k.__name__ for k in _SPARSE)}"
     if reason:
         report.skipped[name] = reason
         return
     sparse = _SPARSE[own] if own in _SPARSE else converted.masked_class(own)
     module.__class__ = converted.rebased(kind, own, sparse)
     module.__dict__[_CONVERTED] = True
-    report.replaced[name] = type(module).__name__
+    if own in _SPARSE or _is_frozen_norm(module):
+        report.replaced[name] = type(module).__name__
+    else:
+        report.skipped[name] = _MASKED.format(kind.__name__)
+
+
+def _is_maskable(module: nn.Module) -> bool:
+    """Whether a layer that is none of torch's own is one of its pixels: then its output can be masked."""
+    of_others = not type(module).__module__.startswith("dynops.") and not isinstance(module, LazyModuleMixin)
+    return _is_frozen_norm(module) or (of_others and isinstance(module, _MASKABLE))
 
 
 def _converts(module: nn.Module) -> str | None:
@@ -214,7 +228,11 @@ def _is_frozen_norm(module: nn.Module) -> bool:
 
 def _notice(report: Report) -> dict[str, str]:
     """What stayed dense though nobody asked for it."""
-    return {name: reason for name, reason in report.skipped.items() if reason not in _CHOSEN}
+    quiet = (
+        *_CHOSEN,
+        *[reason for reason in report.skipped.values() if reason.endswith("its output is masked")],
+    )
+    return {name: reason for name, reason in report.skipped.items() if reason not in quiet}
 
 
 def _share(model: nn.Module) -> float:

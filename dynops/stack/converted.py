@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
 
 from .. import context
 from .program import Program
@@ -43,8 +44,8 @@ def make_whole(
     for module, steps in traces.items():
         module.__dict__[_TRACE] = steps
         module.__class__ = _whole_class(type(module))
-    for module, steps in traces.items():
-        module.__dict__[_PROGRAM] = None if steps is None else Program(steps, module)
+    for module in traces:
+        _bind(module)
         module.__dict__.update({_PLACES: _places(module), _CONVERTS: converts, _NOTICE: notice})
     if traces == {} and is_whole(model):  # converted before; one notice for all that is inside
         model.__dict__[_NOTICE] = notice
@@ -76,8 +77,8 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
         out, active = base.forward(self, *args, **kwargs), context.current()
         if active is None or not isinstance(out, Tensor) or out.dim() != 4:
             return out
-        inactive = active.plan((out.shape[0], *out.shape[2:]), out.device).inverse() < 0
-        return out.masked_fill(inactive[:, None], 0)
+        plan = active.plan((out.shape[0], *out.shape[2:]), out.device)
+        return active.note(out.masked_fill((plan.inverse() < 0)[:, None], 0), plan)
 
     return type(f"Masked{base.__name__}", (base,), _members(base, forward, _new_masked))
 
@@ -124,11 +125,13 @@ def _forward_of(base: type[nn.Module]) -> Callable:
     def forward(self, *args, **kwargs):
         active = context.current()
         if active is not None and _TRACE in self.__dict__:  # a slice of a converted nn.Sequential has none
-            program = _program(self)
-            x = None if program is None else _only_tensor(self, args, kwargs)
-            if self.__dict__[_NOTICE] or program is None or not program.holds():
+            program = self.__dict__[_PROGRAM]
+            if program is not None and program.module is not self:  # a shallow copy of a converted module
+                program = _bind(self)
+            holds = program is not None and program.holds()
+            if not (is_compiling() or (holds and not self.__dict__[_NOTICE])):
                 _look(self)
-                x = None if program is None or not program.holds() else x
+            x = _only_tensor(self, args, kwargs) if holds else None
             if x is not None:
                 return program.run(x, active)
         return base.forward(self, *args, **kwargs)
@@ -136,11 +139,10 @@ def _forward_of(base: type[nn.Module]) -> Callable:
     return forward
 
 
-def _program(module: nn.Module) -> Program | None:
-    """The module's program: its own, where the module is a shallow copy of another one."""
-    program, steps = module.__dict__[_PROGRAM], module.__dict__[_TRACE]
-    if steps is not None and (program is None or program.module is not module):
-        program = module.__dict__[_PROGRAM] = Program(steps, module)
+def _bind(module: nn.Module) -> Program | None:
+    """Gives a module the program of its trace."""
+    steps = module.__dict__[_TRACE]
+    program = module.__dict__[_PROGRAM] = None if steps is None else Program(steps, module)
     return program
 
 
@@ -162,8 +164,14 @@ def _members(base: type[nn.Module], forward: Callable, new: Callable) -> dict:
         _, _, *state = base.__reduce_ex__(self, protocol)
         return new, (base,), *state
 
+    def __setstate__(self, state):
+        base.__setstate__(self, state)
+        if is_whole(self):
+            _bind(self)
+
     return {
         "forward": forward,
+        "__setstate__": __setstate__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__doc__": base.__doc__,
@@ -194,7 +202,7 @@ def _graph_class(base: type[fx.GraphModule]) -> type[fx.GraphModule]:
         finally:
             self.__class__ = whole
         if self.__dict__.get("_code") == code and _TRACE in self.__dict__:
-            self.__dict__[_PROGRAM] = None  # the forward is another function, and does the same
+            _bind(self)  # the forward is another function, and does the same
         return made
 
     def __deepcopy__(self, memo):
@@ -224,3 +232,4 @@ def _graph_loaded(make: Callable, arguments: tuple) -> fx.GraphModule:
 def _graph_again(made: fx.GraphModule) -> None:
     made.__class__ = _graph_class(type(made))
     made.__dict__[_PLACES] = _places(made)
+    _bind(made)

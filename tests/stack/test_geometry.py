@@ -123,7 +123,9 @@ def test_a_context_that_changes_nothing_warns():
 
 
 class StdConv2d(nn.Conv2d):
-    pass
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -140,17 +142,33 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def test_what_stays_dense_is_reported_and_warned_of_once():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), StdConv2d(8, 8, 1), nn.Conv2d(8, 6, 1), nn.LayerNorm(8)).eval()
-    report = dynops.convert_(model)
-    assert set(report.skipped) == {"1", "3"} and report.sparse_share == pytest.approx(72 / 136)
-    assert str(report).startswith("sparse: 53% of the convolutions' weights")
+    layers = nn.Conv2d(3, 8, 1), nn.LazyConv2d(8, 1), nn.Conv2d(8, 6, 1), nn.LayerNorm(8), nn.Conv1d(1, 1, 1)
+    model = nn.Sequential(*layers[:4]).eval()
+    report = dynops.convert_(nn.ModuleList([model, layers[4]]))
+    assert set(report.skipped) == {"0.1", "0.3", "1"} and report.sparse_share == pytest.approx(72 / 73)
+    assert str(report).startswith("sparse: 99% of the convolutions' weights")
     x, mask = torch.randn(1, 3, 8, 8), torch.ones(1, 8, 8)
     with dynops.use_mask(mask):
-        with pytest.warns(UserWarning, match=r"run dense inside use_mask.*1 \(StdConv2d is not exactly"):
+        with pytest.warns(UserWarning, match=r"run dense inside use_mask.*: 0.1 \(LazyConv2d is not exactly"):
             model(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(x)
+
+
+def test_subclasses_are_masked():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), StdConv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+    )
+    dense = copy.deepcopy(model)
+    report = dynops.convert_(model)
+    assert report.skipped == {"1": "a StdConv2d, which runs dense; its output is masked"}
+    x, mask = torch.randn(2, 3, 9, 8), torch.rand(2, 1, 9, 8) < 0.4
+    with torch.no_grad(), warnings.catch_warnings(), dynops.use_mask(mask):
+        warnings.simplefilter("error")
+        torch.testing.assert_close(model(x), dense[2](dense[1](dense[0](x) * mask) * mask) * mask)
+    dynops.revert_(model)
+    assert type(model[1]) is StdConv2d
 
 
 def test_frozen_norms_are_masked():
