@@ -123,6 +123,13 @@ class use_mask:
             self._choose(geometry, ceil)
         return self._kept(geometry.out_shape, device, (geometry, ceil))
 
+    def move(self, geometry: ConvGeometry, ceil: bool = False) -> None:
+        """As :meth:`after`, for a layer inside of one that asks for the plan of its own output."""
+        if self.ragged and not is_compiling():
+            self._choose(geometry, ceil)
+        elif min(self._mask.shape[1:]) > 0:
+            self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
+
     def note(self, x: Tensor, plan: PixelPlan) -> Tensor:
         """``x``, of which is known from now on that it is zero outside of ``plan``."""
         if not is_compiling() and not x.is_inference():
