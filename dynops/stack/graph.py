@@ -10,6 +10,7 @@ from torch import nn
 
 from .activations import fused_name
 from .layers import Layer, layer_of, mapped
+from .layers.call import COPIES
 from .staleness import Watch, signatures
 from .trace import Ref, Step, Trace, Untraceable, dense_type, fuse, trace
 
@@ -23,7 +24,6 @@ KINDS = {
     nn.PixelShuffle: "layer",
     nn.ZeroPad2d: "layer",
 }
-_COPIES = ("contiguous", "clone")
 
 
 class Stack(NamedTuple):
@@ -55,8 +55,7 @@ class Whole(nn.Module):
 
 def stack_of(steps: Trace, module: nn.Module) -> Stack:
     """All layers of a trace of ``module``, whatever they read."""
-    kept, output = _without_copies(steps.steps, steps.output, _COPIES)
-    return _made(_layers(kept, module), steps.values, output)
+    return _made(_layers(steps.steps, module), steps.values, steps.output)
 
 
 def local_stack_of(module: nn.Module) -> Stack:
@@ -74,7 +73,7 @@ def local_stack_of(module: nn.Module) -> Stack:
     except Untraceable as reason:
         raise TypeError(f"module: expected one that can be traced; {reason}") from None
     dropouts = _layers([step for step in steps.steps if step.kind == "dropout"], whole)
-    kept, output = _without_copies(steps.steps, steps.output, (*_COPIES, ""))
+    kept, output = _without_copies(steps.steps, steps.output, (*COPIES, ""))
     layers = _layers(kept, whole)
     for layer in layers:
         if layer.refusal:

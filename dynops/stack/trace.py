@@ -43,7 +43,34 @@ _FUNCTIONS = {
     torch.tanh: "",
     F.tanh: "",
 }
-_FRESH = ("conv", "norm", "pool", "act", "add")  # steps whose result shares no memory with another value
+_FRESH = (
+    "conv",
+    "norm",
+    "pool",
+    "layer",
+    "act",
+    "add",
+)  # steps whose result shares no memory with another value
+_FRESH_MODULES = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+_FRESH_CALLS = {
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "cat",
+    "concat",
+    "matmul",
+    "linear",
+    "conv2d",
+    "batch_norm",
+    "interpolate",
+}
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
 
@@ -206,7 +233,7 @@ class _Steps:
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
         self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
-        if kind in _FRESH:
+        if kind in _FRESH or self._makes_new(kind, target):
             self.fresh.add(out)
         if inplace:
             old = inputs[0]
@@ -216,6 +243,12 @@ class _Steps:
                 if value == old:
                     self.number[other] = out
         self.number[node] = out
+
+    def _makes_new(self, kind: str, target: str) -> bool:
+        """Whether a call returns a tensor that shares no memory with another value."""
+        if kind == "module":
+            return isinstance(self.module.get_submodule(target), _FRESH_MODULES)
+        return kind in ("function", "method") and target.rpartition(":")[2] in _FRESH_CALLS
 
     def emit_call(self, node: fx.Node, kind: str, target: str) -> None:
         """Anything that runs on dense tensors as it stands."""
