@@ -144,7 +144,7 @@ class use_mask:
             self.note(copy, plan)
 
     def knows(self, x: Tensor, plan: PixelPlan) -> bool:
-        """Whether ``x`` is known to be zero outside of ``plan``. Of what nobody noted, or wrote since, it is not."""
+        """True for an ``x`` that was noted as zero outside of ``plan``, and was not written since."""
         if is_compiling() or id(x) not in self._zero:
             return False
         noted, version, own = self._zero[id(x)]
@@ -217,7 +217,7 @@ class use_mask:
 
 
 def _divides(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether one size is a multiple of the other."""
+    """True where one size is a multiple of the other."""
     return all(x % y == 0 for x, y in zip(a, b, strict=True)) or all(
         y % x == 0 for x, y in zip(a, b, strict=True)
     )

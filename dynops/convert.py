@@ -74,7 +74,7 @@ _CONVERTED = "_dynops_converted"
 
 @dataclass
 class Report:
-    """What :func:`convert_` did, by module name ("" is the model itself).
+    """A record of what :func:`convert_` did, by module name ("" is the model itself).
 
     Attributes:
         replaced: each converted layer and its new class.
@@ -208,7 +208,7 @@ def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> N
 
 
 def _is_maskable(module: nn.Module) -> bool:
-    """Whether a layer that is none of torch's own is one of its pixels: then its output can be masked."""
+    """True for a layer that is not torch's own and whose output can be masked."""
     of_others = not type(module).__module__.startswith("dynops.") and not isinstance(module, LazyModuleMixin)
     return _is_frozen_norm(module) or (of_others and isinstance(module, _MASKABLE))
 
@@ -221,13 +221,13 @@ def _converts(module: nn.Module) -> str | None:
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
-    """Whether it is one of the many FrozenBatchNorm2d: torchvision's, detectron2's, DETR's."""
+    """True for one of the many FrozenBatchNorm2d: torchvision's, detectron2's, DETR's."""
     named = any(kind.__name__ == "FrozenBatchNorm2d" for kind in type(module).__mro__)
     return named and {"running_mean", "running_var"} <= module._buffers.keys()
 
 
 def _notice(report: Report) -> dict[str, str]:
-    """What stayed dense though nobody asked for it."""
+    """The layers that stayed dense though nobody asked for it, with the reasons."""
     quiet = (
         *_CHOSEN,
         *[reason for reason in report.skipped.values() if reason.endswith("its output is masked")],

@@ -41,7 +41,7 @@ _VIEWS = {"T", "mT", "H", "mH", "data", "real", "imag"}
 
 
 class Untraceable(Exception):
-    """Why a module cannot run as steps. ``path``: the module inside it whose forward is the reason."""
+    """A module cannot run as steps. The text gives the reason, ``path`` the module whose forward is the reason."""
 
     def __init__(self, reason: str, path: str = ""):
         super().__init__(reason)
@@ -63,7 +63,7 @@ class _Value(fx.Proxy):
 
 
 class _StandIn:
-    """What is mixed into a module's class. It calls, reads and refuses writes in the name of the recorder."""
+    """A mixin for a module's class: it takes calls and reads to the recorder, and refuses writes."""
 
     def __init_subclass__(cls, **options):  # not that of the user's class, which may register what it sees
         pass
@@ -99,7 +99,7 @@ def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _State:
-    """What a stand-in knows: its module, and the path to it."""
+    """The recorder, the module and the path of a stand-in."""
 
     def __init__(self, recorder: Recorder, module: nn.Module, path: str):
         self.recorder, self.module, self.path = recorder, module, path
@@ -295,7 +295,7 @@ class Recorder(fx.Tracer):
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether what a node makes is a tensor, as far as can be told: sizes and flags are none."""
+    """True for a node that makes a tensor, as far as can be told: sizes and flags are none."""
     first = node.args[0] if node.args else None
     of_tensor = not isinstance(first, fx.Node) or first.meta.get("tensor", False)
     if node.op == "call_method":
@@ -331,7 +331,7 @@ def _is_graph(module: nn.Module) -> bool:
 
 
 def opaque(module: nn.Module) -> bool:
-    """Whether ``module`` has to be called: its forward is not all that runs."""
+    """True for a module that has to be called, as its forward is not all that runs."""
     plain = type(module).__call__ is nn.Module.__call__ or _is_graph(module)
     return hooked(module) or not plain or isinstance(module, torch.jit.ScriptModule)
 

@@ -78,7 +78,7 @@ def frozen(value: Any, room: list[int] | None = None) -> Any:
 
 
 def changed(value: Any, picture: Any) -> bool:
-    """Whether ``value`` is no longer what :func:`frozen` made ``picture`` of."""
+    """True for a ``value`` that is no longer what :func:`frozen` made ``picture`` of."""
     try:
         return frozen(value) != picture
     except Opaque:  # something else was put into it
@@ -86,12 +86,12 @@ def changed(value: Any, picture: Any) -> bool:
 
 
 def is_scalar(picture: Any) -> bool:
-    """Whether what :func:`frozen` returned is the value itself."""
+    """True for a picture that is the value itself."""
     return not isinstance(picture, tuple)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than, or something else than, the forward of its class."""
+    """True for a module whose call does more than the forward of its class, or something else."""
     state = module.__dict__
     return (
         any(state[kind] for kind in HOOKS)
@@ -121,7 +121,7 @@ def own_class(kind: type) -> type:
 
 
 class Watch:
-    """What the trace of ``module`` holds for, as it is now.
+    """A picture of all that the trace of ``module`` depends on.
 
     Args:
         trace: a :class:`~dynops.stack.trace.Trace`.
@@ -160,7 +160,7 @@ class Watch:
         self.checks = _by_space(watched)
 
     def holds(self) -> bool:
-        """Whether nothing has changed."""
+        """True as long as nothing has changed."""
         if not self.valid or any(self.hooks):
             return False
         if is_compiling():  # Dynamo guards what the layers read
@@ -188,7 +188,7 @@ class Watch:
         return True
 
     def _has_no_forward(self) -> bool:
-        """Whether attributes that came or went since the last look are no forwards."""
+        """True where the attributes that came since the last look are no forwards."""
         if any("forward" in state for state in self.states):
             return False
         self.sizes = [len(state) for state in self.states]

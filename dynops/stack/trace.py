@@ -245,7 +245,7 @@ class _Steps:
         self.number[node] = out
 
     def _makes_new(self, kind: str, target: str) -> bool:
-        """Whether a call returns a tensor that shares no memory with another value."""
+        """True for a call whose result shares no memory with another value."""
         if kind == "module":
             return isinstance(self.module.get_submodule(target), _FRESH_MODULES)
         return kind in ("function", "method") and target.rpartition(":")[2] in _FRESH_CALLS

@@ -25,7 +25,7 @@ FLAG, COUNTS, STATE, RNG = True, [], types.SimpleNamespace(calls=0), random.Rand
 
 
 class Net(nn.Module):
-    """What the forwards below use."""
+    """Modules and attributes for the forwards below."""
 
     tally = 0
     shared: typing.ClassVar[list] = []
@@ -263,7 +263,7 @@ CHANGES = {
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """What the forwards write is as it was, after as before."""
+    """All that the forwards write, as it was."""
 
     def reset():
         globals()["FLAG"], Net.tally, STATE.calls = True, 0, 0
