@@ -144,18 +144,25 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         _convert_layer(name, module, filter_fn, report)
     kinds = {m: _KINDS[type(m)] for m in model.modules() if _CONVERTED in m.__dict__ and type(m) in _KINDS}
     traces: dict[nn.Module, Trace | None] = {}
-    for name, module in model.named_modules():
+    untraceable: set[nn.Module] = set()
+    for name, module in reversed(list(model.named_modules())):  # what is inside first
         if module in kinds or converted.is_whole(module) or not _holds_conv(module, kinds):
             continue
         try:
-            traces[module] = trace(module, kinds)
+            traces[module] = trace(module, kinds, known=untraceable)
         except Untraceable as reason:
             report.unfused[name] = str(reason)
+            if reason.of_forward:
+                untraceable.add(module)
+    for name, module in model.named_modules():
+        if module not in traces:
             continue
         for path in traces[module].called:
             report.unfused.setdefault(f"{name}.{path}".lstrip("."), "it has hooks, or a forward of its own")
         if not any(_is_inside(name, outer) for outer in report.fused):
             report.fused[name] = _summary(traces[module])
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    report.unfused = dict(sorted(report.unfused.items(), key=lambda entry: order.get(entry[0], len(order))))
     if model not in kinds and _CONVERTED not in model.__dict__ and not converted.is_whole(model):
         traces.setdefault(model, None)
     converted.make_whole(model, traces, _converts, _notice(report))

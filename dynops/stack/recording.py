@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from .. import context
 from .outside import Outside
-from .staleness import Opaque, changed, frozen, hooked, own_class
+from .staleness import METHOD, Opaque, changed, frozen, hooked, own_class
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
@@ -46,6 +46,7 @@ class Untraceable(Exception):
     def __init__(self, reason: str, path: str = ""):
         super().__init__(reason)
         self.path = path
+        self.of_forward = False  # whether the forward cannot be traced in any module around it either
 
 
 class _Value(fx.Proxy):
@@ -79,11 +80,22 @@ class _StandIn:
             return own[_STATE].read(name, own[name])
         value = super().__getattribute__(name)
         static = inspect.getattr_static(type(self), name, None)
-        return value if hasattr(static, "__get__") else own[_STATE].read(name, value)
+        if not hasattr(static, "__get__"):
+            return own[_STATE].read(name, value)
+        if not (getattr(static, "__module__", None) or "torch").startswith("torch"):
+            own[_STATE].recorder.reads[own[_STATE].path, name] = METHOD
+        return value
 
     def __getattr__(self, name):
         value = super().__getattr__(name)
         return self.__dict__[_STATE].read(name, value) if isinstance(value, Tensor) else value
+
+    def named_parameters(
+        self, *args, **kwargs
+    ):  # their dtype, device and sizes would be constants of the graph
+        self.__dict__[_STATE].fail("its forward goes through its parameters")
+
+    named_buffers = state_dict = named_parameters
 
     def __setattr__(self, name, value):
         self.__dict__[_STATE].fail(f"its forward writes its attribute {name!r}")
@@ -149,7 +161,8 @@ class Recorder(fx.Tracer):
 
     def _stand_in(self, module: nn.Module, path: str) -> nn.Module:
         stand = object.__new__(_stand_in_class(type(module)))
-        own = {k: copy.copy(v) if type(v) in (dict, set) else v for k, v in module.__dict__.items()}
+        state = dict(module.__dict__)  # at once, as another thread may run the module
+        own = {key: copy.copy(value) if type(value) in (dict, set) else value for key, value in state.items()}
         stand.__dict__.update(own, training=self.training, **{_STATE: _State(self, module, path)})
         return stand
 
@@ -169,7 +182,9 @@ class Recorder(fx.Tracer):
                 out = self.call(
                     root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value}
                 )
-            finally:
+            finally:  # what the forward wrote before it raised is undone too
+                with contextlib.suppress(Opaque):
+                    self._outside.check()
                 if _random_now() != self._random:
                     _set_random(self._random)
         if self._failure is not None:  # a forward may have caught it
@@ -226,6 +241,7 @@ class Recorder(fx.Tracer):
 
     def failure(self, reason: str, path: str | None = None) -> Untraceable:
         failure = Untraceable(reason, self._scopes[-1] if path is None else path)
+        failure.of_forward = True
         self._failure = self._failure or failure
         return failure
 

@@ -118,13 +118,16 @@ class Trace(NamedTuple):
 # -------------------------------------------------------------------------------- torch.fx
 
 
-def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -> Trace:
+def trace(
+    module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False, known: frozenset | set = frozenset()
+) -> Trace:
     """The steps of ``module.forward``.
 
     Args:
         module: any module; its forward is run on stand-ins, in training and in eval mode.
         kinds: the modules inside it that are converted, each with "conv", "norm" or "pool".
         whole: looks into every module that is not torch's own, also where it holds nothing to convert.
+        known: modules inside it whose forwards cannot be traced.
 
     A module inside it whose forward cannot be traced, or that has hooks, is one step, which calls it. With ``whole``
     it is an error, and hooks are left to who runs the steps.
@@ -135,7 +138,7 @@ def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -
     """
     leaves, called = _leaves(module, kinds, whole), set()
     if not whole:
-        called |= {path for path, m in module.named_modules() if path and opaque(m)}
+        called |= {path for path, m in module.named_modules() if path and (m in known or opaque(m))}
     while True:
         try:
             return _trace(module, kinds, whole, leaves, called)
