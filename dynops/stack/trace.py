@@ -43,7 +43,34 @@ _FUNCTIONS = {
     torch.tanh: "",
     F.tanh: "",
 }
-_FRESH = ("conv", "norm", "pool", "act", "add")  # steps whose result shares no memory with another value
+_FRESH = (
+    "conv",
+    "norm",
+    "pool",
+    "layer",
+    "act",
+    "add",
+)  # steps whose result shares no memory with another value
+_FRESH_MODULES = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+_FRESH_CALLS = {
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "cat",
+    "concat",
+    "matmul",
+    "linear",
+    "conv2d",
+    "batch_norm",
+    "interpolate",
+}
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
 
@@ -90,13 +117,16 @@ class Trace(NamedTuple):
 # -------------------------------------------------------------------------------- torch.fx
 
 
-def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -> Trace:
+def trace(
+    module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False, known: frozenset | set = frozenset()
+) -> Trace:
     """The steps of ``module.forward``.
 
     Args:
         module: any module; its forward is run on stand-ins, in training and in eval mode.
         kinds: the modules inside it that are converted, each with "conv", "norm" or "pool".
         whole: looks into every module that is not torch's own, also where it holds nothing to convert.
+        known: modules inside it whose forwards cannot be traced.
 
     A module inside it whose forward cannot be traced, or that has hooks, is one step, which calls it. With ``whole``
     it is an error, and hooks are left to who runs the steps.
@@ -107,7 +137,7 @@ def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -
     """
     leaves, called = _leaves(module, kinds, whole), set()
     if not whole:
-        called |= {path for path, m in module.named_modules() if path and opaque(m)}
+        called |= {path for path, m in module.named_modules() if path and (m in known or opaque(m))}
     while True:
         try:
             return _trace(module, kinds, whole, leaves, called)
@@ -205,7 +235,7 @@ class _Steps:
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
         self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
-        if kind in _FRESH:
+        if kind in _FRESH or self._makes_new(kind, target):
             self.fresh.add(out)
         if inplace:
             old = inputs[0]
@@ -215,6 +245,12 @@ class _Steps:
                 if value == old:
                     self.number[other] = out
         self.number[node] = out
+
+    def _makes_new(self, kind: str, target: str) -> bool:
+        """True for a call whose result shares no memory with another value."""
+        if kind == "module":
+            return isinstance(self.module.get_submodule(target), _FRESH_MODULES)
+        return kind in ("function", "method") and target.rpartition(":")[2] in _FRESH_CALLS
 
     def emit_call(self, node: fx.Node, kind: str, target: str) -> None:
         """Anything that runs on dense tensors as it stands."""

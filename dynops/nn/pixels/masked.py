@@ -25,7 +25,7 @@ class _MaskedNorm:
 class MaskedBatchNorm2d(_MaskedNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that norms the pixels of a mask and is zero elsewhere.
 
-    Called as ``layer(x, mask_or_plan)``; without that argument inside ``with dynops.active(mask):``
+    Called as ``layer(x, mask_or_plan)``; without that argument inside ``with dynops.use_mask(mask):``
     the mask is the active one; without either it is ``nn.BatchNorm2d``.
 
     In eval mode ``where(mask, batch_norm(input), 0)``. In training mode the statistics are those of the
@@ -134,7 +134,7 @@ def mask_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
 
 
 def _plan(x: Tensor, mask_or_plan) -> PixelPlan | None:
-    """The plan for ``x``: the one passed, else that of ``dynops.active``, else None."""
+    """The plan for ``x``: the one passed, else that of ``dynops.use_mask``, else None."""
     if mask_or_plan is not None:
         return as_pixel_plan(mask_or_plan, batch=x.shape[0] if x.dim() == 4 else 1)
     active = context.current()
