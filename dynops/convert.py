@@ -102,14 +102,14 @@ class Report:
 
 
 def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Makes a model's convolutions sparse, in place; ``with dynops.active(mask):`` gives them their mask.
+    """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm,
-    InstanceNorm2d, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one).
-    A FrozenBatchNorm2d, and a subclass of one of these convolutions, norms and
-    pools, runs dense and has its output masked; in training mode such a norm takes its statistics from whole maps.
-    Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
+    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one). A
+    FrozenBatchNorm2d, and a subclass of one of these convolutions, BatchNorm2d or pools, runs dense and has its output
+    masked; in training mode such a norm takes its statistics from whole maps. Outside the context the model is the dense
+    one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
     resolution and is zero elsewhere, after every layer: convolutions read what the layer before

@@ -23,10 +23,11 @@ _FUNCTIONS = {
     }.items()
     for name in names.split()
 }
-_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
+COPIES = ("contiguous", "clone")
+_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square", *COPIES)
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 # f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
-_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square")
+_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square", *COPIES)
 _JOINS = ("add", "sub", "subtract", "maximum", "minimum")
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
 
@@ -83,6 +84,8 @@ class Call(Layer):
             plan, values = run.together(self, "any" if self.scales else "rows")
         if plan is None:
             return self._call({v: run.as_called(v) for v in self.inputs})
+        if self.target in COPIES:  # no layer writes into rows
+            return Rows(values[0], plan)
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)
