@@ -123,6 +123,13 @@ class use_mask:
             self._choose(geometry, ceil)
         return self._kept(geometry.out_shape, device, (geometry, ceil))
 
+    def move(self, geometry: ConvGeometry, ceil: bool = False) -> None:
+        """As :meth:`after`, for a layer inside of one that asks for the plan of its own output."""
+        if self.ragged and not is_compiling():
+            self._choose(geometry, ceil)
+        elif min(self._mask.shape[1:]) > 0:
+            self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
+
     def note(self, x: Tensor, plan: PixelPlan) -> Tensor:
         """``x``, of which is known from now on that it is zero outside of ``plan``."""
         if not is_compiling() and not x.is_inference():
@@ -137,7 +144,7 @@ class use_mask:
             self.note(copy, plan)
 
     def knows(self, x: Tensor, plan: PixelPlan) -> bool:
-        """Whether ``x`` is known to be zero outside of ``plan``. Of what nobody noted, or wrote since, it is not."""
+        """True for an ``x`` that was noted as zero outside of ``plan``, and was not written since."""
         if is_compiling() or id(x) not in self._zero:
             return False
         noted, version, own = self._zero[id(x)]
@@ -210,7 +217,7 @@ class use_mask:
 
 
 def _divides(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether one size is a multiple of the other."""
+    """True where one size is a multiple of the other."""
     return all(x % y == 0 for x, y in zip(a, b, strict=True)) or all(
         y % x == 0 for x, y in zip(a, b, strict=True)
     )

@@ -74,7 +74,7 @@ _CONVERTED = "_dynops_converted"
 
 @dataclass
 class Report:
-    """What :func:`convert_` did, by module name ("" is the model itself).
+    """A record of what :func:`convert_` did, by module name ("" is the model itself).
 
     Attributes:
         replaced: each converted layer and its new class.
@@ -102,14 +102,14 @@ class Report:
 
 
 def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Makes a model's convolutions sparse, in place; ``with dynops.active(mask):`` gives them their mask.
+    """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm,
-    InstanceNorm2d, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one).
-    A FrozenBatchNorm2d, and a subclass of one of these convolutions, norms and
-    pools, runs dense and has its output masked; in training mode such a norm takes its statistics from whole maps.
-    Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
+    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one). A
+    FrozenBatchNorm2d, and a subclass of one of these convolutions, BatchNorm2d or pools, runs dense and has its output
+    masked; in training mode such a norm takes its statistics from whole maps. Outside the context the model is the dense
+    one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
     resolution and is zero elsewhere, after every layer: convolutions read what the layer before
@@ -144,18 +144,25 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
         _convert_layer(name, module, filter_fn, report)
     kinds = {m: _KINDS[type(m)] for m in model.modules() if _CONVERTED in m.__dict__ and type(m) in _KINDS}
     traces: dict[nn.Module, Trace | None] = {}
-    for name, module in model.named_modules():
+    untraceable: set[nn.Module] = set()
+    for name, module in reversed(list(model.named_modules())):  # what is inside first
         if module in kinds or converted.is_whole(module) or not _holds_conv(module, kinds):
             continue
         try:
-            traces[module] = trace(module, kinds)
+            traces[module] = trace(module, kinds, known=untraceable)
         except Untraceable as reason:
             report.unfused[name] = str(reason)
+            if reason.of_forward:
+                untraceable.add(module)
+    for name, module in model.named_modules():
+        if module not in traces:
             continue
         for path in traces[module].called:
             report.unfused.setdefault(f"{name}.{path}".lstrip("."), "it has hooks, or a forward of its own")
         if not any(_is_inside(name, outer) for outer in report.fused):
             report.fused[name] = _summary(traces[module])
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    report.unfused = dict(sorted(report.unfused.items(), key=lambda entry: order.get(entry[0], len(order))))
     if model not in kinds and _CONVERTED not in model.__dict__ and not converted.is_whole(model):
         traces.setdefault(model, None)
     converted.make_whole(model, traces, _converts, _notice(report))
@@ -208,7 +215,7 @@ def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> N
 
 
 def _is_maskable(module: nn.Module) -> bool:
-    """Whether a layer that is none of torch's own is one of its pixels: then its output can be masked."""
+    """True for a layer that is not torch's own and whose output can be masked."""
     of_others = not type(module).__module__.startswith("dynops.") and not isinstance(module, LazyModuleMixin)
     return _is_frozen_norm(module) or (of_others and isinstance(module, _MASKABLE))
 
@@ -221,13 +228,13 @@ def _converts(module: nn.Module) -> str | None:
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
-    """Whether it is one of the many FrozenBatchNorm2d: torchvision's, detectron2's, DETR's."""
+    """True for one of the many FrozenBatchNorm2d: torchvision's, detectron2's, DETR's."""
     named = any(kind.__name__ == "FrozenBatchNorm2d" for kind in type(module).__mro__)
     return named and {"running_mean", "running_var"} <= module._buffers.keys()
 
 
 def _notice(report: Report) -> dict[str, str]:
-    """What stayed dense though nobody asked for it."""
+    """The layers that stayed dense though nobody asked for it, with the reasons."""
     quiet = (
         *_CHOSEN,
         *[reason for reason in report.skipped.values() if reason.endswith("its output is masked")],

@@ -1,4 +1,4 @@
-"""What forwards see besides their arguments and modules: globals, closures, defaults, attributes of classes.
+"""The globals, closures, defaults and attributes of classes that forwards may read or write.
 
 Found by the names in a function's code, in the functions that it calls, and in those that they call. More is watched than is read,
 as a name may be that of an attribute; this costs no more than a trace.

@@ -1,4 +1,4 @@
-"""A traced module under ``with dynops.active(mask):``."""
+"""A traced module under ``with dynops.use_mask(mask):``."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from .. import context
 from .outside import Outside
-from .staleness import Opaque, changed, frozen, hooked, own_class
+from .staleness import METHOD, Opaque, changed, frozen, hooked, own_class
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
@@ -41,11 +41,12 @@ _VIEWS = {"T", "mT", "H", "mH", "data", "real", "imag"}
 
 
 class Untraceable(Exception):
-    """Why a module cannot run as steps. ``path``: the module inside it whose forward is the reason."""
+    """A module cannot run as steps. The text gives the reason, ``path`` the module whose forward is the reason."""
 
     def __init__(self, reason: str, path: str = ""):
         super().__init__(reason)
         self.path = path
+        self.of_forward = False  # whether the forward cannot be traced in any module around it either
 
 
 class _Value(fx.Proxy):
@@ -63,7 +64,7 @@ class _Value(fx.Proxy):
 
 
 class _StandIn:
-    """What is mixed into a module's class. It calls, reads and refuses writes in the name of the recorder."""
+    """A mixin for a module's class: it takes calls and reads to the recorder, and refuses writes."""
 
     def __init_subclass__(cls, **options):  # not that of the user's class, which may register what it sees
         pass
@@ -79,11 +80,22 @@ class _StandIn:
             return own[_STATE].read(name, own[name])
         value = super().__getattribute__(name)
         static = inspect.getattr_static(type(self), name, None)
-        return value if hasattr(static, "__get__") else own[_STATE].read(name, value)
+        if not hasattr(static, "__get__"):
+            return own[_STATE].read(name, value)
+        if not (getattr(static, "__module__", None) or "torch").startswith("torch"):
+            own[_STATE].recorder.reads[own[_STATE].path, name] = METHOD
+        return value
 
     def __getattr__(self, name):
         value = super().__getattr__(name)
         return self.__dict__[_STATE].read(name, value) if isinstance(value, Tensor) else value
+
+    def named_parameters(
+        self, *args, **kwargs
+    ):  # their dtype, device and sizes would be constants of the graph
+        self.__dict__[_STATE].fail("its forward goes through its parameters")
+
+    named_buffers = state_dict = named_parameters
 
     def __setattr__(self, name, value):
         self.__dict__[_STATE].fail(f"its forward writes its attribute {name!r}")
@@ -99,7 +111,7 @@ def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _State:
-    """What a stand-in knows: its module, and the path to it."""
+    """The recorder, the module and the path of a stand-in."""
 
     def __init__(self, recorder: Recorder, module: nn.Module, path: str):
         self.recorder, self.module, self.path = recorder, module, path
@@ -149,7 +161,8 @@ class Recorder(fx.Tracer):
 
     def _stand_in(self, module: nn.Module, path: str) -> nn.Module:
         stand = object.__new__(_stand_in_class(type(module)))
-        own = {k: copy.copy(v) if type(v) in (dict, set) else v for k, v in module.__dict__.items()}
+        state = dict(module.__dict__)  # at once, as another thread may run the module
+        own = {key: copy.copy(value) if type(value) in (dict, set) else value for key, value in state.items()}
         stand.__dict__.update(own, training=self.training, **{_STATE: _State(self, module, path)})
         return stand
 
@@ -169,7 +182,9 @@ class Recorder(fx.Tracer):
                 out = self.call(
                     root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value}
                 )
-            finally:
+            finally:  # what the forward wrote before it raised is undone too
+                with contextlib.suppress(Opaque):
+                    self._outside.check()
                 if _random_now() != self._random:
                     _set_random(self._random)
         if self._failure is not None:  # a forward may have caught it
@@ -226,6 +241,7 @@ class Recorder(fx.Tracer):
 
     def failure(self, reason: str, path: str | None = None) -> Untraceable:
         failure = Untraceable(reason, self._scopes[-1] if path is None else path)
+        failure.of_forward = True
         self._failure = self._failure or failure
         return failure
 
@@ -295,7 +311,7 @@ class Recorder(fx.Tracer):
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether what a node makes is a tensor, as far as can be told: sizes and flags are none."""
+    """True for a node that makes a tensor, as far as can be told: sizes and flags are none."""
     first = node.args[0] if node.args else None
     of_tensor = not isinstance(first, fx.Node) or first.meta.get("tensor", False)
     if node.op == "call_method":
@@ -331,7 +347,7 @@ def _is_graph(module: nn.Module) -> bool:
 
 
 def opaque(module: nn.Module) -> bool:
-    """Whether ``module`` has to be called: its forward is not all that runs."""
+    """True for a module that has to be called, as its forward is not all that runs."""
     plain = type(module).__call__ is nn.Module.__call__ or _is_graph(module)
     return hooked(module) or not plain or isinstance(module, torch.jit.ScriptModule)
 

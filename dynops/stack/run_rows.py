@@ -39,6 +39,8 @@ class Run:
         self.env: list = [None] * stack.values
         self.env[0] = self._x = x
         self.ended: PixelPlan | None = None  # the output's plan, where a layer wrote the dense map itself
+        self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
+        self._originals: dict[int, Tensor] = {}  # of values that were put in another format
         self._gathered: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
 
     # -------------------------------------------------------------------------------------- inputs
@@ -55,9 +57,11 @@ class Run:
 
     def as_called(self, value: int):
         """As :meth:`dense`, in the memory format that the value has where each layer runs alone."""
-        found = self.dense(value)
-        is_map = isinstance(found, Tensor) and found.dim() == 4 and self._x.dim() == 4
-        return in_format_of(found, self._x) if is_map and self.rows_of(value) is not None else found
+        found = self._originals[value] if value in self._originals else self.dense(value)
+        layers_own = value != 0 and value not in self.recorded
+        if layers_own and isinstance(found, Tensor) and found.dim() == self._x.dim() == 4:
+            return in_format_of(found, self._x)
+        return found
 
     def shape(self, value: int) -> tuple[int, int, int]:
         """``(N, H, W)`` of a value."""
@@ -149,8 +153,11 @@ class Run:
 
     def put(self, value: int, copy: Tensor) -> Tensor:
         """Takes a copy of a dense map, in another format, in its place."""
-        if copy is not self.env[value] and isinstance(self.env[value], Tensor) and self.policy.zero_outside:
-            self.policy.active.note_like(copy, self.env[value])
+        found = self.env[value]
+        if copy is not found and isinstance(found, Tensor):
+            self._originals.setdefault(value, found)
+            if self.policy.zero_outside:
+                self.policy.active.note_like(copy, found)
         self.env[value] = copy
         return copy
 

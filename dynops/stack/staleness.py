@@ -31,6 +31,7 @@ _SCALARS = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 _DICTS = (dict, OrderedDict, defaultdict, types.MappingProxyType)
+METHOD = "a method of its class"  # in the place of a picture
 _MOST_ITEMS = 1000
 _BASE = frozenset(nn.Module().__dict__)  # what every module has
 # Of a layer: what its parameters say too, and what it looks at in each call.
@@ -78,7 +79,7 @@ def frozen(value: Any, room: list[int] | None = None) -> Any:
 
 
 def changed(value: Any, picture: Any) -> bool:
-    """Whether ``value`` is no longer what :func:`frozen` made ``picture`` of."""
+    """True for a ``value`` that is no longer what :func:`frozen` made ``picture`` of."""
     try:
         return frozen(value) != picture
     except Opaque:  # something else was put into it
@@ -86,12 +87,12 @@ def changed(value: Any, picture: Any) -> bool:
 
 
 def is_scalar(picture: Any) -> bool:
-    """Whether what :func:`frozen` returned is the value itself."""
+    """True for a picture that is the value itself."""
     return not isinstance(picture, tuple)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than, or something else than, the forward of its class."""
+    """True for a module whose call does more than the forward of its class, or something else."""
     state = module.__dict__
     return (
         any(state[kind] for kind in HOOKS)
@@ -121,7 +122,7 @@ def own_class(kind: type) -> type:
 
 
 class Watch:
-    """What the trace of ``module`` holds for, as it is now.
+    """A picture of all that the trace of ``module`` depends on.
 
     Args:
         trace: a :class:`~dynops.stack.trace.Trace`.
@@ -135,13 +136,16 @@ class Watch:
         inner = [module.get_submodule(path) for path in trace.inlined]
         every = list(dict.fromkeys(module.get_submodule(path) for path, *_ in trace.modules))
         self.modules, self.classes = every, [type(m) for m in every]
-        self.states = [m.__dict__ for m in every if m is not module]
+        self.states = [m.__dict__ for m in every]
         self.sizes = [len(state) for state in self.states]
         self.children = [m._modules for m in every]
         self.then = [dict(children) for children in self.children]
-        self.hooks = tuple(state[kind] for state in self.states for kind in HOOKS) if hooks else ()
+        self.hooks = (
+            tuple(m.__dict__[kind] for m in every if m is not module for kind in HOOKS) if hooks else ()
+        )
         self.hooks += _GLOBAL_HOOKS if hooks else ()
-        kinds = dict.fromkeys(_defining(type(m)) for m in inner)
+        self.methods = {"forward"}
+        kinds = dict.fromkeys(_defining(type(m), "forward") for m in inner)
         watched = [(vars(kind), "forward", vars(kind)["forward"]) for kind in kinds]
         for m in every:
             if m not in inner:
@@ -151,7 +155,11 @@ class Watch:
             space = (
                 sys.modules[where[0]].__dict__ if isinstance(where, tuple) else module.get_submodule(where)
             )
-            if not is_scalar(picture):
+            if picture is METHOD or picture == METHOD:
+                kind = _defining(type(space), name)
+                watched.append((vars(kind), name, vars(kind)[name]))
+                self.methods.add(name)
+            elif not is_scalar(picture):
                 self.pictures.append((space, name, picture))
             elif isinstance(space, nn.Module) and name not in space.__dict__:
                 self.inherited.append((space, name, picture))  # an attribute of the class
@@ -160,7 +168,7 @@ class Watch:
         self.checks = _by_space(watched)
 
     def holds(self) -> bool:
-        """Whether nothing has changed."""
+        """True as long as nothing has changed."""
         if not self.valid or any(self.hooks):
             return False
         if is_compiling():  # Dynamo guards what the layers read
@@ -188,8 +196,8 @@ class Watch:
         return True
 
     def _has_no_forward(self) -> bool:
-        """Whether attributes that came or went since the last look are no forwards."""
-        if any("forward" in state for state in self.states):
+        """True where the attributes that came since the last look are no methods."""
+        if any(name in state for state in self.states for name in self.methods):
             return False
         self.sizes = [len(state) for state in self.states]
         return True
@@ -218,9 +226,9 @@ def _is_there(module: nn.Module, known: tuple) -> bool:
         return False
 
 
-def _defining(kind: type) -> type:
-    """The class that defines the forward of a module of class ``kind``."""
-    return next(base for base in own_class(kind).__mro__ if "forward" in vars(base))
+def _defining(kind: type, name: str) -> type:
+    """The class that defines a method of modules of class ``kind``."""
+    return next(base for base in own_class(kind).__mro__ if name in vars(base))
 
 
 def _settings(layer: nn.Module):

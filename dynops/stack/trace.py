@@ -43,7 +43,34 @@ _FUNCTIONS = {
     torch.tanh: "",
     F.tanh: "",
 }
-_FRESH = ("conv", "norm", "pool", "act", "add")  # steps whose result shares no memory with another value
+_FRESH = (
+    "conv",
+    "norm",
+    "pool",
+    "layer",
+    "act",
+    "add",
+)  # steps whose result shares no memory with another value
+_FRESH_MODULES = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+_FRESH_CALLS = {
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "cat",
+    "concat",
+    "matmul",
+    "linear",
+    "conv2d",
+    "batch_norm",
+    "interpolate",
+}
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
 
@@ -71,7 +98,6 @@ class Step(NamedTuple):
     activation: str = ""  # act: the name an op knows it by; conv, norm: the fused one
     norm: str | None = None  # conv: the path of the norm that follows
     residual: int | None = None  # conv, norm: the value that is added before the activation
-    free: tuple[int, ...] = ()  # values that no later step reads
     scope: str = ""  # the path of the module whose forward makes the call
 
 
@@ -91,13 +117,16 @@ class Trace(NamedTuple):
 # -------------------------------------------------------------------------------- torch.fx
 
 
-def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -> Trace:
+def trace(
+    module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False, known: frozenset | set = frozenset()
+) -> Trace:
     """The steps of ``module.forward``.
 
     Args:
         module: any module; its forward is run on stand-ins, in training and in eval mode.
         kinds: the modules inside it that are converted, each with "conv", "norm" or "pool".
         whole: looks into every module that is not torch's own, also where it holds nothing to convert.
+        known: modules inside it whose forwards cannot be traced.
 
     A module inside it whose forward cannot be traced, or that has hooks, is one step, which calls it. With ``whole``
     it is an error, and hooks are left to who runs the steps.
@@ -108,7 +137,7 @@ def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -
     """
     leaves, called = _leaves(module, kinds, whole), set()
     if not whole:
-        called |= {path for path, m in module.named_modules() if path and opaque(m)}
+        called |= {path for path, m in module.named_modules() if path and (m in known or opaque(m))}
     while True:
         try:
             return _trace(module, kinds, whole, leaves, called)
@@ -134,7 +163,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
         input_name,
-        _free(fuse(steps, output), output),
+        tuple(fuse(steps, output)),
         values,
         output,
         inlined,
@@ -206,7 +235,7 @@ class _Steps:
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
         self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
-        if kind in _FRESH:
+        if kind in _FRESH or self._makes_new(kind, target):
             self.fresh.add(out)
         if inplace:
             old = inputs[0]
@@ -216,6 +245,12 @@ class _Steps:
                 if value == old:
                     self.number[other] = out
         self.number[node] = out
+
+    def _makes_new(self, kind: str, target: str) -> bool:
+        """True for a call whose result shares no memory with another value."""
+        if kind == "module":
+            return isinstance(self.module.get_submodule(target), _FRESH_MODULES)
+        return kind in ("function", "method") and target.rpartition(":")[2] in _FRESH_CALLS
 
     def emit_call(self, node: fx.Node, kind: str, target: str) -> None:
         """Anything that runs on dense tensors as it stands."""
@@ -376,14 +411,3 @@ def _absorb(step: Step, i: int, steps, readers, constants: set[int], taken: set[
         taken.add(j)
         i = j
     return step, i
-
-
-def _free(steps: list[Step], output: int) -> tuple[Step, ...]:
-    """Notes at each step which values nobody reads after it."""
-    seen = {output}
-    result = []
-    for step in reversed(steps):
-        last = {v for v in (*step.inputs, step.out) if v not in seen}
-        seen |= last
-        result.append(step._replace(free=tuple(sorted(last))))
-    return tuple(reversed(result))

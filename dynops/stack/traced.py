@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..geometry import BlockGeometry
+from ..context import use_mask
+from ..geometry import BlockGeometry, ConvGeometry
 from ..ops.dense_fallback import beats_dense, break_even
 from ..plans import BlockPlan, PixelPlan
 from .graph import Stack, local_stack_of
@@ -85,6 +86,17 @@ class Traced:
         return self._sizes.kept(
             (in_shape, blocks), lambda: layout_of(self.stack, self.sizes(in_shape), blocks)
         )
+
+    def moved(self, active: use_mask, in_shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
+        """The plan of the output under the mask of ``active``, which goes through the layers' geometry."""
+        sizes = self.sizes(in_shape)
+        for layer in self.stack.layers:
+            y, x = (reach.as_conv() for reach in layer.reaches[0])
+            if y is not None and min(in_shape) > 0:
+                pairs = [value for both in zip(y, x, strict=True) for value in both]
+                maps = (in_shape[0], *sizes[layer.inputs[0]], *sizes[layer.out])
+                active.move(ConvGeometry(*maps, *pairs[:8], 1, pairs[8]), bool(pairs[10]))
+        return active.plan(self.output_shape(in_shape), device)
 
     # ----------------------------------------------------------------------------------------- runs
 

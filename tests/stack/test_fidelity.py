@@ -25,7 +25,7 @@ FLAG, COUNTS, STATE, RNG = True, [], types.SimpleNamespace(calls=0), random.Rand
 
 
 class Net(nn.Module):
-    """What the forwards below use."""
+    """Modules and attributes for the forwards below."""
 
     tally = 0
     shared: typing.ClassVar[list] = []
@@ -40,6 +40,9 @@ class Net(nn.Module):
         self.register_buffer("seen", torch.ones(1))
         nn.init.normal_(self.norm.bias)
         self.__class__ = type("Net", (Net,), {"forward": forward})
+
+    def helper(self, x):
+        return self.a(x)
 
 
 def layer_by_layer(model):
@@ -184,6 +187,15 @@ def catches(s, x):
         return s.a(x)
 
 
+def dtype_of_its_parameters(s, x):
+    return s.b(s.a(x.to(next(s.parameters()).dtype)))
+
+
+def appends_and_raises(s, x):
+    COUNTS.append(s.a(x))
+    return s.b(COUNTS[-1]) if x.sum() > 0 else s.a(x)
+
+
 def math_of_sizes(s, x):
     return s.b(s.a(x)) * math.sqrt(x.shape[1])
 
@@ -192,7 +204,7 @@ UNHOLDABLE = [no_grad, torch.no_grad()(lambda s, x: s.b(s.a(x))), enable_grad, a
               checkpointed_reentrant, python_random, numpy_random, torch_random, noise, own_generator, global_generator,
               appends, writes_dict, counts, counts_in_class, appends_to_class, appends_to_global, counts_in_global,
               counts_in_default, counts_in_config, writes_buffer, writes_input, writes_slice, asks_for_a_size,
-              asks_for_a_class, catches, math_of_sizes]  # fmt: skip
+              asks_for_a_class, catches, dtype_of_its_parameters, appends_and_raises, math_of_sizes]  # fmt: skip
 
 
 # ------------------------------------------------------------------------- what it can hold
@@ -253,6 +265,7 @@ CHANGES = {
     "activation": (chain, lambda m: setattr(m, "relu", nn.Tanh())),
     "forward": (chain, lambda m: setattr(m.b, "forward", lambda x: x * 2)),
     "forward of the class": (chain, lambda m: setattr(type(m).__mro__[1], "forward", lambda s, x: s.a(x))),
+    "method": (lambda s, x: s.b(s.helper(x)), lambda m: setattr(m, "helper", lambda x: m.a(x) * 2)),
     "hook": (chain, lambda m: m.a.register_forward_hook(lambda layer, args, out: out * 2)),
     "pre-hook": (chain, lambda m: m.a.register_forward_pre_hook(lambda layer, args: (args[0] * 2,))),
     "pruning": (chain, lambda m: nn.utils.prune.l1_unstructured(m.a, "weight", 0.5)),
@@ -263,7 +276,7 @@ CHANGES = {
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """What the forwards write is as it was, after as before."""
+    """All that the forwards write, as it was."""
 
     def reset():
         globals()["FLAG"], Net.tally, STATE.calls = True, 0, 0
@@ -348,6 +361,8 @@ def test_inner_modules_that_cannot_be_traced_are_called():
     report = dynops.convert_(model)
     assert list(report.fused) == [""] and report.unfused["1"] == "its forward draws random numbers"
     assert_same(model, layer_by_layer(model), lambda: None)
+    model.register_forward_hook(lambda *_: None)  # of the module itself: it is called
+    assert model.__dict__[_PROGRAM].holds()
 
 
 def graph_module():

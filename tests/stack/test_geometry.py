@@ -57,6 +57,15 @@ def test_unpadded_layers_move_the_mask():
     assert live.nonzero()[:, 1].unique().tolist() == [12, 13]
 
 
+def test_blocks_of_unpadded_layers():
+    chain = nn.Sequential(*[nn.Conv2d(1, 1, 3) for _ in range(4)], nn.MaxPool2d(2)).eval()
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 10:14, 20:22] = 1
+    with torch.no_grad(), dynops.use_mask(mask):
+        live = dynops.nn.SparseBlocks(chain, 1)(torch.randn(1, 1, 32, 32))[0, 0] != 0
+    assert live.nonzero().tolist() == [[3, 8], [4, 8]]
+
+
 def conv(kernel, stride=1, padding=0, **options):
     return nn.Conv2d(4, 4, kernel, stride, padding, **options)
 
