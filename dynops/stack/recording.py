@@ -382,7 +382,7 @@ def _modes_now() -> tuple:
         torch.get_default_dtype(),
         torch.is_anomaly_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,  # the older getter raises where this was set
         torch.autograd.forward_ad._current_level,
         c._len_torch_function_stack(),
         c._len_torch_dispatch_stack(),

@@ -1,7 +1,5 @@
 """Tracing never changes the answer: forwards that a graph cannot hold, and modules that change after the trace."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math
@@ -52,9 +50,6 @@ def layer_by_layer(model):
         if _TRACE in module.__dict__:
             module.__dict__.update({_TRACE: None, _PROGRAM: None})
     return model
-
-
-# ----------------------------------------------------------------- what a graph cannot hold
 
 
 def no_grad(s, x):
@@ -207,9 +202,6 @@ UNHOLDABLE = [no_grad, torch.no_grad()(lambda s, x: s.b(s.a(x))), enable_grad, a
               asks_for_a_class, catches, dtype_of_its_parameters, appends_and_raises, math_of_sizes]  # fmt: skip
 
 
-# ------------------------------------------------------------------------- what it can hold
-
-
 def residual(s, x):
     return x + s.b(s.relu(s.a(x)))
 
@@ -241,8 +233,6 @@ def has_options(s, x, y=None, *, z=3):
 
 
 HOLDABLE = [residual, normed_residual, concatenated, shifted, viewed, lists_its_input, has_options]
-
-# -------------------------------------------------------------------- what makes a trace stale
 
 
 def chain(s, x):
