@@ -23,11 +23,11 @@ _FUNCTIONS = {
     }.items()
     for name in names.split()
 }
-COPIES = ("contiguous", "clone")
-_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square", *COPIES)
+COPIES = ("contiguous", "clone")  # methods that return the value: no layer writes into rows
+_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 # f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
-_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square", *COPIES)
+_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square")
 _JOINS = ("add", "sub", "subtract", "maximum", "minimum")
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
 
@@ -90,8 +90,6 @@ class Call(Layer):
         if plan is None:
             run.recorded.add(self.out)
             return self._call({v: run.as_called(v) for v in self.inputs})
-        if self.target in COPIES:  # no layer writes into rows
-            return Rows(values[0], plan)
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)
