@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from ..context import use_mask
 from ..geometry import ConvGeometry, pair
 from ..plans import PixelPlan
-from .trace import dense_type
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -18,7 +17,7 @@ def under_mask(layer: nn.Module, x: Tensor, active: use_mask) -> tuple[Tensor, P
 
     In a ragged batch what lies outside of an image is padding to a pool.
     """
-    in_shape, forward = _map_shape(x), dense_type(layer).forward
+    in_shape, forward = _map_shape(x), getattr(type(layer), "pixels_of", type(layer)).forward
     if active.ragged and isinstance(layer, _POOLS):
         out = _pooled_images(layer, forward, x, active.plan(in_shape, x.device).inverse() < 0)
     else:

@@ -1,7 +1,5 @@
 """MacCounter: the MACs of every kind of layer against numbers counted by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Budget losses against their formulas, and cap against its promise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """MacCounter's calls, hooks, threads and errors."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """torch.compile, torch.export and autocast of functions that call several ops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

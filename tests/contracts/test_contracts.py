@@ -1,7 +1,5 @@
 """What holds for every op: opcheck, torch.compile, torch.export, honest errors, named backends."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from contract_cases import NAMES, samples_on

@@ -1,7 +1,5 @@
 """``with torch.device(...)`` around calls, plans and contexts: everything lands where its inputs are."""
 
-from __future__ import annotations
-
 import ast
 import pathlib
 

@@ -1,7 +1,5 @@
 """What is made of weights, norms and plans is made again when these change, however they are written."""
 
-from __future__ import annotations
-
 import pathlib
 import subprocess
 import sys
@@ -15,8 +13,6 @@ from torch import nn
 import dynops
 from dynops.kept import Kept, Mark, kept, refresh
 from dynops.testing import available_backends, random_mask, random_tensor
-
-BACKENDS = available_backends()
 
 needs_binary = pytest.mark.skipif(
     "cpp" not in available_backends(), reason="without a binary nothing is kept"

@@ -1,7 +1,5 @@
 """Threads, forks, stale caches, leaks, poison, instruction sets, and which module may import which."""
 
-from __future__ import annotations
-
 import ast
 import os
 import pathlib

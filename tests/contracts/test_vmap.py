@@ -1,7 +1,5 @@
 """torch.func.vmap, its compositions with grad and jvp, and kernels under all of them, against slices and dense ops."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 

@@ -1,7 +1,5 @@
 """Gates as functions and modules: values and gradients against formulas, rates under noise, modes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Gate heads: values against their equations, modes, initial rates, state, dtypes, errors."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """Policy gradients: sampled actions, log-probabilities, rewards, and losses whose gradient is the expectation's."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

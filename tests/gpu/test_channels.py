@@ -1,7 +1,5 @@
 """Channels: plans bit for bit, convolutions on lists of channels, weights of each sample, dynamic filters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

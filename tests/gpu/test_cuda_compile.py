@@ -1,7 +1,5 @@
 """The CUDA sources compile with nvcc without warnings, and load without a GPU; ``make gpu-audit`` reads what they need."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Kernels with barriers run with the threads of a block in ascending and in descending order.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 

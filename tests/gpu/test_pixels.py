@@ -1,7 +1,5 @@
 """Pixels: plans bit for bit, convolutions and their gradients in every form of the kernels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

@@ -5,8 +5,6 @@ each test here runs one file of tests (``interpreted_<noun>.py``) with the varia
 can be on a GPU run without it too, where there is one.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

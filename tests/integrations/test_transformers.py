@@ -1,7 +1,5 @@
 """transformers' models with ``experts_implementation="dynops"``: equal to their own experts, gradients included."""
 
-from __future__ import annotations
-
 import functools
 import sys
 

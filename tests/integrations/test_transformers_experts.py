@@ -1,7 +1,5 @@
 """Every class of experts of transformers, every flag, activation and gate: equal to eager, gradients included."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

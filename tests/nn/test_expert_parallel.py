@@ -1,7 +1,5 @@
 """Experts sharded over processes equal those of one process: values, gradients, training steps, state dicts."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re

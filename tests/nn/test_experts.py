@@ -1,7 +1,5 @@
 """Experts, MoE and ConvExperts against loops over tokens, and against transformers' blocks."""
 
-from __future__ import annotations
-
 import copy
 import math
 

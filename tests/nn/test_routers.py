@@ -1,7 +1,5 @@
 """Routers and their losses, against transformers' routers and formulas written from the papers."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

@@ -1,7 +1,5 @@
 """SkipRNN and compacted_cell, against loops over single sequences with PyTorch's cells in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """JumpReader, its policies, StepSelection and its neighbours, against loops over single sequences."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

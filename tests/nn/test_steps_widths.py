@@ -1,7 +1,5 @@
 """partial_update, prefix_mask and SkimRNN, against loops over single samples in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -3,8 +3,6 @@
 A process takes its instruction set when it loads the binary. Each runs on two threads, the tests themselves on one.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """SamplePlan, gather_samples and scatter_samples: values, gradients, trees, layouts, attacks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

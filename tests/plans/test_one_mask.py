@@ -1,7 +1,5 @@
 """One mask, or one plan, for every sample of a batch, whatever the batch is."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

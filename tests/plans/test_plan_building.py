@@ -1,7 +1,5 @@
 """Plans from coordinates, plans of several batches, plans through a DataLoader, an index that somebody else made."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,7 +1,5 @@
 """PixelPlan: what it holds, what it derives, and what it refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

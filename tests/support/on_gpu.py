@@ -4,8 +4,6 @@
 then known to be right before it meets a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 

@@ -5,8 +5,6 @@
 ``FOLDER`` keeps the copy, and what was built in it, for the next run. Faults in C++ take a compiler.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

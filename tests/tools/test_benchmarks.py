@@ -1,7 +1,5 @@
 """The benchmarks of pixels and blocks, and the harness: theory, break-even, masks, reports, the command line."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import mmap

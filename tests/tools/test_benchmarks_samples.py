@@ -1,7 +1,5 @@
 """The benchmarks of samples: what is decided, what is counted, and that all contenders compute the same."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

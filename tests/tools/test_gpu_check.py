@@ -1,7 +1,5 @@
 """The check of a GPU: all of it on a CPU in a dry run, and what it makes of failures that a first day on a GPU may bring."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

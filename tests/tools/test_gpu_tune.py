@@ -1,7 +1,5 @@
 """Tuned tiles: how a launch finds them, and how ``python -m benchmarks.gpu tune`` does. No GPU is needed."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """``make wheel`` gives one wheel that installs and computes beside every supported torch; no compiler is there."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -48,7 +48,7 @@ class Call(Layer):
         self.function = find(step.target) if step.kind == "function" else None
         self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
         self.refusal = self._refuses(step, parameters)
-        self.packs, name = not self.refusal, step.target.rpartition(":")[2]
+        self.packs, name = self.refusal == "", step.target.rpartition(":")[2]
         self.cats = step.target in _CATS
         self.scales = name in _SCALES
         refers_only = (

@@ -84,7 +84,7 @@ class Upsample(_Moved):
         else:
             self.factors = tuple(int(f) for f in factors)
             reach = tuple(Enlarged(f, self.mode == "bilinear") for f in self.factors)
-        self.packs = self.mode == "nearest" and not self.refusal
+        self.packs = self.mode == "nearest" and self.refusal == ""
         self.outside = "edge" if self.mode == "bilinear" else ""
         super().__init__(name, step, layer, reach)
 

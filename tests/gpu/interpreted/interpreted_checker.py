@@ -1,8 +1,6 @@
 """The interpreter's own check of addresses (``interpreter.py``), on kernels that go wrong. Run by
 ``test_triton_interpreter.py``."""
 
-from __future__ import annotations
-
 import os
 import re
 

@@ -5,8 +5,6 @@ the buffer, capacities that are empty, full and exceeded, 64-bit offsets. Each a
 values are compared with the reference. Tiles are the smallest of the table, as on a GPU with very many SMs.
 """
 
-from __future__ import annotations
-
 import os
 import pkgutil
 from dataclasses import replace

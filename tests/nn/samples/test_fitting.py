@@ -1,7 +1,5 @@
 """Thresholds for a budget, temperatures, losses of exits, and the criteria's own arguments."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Halting of samples, against a loop over the samples in Python and against the dense-masked form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from halting_cases import (

@@ -1,7 +1,5 @@
 """Spatial halting, against the equations pixel by pixel and against the dense-masked form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Halting at its limits: nothing to do, all or nobody halts, NaN, BatchNorm, autocast, compile, wrong input."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest

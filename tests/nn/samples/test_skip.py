@@ -1,7 +1,5 @@
 """nn.Skip: against the dense-masked form in float64, on both paths; gradients, modes, caps, attacks."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Token-level exits, against the dense layers with the states of tokens that have left held fixed."""
 
-from __future__ import annotations
-
 import copy
 import math
 

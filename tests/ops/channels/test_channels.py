@@ -1,7 +1,5 @@
 """Channel ops against the dense layer and masks: values and gradients, every argument."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

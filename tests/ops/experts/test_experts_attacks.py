@@ -1,7 +1,5 @@
 """Expert ops under hostile values, indices, threads, compilers and sizes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from expert_cases import CASES, Case, assert_close, linear_oracle

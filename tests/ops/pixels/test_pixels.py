@@ -1,7 +1,5 @@
 """Pixel ops against the dense layer and a mask: values and gradients, every argument."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Maps that do not lie channels_last: NCHW and strided views, on the CPU's own paths for them."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

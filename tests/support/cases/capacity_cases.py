@@ -4,8 +4,6 @@ Each builds its plan from the mask (or the choices) that is its first argument, 
 then holds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Oracles of the expert ops in plain PyTorch and Python, which share no line with dynops.ops, and cases."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

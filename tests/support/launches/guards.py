@@ -5,8 +5,6 @@ outside. Tests allocate with :func:`between_guards`; :func:`around` moves the ar
 allocated them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from unittest import mock
 

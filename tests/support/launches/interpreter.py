@@ -5,8 +5,6 @@ interpreter each lane of each load, store and atomic that is not masked off must
 that its pointer came from: the 16 bits that an address leaves free carry the number of the argument.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Launches of the pixel kernels: their tensors, and the reference that they are compared with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
