@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------- along one axis
@@ -174,6 +175,11 @@ def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
 def is_int(value, least: int | None = None) -> bool:
     """True if ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
     return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)
+
+
+def is_share(value) -> bool:
+    """True if ``value`` is a number in [0, 1]."""
+    return isinstance(value, numbers.Real) and 0 <= value <= 1
 
 
 # ------------------------------------------------------------------------------- of blocks

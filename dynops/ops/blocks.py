@@ -220,7 +220,8 @@ def gather_blocks(x: Tensor, plan: BlockPlan, halo=0) -> Tensor:
 
     Paper: Ren et al., SBNet (CVPR 2018).
     """
-    checks.plan(plan, BlockPlan, "plan")
+    if not isinstance(plan, BlockPlan):
+        checks.plan(plan, BlockPlan, "plan")
     checks.dense_map(x, plan, "x")
     geometry = plan.geometry.widened(_four_sides(halo))
     return _gather(x, plan.index, plan.count, geometry)
@@ -240,7 +241,8 @@ def scatter_blocks(tiles: Tensor, plan: BlockPlan, base: Tensor | None = None, a
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
     """
-    checks.plan(plan, BlockPlan, "plan")
+    if not isinstance(plan, BlockPlan):
+        checks.plan(plan, BlockPlan, "plan")
     checks.tensor(tiles, "tiles", 4, "[B, C, block_h, block_w]")
     expected = (plan.num_blocks, tiles.shape[1], *plan.block_size)
     checks.shaped(tiles, "tiles", expected, ", as the plan has it")

@@ -29,13 +29,13 @@ class Axis(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """True where one size is exactly ``stride`` times the other."""
+        """True if one size is exactly ``stride`` times the other."""
         small, large = (self.size, self.out) if self.transposed else (self.out, self.size)
         return small * self.stride == large
 
     @property
     def keeps(self) -> bool:
-        """True where output pixel i stands for input pixel i."""
+        """True if output pixel i stands for input pixel i."""
         return self.stride == 1 and self.size == self.out
 
     @property

@@ -9,8 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Layer, layer_of, mapped
-from .layers.call import COPIES
+from .layers import COPIES, Layer, layer_of, mapped
 from .staleness import Watch, signatures
 from .trace import Ref, Step, Trace, Untraceable, dense_type, fuse, trace
 
@@ -73,7 +72,7 @@ def local_stack_of(module: nn.Module) -> Stack:
     except Untraceable as reason:
         raise TypeError(f"module: expected one that can be traced; {reason}") from None
     dropouts = _layers([step for step in steps.steps if step.kind == "dropout"], whole)
-    kept, output = _without_copies(steps.steps, steps.output, (*COPIES, ""))
+    kept, output = _without_copies(steps.steps, steps.output)
     layers = _layers(kept, whole)
     for layer in layers:
         if layer.refusal:
@@ -126,20 +125,18 @@ def _that_count(layers: list[Layer], output: int) -> list[Layer]:
     return kept[::-1]
 
 
-def _without_copies(steps: tuple[Step, ...], output: int, copies: tuple[str, ...]) -> tuple[list[Step], int]:
-    """The steps without those whose result is the value that they got: methods, and with "" dropouts."""
+def _without_copies(steps: tuple[Step, ...], output: int) -> tuple[list[Step], int]:
+    """The steps without dropouts and copies, whose result is the value that they got."""
     same: dict[int, int] = {}
     kept = []
     for step in steps:
         inputs = tuple(same.get(v, v) for v in step.inputs)
         residual = same.get(step.residual, step.residual)
         args, kwargs = _renamed((step.args, step.kwargs), same)
-        step = step._replace(inputs=inputs, residual=residual, args=args, kwargs=kwargs)
-        drops = step.kind == "dropout" and "" in copies
-        if drops or (step.kind == "method" and step.target in copies):
+        if step.kind == "dropout" or (step.kind == "method" and step.target in COPIES):
             same[step.out] = inputs[0]
         else:
-            kept.append(step)
+            kept.append(step._replace(inputs=inputs, residual=residual, args=args, kwargs=kwargs))
     return kept, same.get(output, output)
 
 

@@ -99,7 +99,6 @@ class Step(NamedTuple):
     activation: str = ""  # act: the name an op knows it by; conv, norm: the fused one
     norm: str | None = None  # conv: the path of the norm that follows
     residual: int | None = None  # conv, norm: the value that is added before the activation
-    free: tuple[int, ...] = ()  # values that no later step reads
     scope: str = ""  # the path of the module whose forward makes the call
 
 
@@ -166,7 +165,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
         input_name,
-        _free(fuse(steps, output), output),
+        tuple(fuse(steps, output)),
         values,
         output,
         inlined,
@@ -443,14 +442,3 @@ def _absorb(step: Step, i: int, steps, readers, constants: set[int], taken: set[
         taken.add(j)
         i = j
     return step, i
-
-
-def _free(steps: list[Step], output: int) -> tuple[Step, ...]:
-    """Notes at each step which values nobody reads after it."""
-    seen = {output}
-    result = []
-    for step in reversed(steps):
-        last = {v for v in (*step.inputs, step.out) if v not in seen}
-        seen |= last
-        result.append(step._replace(free=tuple(sorted(last))))
-    return tuple(reversed(result))

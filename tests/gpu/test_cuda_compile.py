@@ -19,7 +19,7 @@ OPS = {
     ),
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
 # The library is loaded beside a torch that may lack CUDA; its kernels must still find their schemas.
 CHECK = """

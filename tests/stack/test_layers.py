@@ -47,7 +47,7 @@ class SqueezeExcite(Graph):
 class Arithmetic(Graph):
     def forward(self, x):
         y = self.conv(x)
-        z = self.conv1(y) - y * 2
+        z = self.conv1(y).contiguous(memory_format=torch.channels_last) - y.clone() * 2
         return torch.maximum(z, -y).square() / 3
 
 

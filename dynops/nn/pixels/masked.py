@@ -15,12 +15,11 @@ from ...stack.norm import norm_rows
 
 class _MaskedNorm:
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
-        plan = _plan(input, mask_or_plan)
-        if plan is None:
+        plan = _plan(input, mask_or_plan) if input.dim() == 4 else None
+        if plan is None:  # a norm of batches refuses any other rank
             return self.pixels_of.forward(self, input)
-        self._check_input_dim(input)
-        out = scatter_pixels(norm_rows(self, gather_pixels(input, plan), plan), plan)
-        return in_format_of(out, input)
+        rows = norm_rows if isinstance(self, nn.modules.batchnorm._BatchNorm) else group_norm_rows
+        return in_format_of(scatter_pixels(rows(self, gather_pixels(input, plan), plan), plan), input)
 
 
 class MaskedBatchNorm2d(_MaskedNorm, nn.BatchNorm2d):
@@ -50,16 +49,7 @@ class MaskedSyncBatchNorm(_MaskedNorm, nn.SyncBatchNorm):
     pixels_of = nn.SyncBatchNorm
 
 
-class _MaskedSampleNorm:
-    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
-        plan = _plan(input, mask_or_plan) if input.dim() == 4 else None
-        if plan is None:
-            return self.pixels_of.forward(self, input)
-        out = scatter_pixels(group_norm_rows(self, gather_pixels(input, plan), plan), plan)
-        return in_format_of(out, input)
-
-
-class MaskedGroupNorm(_MaskedSampleNorm, nn.GroupNorm):
+class MaskedGroupNorm(_MaskedNorm, nn.GroupNorm):
     """``nn.GroupNorm`` that norms the pixels of a mask and is zero elsewhere.
 
     See :class:`MaskedBatchNorm2d` for the call. The mean and variance of a sample's group are over its active pixels,
@@ -71,7 +61,7 @@ class MaskedGroupNorm(_MaskedSampleNorm, nn.GroupNorm):
     pixels_of = nn.GroupNorm
 
 
-class MaskedInstanceNorm2d(_MaskedSampleNorm, nn.InstanceNorm2d):
+class MaskedInstanceNorm2d(_MaskedNorm, nn.InstanceNorm2d):
     """``nn.InstanceNorm2d`` without running statistics that norms the pixels of a mask and is zero elsewhere.
 
     As :class:`MaskedGroupNorm`, with a group for each channel.

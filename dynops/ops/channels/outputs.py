@@ -178,7 +178,7 @@ def _channel_range(in_channels, channels: int) -> tuple[int, int]:
 
 def _output_mask(mask, out_shape: tuple[int, ...], x: Tensor) -> Tensor:
     check_mask_dtype(mask, "mask", "[N, O, out_H, out_W]")
-    checks.shaped(mask, "mask", out_shape, what="the output's shape")
+    checks.shaped(mask, "mask", out_shape, what="the output's shape ")
     checks.same(mask, "mask", x, dtype=False)
     return mask if mask.dtype == torch.bool else mask.detach() != 0
 
@@ -187,7 +187,7 @@ def _partial(partial, out_shape: tuple[int, ...], x: Tensor) -> Tensor | None:
     if partial is None:
         return None
     checks.tensor(partial, "partial", 4, "[N, O, out_H, out_W]")
-    checks.shaped(partial, "partial", out_shape, what="the output's shape")
+    checks.shaped(partial, "partial", out_shape, what="the output's shape ")
     checks.same(partial, "partial", x, dtype=modes.autocast_dtype(x) is None)
     return partial.to(x.dtype)  # differs under autocast only
 

@@ -15,7 +15,7 @@ from ...kernels.layout import in_format as in_format  # for those who import it 
 from ...kernels.layout import in_format_of as in_format_of
 from ...kernels.layout import memory_format_of as memory_format_of
 from ...plans import PixelPlan
-from .. import batching
+from .. import batching, checks
 from ..dispatch import Kernels
 from ..registry import define
 
@@ -226,8 +226,6 @@ def gather_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
     Raises:
         TypeError, ValueError: ``x`` is not a tensor of the plan's batch and size on its device.
     """
-    from .. import checks
-
     checks.pixel_plan(plan, "plan")
     checks.dense_map(x, plan, "x")
     return gather_rows(x, plan.index, plan.count)
@@ -246,8 +244,6 @@ def scatter_pixels(rows: Tensor, plan: PixelPlan, base: Tensor | None = None) ->
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit the plan.
     """
-    from .. import checks
-
     checks.pixel_plan(plan, "plan")
     checks.packed_rows(rows, plan, "rows")
     if base is not None:

@@ -23,7 +23,7 @@ _FUNCTIONS = {
     }.items()
     for name in names.split()
 }
-COPIES = ("contiguous", "clone")  # methods that return the value; of a dense map the strides may matter
+COPIES = ("contiguous", "clone")  # methods that return the value: no layer writes into rows
 _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 # f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.

@@ -332,6 +332,7 @@ def test_an_active_mask_reaches_the_layers_inside():
         (lambda s, x: Skip(s, mode="both"), ValueError, "mode: .*'both'"),
         (lambda s, x: Skip(s, path="tiles"), ValueError, "path: .*'tiles'"),
         (lambda s, x: Skip(s, max_fraction=1.5), ValueError, "max_fraction: .*1.5"),
+        (lambda s, x: Skip(s, max_fraction="0.5"), ValueError, "max_fraction: expected a number .*'0.5'"),
         (lambda s, x: Skip(None), TypeError, "module: expected a module"),
         (lambda s, x: Skip(s, shortcut=3), TypeError, "shortcut: expected a module"),
     ],
