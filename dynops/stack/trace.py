@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import ZERO_PRESERVING, fused_name
-from .recording import Recorder, Untraceable, opaque
 from .staleness import signature
+from .tracing.fusion import fuse
+from .tracing.recording import Recorder, Untraceable, opaque
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _INPLACE = {operator.imul: operator.mul, operator.isub: operator.sub, operator.itruediv: operator.truediv}
@@ -71,6 +72,7 @@ _FRESH_CALLS = {
     "conv2d",
     "batch_norm",
     "interpolate",
+    "clone",
 }
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
@@ -393,52 +395,3 @@ def find(name: str) -> Callable | None:
         return getattr(importlib.import_module(module), short, None)
     except ImportError:
         return None
-
-
-# ------------------------------------------------------------------------------------ fusion
-
-
-def fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
-    """Gives each convolution (and each norm without one) the norm, sum and activation after it.
-
-    A fused step stands where its last part stood, so that a residual is there when it runs.
-    """
-    readers: dict[int, list[int]] = {output: [-1]}
-    for i, step in enumerate(steps):
-        for value in step.inputs:
-            readers.setdefault(value, []).append(i)
-    constants = {step.out for step in steps if step.kind == "attr"}
-    taken: set[int] = set()
-    fused: dict[int, Step] = {}
-    for i, step in enumerate(steps):
-        if i in taken:
-            continue
-        if step.kind in ("conv", "norm"):
-            step, i = _absorb(step, i, steps, readers, constants, taken)
-        fused[i] = step
-    return [fused[i] for i in sorted(fused)]
-
-
-def _absorb(step: Step, i: int, steps, readers, constants: set[int], taken: set[int]) -> tuple[Step, int]:
-    while (
-        len(readers.get(step.out, ())) == 1
-        and readers[step.out][0] >= 0
-        and readers[step.out][0] not in taken
-    ):
-        j = readers[step.out][0]
-        after = steps[j]
-        if after.kind == "norm" and step.kind == "conv" and step.norm is None and step.residual is None:
-            step = step._replace(norm=after.target, out=after.out)
-        elif after.kind == "add" and step.residual is None and len(after.inputs) == 2:
-            other = after.inputs[1] if after.inputs[0] == step.out else after.inputs[0]
-            if other in constants:
-                break
-            step = step._replace(residual=other, inputs=(step.inputs[0], other), out=after.out)
-        elif after.kind == "act" and after.activation:
-            taken.add(j)
-            return step._replace(activation=after.activation, out=after.out), j
-        else:
-            break
-        taken.add(j)
-        i = j
-    return step, i

@@ -16,7 +16,7 @@ import types
 import torch
 from torch import nn
 
-from .staleness import Opaque, changed, frozen
+from ..staleness import Opaque, changed, frozen
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "dynops"}
 

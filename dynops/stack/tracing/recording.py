@@ -18,9 +18,9 @@ import sys
 import torch
 from torch import Tensor, fx, nn
 
-from .. import context
+from ... import context
+from ..staleness import METHOD, Opaque, changed, frozen, hooked, own_class
 from .outside import Outside
-from .staleness import METHOD, Opaque, changed, frozen, hooked, own_class
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
