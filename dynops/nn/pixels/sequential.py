@@ -13,7 +13,6 @@ from ...plans import PixelPlan, as_pixel_plan
 from ...stack.activations import ELEMENTWISE, fused_name
 from ...stack.graph import chain_of
 from ...stack.run_rows import checked_base
-from ...stack.staleness import HOOKS
 from ...stack.traced import Macs, Traced
 from .conv import SparseConv2d, SparseConvTranspose2d
 from .masked import MaskedBatchNorm2d
@@ -75,13 +74,10 @@ class SparseSequential(nn.Sequential):
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
         traced, plan = self._bound_to(input, mask_or_plan)
-        if any(
-            hooks for _, hooks in traced.hooks[len(HOOKS) :]
-        ):  # they may make the weights, as pruning does
+        if any(traced.inner_hooks):  # they may make the weights, as pruning does
             out = super().forward(input)
-            return keep_pixels(
-                out, plan, None if base is None else checked_base(base, input, plan, out.shape[1], out.dtype)
-            )
+            base = None if base is None else checked_base(base, input, plan, out.shape[1], out.dtype)
+            return keep_pixels(out, plan, base)
         return traced.on_rows(input, plan, base)
 
     def macs(self, input: Tensor, mask_or_plan: Tensor | PixelPlan) -> Macs:
