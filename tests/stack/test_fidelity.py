@@ -36,11 +36,17 @@ class Net(nn.Module):
         self.config = types.SimpleNamespace(k=2, names=["a"])
         self.function, self.part = F.relu, functools.partial(F.leaky_relu, negative_slope=0.3)
         self.register_buffer("seen", torch.ones(1))
+        self.more = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.ReLU()])
         nn.init.normal_(self.norm.bias)
         self.__class__ = type("Net", (Net,), {"forward": forward})
 
     def helper(self, x):
         return self.a(x)
+
+    def all(self, x):
+        for layer in self.more[:]:
+            x = layer(x)
+        return x
 
 
 def layer_by_layer(model):
@@ -167,6 +173,13 @@ def writes_slice(s, x):
     return s.b(y)
 
 
+def writes_what_is_read_later(s, x):
+    y = s.a(x)
+    z = y[:, :2]
+    y += s.b(x)
+    return s.b(torch.cat([z, z], 1))
+
+
 def asks_for_a_size(s, x):
     return s.b(s.a(x)) if x.shape[2] > 4 else s.a(x)
 
@@ -198,7 +211,7 @@ def math_of_sizes(s, x):
 UNHOLDABLE = [no_grad, torch.no_grad()(lambda s, x: s.b(s.a(x))), enable_grad, autocast_off, autocast_on, checkpointed,
               checkpointed_reentrant, python_random, numpy_random, torch_random, noise, own_generator, global_generator,
               appends, writes_dict, counts, counts_in_class, appends_to_class, appends_to_global, counts_in_global,
-              counts_in_default, counts_in_config, writes_buffer, writes_input, writes_slice, asks_for_a_size,
+              counts_in_default, counts_in_config, writes_buffer, writes_input, writes_slice, writes_what_is_read_later, asks_for_a_size,
               asks_for_a_class, catches, dtype_of_its_parameters, appends_and_raises, math_of_sizes]  # fmt: skip
 
 
@@ -228,11 +241,28 @@ def lists_its_input(s, x):
     return s.b(s.a(torch.cat(x, 1)))
 
 
+def writes_in_place(s, x):
+    y = s.a(x)
+    y += s.b(x)
+    z = y
+    y *= 2
+    return z + y
+
+
 def has_options(s, x, y=None, *, z=3):
     return s.b(s.a(x)) if y is None else y
 
 
-HOLDABLE = [residual, normed_residual, concatenated, shifted, viewed, lists_its_input, has_options]
+HOLDABLE = [
+    residual,
+    normed_residual,
+    concatenated,
+    shifted,
+    viewed,
+    lists_its_input,
+    has_options,
+    writes_in_place,
+]
 
 
 def chain(s, x):
@@ -251,6 +281,7 @@ CHANGES = {
     "padding": (lambda s, x: s.a(x), lambda m: setattr(m.a, "padding", (0, 0))),
     "dilation": (chain, lambda m: (setattr(m.a, "dilation", (2, 2)), setattr(m.a, "padding", (2, 2)))),
     "eps": (chain, lambda m: setattr(m.norm, "eps", 0.5)),
+    "list of children": (lambda s, x: s.all(s.a(x)), lambda m: m.more.append(nn.Conv2d(4, 4, 1))),
     "child": (chain, lambda m: setattr(m, "b", nn.Identity())),
     "activation": (chain, lambda m: setattr(m, "relu", nn.Tanh())),
     "forward": (chain, lambda m: setattr(m.b, "forward", lambda x: x * 2)),
