@@ -369,6 +369,14 @@ def _modes(training: bool):
         yield
 
 
+def _matmul_precision() -> str:
+    """The precision of products of float32. Its older getter raises after the newer setting was used."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision
+
+
 def _modes_now() -> tuple:
     c = torch._C
     return (
@@ -382,7 +390,7 @@ def _modes_now() -> tuple:
         torch.get_default_dtype(),
         torch.is_anomaly_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        _matmul_precision(),
         torch.autograd.forward_ad._current_level,
         c._len_torch_function_stack(),
         c._len_torch_dispatch_stack(),
