@@ -104,7 +104,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match=r"block_size: expected a multiple of \(2, 2\), got \(3, 4\)"):
         SparseBlocks(nn.Upsample(scale_factor=2), (3, 4))
     with pytest.raises(ValueError, match=r"block_size: expected a multiple of \(2, 2\), got \(5, 5\)"):
-        SparseBlocks(nn.Upsample(scale_factor=2), 4)(
+        SparseBlocks(nn.Upsample(scale_factor=2), 4, "tiles")(
             x, BlockPlan.from_mask(torch.eye(16).expand(2, 16, 16), 5)
         )
     with pytest.raises(ValueError, match=r"block_size: expected an int or a pair"):
