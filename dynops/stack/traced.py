@@ -41,6 +41,7 @@ class Traced:
         self.stack = local_stack_of(module) if stack is None else stack
         self.rows = self.stack.packs
         self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS)
+        self.inner_hooks = tuple(hooks for name, hooks in self.hooks if name)
         self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:
