@@ -72,13 +72,14 @@ DIRECT, DIFFERENTIATED, DISPATCHED = range(3)
 
 
 def route(*values) -> int:
-    """The shortest way to call an op on these values, of which the first is a tensor.
+    """The shortest way to call an op on these values.
 
     DISPATCHED: by PyTorch's dispatcher, which a compiler, a transform, forward-mode AD, a dispatch mode, a profiler, a
     tensor subclass and a meta tensor need. DIFFERENTIATED: only a gradient is needed. DIRECT: a kernel may be called
     by itself.
     """
-    if watched() or observed() or values[0].is_meta:
+    first = values[0]
+    if watched() or observed() or (first is not None and first.is_meta):
         return DISPATCHED
     found, grad = DIRECT, torch.is_grad_enabled()
     for value in values:
