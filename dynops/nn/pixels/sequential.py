@@ -125,7 +125,7 @@ class SparseSequential(nn.Sequential):
 
 def _hooked(traced: Traced) -> bool:
     """True where an inner module has a hook, which may make its weights, as pruning does."""
-    return any(hooks for _, hooks in traced.hooks[len(HOOKS) :])
+    return any(traced.hooks[len(HOOKS) :])
 
 
 def _flat(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
