@@ -40,8 +40,9 @@ class Traced:
         self.module = module
         self.stack = local_stack_of(module) if stack is None else stack
         self.rows = self.stack.packs
-        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS)
-        self.inner_hooks = tuple(hooks for name, hooks in self.hooks if name)
+        named = [(name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS]
+        self.names, self.hooks = zip(*named, strict=True)  # of each module, the outermost first
+        self.inner_hooks = self.hooks[len(HOOKS) :]
         self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:
@@ -52,11 +53,11 @@ class Traced:
         """Raises TypeError, by name, for what has come since the trace."""
         for layer in (*self.stack.layers, *self.stack.checked):
             layer.check()
-        for name, hooks in self.hooks:
-            if hooks:
-                raise TypeError(
-                    f"{name or 'module'}: expected no hooks, as layers are not called, got {len(hooks)}"
-                )
+        if any(self.hooks):
+            name, hooks = next(pair for pair in zip(self.names, self.hooks, strict=True) if pair[1])
+            raise TypeError(
+                f"{name or 'module'}: expected no hooks, as layers are not called, got {len(hooks)}"
+            )
 
     def check_rows(self) -> None:
         for layer in self.stack.layers:
