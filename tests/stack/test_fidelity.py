@@ -480,11 +480,11 @@ def test_pruned_chains_keep_their_pixels():
 
 def test_precision_may_be_set_in_the_newer_way():
     """torch.get_float32_matmul_precision raises from then on."""
-    products = torch.backends.cuda.matmul
-    before, products.fp32_precision = products.fp32_precision, "tf32"
-    stack = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
-    x, mask = torch.randn(1, 4, 8, 8), torch.ones(1, 8, 8)
+    stack, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), torch.randn(1, 4, 8, 8)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        torch.testing.assert_close(dynops.nn.SparseBlocks(stack, 4)(x, mask), stack(x), rtol=1e-4, atol=1e-5)
+        out = dynops.nn.SparseBlocks(stack, 4)(x, torch.ones(1, 8, 8))
     finally:
-        products.fp32_precision = before
+        torch.backends.cuda.matmul.fp32_precision = before
+    torch.testing.assert_close(out, stack(x), rtol=1e-4, atol=1e-5)
