@@ -40,6 +40,11 @@ class Outside:
         Raises:
             Opaque: something that a graph cannot hold.
         """
+        compiled = hasattr(function, "_torchdynamo_orig_callable") and not hasattr(
+            function, "_torchdynamo_disable"
+        )
+        if compiled and (function.__module__ or "").partition(".")[0] not in _FOREIGN:
+            raise Opaque("calls a compiled function")
         function = inspect.unwrap(function)
         if not isinstance(function, types.FunctionType) or (function.__code__, kind) in self._seen:
             return
