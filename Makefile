@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-ready test test-all lint docs build wheel asan cuda gpu-audit gpu-check clean FORCE
+.PHONY: help bench bench-ready test test-all test-wheel lint docs build wheel asan cuda gpu-audit gpu-check clean FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -46,11 +46,13 @@ bench-ready: $(READY)
 # As many processes as there are processors, each on one thread. ARGS replaces all of it: a file, -k, -m, -x.
 PROCESSES ?= $(shell nproc)
 SPREAD = $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n $(PROCESSES) --dist worksteal)
-LEFT_OUT := -m "not slow"
+LEFT_OUT := -m "not slow and not release"
 test: build $(DEV_READY)  ## set up, build, run the tests that are not marked slow
-test-all: build $(DEV_READY)  ## every test: wide sweeps, whole runs of tools, the wheel in fresh environments
-test-all: LEFT_OUT :=
-test test-all:
+test-all: build $(DEV_READY)  ## every test: wide sweeps and whole runs of tools too
+test-all: LEFT_OUT := -m "not release"
+test-wheel: build $(DEV_READY)  ## the wheel in fresh environments with torch 2.11, 2.13 and 2.14 (downloads 9 GB)
+test-wheel: LEFT_OUT := -m release
+test test-all test-wheel:
 	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
 	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))
 

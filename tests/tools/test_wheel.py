@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 TORCHES = {
     "2.11": ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"],
@@ -98,6 +96,7 @@ def wheel(tmp_path_factory) -> Path:
     return max((ROOT / "dist").glob(f"dynops-*-{python}-{python}-*.whl"), key=os.path.getmtime)
 
 
+@pytest.mark.release
 def test_the_wheel_holds_the_package_and_nothing_of_torch(wheel):
     assert "manylinux" in wheel.name
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n and not n.endswith("/")]
@@ -107,6 +106,7 @@ def test_the_wheel_holds_the_package_and_nothing_of_torch(wheel):
     assert sources == {name for name in names if name.endswith(".py")}
 
 
+@pytest.mark.release
 def test_the_source_archive_holds_every_source(wheel):
     archive = max((ROOT / "dist").glob("dynops-*.tar.gz"), key=os.path.getmtime)
     with tarfile.open(archive) as file:
@@ -118,6 +118,7 @@ def test_the_source_archive_holds_every_source(wheel):
     assert sources <= names and {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("version", TORCHES)
 def test_it_computes_with(version, wheel, tmp_path):
     require_index(*TORCHES[version])
@@ -134,6 +135,7 @@ def test_it_computes_with(version, wheel, tmp_path):
         shutil.rmtree(home, ignore_errors=True)  # up to 6 GB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", SETUPTOOLS)
 def test_pip_builds_with_setuptools(version, tmp_path):
     """Of the sources bindings.cpp alone is compiled: what is tested is how setuptools reads the project."""
