@@ -1,4 +1,4 @@
-"""How exact the CPU kernels' sums are: ``python -m benchmarks.errors [--out FILE]``.
+"""The errors of the CPU kernels' sums: ``python -m benchmarks.errors [--out FILE]``.
 
 For every instruction set, kind of layer, dtype and number of products in a sum: the error of our kernel against float64 and
 that of the dense layer, in the more exact of its two memory formats; Euclidean norms, relative to the exact result.
@@ -23,12 +23,12 @@ import dynops
 from dynops import ops
 from dynops.testing import random_mask, random_tensor
 
-from .text import aligned
+from .harness.text import aligned
 
 DEPTHS = (256, 576, 1152, 2304, 4608, 9216, 18432)  # products in a sum
 FORMATS = (torch.contiguous_format, torch.channels_last)
 FIELDS = ("isa", "kind", "dtype", "sum", "products", "ours", "dense", "ratio")
-_FEW = 24  # channels on the side of a convolution that is no sum
+_FEW = 24  # channels on the side of a convolution that no sum runs over
 
 
 @dataclass(frozen=True)

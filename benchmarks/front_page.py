@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
-from . import models
-from .expert_rows import ExpertRow
-from .report import Report, Row, machine_line
-from .text import markdown
+from .experts.layers import ONE_GEMM
+from .harness.machine import machine_line
+from .harness.report import Report
+from .harness.rows import Row
+from .harness.text import markdown
+from .pixels import model as models
 
 HEADER = ["what is skipped", "rows", "median speed-up", "the worst row"]
 HALF = (0.45, 0.55)  # shares of samples and steps that count as half
@@ -21,22 +22,24 @@ OURS, DENSE, LIMIT = "#00796b", "#9e9e9e", "#d84315"
 def headline_block(reports: list[Report]) -> str:
     """One line for each kind of skipping: the median speed-up, and the row that gained least."""
     rows = [row for report in reports for row in report.rows if row.mode == "forward"]
-    experts = [row for report in reports for row in report.experts]
-    quarter = [row for row in rows if row.suite == "layers" and row.variant == "plain" and row.density == 0.25]
+    experts = [row for row in rows if row.suite == "experts"]
+    quarter = [
+        row for row in rows if row.suite == "layers" and row.variant == "plain" and row.density == 0.25
+    ]
     half = [row for row in rows if row.suite == "samples" and HALF[0] <= row.density <= HALF[1]]
-    mixtures = [row for row in experts if row.mode in ("forward", "model") and row.weights == row.dtype]
+    mixtures = [row for row in experts if row.group != ONE_GEMM and row.weights == row.dtype]
     lines = [
         _line("convolutions that compute 25 % of their pixels (limit: 4x)", quarter),
         _line("experts that a token did not choose, against the fastest in transformers", mixtures),
         _line("layers and steps that half of a batch skips (limit: 2x)", half),
     ]
-    used = [r for r in reports if r.experts or any(row.suite in ("layers", "samples") for row in r.rows)]
+    used = [r for r in reports if r.of("experts", "layers", "samples")]
     newest = max((report.machine for report in used), key=lambda info: info["date"], default=None)
     parts = [markdown(HEADER, [line for line in lines if line])]
     return "\n\n".join(parts if newest is None else [*parts, machine_line(newest)])
 
 
-def _line(name: str, rows: Sequence[Row | ExpertRow]) -> list[str] | None:
+def _line(name: str, rows: list[Row]) -> list[str] | None:
     if not rows:
         return None
     worst = min(rows, key=lambda row: row.speedup)
@@ -44,9 +47,9 @@ def _line(name: str, rows: Sequence[Row | ExpertRow]) -> list[str] | None:
     return [name, str(len(rows)), f"{median:.2f}x", f"{worst.speedup:.2f}x: {_named(worst)}"]
 
 
-def _named(row: Row | ExpertRow) -> str:
-    if isinstance(row, ExpertRow):
-        return f"{row.layer}, {row.tokens} tokens, {row.dtype}"
+def _named(row: Row) -> str:
+    if row.suite == "experts":
+        return f"{row.case}, {row.tokens} tokens, {row.dtype}"
     name = row.case if row.suite == "layers" else f"{row.group}, {row.case}"
     return f"{name}, {row.mask} mask, {row.dtype}" if row.suite == "layers" else f"{name}, {row.dtype}"
 

@@ -5,21 +5,14 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from .blocks import PIXELS
-from .expert_rows import tables
-from .report import (
-    HEADER,
-    SUMMARY_HEADER,
-    Report,
-    Row,
-    machine_line,
-    row_cells,
-    summaries,
-    summary_cells,
-    with_optional,
-)
-from .sample_rows import BLOCKS, copy_table
-from .text import markdown
+from .blocks.stacks import PIXELS
+from .experts.tables import tables
+from .harness.machine import machine_line
+from .harness.report import Report
+from .harness.rows import Row, summaries
+from .harness.tables import HEADER, SUMMARY_HEADER, row_cells, summary_cells, with_optional
+from .harness.text import markdown
+from .samples.tables import BLOCKS, copy_table
 
 NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
 NO_CHANNELS = "No results of channels are committed yet: `python -m benchmarks layers --op channels --out benchmarks/results`."
@@ -43,8 +36,9 @@ def pixels_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
             prefix = [layers[0].dtype, layers[0].mode]
             summary_rows += [prefix + summary_cells(s) for s in summaries(layers, target_groups)]
         model_rows += [[row.dtype, *row_cells(row)] for row in models]
-        memory += [row.ratio for row in report.memory]
-        used += [report] if layers or models or report.memory else []
+        peaks = [row.ratio for row in report.of("memory")]
+        memory += peaks
+        used += [report] if layers or models or peaks else []
     summary_rows.sort(key=lambda cells: (_ORDER[cells[0]], cells[1] != "forward"))
     model_rows.sort(key=lambda cells: (_ORDER[cells[0]], cells[1], cells[2], -float(cells[3])))
     parts = [_machines(used)]
@@ -101,10 +95,10 @@ def samples_block(reports: list[Report]) -> str:
     used.sort(key=lambda report: (_ORDER[report.rows[0].dtype], report.rows[0].mode != "forward"))
     if not used:
         return NO_SAMPLES
-    rows = [row for report in used for row in report.rows]
+    rows = [row for report in used for row in report.of("samples")]
     blocks = [row for row in rows if row.group in BLOCKS]
     others = [row for row in rows if row.group not in BLOCKS]
-    copies = [row for report in used for row in report.copies]
+    copies = [row for report in used for row in report.of("copies")]
     parts = [_machines(used), _over_shares(blocks)]
     if others:
         header, cells = with_optional(others)
@@ -147,14 +141,12 @@ def _share_cell(row: Row) -> str:
 
 def experts_block(reports: list[Report]) -> str:
     """Every row of every report of experts, and what the machine reached."""
-    used = sorted(
-        (r for r in reports if r.experts and not r.rows),
-        key=lambda r: (_ORDER[r.experts[0].dtype], r.experts[0].mode),
-    )
+    used = [r for r in reports if r.rows and len(r.of("experts")) == len(r.rows)]
+    used.sort(key=lambda r: (_ORDER[r.rows[0].dtype], r.rows[0].mode))
     if not used:
         return NO_EXPERTS
     notes = dict.fromkeys(note for report in used for note in report.notes)
-    rows = [row for report in used for row in report.experts]
+    rows = [row for report in used for row in report.rows]
     return "\n\n".join([_machines(used), *notes, *tables(rows, markdown)])
 
 

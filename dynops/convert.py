@@ -12,7 +12,12 @@ from . import context
 from .nn import (
     MaskedAvgPool2d,
     MaskedBatchNorm2d,
+    MaskedGroupNorm,
+    MaskedInstanceNorm2d,
     MaskedMaxPool2d,
+    MaskedPixelShuffle,
+    MaskedUpsample,
+    MaskedZeroPad2d,
     SparseConv2d,
     SparseConvTranspose2d,
 )
@@ -25,6 +30,11 @@ _SPARSE = {
     nn.BatchNorm2d: MaskedBatchNorm2d,
     nn.MaxPool2d: MaskedMaxPool2d,
     nn.AvgPool2d: MaskedAvgPool2d,
+    nn.GroupNorm: MaskedGroupNorm,
+    nn.InstanceNorm2d: MaskedInstanceNorm2d,
+    nn.Upsample: MaskedUpsample,
+    nn.PixelShuffle: MaskedPixelShuffle,
+    nn.ZeroPad2d: MaskedZeroPad2d,
 }
 _DENSE = {sparse: dense for dense, sparse in _SPARSE.items()}
 _KINDS = {
@@ -33,12 +43,21 @@ _KINDS = {
     MaskedBatchNorm2d: "norm",
     MaskedMaxPool2d: "pool",
     MaskedAvgPool2d: "pool",
+    MaskedGroupNorm: "layer",
+    MaskedInstanceNorm2d: "layer",
+    MaskedUpsample: "layer",
+    MaskedPixelShuffle: "layer",
+    MaskedZeroPad2d: "layer",
 }
 _RELATIVES = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
+    nn.GroupNorm,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.ZeroPad2d,
 )
 _CONVERTED, _TRACE, _PROGRAM = "_dynops_converted", "_dynops_trace", "_dynops_program"
 
@@ -144,6 +163,8 @@ def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> N
         reason = f"{kind.__name__} is not exactly one of {', '.join(k.__name__ for k in _SPARSE)}"
     elif getattr(module, "return_indices", False):
         reason = "it returns indices"
+    elif getattr(module, "track_running_stats", False) and kind is nn.InstanceNorm2d:
+        reason = "it has running statistics"
     elif filter_fn is not None and not filter_fn(module, name):
         reason = "filter_fn"
     if reason:

@@ -1,8 +1,47 @@
-"""The geometry of a 2-D convolution as plain integers, shared by plans, ops and kernels."""
+"""Sizes and positions as plain integers, shared by plans, ops, kernels and stacks: every formula stands here once."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+# ------------------------------------------------------------------------- along one axis
+
+
+def reach(kernel: int, dilation: int = 1) -> int:
+    """The input pixels from a window's first tap to its last, both included."""
+    return dilation * (kernel - 1) + 1
+
+
+def window_count(
+    size: int,
+    kernel: int,
+    stride: int = 1,
+    before: int = 0,
+    after: int = 0,
+    dilation: int = 1,
+    ceil: bool = False,
+) -> int:
+    """The outputs of a convolution or pool: the windows that fit into the padded input. None fit: 0 or less.
+
+    Args:
+        before, after: the padding before the first and after the last pixel.
+        ceil: a last window may hang over the padding, if it begins inside the map or the padding before it.
+    """
+    room = size + before + after - reach(kernel, dilation)
+    if not ceil:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + before else count
+
+
+def transposed_size(
+    size: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1, extra: int = 0
+) -> int:
+    """The outputs of a transposed convolution; ``extra``: its ``output_padding``."""
+    return (size - 1) * stride - 2 * padding + reach(kernel, dilation) + extra
+
+
+# ------------------------------------------------------------------------- of convolutions
 
 
 class ConvGeometry(NamedTuple):
@@ -46,8 +85,21 @@ class ConvGeometry(NamedTuple):
         return self.batch, self.out_h, self.out_w
 
     @property
+    def margins(self) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom): the pixels that the taps of all outputs read outside of the input.
+
+        Transposed: those that all inputs write outside of the output. Negative: pixels that no tap meets.
+        """
+        small_h, small_w, large_h, large_w = self.out_h, self.out_w, self.in_h, self.in_w
+        if self.transposed:
+            small_h, small_w, large_h, large_w = large_h, large_w, small_h, small_w
+        bottom = (small_h - 1) * self.stride_h + reach(self.kernel_h, self.dil_h) - large_h - self.pad_h
+        right = (small_w - 1) * self.stride_w + reach(self.kernel_w, self.dil_w) - large_w - self.pad_w
+        return self.pad_w, right, self.pad_h, bottom
+
+    @property
     def is_pointwise(self) -> bool:
-        """Whether output pixel p reads input pixel p and nothing else."""
+        """True if output pixel p reads input pixel p and nothing else."""
         return (
             self.taps == 1
             and self.stride_h == self.stride_w == 1
@@ -57,7 +109,7 @@ class ConvGeometry(NamedTuple):
 
     @property
     def leaves_gaps(self) -> bool:
-        """Whether a convolution of a whole map leaves input pixels between its taps unread."""
+        """True if a convolution of a whole map leaves input pixels between its taps unread."""
         return not self.transposed and (self.stride_h > self.kernel_h or self.stride_w > self.kernel_w)
 
     def macs(self, rows: int, in_channels: int, out_channels: int) -> float:
@@ -69,6 +121,40 @@ class ConvGeometry(NamedTuple):
         if self.transposed:
             taps = taps * (self.in_h * self.in_w) / max(self.out_h * self.out_w, 1)
         return rows * taps * in_channels * out_channels / self.groups
+
+
+def conv_geometry(
+    in_shape, kernel, stride=(1, 1), before=(0, 0), dilation=(1, 1), groups: int = 1, after=None
+) -> ConvGeometry:
+    """The geometry of a convolution of ``in_shape`` (N, H, W).
+
+    Args:
+        before, after: the paddings (y, x) before the first and after the last row and column; equal by default.
+
+    Raises:
+        ValueError: an input smaller than the kernel's reach.
+    """
+    batch, *in_size = in_shape
+    after = before if after is None else after
+    out_size = [
+        window_count(in_size[i], kernel[i], stride[i], before[i], after[i], dilation[i]) for i in (0, 1)
+    ]
+    if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
+        raise ValueError(
+            f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}"
+        )
+    return ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *before, *dilation, groups, 0)
+
+
+def conv_transpose_geometry(
+    in_shape, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups: int = 1, extra=(0, 0)
+) -> ConvGeometry:
+    """The geometry of a transposed convolution of ``in_shape`` (N, H, W); ``extra``: its ``output_padding``."""
+    batch, *in_size = in_shape
+    out_size = [
+        transposed_size(in_size[i], kernel[i], stride[i], padding[i], dilation[i], extra[i]) for i in (0, 1)
+    ]
+    return ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *padding, *dilation, groups, 1)
 
 
 def as_geometry(geometry) -> ConvGeometry:
@@ -86,8 +172,11 @@ def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
 
 
 def is_int(value, least: int | None = None) -> bool:
-    """Whether ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
+    """True if ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
     return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)
+
+
+# ------------------------------------------------------------------------------- of blocks
 
 
 class BlockGeometry(NamedTuple):
@@ -119,7 +208,7 @@ class BlockGeometry(NamedTuple):
 
     @property
     def overlaps(self) -> bool:
-        """Whether a pixel may lie in more than one tile."""
+        """True if a pixel may lie in more than one tile."""
         return (self.tile_h > self.step_h and self.grid_h > 1) or (
             self.tile_w > self.step_w and self.grid_w > 1
         )

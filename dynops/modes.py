@@ -1,6 +1,6 @@
-"""Asks what watches a computation: a compiler, a transform of ``torch.func``, forward-mode AD, a gradient, a subclass.
+"""The modes that a computation runs in: compilers, transforms of ``torch.func``, derivatives, dispatch modes, autocast.
 
-Every short cut that goes past PyTorch's dispatcher asks here first. Autocast is asked for here too.
+Every short cut that goes past PyTorch's dispatcher asks :func:`route` first.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from .observers import observed
+from .scripting import refuse_tracing
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _transforms = torch._C._are_functorch_transforms_active
 _has_key = torch._C._dispatch_tls_is_dispatch_key_included
-_VMAP_MODE = torch._C._dispatch_key_parse(
-    "VmapMode"
-)  # of the vmap inside of torch.autograd: is_grads_batched
+# of the vmap inside of torch.autograd: is_grads_batched
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 _HAVE_AUTOCAST = ("cpu", "cuda")
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiled = torch._C._autograd._profiler_enabled
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def transformed() -> bool:
-    """True if a transform of ``torch.func``, batched gradients or forward-mode AD is active, over any tensor."""
+    """True if any transform of ``torch.func``, batched gradients or forward-mode AD is active."""
     if _transforms() or forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and _has_key(_VMAP_MODE)
@@ -54,22 +55,48 @@ def differentiated(*values) -> bool:
     return False
 
 
-def plain(*values: Tensor | None) -> bool:
-    """True if nothing watches a function of these tensors: a kernel may then be called by itself."""
-    if watched() or observed():
-        return False
-    grad = torch.is_grad_enabled()
+def observed() -> bool:
+    """True if a dispatch mode or a profiler must see a call: 0.1 us.
+
+    Raises:
+        RuntimeError: TorchScript's tracer looks on.
+    """
+    refuse_tracing()
+    return _dispatch_modes() > 0 or _profiled()
+
+
+# The ways to call an op, see :func:`route`.
+DIRECT, DIFFERENTIATED, DISPATCHED = range(3)
+
+
+def route(*values) -> int:
+    """The shortest way to call an op on these values, of which the first is a tensor.
+
+    DISPATCHED: by PyTorch's dispatcher, which a compiler, a transform, forward-mode AD, a dispatch mode, a profiler, a
+    tensor subclass and a meta tensor need. DIFFERENTIATED: only a gradient is needed. DIRECT: a kernel may be called
+    by itself.
+    """
+    if watched() or observed() or values[0].is_meta:
+        return DISPATCHED
+    differentiated = False
     for value in values:
-        if value is not None and (type(value) not in _PLAIN or (grad and value.requires_grad)):
-            return False
-    return True
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN:
+                return DISPATCHED
+            differentiated |= value.requires_grad
+    return DIFFERENTIATED if differentiated and torch.is_grad_enabled() else DIRECT
+
+
+def plain(*values) -> bool:
+    """True if a kernel may be called by itself on these values."""
+    return route(*values) == DIRECT
 
 
 def tracing() -> bool:
     """True if a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
+    return _dispatch_modes() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def sizes_are_fixed(x: Tensor) -> bool:
@@ -82,8 +109,11 @@ def sizes_are_fixed(x: Tensor) -> bool:
 
 
 def sizes_stay(tree) -> bool:
-    """True if sizes must not depend on the values of a tree of tensors, and the graph cannot be left: an export, ``make_fx``,
-    meta tensors, a ``vmap``. (A compiler leaves its graph where a layer makes a batch smaller.)"""
+    """True if sizes must not depend on the values of a tree of tensors, and the graph cannot be left.
+
+    So it is in an export, ``make_fx`` and a ``vmap``, and of meta tensors. A compiler leaves its graph where a layer
+    makes a batch smaller.
+    """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     if not (_transforms() or _has_key(_VMAP_MODE) or tracing()):

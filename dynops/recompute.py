@@ -5,7 +5,7 @@ meet in two classes, whoever imported ``checkpoint`` and whenever: the reentrant
 other one in ``_CheckpointFrame`` (looked up in torch 2.13 and 2.14). Their methods are wrapped here. Where a torch has
 them no more, the way is to enter the context inside the function that is checkpointed.
 
-What only listens (:mod:`dynops.ops.watch`) does not travel, as it changes no value. Neither do attributes of modules, which
+What only listens (:mod:`dynops.ops.observers`) does not travel, as it changes no value. Neither do attributes of modules, which
 ``nn.set_width`` sets as ``module.train()`` does: they must be in the backward pass what they were in the forward pass.
 """
 

@@ -1,12 +1,13 @@
 """One small network of each family of dynamic networks, trained on real digits in under a minute and measured.
 
-    python -m examples.skipnet                train, measure, print a row
-    python -m examples.skipnet --seconds 5    train for 5 seconds instead of a fixed number of steps
-    python -m examples.skipnet --seed 1 --json row.json
-    python -m examples.all --out rows.csv     all of them; .csv, .json or .md by the name's end
+    python -m examples.samples.skipnet                train, measure, print a row
+    python -m examples.samples.skipnet --seconds 5    train for 5 seconds instead of a fixed number of steps
+    python -m examples.samples.skipnet --seed 1 --out row.json
+    python -m examples.all --out rows.csv             all of them; .csv, .json or .md by the name's end
+    python -m examples.all fbs moe                    two of them
 
-The digits are scikit-learn's (``pip install scikit-learn``), 8x8 pixels enlarged to 12 to 32, and what is measured is one batch
-of the 360 test images. A row has the accuracy of the dynamic network; the MACs of a sample in the static network, with
+The digits are scikit-learn's (``pip install scikit-learn``), 8x8 pixels enlarged to 12 to 32. Measured is one batch of the 360
+test images. A row has the accuracy of the dynamic network; the MACs of a sample in the static network, with
 every gate open and no gate computed, and in the dynamic one, with its gates; theory, the ratio of the two; the time of both,
 interleaved; the speed-up, and the share of theory that it is (realised).
 

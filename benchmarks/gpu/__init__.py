@@ -1,1 +1,1 @@
-"""The GPU half: what can be known of its kernels without a GPU, and what is measured on one."""
+"""The GPU half: the audit of its kernels, which needs no GPU, and the measurements on one."""

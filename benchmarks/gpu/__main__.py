@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks.gpu audit|roofline|check|tune``; ``--help`` after a command for its own."""
+"""The command line: ``python -m benchmarks.gpu audit|check|tune``; ``--help`` after a command for its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 
 COMMANDS = {
     "audit": "every kernel compiled for sm_80, sm_90 and sm_100, and what its machine code needs; no GPU is used",
-    "roofline": "the least time that each kernel can take, from datasheets; no GPU is needed",
     "check": "builds, tests and measures on the GPU that is there",
     "tune": "searches tiles on the GPU that is there",
 }
@@ -19,7 +18,7 @@ def main(arguments: list[str]) -> int:
         print(*(f"  {name:<9} {what}" for name, what in COMMANDS.items()), sep="\n")
         return 0 if arguments in (["-h"], ["--help"]) else 2
     # imported here: a command needs what the others may lack
-    module = importlib.import_module(f".{arguments[0]}", __package__)
+    module = importlib.import_module(f".{arguments[0]}.{arguments[0]}", __package__)
     return module.main(arguments[1:]) or 0
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..nn import ConvExperts, Skip
+from ..nn import Cascade, ConvExperts, EarlyExit, Halting, JumpReader, Skip, SpatialHalting
 from ..plans import ExpertPlan, SamplePlan
 from .dense_rules import argument
 from .mac_sums import Sums, slope
@@ -211,7 +211,7 @@ class HaltingFrame(Frame):
 
     def close(self, module, args, kwargs, out, counter) -> None:
         steps = out.steps.detach()
-        if hasattr(self.layer, "max_steps"):
+        if isinstance(self.layer, Halting):
             self._repeat(steps)
         else:
             self._price_rest(out, counter)
@@ -295,7 +295,7 @@ class ExitsFrame(Frame):
 
     def __init__(self, layer: nn.Module, rows: int, device: torch.device):
         super().__init__(rows, device)
-        self.missing = set(layer.stages if hasattr(layer, "stages") else layer.models)
+        self.missing = set(layer.stages if isinstance(layer, EarlyExit) else layer.models)
 
     def enter(self, module: nn.Module, value) -> Frame | None:
         self.missing.discard(module)
@@ -366,11 +366,10 @@ def special_frame(module: nn.Module, args: tuple, kwargs: dict, value, counter) 
         return SkipFrame(module, args, kwargs, rows, device)
     if isinstance(module, ConvExperts):
         return BranchesFrame(module, args, kwargs, rows, device, counter)
-    if hasattr(module, "num_exits") and hasattr(module, "visits"):
+    if isinstance(module, (EarlyExit, Cascade)):
         return ExitsFrame(module, rows, device)
-    if all(hasattr(module, name) for name in ("rnn", "policy", "encoder", "max_jumps")):
+    if isinstance(module, JumpReader):
         return ReaderFrame(module, args, kwargs, rows, device)
-    halts = all(hasattr(module, name) for name in ("step", "halt", "max_steps"))
-    if halts or all(hasattr(module, name) for name in ("units", "halts", "first")):
+    if isinstance(module, (Halting, SpatialHalting)):
         return HaltingFrame(module, rows, device)
     return None

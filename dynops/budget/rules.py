@@ -17,16 +17,19 @@ from ..nn import (
     Experts,
     GroupedDynamicConv2d,
     ParallelExperts,
+    SkimRNN,
+    SkipRNN,
     SlimmableConv2d,
     SlimmableLinear,
     SparseBlocks,
     SparseConv2d,
     SparseConvTranspose2d,
     SparseSequential,
+    TokenEncoderLayer,
     TopKRouter,
 )
 from ..plans import ChannelPlan, ExpertPlan, PixelPlan
-from . import stacks
+from ..stack.traced import Macs
 from .called_rules import called_experts, called_router, is_router, matrices_of
 from .dense_rules import DENSE_RULES, Cost, argument, conv, step_macs
 from .mac_sums import opened, slope
@@ -80,8 +83,7 @@ def chain(module: SparseSequential, args: tuple, kwargs: dict, out: Tensor) -> C
     mask = argument(args, kwargs, 1, "mask_or_plan")
     if mask is None:  # its layers were called, and counted
         return None
-    x = argument(args, kwargs, 0, "input")
-    return stacks.cost(stacks.of_chain(module, x, mask), mask, x.shape[0])
+    return _of_stack(module.macs(argument(args, kwargs, 0, "input"), mask), mask)
 
 
 def blocks(module: SparseBlocks, args: tuple, kwargs: dict, out: Tensor) -> Cost:
@@ -89,7 +91,18 @@ def blocks(module: SparseBlocks, args: tuple, kwargs: dict, out: Tensor) -> Cost
     active = context.current()
     if mask is None and active is not None:
         mask = active.plan((x.shape[0], *out.shape[2:]), x.device).mask()
-    return stacks.cost(stacks.of_blocks(module, x, mask), mask, x.shape[0])
+    return _of_stack(module.macs(x, mask), mask)
+
+
+def _of_stack(macs: Macs, mask) -> Cost:
+    """The cost of a call. A mask's gradient is what an active pixel costs on average, halo included."""
+    live, dense = macs
+    if isinstance(mask, Tensor) and mask.requires_grad:
+        mask = mask[None] if mask.dim() == 2 else mask
+        active = (mask.detach() != 0).flatten(1).sum(1)
+        price = torch.where(active > 0, live / active.clamp(min=1), dense / max(mask[0].numel(), 1))
+        live = live + slope(mask).flatten(1).sum(1) * price
+    return Cost(live.shape[0], 1.0, live, dense)
 
 
 # ---------------------------------------------------------------------------------------- channels
@@ -239,7 +252,7 @@ def router(module: TopKRouter, args: tuple, kwargs: dict, out) -> Cost:
 # ------------------------------------------------------------------------------------------- steps
 
 
-def skip_rnn(module: nn.RNNBase, args: tuple, kwargs: dict, out) -> Cost:
+def skip_rnn(module: SkipRNN, args: tuple, kwargs: dict, out) -> Cost:
     """The updates of each sequence, and its own gate: once before the first step and after each update."""
     updates = out.updates if module.batch_first else out.updates.transpose(0, 1)
     rows, steps = updates.shape
@@ -251,7 +264,7 @@ def skip_rnn(module: nn.RNNBase, args: tuple, kwargs: dict, out) -> Cost:
     return Cost(rows, each, live, dense)
 
 
-def skim_rnn(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:
+def skim_rnn(module: SkimRNN, args: tuple, kwargs: dict, out) -> Cost:
     """The small cell or the big one at each step, and the gate."""
     skim = out.skim if module.batch_first else out.skim.transpose(0, 1)
     rows, steps = skim.shape
@@ -269,7 +282,7 @@ def skim_rnn(module: nn.Module, args: tuple, kwargs: dict, out) -> Cost:
 # ------------------------------------------------------------------------------------------ tokens
 
 
-def token_encoder(module: nn.TransformerEncoderLayer, args: tuple, kwargs: dict, out: Tensor) -> Cost | None:
+def token_encoder(module: TokenEncoderLayer, args: tuple, kwargs: dict, out: Tensor) -> Cost | None:
     """A plan's tokens as queries, and their products with all keys of the sequences that have one."""
     plan = argument(args, kwargs, 1, "plan")
     if plan is None:  # the attention was called, and counted
@@ -301,6 +314,9 @@ RULES = {
     Experts: experts,
     ParallelExperts: experts,
     TopKRouter: router,
+    SkipRNN: skip_rnn,
+    SkimRNN: skim_rnn,
+    TokenEncoderLayer: token_encoder,
 }
 """The rule of a class, for its subclasses too, unless they have their own."""
 
@@ -310,21 +326,11 @@ OPAQUE = (SparseBlocks, ParallelExperts)
 
 def rule_of(module: nn.Module):
     """The rule of a module, or None where it has no MACs of its own."""
-    if isinstance(module, nn.RNNBase) and hasattr(module, "gate") and "updates" in _forward_names(module):
-        return skip_rnn
-    if all(hasattr(module, name) for name in ("small", "big", "gate", "small_size")):
-        return skim_rnn
     if matrices_of(module):
         return called_experts
     if is_router(module):
         return called_router
-    if isinstance(module, nn.TransformerEncoderLayer) and "plan" in _forward_names(module):
-        return token_encoder
     for kind in type(module).__mro__:
         if kind in RULES:
             return RULES[kind]
     return None
-
-
-def _forward_names(module: nn.Module) -> tuple[str, ...]:
-    return type(module).forward.__code__.co_varnames

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..nn import ConvExperts, GroupedDynamicConv2d
 from ..ops import probing
-from ..ops.watch import watchers, watching
+from ..ops.observers import observers, observing
 from ..plans import SamplePlan
 from .mac_sums import Sums
 from .row_maps import Owners
@@ -69,8 +69,8 @@ class Tracker:
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
-        self._watching = watching(self)
-        self._watching.__enter__()
+        self._observing = observing(self)
+        self._observing.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
@@ -79,13 +79,13 @@ class Tracker:
         self._hooks, self._names = [], {}
         self._frames, self._calls = [], []
         self._keeps, self.returned = set(), {}
-        self._watching.__exit__()
+        self._observing.__exit__()
 
     # -------------------------------------------------------------------------------------- hooks
 
     def _foreign(self) -> bool:
         """True if a call is another thread's, task's or generator's."""
-        return self not in watchers() or probing.by() not in (None, self)
+        return self not in observers() or probing.by() not in (None, self)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._foreign():

@@ -1,7 +1,7 @@
-"""What was measured on an architecture and ships with the package: the tiles that won, and break-even densities.
+"""Measurements of an architecture that ship with the package: the tiles that won, and break-even densities.
 
-``configs/<architecture>.json`` is written by ``python -m benchmarks.gpu tune``. An architecture without a file
-takes the rules in ``tiling.py``, and the dense layer only where a plan is full.
+``python -m benchmarks.gpu tune`` writes ``configs/<architecture>.json``. Without a file the rules in ``tiling.py``
+choose tiles, and the dense layer runs only where a plan is full.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ class Config:
 
     Args:
         measured_on: the gpu, driver, versions and date, for the reader of the file.
-        tiles: ``{"family", "kind", "most", "indirect", "rows", "n", "k", "batch", "tile": {field: value}}`` each, the
-            arguments of :meth:`tile` and the tile that won; what else is in them is for the reader.
-        break_even: ``{"kind", "form", "taps", "inputs", "outputs", "pixels", "shares": {path: share}}`` each, the
-            arguments of :meth:`shares` and what it returns.
+        tiles: the arguments of :meth:`tile` by name and "tile", the one that won; more is for the reader.
+        break_even: the arguments of :meth:`shares` by name and "shares", its result.
     """
 
     def __init__(self, measured_on: dict, tiles: list[dict], break_even: list[dict]):
@@ -53,21 +51,16 @@ class Config:
         return self._tiles.get((family, kind, most, indirect), rows, n, k, batch)
 
     def shares(self, kind: str, form: str, taps: int, inputs: int, outputs: int, pixels: int) -> dict | None:
-        """{path: the share of a convolution's output pixels below which that path is faster than the dense layer}.
+        """The break-even of each path of a convolution, or None where nothing near was measured.
 
-        Paths: "pixels" (the op), "rows" and "tiles" (``nn.SparseBlocks``), against the dense layer and a mask, and
-        "full" (the op on a plan of every pixel, against the dense layer alone: 1 where the op is not slower). The
-        pixels that a path computes are counted with their halo. None where nothing near was measured.
-
-        Args:
-            form: "conv" or "depthwise".
-            inputs, outputs: channels.
-            pixels: of the whole output, N * H * W.
+        Below this share of the output's ``pixels`` (N * H * W, halo included) the path is faster than the dense layer
+        and a mask. Paths: "pixels" (the op), "rows" and "tiles" (``nn.SparseBlocks``), and "full": the op on a plan of
+        every pixel against the dense layer alone. ``form``: "conv" or "depthwise".
         """
         return self._shares.get((kind, form), taps, inputs, outputs, pixels)
 
     def as_json(self) -> str:
-        """What :func:`shipped` reads: an entry to a line."""
+        """The text that :func:`shipped` reads: an entry to a line."""
         parts = [f'"measured_on": {json.dumps(self.measured_on)}']
         for name, entries in {"tiles": self.tiles, "break_even": self.break_even}.items():
             lines = ",".join(f"\n    {json.dumps(entry)}" for entry in entries)
@@ -133,7 +126,7 @@ def shipped(name: str) -> Config | None:
 
 @contextlib.contextmanager
 def use(name: str, config: Config | None) -> Iterator[None]:
-    """Within it ``config`` holds for an architecture (None: no measurements), in every thread."""
+    """Context in which ``config`` holds for an architecture (None: no measurements), in every thread."""
     before = dict(_in_use)
     _in_use[name] = config
     try:

@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels for CUDA tensors: prepares memory for ``csrc/cuda``, where the binary has them.
+"""The CUDA C++ kernels of blocks, where the binary has them: prepares memory for ``csrc/cuda``.
 
-Same signatures as the references in ``ops/blocks.py``. Those that need no memory prepared (plan building,
+Same signatures as the references in ``ops/blocks.py``. Kernels that need no memory prepared (plan building,
 rows) the binary registers under the ops' own names.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import as_block_geometry
-from .layout import memory_format_of
+from .layout import empty_map, memory_format_of
 
 AVAILABLE = backends.has_binary() and hasattr(torch.ops.dynops, "cuda_gather_tiles")
 
@@ -19,8 +19,7 @@ AVAILABLE = backends.has_binary() and hasattr(torch.ops.dynops, "cuda_gather_til
 def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Tensor:
     """See ``ops.blocks._gather_tiles``."""
     g, layout = as_block_geometry(geometry), memory_format_of(x)
-    shape = (index.shape[0], x.shape[1], g.tile_h, g.tile_w)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    out = empty_map(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w), layout)
     torch.ops.dynops.cuda_gather_tiles(x.contiguous(memory_format=layout), index, g, out)
     return out
 
@@ -30,8 +29,7 @@ def scatter_tiles(
 ) -> Tensor:
     """See ``ops.blocks._scatter_tiles``. Copies any dtype, adds float32, bfloat16 and float16."""
     g, layout = as_block_geometry(geometry), memory_format_of(tiles)
-    shape = (g.batch, tiles.shape[1], g.height, g.width)
-    out = torch.empty(shape, dtype=tiles.dtype, device=tiles.device, memory_format=layout)
+    out = empty_map(tiles, (g.batch, tiles.shape[1], g.height, g.width), layout)
     inverse = torch.ops.dynops.inverse_index(index, count, g.grid)
     base = None if base is None else base.contiguous(memory_format=layout)
     torch.ops.dynops.cuda_scatter_tiles(tiles.contiguous(memory_format=layout), inverse, g, base, add, out)

@@ -30,3 +30,14 @@ def in_format(out: Tensor, memory_format: torch.memory_format) -> Tensor:
 def in_format_of(out: Tensor, x: Tensor) -> Tensor:
     """``out`` in the memory format of ``x``."""
     return in_format(out, memory_format_of(x))
+
+
+def empty_map(like: Tensor, shape: tuple, memory_format: torch.memory_format | None = None) -> Tensor:
+    """An uninitialised map of the dtype and device of ``like``, by default in its memory format too."""
+    layout = memory_format_of(like) if memory_format is None else memory_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def contiguous(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """An optional tensor, contiguous and of a dtype."""
+    return None if t is None else t.to(dtype or t.dtype).contiguous()

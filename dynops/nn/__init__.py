@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from ..observers import unscriptable as _unscriptable
+from ..scripting import unscriptable as _unscriptable
 from .blocks import SparseBlocks
 from .channels import (
     ChannelBatchNorm2d,
@@ -36,7 +36,12 @@ from .experts import shards as expert_shards
 from .pixels import (
     MaskedAvgPool2d,
     MaskedBatchNorm2d,
+    MaskedGroupNorm,
+    MaskedInstanceNorm2d,
     MaskedMaxPool2d,
+    MaskedPixelShuffle,
+    MaskedUpsample,
+    MaskedZeroPad2d,
     SparseConv2d,
     SparseConvTranspose2d,
     SparseSequential,
@@ -116,7 +121,12 @@ __all__ = [
     "Margin",
     "MaskedAvgPool2d",
     "MaskedBatchNorm2d",
+    "MaskedGroupNorm",
+    "MaskedInstanceNorm2d",
     "MaskedMaxPool2d",
+    "MaskedPixelShuffle",
+    "MaskedUpsample",
+    "MaskedZeroPad2d",
     "MaxSoftmax",
     "MoE",
     "MoEOutput",

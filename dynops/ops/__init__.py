@@ -1,32 +1,24 @@
 """The ops: functions with gradients, dense tensors (or packed rows) and a plan in, tensors out."""
 
-from ..observers import unscriptable as _unscriptable
+from ..scripting import unscriptable as _unscriptable
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
-from .channels.conv import (
-    channel_conv2d,
-    channel_linear,
-    gather_channels,
-    packed_channel_conv2d,
-    scatter_channels,
-)
+from .channels.conv import channel_conv2d, channel_linear, packed_channel_conv2d
 from .channels.filters import local_conv2d
+from .channels.mixed_conv import mixed_conv2d
 from .channels.outputs import masked_output_conv2d
-from .channels.weights import mixed_conv2d, region_conv2d, sample_conv2d
+from .channels.rows import gather_channels, scatter_channels
+from .channels.sample_conv import region_conv2d, sample_conv2d
 from .experts.activations import expert_activation
-from .experts.checks import QuantizedExperts
-from .experts.mlp import experts_mlp, grouped_linear, quantize_experts
+from .experts.linear import grouped_linear
+from .experts.mlp import experts_mlp
+from .experts.quantized import QuantizedExperts, quantize_experts
 from .experts.rows import combine_pairs, gather_pairs
 from .flops import register_formulas as _register_formulas
-from .pixels.conv import (
-    gather_pixels,
-    packed_conv2d,
-    packed_conv_transpose2d,
-    scatter_pixels,
-    sparse_conv2d,
-    sparse_conv_transpose2d,
-)
+from .pixels.conv import sparse_conv2d, sparse_conv_transpose2d
 from .pixels.interpolate import interpolate_pixels
+from .pixels.packed import packed_conv2d, packed_conv_transpose2d
+from .pixels.rows import gather_pixels, scatter_pixels
 from .samples import gather_samples, scatter_samples
 
 __all__ = [

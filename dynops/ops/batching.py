@@ -17,8 +17,10 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def vmap_rules(op, rule: Callable | None) -> tuple[Callable, Callable]:
-    """What ``torch.library.register_vmap`` wants, of a rule as above; and the kernel of the Batched key, which is that
-    of the vmap inside of ``torch.autograd`` (``is_grads_batched``)."""
+    """The vmap of ``torch.library.register_vmap`` by a rule as above, and the kernel of the Batched key.
+
+    That key belongs to the vmap inside of ``torch.autograd`` (``is_grads_batched``).
+    """
     names = [argument.name for argument in op._schema.arguments]
 
     def run(size, in_dims, arguments):
@@ -55,9 +57,8 @@ def vmap_rules(op, rule: Callable | None) -> tuple[Callable, Callable]:
 def _as_batched(out: Tensor, dim: int | None, level: int) -> Tensor:
     if dim is None:
         return out
-    return torch._add_batch_dim(
-        out.movedim(dim, 0).contiguous(), 0, level
-    )  # it wants examples outermost in memory
+    examples = out.movedim(dim, 0).contiguous()  # outermost in memory, as _add_batch_dim wants them
+    return torch._add_batch_dim(examples, 0, level)
 
 
 def _is_batched(value) -> bool:
@@ -145,11 +146,8 @@ def samples(*names: str, one_or_each: tuple[str, ...] = (), lists: tuple[str, ..
                 arguments[name] = _into(value, 0, size, False)
         for name in lists:
             value = arguments[name]
-            if (
-                value is not None
-                and value.shape[0] == n * (heads if name.startswith("in_") else 1)
-                and n != 1
-            ):
+            lists_of_samples = n * (heads if name.startswith("in_") else 1)
+            if n != 1 and value is not None and value.shape[0] == lists_of_samples:
                 arguments[name] = _into(value, 0, size, False)
         arguments["geometry"] = [size * n, *geometry[1:]]
         return _out_of(op(*arguments.values()), size), 0

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import BlockGeometry, as_block_geometry, is_int, pair
-from ..kernels import cuda
-from ..kernels.cpu import pixels as cpp
-from ..kernels.layout import memory_format_of
+from ..kernels import cpu, cuda
+from ..kernels.layout import empty_map, memory_format_of
 from ..plans import BlockPlan
 from . import batching, checks
+from .dispatch import triton_module
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -103,13 +103,11 @@ def _kernels(x: Tensor, sums: bool = False):
     """The kernel module for ``x``, or None for the reference above. The binary copies any dtype."""
     fits = not sums or x.dtype in backends.FAST_DTYPES
     if x.device.type == "cpu":
-        return cpp if fits and backends.has_binary() else None
+        return cpu.blocks if fits and backends.has_binary() else None
     if x.is_cuda and cuda.AVAILABLE:
         return cuda if fits else None
     if backends.choose(None, x.device, x.dtype) == "triton":
-        from ..kernels.triton import blocks
-
-        return blocks
+        return triton_module("blocks")
     return None
 
 
@@ -126,41 +124,31 @@ def _run_scatter_tiles(tiles, index, count, geometry, base, add) -> Tensor:
 
 def _fake_gather_tiles(x, index, count, geometry) -> Tensor:
     g = as_block_geometry(geometry)
-    return _empty_like(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w))
+    return empty_map(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w))
 
 
 def _fake_scatter_tiles(tiles, index, count, geometry, base, add) -> Tensor:
     g = as_block_geometry(geometry)
-    return _empty_like(tiles, (g.batch, tiles.shape[1], g.height, g.width))
-
-
-def _empty_like(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
-
-
-def _fake_block_mask(mask, geometry, mean, threshold) -> Tensor:
-    return mask.new_empty(as_block_geometry(geometry).grid, dtype=torch.bool)
-
-
-def _fake_block_cover(index, count, geometry) -> Tensor:
-    return index.new_empty(as_block_geometry(geometry).shape, dtype=torch.bool)
-
-
-def _fake_block_pixels(index, geometry) -> Tensor:
-    return index.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+    return empty_map(tiles, (g.batch, tiles.shape[1], g.height, g.width))
 
 
 define(
     "block_mask(Tensor mask, SymInt[] geometry, bool mean, float threshold) -> Tensor",
     _block_mask,
-    _fake_block_mask,
+    lambda mask, geometry, mean, threshold: mask.new_empty(
+        as_block_geometry(geometry).grid, dtype=torch.bool
+    ),
 )
 define(
     "block_cover(Tensor index, Tensor? count, SymInt[] geometry) -> Tensor",
     _block_cover,
-    _fake_block_cover,
+    lambda index, count, geometry: index.new_empty(as_block_geometry(geometry).shape, dtype=torch.bool),
 )
-define("block_pixels(Tensor index, SymInt[] geometry) -> Tensor", _block_pixels, _fake_block_pixels)
+define(
+    "block_pixels(Tensor index, SymInt[] geometry) -> Tensor",
+    _block_pixels,
+    lambda index, geometry: index.new_empty((torch.library.get_ctx().new_dynamic_size(),)),
+)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -232,7 +220,7 @@ def gather_blocks(x: Tensor, plan: BlockPlan, halo=0) -> Tensor:
 
     Paper: Ren et al., SBNet (CVPR 2018).
     """
-    _check_plan(plan)
+    checks.plan(plan, BlockPlan, "plan")
     checks.dense_map(x, plan, "x")
     geometry = plan.geometry.widened(_four_sides(halo))
     return _gather(x, plan.index, plan.count, geometry)
@@ -252,23 +240,16 @@ def scatter_blocks(tiles: Tensor, plan: BlockPlan, base: Tensor | None = None, a
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
     """
-    _check_plan(plan)
+    checks.plan(plan, BlockPlan, "plan")
     checks.tensor(tiles, "tiles", 4, "[B, C, block_h, block_w]")
     expected = (plan.num_blocks, tiles.shape[1], *plan.block_size)
-    if tuple(tiles.shape) != expected:
-        raise ValueError(f"tiles: expected shape {expected}, as the plan has it, got {tuple(tiles.shape)}")
-    if tiles.device != plan.device:
-        raise ValueError(f"tiles: expected it on the plan's device {plan.device}, got {tiles.device}")
+    checks.shaped(tiles, "tiles", expected, ", as the plan has it")
+    checks.on_plan(tiles, plan, "tiles")
     if plan.geometry.overlaps and not add:
         raise ValueError("add: expected True for a plan whose blocks overlap, got False")
     if base is not None:
         checks.dense_map(base, plan, "base", channels=tiles.shape[1], dtype=tiles.dtype)
     return _scatter(tiles, plan.index, plan.count, plan.geometry, base, bool(add))
-
-
-def _check_plan(plan) -> None:
-    if not isinstance(plan, BlockPlan):
-        raise TypeError(f"plan: expected a BlockPlan (BlockPlan.from_mask), got {type(plan).__name__}")
 
 
 def _four_sides(halo) -> tuple[int, int, int, int]:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import modes
+from .. import geometry, modes
 from ..geometry import ConvGeometry, pair
 from ..plans import PixelPlan
-from .epilogue import ACTIVATIONS
+from .epilogue import ACTIVATIONS, Epilogue
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -29,25 +29,52 @@ def same(value: Tensor, name: str, x: Tensor, x_name: str = "x", dtype: bool = T
         raise TypeError(f"{name}: expected {x_name}'s dtype {x.dtype}, got {value.dtype}")
 
 
-def pixel_plan(plan, name: str, device: torch.device | None = None) -> PixelPlan:
-    if not isinstance(plan, PixelPlan):
-        raise TypeError(f"{name}: expected a PixelPlan (PixelPlan.from_mask), got {type(plan).__name__}")
-    if device is not None and plan.device != device:
-        raise ValueError(f"{name}: expected it on x's device {device}, got {plan.device}")
-    return plan
+def floating(x: Tensor, name: str = "x") -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def dense_map(x, plan: PixelPlan, name: str, channels: int | None = None, dtype=None) -> None:
+def shaped(value: Tensor, name: str, expected: tuple, why: str = "", what: str = "shape") -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected {what} {tuple(expected)}{why}, got {tuple(value.shape)}")
+
+
+def activation(name: str | None, known=tuple(ACTIVATIONS)) -> str:
+    """The name that ops know an activation by; None is ""."""
+    if name is not None and (not isinstance(name, str) or name not in known):
+        raise ValueError(f"activation: expected None or one of {tuple(known)[1:]}, got {name!r}")
+    return name or ""
+
+
+def plan(value, kind: type, name: str, device: torch.device | None = None, made_by: str = "from_mask"):
+    """``value`` is a plan of this kind, on the device of x if that is given."""
+    if not isinstance(value, kind):
+        expected = f"{kind.__name__} ({kind.__name__}.{made_by})"
+        article = "an" if expected[0] == "E" else "a"
+        raise TypeError(f"{name}: expected {article} {expected}, got {type(value).__name__}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected it on x's device {device}, got {value.device}")
+    return value
+
+
+def on_plan(value: Tensor, plan, name: str) -> None:
+    """``value`` lies on the plan's device."""
+    if value.device != plan.device:
+        raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {value.device}")
+
+
+def pixel_plan(value, name: str, device: torch.device | None = None) -> PixelPlan:
+    return plan(value, PixelPlan, name, device)
+
+
+def dense_map(x, plan, name: str, channels: int | None = None, dtype=None) -> None:
     """``x`` is ``[N, C, H, W]`` at the plan's resolution."""
     n, h, w = plan.shape
     tensor(x, name, 4, "[N, C, H, W]")
-    expected = (n, x.shape[1] if channels is None else channels, h, w)
-    if tuple(x.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected}, as the plan has it, got {tuple(x.shape)}")
+    shaped(x, name, (n, x.shape[1] if channels is None else channels, h, w), ", as the plan has it")
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
-    if x.device != plan.device:
-        raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {x.device}")
+    on_plan(x, plan, name)
 
 
 def packed_rows(rows, plan: PixelPlan, name: str, channels: int | None = None) -> None:
@@ -56,8 +83,7 @@ def packed_rows(rows, plan: PixelPlan, name: str, channels: int | None = None) -
     if rows.shape[0] != plan.num_rows or (channels is not None and rows.shape[1] != channels):
         expected = (plan.num_rows, "C" if channels is None else channels)
         raise ValueError(f"{name}: expected packed rows {expected}, got shape {tuple(rows.shape)}")
-    if rows.device != plan.device:
-        raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {rows.device}")
+    on_plan(rows, plan, name)
 
 
 def _inputs(x, weight, bias, plan, in_plan: PixelPlan | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -77,8 +103,7 @@ def conv_tensors(x: Tensor, weight, bias) -> tuple[Tensor, Tensor, Tensor | None
     tensor(weight, "weight", 4, "[out, in, kh, kw]")
     if min(weight.shape[2:]) < 1:
         raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    floating(x)
     dtype = modes.autocast_dtype(x)
     autocast = dtype is not None
     if autocast:
@@ -92,7 +117,7 @@ def conv_tensors(x: Tensor, weight, bias) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def _channels(in_shape, weight_shape, channels: int, groups: int, transposed: bool) -> None:
-    """Whether the channels of x, weight and groups agree; ``channels`` is the weight's inputs (of one group)."""
+    """The channels of x, weight and groups agree; ``channels`` is the weight's inputs (of one group)."""
     if not isinstance(groups, int) or groups < 1 or in_shape[1] % groups or weight_shape[0] % groups:
         out = weight_shape[1] if transposed else weight_shape[0]
         raise ValueError(
@@ -106,11 +131,6 @@ def _channels(in_shape, weight_shape, channels: int, groups: int, transposed: bo
         )
 
 
-def _bias_fits(bias: Tensor | None, out_channels: int) -> None:
-    if bias is not None and bias.shape[0] != out_channels:
-        raise ValueError(f"bias: expected shape ({out_channels},), got {tuple(bias.shape)}")
-
-
 def _same_padding(kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]):
     """(before, after) paddings of padding='same' in y and x; the odd one goes after, as in torch."""
     if stride != (1, 1):
@@ -119,10 +139,10 @@ def _same_padding(kernel: tuple[int, int], stride: tuple[int, int], dilation: tu
     return [(t // 2, t - t // 2) for t in total]
 
 
-def _fits(plan_shape, batch: int, out_size: tuple[int, int]) -> None:
-    if plan_shape is not None and plan_shape != (batch, *out_size):
+def _fits(plan_shape, g: ConvGeometry) -> None:
+    if plan_shape is not None and plan_shape != g.out_shape:
         raise ValueError(
-            f"plan: expected one for the output's [N, H, W] = {(batch, *out_size)}, got one for {plan_shape}"
+            f"plan: expected one for the output's [N, H, W] = {g.out_shape}, got one for {plan_shape}"
         )
 
 
@@ -140,12 +160,12 @@ _geometries: dict = {}
 _MAX_GEOMETRIES = 4096
 
 
-def _geometry(compute, in_shape, weight_shape, out_shape, stride, padding, dilation, groups, last):
+def _geometry(compute, in_shape, weight_shape, out_shape, options: tuple):
     """``compute`` of the other arguments, remembered (not while compiling, where sizes may be symbols)."""
-    arguments = (in_shape, weight_shape, out_shape, stride, padding, dilation, groups, last)
+    arguments = in_shape, weight_shape, out_shape, options
     if torch.compiler.is_compiling():
         return compute(*arguments)
-    key = (compute, arguments, type(stride), type(padding), type(dilation), type(groups))  # 2.0 == 2
+    key = compute, arguments, *map(type, options)  # 2.0 == 2
     try:
         found = _geometries.get(key)
     except TypeError:  # a list among the arguments
@@ -157,8 +177,9 @@ def _geometry(compute, in_shape, weight_shape, out_shape, stride, padding, dilat
     return found
 
 
-def _conv_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation, groups, padding_mode):
+def _conv_geometry(in_shape, weight_shape, out_shape, options: tuple):
     """The geometry of a convolution of ``in_shape`` [N, C, H, W], and the paddings that ``F.pad`` adds first."""
+    stride, padding, dilation, groups, padding_mode = options
     kernel = tuple(weight_shape[2:])
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     _channels(in_shape, weight_shape, weight_shape[1], groups, False)
@@ -170,47 +191,24 @@ def _conv_geometry(in_shape, weight_shape, out_shape, stride, padding, dilation,
         pads = _same_padding(kernel, stride, dilation) if padding == "same" else [(0, 0), (0, 0)]
     else:
         pads = [(p, p) for p in pair(padding, "padding", 0)]
-    batch, (in_h, in_w) = in_shape[0], in_shape[2:]
+    batch, *in_size = in_shape[0], *in_shape[2:]
     fill = None
     if padding_mode != "zeros" and pads != [(0, 0), (0, 0)]:
         _fits_padding_mode(in_shape, pads, padding_mode)
-        fill, (in_h, in_w) = (*pads[1], *pads[0]), (in_h + sum(pads[0]), in_w + sum(pads[1]))
+        fill, in_size = (
+            (*pads[1], *pads[0]),
+            [size + sum(pad) for size, pad in zip(in_size, pads, strict=True)],
+        )
         pads = [(0, 0), (0, 0)]
-    out_size = tuple(
-        (size + sum(pads[i]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate((in_h, in_w))
-    )
-    if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
-        raise ValueError(f"x: expected an input at least as large as the kernel's reach, got {(in_h, in_w)}")
-    _fits(out_shape, batch, out_size)
-    pad = (pads[0][0], pads[1][0])
-    return ConvGeometry(batch, in_h, in_w, *out_size, *kernel, *stride, *pad, *dilation, groups, 0), fill
+    before, after = zip(*pads, strict=True)
+    g = geometry.conv_geometry((batch, *in_size), kernel, stride, before, dilation, groups, after)
+    _fits(out_shape, g)
+    return g, fill
 
 
-def conv_arguments(x, weight, bias, plan, stride, padding, dilation, groups, padding_mode, in_plan=None):
-    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry."""
-    x, weight, bias = _inputs(x, weight, bias, plan, in_plan)
-    in_shape = x.shape if in_plan is None else (in_plan.shape[0], x.shape[1], *in_plan.shape[1:])
-    g, fill = _geometry(_conv_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, padding_mode)  # fmt: skip
-    _bias_fits(bias, weight.shape[0])
-    return (x if fill is None else F.pad(x, fill, mode=padding_mode)), weight, bias, g
-
-
-def conv_geometry(in_shape, weight_shape, stride, padding, dilation, groups, padding_mode):
-    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
-    return _geometry(_conv_geometry, in_shape, weight_shape, None, stride, padding, dilation, groups, padding_mode)  # fmt: skip
-
-
-def dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode):
-    """As :func:`conv_geometry`, and whether the bias fits."""
-    _bias_fits(bias, weight.shape[0])
-    return conv_geometry(in_shape, weight.shape, stride, padding, dilation, groups, padding_mode)
-
-
-def _conv_transpose_geometry(
-    in_shape, weight_shape, out_shape, stride, padding, dilation, groups, output_padding
-):
-    """The geometry of a transposed convolution of ``in_shape`` [N, C, H, W]."""
+def _conv_transpose_geometry(in_shape, weight_shape, out_shape, options: tuple):
+    """The geometry of a transposed convolution of ``in_shape`` [N, C, H, W]; nothing is padded first."""
+    stride, padding, dilation, groups, output_padding = options
     kernel = tuple(weight_shape[2:])
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     padding, output_padding = pair(padding, "padding", 0), pair(output_padding, "output_padding", 0)
@@ -219,40 +217,43 @@ def _conv_transpose_geometry(
         raise ValueError(
             f"output_padding: expected it smaller than stride {stride} or dilation {dilation}, got {output_padding}"
         )
-    batch, in_size = in_shape[0], tuple(in_shape[2:])
-    out_size = tuple(
-        (in_size[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + output_padding[i] + 1
-        for i in (0, 1)
-    )
-    _fits(out_shape, batch, out_size)
-    return ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *padding, *dilation, groups, 1)
+    in_shape = (in_shape[0], *in_shape[2:])
+    g = geometry.conv_transpose_geometry(in_shape, kernel, stride, padding, dilation, groups, output_padding)
+    _fits(out_shape, g)
+    return g, None
 
 
-def conv_transpose_arguments(
-    x, weight, bias, plan, stride, padding, output_padding, groups, dilation, in_plan=None
-):
-    """Checks a transposed convolution's arguments. Returns x, weight, bias, geometry."""
+def conv_arguments(x, weight, bias, plan, options: tuple, in_plan=None, transposed: bool = False):
+    """Checks a convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry.
+
+    Args:
+        options: (stride, padding, dilation, groups, padding_mode), transposed output_padding in its place.
+    """
     x, weight, bias = _inputs(x, weight, bias, plan, in_plan)
     in_shape = x.shape if in_plan is None else (in_plan.shape[0], x.shape[1], *in_plan.shape[1:])
-    g = _geometry(_conv_transpose_geometry, in_shape, weight.shape, plan.shape, stride, padding, dilation, groups, output_padding)  # fmt: skip
-    _bias_fits(bias, weight.shape[1] * groups)
-    return x, weight, bias, g
+    compute = _conv_transpose_geometry if transposed else _conv_geometry
+    g, fill = _geometry(compute, in_shape, weight.shape, plan.shape, options)
+    if bias is not None:
+        shaped(bias, "bias", (weight.shape[1] * g.groups if transposed else weight.shape[0],))
+    return (x if fill is None else F.pad(x, fill, mode=options[-1])), weight, bias, g
 
 
-def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
-    """Checks what an op does to its result. Returns (activation, scale, shift, gate [P], residual).
+def conv_geometry(in_shape, weight_shape, options: tuple, bias: Tensor | None = None):
+    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
+    if bias is not None:
+        shaped(bias, "bias", (weight_shape[0],))
+    return _geometry(_conv_geometry, in_shape, weight_shape, None, options)
+
+
+def epilogue(plan, x, channels, name, scale, shift, gate, residual, base) -> Epilogue:
+    """Checks what an op does to its result; ``name``: of the activation. The gate becomes ``[P]``.
 
     The residual is ``[P, O]`` or ``[N, O, H, W]``.
     """
-    activation = activation or ""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)[1:]}, got {activation!r}")
-    for value, name in ((scale, "scale"), (shift, "shift")):
-        if value is None:
-            continue
-        if tuple(tensor(value, name, 1, "[O]").shape) != (channels,):
-            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(value.shape)}")
-        same(value, name, x, dtype=False)
+    for value, of in ((scale, "scale"), (shift, "shift")):
+        if value is not None:
+            shaped(tensor(value, of, 1, "[O]"), of, (channels,))
+            same(value, of, x, dtype=False)
     if gate is not None:
         gate = _gate_rows(gate, plan)
     if residual is not None:
@@ -264,7 +265,7 @@ def epilogue(plan, x, channels, activation, scale, shift, gate, residual, base):
     if base is not None:
         autocast = modes.autocast_dtype(x) is not None  # which casts the base, as it does x
         dense_map(base, plan, "base", channels=channels, dtype=None if autocast else x.dtype)
-    return activation, scale, shift, gate, residual
+    return Epilogue(activation(name), scale, shift, gate, residual)
 
 
 def _gate_rows(gate, plan: PixelPlan) -> Tensor:
@@ -277,19 +278,8 @@ def _gate_rows(gate, plan: PixelPlan) -> Tensor:
             f"gate: expected [N, H, W], [N, 1, H, W] or packed [{plan.num_rows}] for {plan.shape}, "
             f"got shape {tuple(gate.shape)}"
         )
-    if gate.device != plan.device:
-        raise ValueError(f"gate: expected it on the plan's device {plan.device}, got {gate.device}")
+    on_plan(gate, plan, "gate")
     if gate.dim() == 1:
         return gate
     gate = gate[:, None] if gate.dim() == 3 else gate
     return torch.ops.dynops.gather_rows(gate, plan.index, plan.count)[:, 0]
-
-
-def epilogue_is_plain(epilogue) -> bool:
-    """Whether at most an activation follows the convolution."""
-    return all(value is None for value in epilogue[1:])
-
-
-def epilogue_is_empty(epilogue) -> bool:
-    """Whether nothing at all follows the convolution."""
-    return not epilogue[0] and epilogue_is_plain(epilogue)

@@ -1,8 +1,8 @@
-"""auto: whether the pixels of a plan, or all of them in the dense layer, are computed faster.
+"""The dense layer and a mask in the place of a sparse op: where that is faster, and how.
 
-Decided by the plan's density and what was measured on the device's architecture (``kernels.configs``). Where that
-has no answer, for a capacity plan (whose density the host does not know) and while a compiler traces, no density
-decides: then the dense layer runs only where a plan holds every pixel.
+The plan's density decides, by measurements of the device's architecture (``kernels.configs``) or by the cost model of
+a CPU below. If neither has an answer, the dense layer runs only for a full plan. The same holds while a compiler
+traces, and for a capacity plan, whose density the host does not know.
 """
 
 from __future__ import annotations
@@ -12,16 +12,62 @@ from torch import Tensor
 
 from .. import backends, modes
 from ..geometry import ConvGeometry
-from ..kernels import configs
-from ..kernels.cpu import pixels as cpp
+from ..kernels import configs, cpu
+from ..kernels.cpu.engine import takes_winograd
+from ..kernels.cpu.planes import may_take_planes
+from ..kernels.layout import in_format_of, memory_format_of
 from ..plans import PixelPlan
-from . import checks
-from .epilogue import ACTIVATIONS
+from .dense_conv import dense_layer
+from .epilogue import ACTIVATIONS, Epilogue
 from .pixels.rows import scatter_pixels
+
+# From this many pixels on, the dense layer is the faster way to compute all of them. Below, it spends as much
+# time on bringing its weight into the order of its kernel, in every call, as ours on some 50 pixels.
+_DENSE_PIXELS = 1024
+
+
+def dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epilogue: Epilogue) -> bool:
+    """True if the dense layer and a mask compute a plan's pixels faster than the sparse op."""
+    measured = _measured(plan, x, weight, g)
+    if measured is not None:
+        return measured
+    if plan.count is not None or plan.num_pixels < _DENSE_PIXELS or not epilogue.is_plain:
+        return False
+    if beats_dense(x, weight, g):
+        return False
+    planes = memory_format_of(x) == torch.contiguous_format
+    on_cpu = modes.plain(x, weight) and _has_cpu_kernel(x)
+    if plan.is_full:  # where a gradient is needed, its dense form is the faster one too
+        return not (on_cpu and planes and may_take_planes(weight.shape, g))
+    # with a gradient the plan's own pixels are computed: backward they save more than the dense layer does
+    return on_cpu and not planes and not g.transposed and cpu_dense_is_faster(plan.num_rows, weight, g)
+
+
+def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """True if the op on every pixel is faster than the dense layer: by Winograd's algorithm on a CPU.
+
+    On maps thinner than 5 pixels too many of its tiles hang over the edge.
+    """
+    return _has_cpu_kernel(x) and takes_winograd(g, weight.shape, x.dtype) and min(g.out_h, g.out_w) >= 5
+
+
+def _has_cpu_kernel(x: Tensor) -> bool:
+    return backends.choose(None, x.device, x.dtype) == "cpp"
+
+
+def masked_dense(x, weight, bias, plan: PixelPlan, g: ConvGeometry, epilogue: Epilogue, base) -> Tensor:
+    """The op by the dense layer: all pixels are computed, those of the plan kept."""
+    if plan.is_full and epilogue.is_plain:
+        return dense_layer(x, weight, bias, g, epilogue.activation)
+    base = None if base is None else base.to(x.dtype)
+    return in_format_of(finish_dense(dense_layer(x, weight, bias, g, ""), plan, epilogue, base), x)
+
+
+# ---------------------------------------------------------------------------------- densities
 
 
 def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
-    """Whether the density of a plan with this ``count`` may decide at all."""
+    """True if the density of a plan with this ``count`` may decide at all."""
     if torch.compiler.is_compiling() or count is not None:
         return False
     return configs.of(device) is not None and dtype in backends.FAST_DTYPES and not modes.transformed()
@@ -47,8 +93,8 @@ def break_even(
     return None if shares is None else shares.get(path)
 
 
-def dense_is_faster(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool | None:
-    """Whether the dense layer computes a plan faster than the op does; None where that was not measured."""
+def _measured(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bool | None:
+    """True if the dense layer was measured to be faster; None if this layer was not measured."""
     if not decides(x.device, x.dtype, plan.count):
         return None
     share = break_even("full" if plan.is_full else "pixels", x.device, x.dtype, weight, g)
@@ -67,7 +113,7 @@ _DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
 
 
 def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether a CPU computes ``rows`` scattered pixels of a channels_last map faster with the dense layer and a mask."""
+    """True if a CPU computes ``rows`` scattered pixels of a channels_last map faster by the dense layer and a mask."""
     pixels, outputs, products = g.batch * g.out_h * g.out_w, weight.shape[0], weight.shape[1] * g.taps
     more = _PIXEL_PRODUCTS if g.taps > 1 else _POINTWISE_PRODUCTS
     ours, dense = rows * outputs * (products + more), pixels * outputs * products
@@ -77,20 +123,19 @@ def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:
     return ours > dense + _FINISH
 
 
-def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | None) -> Tensor:
+# -------------------------------------------------------------------------------- the mask
+
+
+def finish_dense(out: Tensor, plan: PixelPlan, epilogue: Epilogue, base: Tensor | None) -> Tensor:
     """The op's result from that of the dense convolution, bias included: where(mask, epilogue(out), base or 0).
 
     Args:
         out: ``[N, O, H, W]``; written over where gradients are off.
-        epilogue: (activation, scale, shift, gate ``[P]``, residual ``[P, O]`` or ``[N, O, H, W]``).
         base: ``[N, O, H, W]`` of ``out``'s dtype.
     """
     activation, scale, shift, gate, residual = epilogue
-    if (
-        (torch.is_grad_enabled() or modes.transformed())
-        and not plan.is_full
-        and not checks.epilogue_is_empty(epilogue)
-    ):
+    watched = torch.is_grad_enabled() or modes.transformed()
+    if watched and not plan.is_full and not epilogue.is_empty:
         # an infinity there times a gradient of zero would be NaN
         out = out.masked_fill(_inactive_mask(plan), 0)
     if scale is not None:
@@ -108,7 +153,7 @@ def finish_dense(out: Tensor, plan: PixelPlan, epilogue: tuple, base: Tensor | N
 def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
     """``out`` at the plan's pixels, ``base`` (or zero) elsewhere; written over where gradients are off.
 
-    There only inactive rows are touched: a mask would read and write all of a map that is dense almost everywhere.
+    Without gradients only inactive rows are touched. A mask would read and write all of a map that is nearly full.
     """
     maps = (out,) if base is None else (out, base)
     watched = torch.is_grad_enabled() or modes.transformed()
@@ -116,7 +161,7 @@ def keep_pixels(out: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
         inactive = _inactive_mask(plan)
         return out.masked_fill(inactive, 0) if base is None else torch.where(inactive, base, out)
     if out.device.type == "cpu" and backends.has_binary():
-        return cpp.keep_pixels(out, plan.index, plan.count, base)
+        return cpu.rows.keep_pixels(out, plan.index, plan.count, base)
     rows, *base_rows = (t.permute(0, 2, 3, 1).view(-1, t.shape[1]) for t in maps)
     index = _inactive_index(plan)
     if base_rows:
@@ -132,8 +177,10 @@ def _inactive_mask(plan: PixelPlan) -> Tensor:
 
 
 def _inactive_index(plan: PixelPlan) -> Tensor:
-    """int64 flat positions of the pixels that are not in a compact plan (kept): their number is known, so that a GPU
-    is not waited for."""
+    """int64 flat positions of the pixels that are not in a compact plan (kept).
+
+    Their number is known, so that nothing waits for a GPU.
+    """
     size = plan.num_pixels - plan.num_rows
     return plan.derived(
         "inactive", lambda: torch.nonzero_static(plan.inverse().view(-1) < 0, size=size)[:, 0]

@@ -1,10 +1,13 @@
-"""What an op does to its result before it writes it: affine map, gate, residual, activation."""
+"""Activations and their gradients by name, and the reference of an epilogue."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..kernels.epilogue import NOTHING as NOTHING
+from ..kernels.epilogue import Epilogue as Epilogue
 
 ACTIVATIONS = {
     "": lambda y: y,
@@ -46,7 +49,7 @@ def apply_epilogue(
     gate: Tensor | None,  # [P]
     residual: Tensor | None,  # [P, O]
 ) -> Tensor:
-    """``activation(gate * (scale * rows + shift) + residual)``, in plain PyTorch with gradients."""
+    """An :class:`Epilogue` of rows in plain PyTorch, with gradients."""
     if scale is not None:
         rows = rows * scale.to(rows.dtype)
     if shift is not None:

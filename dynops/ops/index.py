@@ -1,7 +1,6 @@
 """Plan building: mask to index, its inverse, and the input pixels that outputs read.
 
-Each op's reference below defines it; the C++ kernels of ``csrc/cpu/pixels/index.cpp`` (and on a GPU
-``csrc/cuda/pixels.cu``, and Triton's) take over.
+Each op's reference below defines it. The kernels that the binary registers go before it, on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..geometry import ConvGeometry
+from .dispatch import triton_module
 from .registry import define
 
 
@@ -24,11 +24,6 @@ def _mask_to_index(mask: Tensor) -> Tensor:
 def _refuse_nan(mask: Tensor) -> None:
     if mask.is_floating_point() and bool(mask.isnan().any()):
         raise RuntimeError("mask: NaN")
-
-
-def _mask_to_index_fake(mask: Tensor) -> Tensor:
-    size = torch.library.get_ctx().new_dynamic_size()
-    return mask.new_empty((size,), dtype=torch.int32)
 
 
 def _mask_to_index_capacity(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -44,10 +39,6 @@ def _mask_to_index_capacity(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor
     return index[:-1].clone(), count
 
 
-def _mask_to_index_capacity_fake(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    return mask.new_empty((capacity,), dtype=torch.int32), mask.new_empty((1,), dtype=torch.int32)
-
-
 def _inverse_index(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
     """int32 ``[N, H, W]``: the row of each pixel, -1 where there is none."""
     pixels = shape[0] * shape[1] * shape[2]
@@ -55,10 +46,6 @@ def _inverse_index(index: Tensor, count: Tensor | None, shape: list[int]) -> Ten
     slot = torch.where(index < 0, pixels, index.long())
     inverse[slot] = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
     return inverse[:-1].view(shape).clone()
-
-
-def _inverse_index_fake(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
-    return index.new_empty(shape)
 
 
 def _needed_mask(index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
@@ -70,19 +57,12 @@ def _needed_mask(index: Tensor, count: Tensor | None, geometry: list[int]) -> Te
     mask = mask[:-1].view(g.batch, 1, g.out_h, g.out_w)
     ones = torch.ones(1, 1, g.kernel_h, g.kernel_w, device=index.device)
     stride, dilation = (g.stride_h, g.stride_w), (g.dil_h, g.dil_w)
+    left, right, top, bottom = g.margins
     if g.transposed:
-        reach_h, reach_w = g.dil_h * (g.kernel_h - 1), g.dil_w * (g.kernel_w - 1)
-        bottom = (g.in_h - 1) * g.stride_h + reach_h + 1 - g.out_h - g.pad_h
-        right = (g.in_w - 1) * g.stride_w + reach_w + 1 - g.out_w - g.pad_w
-        full = F.pad(mask, (g.pad_w, right, g.pad_h, bottom))
+        full = F.pad(mask, (left, right, top, bottom))
         return F.conv2d(full, ones, stride=stride, dilation=dilation)[:, 0] > 0
     full = F.conv_transpose2d(mask, ones, stride=stride, dilation=dilation)
-    bottom, right = g.in_h + g.pad_h - full.shape[2], g.in_w + g.pad_w - full.shape[3]
-    return F.pad(full, (-g.pad_w, right, -g.pad_h, bottom))[:, 0] > 0
-
-
-def _needed_mask_fake(index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
-    return index.new_empty((geometry[0], geometry[1], geometry[2]), dtype=torch.bool)
+    return F.pad(full, (-left, -right, -top, -bottom))[:, 0] > 0
 
 
 def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -98,16 +78,8 @@ def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _run_channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if mask.is_cuda and backends.has_triton() and not mask.is_complex():
-        from ..kernels.triton.channel_index import channel_index
-
-        return channel_index(mask, size)
+        return triton_module("channel_index").channel_index(mask, size)
     return _channel_index(mask, size)
-
-
-def _channel_index_fake(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return mask.new_empty((mask.shape[0], size), dtype=torch.int32), mask.new_empty(
-        (mask.shape[0],), dtype=torch.int32
-    )
 
 
 def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
@@ -116,10 +88,6 @@ def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
     position = torch.arange(index.shape[1], device=index.device)
     slot = torch.where(position < count[:, None], index, channels).long()
     return mask.scatter_(1, slot, True)[:, :channels].clone()
-
-
-def _channel_mask_fake(index: Tensor, count: Tensor, channels: int) -> Tensor:
-    return index.new_empty((index.shape[0], channels), dtype=torch.bool)
 
 
 def _expert_index(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,41 +113,42 @@ def _expert_index(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, T
     return order.to(torch.int32), torch.searchsorted(by_expert, bounds, out_int32=True), position
 
 
-def _expert_index_fake(index: Tensor, experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    def empty(*shape):
-        return index.new_empty(shape, dtype=torch.int32)
-
-    return empty(index.numel()), empty(experts + 1), empty(*index.shape)
+def _int32(like: Tensor, *shapes) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
-define("mask_to_index(Tensor mask) -> Tensor", _mask_to_index, _mask_to_index_fake)
+define(
+    "mask_to_index(Tensor mask) -> Tensor",
+    _mask_to_index,
+    lambda mask: _int32(mask, (torch.library.get_ctx().new_dynamic_size(),))[0],
+)
 define(
     "mask_to_index_capacity(Tensor mask, SymInt capacity) -> (Tensor, Tensor)",
     _mask_to_index_capacity,
-    _mask_to_index_capacity_fake,
+    lambda mask, capacity: _int32(mask, (capacity,), (1,)),
 )
 define(
     "inverse_index(Tensor index, Tensor? count, SymInt[] shape) -> Tensor",
     _inverse_index,
-    _inverse_index_fake,
+    lambda index, count, shape: index.new_empty(shape),
 )
 define(
     "needed_mask(Tensor index, Tensor? count, SymInt[] geometry) -> Tensor",
     _needed_mask,
-    _needed_mask_fake,
+    lambda index, count, geometry: index.new_empty(geometry[:3], dtype=torch.bool),
 )
 define(
     "channel_index(Tensor mask, SymInt size) -> (Tensor, Tensor)",
     _run_channel_index,
-    _channel_index_fake,
+    lambda mask, size: _int32(mask, (mask.shape[0], size), mask.shape[:1]),
 )
 define(
     "channel_mask(Tensor index, Tensor count, SymInt channels) -> Tensor",
     _channel_mask,
-    _channel_mask_fake,
+    lambda index, count, channels: index.new_empty((index.shape[0], channels), dtype=torch.bool),
 )
 define(
     "expert_index(Tensor index, SymInt experts, SymInt capacity) -> (Tensor, Tensor, Tensor)",
     _expert_index,
-    _expert_index_fake,
+    lambda index, experts, capacity: _int32(index, (index.numel(),), (experts + 1,), index.shape),
 )

@@ -1,4 +1,4 @@
-"""Whether a module runs only to learn what it costs or returns: then nobody else listens."""
+"""Runs of a module that only tell its cost or its result: no other observer listens to them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ _local = _Local()
 
 
 def by():
-    """Who probes a module in this thread, or None."""
+    """The counter that probes a module in this thread, or None."""
     return _local.by
 
 
 class probing:
+    """Context manager: inside it, only ``counter`` listens."""
+
     def __init__(self, counter):
         self.counter = counter
 

@@ -1,7 +1,7 @@
 """Registers an op under ``torch.ops.dynops``: its schema, its reference, its fake, and its rules.
 
-The rules are those of reverse-mode AD (``backward``, made of ops, so that it has derivatives of its own), of
-forward-mode AD (``terms``, or ``jvp``) and of ``torch.func.vmap`` (``vmap``, else slice by slice).
+The rules are those of reverse-mode AD (``backward``), of forward-mode AD (``terms``, or ``jvp``) and of
+``torch.func.vmap`` (``vmap``, else slice by slice). A ``backward`` is made of ops, so that it has derivatives too.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import modes
-from ..observers import observed, refuse_tracing
+from ..scripting import refuse_tracing
 from .batching import vmap_rules
 from .flops import register_formulas
 
 library = torch.library.Library("dynops", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Op:
-    """A registered op, called by the shortest way.
+    """A registered op, called by the shortest way (``modes.route``).
 
-    Where something watches (a compiler, a transform, forward-mode AD, a tensor subclass, a dispatch mode, a profiler)
-    the call goes through the dispatcher, as it does for a meta tensor; where a gradient is needed through one
-    ``autograd.Function``, which took 60 us less of a small layer's training step than ``register_autograd``; else
-    straight to the implementation.
+    Where a gradient is needed that is one ``autograd.Function``, which took 60 us less of a small layer's training
+    step than ``register_autograd``.
     """
 
     def __init__(self, name: str, implementation: Callable, function: type[torch.autograd.Function] | None):
@@ -38,18 +35,12 @@ class Op:
         self.implementation, self.function = implementation, function
 
     def __call__(self, *arguments):
-        if modes.watched() or arguments[0].is_meta:
+        route = modes.route(*arguments)
+        if route == modes.DISPATCHED:
+            if not torch.compiler.is_compiling() and modes.observed():
+                register_formulas()
             return self.overload(*arguments)
-        if observed():
-            register_formulas()
-            return self.overload(*arguments)
-        needs_grad = False
-        for value in arguments:
-            if isinstance(value, Tensor):
-                if type(value) not in _PLAIN:
-                    return self.overload(*arguments)
-                needs_grad |= value.requires_grad
-        if needs_grad and self.function is not None and torch.is_grad_enabled():
+        if route == modes.DIFFERENTIATED and self.function is not None:
             return self.function.apply(*arguments)
         return self.implementation(*arguments)
 
@@ -95,8 +86,20 @@ def define(
     return Op(name, implementation, _function(name, implementation, setup_context, backward))
 
 
+def save_inputs(ctx, inputs, output) -> None:
+    """A ``setup_context`` that keeps every argument of an op for its backward."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+    ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def saved_inputs(ctx) -> list:
+    """The arguments that :func:`save_inputs` kept."""
+    pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
+    return [option if tensor is None else tensor for tensor, option in pairs]
+
+
 def _untraced(name: str) -> Callable:
-    """What TorchScript's tracer calls in the place of an op that something calls by its name, as plans do."""
+    """The op's kernel under TorchScript's tracer, which raises: plans call ops by their names."""
 
     def run(*arguments, **named):
         refuse_tracing()
@@ -105,7 +108,7 @@ def _untraced(name: str) -> Callable:
 
 
 def _or_binary(overload, implementation: Callable) -> Callable:
-    """``implementation``, but on a GPU the kernel that the binary registers under this op's name."""
+    """``implementation``, or on a GPU the kernel that the binary registers under this op's name."""
 
     def run(*arguments):
         if any(isinstance(value, Tensor) and value.is_cuda for value in arguments):
@@ -140,9 +143,7 @@ def _autograd_kernel(overload, setup_context, backward, jvp) -> Callable:
 
     def forward(ctx, *inputs):
         *arguments, keyset = inputs
-        if (
-            torch._C._are_functorch_transforms_active()
-        ):  # the levels below this one have gradients of their own
+        if torch._C._are_functorch_transforms_active():  # the levels below have gradients of their own
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 output = below(keyset, arguments)
         else:

@@ -7,7 +7,7 @@ The mathematics, for the plan's i-th sample n::
         add           out[n] = base[n] + scale[i] * rows[i]
         scale, base   out[n] = (1 - scale[i]) * base[n] + scale[i] * rows[i]
 
-A sample is a row of a map of one pixel: the copies, their gradients and their kernels are those of ``ops/rows.py``.
+A sample is a row of a map of one pixel: the copies, their gradients and their kernels are those of ``ops/pixels/rows.py``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import backends, modes
-from ..kernels.cpu import pixels as cpp
+from ..kernels import cpu
 from ..plans import SamplePlan
+from . import checks
+from .observers import observers
 from .pixels.rows import gather_rows, memory_format_of, merge_rows, scatter_rows
-from .watch import watchers
 
 
 class SampleLayout(NamedTuple):
-    """How samples ``[N, ...]`` lie in rows ``[N, F]``, so that neither memory format is copied."""
+    """Views of samples ``[N, ...]`` as rows ``[N, F]`` and back, which copy neither memory format."""
 
     shape: torch.Size  # of a sample
     channels_last: bool
@@ -50,8 +51,8 @@ def gather_samples(x: Any, plan: SamplePlan) -> Any:
     """The kept samples as a smaller batch.
 
     Args:
-        x: ``[N, ...]`` of any rank and dtype, or a pytree (tuples, lists, dicts …) of such tensors. Leaves that are no
-            tensors stay as they are.
+        x: ``[N, ...]`` of any rank and dtype, or a pytree (tuples, lists, dicts …) of such tensors and other leaves,
+            which stay as they are.
         plan: a :class:`~dynops.SamplePlan` of N samples.
 
     Returns:
@@ -61,13 +62,13 @@ def gather_samples(x: Any, plan: SamplePlan) -> Any:
     Raises:
         TypeError, ValueError: no plan; a tensor without a batch, of another batch or on another device.
     """
-    _check_plan(plan)
+    checks.plan(plan, SamplePlan, "plan")
     if isinstance(x, Tensor):
         rows = _gather(x, plan, "x")
     else:
         rows = pytree.tree_map_only(Tensor, lambda leaf: _gather(leaf, plan, "x"), x)
-    for watcher in watchers():
-        watcher.gathered(x, plan, rows)
+    for observer in observers():
+        observer.gathered(x, plan, rows)
     return rows
 
 
@@ -82,7 +83,7 @@ def scatter_samples(
     """The whole batch with ``rows`` in the slots of the kept samples and ``base`` (or zero) elsewhere.
 
     Args:
-        rows: ``[plan.num_rows, ...]``, or a pytree of such tensors. Leaves that are no tensors stay as they are.
+        rows: ``[plan.num_rows, ...]``, or a pytree of such tensors and other leaves, which stay as they are.
         plan: a :class:`~dynops.SamplePlan` of N samples.
         base: ``[N, ...]`` of the same dtype, or a tree like ``rows``; None: zero.
         add: adds the rows to the base.
@@ -95,7 +96,7 @@ def scatter_samples(
     Raises:
         TypeError, ValueError: no plan; ``add`` without a base; shapes, dtypes or devices that do not fit.
     """
-    _check_plan(plan)
+    checks.plan(plan, SamplePlan, "plan")
     if add and base is None:
         raise ValueError("base: expected a tensor [N, ...] to add to, got None")
     if scale is not None:
@@ -117,8 +118,8 @@ def scatter_samples(
 
 def _gather(x: Tensor, plan: SamplePlan, name: str) -> Tensor:
     _check_batch(x, plan.batch, plan, name)
-    if _is_plain(x):  # in one call: as rows of a map it takes ten, and 13 us instead of 5
-        return cpp.gather_samples(x, plan.index, plan.count, _format_of(x))
+    if _is_direct(x):  # in one call: as rows of a map it takes ten, and 13 us instead of 5
+        return cpu.samples.gather(x, plan.index, plan.count, _format_of(x))
     layout = SampleLayout.of(x)
     return layout.samples(_gather_flat(layout.rows(x), plan))
 
@@ -131,8 +132,8 @@ def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, sca
     _check_batch(rows, plan.num_rows, plan, "rows")
     if base is not None:
         _check_base(base, rows, plan)
-    if not add and scale is None and _is_plain(rows) and (base is None or _is_plain(base)):
-        return cpp.scatter_samples(rows, plan.index, plan.count, plan.batch, base, _format_of(rows))
+    if not add and scale is None and _is_direct(rows, base):
+        return cpu.samples.scatter(rows, plan.index, plan.count, plan.batch, base, _format_of(rows))
     layout = SampleLayout.of(rows)
     flat = layout.rows(rows)
     if base is not None:
@@ -146,9 +147,9 @@ def _scatter(rows: Tensor, plan: SamplePlan, base: Tensor | None, add: bool, sca
     return layout.samples(out.flatten(1))
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing traces or needs a gradient, so that a CPU kernel can be called by itself."""
-    return x.device.type == "cpu" and backends.has_binary() and modes.plain(x)
+def _is_direct(*tensors: Tensor) -> bool:
+    """True if the C++ copies, which take any dtype, may be called by themselves."""
+    return tensors[0].device.type == "cpu" and backends.has_binary() and modes.plain(*tensors)
 
 
 def _format_of(x: Tensor) -> torch.memory_format:
@@ -158,16 +159,10 @@ def _format_of(x: Tensor) -> torch.memory_format:
 # -------------------------------------------------------------------------------------- checks
 
 
-def _check_plan(plan: SamplePlan) -> None:
-    if not isinstance(plan, SamplePlan):
-        raise TypeError(f"plan: expected a SamplePlan (SamplePlan.from_mask), got {type(plan).__name__}")
-
-
 def _check_batch(x: Tensor, batch: int, plan: SamplePlan, name: str) -> None:
     if x.dim() == 0 or x.shape[0] != batch:
         raise ValueError(f"{name}: expected [{batch}, ...] for {plan}, got shape {tuple(x.shape)}")
-    if x.device != plan.device:
-        raise ValueError(f"{name}: expected it on the plan's device {plan.device}, got {x.device}")
+    checks.on_plan(x, plan, name)
 
 
 def _check_base(base: Tensor, rows: Tensor, plan: SamplePlan) -> None:

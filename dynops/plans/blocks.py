@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import modes
-from ..geometry import BlockGeometry, pair
-from .collect import moved, of_one_kind, pinned
-from .derived import Derived, plain
-from .masks import MAX_PIXELS, check_expand, check_index, check_mask, check_shape, named, raising
+from ..geometry import BlockGeometry, pair, reach, window_count
+from .collect import of_one_kind
+from .derived import IndexPlan
+from .masks import MAX_PIXELS, as_plan, check_expand, check_index, check_mask, check_shape, raising
 from .pixels import PixelPlan
 
 REDUCES = ("any", "mean")
 
 
-class BlockPlan(Derived):
+class BlockPlan(IndexPlan):
     """The active blocks of one resolution.
 
     Attributes:
@@ -32,23 +32,11 @@ class BlockPlan(Derived):
     Paper: Ren et al., SBNet: Sparse Blocks Network (CVPR 2018).
     """
 
+    _WHERE = "geometry"
+
     def __init__(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None = None):
         check_index(index, count, geometry.batch * geometry.grid_h * geometry.grid_w, "[B]")
         self._set(index, geometry, count)
-
-    @classmethod
-    def _made(cls, index: Tensor, geometry: BlockGeometry, count: Tensor | None) -> BlockPlan:
-        """The plan of an index that needs no look at its values."""
-        plan = cls.__new__(cls)
-        plan._set(index, geometry, count)
-        return plan
-
-    def _set(self, index: Tensor, geometry: BlockGeometry, count: Tensor | None) -> None:
-        self.index, self.geometry, self.count = plain(index), geometry, plain(count)
-        super().__init__()
-
-    def _indices(self) -> tuple[Tensor, Tensor | None]:
-        return self.index, self.count
 
     @classmethod
     def from_mask(
@@ -144,21 +132,6 @@ class BlockPlan(Derived):
         n, h, w = self.geometry.grid
         return n * h * w
 
-    @property
-    def device(self) -> torch.device:
-        return self.index.device
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a compact plan holds every block (a capacity plan never says so)."""
-        return self.count is None and self.num_blocks == self.num_all
-
-    @property
-    def density(self) -> float:
-        """Active blocks / all blocks. Synchronises a capacity plan."""
-        active = self.num_blocks if self.count is None else int(self.count)
-        return active / max(self.num_all, 1)
-
     def blocks(self) -> Tensor:
         """The active blocks as a bool mask ``[N, GH, GW]``."""
         return self._grid().mask()
@@ -206,15 +179,6 @@ class BlockPlan(Derived):
         grid = self._grid().expand(batch)
         return BlockPlan._made(grid.index, self.geometry._replace(batch=batch), grid.count)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockPlan:
-        """The same plan on another device."""
-        index, count = moved(self, device, non_blocking)
-        return BlockPlan._made(index, self.geometry, count)
-
-    def pin_memory(self) -> BlockPlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
-        return BlockPlan._made(pinned(self.index), self.geometry, pinned(self.count))
-
     def __len__(self) -> int:
         return self.num_blocks
 
@@ -234,13 +198,13 @@ class _Axis(NamedTuple):
 
     def through(self, kernel: int, stride: int, padding: int, dilation: int) -> _Axis:
         """The outputs of a convolution of every tile by itself."""
-        reach, padded = dilation * (kernel - 1) + 1, self.size + 2 * padding
-        room, offset = self.tile - reach, self.first + padding
-        if reach > padded:
-            raise ValueError(f"kernel_size: expected a reach of at most {padded} pixels, got {reach}")
+        extent, padded = reach(kernel, dilation), self.size + 2 * padding
+        room, offset = self.tile - extent, self.first + padding
+        if extent > padded:
+            raise ValueError(f"kernel_size: expected a reach of at most {padded} pixels, got {extent}")
         if room < 0 or room % stride:
             raise ValueError(
-                f"block_size: expected {reach} and a multiple of stride {stride}, got {self.tile}"
+                f"block_size: expected {extent} and a multiple of stride {stride}, got {self.tile}"
             )
         if self.grid > 1 and self.step != room + stride:
             raise ValueError(
@@ -248,8 +212,9 @@ class _Axis(NamedTuple):
             )
         if offset % stride:
             raise ValueError(f"offset: expected a multiple of stride {stride}, got {offset}")
-        outputs = room // stride + 1
-        return _Axis((padded - reach) // stride + 1, self.grid, outputs, offset // stride, outputs)
+        outputs = window_count(self.tile, kernel, stride, dilation=dilation)
+        size = window_count(self.size, kernel, stride, padding, padding, dilation)
+        return _Axis(size, self.grid, outputs, offset // stride, outputs)
 
 
 def _geometry(shape: tuple[int, int, int], block_size, stride, padding, offset) -> BlockGeometry:
@@ -362,9 +327,4 @@ def as_block_plan(
 
     One for a single sample is that of every sample of ``batch``.
     """
-    if isinstance(mask_or_plan, Tensor):
-        mask_or_plan = named(name, "mask", BlockPlan.from_mask, mask_or_plan, block_size)
-    if isinstance(mask_or_plan, BlockPlan):
-        alone = batch is not None and mask_or_plan.shape[0] == 1
-        return mask_or_plan.expand(batch) if alone else mask_or_plan
-    raise TypeError(f"{name}: expected a BlockPlan or a mask tensor, got {type(mask_or_plan).__name__}")
+    return as_plan(BlockPlan, mask_or_plan, name, block_size, batch=batch)

@@ -11,7 +11,7 @@ from .. import modes
 from ..geometry import is_int
 from .collect import cat_lists, moved, of_one_kind, pinned
 from .derived import Derived, plain
-from .masks import check_mask_dtype, named, raising
+from .masks import as_plan, check_mask_dtype, raising
 
 
 class ChannelPlan(Derived):
@@ -195,7 +195,7 @@ class ChannelPlan(Derived):
 
     @property
     def is_full(self) -> bool:
-        """Whether every list has every channel (on a GPU False: looking would synchronise)."""
+        """True if every list has every channel (on a GPU False: looking would synchronise)."""
         if not modes.may_look(self.count):
             return False
         return self.derived("full", lambda: self.count.numel() > 0 and int(self.count.min()) == self.channels)
@@ -230,7 +230,7 @@ class ChannelPlan(Derived):
         return self._with(*moved(self, device, non_blocking))
 
     def pin_memory(self) -> ChannelPlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
+        """The same plan in pinned memory. A DataLoader calls this."""
         return self._with(pinned(self.index), pinned(self.count))
 
     def _with(self, index: Tensor, count: Tensor) -> ChannelPlan:
@@ -245,11 +245,7 @@ class ChannelPlan(Derived):
 
 def as_channel_plan(mask_or_plan, name: str = "mask_or_plan") -> ChannelPlan:
     """A :class:`ChannelPlan` from a plan or a mask."""
-    if isinstance(mask_or_plan, ChannelPlan):
-        return mask_or_plan
-    if isinstance(mask_or_plan, Tensor):
-        return named(name, "mask", ChannelPlan.from_mask, mask_or_plan)
-    raise TypeError(f"{name}: expected a ChannelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
+    return as_plan(ChannelPlan, mask_or_plan, name)
 
 
 def _padded(lists: list) -> Tensor:

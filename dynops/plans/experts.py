@@ -141,7 +141,7 @@ class ExpertPlan:
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ExpertPlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
+        """The same plan in pinned memory. A DataLoader calls this."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> ExpertPlan:

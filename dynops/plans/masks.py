@@ -1,4 +1,4 @@
-"""What every plan does with a mask: checks it, resizes it."""
+"""Masks and indices of every plan: checks, resizing, positions."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def named(name: str, own: str, make, *arguments, **options):
         raise type(error)(name + text[len(own) :]) from None
 
 
+def as_plan(kind: type, mask_or_plan, name: str, *options, batch: int | None = None):
+    """A plan of this kind: itself, or that of a mask (``kind.from_mask(mask, *options)``).
+
+    One for a single sample is that of every sample of ``batch``.
+    """
+    if isinstance(mask_or_plan, Tensor):
+        mask_or_plan = named(name, "mask", kind.from_mask, mask_or_plan, *options)
+    if not isinstance(mask_or_plan, kind):
+        raise TypeError(
+            f"{name}: expected a {kind.__name__} or a mask tensor, got {type(mask_or_plan).__name__}"
+        )
+    if batch is not None and mask_or_plan.shape[0] == 1:
+        return mask_or_plan.expand(batch)
+    return mask_or_plan
+
+
 def raising(op, *arguments, name: str = "mask"):
     """``op(*arguments)``, where a NaN in the mask is a ValueError instead of the op's RuntimeError.
 
@@ -63,7 +79,7 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def check_index(index: Tensor, count: Tensor | None, size: int, rows: str, hint: str = "") -> None:
-    """Whether an index that somebody else made is one of ``size`` positions. Values are looked at on a CPU only.
+    """Checks an index that somebody else made, of ``size`` positions. Only on a CPU its values are looked at.
 
     Args:
         rows, hint: the shape that is expected and what else to do, for the message.
@@ -137,7 +153,7 @@ def flat_index(coordinates: Tensor, shape: tuple[int, int, int], looks: bool) ->
 
 
 def check_expand(plan, batch: int, size: int) -> None:
-    """Whether a plan of ``size`` pixels (or blocks) may stand for ``batch`` samples."""
+    """Checks that a plan of ``size`` pixels (or blocks) may stand for ``batch`` samples."""
     if not is_int(batch, 0):
         raise ValueError(f"batch: expected an int >= 0, got {batch!r}")
     if plan.shape[0] != 1:
@@ -157,7 +173,7 @@ def repeat_index(index: Tensor, batch: int, size: int) -> Tensor:
 
 
 def check_mask_dtype(mask: Tensor, name: str, what: str) -> None:
-    """Whether ``mask`` is a tensor whose nonzeros can be told; ``what``: the shapes that are expected."""
+    """Checks that ``mask`` is a tensor whose nonzeros can be told; ``what``: the shapes that are expected."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: expected a tensor {what}, got {type(mask).__name__}")
     if mask.dtype not in _MASK_DTYPES:

@@ -7,24 +7,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import modes
-from ..geometry import ConvGeometry, is_int, pair
-from .collect import cat_index, moved, of_one_kind, pinned
-from .derived import Derived, plain
+from ..geometry import ConvGeometry, pair, transposed_size, window_count
+from .collect import cat_index, of_one_kind
+from .derived import IndexPlan
 from .masks import (
+    as_plan,
     check_expand,
     check_index,
     check_mask,
     check_shape,
     flat_index,
-    named,
-    raising,
     repeat_index,
     resize_mask,
 )
 
 
-class PixelPlan(Derived):
+class PixelPlan(IndexPlan):
     """The pixels of one resolution that are computed.
 
     Attributes:
@@ -39,26 +37,16 @@ class PixelPlan(Derived):
     captured in a CUDA graph; pixels past the capacity are dropped, in ascending order.
     """
 
+    _WHERE = "shape"
+
     def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
         check_index(index, count, shape[0] * shape[1] * shape[2], "[P]", "; from_coordinates takes any order")
         self._set(index, shape, count)
 
-    @classmethod
-    def _made(cls, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None) -> PixelPlan:
-        """The plan of an index that needs no look at its values: 15 us for 1000 pixels."""
-        plan = cls.__new__(cls)
-        plan._set(index, shape, count)
-        return plan
-
     def _set(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None) -> None:
-        self.index, self.count = plain(index), plain(count)
-        self.shape = tuple(shape)
+        super()._set(index, tuple(shape), count)
         self._pointwise: dict[int, ConvGeometry] = {}
         self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
-        super().__init__()
-
-    def _indices(self) -> tuple[Tensor, Tensor | None]:
-        return self.index, self.count
 
     @classmethod
     def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
@@ -77,15 +65,7 @@ class PixelPlan(Derived):
                 the mask (not checked where checking would synchronise: capacity form on a GPU).
         """
         mask = check_mask(mask)
-        shape = tuple(mask.shape)
-        if capacity is None and modes.sizes_are_fixed(mask):
-            capacity = shape[0] * shape[1] * shape[2]
-        if capacity is None:
-            return cls._made(raising(torch.ops.dynops.mask_to_index.default, mask), shape)
-        if not is_int(capacity, 0):
-            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        index, count = raising(torch.ops.dynops.mask_to_index_capacity, mask, capacity)
-        return cls._made(index, shape, count)
+        return cls._of_mask(mask, tuple(mask.shape), capacity)
 
     @classmethod
     def from_coordinates(
@@ -152,29 +132,11 @@ class PixelPlan(Derived):
         return cls._made(torch.arange(n * h * w, dtype=torch.int32, device=device), shape)
 
     @property
-    def num_rows(self) -> int:
-        """Rows of a packed tensor on this plan: the active pixels, or the capacity."""
-        return self.index.shape[0]
-
-    @property
     def num_pixels(self) -> int:
         """All pixels of the resolution, N*H*W."""
         return self.shape[0] * self.shape[1] * self.shape[2]
 
-    @property
-    def device(self) -> torch.device:
-        return self.index.device
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a compact plan holds every pixel (a capacity plan never says so)."""
-        return self.count is None and self.num_rows == self.num_pixels
-
-    @property
-    def density(self) -> float:
-        """Active pixels / all pixels. Synchronises a capacity plan."""
-        active = self.num_rows if self.count is None else int(self.count)
-        return active / max(self.num_pixels, 1)
+    num_all = num_pixels
 
     def mask(self) -> Tensor:
         """The plan as a bool mask ``[N, H, W]``."""
@@ -216,11 +178,11 @@ class PixelPlan(Derived):
         """
         kernel, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
         padding, dilation = pair(padding, "padding", 0), pair(dilation, "dilation", 1)
-        margin = [dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] for i in (0, 1)]
+        axes = [(kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
         if in_size is None:
-            in_size = tuple(max((self.shape[1 + i] - 1) * stride[i] + margin[i], 0) for i in (0, 1))
+            in_size = tuple(max(transposed_size(self.shape[1 + i], *axes[i]), 0) for i in (0, 1))
         in_size = pair(in_size, "in_size", 0)
-        out_size = tuple((in_size[i] - margin[i]) // stride[i] + 1 for i in (0, 1))
+        out_size = tuple(window_count(in_size[i], k, s, p, p, d) for i, (k, s, p, d) in enumerate(axes))
         if out_size != self.shape[1:]:
             raise ValueError(
                 f"in_size: expected one that yields the plan's {self.shape[1:]}, got {in_size}, which yields {out_size}"
@@ -231,7 +193,7 @@ class PixelPlan(Derived):
         return self.needed_by(geometry)
 
     def needed_by(self, geometry: ConvGeometry) -> PixelPlan:
-        """As :meth:`needed`, for a whole :class:`ConvGeometry` (transposed convolutions too)."""
+        """:meth:`needed` of a whole :class:`ConvGeometry` (transposed convolutions too)."""
         if geometry.is_pointwise:
             return self
         if self._samples is not None and not geometry.leaves_gaps:
@@ -266,15 +228,6 @@ class PixelPlan(Derived):
             return PixelPlan.from_mask(self.mask().expand(shape), batch * self.num_rows)
         return PixelPlan._made(repeat_index(self.index, batch, self.num_pixels), shape)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PixelPlan:
-        """The same plan on another device."""
-        index, count = moved(self, device, non_blocking)
-        return PixelPlan._made(index, self.shape, count)
-
-    def pin_memory(self) -> PixelPlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
-        return PixelPlan._made(pinned(self.index), self.shape, pinned(self.count))
-
     def _slots(self) -> Tensor:
         """int64 positions of the rows; the rows past the count go to the spare slot N*H*W."""
         index = self.index.long()
@@ -290,9 +243,4 @@ class PixelPlan(Derived):
 
 def as_pixel_plan(mask_or_plan, name: str = "mask_or_plan", batch: int | None = None) -> PixelPlan:
     """A :class:`PixelPlan` from a plan or a mask; one for a single sample is that of every sample of ``batch``."""
-    if isinstance(mask_or_plan, Tensor):
-        mask_or_plan = named(name, "mask", PixelPlan.from_mask, mask_or_plan)
-    if isinstance(mask_or_plan, PixelPlan):
-        alone = batch is not None and mask_or_plan.shape[0] == 1
-        return mask_or_plan.expand(batch) if alone else mask_or_plan
-    raise TypeError(f"{name}: expected a PixelPlan or a mask tensor, got {type(mask_or_plan).__name__}")
+    return as_plan(PixelPlan, mask_or_plan, name, batch=batch)

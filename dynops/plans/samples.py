@@ -8,15 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import modes
-from ..geometry import is_int
-from .collect import cat_index, moved, of_one_kind, pinned
-from .derived import Derived, plain
+from .collect import cat_index, of_one_kind
+from .derived import IndexPlan
 from .masks import MAX_PIXELS, check_index, check_mask_dtype, raising
 from .pixels import PixelPlan
 
 
-class SamplePlan(Derived):
+class SamplePlan(IndexPlan):
     """The samples of a batch that are computed: those that run a layer, or that have not left it yet.
 
     Attributes:
@@ -31,23 +29,11 @@ class SamplePlan(Derived):
     ascending order. (:func:`dynops.budget.cap` drops those with the lowest score.)
     """
 
+    _WHERE = "batch"
+
     def __init__(self, index: Tensor, batch: int, count: Tensor | None = None):
         check_index(index, count, batch, "[K]")
         self._set(index, batch, count)
-
-    @classmethod
-    def _made(cls, index: Tensor, batch: int, count: Tensor | None = None) -> SamplePlan:
-        """The plan of an index that needs no look at its values."""
-        plan = cls.__new__(cls)
-        plan._set(index, batch, count)
-        return plan
-
-    def _set(self, index: Tensor, batch: int, count: Tensor | None) -> None:
-        self.index, self.batch, self.count = plain(index), batch, plain(count)
-        super().__init__()
-
-    def _indices(self) -> tuple[Tensor, Tensor | None]:
-        return self.index, self.count
 
     @classmethod
     def from_mask(cls, keep: Tensor, capacity: int | None = None) -> SamplePlan:
@@ -64,15 +50,7 @@ class SamplePlan(Derived):
                 synchronise: capacity form on a GPU).
         """
         keep = check_keep(keep)
-        batch = keep.shape[0]
-        if capacity is None and modes.sizes_are_fixed(keep):
-            capacity = batch
-        if capacity is None:
-            return cls._made(raising(torch.ops.dynops.mask_to_index.default, keep, name="keep"), batch)
-        if not is_int(capacity, 0):
-            raise ValueError(f"capacity: expected an int >= 0 or None, got {capacity!r}")
-        index, count = raising(torch.ops.dynops.mask_to_index_capacity.default, keep, capacity, name="keep")
-        return cls._made(index, batch, count)
+        return cls._of_mask(keep, keep.shape[0], capacity, "keep")
 
     @classmethod
     def cat(cls, plans: Iterable[SamplePlan]) -> SamplePlan:
@@ -87,29 +65,14 @@ class SamplePlan(Derived):
         return cls._made(torch.arange(batch, dtype=torch.int32, device=device), batch)
 
     @property
-    def num_rows(self) -> int:
-        """Samples of a compacted tensor on this plan: the kept ones, or the capacity."""
-        return self.index.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.index.device
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a compact plan keeps every sample (a capacity plan never says so)."""
-        return self.count is None and self.num_rows == self.batch
+    def num_all(self) -> int:
+        """All samples of the batch."""
+        return self.batch
 
     @property
     def is_empty(self) -> bool:
-        """Whether the plan has room for no sample at all."""
+        """True if the plan has room for no sample at all."""
         return self.num_rows == 0
-
-    @property
-    def density(self) -> float:
-        """Kept samples / all samples. Synchronises a capacity plan."""
-        kept = self.num_rows if self.count is None else int(self.count)
-        return kept / max(self.batch, 1)
 
     def mask(self) -> Tensor:
         """The plan as a bool mask ``[N]``."""
@@ -174,15 +137,6 @@ class SamplePlan(Derived):
         keep = (keep != 0) & (self.index >= 0)
         rows, count = torch.ops.dynops.mask_to_index_capacity(keep, self.num_rows)
         return SamplePlan._made(torch.where(rows < 0, -1, self.index[rows.clamp(min=0)]), self.batch, count)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SamplePlan:
-        """The same plan on another device."""
-        index, count = moved(self, device, non_blocking)
-        return SamplePlan._made(index, self.batch, count)
-
-    def pin_memory(self) -> SamplePlan:
-        """The same plan in pinned memory: what a DataLoader calls."""
-        return SamplePlan._made(pinned(self.index), self.batch, pinned(self.count))
 
     def __repr__(self) -> str:
         form = "" if self.count is None else "capacity "

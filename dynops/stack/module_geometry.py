@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .. import geometry
 from ..geometry import ConvGeometry
 
 
@@ -13,7 +14,6 @@ def conv_geometry(conv: nn.Conv2d, in_shape: tuple[int, int, int], padded: bool 
     Raises:
         ValueError: the input is smaller than the kernel's reach.
     """
-    n, *in_size = in_shape
     if padded:
         before = after = (0, 0)
     elif isinstance(conv.padding, str):  # 'same' gives the odd one after, as torch does; 'valid' is zero
@@ -22,17 +22,8 @@ def conv_geometry(conv: nn.Conv2d, in_shape: tuple[int, int, int], padded: bool 
         before, after = (top, left), (bottom, right)
     else:
         before = after = conv.padding
-    out_size = []
-    for i in (0, 1):
-        reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
-        room = in_size[i] + before[i] + after[i] - reach
-        if room < 0 and n > 0:
-            raise ValueError(
-                f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}"
-            )
-        out_size.append(max(room // conv.stride[i] + 1, 0))
-    return ConvGeometry(
-        n, *in_size, *out_size, *conv.kernel_size, *conv.stride, *before, *conv.dilation, conv.groups, 0
+    return geometry.conv_geometry(
+        in_shape, conv.kernel_size, conv.stride, before, conv.dilation, conv.groups, after
     )
 
 
@@ -40,23 +31,16 @@ def conv_transpose_geometry(
     conv: nn.ConvTranspose2d, in_shape: tuple[int, int, int], output_padding: tuple[int, int] | None = None
 ) -> ConvGeometry:
     """The geometry of a transposed convolution on ``in_shape = (N, H, W)``."""
-    n, *in_size = in_shape
     extra = conv.output_padding if output_padding is None else output_padding
-    out_size = [
-        (in_size[i] - 1) * conv.stride[i]
-        - 2 * conv.padding[i]
-        + conv.dilation[i] * (conv.kernel_size[i] - 1)
-        + extra[i]
-        + 1
-        for i in (0, 1)
-    ]
-    return ConvGeometry(
-        n, *in_size, *out_size, *conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation, conv.groups, 1
+    return geometry.conv_transpose_geometry(
+        in_shape, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, extra
     )
 
 
-def geometry_of(conv: nn.Conv2d | nn.ConvTranspose2d, in_shape: tuple[int, int, int]) -> ConvGeometry:
-    """The geometry of either kind of convolution, with zero padding."""
+def geometry_of(
+    conv: nn.Conv2d | nn.ConvTranspose2d, in_shape: tuple[int, int, int], padded: bool = False
+) -> ConvGeometry:
+    """The geometry of either kind of convolution; ``padded`` as in :func:`conv_geometry`."""
     if isinstance(conv, nn.ConvTranspose2d):
         return conv_transpose_geometry(conv, in_shape)
-    return conv_geometry(conv, in_shape)
+    return conv_geometry(conv, in_shape, padded)

@@ -13,7 +13,7 @@ from ..plans import PixelPlan
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """Whether ``norm`` normalises with the statistics of its input (as nn.BatchNorm2d decides it)."""
+    """True where ``norm`` normalises with the statistics of its input, as nn.BatchNorm2d decides it."""
     return norm.training or norm._buffers["running_mean"] is None
 
 

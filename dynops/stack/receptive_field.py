@@ -1,14 +1,21 @@
-"""What a layer reads: the receptive field of a block of its output, along one axis.
+"""Receptive fields: the input pixels that a block of a layer's output reads, along one axis.
 
-A :class:`Span` is what blocks 0, 1, ... hold or need of one value along one axis. Each reach turns the
+A :class:`Span` says which pixels blocks 0, 1, ... hold or need of one value along one axis. Each reach turns the
 span of a layer's output into that of its input, and the size of its input into that of its output.
 They are plain data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+
+from ..geometry import reach, transposed_size, window_count
+
+_MAX_SIZES = 64
 
 
 class Span(NamedTuple):
@@ -23,7 +30,7 @@ class Span(NamedTuple):
         return self.first + self.size
 
     def union(self, other: Span) -> Span:
-        """What holds both (of the same step)."""
+        """The span that holds both; their steps are equal."""
         first = min(self.first, other.first)
         return Span(first, max(self.end, other.end) - first, self.step)
 
@@ -56,19 +63,14 @@ class Window(NamedTuple):
 
     @property
     def extent(self) -> int:
-        return self.dilation * (self.kernel - 1) + 1
+        return reach(self.kernel, self.dilation)
 
     def span(self, out: Span) -> Span:
         first, size = out.first * self.stride - self.before, (out.size - 1) * self.stride + self.extent
         return Span(first, size, out.step * self.stride)
 
     def out_size(self, size: int) -> int:
-        room = size + self.before + self.after - self.extent
-        if not self.ceil:
-            return room // self.stride + 1
-        out = -(-room // self.stride) + 1
-        # the last window begins inside the map or the padding before it
-        return out - 1 if (out - 1) * self.stride >= size + self.before else out
+        return window_count(size, self.kernel, self.stride, self.before, self.after, self.dilation, self.ceil)
 
 
 class Transposed(NamedTuple):
@@ -86,7 +88,7 @@ class Transposed(NamedTuple):
 
     @property
     def extent(self) -> int:
-        return self.dilation * (self.kernel - 1) + 1
+        return reach(self.kernel, self.dilation)
 
     def span(self, out: Span) -> Span:
         first = -(-(out.first + self.padding - self.extent + 1) // self.stride)
@@ -94,7 +96,7 @@ class Transposed(NamedTuple):
         return Span(first, max(last - first + 1, 1), out.step // self.stride)
 
     def out_size(self, size: int) -> int:
-        return (size - 1) * self.stride - 2 * self.padding + self.extent + self.extra
+        return transposed_size(size, self.kernel, self.stride, self.padding, self.dilation, self.extra)
 
 
 class Enlarged(NamedTuple):
@@ -117,3 +119,48 @@ class Enlarged(NamedTuple):
 
     def out_size(self, size: int) -> int:
         return size * self.factor
+
+
+# ------------------------------------------------------------------------------- sizes of values
+
+
+def sizes_of(stack, in_shape: tuple[int, int, int]) -> dict[int, tuple[int, int]]:
+    """``(H, W)`` of each value, for an input ``(N, H, W)``.
+
+    Raises:
+        ValueError: an input that is too small, or maps of different sizes that meet.
+    """
+    sizes = {0: tuple(in_shape[1:])}
+    for layer in stack.layers:
+        found = [
+            tuple(reach[i].out_size(sizes[value][i]) for i in (0, 1))
+            for value, reach in zip(layer.inputs, layer.reaches, strict=False)
+        ]
+        if min(found[0]) < 1 and min(in_shape) > 0:
+            raise ValueError(
+                f"x: expected an input that is large enough for {layer.name}, got [N, H, W] = {in_shape}"
+            )
+        if any(size != found[0] for size in found):
+            raise ValueError(f"{layer.name}: expected maps of one size, got {found}")
+        sizes[layer.out] = found[0]
+    return sizes
+
+
+class KeptSizes:
+    """A cache by the sizes of an input, for up to 64 of them. A copy begins empty."""
+
+    def __init__(self):
+        self._found: dict[Hashable, Any] = {}
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        found = self._found.get(key)
+        if found is None:
+            found = make()
+            if not torch.compiler.is_compiling():
+                if len(self._found) >= _MAX_SIZES:
+                    self._found.clear()
+                self._found[key] = found
+        return found
+
+    def __reduce__(self):
+        return KeptSizes, ()

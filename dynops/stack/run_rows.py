@@ -1,20 +1,156 @@
-"""Layers on packed rows: a convolution with all that is fused to it, and stacks of them (``nn.stack``)."""
+"""Runs a stack on packed rows: the executor of every policy (:mod:`dynops.stack.policy`).
+
+A value is a dense tensor or :class:`Rows`. All that can be decided without values was decided when the stack was made.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..geometry import ConvGeometry
 from ..modes import autocast_dtype
 from ..ops import checks
-from ..ops.epilogue import ACTIVATIONS
-from ..ops.pixels.conv import _pixel_conv
-from ..ops.pixels.rows import gather_rows, in_format, in_format_of, scatter_pixels
+from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
-from .norm import fold, norm_rows, uses_batch_statistics
+from .graph import Stack
+from .layers.base import Rows
 
-_NOTHING = ("", None, None, None, None)
+
+def run_rows(stack: Stack, x: Tensor, policy) -> Tensor:
+    """The stack's output for ``x`` ``[N, C, H, W]``, as the policy has it: a dense tensor, in the format of ``x``."""
+    run = Run(stack, x, policy)
+    env = run.env
+    for layer in stack.layers:
+        env[layer.out] = layer.rows(run)
+        for value in layer.free:
+            env[value] = None
+    out = run.result()
+    return in_format_of(out, x) if isinstance(out, Tensor) and out.dim() == 4 else out
+
+
+class Run:
+    """The values of one run of a stack."""
+
+    def __init__(self, stack: Stack, x: Tensor, policy):
+        self.stack, self.policy, self.autocast = stack, policy, autocast_dtype(x)
+        self.env: list = [None] * stack.values
+        self.env[0] = self._x = x
+        self._gathered: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
+
+    # -------------------------------------------------------------------------------------- inputs
+
+    def rows_of(self, value: int) -> Rows | None:
+        """A value that exists as rows, or None."""
+        found = self.env[value]
+        return found if type(found) is Rows else None
+
+    def dense(self, value: int):
+        """A value as a dense tensor."""
+        found = self.env[value]
+        return scatter_pixels(found.values, found.plan) if type(found) is Rows else found
+
+    def shape(self, value: int) -> tuple[int, int, int]:
+        """``(N, H, W)`` of a value."""
+        found = self.env[value]
+        return found.plan.shape if type(found) is Rows else (found.shape[0], found.shape[2], found.shape[3])
+
+    def device(self, value: int) -> torch.device:
+        found = self.env[value]
+        return found.plan.device if type(found) is Rows else found.device
+
+    def read_at(self, value: int, index: Tensor) -> Tensor:
+        """The rows of a value at flat positions, int64 ``[P]``; zero at -1 and where it does not exist."""
+        found = self.env[value]
+        if type(found) is Rows:
+            rows, at = found.values, found.plan.inverse().reshape(-1)[index.clamp(min=0)].long()
+            at = torch.where(index < 0, -1, at)
+        else:
+            rows, at = found.permute(0, 2, 3, 1).flatten(0, 2), index
+        if rows.shape[0] == 0:
+            return rows.new_zeros(index.shape[0], rows.shape[1])
+        return torch.where((at >= 0)[:, None], rows[at.clamp(min=0)], 0)
+
+    def at(self, value: int, plan: PixelPlan, channels: int | None = None) -> Tensor | None:
+        """The rows of a value at a plan, or None where it has another size.
+
+        Args:
+            channels: those that a dense map must have to be read so by a policy that masks.
+        """
+        found = self.env[value]
+        if type(found) is Rows:
+            return found.values if found.plan is plan else _within(found, plan)
+        if not isinstance(found, Tensor) or found.dim() != 4 or self.shape(value) != plan.shape:
+            return None
+        if channels is not None and self.policy.zero_outside and found.shape[1] != channels:
+            return None
+        if value != 0:
+            return gather_rows(found, plan.index, plan.count)
+        rows = self._gathered.get(id(plan))
+        if rows is None:
+            rows = self._gathered[id(plan)] = gather_rows(found, plan.index, plan.count)
+        return rows
+
+    def added(self, value: int, plan: PixelPlan, channels: int) -> Tensor | None:
+        """As :meth:`at`, or a dense map of the plan's size itself, which a convolution reads where it lies."""
+        found = self.env[value]
+        n, h, w = plan.shape
+        if type(found) is not Rows and isinstance(found, Tensor) and found.shape == (n, channels, h, w):
+            return found
+        return self.at(value, plan, channels)
+
+    def together(self, layer, joins: str) -> tuple[PixelPlan | None, list]:
+        """The inputs of a layer that works pixel by pixel: rows of one plan; or None and dense tensors.
+
+        Args:
+            joins: the dense maps that a policy that masks reads at the mask of the others: "rows", none; "same", those
+                of the same shape; "any", those of the same size, and ``[N, C, 1, 1]``.
+        """
+        plan = self.shared_plan(layer)
+        if plan is not None:
+            rows = [self.env[v] for v in layer.inputs if type(self.env[v]) is Rows]
+            channels = rows[0].values.shape[1] if rows and joins != "any" else None
+            if joins != "rows" or not self.policy.zero_outside or len(rows) == len(layer.inputs):
+                values = [self.at(v, plan, channels) for v in layer.inputs]
+                if joins == "any":
+                    values = [
+                        _spread(self.env[v], plan) if r is None else r
+                        for v, r in zip(layer.inputs, values, strict=True)
+                    ]
+                if all(v is not None for v in values):
+                    return plan, values
+        return None, [self.dense(v) for v in layer.inputs]
+
+    # ------------------------------------------------------------------------------------- outputs
+
+    def shared_plan(self, layer) -> PixelPlan | None:
+        """The plan of a layer's output, which is made pixel by pixel. None: its inputs are dense, and so is the output."""
+        return self.policy.shared(layer.out, [self.env[v] for v in layer.inputs])
+
+    def plan_like(self, value: int, out: int) -> PixelPlan:
+        """The plan of a value ``out`` that has the size of another."""
+        return self.policy.plan(out, self.shape(value), self.device(value))
+
+    def masked(self, out: int, x: Tensor) -> Rows:
+        """A dense map ``[N, C, H, W]`` as the rows of a value."""
+        plan = self.policy.plan(out, (x.shape[0], x.shape[2], x.shape[3]), x.device)
+        return Rows(gather_rows(x, plan.index, plan.count), plan)
+
+    def ends_with(self, layer) -> bool:
+        """True for the layer that makes the output: it may write the dense map itself."""
+        return layer is self.stack.layers[-1] and layer.out == self.stack.output
+
+    def base(self, channels: int, dtype: torch.dtype) -> Tensor | None:
+        """The output outside of its plan, ``[N, O, H, W]`` in its dtype; None for zero."""
+        base = self.policy.base
+        return None if base is None else checked_base(base, self._x, self.policy.output, channels, dtype)
+
+    def result(self):
+        """The output as a dense tensor."""
+        output, plan = self.stack.output, self.policy.output
+        if plan is None or (type(self.env[output]) is not Rows and output != 0):
+            return self.dense(output)
+        rows = self.at(output, plan)
+        return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:
@@ -23,179 +159,19 @@ def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtyp
     return base.to(dtype)
 
 
-class FusedConv:
-    """A convolution with the norm, residual sum and activation after it: one call of the op."""
-
-    def __init__(self, conv: nn.Module, norm: nn.BatchNorm2d | None, activation: str):
-        self.conv, self.norm, self.activation = conv, norm, activation
-        self.in_channels = conv.in_channels
-        self.parameters = conv._parameters  # nn.Module.__getattr__ costs half a microsecond
-
-    def __call__(
-        self,
-        values: Tensor,  # [R, C], or [N, C, H, W] where in_plan is None
-        in_plan: PixelPlan | None,
-        plan: PixelPlan,
-        geometry: ConvGeometry,
-        autocast: torch.dtype | None,
-        residual: Tensor | None = None,  # [P, O]
-        base: Tensor | None = None,  # [N, O, H, W], only without ``rows``
-        rows: bool = True,
-    ) -> Tensor:  # [P, O], or [N, O, H, W] without ``rows``
-        weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if in_plan is None or values.shape[1] != self.in_channels:
-            self.check(values)
-        if autocast is not None and values.dtype != torch.float64:
-            values, bias = values.to(autocast), None if bias is None else bias.to(autocast)
-        elif values.dtype is not weight.dtype:
-            raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {values.dtype}")
-        if residual is not None and residual.dtype is not values.dtype:
-            residual = residual.to(values.dtype)
-        norm = self.norm
-        if norm is None:
-            epilogue = (self.activation, None, None, None, residual)
-        elif uses_batch_statistics(norm):
-            out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, _NOTHING, None, True, None)
-            return norm_rows(norm, out, plan, residual, self.activation)
-        else:
-            epilogue = (self.activation, *fold(norm), None, residual)
-        return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
-
-    def check(self, x: Tensor) -> None:
-        """Raises ValueError for an input of other channels, or on another device."""
-        weight = self.parameters["weight"]
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"x: expected {self.in_channels} channels, got {x.shape[1]}")
-        if x.device != weight.device:
-            raise ValueError(f"x: expected it on the weight's device {weight.device}, got {x.device}")
+def _spread(x, plan: PixelPlan) -> Tensor | None:
+    """A tensor ``[N, C, 1, 1]`` (or N = 1) as rows: that of its sample at each pixel."""
+    n, h, w = plan.shape
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, n):
+        return None
+    return x.flatten(1).expand(n, -1)[plan.index.long().clamp(min=0) // (h * w)]
 
 
-# ------------------------------------------------------------------------------------- stacks
-
-
-def run_rows(stack, geometries: dict, x: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
-    """The output of a stack at the pixels of ``plan``, ``base`` (or zero) elsewhere: ``[N, O, H, W]``.
-
-    Every value exists at the pixels that its readers read, as rows; only the input and the output are dense.
-
-    Args:
-        stack: a :class:`~dynops.stack.graph.Stack` of layers that run on rows.
-        geometries: for each convolution, by the number of its output, the geometry on this input.
-    """
-    plans = _plans(stack, geometries, plan)
-    rows = _Rows(x, plans)
-    autocast, out = autocast_dtype(x), None
-    last = stack.layers[-1] if stack.layers else None
-    for layer in stack.layers:
-        to = plans[layer.out]
-        if layer.fused is None:
-            rows.values[layer.out] = layer.on_rows([rows.at(v, to) for v in layer.inputs], to)
-            continue
-        residual = rows.added(layer.inputs[1], to, layer.conv.out_channels) if layer.residual else None
-        values, in_plan = rows.of(layer.inputs[0])
-        channels = layer.conv.out_channels
-        ends = layer is last and layer.out == stack.output
-        if ends and (residual is None or residual.shape[1] == channels):
-            if base is not None:
-                dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast
-                base = checked_base(base, x, to, channels, dtype)
-            out = layer.fused(
-                values, in_plan, to, geometries[layer.out], autocast, residual, base, rows=False
-            )
-        else:
-            rows.values[layer.out] = _conv_rows(
-                layer, values, in_plan, to, geometries[layer.out], autocast, residual
-            )
-    if out is None:
-        values = rows.at(stack.output, plan)
-        if base is not None:
-            base = checked_base(base, x, plan, values.shape[1], values.dtype)
-        out = scatter_pixels(values, plan, base)
-    return in_format_of(out, x)
-
-
-def _conv_rows(layer, values, in_plan, plan, geometry, autocast, residual: Tensor | None) -> Tensor:
-    if residual is None or residual.shape[1] == layer.conv.out_channels:
-        return layer.fused(values, in_plan, plan, geometry, autocast, residual)
-    plain = FusedConv(layer.conv, layer.norm, "")  # one channel is added to many
-    return ACTIVATIONS[layer.activation](plain(values, in_plan, plan, geometry, autocast) + residual)
-
-
-class _Rows:
-    """The values of one run: the dense input, and rows at the plan of each value."""
-
-    def __init__(self, x: Tensor, plans: dict[int, PixelPlan]):
-        self.x = in_format(x, torch.channels_last)  # once for all its readers
-        self.plans, self.values = plans, {}
-        self._inputs: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
-
-    def of(self, value: int) -> tuple[Tensor, PixelPlan | None]:
-        """A value as a convolution reads it: rows and their plan, or a dense map and None."""
-        return (self.x, None) if value == 0 else (self.values[value], self.plans[value])
-
-    def added(self, value: int, plan: PixelPlan, channels: int) -> Tensor:
-        """A value as a convolution adds it: rows, or the input itself, which is read where it lies."""
-        whole = value == 0 and self.x.shape[1] == channels and tuple(self.x.shape[2:]) == plan.shape[1:]
-        return self.x if whole else self.at(value, plan)
-
-    def at(self, value: int, plan: PixelPlan) -> Tensor:
-        """The rows of a value at a plan that lies within its own."""
-        if value == 0:
-            rows = self._inputs.get(id(plan))
-            if rows is None:
-                rows = self._inputs[id(plan)] = gather_rows(self.x, plan.index, plan.count)
-            return rows
-        rows, own = self.values[value], self.plans[value]
-        if own is plan:
-            return rows
-        index = own.inverse().reshape(-1)[plan.index.clamp(min=0).long()]
-        if plan.count is not None:
-            index = torch.where(plan.index < 0, -1, index)
-        return gather_rows(rows.t()[None, :, None], index, plan.count)
-
-
-def _plans(stack, geometries: dict, plan: PixelPlan) -> dict[int, PixelPlan]:
-    """The plan of each value but the input: what its readers read."""
-    needs: dict[int, list[PixelPlan]] = {stack.output: [plan]}
-    inside: dict[int, PixelPlan] = {}  # by the id of a plan: one that lies within it
-    plans = {}
-    for layer in reversed(stack.layers):
-        to = plans[layer.out] = _union(needs[layer.out], inside)
-        for i, value in enumerate(layer.inputs):
-            if value == 0:
-                continue
-            reads = to
-            if i == 0 and layer.fused is not None:
-                geometry = geometries[layer.out]
-                reads = to.needed_by(geometry)
-                if reads is not to and _reads_its_own_place(geometry):
-                    inside[id(reads)] = to
-            needs.setdefault(value, []).append(reads)
-    plans.setdefault(stack.output, plan)
-    return plans
-
-
-def _reads_its_own_place(g: ConvGeometry) -> bool:
-    """Whether output pixel p reads (among others) input pixel p."""
-    return (
-        not g.transposed
-        and g.stride_h == g.stride_w == 1
-        and (g.in_h, g.in_w) == (g.out_h, g.out_w)
-        and g.pad_h % g.dil_h == g.pad_w % g.dil_w == 0
-        and g.pad_h // g.dil_h < g.kernel_h
-        and g.pad_w // g.dil_w < g.kernel_w
-    )
-
-
-def _union(plans: list[PixelPlan], inside: dict[int, PixelPlan]) -> PixelPlan:
-    """The plan that holds all of them: one of them, where it is known to."""
-    for plan in plans:
-        held, within = {id(plan)}, plan
-        while (within := inside.get(id(within))) is not None:
-            held.add(id(within))
-        if all(id(other) in held for other in plans):
-            return plan
-    mask = plans[0].mask()
-    for plan in plans[1:]:
-        mask = mask | plan.mask()
-    return PixelPlan.from_mask(mask, None if plans[0].count is None else mask.numel())
+def _within(rows: Rows, plan: PixelPlan) -> Tensor | None:
+    """The rows at a plan that lies within their own; None for a plan of another size."""
+    if rows.plan.shape != plan.shape:
+        return None
+    index = rows.plan.inverse().reshape(-1)[plan.index.clamp(min=0).long()]
+    if plan.count is not None:
+        index = torch.where(plan.index < 0, -1, index)
+    return gather_rows(rows.values.t()[None, :, None], index, plan.count)

@@ -1,8 +1,8 @@
-"""A stack of layers (``nn.stack``) on tiles: the input's blocks with their halo, through torch's own layers.
+"""Runs a stack on tiles: the input's blocks with their halo, through torch's own layers.
 
-After a layer its tiles hold something wherever they lie outside the map; the dense layer that reads them
-there reads padding. So before such a layer that part is set to what padding is (zero, -inf, the nearest
-pixel): nothing in most tiles, a few rows and columns in those at the border.
+A tile that lies over the edge of the map holds values of no meaning there, where the next dense layer would read its
+padding. So before such a layer that part is set to the padding: zero, -inf or the nearest pixel. Most tiles have no
+such part, those at the border a few rows and columns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..geometry import BlockGeometry
 from ..ops.blocks import _gather, _scatter
 from ..plans import BlockPlan
 from .graph import Stack
-from .layers import spans_of
+from .layers.base import spans_of
 from .receptive_field import Span
 from .run_rows import checked_base
 
@@ -25,40 +25,16 @@ _FILLS = {"zero": 0.0, "-inf": float("-inf")}
 
 
 class Layout(NamedTuple):
-    """Where the tiles of every value lie, for one input size and one grid of blocks."""
+    """The places of every value's tiles, for one input size and one grid of blocks."""
 
     sizes: dict[int, tuple[int, int]]  # (H, W) of each value
     maps: dict[int, BlockGeometry]  # the tiles of each value
     crops: tuple[tuple, ...]  # for each layer and input: (y, x, height, width) of what it reads, or None
     outside: tuple[bool, ...]  # for each layer: whether it reads outside the map
-    last: tuple[tuple[int, ...], ...]  # for each layer: the values that nothing reads after it
 
 
-def sizes_of(stack: Stack, in_shape: tuple[int, int, int]) -> dict[int, tuple[int, int]]:
-    """``(H, W)`` of each value.
-
-    Raises:
-        ValueError: an input that is too small, or maps of different sizes that meet.
-    """
-    sizes = {0: tuple(in_shape[1:])}
-    for layer in stack.layers:
-        found = [
-            tuple(reach[i].out_size(sizes[value][i]) for i in (0, 1))
-            for value, reach in zip(layer.inputs, layer.reaches, strict=False)
-        ]
-        if min(found[0]) < 1 and min(in_shape) > 0:
-            raise ValueError(
-                f"x: expected an input that is large enough for {layer.name}, got [N, H, W] = {in_shape}"
-            )
-        if any(size != found[0] for size in found):
-            raise ValueError(f"{layer.name}: expected maps of one size, got {found}")
-        sizes[layer.out] = found[0]
-    return sizes
-
-
-def layout_of(stack: Stack, in_shape: tuple[int, int, int], blocks: BlockGeometry) -> Layout:
-    """The layout for inputs ``(N, H, W)`` and the grid ``blocks`` of the output."""
-    sizes = sizes_of(stack, in_shape)
+def layout_of(stack: Stack, sizes: dict[int, tuple[int, int]], blocks: BlockGeometry) -> Layout:
+    """The layout for values of these sizes and the grid ``blocks`` of the output."""
     spans: dict[int, tuple[Span, Span]] = {stack.output: spans_of(blocks)}
     reads = []
     for layer in reversed(stack.layers):
@@ -78,7 +54,7 @@ def layout_of(stack: Stack, in_shape: tuple[int, int, int], blocks: BlockGeometr
     )
     maps = {v: _map(blocks, sizes[v], spans[v]) for v in spans}
     outside = tuple(bool(layer.outside) and _reads_outside(layer, sizes) for layer in stack.layers)
-    return Layout(sizes, maps, crops, outside, _last_readers(stack))
+    return Layout(sizes, maps, crops, outside)
 
 
 def _crop(held: tuple[Span, Span], read: tuple[Span, Span]):
@@ -94,21 +70,13 @@ def _map(blocks: BlockGeometry, size: tuple[int, int], spans: tuple[Span, Span])
 
 
 def _reads_outside(layer, sizes: dict[int, tuple[int, int]]) -> bool:
-    """Whether some pixel of the whole output reads outside the layer's first input."""
+    """True where some pixel of the whole output reads outside the layer's first input."""
     out, size = sizes[layer.out], sizes[layer.inputs[0]]
     for i, reach in enumerate(layer.reaches[0]):
         read = reach.span(Span(0, out[i], 0))
         if read.first < 0 or read.end > size[i]:
             return True
     return False
-
-
-def _last_readers(stack: Stack) -> tuple[tuple[int, ...], ...]:
-    seen, last = {stack.output}, []
-    for layer in reversed(stack.layers):
-        last.append(tuple({v for v in (*layer.inputs, layer.out) if v not in seen}))
-        seen.update(last[-1])
-    return tuple(reversed(last))
 
 
 # ---------------------------------------------------------------------------------- running
@@ -128,7 +96,7 @@ def run_tiles(stack: Stack, layout: Layout, x: Tensor, plan: BlockPlan, base: Te
         env[out] = layer.tiles(inputs, layout.maps[out], blocks)
         if layout.outside[i] and layer.outside == "-inf":  # which must not meet a gradient of zero
             env[out], filled[out] = blocks.fill(env[out], layout.maps[out], "zero"), "zero"
-        for last in layout.last[i]:
+        for last in layer.free:
             del env[last]
     tiles = _cropped(env[stack.output], _crop(spans_of(layout.maps[stack.output]), spans_of(plan.geometry)))
     if base is not None:

@@ -1,8 +1,8 @@
-"""A stack of convolutions on some samples of a batch, or on all, for inference: what is faster than calling the module.
+"""A stack of convolutions on some samples of a batch, or on all, for inference: faster than calling the module.
 
-Two ways. On rows, at the pixels of those samples, where they lie: nothing is gathered, as the first convolution reads the
-map, and nothing is scattered, as the last one writes into the output, the residual sum and the samples that were skipped
-included. Or folded, on the gathered samples, with norms in the weights.
+It runs in one of two ways. "rows" works at the pixels of those samples, where they lie. Nothing is gathered, as the first
+convolution reads the map. Nothing is scattered, as the last one writes the output, with the residual sum and the samples
+that were skipped. "folded" works on the gathered samples, with the norms in the weights.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from ..modes import autocast_dtype
 from ..ops import gather_samples, scatter_samples
 from ..plans import SamplePlan
 from .activations import ELEMENTWISE
-from .folded import folds, run_folded
 from .graph import KINDS
-from .run_rows import run_rows
 from .trace import dense_type
-from .traced import Bound
+from .traced import Traced
 
 _LAYERS = (*KINDS, *ELEMENTWISE, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 class _Residual(nn.Module):
-    """What is traced of a residual layer, so that the sum belongs to the last convolution."""
+    """A residual layer, as it is traced: its sum belongs to the last convolution."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -42,19 +40,19 @@ class SampleStack:
 
     def __init__(self, module: nn.Module, mode: str):
         self.module, self.mode = module, mode
-        self.bound: Bound | None = None
+        self.bound: Traced | None = None
         if not _is_known(module):
             return
         self._settings = _settings_of(module)
         try:
-            bound = Bound(_Residual(module) if mode == "residual" else module)
+            bound = Traced(_Residual(module) if mode == "residual" else module)
         except Exception:  # a forward may raise anything on torch.fx's proxies: the module is called then
             return
         if bound.rows and bound.stack.layers:
             self.bound = bound
 
     def holds(self, module: nn.Module, mode: str) -> bool:
-        """Whether this is still what was traced."""
+        """True where ``module`` is still the one that was traced, unchanged."""
         if module is not self.module or mode != self.mode:
             return False
         if self.bound is None:
@@ -65,7 +63,7 @@ class SampleStack:
         )
 
     def path(self, x: Any, wanted: str | None) -> str | None:
-        """How some samples of ``x`` run: "rows", "folded", or None: the module is called.
+        """The way in which some samples of ``x`` run: "rows", "folded", or None: the module is called.
 
         ``wanted``: "rows", or None for the fastest.
         """
@@ -75,17 +73,17 @@ class SampleStack:
             return "rows"
         # narrower weights would be rounded once more
         plain = x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None
-        return "folded" if plain and folds(self.bound.stack) else None
+        return "folded" if plain and not any(layer.transposed for layer in self.bound.stack.layers) else None
 
     def run(self, path: str, x: Tensor, plan: SamplePlan) -> Tensor:
         if path == "folded":
             if plan.is_full:
-                return run_folded(self.bound.stack, x)
-            return scatter_samples(run_folded(self.bound.stack, gather_samples(x, plan)), plan, x)
+                return self._folded(x)
+            return scatter_samples(self._folded(gather_samples(x, plan)), plan, x)
         return self._on_rows(x, plan, None if plan.is_full else x)
 
     def runs_all(self, x: Any) -> bool:
-        """Whether ``on_all`` is the faster way; where no gradient is needed."""
+        """True where ``on_all`` is the faster way, if no gradient is needed."""
         return self._takes(x) and self._wins(x)
 
     def on_all(self, x: Tensor) -> Tensor:
@@ -113,13 +111,19 @@ class SampleStack:
         return cpu and self.bound.beats_dense(x, _map_shape(x))
 
     def _on_rows(self, x: Tensor, plan: SamplePlan, base: Tensor | None) -> Tensor:
-        shape = _map_shape(x)
-        pixels = plan.pixels(self.bound.output_shape(shape)[1:])
-        return run_rows(self.bound.stack, self.bound.geometries(shape), x, pixels, base)
+        return self.bound.on_rows(x, plan.pixels(self.bound.output_shape(_map_shape(x))[1:]), base)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """The output for whole maps, with norms in the weights of the convolutions before them; no gradients."""
+        stack = self.bound.stack
+        values = {0: x}
+        for layer in stack.layers:
+            values[layer.out] = layer.whole([values[value] for value in layer.inputs])
+        return values[stack.output]
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether it is made of layers that run on rows only; another one is not even traced, which would call it."""
+    """True for a module of layers that run on rows only. Another one is not traced, as that would call it."""
     if not isinstance(module, nn.Module):
         return False
     return all(next(m.children(), None) is not None or dense_type(m) in _LAYERS for m in module.modules())

@@ -3,7 +3,7 @@
 ``trace(module, kinds)`` records what the forward does, as one :class:`Step` for each convolution with
 the norm, residual sum and activation that follow it, and one for everything else. Steps name modules
 by their path and functions by their qualified name, so that they pickle and hold for any copy of the
-module. ``dynops.stack.program`` runs them.
+module. ``dynops.stack.graph`` makes layers of them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -
     input_name, steps, values, output = recorded[0]
     if not whole and not any(step.kind == "conv" for step in steps):
         raise Untraceable("its forward calls no converted convolution")
-    return Trace(input_name, _free(_fuse(steps, output), output), values, output)
+    if any(step.kind == "attr" and step.out == output for step in steps):
+        raise Untraceable("its output is a parameter")
+    return Trace(input_name, _free(fuse(steps, output), output), values, output)
 
 
 def _record(module: nn.Module, kinds: dict[nn.Module, str], training: bool, whole: bool) -> tuple:
@@ -304,7 +306,7 @@ def find(name: str) -> Callable | None:
 # ------------------------------------------------------------------------------------ fusion
 
 
-def _fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
+def fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
     """Gives each convolution (and each norm without one) the norm, sum and activation after it.
 
     A fused step stands where its last part stood, so that a residual is there when it runs.

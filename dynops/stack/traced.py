@@ -1,45 +1,62 @@
-"""Bound: a module traced into layers that run on blocks or rows, and what follows from the sizes of its input."""
+"""Traced: a module as a stack whose layers can run on parts of a map."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..geometry import BlockGeometry
-from ..ops import dense_fallback as auto
-from ..ops.pixels.conv import beats_dense
-from ..plans import BlockPlan
-from .graph import Stack, layers_of
-from .run_tiles import Layout, layout_of, sizes_of
+from ..ops.dense_fallback import beats_dense, break_even
+from ..plans import BlockPlan, PixelPlan
+from .graph import Stack, local_stack_of
+from .policy import Needed, needed_plans
+from .receptive_field import KeptSizes, sizes_of
+from .run_rows import run_rows
+from .run_tiles import Layout, layout_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What sizes and norms follow from; 0.3 us a module to look at.
-_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "ceil_mode", "scale_factor", "eps")  # fmt: skip
-_MAX_SIZES = 64  # input sizes whose geometry a layer keeps
+_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "ceil_mode", "scale_factor", "eps")  # fmt: skip
 
 
-class Bound:
-    """A module's layers, and what follows from the sizes of its input."""
+class Macs(NamedTuple):
+    """Multiply-accumulates of a call. ``live``: float64 ``[N]``, of each sample. ``dense``: of a sample in full."""
 
-    def __init__(self, module: nn.Module):
+    live: Tensor
+    dense: float
+
+
+class Traced:
+    """A module's layers, with all that follows from the size of its input.
+
+    Args:
+        stack: the module's layers; None: they are traced.
+
+    Raises:
+        TypeError: see :func:`~dynops.stack.graph.local_stack_of`.
+    """
+
+    def __init__(self, module: nn.Module, stack: Stack | None = None):
         self.module = module
-        self.stack: Stack = layers_of(module)
-        self.rows = all(layer.rows for layer in self.stack.layers)
+        self.stack = local_stack_of(module) if stack is None else stack
+        self.rows = self.stack.packs
         self.children = tuple((m._modules, dict(m._modules)) for m in module.modules())
         self.leaves = tuple(m.__dict__ for m in module.modules() if not m._modules)
         self.settings = _settings(self.leaves)
         self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in _HOOKS)
-        self._sizes: dict = {}
+        self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the modules inside are still those that were traced, and have the strides and the like that they had."""
+        """True where the modules inside are those that were traced, with the same strides and the like."""
         if module is not self.module or not all(now == then for now, then in self.children):
             return False
         return self.settings == _settings(self.leaves)
 
     def check_mode(self) -> None:
         """Raises TypeError, by name, for what has come since the trace."""
-        for layer in (*self.stack.layers, *self.stack.dropouts):
+        for layer in (*self.stack.layers, *self.stack.checked):
             layer.check()
         for name, hooks in self.hooks:
             if hooks:
@@ -49,74 +66,98 @@ class Bound:
 
     def check_rows(self) -> None:
         for layer in self.stack.layers:
-            if not layer.rows:
+            if not layer.packs:
                 raise ValueError(
                     f"path: expected 'tiles' or None, as {layer.name} cannot run on rows, got 'rows'"
                 )
 
     def fits_step(self, step: tuple[int, int]) -> bool:
-        """Whether every value's blocks are whole pixels where the output's lie ``step`` apart."""
+        """True where every value's blocks are whole pixels if the output's lie ``step`` apart."""
         return not any(step[i] % self.stack.multiple[i] for i in (0, 1))
 
     def check_step(self, step: tuple[int, int]) -> None:
         if not self.fits_step(step):
             raise ValueError(f"block_size: expected a multiple of {self.stack.multiple}, got {step}")
 
+    # --------------------------------------------------------------------------------------- sizes
+
+    def sizes(self, in_shape: tuple[int, int, int]) -> dict[int, tuple[int, int]]:
+        """``(H, W)`` of each value."""
+        return self._sizes.kept(in_shape, lambda: sizes_of(self.stack, in_shape))
+
     def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        return self._kept(in_shape, lambda: (in_shape[0], *sizes_of(self.stack, in_shape)[self.stack.output]))
+        return (in_shape[0], *self.sizes(in_shape)[self.stack.output])
 
-    def geometries(self, in_shape: tuple[int, int, int]) -> dict:
-        """The geometry of each convolution, by the number of its output."""
+    def layout(self, in_shape: tuple[int, int, int], blocks: BlockGeometry) -> Layout:
+        self.check_step((blocks.step_h, blocks.step_w))
+        return self._sizes.kept(
+            (in_shape, blocks), lambda: layout_of(self.stack, self.sizes(in_shape), blocks)
+        )
 
-        def make():
-            sizes = sizes_of(self.stack, in_shape)
-            convs = (layer for layer in self.stack.layers if layer.fused is not None)
-            return {layer.out: layer.geometry((in_shape[0], *sizes[layer.inputs[0]])) for layer in convs}
+    # ----------------------------------------------------------------------------------------- runs
 
-        return self._kept(("geometries", in_shape), make)
+    def on_rows(self, x: Tensor, plan: PixelPlan, base: Tensor | None = None) -> Tensor:
+        """The output ``[N, O, H, W]`` at the pixels of ``plan``, ``base`` (or zero) elsewhere."""
+        sizes = self.sizes((x.shape[0], x.shape[2], x.shape[3]))
+        return run_rows(self.stack, x, Needed(self.stack, sizes, plan, base))
+
+    def convs(self, in_shape: tuple[int, int, int]):
+        """Each layer that is a convolution, with its geometry on this input."""
+        sizes = self.sizes(in_shape)
+        for layer in self.stack.layers:
+            if layer.conv is not None:
+                yield layer, layer.geometry((in_shape[0], *sizes[layer.inputs[0]]))
 
     def beats_dense(self, x: Tensor, in_shape: tuple[int, int, int]) -> bool:
-        """Whether rows are the faster way to compute every block."""
-        if not self.rows:
-            return False
-        convs = (layer for layer in self.stack.layers if layer.fused is not None)
-        geometries = self.geometries(in_shape)
-        return any(beats_dense(x, layer.conv.weight, geometries[layer.out]) for layer in convs)
+        """True where rows are the faster way to compute every block."""
+        return self.rows and any(beats_dense(x, layer.conv.weight, g) for layer, g in self.convs(in_shape))
 
     def cost(self, path: str, plan: BlockPlan, in_shape: tuple, device: torch.device, dtype) -> float | None:
-        """The time that "rows" or "tiles" take for a plan, over that of the dense module, expected from what was
-        measured of its convolutions (``ops.auto``). None where that says nothing of one of them.
+        """The time that "rows" or "tiles" take for a plan, over that of the dense module.
+
+        It is expected from what was measured of the convolutions (``ops.dense_fallback``). None where that says
+        nothing of one of them.
 
         Args:
             dtype: that of the products.
         """
         whole = cost = 0.0
-        maps, geometries = self.layout(in_shape, plan.geometry).maps, self.geometries(in_shape)
-        for layer in self.stack.layers:
-            if layer.out not in geometries:
-                continue
-            g, tile, weight = geometries[layer.out], maps[layer.out], layer.conv.weight
-            share = auto.break_even(path, device, dtype, weight, g)
+        maps = self.layout(in_shape, plan.geometry).maps
+        for layer, g in self.convs(in_shape):
+            tile = maps[layer.out]
+            share = break_even(path, device, dtype, layer.conv.weight, g)
             if share is None:
                 return None
             computed = plan.num_blocks * tile.tile_h * tile.tile_w / (g.batch * g.out_h * g.out_w)
             if path == "rows":  # where the halos of two blocks meet, rows have it once
                 computed = min(computed, 1.0)
-            macs = g.macs(1, weight.shape[1] * g.groups, weight.shape[0]) * g.out_h * g.out_w
+            macs = layer.macs(g.in_shape) * g.out_h * g.out_w
             whole, cost = whole + macs, cost + macs * computed / share
         return cost / whole if whole else None
 
-    def layout(self, in_shape: tuple[int, int, int], blocks: BlockGeometry) -> Layout:
-        self.check_step((blocks.step_h, blocks.step_w))
-        return self._kept((in_shape, blocks), lambda: layout_of(self.stack, in_shape, blocks))
+    # ------------------------------------------------------------------------------------------ MACs
 
-    def _kept(self, key, make):
-        found = self._sizes.get(key)
-        if found is None:
-            if len(self._sizes) >= _MAX_SIZES:
-                self._sizes.clear()
-            found = self._sizes[key] = make()
-        return found
+    def macs(self, x: Tensor, plan: PixelPlan | BlockPlan | None) -> Macs:
+        """The MACs of a run: on rows at a plan of pixels, on tiles at a plan of blocks, without a plan on everything."""
+        in_shape = (x.shape[0], x.shape[2], x.shape[3])
+        live, dense = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device), 0.0
+        sizes = self.sizes(in_shape)
+        pixels = self._computed(plan, in_shape) if plan is not None else None
+        for layer in self.stack.layers:
+            each = layer.macs((in_shape[0], *sizes[layer.inputs[0]]))
+            if each:
+                height, width = sizes[layer.out]
+                dense += each * height * width
+                live = live + each * (height * width if pixels is None else pixels(layer.out))
+        return Macs(live, dense)
+
+    def _computed(self, plan: PixelPlan | BlockPlan, in_shape: tuple[int, int, int]):
+        """For the number of a value, float64 ``[N]``: its pixels that are computed."""
+        if isinstance(plan, PixelPlan):
+            plans = needed_plans(self.stack, self.sizes(in_shape), plan)
+            return lambda value: plans[value].mask().flatten(1).sum(1).double()
+        maps, tiles = self.layout(in_shape, plan.geometry).maps, plan.blocks().flatten(1).sum(1).double()
+        return lambda value: tiles * maps[value].tile_h * maps[value].tile_w
 
 
 def _settings(leaves: tuple[dict, ...]) -> list:

@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import pathlib
 import subprocess
 import sys
-import warnings
-import weakref
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_conv import assert_near, expected, inputs
+from masked_conv import Net, assert_near, in_place, unseen
 from torch import nn
 
 import dynops
-from dynops import PixelPlan, ops
-from dynops import kept as kept_module
 from dynops.kept import Kept, Mark, kept, refresh
 from dynops.testing import available_backends, random_mask, random_tensor
 
 BACKENDS = available_backends()
-needs_binary = pytest.mark.skipif("cpp" not in BACKENDS, reason="without a binary nothing is kept")
 
-
-# ------------------------------------------------------------------------------------- writes
-
-
-def unseen(weight: torch.Tensor) -> int:
-    """An element of a contiguous weight that the fingerprint does not read."""
-    flat, mark = weight.data.view(-1), Mark(weight)
-    for i in range(16, weight.numel(), 16):
-        flat[i] += 1
-        seen = not mark.holds(weight)
-        flat[i] -= 1
-        if not seen and mark.holds(weight):
-            return i
-    raise AssertionError("every line is read")
-
-
-class Net(nn.Module):
-    """A weight and what the op makes of it, checked against the dense layer at every call."""
-
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        x, weight, bias, self.mask = inputs(dtype=dtype)
-        self.x, self.plan = x, PixelPlan.from_mask(self.mask)
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def check(self):
-        with torch.no_grad():
-            for weight in (self.weight, self.weight[8:16]):
-                x, bias = self.x.to(weight.dtype), self.bias[: len(weight)]
-                out = ops.sparse_conv2d(x, weight, bias, self.plan, padding=1)
-                assert_near(out, expected(x.double(), weight.double(), bias.double(), self.mask))
-
-
-def in_place(net):
-    with torch.no_grad():
-        net.weight.mul_(3)
+needs_binary = pytest.mark.skipif(
+    "cpp" not in available_backends(), reason="without a binary nothing is kept"
+)
 
 
 def part_in_place(net):
@@ -250,161 +210,6 @@ def test_a_step_is_seen_where_no_fingerprint_looks():
         optimizer.step()
 
 
-# ---------------------------------------------------------------------------------- the cache
-
-
-@needs_binary
-def test_make_is_called_once_for_a_content():
-    cache, calls, weight = Kept(), [], nn.Parameter(torch.rand(3))
-
-    def get(key="a", weight=weight):
-        return cache.get(key, lambda: calls.append(0) or weight.detach().clone(), weight)
-
-    assert get() is get() and len(calls) == 1
-    assert get("b") is not get() and len(calls) == 2
-    assert get(weight=weight.detach()) is get() and len(calls) == 2  # a view is the same weight
-    with torch.no_grad():
-        weight.mul_(3)
-    assert torch.equal(get(), weight) and len(calls) == 3
-    cache.clear()
-    get()
-    assert len(calls) == 4
-
-
-@needs_binary
-def test_every_tensor_counts():
-    cache, tensors = Kept(), [torch.rand(5) for _ in range(3)]
-
-    def get():
-        return cache.get("sum", lambda: sum(tensors), tensors[0], None, *tensors[1:])
-
-    for tensor in tensors:
-        assert get() is get()
-        tensor.numpy()[2] += 1
-        assert torch.equal(get(), sum(tensors))
-
-
-def test_an_address_that_is_reused_is_noticed():
-    """As in ``module.half().float()``: version, address and shape are those of the freed memory."""
-    cache, weight = Kept(), nn.Parameter(torch.zeros(1000))
-    memory = torch.zeros(1000)  # two storages over one piece of memory stand for a reused address
-    for value in (1.0, 2.0):
-        memory.fill_(value)
-        weight.data = torch.from_numpy(memory.numpy())
-        assert cache.get("key", lambda: weight.detach().clone(), weight)[0] == value
-
-
-@needs_binary
-def test_views_of_one_memory_are_told_apart():
-    cache, flat = Kept(), torch.arange(64.0)
-    views = (flat.view(8, 8), flat.view(8, 8).t(), flat[1:], flat.view(4, 16), flat.view(torch.int32))
-    for view in views:
-        assert torch.equal(cache.get("copy", view.clone, view), view)
-    assert len(cache) == len(views)
-
-
-@needs_binary
-def test_the_cache_is_used(monkeypatch):
-    net, cached = Net(), Kept.get
-    net.check()
-
-    def refuse():
-        raise AssertionError("packed again")
-
-    def get(self, key, make, tensor, *others):
-        return cached(self, key, refuse, tensor, *others)
-
-    monkeypatch.setattr(Kept, "get", get)
-    net.check()
-    in_place(net)
-    with pytest.raises(AssertionError, match="packed again"):
-        net.check()
-
-
-@needs_binary
-def test_nothing_grows():
-    """Neither with calls, nor with new views, nor with memory that died."""
-    gc.collect()
-    kept.clear()
-    nets = [Net() for _ in range(3)]
-    for net in nets:
-        net.check()
-    refs, size = [weakref.ref(net.weight) for net in nets], len(kept)
-    assert size > 0
-    for _ in range(20):
-        nets[0].check()
-    assert len(kept) == size
-    del nets, net
-    gc.collect()
-    assert all(ref() is None for ref in refs)
-    assert len(kept) == 0
-    cache, flat = Kept(), torch.rand(20_000)
-    for i in range(10_000):
-        cache.get("copy", flat[:3].clone, flat[i : i + 3])
-    assert len(cache) <= kept_module._MOST_ENTRIES
-
-
-@needs_binary
-def test_a_view_does_not_keep_its_own_memory_alive():
-    cache, weight = Kept(), torch.rand(4, 4)
-    assert cache.get("t", weight.t, weight).data_ptr() == weight.data_ptr()
-    assert cache.get("pair", lambda: (torch.rand(3), weight[0]), weight)[1].data_ptr() == weight.data_ptr()
-    assert len(cache) == 0
-
-
-@needs_binary
-def test_a_step_of_another_thread_while_something_is_made():
-    """What was read before the step is not kept after it."""
-    cache, weight = Kept(), torch.rand(100_000)
-
-    def make():
-        made = weight.clone()
-        weight.data[50_001] += 1  # seen by no fingerprint
-        cache.clear()
-        return made
-
-    cache.get("key", make, weight)
-    assert torch.equal(cache.get("key", weight.clone, weight), weight)
-
-
-class FakeStream:
-    """Of a GPU: what waits for what."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self):
-        self.waited = []
-
-    def wait_event(self, event):
-        self.waited.append(event)
-
-
-def test_another_stream_waits_for_what_this_one_made(monkeypatch):
-    class Made:
-        is_cuda, device, used = True, FakeStream.device, []
-
-        def record_stream(self, stream):
-            self.used.append(stream)
-
-    class Event:
-        def record(self, stream):
-            self.stream = stream
-
-    first, second = FakeStream(), FakeStream()
-    monkeypatch.setattr(kept_module, "_tensors", lambda made: (made,))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
-    entry = kept_module._Entry(None, Made())
-    assert entry.event.stream is first
-    assert entry.on_this_stream() is entry.made and first.waited == []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: second)
-    entry.on_this_stream()
-    assert second.waited == [entry.event] and Made.used == [second]
-
-
-# -------------------------------------------------------------------------- what is not seen
-
-
 def test_refresh():
     net = nn.Sequential(dynops.nn.SparseConv2d(32, 64, 3, padding=1), nn.Identity()).eval()
     x, mask = random_tensor(1, 32, 8, 8), random_mask((1, 8, 8), 0.5)
@@ -426,37 +231,6 @@ def test_refresh():
     assert len(kept) == 0
     with pytest.raises(TypeError, match=r"expected an nn\.Module or None, got Parameter"):
         refresh(other.weight)
-
-
-@needs_binary
-def test_the_debug_switch_compares_all(monkeypatch):
-    cache, weight = Kept(), torch.rand(200, 300)
-    at = unseen(weight)
-    monkeypatch.setattr(kept_module, "_compare_whole", True)
-    cache.get("copy", weight.clone, weight)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cache.get("copy", weight.clone, weight)
-    weight.data.view(-1)[at] += 1
-    with pytest.warns(UserWarning, match=r"a tensor of shape \[200, 300\] was written in a way"):
-        assert torch.equal(cache.get("copy", weight.clone, weight), weight)
-
-
-@needs_binary
-def test_the_fingerprint_reads_small_tensors_whole_and_the_ends_of_large_ones():
-    for size in (1, 7, 63, 64, 65, 4096, 100_003):
-        memory = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-        seen = kept_module.fingerprint(memory.ctypes.data, size, 64)
-        assert seen == kept_module.fingerprint(memory.copy().ctypes.data, size, 64)
-        for place in range(size) if size <= 4096 else (0, 63, size - 64, size - 1):
-            memory[place] ^= 1
-            assert kept_module.fingerprint(memory.ctypes.data, size, 64) != seen, (size, place)
-            memory[place] ^= 1
-    with pytest.raises(TypeError, match="address, bytes, lines"):
-        kept_module.fingerprint(1, 2)
-
-
-# -------------------------------------------------------------------------- autocast, processes
 
 
 @needs_binary

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import dynops
+from dynops import modes
 from dynops import nn as layers
-from dynops import observers
 from dynops.budget import MacCounter
 from dynops.ops.pixels.conv import _convolution
 
@@ -163,11 +163,11 @@ def test_the_profiler_names_the_ops(grad):
 
 
 def test_nothing_looks_on_by_default():
-    assert not observers.observed()
+    assert not modes.observed()
     with torch.profiler.profile():
-        assert observers.observed()
+        assert modes.observed()
     with FlopCounterMode(display=False):
-        assert observers.observed()
+        assert modes.observed()
     assert (
-        min(timeit.repeat(observers.observed, number=1000, repeat=5)) < 1e-3
+        min(timeit.repeat(modes.observed, number=1000, repeat=5)) < 1e-3
     )  # 0.1 us a call; here 10 times that

@@ -9,168 +9,13 @@ import torch.nn.functional as F
 from comparison import randomised
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stack_cases import WITH_PATHS, Residual, check, expected, stack
 from torch import nn
 
 import dynops
-from dynops.nn import SparseBlocks, SparseConv2d, SparseSequential
+from dynops.nn import SparseBlocks, SparseConv2d
 from dynops.plans import BlockPlan
 from dynops.testing import assert_within_budget, random_mask, random_tensor
-
-# ------------------------------------------------------------------------------------ stacks
-
-
-class Residual(nn.Module):
-    """A ResNet basic block; with another stride or width it has a downsample branch."""
-
-    def __init__(self, channels, out, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride), nn.BatchNorm2d(out))
-
-    def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += shortcut
-        return self.relu(out)
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, channels, width, stride=1):
-        super().__init__()
-        self.reduce = nn.Sequential(
-            nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        self.conv = nn.Conv2d(width, width, 3, stride, 1, groups=2, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width))
-        self.downsample = nn.Conv2d(channels, 2 * width, 1, stride)
-
-    def forward(self, x):
-        return F.relu(self.expand(F.relu(self.norm(self.conv(self.reduce(x))))) + self.downsample(x))
-
-
-class UNet(nn.Module):
-    """Pools, enlarges, joins channels; functional calls and parameters of one value a channel."""
-
-    def __init__(self, mode="bilinear"):
-        super().__init__()
-        self.mode = mode
-        self.encoder = Residual(4, 6)
-        self.inner = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.PReLU(6))
-        self.join = nn.Conv2d(12, 5, 3, padding=1)
-        self.scale = nn.Parameter(torch.randn(5, 1, 1))
-        self.register_buffer("mean", torch.randn(1, 4, 1, 1))
-
-    def forward(self, x):
-        a = self.encoder((x - self.mean) * 0.5)
-        b = self.inner(F.max_pool2d(a, 3, stride=2, padding=1))
-        b = F.interpolate(b, scale_factor=2, mode=self.mode)
-        y = self.join(torch.cat([a, b], dim=1))
-        return torch.sigmoid(y) * self.scale + y.clamp(-1, 1)
-
-
-def conv(*args, **kwargs):
-    return lambda: nn.Conv2d(*args, **kwargs)
-
-
-CONVS = {
-    "3x3": conv(4, 6, 3, padding=1),
-    "1x3": conv(4, 6, (1, 3), padding=(0, 1)),
-    "5x5-stride": conv(4, 6, 5, stride=2, padding=2),
-    "dilation": conv(4, 6, 3, dilation=2, padding=2),
-    "groups": conv(4, 6, (5, 3), stride=(2, 1), padding=(2, 0), groups=2, bias=False),
-    "depthwise": conv(4, 4, 3, padding=1, groups=4),
-    "one-channel": conv(4, 1, 3, padding=1),
-    "same": conv(4, 6, (3, 5), padding="same"),
-    "valid": conv(4, 6, 3, padding="valid"),
-    "padded-1x1": conv(4, 6, 1, padding=1),
-    "sparse": lambda: SparseConv2d(4, 6, 3, padding=1),
-    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
-    "transposed-gaps": lambda: nn.ConvTranspose2d(4, 6, 1, stride=2, output_padding=1),
-    "transposed-uneven": lambda: nn.ConvTranspose2d(4, 6, (3, 4), stride=(1, 2), dilation=(2, 1), groups=2),
-}
-CHAINS = {
-    "conv-bn-relu": lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(True)),
-    "bn-first": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1, True), nn.Conv2d(4, 6, 3, 2, 1)),
-    "nested": lambda: nn.Sequential(
-        nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Sigmoid(), nn.Dropout2d()),
-        nn.Sequential(nn.Conv2d(6, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.GELU()),
-        nn.Conv2d(6, 3, 5, padding=2),
-    ),
-    "sparse-chain": lambda: SparseSequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)),
-    "basic": lambda: Residual(4, 4),
-    "basic-down": lambda: Residual(4, 6, 2),
-    "stage": lambda: nn.Sequential(Residual(4, 4), Residual(4, 4), Residual(4, 6, 2)),
-    "bottleneck": lambda: Bottleneck(4, 4),
-    "bottleneck-down": lambda: Bottleneck(4, 4, 2),
-}
-TILES = {
-    "max": lambda: nn.MaxPool2d(3, 2, 1),
-    "max-ceil": lambda: nn.MaxPool2d((3, 2), 2, ceil_mode=True),
-    "max-dilated": lambda: nn.MaxPool2d(3, 1, 1, dilation=2),
-    "max-conv": lambda: nn.Sequential(
-        nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=1)
-    ),
-    "avg": lambda: nn.AvgPool2d(3, 2, 1),
-    "avg-without-padding": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
-    "avg-ceil": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
-    "avg-divisor": lambda: nn.AvgPool2d(2, divisor_override=3),
-    "nearest": lambda: nn.Sequential(
-        nn.Conv2d(4, 4, 3, padding=1), nn.Upsample(scale_factor=(2, 3)), nn.Conv2d(4, 5, 3, padding=1)
-    ),
-    "bilinear": lambda: nn.Sequential(
-        nn.Upsample(scale_factor=3, mode="bilinear"), nn.Conv2d(4, 5, 3, padding=1, stride=3)
-    ),
-    "unet": UNet,
-    "unet-nearest": lambda: UNet("nearest"),
-}
-STACKS = {**CONVS, **CHAINS, **TILES}
-
-
-def stack(name, dtype=torch.float32):
-    torch.manual_seed(1)
-    return randomised(STACKS[name]()).to(dtype).eval()
-
-
-def paths(name):
-    return ("tiles",) if name in TILES else ("rows", "tiles")
-
-
-WITH_PATHS = [(name, path) for name in STACKS for path in paths(name)]
-
-
-def expected(module, x, plan, base=None):
-    """The dense module, then the mask."""
-    dense = module(x)
-    return torch.where(plan.mask()[:, None], dense, torch.zeros_like(dense) if base is None else base)
-
-
-def check(module, block_size, path, x, mask, with_base=False):
-    """The layer in float32 against the dense module in float64 and its own error in float32."""
-    layer = SparseBlocks(module, block_size, path)
-    shape = module(x).shape
-    assert layer.output_shape((x.shape[0], *x.shape[2:])) == (shape[0], *shape[2:])
-    plan = BlockPlan.from_mask(mask, block_size)
-    base = random_tensor(*shape, dtype=x.dtype) if with_base else None
-    exact = expected(
-        copy.deepcopy(module).double(), x.double(), plan, None if base is None else base.double()
-    )
-    dense = expected(module, x, plan, base)
-    for grad in (False, True):  # without gradients the tile path works in place
-        with torch.set_grad_enabled(grad):
-            actual = layer(x, mask, base)
-            assert_within_budget(actual, exact, dense, f"grad={grad}")
-    return actual
-
-
-# --------------------------------------------------------------------------------- exactness
 
 
 @pytest.mark.parametrize(("name", "path"), WITH_PATHS)
@@ -286,9 +131,6 @@ def test_all_blocks_of_a_grid_with_gaps_are_not_the_whole_map():
         assert torch.equal(out != 0, plan.mask()[:, None].expand_as(out))
 
 
-# --------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize(("name", "path"), WITH_PATHS)
 def test_gradients(name, path):
     """Of the input, every parameter and the base, equal to those of the dense module and a mask."""
@@ -342,9 +184,6 @@ def test_two_readers_that_need_different_outsides():
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
-# --------------------------------------------------------------------------- affected blocks
-
-
 @pytest.mark.parametrize(
     "name", ["3x3", "5x5-stride", "dilation", "transposed", "stage", "avg-ceil", "nearest", "unet"]
 )
@@ -368,150 +207,6 @@ def test_affected_against_changed_outputs(name):
             assert torch.equal(found.blocks(), changed)
         mended = layer(other, found, dense)
         assert (mended - module(other)).norm() <= 1e-13 * dense.norm()
-
-
-# ------------------------------------------------------------------------------------ errors
-
-
-class Untraceable(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
-class Functional(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function, self.conv = function, nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x):
-        return self.function(self.conv(x), x)
-
-
-def inside(layer):
-    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(layer))
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (inside(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), r"1\.0: expected padding_mode='zeros', got 'reflect'"),
-        (inside(nn.GroupNorm(2, 4)), r"1\.0: expected a layer .* got GroupNorm"),
-        (inside(nn.InstanceNorm2d(4)), r"1\.0: .* got InstanceNorm2d"),
-        (inside(nn.BatchNorm2d(4, track_running_stats=False)), r"1\.0: expected a norm with running statistics"),
-        (inside(nn.AdaptiveAvgPool2d(1)), r"1\.0: .* got AdaptiveAvgPool2d"),
-        (inside(nn.Linear(4, 4)), r"1\.0: .* got Linear"),
-        (inside(nn.Flatten()), r"1\.0: .* got Flatten"),
-        (inside(nn.MaxPool2d(2, return_indices=True)), r"1\.0: expected return_indices=False"),
-        (inside(nn.Upsample(scale_factor=1.5)), r"1\.0: expected integer scale factors"),
-        (inside(nn.Upsample(size=(8, 8))), r"1\.0: expected integer scale factors"),
-        (inside(nn.Upsample(scale_factor=2, mode="bicubic")), r"1\.0: expected mode nearest or bilinear"),
-        (inside(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)), r"1\.0: expected mode"),
-        (inside(nn.Softmax2d()), r"1\.0: .* got Softmax2d"),
-        (nn.Linear(4, 4), r"module: expected a layer .* got Linear"),
-        (nn.Sequential(Functional(lambda y, x: y.view(-1))), r"0\.view: expected a call"),
-        (nn.Sequential(Functional(lambda y, x: y / x)), r"0\.truediv: expected a call"),
-        (nn.Sequential(Functional(lambda y, x: torch.cat([y, x], 2))), r"0\.cat: expected a call"),
-        (nn.Sequential(Functional(lambda y, x: y.mean((2, 3)))), r"0\.mean: expected a call"),
-        (nn.Sequential(Functional(lambda y, x: y + F.avg_pool2d(x, 2))), r"expected maps of one resolution"),
-        (Untraceable(), r"module: expected one that can be traced; torch\.fx"),
-        ("conv", r"module: expected an nn\.Module, got str"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_cannot_run_raises_by_name(module, message):
-    with pytest.raises(TypeError, match=message):
-        SparseBlocks(module, 4)
-
-
-def test_training_mode_raises_by_name():
-    module, x = stack("nested"), random_tensor(1, 4, 8, 8)
-    layer, mask = SparseBlocks(module, 2), random_mask((1, 4, 4), 0.2)
-    module[1][1].train()
-    with pytest.raises(TypeError, match=r"1\.1: expected a norm in eval mode, got BatchNorm2d"):
-        layer(x, mask)
-    module.eval()[0][2].train()
-    with pytest.raises(TypeError, match=r"0\.2: expected a dropout in eval mode, got Dropout2d"):
-        layer(x, mask)
-
-
-def test_hooks_raise_by_name():
-    layer, x, mask = SparseBlocks(stack("basic"), 4), random_tensor(1, 4, 8, 8), torch.eye(8)[None]
-    handle = layer.module.conv1.register_forward_pre_hook(lambda module, args: None)
-    with pytest.raises(TypeError, match="conv1: expected no hooks"):
-        layer(x, mask)
-    assert torch.equal(layer(x), layer.module(x))
-    handle.remove()
-    layer(x, mask)
-
-
-def test_bad_arguments():
-    x, mask = random_tensor(2, 4, 8, 8), torch.ones(2, 8, 8)
-    layer = SparseBlocks(nn.Conv2d(4, 4, 3, padding=1), 4)
-    for arguments, error, message in [
-        ((x, torch.ones(2, 4, 4)), ValueError, r"mask_or_plan: expected one for the output's .* \(2, 8, 8\), got \(2, 4, 4\)"),
-        ((x, torch.ones(3, 8, 8)), ValueError, r"mask_or_plan: .*got \(3, 8, 8\)"),
-        ((x, "mask"), TypeError, r"mask_or_plan: expected a BlockPlan or a mask tensor, got str"),
-        ((x[0], mask), ValueError, r"x: expected \[N, C, H, W\]"),
-        ((x, BlockPlan.from_mask(mask, 4, stride=2)), ValueError, r"mask_or_plan: expected blocks that do not overlap"),
-        ((x, torch.eye(8).expand(2, 8, 8), x[:, :3]), ValueError, r"base: expected shape \(2, 4, 8, 8\)"),
-        ((x, torch.eye(8).expand(2, 8, 8), x.double()), TypeError, r"base: expected dtype torch.float32"),
-        ((x, mask, "output"), TypeError, r"base: expected a tensor, None or 'input', got 'output'"),
-        ((x, None, x), ValueError, r"base: expected a mask with it"),
-    ]:  # fmt: skip
-        with pytest.raises(error, match=message):
-            layer(*arguments)
-    for path in ("rows", "tiles"):
-        with pytest.raises(ValueError, match="x: expected 4 channels, got 3"):
-            SparseBlocks(layer.module, 4, path)(x[:, :3], torch.eye(8).expand(2, 8, 8))
-    with pytest.raises(ValueError, match=r"block_size: expected a multiple of \(2, 2\), got \(3, 4\)"):
-        SparseBlocks(nn.Upsample(scale_factor=2), (3, 4))
-    with pytest.raises(ValueError, match=r"block_size: expected a multiple of \(2, 2\), got \(5, 5\)"):
-        SparseBlocks(nn.Upsample(scale_factor=2), 4)(
-            x, BlockPlan.from_mask(torch.eye(16).expand(2, 16, 16), 5)
-        )
-    with pytest.raises(ValueError, match=r"block_size: expected an int or a pair"):
-        SparseBlocks(nn.Conv2d(4, 4, 3), 0)
-    with pytest.raises(ValueError, match=r"path: expected one of .* got 'fast'"):
-        SparseBlocks(nn.Conv2d(4, 4, 3), 4, "fast")
-    with pytest.raises(ValueError, match=r"path: expected 'tiles' or None, as 0 cannot run on rows"):
-        SparseBlocks(nn.Sequential(nn.MaxPool2d(2)), 4, "rows")
-    with pytest.raises(ValueError, match=r"x: expected an input"):
-        SparseBlocks(nn.Conv2d(4, 4, 9), 4).output_shape((1, 8, 8))
-
-
-# ------------------------------------------------------------------------- as a module
-
-
-@pytest.mark.parametrize("mask", [torch.zeros(1, 1, 1), torch.ones(1, 1, 1)], ids=["empty", "full"])
-def test_a_transposed_tile_whose_cut_is_longer_than_what_it_reaches(mask):
-    module = nn.Sequential(nn.ConvTranspose2d(3, 3, 1, stride=3, padding=1), nn.MaxPool2d(1, 3)).eval()
-    blocks, x = SparseBlocks(module, 1).eval(), random_tensor(1, 3, 2, 2)
-    with torch.no_grad():
-        torch.testing.assert_close(blocks(x, mask), module(x) * mask[:, None])
-
-
-def test_a_setting_inside_that_changes():
-    conv = nn.Conv2d(8, 8, 3, padding=1, stride=1)
-    blocks, x = SparseBlocks(nn.Sequential(conv, nn.ReLU()), 4).eval(), random_tensor(1, 8, 16, 16)
-    for padding, dilation in ((1, 1), (2, 2), (3, 3)):
-        conv.padding, conv.dilation = (padding, padding), (dilation, dilation)
-        with torch.no_grad():
-            out = blocks(x, torch.ones(1, 16, 16))
-            torch.testing.assert_close(out, conv(x).relu(), rtol=1e-4, atol=1e-5)
-
-
-def test_a_module_inside_that_is_replaced():
-    layer = SparseBlocks(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), 4)
-    x, mask = random_tensor(1, 4, 8, 8), torch.eye(8)[None]
-    layer(x, mask)
-    layer.module[0] = nn.MaxPool2d(3, 1, 1)
-    assert torch.equal(layer(x, mask), expected(layer.module, x, BlockPlan.from_mask(mask, 4)))
-    layer.module[1] = nn.Flatten()
-    with pytest.raises(TypeError, match="1: expected a layer"):
-        layer(x, mask)
-
-
-# -------------------------------------------------------------------------------- properties
 
 
 @st.composite

@@ -434,9 +434,10 @@ def test_training_with_replicas(processes, check, size):
     processes.run(check, size)
 
 
-def test_the_command_of_the_readme(tmp_path):
+def test_the_command_of_the_documentation(tmp_path):
     root = Path(__file__).parents[2]
-    script = re.search(r"^```py\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    page = (root / "docs" / "howto" / "experts-over-processes.md").read_text()
+    script = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
     (tmp_path / "train.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""auto: the dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
+"""The dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from dynops import BlockPlan, PixelPlan, backends, ops
 from dynops.kernels import configs
 from dynops.nn import SparseBlocks, SparseConv2d
 from dynops.nn.blocks import sparse_blocks as blocks
-from dynops.ops import dense_fallback as auto
+from dynops.ops import dense_fallback
 from dynops.ops.pixels import conv as pixels
-from dynops.stack.traced import Bound
+from dynops.stack import traced
+from dynops.stack.traced import Traced
 from dynops.testing import assert_within_budget, dense_masked_conv2d, random_mask, random_tensor
 
 
@@ -32,9 +33,9 @@ def ran(monkeypatch):
     """Which of the paths ran."""
     log = []
     for module, name in (
-        (pixels, "dense_layer"),
+        (dense_fallback, "dense_layer"),
         (pixels, "_pixel_conv"),
-        (blocks, "run_rows"),
+        (traced, "run_rows"),
         (blocks, "run_tiles"),
     ):
         original = getattr(module, name)
@@ -232,7 +233,7 @@ def test_the_halo_is_counted():
     """A 3x3 convolution before another computes 6x6 pixels for a block of 4x4."""
     conv = nn.Conv2d(16, 16, 3, padding=1)
     bound, plan = (
-        Bound(nn.Sequential(conv, nn.Conv2d(16, 16, 3, padding=1))),
+        Traced(nn.Sequential(conv, nn.Conv2d(16, 16, 3, padding=1))),
         BlockPlan.from_mask(block_mask(16), 4),
     )
     arguments = (plan, (2, 16, 16), torch.device("cpu"), torch.float32)
@@ -245,4 +246,4 @@ def test_the_halo_is_counted():
 
 def test_no_table_ships_for_a_cpu():
     assert configs.of(torch.device("cpu")) is None
-    assert not auto.decides(torch.device("cpu"), torch.float32, None)
+    assert not dense_fallback.decides(torch.device("cpu"), torch.float32, None)

@@ -19,15 +19,15 @@ from dynops import backends
 
 HERE = Path(__file__).parent
 SELECTED = (
-    "test_pixels.py::test_dtypes",
-    "test_pixels.py::test_activations",
-    "test_channels.py::test_dtypes",
-    "test_channel_weights.py::test_mixed_dtypes",
-    "test_channel_outputs.py::test_any_convolution_and_any_mask",
-    "test_channel_filters.py::test_any_local_convolution",
-    "test_experts.py::test_linear_in_half_precision",
-    "test_experts.py::test_linear_of_eight_bits",
-    "test_experts.py::test_mlp_activation",
+    "pixels/test_pixels.py::test_dtypes",
+    "pixels/test_pixels.py::test_activations",
+    "channels/test_channels.py::test_dtypes",
+    "channels/test_channel_weights.py::test_mixed_dtypes",
+    "channels/test_channel_outputs.py::test_any_convolution_and_any_mask",
+    "channels/test_channel_filters.py::test_any_local_convolution",
+    "experts/test_experts.py::test_linear_in_half_precision",
+    "experts/test_eight_bits_and_activations.py::test_linear_of_eight_bits",
+    "experts/test_experts.py::test_mlp_activation",
     "test_long_sums.py::test_sums",
 )
 

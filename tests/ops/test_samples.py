@@ -209,17 +209,22 @@ def test_a_row_of_scale_one_stands_alone():
 
 
 def test_unused_rows_of_a_capacity_plan_reach_nothing():
-    plan = SamplePlan.from_mask(torch.tensor([1, 0, 1]), 3)
-    rows = random_tensor(3, 4)
+    """Nor does anything reach them: their gradients are zero."""
+    plan, base = SamplePlan.from_mask(torch.tensor([1, 0, 1]), 3), random_tensor(3, 4).requires_grad_()
+    rows, scale = random_tensor(3, 4), torch.tensor([1.0, 0.5, float("nan")], requires_grad=True)
     rows[2] = float("nan")
-    scale = torch.tensor([1.0, 0.5, float("nan")])
-    for out in (
-        ops.scatter_samples(rows, plan),
-        ops.scatter_samples(rows, plan, random_tensor(3, 4)),
-        ops.scatter_samples(rows, plan, random_tensor(3, 4), add=True, scale=scale),
-        ops.scatter_samples(rows, plan, random_tensor(3, 4), scale=scale),
+    rows.requires_grad_()
+    for below, add, share in (
+        (None, False, None),
+        (base, False, None),
+        (base, True, scale),
+        (base, False, scale),
     ):
-        assert out.isfinite().all()
+        out = ops.scatter_samples(rows, plan, below, add=add, scale=share)
+        leaves = [t for t in (rows, below, share) if t is not None]
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert out.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+        assert not grads[0][2].any() and (share is None or not grads[-1][2].any())
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])

@@ -9,7 +9,13 @@ def part_of(items: list, part: str) -> list:
     return items[len(items) * i // parts : len(items) * (i + 1) // parts]
 
 
-LONG = ("test_triton_interpreter", "test_instruction_sets", "test_cuda_compile", "test_opcheck", "test_compile")
+LONG = (
+    "test_triton_interpreter",
+    "test_instruction_sets",
+    "test_cuda_compile",
+    "test_opcheck",
+    "test_compile",
+)
 
 
 def long_first(items: list) -> list:

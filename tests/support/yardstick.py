@@ -7,12 +7,15 @@ import contextlib
 import pytest
 from torch import Tensor
 
+from dynops.ops import dense_conv
 from dynops.ops.channels import conv as channels
 from dynops.ops.pixels import conv as pixels
 
 
 def _torch_weight_grad(grad: Tensor, x: Tensor, weight_shape: list[int], g) -> Tensor:
-    return pixels.dense_conv_grads(grad, x, grad.new_empty(weight_shape), g, [False, True])[1].contiguous()
+    return dense_conv.dense_conv_grads(grad, x, grad.new_empty(weight_shape), g, [False, True])[
+        1
+    ].contiguous()
 
 
 @contextlib.contextmanager

@@ -1,56 +1,30 @@
-"""The benchmark's own logic: theory, break-even, masks, reports, the command line."""
+"""The benchmarks of pixels and blocks, and the harness: theory, break-even, masks, reports, the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import mmap
 
 import pytest
 import torch
+from benchmark_cases import BRIEF, CPU, SETTING, briefly, make_report, make_row, tiny_roofline  # noqa: F401
 from torch import nn
 
 import dynops
 from benchmarks import __main__ as cli
-from benchmarks import blocks, layers, masks, memory, models, readme, report, theory, timing, video
-from benchmarks.timing import Budget, best_dense, interleaved
-from dynops import ops
+from benchmarks import readme
+from benchmarks.blocks import stacks, video
+from benchmarks.harness import masks, tables, theory
+from benchmarks.harness import rows as rows_
+from benchmarks.harness.report import Report
+from benchmarks.harness.setting import Budget
+from benchmarks.harness.timing import fastest, interleaved
+from benchmarks.pixels import formats, layers, memory, model
+from dynops import PixelPlan, ops
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def allocator_as_it_is(monkeypatch):
-    """Keeping freed memory would last for the whole process, and hide it from the tests of peak memory."""
-    monkeypatch.setattr(timing, "_keep_memory", lambda: None)
-
-
-BRIEF = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=1)
 TINY = layers.Case("3x3", 2, 8, 12, 10, 6, 3, 2)
-
-
-def make_row(**changes) -> report.Row:
-    values = {
-        "suite": "layers",
-        "group": "3x3",
-        "case": "a",
-        "mask": "random",
-        "density": 0.25,
-        "variant": "plain",
-        "mode": "forward",
-        "dtype": "float32",
-        "gmacs": 4.0,
-        "computed_gmacs": 1.0,
-        "dense_ms": 6.0,
-        "dense_name": "NCHW eager",
-        "ours_ms": 2.0,
-        "dense_all": {"NCHW eager": 6.0},
-    }
-    return report.Row(**{**values, **changes})
-
-
-def make_report(rows: list[report.Row]) -> report.Report:
-    return report.Report(report.machine(CPU), rows, notes=["a note"])
 
 
 def has_matplotlib() -> bool:
@@ -60,14 +34,13 @@ def has_matplotlib() -> bool:
 # ------------------------------------------------------------------------------- theory and cases
 
 
-@pytest.mark.parametrize("case", [*layers.all_cases(), TINY], ids=lambda case: f"{case.group} {case.name}")
-def test_case_macs_are_those_of_the_convolution(case):
-    conv = nn.Conv2d(
-        case.c, case.o, case.kernel, case.stride, case.padding, groups=case.groups, bias=False, device="meta"
-    )
-    out = conv(torch.empty(case.n, case.c, case.h, case.w, device="meta"))
-    assert tuple(out.shape[2:]) == case.out_size
-    assert case.dense_macs == out.numel() * conv.weight[0].numel()
+def test_case_macs_are_those_of_the_convolution():
+    for case in (*layers.all_cases(), TINY):
+        conv = nn.Conv2d(case.c, case.o, case.kernel, bias=False, device="meta", **case.arguments)
+        out = conv(torch.empty(case.n, case.c, case.h, case.w, device="meta"))
+        assert tuple(out.shape[2:]) == case.out_size == case.geometry().out_shape[1:]
+        assert case.dense_macs == out.numel() * conv.weight[0].numel()
+        assert (case.weights, case.outputs) == (conv.weight.numel(), out.numel())
 
 
 def test_theory_is_dense_macs_over_computed_macs():
@@ -76,7 +49,7 @@ def test_theory_is_dense_macs_over_computed_macs():
 
 
 def test_layer_rows_count_the_pixels_that_the_plan_computes():
-    setting = layers.Setting(CPU, torch.float32, (0.3,), compiled=False, budget=BRIEF, mask_kinds=("random",))
+    setting = dataclasses.replace(SETTING, densities=(0.3,), mask_kinds=("random",))
     rows = layers.measure(TINY, setting)
     by_density = {row.density: row for row in rows if row.variant == "plain"}
     assert set(by_density) == {0.3, *layers.BREAK_EVEN_DENSITIES}
@@ -84,16 +57,39 @@ def test_layer_rows_count_the_pixels_that_the_plan_computes():
     assert by_density[1.0].theory == 1.0
     assert {d for d, row in by_density.items() if not row.break_even_only} == {0.3}
     assert {row.variant for row in rows} == {"plain", "plan reused", "packed out"}
+    assert all(row.roofline_ms == row.megabytes == 0 for row in rows)
+
+
+def test_rooflines_of_layers():
+    """Bytes by hand: one active output of a strided 3x3 reads four of the nine pixels at the corner."""
+    roofline = tiny_roofline()
+    roofline.gmacs, roofline.megabytes = 2.0, 100.0
+    roofline.times = {"peak product": 10.0, "memory read": 50.0}  # 0.2 GMAC and 2 MB a millisecond
+    assert roofline.ms(4.0, 10.0) == pytest.approx(20.01) and roofline.ms(0.1, 10.0) == pytest.approx(5.01)
+    assert roofline.ms(4.0, 10.0, {"peak product": 20.0, "memory read": 1.0}) == pytest.approx(40.01)
+    setting = dataclasses.replace(SETTING, roofline=roofline)
+    plan = PixelPlan.from_mask(_corner(5, 3).expand(2, 5, 3))
+    weights, read, written = 12 * 8 * 9, 2 * 4 * 8, 2 * 12 * 15
+    assert layers._megabytes(TINY, setting, plan, "plain") == 4 * (weights + read + written) / 1e6
+    assert layers._megabytes(TINY, setting, plan, "packed out") == 4 * (weights + read + 2 * 12) / 1e6
+    for measured in (layers.measure(TINY, setting), stacks.measure(TINY_STACKS[1], setting)):
+        for row in measured:
+            assert row.roofline_ms == roofline.ms(row.computed_gmacs, row.megabytes) > 0
+            assert row.roofline_share == row.roofline_ms / row.ours_ms
+    assert not layers.measure(TINY, dataclasses.replace(setting, backward=True))[0].roofline_ms
+    roofline.runs.append(roofline.times | {"memory read": 25.0})
+    roofline.runs = roofline.runs[1:] + [roofline.times]
+    assert "400 to 400 GFLOP/s in float32" in str(roofline) and "at 2 to 4 GB/s" in str(roofline)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_contender_computes_the_same_layer(backward):
-    setting = layers.Setting(CPU, torch.float32, compiled=False, backward=backward)
+    setting = dataclasses.replace(SETTING, backward=backward)
     tensors = layers.random_tensors(TINY, setting, torch.Generator().manual_seed(0))
     mask = masks.random(2, 5, 3, 0.4, torch.Generator().manual_seed(0))
-    plan = layers.PixelPlan.from_mask(mask)
-    ours = layers._ours(TINY, setting, tensors, mask, plan, with_variants=True)
-    dense = layers.dense_versions(TINY, setting, tensors)
+    plan = PixelPlan.from_mask(mask)
+    ours = layers.our_versions(TINY, setting, tensors, mask, plan, with_variants=True)
+    dense = layers.conv_versions(TINY, setting, tensors)
     if backward:
         for call in dense.values():
             for grad in call():
@@ -119,7 +115,7 @@ def _corner(h, w):
 
 
 def dense_macs(module, x):
-    """What hooks count at each convolution's output."""
+    """The MACs that hooks count at each convolution's output."""
     macs = []
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
@@ -128,23 +124,25 @@ def dense_macs(module, x):
     return sum(macs)
 
 
-@pytest.mark.parametrize("case", blocks.all_cases(), ids=lambda case: f"{case.group} {case.name}")
-def test_stack_macs_are_those_of_its_convolutions(case):
-    with torch.device("meta"):
-        module = case.build(case.channels)
-        x = torch.empty(case.n, case.channels, case.h, case.w)
-        expected = dense_macs(module, x)
-        out = module(x)
-    assert theory.output_shape(module, case.in_shape) == (case.n, *out.shape[2:])
-    assert theory.chain_macs(module, case.in_shape) == expected
+def test_stack_macs_are_those_of_its_convolutions():
+    for case in {case.kind: case for case in stacks.all_cases()}.values():
+        with torch.device("meta"):
+            module = case.build(case.channels)
+            x = torch.empty(case.n, case.channels, case.h, case.w)
+            expected = dense_macs(module, x)
+            out = module(x)
+        assert theory.output_shape(module, case.in_shape) == (case.n, *out.shape[2:])
+        found = theory.chain_work(module, case.in_shape)
+        weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d))
+        assert found == (expected, weights + x.numel() + out.numel())
 
 
 def test_stack_theory_counts_the_halo():
     plan = dynops.BlockPlan.from_mask(_corner(8, 8), 4).pixels()
-    module = blocks.bottleneck(16)
+    module = stacks.bottleneck(16)
     assert theory.chain_macs(module, (1, 8, 8), plan) == 25 * 16 * 4 + 16 * 9 * 4 * 4 + 16 * 4 * 16
     plan = dynops.BlockPlan.from_mask(_corner(8, 8), 4).pixels()
-    module = blocks.pooled(2)  # 4x4 outputs read 5x5 after the pool, 10x10 before it
+    module = stacks.pooled(2)  # 4x4 outputs read 5x5 after the pool, 10x10 before it
     assert theory.chain_macs(module, (1, 16, 16), plan) == 100 * 9 * 4 + 16 * 9 * 4
     with pytest.raises(ValueError, match="plan: expected one for the output's"):
         theory.chain_macs(module, (1, 8, 8), plan)
@@ -159,7 +157,7 @@ def test_model_theory_counts_resized_masks_stem_and_head():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
     )
-    macs = models.LayerMacs(model, torch.randn(1, 3, 8, 8))
+    macs = theory.LayerMacs(model, torch.randn(1, 3, 8, 8))
     stem, second, head = 16 * 4 * 27, 16 * 8 * 4, 80
     assert macs.dense == stem + second + head
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
@@ -171,16 +169,11 @@ def test_model_theory_counts_resized_masks_stem_and_head():
 # ------------------------------------------------------------------------------- blocks and video
 
 TINY_STACKS = [
-    blocks.Case("SBNet 3x3", "3x3", blocks.conv3x3, 4, 80, 72, densities=(0.5, 0.1)),
-    blocks.Case("SBNet bottleneck", "bottleneck", blocks.bottleneck, 16, 20, 12, block=4),
-    blocks.Case("tiles", "3x3, pool, 3x3", blocks.pooled, 4, 20, 12, block=4, path="tiles"),
-    blocks.Case("scattered", "3x3, 3x3", blocks.chain, 4, 40, 36, block=16, **blocks.SCATTERED),
+    stacks.Case("SBNet 3x3", "3x3", stacks.conv3x3, 4, 80, 72, densities=(0.5, 0.1)),
+    stacks.Case("SBNet bottleneck", "bottleneck", stacks.bottleneck, 16, 20, 12, block=4),
+    stacks.Case("tiles", "3x3, pool, 3x3", stacks.pooled, 4, 20, 12, block=4, path="tiles"),
+    stacks.Case("scattered", "3x3, 3x3", stacks.chain, 4, 40, 36, block=16, **stacks.SCATTERED),
 ]
-
-
-def block_setting(**changes) -> layers.Setting:
-    values = {"compiled": False, "budget": BRIEF, "mask_kinds": ("random", "square")}
-    return layers.Setting(CPU, torch.float32, **{**values, **changes})
 
 
 @pytest.mark.parametrize("case", TINY_STACKS, ids=lambda case: case.group)
@@ -188,23 +181,23 @@ def test_block_contenders_compute_the_dense_stack(case):
     stack = case.module()
     x = torch.randn(case.n, case.channels, case.h, case.w)
     mask = masks.top_left(*theory.output_shape(stack, case.in_shape), 0.05, torch.Generator())
-    found = blocks._contenders(case, block_setting(), stack, x, mask)
+    found = stacks.contenders(case, SETTING, stack, x, mask)
     with torch.inference_mode():
         dense = stack(x)
         for variant, contender in found.items():
             active = mask
-            if variant != blocks.PIXELS:
+            if variant != stacks.PIXELS:
                 active = dynops.BlockPlan.from_mask(mask, contender.block).mask()
             base = x if variant == "base=input" else torch.zeros_like(dense)
             torch.testing.assert_close(contender.call(), torch.where(active[:, None], dense, base))
-            assert contender.macs < theory.chain_macs(stack, case.in_shape)
-    assert ("base=input" in found) == (case.build is blocks.bottleneck)
-    assert (blocks.PIXELS in found) == (case.group == "scattered")
+            assert contender.work.macs < theory.chain_macs(stack, case.in_shape)
+    assert ("base=input" in found) == (case.build is stacks.bottleneck)
+    assert (stacks.PIXELS in found) == (case.group == "scattered")
 
 
 @pytest.mark.parametrize("case", TINY_STACKS, ids=lambda case: case.group)
 def test_block_rows(case):
-    rows = blocks.measure(case, block_setting())
+    rows = stacks.measure(case, SETTING)
     plain = [row for row in rows if row.variant == "plain"]
     scattered = case.group == "scattered"
     kinds = {"random", "random blocks"} if scattered else {"top-left"}  # without a photograph
@@ -213,11 +206,11 @@ def test_block_rows(case):
     assert any(row.density == 1 for row in plain) != scattered
     assert all(row.theory == 1 for row in plain if row.density == 1)
     assert all(row.block in ((case.block,) if case.block else (4, 8, 16, 32)) for row in plain)
-    assert all(row.block == 0 and row.theory > 2 for row in rows if row.variant == blocks.PIXELS)
+    assert all(row.block == 0 and row.theory > 2 for row in rows if row.variant == stacks.PIXELS)
 
 
 def test_block_rows_with_backward():
-    rows = blocks.measure(TINY_STACKS[1], block_setting(backward=True, variants=False))
+    rows = stacks.measure(TINY_STACKS[1], dataclasses.replace(SETTING, backward=True, variants=False))
     assert {row.mode for row in rows} == {"forward+backward"} and {row.variant for row in rows} == {"plain"}
 
 
@@ -229,7 +222,7 @@ def test_masks_of_random_blocks():
 
 def test_video_rows():
     has_matplotlib()
-    rows = video.run(block_setting(), size=(64, 48), count=4, block=8)
+    rows = video.measure(4, SETTING, size=(64, 48), block=8)
     assert [row.variant for row in rows] == ["medians of 3 frames", "plain", "plain", "plain"]
     assert all(0 < row.density < 1 and row.theory > 1 and row.block == 8 for row in rows)
     assert rows[0].ours_ms == sorted(row.ours_ms for row in rows[1:])[1]
@@ -245,7 +238,7 @@ def test_video_notices_a_block_that_was_not_recomputed(monkeypatch):
 
     monkeypatch.setattr(video.Stream, "plan", without_one)
     with pytest.raises(AssertionError, match="frame"):
-        video.run(block_setting(), size=(64, 48), count=4, block=8)
+        video.measure(4, SETTING, size=(64, 48), block=8)
 
 
 def test_only_the_object_moves():
@@ -268,12 +261,12 @@ def test_only_the_object_moves():
     ],
 )
 def test_break_even_interpolates_time(points, expected):
-    assert report.break_even(points) == pytest.approx(expected)
+    assert rows_.break_even(points) == pytest.approx(expected)
 
 
 def test_break_evens_need_density_one():
     rows = [make_row(density=0.5), make_row(density=1.0, ours_ms=12.0), make_row(case="b", density=0.5)]
-    assert report.break_evens(rows) == {"a": pytest.approx(0.5 + (1 - 1 / 3) / (2 - 1 / 3) * 0.5)}
+    assert rows_.break_evens(rows) == {"a": pytest.approx(0.5 + (1 - 1 / 3) / (2 - 1 / 3) * 0.5)}
 
 
 def test_summary_keeps_only_plain_rows_of_the_savings():
@@ -284,9 +277,9 @@ def test_summary_keeps_only_plain_rows_of_the_savings():
         make_row(ours_ms=0.1, variant="plan reused"),
         make_row(ours_ms=60.0, density=0.9, break_even_only=True),
     ]
-    summary = report.summarise("3x3", rows)
+    summary = rows_.summarise("3x3", rows)
     assert (summary.count, summary.median, summary.worst.case) == (3, 0.75, "slow")
-    target = report.summaries(rows, ("3x3",))[0]
+    target = rows_.summaries(rows, ("3x3",))[0]
     assert (target.count, target.median) == (2, pytest.approx(0.625))
 
 
@@ -322,8 +315,8 @@ def test_square_is_one_rectangle():
 def test_gate_follows_the_gradient():
     image = torch.zeros(1, 3, 64, 64)
     image[:, :, 40:56, 8:24] = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert models.gate(image, 0.25, 32).tolist() == [[[False, False], [True, False]]]
-    fine = models.gate(image, 0.05, 1)
+    assert model.gate(image, 0.25, 32).tolist() == [[[False, False], [True, False]]]
+    fine = model.gate(image, 0.05, 1)
     assert fine.shape == (1, 64, 64) and fine[:, 39:57, 7:25].sum() == fine.sum()
 
 
@@ -338,35 +331,74 @@ def test_interleaved_takes_turns():
     assert set(times) == {"a", "b"} and all(t >= 0 for t in times.values())
 
 
-def test_best_dense_keeps_the_two_fastest():
+def test_the_two_fastest_are_kept():
     def spin(turns):
         return lambda: math.fsum(range(turns))
 
-    first_look, kept = best_dense({"slow": spin(200_000), "fast": spin(10), "middle": spin(2_000)}, CPU)
+    first_look, kept = fastest({"slow": spin(200_000), "fast": spin(10), "middle": spin(2_000)}, CPU)
     assert list(kept) == ["fast", "middle"] and set(first_look) == {"slow", "fast", "middle"}
+    assert fastest(kept, CPU) == ({}, kept)  # nothing to choose from
+
+
+def test_cold_calls_come_after_a_flush():
+    calls = []
+    contenders = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    budget = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=0, calls=2)
+    interleaved(contenders, CPU, budget, flush=lambda: calls.append("-"))
+    assert "".join(calls) == "-a-a-b-b" + "-b-b-a-a"
 
 
 def test_report_round_trip(tmp_path):
-    rows = [make_row(), make_row(density=1.0, break_even_only=True, variant="plan reused")]
-    saved = make_report(rows)
-    saved.memory = [report.MemoryRow("a", "random", 0.25, "float32", 10.0, 9.0, "NCHW eager")]
-    paths = saved.save(tmp_path / "deep", "stem")
-    loaded = report.Report.load(paths[0])
-    assert loaded == saved
-    lines = paths[1].read_text().splitlines()
-    assert len(lines) == 3 and "realised" in lines[0] and "NCHW eager: 6.0" in lines[1]
+    sizes = {
+        "gmacs": 0.0,
+        "computed_gmacs": 0.0,
+        "dense_ms": 0.0,
+        "ours_ms": 0.0,
+        "dense_mb": 10.0,
+        "ours_mb": 9.0,
+    }
+    nothing = make_row(density=0.0, computed_gmacs=0.0, dense_all={"NCHW eager": 6.0})
+    rows = [
+        make_row(),
+        make_row(density=1.0, break_even_only=True),
+        make_row(suite="memory", **sizes),
+        nothing,
+    ]
+    saved = make_report(*rows)
+    (path,) = saved.save(tmp_path / "deep", "stem")
+    assert Report.load(path) == saved
+    text = path.read_text()
+    assert text.count("\n{") == 4 and '"realised": 0.75' in text and '"ratio": 0.9' in text
+    assert "Infinity" not in text and "NaN" not in text
 
 
 def test_plot_is_written(tmp_path):
     has_matplotlib()
-    paths = make_report([make_row(), make_row(suite="models", density=0.1)]).save(tmp_path, "stem", plot=True)
-    assert [path.suffix for path in paths] == [".json", ".csv", ".png"]
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    experts = make_row(suite="experts", tokens=4, weights="int8", gmacs=1.0)
+    for name, rows in {
+        "shares": [make_row(), make_row(suite="models", density=0.1)],
+        "tokens": [experts],
+    }.items():
+        paths = make_report(*rows).save(tmp_path, name, plot=True)
+        assert [path.suffix for path in paths] == [".json", ".png"]
+        assert paths[1].read_bytes().startswith(b"\x89PNG")
+        paths[1].unlink()
+    cli.main(["plot", "--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_tables_show_what_some_row_has():
+    text = tables.table(
+        [make_row(roofline_ms=0.5), make_row(group="Skip RNN", gmacs=0.0, computed_gmacs=0.0)]
+    )
+    first, second = text.split("\n\n")
+    assert "roofline" in first and "0.25" in first.split() and "GFLOP/s" in first and "1000" in first.split()
+    assert "roofline" not in second and "GFLOP/s" not in second
 
 
 def test_table_puts_the_worst_row_last_and_hides_none():
     rows = [make_row(ours_ms=t, case=f"case{t}") for t in (3.0, 1.0, 2.0)]
-    lines = report.table([*rows, make_row(variant="plan reused", case="other")]).splitlines()
+    lines = tables.table([*rows, make_row(variant="plan reused", case="other")]).splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["case1.0", "case2.0", "case3.0"]
     assert "(plan reused)" in lines[6] and lines[8].startswith("other")
 
@@ -379,27 +411,22 @@ MARKERS += "after\n"
 
 
 def test_readme_blocks(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(MARKERS)
-    make_report([make_row(), make_row(suite="models", case="model")]).save(tmp_path / "results", "stem")
+    page, front = tmp_path / "docs" / "benchmarks.md", tmp_path / "README.md"
+    page.parent.mkdir()
+    page.write_text(MARKERS)
+    front.write_text("<!-- headline:begin -->\nold\n<!-- headline:end -->\n")
+    make_report(make_row(), make_row(suite="models", case="model")).save(tmp_path / "results", "stem")
     for _ in range(2):
-        cli.write_readme(path, tmp_path / "results")
-    text = path.read_text()
-    assert (
-        text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text and "old" not in text
-    )
+        cli.write_readme(tmp_path, tmp_path / "results")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text
+    assert "old" not in text + front.read_text() and "3.00x" in front.read_text()
     assert text.count("| model |") == 1 + 1  # the column's title and the row
-    for missing in (
-        readme.NO_BLOCKS,
-        readme.NO_CHANNELS,
-        readme.NO_SAMPLES,
-        readme.NO_EXAMPLES,
-        readme.NO_EXPERTS,
-    ):
-        assert text.count(missing) == 1
-    path.write_text("no markers")
+    for missing in ("BLOCKS", "CHANNELS", "SAMPLES", "EXAMPLES", "EXPERTS"):
+        assert text.count(getattr(readme, f"NO_{missing}")) == 1
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):
-        cli.write_readme(path, tmp_path / "results")
+        cli.write_readme(tmp_path, tmp_path / "results")
 
 
 def test_readme_of_blocks():
@@ -409,11 +436,11 @@ def test_readme_of_blocks():
     rows += [make_row(suite="blocks", mask="top-left", density=1.0, break_even_only=True, block=16)]
     rows += [
         make_row(suite="blocks", group="scattered", case="b", variant=variant, ours_ms=ms, block=block)
-        for variant, ms, block in (("plain", 3.0, 8), (blocks.PIXELS, 1.5, 0))
+        for variant, ms, block in (("plain", 3.0, 8), (stacks.PIXELS, 1.5, 0))
     ]
     frames = [make_row(suite="video", ours_ms=ms, block=16) for ms in (1.0, 2.0, 6.0)]
-    report_of_video = make_report([video.median(frames), *frames])
-    text = readme.blocks_block([make_report(rows), report_of_video, make_report([make_row()])])
+    report_of_video = make_report(video.median(frames), *frames)
+    text = readme.blocks_block([make_report(*rows), report_of_video, make_report(make_row())])
     assert "| dtype | pass | group | stack | 0.5 | 0.1 |" in text
     assert "| float32 | forward | SBNet 3x3 | a | 3.00x (0.75) | 3.00x (0.75) |" in text
     assert "| float32 | forward | b | random | 0.25 | 8x8 | 4.00x | 2.00x | 4.00x | 4.00x |" in text
@@ -425,37 +452,46 @@ def test_readme_of_blocks():
 
 def test_quick_layers_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layers, "all_cases", lambda quick: [TINY])
-    monkeypatch.setattr(cli, "Budget", lambda *_: BRIEF)
     cli.main(["layers", "--quick", "--plot", "--density", "0.5", "0.1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert TINY.name in printed and "note: " in printed and "realised" in printed
     (path,) = tmp_path.glob("*-float32-layers.json")
-    loaded = report.Report.load(path)
+    loaded = Report.load(path)
     assert {row.density for row in loaded.rows} == {0.5, 0.1, *layers.BREAK_EVEN_DENSITIES}
     assert all(row.dense_name.endswith("eager") for row in loaded.rows)
 
 
 def test_quick_blocks_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(blocks, "all_cases", lambda quick: TINY_STACKS[1:3])
-    monkeypatch.setattr(cli, "Budget", lambda *_: BRIEF)
+    monkeypatch.setattr(stacks, "all_cases", lambda quick: TINY_STACKS[1:3])
     cli.main(["layers", "--op", "blocks", "--quick", "--plot", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in TINY_STACKS[1:3]) and "suggest_block_size" in printed
     (path,) = tmp_path.glob("*-float32-blocks.json")
-    loaded = report.Report.load(path)
+    loaded = Report.load(path)
     assert {row.suite for row in loaded.rows} == {"blocks"} and {row.block for row in loaded.rows} == {4}
     assert "4x4 blocks" in printed
 
 
+def test_formats_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "all_cases", lambda quick: [TINY])
+    cli.main(["formats", "--quick", "--out", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(TINY.name)]
+    assert [line.split()[3:5] for line in lines] == [
+        [f, c] for f in formats.FORMATS for c in ("warm", "cold")
+    ]
+    (path,) = tmp_path.glob("*-float32-formats.json")
+    rows = Report.load(path).rows
+    assert len(rows) == 4 * len(formats.DENSITIES) and rows[0].theory == math.inf and rows[5].theory == 1
+
+
 def test_video_from_the_command_line(tmp_path, monkeypatch, capsys):
     has_matplotlib()
-    run = video.run
-    monkeypatch.setattr(cli, "Budget", lambda *_: BRIEF)
-    monkeypatch.setattr(video, "run", lambda setting, count: run(setting, (48, 48), count, 8))
+    measure = video.measure
+    monkeypatch.setattr(video, "measure", lambda count, setting: measure(count, setting, (48, 48), 8))
     cli.main(["video", "--quick", "--out", str(tmp_path)])
     assert "medians of 5 frames" in capsys.readouterr().out
     (path,) = tmp_path.glob("*-float32-video.json")
-    assert len(report.Report.load(path).rows) == 6
+    assert len(Report.load(path).rows) == 6
 
 
 def test_blocks_are_a_kind_of_layers():

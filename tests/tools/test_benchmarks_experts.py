@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from benchmark_cases import SETTING, briefly, make_report, make_row, tiny_roofline  # noqa: F401
 
-from benchmarks import expert_rows, experts, layers, readme, report, timing
-from benchmarks.experts import Layer, Machine, Routing
-from benchmarks.timing import Budget
+from benchmarks import readme
+from benchmarks.experts import layers as experts
+from benchmarks.experts import loops, tables
+from benchmarks.experts.layers import Layer, Routing
+from benchmarks.harness.rows import Row
+from dynops import ExpertPlan, ops
 
-CPU = torch.device("cpu")
-BRIEF = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=1)
-SETTING = layers.Setting(CPU, torch.float32, compiled=False, budget=BRIEF)
 TINY = Layer(hidden=24, inner=12, experts=5, topk=2)
+GEMM = Layer(hidden=12, inner=12, experts=5, topk=2)
 
 
-@pytest.fixture(autouse=True)
-def allocator_as_it_is(monkeypatch):
-    """Keeping freed memory would last for the whole process, and hide it from the tests of peak memory."""
-    monkeypatch.setattr(timing, "_keep_memory", lambda: None)
-
-
-@pytest.fixture
-def machine(monkeypatch) -> Machine:
-    monkeypatch.setattr(experts, "Budget", lambda *_: BRIEF)
-    return Machine(CPU, torch.float32)
-
-
-def make_row(**changes) -> expert_rows.ExpertRow:
+def expert_row(**changes) -> Row:
     values = {
-        "layer": TINY.name, "tokens": 4, "dtype": "float32", "weights": "float32", "mode": "forward", "gmacs": 2.0,
-        "megabytes": 3.0, "roofline_ms": 4.0, "built_in_ms": {"eager": 20.0, "grouped_mm": 15.0}, "ours_ms": 5.0,
-    }  # fmt: skip
-    return expert_rows.ExpertRow(**values | changes)
+        "suite": "experts",
+        "case": TINY.name,
+        "tokens": 4,
+        "weights": "float32",
+        "gmacs": 2.0,
+        "computed_gmacs": 2.0,
+    }
+    values |= {
+        "megabytes": 3.0,
+        "roofline_ms": 4.0,
+        "dense_ms": 15.0,
+        "dense_name": "grouped_mm",
+        "ours_ms": 5.0,
+    }
+    return make_row(**{**values, **changes})
 
 
-def test_ratios_of_a_row():
-    row = make_row()
-    assert row.best == "grouped_mm" and row.speedup == 3.0 and row.roofline_share == 0.8
-    assert row.gflops == 800.0  # 2 * 2 GMAC in 5 ms
-    assert expert_rows.model_cells(make_row(mode="model"))[-3:] == ["266.7", "800.0", "3.00x"]
-
-
-def test_roofline_is_the_later_of_arithmetic_and_memory(machine):
-    machine.gmacs, machine.megabytes = 2.0, 100.0
-    times = {experts.PRODUCT: 10.0, experts.READ: 50.0}  # 0.2 GMAC and 2 MB a millisecond
-    assert machine.roofline_ms(4.0, 10.0, times) == 20.0
-    assert machine.roofline_ms(0.1, 10.0, times) == 5.0
-    machine.runs = [times, times | {experts.READ: 25.0}]
-    assert "400 to 400 GFLOP/s in float32" in str(machine) and "at 2 to 4 GB/s" in str(machine)
+def test_cells_of_a_row():
+    assert tables.row_cells(expert_row())[-5:] == [
+        "5.000",
+        "3.00x",
+        "4.000",
+        "0.80",
+        "800",
+    ]  # 2 * 2 GMAC in 5 ms
+    assert tables.model_cells(expert_row(group=experts.MODEL))[-3:] == ["266.7", "800.0", "3.00x"]
+    assert tables.row_cells(expert_row(group=experts.ONE_GEMM))[3] == "GEMM"
 
 
 def test_routings_differ_and_count_their_experts():
@@ -61,17 +60,10 @@ def test_routings_differ_and_count_their_experts():
         torch.testing.assert_close(r.weight.sum(1), torch.ones(3))
 
 
-def test_report_round_trip_and_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    made = report.Report(report.machine(CPU), experts=[make_row(), make_row(tokens=1, weights="int8")])
-    paths = made.save(tmp_path, "stem", plot=True)
-    assert report.Report.load(paths[0]) == made
-    assert [path.suffix for path in paths] == [".json", ".csv", ".png"]
-    lines = paths[1].read_text().splitlines()
-    assert len(lines) == 3 and "eager: 20.0; grouped_mm: 15.0" in lines[1]
-    table = readme.experts_block([made])
+def test_readme_of_experts():
+    table = readme.experts_block([make_report(expert_row(), expert_row(tokens=1, weights="int8"))])
     assert table.count(TINY.name) == 2 and table.count("3.00x") == 2 and "tokens/s" not in table
-    assert "tokens/s" in readme.experts_block([report.Report(made.machine, experts=[make_row(mode="model")])])
+    assert "tokens/s" in readme.experts_block([make_report(expert_row(group=experts.MODEL))])
 
 
 def test_contenders_compute_the_same():
@@ -79,26 +71,40 @@ def test_contenders_compute_the_same():
     module = experts.transformers_experts(TINY, SETTING)
     r = Routing.random(TINY, 6, TINY.hidden, SETTING, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        outputs = {name: experts._running(module, name, False)(r) for name in (*experts.BUILT_IN, "dynops")}
+        outputs = {name: experts.running(module, name, False)(r) for name in (*experts.BUILT_IN, "dynops")}
     for out in outputs.values():
         torch.testing.assert_close(out, outputs["eager"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_run_measures_every_row(monkeypatch, machine, backward):
+def test_run_measures_every_row(monkeypatch, backward):
     pytest.importorskip("transformers")
     monkeypatch.setattr(experts, "LAYERS", (TINY,))
-    monkeypatch.setattr(experts, "GEMM", TINY)
-    setting = layers.Setting(CPU, torch.float32, compiled=False, budget=BRIEF, backward=backward)
-    rows = experts.run(setting, machine)
-    modes = [(row.mode, row.weights, row.tokens) for row in rows]
+    monkeypatch.setattr(experts, "GEMM", GEMM)
+    setting = dataclasses.replace(SETTING, backward=backward, roofline=tiny_roofline())
+    rows = [row for case in experts.all_cases() for row in experts.measure(case, setting)]
+    modes = [(row.group, row.mode, row.weights, row.tokens) for row in rows]
     if backward:
-        assert modes == [("forward+backward", "float32", 512)]
+        assert modes == [("SwiGLU", "forward+backward", "float32", 512)]
         assert rows[0].gmacs == pytest.approx(3 * 512 * 2 * 3 * 24 * 12 / 1e9)
     else:
         assert len(modes) == len(set(modes)) == 4 + 2 + 4
         assert rows[0].gmacs == pytest.approx(2 * 3 * 24 * 12 / 1e9)
         assert rows[0].megabytes == pytest.approx(2 * 3 * 24 * 12 * 4 / 1e6)  # two experts for one token
-        assert set(rows[0].built_in_ms) == set(experts.BUILT_IN)
+        assert set(rows[0].dense_all) == set(experts.BUILT_IN)
         assert rows[4].weights == "int8" and rows[4].megabytes == pytest.approx(rows[0].megabytes / 4)
     assert all(row.ours_ms > 0 and row.roofline_ms > 0 for row in rows)
+    assert all(row.theory == 1 and row.density == TINY.topk / TINY.experts for row in rows)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_in_plain_pytorch_are_ours(tokens):
+    x, scores = torch.randn(tokens, 32), torch.randn(tokens, 6).softmax(1)
+    weight, index = scores.topk(2)
+    up, down = torch.randn(6, 48, 32), torch.randn(6, 32, 24)
+    expected = ops.experts_mlp(x, up, down, ExpertPlan.from_topk(index, 6), weight)
+    found = loops.loop(x, index, weight, up, down)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    half = [t.bfloat16() for t in (x, weight, up, down)]
+    found = loops.grouped(half[0], index, *half[1:]).float()
+    assert (found - expected).norm() < 0.03 * expected.norm()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("transformers", minversion="5.7")
 
-from benchmarks import expert_rows, models_experts, timing
-from benchmarks.layers import Setting
-from benchmarks.timing import Budget
+from benchmark_cases import BRIEF, SETTING, briefly  # noqa: F401
+
+from benchmarks.experts import model as models_experts
+from benchmarks.experts import tables
 
 SIZES = {
     "hidden_size": 32,
@@ -30,23 +33,16 @@ def build(dtype: torch.dtype) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(timing, "_keep_memory", lambda: None)
-    budget = Budget(seconds=0.0, min_rounds=1, max_rounds=1, warmup=1)
-    monkeypatch.setattr(models_experts, "BUDGETS", dict.fromkeys(models_experts.BUDGETS, budget))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    monkeypatch.setattr(models_experts, "BUDGETS", dict.fromkeys(models_experts.BUDGETS, BRIEF))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_run(dtype):
-    setting = Setting(device=torch.device("cpu"), dtype=dtype)
-    rows = models_experts.run(setting, build, "tiny")
-    assert [(row.layer, row.tokens) for row in rows] == [("tiny, decode", 1), ("tiny, prefill", 512)]
+    rows = models_experts.measure("tiny", dataclasses.replace(SETTING, dtype=dtype), build)
+    assert [(row.case, row.tokens) for row in rows] == [("tiny, decode", 1), ("tiny, prefill", 512)]
     for row in rows:
-        assert row.mode == "model" and row.built_in_ms.keys() == {"eager", "grouped_mm"} and row.ours_ms > 0
-    header, decode, _ = expert_rows.tables(rows)[0].splitlines()
+        assert row.group == "model" and row.dense_all.keys() == {"eager", "grouped_mm"} and row.ours_ms > 0
+    header, decode, _ = tables.tables(rows)[0].splitlines()
     assert "ours tokens/s" in header
     assert f"{1e3 / rows[0].ours_ms:.1f}" in decode and f"{rows[0].speedup:.2f}x" in decode
 

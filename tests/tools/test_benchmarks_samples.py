@@ -2,65 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 
 import pytest
 import torch
+from benchmark_cases import BRIEF, SETTING, briefly, make_report, make_row, tiny_roofline  # noqa: F401
 from torch import nn
 
 from benchmarks import __main__ as cli
-from benchmarks import (
-    exits,
-    layers,
-    models,
-    readme,
-    report,
-    resnet,
-    sample_contests,
-    sample_copies,
-    sample_loops,
-    sample_rows,
-    samples,
-    skipnet,
-    timing,
-)
-from benchmarks.timing import Budget
+from benchmarks import readme, resnet, suites
+from benchmarks.channels import layers as channels
+from benchmarks.experts import layers as experts
+from benchmarks.harness import compare as comparing
+from benchmarks.harness import masks
+from benchmarks.harness.contenders import calibrated, formats_of
+from benchmarks.harness.report import Report
+from benchmarks.harness.rows import Row
+from benchmarks.harness.setting import Budget
+from benchmarks.harness.tables import row_cells, table
+from benchmarks.harness.theory import LayerMacs
+from benchmarks.harness.timing import percentile
+from benchmarks.pixels import layers, model
+from benchmarks.samples import blocks, copies, exits, halting, skip_rnn, skipnet, tables
+from benchmarks.samples import contests as contests_
 from dynops import SamplePlan
 
-CPU = torch.device("cpu")
-BRIEF = Budget(seconds=0.0, min_rounds=2, max_rounds=2, warmup=1)
-SETTING = layers.Setting(CPU, torch.float32, compiled=False, budget=BRIEF)
-CASE = samples.Case("residual", 4, 16, 6)
+CASE = blocks.Case("residual", 4, 16, 6)
 
 
 @pytest.fixture(autouse=True)
-def allocator_as_it_is(monkeypatch):
-    """Keeping freed memory would last for the whole process, and hide it from the tests of peak memory."""
-    monkeypatch.setattr(timing, "_keep_memory", lambda: None)
-
-
-@pytest.fixture(autouse=True)
-def idle(monkeypatch):
-    """Watching the other programs takes half a second, collecting garbage more than calls this small; no row of samples
-    needs the photograph."""
-    monkeypatch.setattr(timing, "_no_gc", contextlib.nullcontext)
-    monkeypatch.setattr(report, "busy_share", lambda: 0.0)
-    monkeypatch.setattr(cli, "_has_photograph", lambda: False)
+def no_photograph(monkeypatch):
+    """No row of samples needs it."""
+    monkeypatch.setattr(masks, "has_photograph", lambda: False)
 
 
 @pytest.fixture
 def contests(monkeypatch):
-    """What would have been measured: a list of ``(dense calls, MACs, contests)``."""
+    """The contests that would have been measured: a list of ``(dense calls, MACs, contests)``."""
     seen = []
 
     def record(setting, dense, dense_macs, found, p99=False):
         seen.append((dense, dense_macs, found))
         return []
 
-    for module in (samples, skipnet, exits, sample_loops):
-        monkeypatch.setattr(module, "measure", record)
+    for module in (blocks, skipnet, exits, halting, skip_rnn):
+        monkeypatch.setattr(module, "contested", record)
     return seen
 
 
@@ -70,7 +57,7 @@ def contests(monkeypatch):
 @pytest.mark.parametrize("mode", ["residual", "replace"])
 def test_blocks_compute_the_dense_block_where_the_gate_is_open(mode, contests):
     case = dataclasses.replace(CASE, mode=mode)
-    samples.measure_block(case, SETTING)
+    blocks.measure(case, SETTING)
     ((dense, macs, found),) = contests
     assert macs == 4 * 36 * 16 * 16 * 9 * 2
     x = torch.randn(4, 16, 6, 6, generator=torch.Generator().manual_seed(0)).relu()
@@ -87,14 +74,14 @@ def test_blocks_compute_the_dense_block_where_the_gate_is_open(mode, contests):
                 assert torch.equal(same, ~skipped) and int(same.sum()) == contest.density * 4
                 assert kept is None or torch.equal(kept, same)
                 kept = same
-    assert {contest.density for contest in found} == set(samples.SHARES)
-    assert {c.density for c in found if c.variant == "gated"} == set(samples.GATED_SHARES)
+    assert {contest.density for contest in found} == set(blocks.SHARES)
+    assert {c.density for c in found if c.variant == "gated"} == set(blocks.GATED_SHARES)
     assert [contest.saves for contest in found if contest.variant == "plain"] == [False, True, True, True, False]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_count_the_gate(dtype, contests):
-    samples.measure_block(CASE, dataclasses.replace(SETTING, dtype=dtype))
+    blocks.measure(CASE, dataclasses.replace(SETTING, dtype=dtype))
     ((_, macs, found),) = contests
     gate = 4 * (16 * 16 + 16 * 2)
     for contest in found:
@@ -102,64 +89,67 @@ def test_blocks_count_the_gate(dtype, contests):
         assert contest.ours["channels_last eager"]().dtype == dtype
 
 
-@pytest.mark.parametrize("share", samples.SHARES)
+@pytest.mark.parametrize("share", blocks.SHARES)
 def test_fitted_gates_keep_their_share(share):
     x = torch.randn(8, 12, 5, 5, generator=torch.Generator().manual_seed(1)).relu()
-    gate = samples.fitted_gate(x, share)
+    gate = blocks.fitted_gate(x, share)
     for form in (torch.contiguous_format, torch.channels_last):
         mask = gate(x.contiguous(memory_format=form)).mask
         assert mask.sum() == round(8 * share) and set(mask.tolist()) <= {0.0, 1.0}
 
 
 def test_rows_of_blocks():
-    rows = samples.run([dataclasses.replace(CASE, shares=(1.0, 0.5, 0.0))], SETTING)
+    setting = dataclasses.replace(SETTING, roofline=tiny_roofline())
+    rows = blocks.measure(dataclasses.replace(CASE, shares=(1.0, 0.5, 0.0)), setting)
     assert len(rows) == 6 and {row.group for row in rows} == {"residual block"}
     for row in rows:
         assert row.gate_ms > 0 and row.ours_name in row.ours_all and set(row.ours_all) == set(row.dense_all)
         assert row.ours_ms == row.ours_all[row.ours_name] and row.dense_ms == row.dense_all[row.dense_name]
         assert row.break_even_only == (row.density != 0.5) and row.ours_p99_ms == 0
+        assert row.megabytes == pytest.approx(4e-6 * (2 * 16 * 16 * 9 + 4 * 16 + 2 * 4 * 16 * 36))
+        assert row.roofline_ms == setting.roofline.ms(row.computed_gmacs, row.megabytes)
     theory = {(row.density, row.variant): row.theory for row in rows}
     assert theory[0.5, "plain"] == 2 and 1.9 < theory[0.5, "gated"] < 2 and theory[0.0, "plain"] == math.inf
 
 
 def test_worst_case_rows_have_percentiles():
-    (row,) = samples.run([dataclasses.replace(CASE, shares=(1.0,), variants=("gated",), p99=True)], SETTING)
-    assert row.group == sample_rows.WORST and row.break_even_only
+    case = dataclasses.replace(CASE, shares=(1.0,), variants=("gated",), p99=True)
+    (row,) = blocks.measure(case, SETTING)
+    assert row.group == tables.WORST and row.break_even_only
     assert row.ours_p99_ms >= row.ours_ms > 0 and row.dense_p99_ms >= row.dense_ms > 0
 
 
 def test_percentiles_take_120_calls(monkeypatch):
-    seen = []
-    times = {"a": [float(i) for i in range(1, 121)]}
-    monkeypatch.setattr(sample_contests, "best_dense", lambda calls, *_: ({}, dict(list(calls.items())[:1])))
-    monkeypatch.setattr(
-        sample_contests,
-        "all_times",
-        lambda calls, device, budget: seen.append(budget) or dict.fromkeys(calls, times["a"]),
-    )
-    contest = sample_contests.Contest("g", "c", "all", 1.0, 5.0, {"ours": lambda: None})
-    (row,) = sample_contests.measure(SETTING, {"dense": lambda: None}, 10.0, [contest], p99=True)
+    budgets = []
+
+    def all_times(calls, device, budget, flush):
+        budgets.append(budget)
+        return {key: [float(i) for i in range(1, 121)] for key in calls}
+
+    monkeypatch.setattr(comparing, "all_times", all_times)
+    contest = contests_.Contest("g", "c", "all", 1.0, 5.0, {"ours": lambda: None})
+    setting = dataclasses.replace(SETTING, budget=Budget(2.0, 5))
+    (row,) = contests_.contested(setting, {"dense": lambda: None}, 10.0, [contest], p99=True)
     assert (row.ours_ms, row.ours_p99_ms, row.theory) == (60.5, 119.0, 2.0)
-    whole = sample_contests._for_percentiles(Budget(2.0, 5))
-    assert whole.min_rounds * whole.calls == 120 and len(seen) == 1
+    assert [budget.min_rounds * budget.calls for budget in budgets] == [120]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 5), (0.99, 10), (0.0, 1), (1.0, 10), (0.41, 5)])
 def test_percentile(share, expected):
-    assert timing.percentile([float(i) for i in range(10, 0, -1)], share) == expected
+    assert percentile([float(i) for i in range(10, 0, -1)], share) == expected
 
 
 def test_blocks_with_backward():
-    rows = samples.run([CASE], dataclasses.replace(SETTING, backward=True))
+    rows = blocks.measure(CASE, dataclasses.replace(SETTING, backward=True))
     assert {row.mode for row in rows} == {"forward+backward"}
     assert [row.density for row in rows] == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_cases():
-    cases = samples.all_cases()
-    assert {(c.n, c.channels, c.h) for c in cases} == set(samples.TARGET_SIZES)
+    cases = blocks.all_cases()
+    assert {(c.n, c.channels, c.h) for c in cases} == set(blocks.TARGET_SIZES)
     assert {c.mode for c in cases} == {"residual", "replace"} and sum(c.p99 for c in cases) == 1
-    assert set(sample_rows.BLOCKS) == {c.group for c in cases if not c.p99}
+    assert set(tables.BLOCKS) == {c.group for c in cases if not c.p99}
 
 
 # ----------------------------------------------------------------------------------------- SkipNet
@@ -169,7 +159,7 @@ def test_cases():
 def test_skipnet_is_the_masked_resnet(keep):
     torch.manual_seed(0)
     x = torch.randn(3, 3, 32, 32)
-    net = models.calibrated(skipnet.CifarResNet(2), x)
+    net = calibrated(skipnet.CifarResNet(2), x)
     shape = len(net.blocks), 3
     kept = torch.rand(shape) < 0.5 if keep == "random" else torch.full(shape, keep == "all")
     expected = net.stem(x)
@@ -178,8 +168,8 @@ def test_skipnet_is_the_masked_resnet(keep):
         expected = torch.where(kept[i, :, None, None, None], block(expected), shortcut)
     expected = net.fc(expected.mean((2, 3)))
     for recurrent in (False, True):
-        for version, ours in skipnet.versions(net, recurrent, SETTING).items():
-            own = sample_contests.formats(x)[version.split()[0]]
+        for _, own, copied, prepared in contests_.our_versions(x, SETTING):
+            ours = skipnet.SkipNet(copied(net), recurrent, prepared).eval()
             with torch.inference_mode():
                 torch.testing.assert_close(ours(own, kept), expected, rtol=1e-3, atol=1e-3)
     if keep == "all":
@@ -195,16 +185,16 @@ def test_skipnet_counts_what_runs():
     always = stem + shortcuts + 2 * 640
     keep = torch.tensor([[True, False], [False, False], [True, True]])
     assert skipnet.computed_macs(net, x, keep) == always + inside[0] + 2 * inside[2]
-    assert skipnet.computed_macs(net, x, keep | True) == models.LayerMacs(net, x).dense
+    assert skipnet.computed_macs(net, x, keep | True) == LayerMacs(net, x).dense
     gate = skipnet.RecurrentGate([16, 16, 32])
     assert skipnet.gate_macs(gate, 2) == 2 * (10 * (16 + 16 + 32) + 3 * (40 * 10 * 2 + 10))
 
 
 def test_skipnet_rows(contests):
-    skipnet.run(SETTING, batch=4, depth=1)
+    skipnet.measure(1, SETTING, batch=4)
     ((dense, macs, (plain, gated)),) = contests
     assert (plain.variant, gated.variant) == ("plain", "recurrent gate")
-    assert plain.gates is None and set(gated.gates) == set(gated.ours) == set(dense)
+    assert not plain.gates and set(gated.gates) == set(gated.ours) == set(dense)
     assert plain.macs < gated.macs < macs
     with torch.inference_mode():
         for call in gated.gates.values():
@@ -215,7 +205,7 @@ def test_skipnet_rows(contests):
 def test_resnet_110_has_its_size():
     net = skipnet.CifarResNet()
     assert len(net.blocks) == 54
-    macs = models.LayerMacs(net.eval(), torch.randn(1, 3, 32, 32)).dense
+    macs = LayerMacs(net.eval(), torch.randn(1, 3, 32, 32)).dense
     assert macs == pytest.approx(253e6, rel=0.01)  # He et al.: 1.7 M parameters
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(1.73e6, rel=0.01)
 
@@ -230,7 +220,7 @@ EXITS = [
 
 @pytest.mark.parametrize("case", EXITS, ids=lambda case: case.name)
 def test_half_of_the_rows_leave_at_each_exit(case, contests):
-    exits.measure_network(case, SETTING)
+    exits.measure(case, SETTING)
     ((dense, macs, (contest,)),) = contests
     stages, heads = case.modules()
     x = torch.randn(case.shape, generator=torch.Generator().manual_seed(0))
@@ -264,25 +254,25 @@ def test_exits_count_every_head_that_runs():
 
 def test_equal_stages_are_equal():
     x = torch.randn(1, 64, 6, 6)
-    assert len({models.LayerMacs(stage, x).dense for stage in exits.equal_stages()}) == 1
+    assert len({LayerMacs(stage, x).dense for stage in exits.equal_stages()}) == 1
 
 
 # ------------------------------------------------------------------------------------------- loops
 
 LOOPS = [
-    dataclasses.replace(sample_loops.LOOPS[0], shape=(7, 8, 6, 6)),
-    dataclasses.replace(sample_loops.LOOPS[1], shape=(14, 16)),
+    dataclasses.replace(halting.LOOPS[0], shape=(7, 8, 6, 6)),
+    dataclasses.replace(halting.LOOPS[1], shape=(14, 16)),
 ]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.name)
 def test_halting_takes_the_steps_that_were_drawn(loop, contests):
-    sample_loops.measure_loop(loop, SETTING)
+    halting.measure(loop, SETTING)
     ((dense, macs, (contest,)),) = contests
     torch.manual_seed(0)
     x = torch.randn(loop.shape)
-    block = models.calibrated(loop.build(loop.shape[1]), x[:8])
-    steps = sample_loops.halting_steps(loop.shape[0])
+    block = calibrated(loop.build(loop.shape[1]), x[:8])
+    steps = halting.halting_steps(loop.shape[0])
     assert sorted(steps.tolist()) == sorted([*range(1, 8)] * (loop.shape[0] // 7))
     with torch.inference_mode():
         after = [x]
@@ -302,7 +292,7 @@ def test_halting_takes_the_steps_that_were_drawn(loop, contests):
 
 
 def test_skip_rnn_updates_half_of_the_steps(contests):
-    sample_loops.measure_lstm(3, 40, 16, SETTING)
+    skip_rnn.measure((3, 40, 16), SETTING)
     ((dense, macs, (own, given)),) = contests
     assert (own.variant, given.variant) == ("plain", "decisions given")
     cell = 4 * 16 * 32
@@ -323,114 +313,75 @@ def test_skip_rnn_updates_half_of_the_steps(contests):
 
 @pytest.mark.parametrize("shape", [(6, 4, 5, 5), (8, 16)])
 def test_ways_to_copy_agree(shape):
-    plan = SamplePlan.from_mask(sample_contests.random_keep(shape[0], 0.5, torch.Generator().manual_seed(0)))
+    plan = SamplePlan.from_mask(contests_.random_keep(shape[0], 0.5, torch.Generator().manual_seed(0)))
     x = torch.randn(shape)
     sample = x[0].numel() * 4
     moved = {"gather": shape[0], "scatter": 2 * shape[0], "scatter, add": 2.5 * shape[0]}
-    for own in sample_contests.formats(x).values():
-        for op, (ours, ways, moved_bytes) in sample_copies.problems(own, plan).items():
+    for form in formats_of(x).values():
+        for op, (ours, ways, moved_bytes) in copies.problems(x.contiguous(memory_format=form), plan).items():
             assert moved_bytes == moved[op] * sample
             for call in ways.values():
                 torch.testing.assert_close(ours(), call())
 
 
 def test_copy_rows():
-    rows = sample_copies.run(SETTING, ((6, 4, 5, 5), (8, 16)))
-    assert [row.op for row in rows] == ["gather", "scatter", "scatter, add"] * 2
-    assert "index_select, NCHW" in rows[0].torch_ms and "index_select" in rows[3].torch_ms
-    row = dataclasses.replace(rows[0], megabytes=8.0, copy_ms=0.5, torch_ms={"a": 4.0, "b": 2.0}, ours_ms=1.0)
-    assert sample_rows.copy_cells(row)[3:] == ["16.0", "b", "4.0", "8.0", "2.00x"]
+    rows = [row for shape in ((6, 4, 5, 5), (8, 16)) for row in copies.measure(shape, SETTING)]
+    assert [row.group for row in rows] == ["gather", "scatter", "scatter, add"] * 2
+    assert "index_select, NCHW" in rows[0].dense_all and "index_select" in rows[3].dense_all
+    assert all(row.theory == 1 and row.dense_ms == min(row.dense_all.values()) for row in rows)
+    assert tables.copy_cells(_copy())[3:] == ["16.0", "b", "4.0", "8.0", "2.00x"]
 
 
 # ------------------------------------------------------------------------------- tables and command
 
 
-def row(**changes) -> report.Row:
-    values = {
-        "suite": "samples",
-        "group": "residual block",
-        "case": "residual, 16,64,56x56",
-        "mask": "random",
-        "density": 0.5,
-        "variant": "plain",
-        "mode": "forward",
-        "dtype": "float32",
+def row(**changes) -> Row:
+    values = {"suite": "samples", "group": "residual block", "case": "residual, 16,64,56x56", "density": 0.5}
+    values |= {
         "gmacs": 2.0,
-        "computed_gmacs": 1.0,
         "dense_ms": 4.0,
-        "dense_name": "NCHW eager",
         "ours_ms": 2.5,
         "ours_name": "channels_last eager",
         "gate_ms": 0.125,
     }
-    return report.Row(**{**values, **changes})
+    return make_row(**{**values, **changes})
 
 
 NONE = row(density=0.0, computed_gmacs=0.0, ours_ms=0.01, mask="none", break_even_only=True)
 
 
+def _copy() -> Row:
+    values = {"suite": "copies", "group": "gather", "case": "6,4,5,5", "gmacs": 0.0, "computed_gmacs": 0.0}
+    values |= {"megabytes": 8.0, "roofline_ms": 0.5, "dense_ms": 2.0, "dense_name": "b", "ours_ms": 1.0}
+    return make_row(**values)
+
+
 def test_nothing_to_compute_has_no_theory(tmp_path):
     assert NONE.theory == math.inf and NONE.realised == 0
-    assert report.row_cells(NONE)[-3:] == ["-", "400.00x", "-"]
-    saved = report.Report(report.machine(CPU), [row(), NONE], copies=[_copy()])
-    paths = saved.save(tmp_path, "stem", plot=True)
-    assert "Infinity" not in paths[0].read_text()
-    assert report.Report.load(paths[0]) == saved
-
-
-def _copy() -> sample_rows.CopyRow:
-    return sample_rows.CopyRow("gather", "6,4,5,5", "float32", 8.0, 0.5, {"index_select": 2.0}, 1.0)
+    assert row_cells(NONE)[-3:] == ["-", "400.00x", "-"]
+    saved = make_report(row(), NONE, _copy())
+    assert Report.load(saved.save(tmp_path, "stem", plot=True)[0]) == saved
 
 
 def test_tables_show_the_gate_where_there_is_one():
-    text = report.table([row(), row(group="Skip RNN", gate_ms=0.0, ours_name="")])
-    first, second = text.split("\n\n")
+    first, second = table([row(), row(group="Skip RNN", gate_ms=0.0, ours_name="")]).split("\n\n")
     assert "gate ms" in first and "0.125" in first and "channels_last eager" in first
     assert "gate ms" not in second and "best of ours" not in second
-
-
-def test_targets_show_the_worst_row():
-    rows = [
-        row(),
-        row(group="replace block", case="slow", ours_ms=3.0),
-        row(density=0.25, ours_ms=9.0),
-        row(density=1.0, computed_gmacs=2.0, ours_ms=4.1),
-        row(group=sample_rows.WORST, density=1.0, computed_gmacs=2.0, ours_ms=40.0),
-        NONE,
-    ]
-    lines = sample_rows.target_table(rows).splitlines()
-    assert len(lines) == 3
-    assert lines[1].split() == [
-        "blocks",
-        "that",
-        "half",
-        "of",
-        "the",
-        "samples",
-        "skip",
-        "0.90",
-        "0.67",
-        "slow,",
-        "plain",
-        "no",
-    ]
-    assert lines[2].startswith("every gate open") and lines[2].endswith("yes")
 
 
 def test_readme_of_samples():
     rows = [row(), NONE, row(density=1.0, computed_gmacs=2.0, ours_ms=4.0, break_even_only=True)]
     rows += [row(group="SkipNet", case="net", variant="recurrent gate")]
-    found = report.Report(report.machine(CPU), rows, copies=[_copy()])
-    text = readme.samples_block([found, report.Report(report.machine(CPU), [row(suite="layers")])])
+    text = readme.samples_block([make_report(*rows, _copy()), make_report(row(suite="layers"))])
     cells = "residual, 16,64,56x56 | plain | 4.00 | 0.125 | 1.00x (1.00) | 1.60x (0.80) | 0.010 ms |"
     assert f"| float32 | forward | {cells}" in text
-    assert text.count("SkipNet, recurrent gate") == 1 and "| index_select |" in text
+    assert text.count("SkipNet, recurrent gate") == 1 and "| gather | 6,4,5,5 | 8.0 | 16.0 | b |" in text
     assert readme.samples_block([]) == readme.NO_SAMPLES
 
 
 def test_blocks_are_what_they_say():
     x = torch.randn(2, 4, 5, 5)
-    case = samples.Case("residual", 2, 4, 5)
+    case = blocks.Case("residual", 2, 4, 5)
     inner, dense = case.modules(x)
     assert isinstance(inner, nn.Sequential) and (dense(x) < 0).any()
     torch.testing.assert_close(dense(x), x + inner(x))
@@ -442,37 +393,38 @@ def test_blocks_are_what_they_say():
 
 
 def test_quick_samples_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(samples, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(1.0, 0.5))])
+    monkeypatch.setattr(blocks, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(1.0, 0.5))])
     monkeypatch.setattr(exits, "all_cases", lambda quick: EXITS[1:2])
-    monkeypatch.setattr(skipnet, "run", lambda setting, depth: [row(group=skipnet.GROUP, case="a net")])
-    monkeypatch.setattr(sample_loops, "LOOPS", LOOPS)
-    monkeypatch.setattr(sample_loops, "LSTMS", ((3, 6, 8),))
-    monkeypatch.setattr(sample_copies, "SHAPES", ((8, 16),))
-    monkeypatch.setattr(cli, "Budget", lambda *_: BRIEF)
+    monkeypatch.setattr(skipnet, "measure", lambda *_: [row(group=skipnet.GROUP, case="a net")])
+    monkeypatch.setattr(halting, "LOOPS", LOOPS)
+    monkeypatch.setattr(skip_rnn, "LSTMS", ((3, 6, 8),))
+    monkeypatch.setattr(copies, "SHAPES", ((8, 16),))
     cli.main(["layers", "--op", "samples", "--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("gate ms", "target: realised", "a net", "plain copy GB/s"))
+    assert all(text in printed for text in ("gate ms", "realised: median", "a net", "plain copy GB/s"))
     (path,) = tmp_path.glob("*-float32-samples.json")
-    loaded = report.Report.load(path)
+    loaded = Report.load(path)
     groups = {"residual block", "SkipNet", "early exit", "halting", "Skip RNN"}
-    assert {found.group for found in loaded.rows} == groups
-    assert {found.suite for found in loaded.rows} == {"samples"} and len(loaded.copies) == 3
+    assert {found.group for found in loaded.of("samples")} == groups and len(loaded.of("copies")) == 3
 
 
 def test_backward_leaves_out_what_has_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(samples, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(0.5,))])
-    monkeypatch.setattr(cli, "Budget", lambda *_: BRIEF)
+    monkeypatch.setattr(blocks, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(0.5,))])
     cli.main(["layers", "--op", "samples", "--backward", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("*-float32-samples-backward.json")
-    assert [found.group for found in report.Report.load(path).rows] == ["residual block"]
+    assert [found.group for found in Report.load(path).rows] == ["residual block"]
     assert "forward+backward" in capsys.readouterr().out
 
 
-def test_headline_shows_a_block_and_an_exit(monkeypatch):
-    monkeypatch.setattr(layers, "run", lambda *_: [])
-    monkeypatch.setattr(cli.channels, "run", lambda *_: [])
-    monkeypatch.setattr(cli, "run_experts", lambda *_, **__: report.Report({}))
-    monkeypatch.setattr(cli.models, "run", lambda *_, **__: [])
-    monkeypatch.setattr(samples, "run", lambda cases, setting: [row(case=case.name) for case in cases])
-    monkeypatch.setattr(exits, "run", lambda cases, setting: [row(case=case.name) for case in cases])
-    assert [found.case for found in cli.headline(SETTING).rows] == ["replace, 8,256,14x14", "ResNet-18"]
+def test_headline_shows_something_of_everything(monkeypatch):
+    for module in (layers, channels, blocks, exits):
+        monkeypatch.setattr(module, "measure", lambda case, setting: [row(case=case.name)])
+    monkeypatch.setattr(experts, "all_cases", lambda quick: ["experts"])
+    monkeypatch.setattr(experts, "measure", lambda case, setting: [row(case=case)])
+    monkeypatch.setattr(model, "all_cases", lambda: ["a size"])
+    monkeypatch.setattr(model, "measure", lambda size, setting, gates: [row(case=size)])
+    found = [made.case for made in suites.headline(SETTING).rows]
+    assert found[:2] == [case.name for case in layers.headline_cases()[:2]]
+    assert found[-3:] == ["replace, 8,256,14x14", "ResNet-18", "experts"]
+    with_photo = dataclasses.replace(SETTING, mask_kinds=("photo",))
+    assert suites.headline(with_photo).rows[-1].case == "a size"

@@ -14,7 +14,11 @@ from benchmarks import __main__ as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if BLOCK.search(path.read_text())]
+PAGES = [
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if BLOCK.search(path.read_text())
+]
 
 
 @pytest.fixture
@@ -50,7 +54,9 @@ def test_numbers_are_those_of_the_results(tmp_path):
         shutil.copy(ROOT / page, tmp_path / page)
     cli.write_readme(tmp_path, ROOT / "benchmarks" / "results")
     for page in pages:
-        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: python -m benchmarks readme"
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), (
+            f"{page}: python -m benchmarks readme"
+        )
 
 
 def test_readme_is_short():

@@ -7,16 +7,19 @@ import csv
 import importlib
 import json
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="it holds the digits")
 
-from benchmarks.timing import Budget, Comparison
+from benchmarks.harness.compare import DENSE, Comparison
+from benchmarks.harness.setting import Budget
 from dynops.testing import assert_within_budget
 from examples import all as every
-from examples import common
+from examples import common, measure
 
 # The size of the images and the steps: a second or two each on one core.
 SHORT = {
@@ -27,15 +30,16 @@ SHORT = {
 
 
 def test_every_example_is_listed():
-    others = {"__init__", "all", "common", "resnet"}
-    assert {path.stem for path in common.Path(every.__file__).parent.glob("*.py")} - others == set(
-        every.NAMES
-    )
+    folder = Path(every.__file__).parent
+    found = {path.stem: path for path in folder.glob("*/*.py") if "def build()" in path.read_text()}
+    assert set(found) == set(every.MODULES)
+    for name, path in found.items():
+        assert every.MODULES[name] == f"examples.{path.parent.name}.{name}"
 
 
-@pytest.mark.parametrize("name", every.NAMES)
+@pytest.mark.parametrize("name", every.MODULES)
 def test_dynamic_is_the_dense_masked_form_for_fewer_macs(name, monkeypatch):
-    example = importlib.import_module(f"examples.{name}")
+    example = importlib.import_module(every.MODULES[name])
     size, steps = SHORT[name]
     monkeypatch.setattr(example, "SIZE", size)
     monkeypatch.setattr(common, "BATCH", 32)
@@ -45,33 +49,31 @@ def test_dynamic_is_the_dense_masked_form_for_fewer_macs(name, monkeypatch):
     assert not model.training
     x = data.test[0].to(memory_format=torch.channels_last)
     with torch.no_grad():
-        exact = example.dense(copy.deepcopy(model).double(), x.double())
-        masked, actual = example.dense(model, x), example.dynamic(model, x)
+        exact = example.run(copy.deepcopy(model).double(), x.double(), "dense")
+        masked, actual = example.run(model, x, "dense"), example.run(model, x, "dynamic")
     # A gate within rounding of its threshold may decide otherwise in another precision: such samples are few.
     same = torch.ones(len(x), dtype=torch.bool)
     for logits in (masked, actual):
         same &= (logits - exact).norm(dim=1) < 1e-3 * exact.norm(dim=1)
     assert same.float().mean() > 0.97
     assert_within_budget(actual[same], exact[same], masked[same], name)
-    dense, dynamic = (
-        common.full_macs(example.full, model, x), common.dynamic_macs(example.dynamic, model, x),
-    )  # fmt: skip
-    assert 0 < dynamic < 0.97 * dense
-    assert common.accuracy(example.dynamic, model, data.test) > 0.5  # chance: 0.1
+    full, dynamic = (partial(example.run, model, mode=mode) for mode in ("full", "dynamic"))
+    assert 0 < measure.dynamic_macs(dynamic, model, x) < 0.97 * measure.full_macs(full, x)
+    assert measure.accuracy(dynamic, data.test) > 0.5  # chance: 0.1
 
 
 def test_report_and_files(tmp_path, monkeypatch, capsys):
-    example = importlib.import_module("examples.condconv")
+    example = importlib.import_module("examples.channels.condconv")
     monkeypatch.setattr(example, "SIZE", 8)
     data = common.Digits.load(example.SIZE)
     model = example.build().to(memory_format=torch.channels_last)
     example.train(model, data, common.Length(1000, seconds=0.2))
-    row = common.report(example, model, data, 0.2, Budget(seconds=0.1, min_rounds=2, max_rounds=2))
+    row = measure.report(example, model, data, 0.2, Budget(seconds=0.1, min_rounds=2, max_rounds=2))
     assert row.theory == row.macs_dense / row.macs_dynamic > 1
     assert row.realised == pytest.approx(row.dense_ms / row.dynamic_ms / row.theory)
-    assert capsys.readouterr().out == f"{row}\n" and str(row).startswith("condconv: accuracy ")
+    assert capsys.readouterr().out == f"{row}\n" and str(row).startswith("example `condconv`, accuracy ")
     for name in ("rows.csv", "rows.json", "rows.md"):
-        every.write([row, row], tmp_path / name)
+        measure.write([row, row], tmp_path / name)
     with (tmp_path / "rows.csv").open() as file:
         read = list(csv.DictReader(file))
     assert len(read) == 2 and float(read[0]["realised"]) == pytest.approx(row.realised)
@@ -80,18 +82,18 @@ def test_report_and_files(tmp_path, monkeypatch, capsys):
 
 
 def test_command_lines(tmp_path, monkeypatch, capsys):
-    made = Comparison({"dynamic": 2.0}, 3.0, "NCHW", {})
-    monkeypatch.setattr(common, "compare", lambda dense, ours, device, budget: made)
+    times = {(DENSE, "NCHW"): [3.0], (DENSE, "channels_last"): [4.0], ("dynamic", ""): [2.0]}
+    monkeypatch.setattr(measure, "compare", lambda dense, ours, setting: Comparison(setting, times))
     monkeypatch.setattr(
         sys, "argv", ["all", "--seconds", "0.1", "--out", str(tmp_path / "rows.md"), "condconv"]
     )
     every.main()
     assert "| 3.00 | 2.00 | 1.50x |" in (tmp_path / "rows.md").read_text()
-    monkeypatch.setattr(sys, "argv", ["condconv", "--seconds", "0.1", "--json", str(tmp_path / "row.json")])
-    common.main("examples.condconv")
-    row = json.loads((tmp_path / "row.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["condconv", "--seconds", "0.1", "--out", str(tmp_path / "row.json")])
+    measure.main("examples.channels.condconv")
+    (row,) = json.loads((tmp_path / "row.json").read_text())
     assert row["example"] == "condconv" and row["speedup"] == 1.5
-    assert capsys.readouterr().out.count("condconv: accuracy ") == 2
+    assert capsys.readouterr().out.count("`condconv`, accuracy ") == 2
     for wrong in (["all", "no_such_net"], ["all", "--out", "rows.txt"]):
         monkeypatch.setattr(sys, "argv", wrong)
         with pytest.raises(SystemExit):

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import nvcc, rules, sass
-from benchmarks.gpu.compiled import Binary, Product, product
-from benchmarks.gpu.occupancy import occupancy
+from benchmarks.gpu.audit import nvcc, rules, sass
+from benchmarks.gpu.audit.compiled import Binary, Product, product
+from benchmarks.gpu.audit.occupancy import occupancy
 
 
 @pytest.mark.parametrize(

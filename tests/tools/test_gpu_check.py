@@ -12,40 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_cases import CPU, SETTING, briefly, make_row  # noqa: F401
 from spread import part_of
 
-from benchmarks import expert_loops, replay, timing
-from benchmarks.expert_rows import ExpertRow
-from benchmarks.gpu import check, contests, facts, junit, outcome, reach, sanitizer
-from benchmarks.gpu.stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
-from benchmarks.report import Report, Row
-from benchmarks.timing import Budget, compare
-from dynops import ExpertPlan, backends, ops
+from benchmarks.gpu.check import check, contests, facts, junit, outcome, sanitizer
+from benchmarks.gpu.check.stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
+from benchmarks.harness import compare as comparing
+from benchmarks.harness import replay
+from benchmarks.harness.compare import compare
+from benchmarks.harness.report import Report
+from dynops import backends
 
-CPU = torch.device("cpu")
-BRIEF = Budget(0.0, 2, 2, 1, 1)
 needs_binary = pytest.mark.skipif(not backends.has_binary(), reason="dynops._C is not built")
 
 
 def finished(text: str = "", code: int = 0, timed_out: bool = False) -> Finished:
     return Finished(code, timed_out, 1.0, text)
-
-
-def make_row(**changes) -> Row:
-    values = {"suite": "layers", "group": "3x3", "case": "32,64,64,56 3x3", "mask": "random", "density": 0.25}
-    values |= {
-        "variant": "plain",
-        "mode": "forward",
-        "dtype": "bfloat16",
-        "gmacs": 4.0,
-        "computed_gmacs": 1.0,
-    }
-    return Row(**{**values, "dense_ms": 3.6, "dense_name": "NCHW eager", "ours_ms": 1.0, **changes})
-
-
-def make_expert(tokens: int, gflops: float, grouped_ms: float = 1.1) -> ExpertRow:
-    built_in = {reach.GROUPED: grouped_ms, "loop": 0.5}
-    return ExpertRow("a", tokens, "bfloat16", "bfloat16", "forward", gflops / 2e3, 1.0, 0.5, built_in, 1.0)
 
 
 # ------------------------------------------------------------------------------------- the dry run
@@ -68,9 +50,9 @@ def test_dry_run_goes_through_every_stage_and_writes_no_measurement(tmp_path):
     )
     assert stages["tests"]["values"]["passed"] > 0
     assert stages["benchmark"]["values"]["failed"] == {} and stages["benchmark"]["values"]["not run"] == []
-    suites = {row.suite for row in report.rows}
-    assert suites >= {"layers", "channels", "samples", "blocks"} and report.experts
-    assert {r["verdict"] for r in report.checks["reach"]} == {"dry run"}
+    assert {row.suite for row in report.rows} >= {"layers", "channels", "samples", "blocks", "experts"}
+    assert all(row.roofline_ms > 0 for row in report.rows if row.suite != "models")
+    assert "roofline" in done.stdout and "realised: median" in done.stdout
     assert {path.name for path in check.RESULTS.iterdir()} == before
 
 
@@ -94,7 +76,7 @@ def test_a_command_that_hangs_is_interrupted_and_then_killed_with_its_children(t
         "while True: time.sleep(0.1)\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.gpu.stages.GRACE", 0.5)
+        patch.setattr("benchmarks.gpu.check.stages.GRACE", 0.5)
         done = run([sys.executable, "stubborn.py"], 3.0, tmp_path / "log", tmp_path)
     assert done.timed_out and not done.ok and done.seconds < 20
     child, said = done.text.split()
@@ -145,7 +127,7 @@ def test_pytest_is_counted_with_its_failures_and_with_what_it_did_not_finish(tmp
         '<testcase classname="t" name="none"><skipped message="needs two GPUs"/></testcase></testsuite></testsuites>'
     )
     counts = junit.read(file, "t", finished(code=1), 9.0)
-    assert (counts.passed, counts.skipped, counts.skips) == (1, 1, {"needs two GPUs": 1})
+    assert (counts.passed, counts.skipped) == (1, 1)
     assert counts.problems == {"t::bad": "AssertionError: 1 != 2", "t::hard": "CUDA error"}
     assert "1 passed, 1 skipped, 2 failed" in str(counts)
     crashed = junit.read(tmp_path / "none.xml", "crash", finished("Fatal error", -6), 9.0)
@@ -197,7 +179,7 @@ def test_a_check_without_the_benchmark_keeps_what_was_measured(tmp_path, capsys)
     found = {"gpu": "NVIDIA H200", "versions": {}, "ceilings": {}}
     outcome.finish(found, [Stage("tests", PASSED, 1.0)], outcome.Measured(), tmp_path, dry=False)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["measured"]
-    assert "not measured" in capsys.readouterr().out
+    assert "tests: passed" in capsys.readouterr().out
 
 
 def test_a_benchmark_that_never_begins_fails_once(tmp_path):
@@ -214,10 +196,10 @@ def test_a_contest_that_fails_leaves_the_others_and_each_suite_has_its_share():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     made = [contests.Contest("pixels", "a", fails), contests.Contest("pixels", "b", lambda _: [make_row()])]
-    made += [contests.Contest("models", "c", lambda _: [make_expert(1, 1.0)])]
+    made += [contests.Contest("models", "c", lambda _: [make_row(suite="experts")])]
     assert contests.measure(made, CPU, 60, lines.append) == 0
     kinds = [next(iter(line)) for line in lines]
-    assert kinds == ["begun", "failed", "done", "begun", "row", "done", "begun", "expert", "done"]
+    assert kinds == ["begun", "failed", "done", "begun", "row", "done", "begun", "row", "done", "note"]
     assert lines[1]["error"] == "OutOfMemoryError: CUDA out of memory"
     lines.clear()
     assert contests.measure(made, CPU, -1, lines.append) == 0 and not lines
@@ -234,7 +216,6 @@ class Replays:
     """``replay.captured`` on a CPU: what a replay returns, and how it fails."""
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(timing, "_keep_memory", lambda: None)
         monkeypatch.setattr(replay, "captured", self.capture)
 
     @staticmethod
@@ -263,16 +244,22 @@ def test_replays_count_where_they_are_faster_and_compute_the_same(monkeypatch):
     dense = {"NCHW": lacks, "channels_last": spinning(0.004)}
     ours = {key: spinning(0.008) for key in ("fast", "waits", "wrong")}
     replays = {"fast": spinning(0.001), "waits": waits, "wrong": spinning(0.001, value=7.0)}
-    found = compare(dense, ours, CPU, BRIEF, replays)
-    assert found.dense_name == "channels_last" and found.versions("fast")["ours_name"] == timing.GRAPH
-    assert found.ours["fast"] < found.dense_ms < found.ours["waits"] and list(found.ours_all["waits"]) == [
-        timing.EAGER
-    ]
-    assert list(found.ours_all["wrong"]) == [timing.EAGER]
-    assert set(found.failed) == {"NCHW", "ours waits, graph", "ours wrong, graph"}
+    setting = dataclasses.replace(SETTING, graph=True)
+    found = compare(dense, ours, setting, replays=replays)
+    what = {"suite": "layers", "group": "", "case": "", "mask": "", "density": 1.0, "variant": "plain"}
+    rows = {key: found.row(key, **what) for key in ours}
+    assert rows["fast"].dense_name == "channels_last" and rows["fast"].ours_name == comparing.GRAPH
+    assert rows["fast"].ours_ms < rows["fast"].dense_ms < rows["waits"].ours_ms
+    assert set(rows["fast"].ours_all) == {comparing.EAGER, comparing.GRAPH}
+    assert list(rows["waits"].ours_all) == list(rows["wrong"].ours_all) == [comparing.EAGER]
+    assert rows["fast"].failed == found.failed and set(found.failed) == {
+        "NCHW",
+        "ours waits, graph",
+        "ours wrong, graph",
+    }
     assert "capturing" in found.failed["ours waits, graph"] and "differs" in found.failed["ours wrong, graph"]
     with pytest.raises(RuntimeError, match="nothing to compare"):
-        compare({"NCHW": lacks}, ours, CPU, BRIEF, replays)
+        compare({"NCHW": lacks}, ours, setting, replays=replays)
 
 
 @needs_binary
@@ -283,11 +270,9 @@ def test_contests_with_replays_of_both_sides(monkeypatch, suite):
     rows = contest.run(dataclasses.replace(contests.setting_of(contest, CPU), graph=True))
     assert rows
     for row in rows:
-        if isinstance(row, Row):
-            assert set(row.ours_all) == {timing.EAGER, timing.GRAPH} and row.failed == {}
-            assert row.ours_ms == row.ours_all[row.ours_name] == min(row.ours_all.values())
-        else:
-            assert set(row.built_in_ms) == {reach.GROUPED, "loop"} and row.ours_ms > 0
+        assert set(row.ours_all) == {comparing.EAGER, comparing.GRAPH} and row.failed == {}
+        assert row.ours_ms == row.ours_all[row.ours_name] == min(row.ours_all.values())
+        assert suite != "experts" or set(row.dense_all) == {"torch grouped_mm", "loop"}
 
 
 def test_difference_of_two_results():
@@ -296,19 +281,6 @@ def test_difference_of_two_results():
         0.5, rel=1e-5
     )
     assert replay.difference(x.masked_fill(x > 0, float("nan")), x) == float("inf")
-
-
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_experts_in_plain_pytorch_are_ours(tokens):
-    x, scores = torch.randn(tokens, 32), torch.randn(tokens, 6).softmax(1)
-    weight, index = scores.topk(2)
-    up, down = torch.randn(6, 48, 32), torch.randn(6, 32, 24)
-    expected = ops.experts_mlp(x, up, down, ExpertPlan.from_topk(index, 6), weight)
-    found = expert_loops.loop(x, index, weight, up, down)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
-    half = [t.bfloat16() for t in (x, weight, up, down)]
-    found = expert_loops.grouped(half[0], index, *half[1:]).float()
-    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 # -------------------------------------------------------------------------------- facts, sanitizer
@@ -358,54 +330,44 @@ def test_verdict_of_the_sanitizer():
     assert refused[0] == NOT_RUN and "could not run" in refused[1]
 
 
-# --------------------------------------------------------------------------------- what was wanted
+# --------------------------------------------------------------------------------------- the report
 
 
-def test_targets_are_met_by_the_worst_row():
-    ceilings = {"half": 1e12}
-    rows = [
-        make_row(),
-        make_row(density=0.5, ours_ms=3.6 / 1.5, computed_gmacs=2.0),
-        make_row(density=0.1, ours_ms=9.0),
-    ]
-    rows += [
-        make_row(dtype="float32", ours_ms=100.0, suite="blocks"),
-        make_row(suite="samples", group="another"),
-    ]
-    experts = [make_expert(1, 10.0), make_expert(8192, 650.0), make_expert(8192, 590.0, grouped_ms=0.9)]
-    found = {r.target: r for r in reach.reach(rows, experts, ceilings)}
-    verdicts = {text.partition(":")[0]: r.verdict for text, r in found.items()}
-    assert verdicts["pixels 3x3, batch 32 and more, 50 and 25 %"] == "not met"  # 0.9 and 0.75
-    assert found["pixels 3x3, batch 32 and more, 50 and 25 %: realised"].worst == pytest.approx(0.75)
-    assert verdicts["blocks"] == verdicts["sample skipping"] == "not measured"
-    assert verdicts["auto, every pixel row"] == "not met" and verdicts["experts"] == "not met"
-    product = found["experts, 8192 tokens: share of the measured dense product"]
-    assert (
-        product.worst == pytest.approx(0.59) and product.median == pytest.approx(0.65) and product.rows == 2
-    )
-    assert verdicts["experts, 8192 tokens"] == "not met"
-    better = {r.target: r.verdict for r in reach.reach(rows[:1], experts[:2], ceilings)}
-    assert better["pixels 3x3, batch 32 and more, 50 and 25 %: realised"] == "met"
-    assert better["experts: speed-up over torch grouped_mm"] == "met"
-
-
-def test_the_table_has_every_row_with_its_prediction_beside(tmp_path):
-    measured = outcome.Measured([make_row(), make_row(case="unknown")], [make_expert(1, 1.0)])
-    text = outcome.table(measured.rows, measured.experts, outcome.sheet_of("NVIDIA H200"))
-    known, unknown = (line.split() for line in text.splitlines()[1:3])
-    assert "0.90" in known and known[-1] != "-" and unknown[-3:] == ["-", "-", "-"]
-    assert outcome.table(measured.rows, [], None).count("\n") == 2
+def test_everything_measured_is_printed_and_written(tmp_path, capsys):
+    expert = make_row(suite="experts", case="H 8", tokens=128, weights="bfloat16", roofline_ms=0.5)
+    measured = outcome.Measured([make_row(roofline_ms=1.5), make_row(case="unknown"), expert])
     found = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11"}, "ceilings": {"half": 1e15}}
-    paths = outcome.write(found, [Stage("tests", PASSED, 1.0)], measured, [], tmp_path, dry=False)
-    assert [path.name for path in paths] == ["nvidia-h200.json", "nvidia-h200.csv", "nvidia-h200-experts.csv"]
-    loaded = Report.load(paths[0])
+    outcome.finish(found, [Stage("benchmark", PASSED, 1.0)], measured, tmp_path, dry=False)
+    printed = capsys.readouterr().out
+    known, unknown = (line.split() for line in printed.splitlines() if line.startswith(("a ", "unknown ")))
+    assert known[-3:] == ["0.75", "1000", "0.75"] and unknown[-1] == "1000"
+    assert (
+        "layers, 3x3, float32" in printed
+        and "H 8" in printed
+        and "128" in printed
+        and "benchmark: passed" in printed
+    )
+    loaded = Report.load(tmp_path / "nvidia-h200.json")
     assert loaded.machine["device"] == "NVIDIA H200" and loaded.machine["ceilings"] == {"half": 1e15}
     assert loaded.rows == measured.rows and loaded.checks["stages"][0]["outcome"] == PASSED
 
 
+def test_the_gpus_tests_are_found_wherever_they_lie(tmp_path):
+    calls = []
+    some = check.Check(False, Clock(500), tmp_path)
+    some.python = lambda arguments, *_, **__: (
+        calls.append(arguments) or finished(code=junit.NOTHING_COLLECTED)
+    )
+    check.tests(some)
+    files = {argument for arguments in calls for argument in arguments if argument.endswith(".py")}
+    assert "tests/gpu/test_pixels.py" in files and len(calls) == check.TEST_PARTS * len(files)
+    logs = [a for arguments in calls for a in arguments if a.startswith("--junitxml")]
+    assert len(set(logs)) == len(logs)  # files of one name in two folders
+
+
 @pytest.mark.parametrize("tests", [0, 1, 2, 3, 7, 100])
 def test_parts_have_every_test_once(tests):
-    """What ``--part`` leaves of a file's tests, over all the parts that the check runs."""
+    """The tests that ``--part`` leaves of a file, over all the parts that the check runs."""
     found = []
     for part in range(check.TEST_PARTS):
         found += part_of(list(range(tests)), f"{part}/{check.TEST_PARTS}")

@@ -13,7 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.gpu import tune, tune_break_even, tune_problems, tune_tiles  # noqa: E402
+from benchmarks.gpu.tune import break_even, problems, tiles, tune  # noqa: E402
 from dynops import ChannelPlan, ExpertPlan, PixelPlan  # noqa: E402
 from dynops.geometry import ConvGeometry  # noqa: E402
 from dynops.kernels import configs  # noqa: E402
@@ -36,7 +36,7 @@ def entry(
     most=32768,
     indirect=False,
 ):
-    request = tune_tiles.Request(family, kind, most, indirect, rows, n, k, batch)
+    request = tiles.Request(family, kind, most, indirect, rows, n, k, batch)
     return {**request._asdict(), "tile": None if tile is None else tile._asdict()}
 
 
@@ -118,13 +118,13 @@ def test_what_ships_can_be_launched(file):
     config = Config(**json.loads(file.read_text()))
     assert config.measured_on["gpu"].startswith("NVIDIA")
     for row in config.tiles:
-        assert row["tile"] is None or tune_tiles.may_fit(Tile(**row["tile"]), row["kind"], 227 * 1024), row
+        assert row["tile"] is None or tiles.may_fit(Tile(**row["tile"]), row["kind"], 227 * 1024), row
 
 
 def test_every_launcher_names_its_kernel(monkeypatch):
     """Whatever kernel has a product asks for a tile under a name of its own."""
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *args, **kwargs: None)
-    trial = tune_tiles.Trial()
+    trial = tiles.Trial()
     x = torch.zeros(2, 32, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     w, g = (
         torch.zeros(32, 32, 3, 3, dtype=torch.bfloat16),
@@ -184,7 +184,7 @@ class Clock:
         return times
 
 
-def problem(clock: Clock, spoil=lambda tile: None, **sizes) -> tune_problems.Problem:
+def problem(clock: Clock, spoil=lambda tile: None, **sizes) -> problems.Problem:
     """A stand-in for an op: it asks for its tile as a launcher does, and ``spoil`` may break it by its tile."""
     right = torch.randn(32, 32)
 
@@ -201,12 +201,12 @@ def problem(clock: Clock, spoil=lambda tile: None, **sizes) -> tune_problems.Pro
 
         return call
 
-    return tune_problems.Problem("stand-in", sizes.get("family", "pixels"), torch.bfloat16, make)
+    return problems.Problem("stand-in", sizes.get("family", "pixels"), torch.bfloat16, make)
 
 
 def search(clock, found, seconds=10**6):
     log = []
-    return tune_tiles.search_all(
+    return tiles.search_all(
         [found] if not isinstance(found, list) else found, CPU, clock, seconds, log.append
     ), log
 
@@ -274,8 +274,8 @@ def test_the_time_is_kept_and_shared():
 @pytest.mark.parametrize("arch, kind", tiling.TILES)
 def test_candidates_are_tiles_that_a_launcher_takes(arch, kind):
     for tile in tiling.TILES[arch, kind]:
-        assert tune_tiles.may_fit(tile, kind, 227 * 1024), "a tile that ships is no candidate"
-        for near in tune_tiles.neighbours(tile):
+        assert tiles.may_fit(tile, kind, 227 * 1024), "a tile that ships is no candidate"
+        for near in tiles.neighbours(tile):
             changed = [a != b for a, b in zip(tile, near, strict=True)]
             assert sum(changed) == 1 and all(value & (value - 1) == 0 for value in near[:4])
 
@@ -289,13 +289,13 @@ def test_candidates_are_tiles_that_a_launcher_takes(arch, kind):
 )
 def test_break_even(times, dense, expected):
     points = list(zip((0.4, 0.6, 0.8, 1.0), times, strict=True))
-    assert tune_break_even.break_even(points, dense) == pytest.approx(expected)
+    assert break_even._break_even(points, dense) == pytest.approx(expected)
 
 
 def test_every_problem_has_a_name_of_its_own():
-    names = [found.name + str(found.dtype) for found in tune_problems.every_problem()]
+    names = [found.name + str(found.dtype) for found in problems.every_problem()]
     assert len(set(names)) == len(names) > 80
-    assert len({layer.name for layer in tune_break_even.layers()}) == len(tune_break_even.layers())
+    assert len({layer.name for layer in break_even.layers()}) == len(break_even.layers())
 
 
 # -------------------------------------------------------------------------------- command line
@@ -314,7 +314,7 @@ def test_dry_run(tmp_path):
     config = Config(**json.loads((tmp_path / "cpu.json").read_text()))
     assert "not a measurement" in config.measured_on["gpu"]
     assert config.tiles and {row["family"] for row in config.tiles} <= {
-        p.family for p in tune_problems.small_problems()
+        p.family for p in problems.small_problems()
     }
     assert all(0 < share <= 1.0 for row in config.break_even for share in row["shares"].values())
 
@@ -329,7 +329,5 @@ def test_a_dry_run_is_not_shipped():
 def test_a_problem_on_a_gpu():
     """One problem by the device's own clock."""
     device, log = torch.device("cuda", torch.cuda.current_device()), []
-    rows = tune_tiles.search_all(
-        tune_problems.problems()[:1], device, tune.DeviceClock(device), 20, log.append
-    )
+    rows = tiles.search_all(problems.problems()[:1], device, tune.Clock(device), 20, log.append)
     assert len(rows) == 1 and rows[0]["ms"] > 0, log

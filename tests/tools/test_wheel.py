@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -84,10 +85,17 @@ def require_index(*requirements: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel() -> Path:
-    """What ``make wheel`` makes, with its name."""
-    run("make", "wheel", f"PYTHON={sys.executable}", cwd=ROOT)
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """What ``make wheel`` makes; it runs once, in the first process that asks."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes of this run
+    with (folder / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "wheel.made").exists():
+            run("make", "wheel", f"PYTHON={sys.executable}", cwd=ROOT)
+            (folder / "wheel.made").touch()
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return max((ROOT / "dist").glob(f"dynops-*-{python}-{python}-*.whl"), key=os.path.getmtime)
 

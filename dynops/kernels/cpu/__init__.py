@@ -1,1 +1,15 @@
-"""The C++ kernels: what prepares memory for ``csrc/cpu``."""
+"""The C++ kernels, by noun: each module prepares memory for ``csrc/cpu`` and has the signatures of the references."""
+
+from . import blocks, channel_filters, channel_outputs, channels, experts, pixels, rows, sample_conv, samples
+
+__all__ = [
+    "blocks",
+    "channel_filters",
+    "channel_outputs",
+    "channels",
+    "experts",
+    "pixels",
+    "rows",
+    "sample_conv",
+    "samples",
+]

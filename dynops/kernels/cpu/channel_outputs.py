@@ -1,7 +1,4 @@
-"""The C++ kernels of output masks and local filters: prepares memory for ``csrc/cpu/channels``.
-
-Same signatures as the references in ``ops/channel_outputs.py`` and ``ops/channel_filters.py``.
-"""
+"""The C++ kernel of convolutions at selected outputs. Same signature as the reference in ``ops/channels/outputs.py``."""
 
 from __future__ import annotations
 
@@ -11,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...geometry import ConvGeometry, as_geometry
+from ...geometry import ConvGeometry
 from ...kept import kept
-from .pixels import _bf16_dot, _last
+from ..layout import empty_map
+from .engine import CHANNELS_LAST, bf16_dot
+from .rows import last
 
-_CHANNELS_LAST = torch.channels_last
 # Of a pixel's input that lies in the cache at once: 128 float32 channels under a block of 7 x 7 outputs of 3x3
 # take 42 KB. Half of it took 1.2 times as long.
 _DEPTH_BYTES = 512
@@ -28,11 +26,8 @@ _BREAK_EVEN = 0.5
 _FEW_PRODUCTS = {torch.float32: 400, torch.bfloat16: 800, torch.float16: 1}
 
 
-# -------------------------------------------------------------------------------- output masks
-
-
 def wins(weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
-    """Whether computing the selected outputs alone takes less time than the dense convolution."""
+    """True if computing the selected outputs alone takes less time than the dense convolution."""
     if weight.shape[1] < _MIN_CHANNELS:
         return False
     share = _BREAK_EVEN * min(1.0, weight.shape[1] * g.taps / _FEW_PRODUCTS[weight.dtype])
@@ -41,7 +36,7 @@ def wins(weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
 
 def _dense(mask: Tensor) -> Tensor:
     """A mask whose elements lie side by side, in either memory format."""
-    return mask if mask.is_contiguous(memory_format=_CHANNELS_LAST) else mask.contiguous()
+    return mask if mask.is_contiguous(memory_format=CHANNELS_LAST) else mask.contiguous()
 
 
 def _packed_weight(weight: Tensor, dtype: torch.dtype, step: int) -> Tensor:
@@ -60,47 +55,12 @@ def _packed_weight(weight: Tensor, dtype: torch.dtype, step: int) -> Tensor:
 
 
 def conv(x, weight, bias, mask, partial, begin, geometry):
-    """See ``ops.channel_outputs._conv``. Accumulates in float32, whatever the dtype."""
-    dot = x.dtype == torch.bfloat16 and _bf16_dot()
+    """See ``ops.channels.outputs._conv``. Accumulates in float32, whatever the dtype."""
+    dot = x.dtype == torch.bfloat16 and bf16_dot()
     packed = _packed_weight(weight, torch.bfloat16 if dot else torch.float32, 32 if dot else 16)
-    out = torch.empty(mask.shape, dtype=x.dtype, memory_format=_CHANNELS_LAST, device="cpu")
-    partial = None if partial is None else _last(partial)
+    out = empty_map(x, mask.shape, CHANNELS_LAST)
+    partial = None if partial is None else last(partial)
     torch.ops.dynops.cpu_masked_conv(
-        _last(x), packed, bias, mask, partial, begin, weight.shape[1], geometry, out
+        last(x), packed, bias, mask, partial, begin, weight.shape[1], geometry, out
     )
-    return out
-
-
-# ------------------------------------------------------------------------------- local filters
-
-
-def _filters(kernels: Tensor) -> Tensor:
-    """float32, the filters of a pixel side by side."""
-    return kernels.to(torch.float32).contiguous(memory_format=_CHANNELS_LAST)
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, memory_format=_CHANNELS_LAST, device="cpu")
-
-
-def local_conv(x, kernels, geometry, upsample):
-    """See ``ops.channel_filters._conv``."""
-    out = _empty(x, *x.shape[:2], *kernels.shape[2:])
-    torch.ops.dynops.cpu_local_conv(_last(x), _filters(kernels), upsample, geometry, out)
-    return out
-
-
-def local_conv_input_grad(grad, kernels, geometry, upsample):
-    """See ``ops.channel_filters._conv_input_grad``."""
-    g = as_geometry(geometry)
-    dx = _empty(grad, *grad.shape[:2], g.in_h, g.in_w)
-    torch.ops.dynops.cpu_local_conv_input_grad(_last(grad), _filters(kernels), upsample, geometry, dx)
-    return dx
-
-
-def local_conv_kernel_grad(grad, x, geometry, upsample):
-    """See ``ops.channel_filters._conv_kernel_grad``."""
-    g = as_geometry(geometry)
-    out = _empty(grad, grad.shape[0], g.groups * g.taps, *grad.shape[2:])
-    torch.ops.dynops.cpu_local_conv_kernel_grad(_last(grad), _last(x), upsample, geometry, out)
     return out

@@ -1,6 +1,6 @@
-"""The C++ kernels of the channel ops: prepares memory for ``csrc/cpu/channels``.
+"""The C++ kernels of convolutions on live channels, and the copies of channels.
 
-Same signatures as the references in ``ops/channels.py``.
+Same signatures as the references in ``ops/channels/conv.py`` and ``ops/channels/rows.py``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from torch import Tensor
 
 from ... import backends
 from ...geometry import ConvGeometry, as_geometry
-from ..layout import memory_format_of
-from . import pixels as cpp
-from .pixels import _last
+from ..layout import contiguous, empty_map, memory_format_of
+from ..lists import Lists
+from .engine import (
+    ACTIVATIONS,
+    CHANNELS_LAST,
+    WINOGRAD_CHANNELS,
+    packed_weight,
+    setup_of,
+    takes_winograd,
+    winograd_weight,
+)
+from .rows import last
 
 if backends.has_binary():
     _cpu_conv = torch.ops.dynops.cpu_channel_conv.default
@@ -41,123 +50,78 @@ def _live(count: Tensor | None, channels: int) -> float:
     return channels if count is None else int(count.sum()) / max(count.numel(), 1)
 
 
-def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, in_count, out_count) -> bool:
-    """Whether a sample runs as Winograd's F(2x2, 3x3): on maps of 100 pixels and lists of some length."""
-    fits = heads == 1 and g.out_h * g.out_w >= 100 and cpp.takes_winograd(g, weight.shape, weight.dtype)
+def _takes_winograd(g: ConvGeometry, weight: Tensor, heads: int, lists: Lists) -> bool:
+    """True if a sample runs as Winograd's F(2x2, 3x3): on maps of 100 pixels and lists of some length."""
+    fits = heads == 1 and g.out_h * g.out_w >= 100 and takes_winograd(g, weight.shape, weight.dtype)
     return fits and all(  # counted last: it takes 4 us
-        _live(count, weight.shape[i]) >= cpp._WINOGRAD_CHANNELS
-        for i, count in ((1, in_count), (0, out_count))
+        _live(count, weight.shape[i]) >= WINOGRAD_CHANNELS
+        for i, count in ((1, lists.in_count), (0, lists.out_count))
     )
 
 
-def conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width):  # fmt: skip
-    """See ``ops.channels._conv``."""
+def _packed(weight: Tensor, g: ConvGeometry, heads: int, setup, winograd: bool, input_grad: bool) -> Tensor:
+    if winograd:
+        return winograd_weight(weight, input_grad)
+    return packed_weight(weight, g if heads == 1 else g._replace(groups=heads), setup, input_grad)
+
+
+def conv(
+    x, weight, bias, lists: Lists, geometry, heads, activation, scale, base, packed_in, out_width
+) -> Tensor:
+    """See ``ops.channels.conv._conv``."""
     g = as_geometry(geometry)
     outputs, channels = weight.shape[0], weight.shape[1] * g.groups
-    setup = cpp._setup(g, weight.shape, x.dtype, in_index is not None)
-    winograd = _takes_winograd(g, weight, heads, in_count, out_count)
-    headed = g if heads == 1 else g._replace(groups=heads)
-    packed = (
-        cpp._winograd_weight(weight, False) if winograd else cpp._packed_weight(weight, headed, setup, False)
-    )
-    shape = (g.batch, outputs if out_width < 0 else out_width, g.out_h, g.out_w)
-    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
-    _cpu_conv(
-        _last(x),
-        packed,
-        bias,
-        in_index,
-        in_count,
-        out_index,
-        out_count,
-        g,
-        channels,
-        outputs,
-        heads,
-        False,
-        cpp._ACTIVATIONS[activation],
-        None if scale is None else scale.to(torch.float32).contiguous(),
-        None if base is None else _last(base),
-        packed_in,
-        out_width >= 0,
-        setup.merged and not winograd,
-        False,
-        winograd,
-        out,
-    )
+    setup = setup_of(g, weight.shape, x.dtype, lists.in_index is not None)
+    winograd = _takes_winograd(g, weight, heads, lists)
+    packed = _packed(weight, g, heads, setup, winograd, False)
+    out = empty_map(x, (g.batch, outputs if out_width < 0 else out_width, g.out_h, g.out_w), CHANNELS_LAST)
+    base = None if base is None else last(base)
+    finish = ACTIVATIONS[activation], contiguous(scale, torch.float32), base
+    reads = packed_in, out_width >= 0, setup.merged and not winograd, False
+    _cpu_conv(last(x), packed, bias, *lists, g, channels, outputs, heads, False, *finish, *reads, winograd, out)  # fmt: skip
     return out
 
 
-def conv_input_grad(
-    grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out
-):
-    """See ``ops.channels._conv_input_grad``."""
+def conv_input_grad(grad, weight, lists: Lists, geometry, heads, in_width, packed_out) -> Tensor:
+    """See ``ops.channels.conv._conv_input_grad``."""
     g = as_geometry(geometry)
     if heads > 1 and grad.dtype != torch.float32:  # heads are summed: in float32
-        arguments = (in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out)
-        return conv_input_grad(grad.float(), weight.float(), *arguments).to(grad.dtype)
+        wide = grad.float(), weight.float()
+        return conv_input_grad(*wide, lists, geometry, heads, in_width, packed_out).to(grad.dtype)
     outputs, channels = weight.shape[0], weight.shape[1] * g.groups
-    setup = cpp._setup(g, weight.shape, grad.dtype, True)
+    setup = setup_of(g, weight.shape, grad.dtype, True)
     back, turned = _backward_geometry(g)
-    winograd = _takes_winograd(back, weight, heads, in_count, out_count)
-    headed = g if heads == 1 else g._replace(groups=heads)
-    packed = (
-        cpp._winograd_weight(weight, True) if winograd else cpp._packed_weight(weight, headed, setup, True)
-    )
-    shape = (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
-    dx = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last, device="cpu")
-    _cpu_conv(
-        _last(grad),
-        packed,
-        None,
-        out_index,
-        out_count,
-        in_index,
-        in_count,
-        back,
-        outputs,
-        channels,
-        heads,
-        True,
-        0,
-        None,
-        None,
-        packed_out,
-        in_width >= 0,
-        False,
-        turned and not winograd,
-        winograd,
-        dx,
-    )
+    winograd = _takes_winograd(back, weight, heads, lists)
+    packed = _packed(weight, g, heads, setup, winograd, True)
+    dx = empty_map(grad, (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w), CHANNELS_LAST)
+    finish = ACTIVATIONS[""], None, None
+    reads = packed_out, in_width >= 0, False, turned and not winograd
+    _cpu_conv(last(grad), packed, None, *lists.outs, *lists.ins, back, outputs, channels, heads, True, *finish, *reads, winograd, dx)  # fmt: skip
     return dx
 
 
-def conv_weight_grad(
-    grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias
-):  # fmt: skip
-    """See ``ops.channels._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
+def conv_weight_grad(grad, x, lists: Lists, weight_shape, geometry, heads, packed_in, packed_out, bias):
+    """See ``ops.channels.conv._conv_weight_grad``. Accumulates in float32, whatever the dtype."""
     dw = grad.new_empty(weight_shape)
     db = grad.new_empty(weight_shape[0] if bias else 0)
-    lists = (in_index, in_count, out_index, out_count)
     g = as_geometry(geometry)
-    _cpu_weight_grad(_last(grad), _last(x), *lists, g, heads, packed_in, packed_out, dw, db if bias else None)
+    _cpu_weight_grad(last(grad), last(x), *lists, g, heads, packed_in, packed_out, dw, db if bias else None)
     return dw, db
 
 
 def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
-    """See ``ops.channels._gather``."""
+    """See ``ops.channels.rows._gather``."""
     layout = memory_format_of(x)
-    out = torch.empty((x.shape[0], width, *x.shape[2:]), dtype=x.dtype, memory_format=layout, device="cpu")
-    _cpu_gather(x.contiguous(memory_format=layout), index, count, layout == torch.channels_last, out)
+    out = empty_map(x, (x.shape[0], width, *x.shape[2:]), layout)
+    _cpu_gather(x.contiguous(memory_format=layout), index, count, layout == CHANNELS_LAST, out)
     return out
 
 
 def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: Tensor | None) -> Tensor:
-    """See ``ops.channels._scatter``."""
+    """See ``ops.channels.rows._scatter``."""
     layout = memory_format_of(packed)
-    shape = (packed.shape[0], channels, *packed.shape[2:])
-    out = torch.empty(shape, dtype=packed.dtype, memory_format=layout, device="cpu")
+    out = empty_map(packed, (packed.shape[0], channels, *packed.shape[2:]), layout)
     base = None if base is None else base.contiguous(memory_format=layout)
     packed = packed.contiguous(memory_format=layout)
-    _cpu_scatter(packed, index, count, base, layout == torch.channels_last, out)
+    _cpu_scatter(packed, index, count, base, layout == CHANNELS_LAST, out)
     return out

@@ -1,7 +1,4 @@
-"""The C++ kernels of experts: prepares memory for ``csrc/cpu/experts``.
-
-Same signatures as the references in ``ops/experts.py``, ``ops/expert_activations.py`` and ``ops/expert_rows.py``.
-"""
+"""The C++ kernels of experts. Same signatures as the references in ``ops/experts``."""
 
 from __future__ import annotations
 
@@ -9,69 +6,12 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .pixels import _ACTIVATIONS, _bf16_dot
+from ..layout import contiguous
+from .engine import ACTIVATIONS, bf16_dot
 
 if backends.has_binary():
     _cpu_grouped_linear = torch.ops.dynops.cpu_grouped_linear.default
     _cpu_experts_mlp = torch.ops.dynops.cpu_experts_mlp.default
-
-_GATED = _ACTIVATIONS | {"clamped_swiglu": len(_ACTIVATIONS)}  # csrc/cpu/engine/engine.h: Activation
-
-# ------------------------------------------------------------------------------------ products
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows as the kernels multiply them: bfloat16 where there is an instruction for its pairs, else float32."""
-    dot = x.dtype == torch.bfloat16 and _bf16_dot()
-    return x.contiguous() if dot else x.to(torch.float32).contiguous()
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """Contiguous along the last dimension; slices and views of the others stay where they are."""
-    return weight if weight.stride(2) == 1 else weight.contiguous()
-
-
-def _optional(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if t is None else t.to(dtype or t.dtype).contiguous()
-
-
-def linear(x, weight, scale, bias, row_weight, order, offsets, position, packed_in, packed_out, transposed, activation):  # fmt: skip
-    """See ``ops.experts._linear``. Accumulates in float32, whatever the dtype."""
-    outputs = weight.shape[2] if transposed else weight.shape[1]
-    rows = order.shape[0] if packed_out else position.shape[0]
-    out = torch.empty(rows, outputs, dtype=x.dtype if packed_out else torch.float32, device="cpu")
-    tensors = (
-        _rows(x),
-        _matrix(weight),
-        _optional(scale),
-        _optional(bias),
-        _optional(row_weight, torch.float32),
-    )
-    options = packed_in, packed_out, transposed, _ACTIVATIONS[activation]
-    _cpu_grouped_linear(*tensors, order, offsets, position, *options, out)
-    return out.to(x.dtype)
-
-
-def mlp(
-    x, up, down, up_scale, down_scale, up_bias, down_bias, row_weight, order, offsets, position,
-    activation, gated, interleaved, up_transposed, down_transposed, alpha, limit,
-):  # fmt: skip
-    """See ``ops.experts._mlp``. Accumulates in float32, whatever the dtype."""
-    rows = _rows(x)
-    inner = down.shape[1] if down_transposed else down.shape[2]
-    h = torch.empty(order.shape[0], inner, dtype=rows.dtype, device="cpu")
-    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    extras = (up_scale, down_scale, up_bias, down_bias)
-    tensors = rows, _matrix(up), _matrix(down), *map(_optional, extras), _optional(row_weight, torch.float32)
-    options = _GATED[activation], gated, interleaved
-    layout = up_transposed, down_transposed, alpha, limit
-    _cpu_experts_mlp(*tensors, order, offsets, position, *options, *layout, h, out)
-    return out.to(x.dtype)
-
-
-# -------------------------------------------------------------- gradients of weights, rows, activations
-
-if backends.has_binary():
     _cpu_weight_grad = torch.ops.dynops.cpu_expert_weight_grad.default
     _cpu_activation = torch.ops.dynops.cpu_expert_activation.default
     _cpu_activation_grad = torch.ops.dynops.cpu_expert_activation_grad.default
@@ -80,46 +20,91 @@ if backends.has_binary():
     _cpu_dots = torch.ops.dynops.cpu_pair_dots.default
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Rows as the kernels multiply them: bfloat16 where there is an instruction for its pairs, else float32."""
+    dot = x.dtype == torch.bfloat16 and bf16_dot()
+    return x.contiguous() if dot else x.to(torch.float32).contiguous()
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Contiguous along the last dimension; slices and views of the others stay where they are."""
+    return weight if weight.stride(2) == 1 else weight.contiguous()
+
+
+def linear(x, weight, scale, bias, row_weight, order, offsets, position, packed_in, packed_out, transposed, activation):  # fmt: skip
+    """See ``ops.experts.linear._linear``. Accumulates in float32, whatever the dtype."""
+    outputs = weight.shape[2] if transposed else weight.shape[1]
+    rows = order.shape[0] if packed_out else position.shape[0]
+    out = torch.empty(rows, outputs, dtype=x.dtype if packed_out else torch.float32, device="cpu")
+    extras = contiguous(scale), contiguous(bias), contiguous(row_weight, torch.float32)
+    options = packed_in, packed_out, transposed, ACTIVATIONS[activation]
+    _cpu_grouped_linear(_rows(x), _matrix(weight), *extras, order, offsets, position, *options, out)
+    return out.to(x.dtype)
+
+
+def mlp(
+    x, up, down, up_scale, down_scale, up_bias, down_bias, row_weight, order, offsets, position,
+    activation, gated, interleaved, up_transposed, down_transposed, alpha, limit,
+):  # fmt: skip
+    """See ``ops.experts.mlp._mlp``. Accumulates in float32, whatever the dtype."""
+    rows = _rows(x)
+    inner = down.shape[1] if down_transposed else down.shape[2]
+    h = torch.empty(order.shape[0], inner, dtype=rows.dtype, device="cpu")
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    extras = (up_scale, down_scale, up_bias, down_bias)
+    tensors = (
+        rows,
+        _matrix(up),
+        _matrix(down),
+        *map(contiguous, extras),
+        contiguous(row_weight, torch.float32),
+    )
+    options = ACTIVATIONS[activation], gated, interleaved
+    layout = up_transposed, down_transposed, alpha, limit
+    _cpu_experts_mlp(*tensors, order, offsets, position, *options, *layout, h, out)
+    return out.to(x.dtype)
+
+
 def weight_grad(grad, x, row_weight, order, offsets, position, packed_grad, packed_x, transposed, bias):
-    """See ``ops.experts._weight_grad``. Accumulates in float32, whatever the dtype."""
+    """See ``ops.experts.linear._weight_grad``. Accumulates in float32, whatever the dtype."""
     experts, outputs, inputs = offsets.shape[0] - 1, grad.shape[1], x.shape[1]
     dw = grad.new_empty(experts, *((inputs, outputs) if transposed else (outputs, inputs)))
     db = grad.new_empty((experts, outputs) if bias else (0,))
-    rows = grad.contiguous(), x.contiguous(), _optional(row_weight, torch.float32)
+    rows = grad.contiguous(), x.contiguous(), contiguous(row_weight, torch.float32)
     _cpu_weight_grad(*rows, order, offsets, position, packed_grad, packed_x, transposed, dw, db if bias else None)  # fmt: skip
     return dw, db
 
 
 def activation(z, name, gated, interleaved, alpha, limit) -> Tensor:
-    """See ``ops.expert_activations._activation``. Computes in float32, whatever the dtype."""
+    """See ``ops.experts.activations._activation``. Computes in float32, whatever the dtype."""
     h = z.new_empty(z.shape[0], z.shape[1] // 2 if gated else z.shape[1])
-    _cpu_activation(z.contiguous(), _GATED[name], gated, interleaved, alpha, limit, h)
+    _cpu_activation(z.contiguous(), ACTIVATIONS[name], gated, interleaved, alpha, limit, h)
     return h
 
 
 def activation_grad(grad, z, name, gated, interleaved, alpha, limit) -> Tensor:
-    """See ``ops.expert_activations._activation_grad``. Computes in float32, whatever the dtype."""
+    """See ``ops.experts.activations._activation_grad``. Computes in float32, whatever the dtype."""
     dz = z.new_empty(z.shape)
-    _cpu_activation_grad(grad.contiguous(), z.contiguous(), _GATED[name], gated, interleaved, alpha, limit, dz)  # fmt: skip
+    _cpu_activation_grad(grad.contiguous(), z.contiguous(), ACTIVATIONS[name], gated, interleaved, alpha, limit, dz)  # fmt: skip
     return dz
 
 
 def gather(x, weight, order, offsets, position) -> Tensor:
-    """See ``ops.expert_rows._gather``."""
+    """See ``ops.experts.rows._gather``."""
     rows = x.new_empty(order.shape[0], x.shape[1])
-    _cpu_gather(x.contiguous(), _optional(weight, torch.float32), order, offsets, position, rows)
+    _cpu_gather(x.contiguous(), contiguous(weight, torch.float32), order, offsets, position, rows)
     return rows
 
 
 def combine(rows, weight, order, offsets, position) -> Tensor:
-    """See ``ops.expert_rows._combine``. Accumulates in float32, whatever the dtype."""
+    """See ``ops.experts.rows._combine``. Accumulates in float32, whatever the dtype."""
     out = rows.new_empty(position.shape[0], rows.shape[1])
-    _cpu_combine(rows.contiguous(), _optional(weight, torch.float32), order, offsets, position, out)
+    _cpu_combine(rows.contiguous(), contiguous(weight, torch.float32), order, offsets, position, out)
     return out
 
 
 def dots(x, rows, packed, order, offsets, position) -> Tensor:
-    """See ``ops.expert_rows._dots``."""
+    """See ``ops.experts.rows._dots``."""
     out = rows.new_empty(position.shape, dtype=torch.float32)
     _cpu_dots(x.contiguous(), rows.contiguous(), packed, order, offsets, position, out)
     return out

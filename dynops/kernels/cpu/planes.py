@@ -1,7 +1,7 @@
-"""The C++ kernels for maps that do not lie channels_last: NCHW, and strided views of either format.
+"""Convolutions of maps that do not lie channels_last: NCHW, and strided views of either format.
 
-Few pixels are read and written where they lie (``csrc/cpu/pixels/planes.cpp``). Between, a convolution runs on packed rows,
-or, where few channels meet in a product, on the planes themselves (``csrc/cpu/pixels/planes_conv.cpp``).
+The pixels that a convolution reads become packed rows. Where few channels meet in a product it runs on the planes
+themselves (``csrc/cpu/pixels/planes_conv.cpp``).
 """
 
 from __future__ import annotations
@@ -13,60 +13,25 @@ from torch import Tensor
 
 from ... import backends
 from ...geometry import ConvGeometry
-from ..layout import memory_format_of
+from ..epilogue import Epilogue
+from ..layout import empty_map, memory_format_of
+from .engine import ACTIVATIONS
+from .rows import channels_last, gather, nchw, planes, scatter
 
 if backends.has_binary():
-    _gather = torch.ops.dynops.cpu_gather_planes.default
-    _scatter = torch.ops.dynops.cpu_scatter_planes.default
     _planes_conv = torch.ops.dynops.cpu_planes_conv.default
     _mask_to_index = torch.ops.dynops.mask_to_index.default
 
 # Up to this many channels on either side of a group, and in depthwise layers, a convolution may run on planes.
 _THIN = 4
-# What rows cost beside their products, in products (two cores make 150 a ns): an element of the input and one of the
-# output to bring, the table of an input pixel, the calls (15 us). A product itself costs 1.6 times that of planes where
-# an input is thin. 3 to 64 channels, 7x7, stride 2, 224 x 224: rows 0.53 ms at 10 % (planes 0.82), 1.10 at 50 % (0.95).
+# The cost of rows beside their products, in products (two cores make 150 a ns): an element of the input and one of the
+# output to bring, the table of an input pixel, the calls (15 us). A product costs 1.6 times that of planes where an
+# input is thin. 3 to 64 channels, 7x7, stride 2, 224 x 224: rows 0.53 ms at 10 % (planes 0.82), 1.10 at 50 % (0.95).
 _GATHER, _SCATTER, _PIXEL, _CALLS, _PRODUCT = 12, 13, 300, 2e6, 1.6
 _LANES = 16  # pixels that planes compute together
-# Pixels that a convolution reads are gathered one by one up to this share of a map; from there on all of them are, which
-# goes by squares of 16 x 16 registers and needs no table of rows.
+# Up to this share of a map the pixels that a convolution reads are gathered one by one. From there on all of them are,
+# in squares of 16 x 16 registers, without a table of rows.
 _FEW = 0.5
-
-
-def gather(x: Tensor, index: Tensor | None, count: Tensor | None) -> Tensor:
-    """``[N, C, H, W]`` of any strides to rows ``[P, C]``; without an index those of all pixels."""
-    rows = x.shape[0] * x.shape[2] * x.shape[3] if index is None else index.shape[0]
-    out = torch.empty((rows, x.shape[1]), dtype=x.dtype, device="cpu")
-    _gather(x, index, count, out)
-    return out
-
-
-def scatter(
-    rows: Tensor, index: Tensor | None, count: Tensor | None, shape: tuple, base: Tensor | None
-) -> Tensor:
-    """Rows ``[P, C]`` to NCHW ``[N, C, H, W]`` for ``shape`` ``(N, H, W)``; elsewhere ``base``, or zero."""
-    out = torch.empty((shape[0], rows.shape[1], shape[1], shape[2]), dtype=rows.dtype, device="cpu")
-    _scatter(rows.contiguous(), index, count, None if base is None else nchw(base), out)
-    return out
-
-
-def nchw(x: Tensor) -> Tensor:
-    """A map in NCHW."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return planes(x)
-    return x.contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """A copy of a map in channels_last."""
-    n, c, h, w = x.shape
-    return gather(x, None, None).view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def planes(x: Tensor) -> Tensor:
-    """A channels_last map in NCHW."""
-    n, c, h, w = x.shape
-    return scatter(x.permute(0, 2, 3, 1).reshape(-1, c), None, None, (n, h, w), None)
 
 
 def active_rows(index: Tensor, count: Tensor | None) -> int:
@@ -108,14 +73,14 @@ def _input_rows(x: Tensor, index, count, g: ConvGeometry, derived) -> tuple:
 
 
 def is_planes(x: Tensor, out_pixels: int) -> bool:
-    """Whether a map does not lie as rows of channels, and what comes of it is NCHW (one pixel is both)."""
+    """True if a map does not lie as rows of channels and its output is NCHW (one pixel is both)."""
     if memory_format_of(x) != torch.contiguous_format:
         return False
     return out_pixels != 1 or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def may_take_planes(weight_shape: torch.Size, g: ConvGeometry) -> bool:
-    """Whether a convolution of this shape can run on planes: depthwise, or few channels on one side.
+    """True if a convolution of this shape can run on planes: depthwise, or few channels on one side.
 
     All of it is faster so than in the dense layer, which brings NCHW into an order of its own and back: depthwise 128
     channels, 56 x 56, 0.17 ms instead of 0.23; 256 channels to one 0.08 instead of 0.3; 2 to 16, 3x3, 0.10 instead of
@@ -126,7 +91,7 @@ def may_take_planes(weight_shape: torch.Size, g: ConvGeometry) -> bool:
 
 
 def _planes_win(active: int, weight_shape: torch.Size, g: ConvGeometry) -> bool:
-    """Whether planes compute ``active`` scattered pixels faster than rows do."""
+    """True if planes compute ``active`` scattered pixels faster than rows do."""
     pixels, in_pixels = g.batch * g.out_h * g.out_w, g.batch * g.in_h * g.in_w
     outputs, products = weight_shape[0], weight_shape[1] * g.taps
     computed = pixels * (1 - (1 - active / pixels) ** _LANES)
@@ -140,59 +105,55 @@ def conv(
     run: Callable,
     x: Tensor,
     weight: Tensor,
-    bias,
+    bias: Tensor | None,
     index: Tensor,
     count: Tensor | None,
     g: ConvGeometry,
-    activation: str,
-    scale,
-    shift,
-    gate,
-    residual,
-    base,
-    rows: bool,
+    epilogue: Epilogue,
+    base: Tensor | None,
+    to_rows: bool,
     derived: Callable | None,
-    code: int,
 ) -> Tensor:
-    """As ``cpp.conv`` for a map that is not channels_last; the output is NCHW, or rows.
+    """``pixels.conv`` of a map that is not channels_last; the output is NCHW, or rows.
 
     Args:
-        run: ``cpp.conv`` itself, for rows and channels_last maps.
-        code: the activation's number.
+        run: ``pixels.conv`` itself, for rows and channels_last maps.
     """
     outputs = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     active = active_rows(index, count)
     if active == 0:
-        if rows:
+        if to_rows:
             return x.new_zeros((index.shape[0], outputs))
         shape = (g.batch, outputs, g.out_h, g.out_w)
         return x.new_zeros(shape) if base is None else base.clone(memory_format=torch.contiguous_format)
-    bare = not rows and gate is None and residual is None
+    activation, scale, shift, gate, residual = epilogue
+    bare = not to_rows and gate is None and residual is None
     if bare and may_take_planes(weight.shape, g) and _planes_win(active, weight.shape, g):
-        out = torch.empty((g.batch, outputs, g.out_h, g.out_w), dtype=x.dtype, device="cpu")
-        base = None if base is None else nchw(base)
-        _planes_conv(x, weight.to(x.dtype).contiguous(), bias, index, count, g, code, scale, shift, base, out)
+        out = empty_map(x, (g.batch, outputs, g.out_h, g.out_w), torch.contiguous_format)
+        finish = ACTIVATIONS[activation], scale, shift, None if base is None else nchw(base)
+        _planes_conv(x, weight.to(x.dtype).contiguous(), bias, index, count, g, *finish, out)
         return out
     if residual is not None and residual.dim() == 4:
-        residual = gather(residual, index, count)
-    if rows:
+        epilogue = epilogue._replace(residual=gather(residual, index, count))
+    if to_rows:
         x, own, source, geometry = _input_rows(x, index, count, g, derived)
-        return run(x, weight, bias, own, count, source, geometry, activation, scale, shift, gate, residual, None, True, derived if own is index else None)  # fmt: skip
+        derived = derived if own is index else None
+        return run(x, weight, bias, own, count, source, geometry, epilogue, None, True, derived)
     if g.is_pointwise:
         source = torch.ops.dynops.inverse_index.default(index, count, g.in_shape)
         x = gather(x, index, count)
     else:
         x, _, source, _ = _input_rows(x, index, count, g, derived)
-    return run(x, weight, bias, index, count, source, g, activation, scale, shift, gate, residual, base, False, derived, True)  # fmt: skip
+    return run(x, weight, bias, index, count, source, g, epilogue, base, False, derived, True)
 
 
 def input_grad(
     run: Callable, grad: Tensor, weight: Tensor, index, count, g: ConvGeometry, wide: bool
 ) -> Tensor:
-    """As ``cpp.conv_input_grad`` for a gradient that is not channels_last; NCHW.
+    """``pixels.conv_input_grad`` of a gradient that is not channels_last; NCHW.
 
     Args:
-        run: ``cpp.conv_input_grad`` itself, for packed rows.
+        run: ``pixels.conv_input_grad`` itself, for packed rows.
         wide: whether all of the input's gradient is the faster to compute, as Winograd's is.
     """
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
@@ -212,7 +173,7 @@ def input_grad(
 
 
 def weight_grad_inputs(grad: Tensor, x: Tensor, index, count, source, g: ConvGeometry, rows: bool) -> tuple:
-    """``(grad, x, index, count, source, geometry)`` of the same weight gradient without a map that is not channels_last."""
+    """``(grad, x, index, count, source, geometry)`` of the same weight gradient, where every map is channels_last."""
     if not rows and not grad.is_contiguous(memory_format=torch.channels_last):
         grad = gather(grad, index, count)
     if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):

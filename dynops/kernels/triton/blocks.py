@@ -5,8 +5,8 @@ the count on the host, and nothing uses atomics: every result is bitwise reprodu
 
 A program owns a run of the output in both directions, so that each byte is written once. A gather finds
 the pixel of each of its elements. A scatter finds the tiles over each of its pixels through the inverse of
-the index, ``[N, GH, GW]``: it needs no output filled with the base beforehand, half of which would be
-written twice at 50 % density, and it can sum in registers, in float32 and in the order of the plan.
+the index, ``[N, GH, GW]``. It needs no output filled with the base beforehand, half of which would be
+written twice at 50 % density. It sums in registers, in float32 and in the order of the plan.
 
 A line of a map is contiguous in both memory formats: ``W`` pixels of ``C`` elements in channels_last, one
 plane an image; ``W`` elements in NCHW, ``C`` planes. The kernels take lines in units, the largest vectors
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import BlockGeometry, as_block_geometry
-from ..layout import memory_format_of
+from ..layout import empty_map, memory_format_of
 from . import gemm
 from .rows import words
 
@@ -114,10 +114,10 @@ def scatter_tiles_kernel(
 # ----------------------------------------------------------------------------------- launchers
 
 
-def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry: list[int]) -> Tensor:
-    """``[N, C, H, W]`` to ``[B, C, th, tw]`` in the memory format of ``x``; tiles past the count are zero."""
+def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Tensor:
+    """See ``ops.blocks._gather_tiles``."""
     g, layout = as_block_geometry(geometry), memory_format_of(x)
-    out = _empty(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w), layout)
+    out = empty_map(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w), layout)
     if out.numel() == 0:
         return out
     if x.numel() == 0:  # every index is -1
@@ -130,16 +130,11 @@ def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry: list[
 
 
 def scatter_tiles(
-    tiles: Tensor,  # [B, C, th, tw]
-    index: Tensor,
-    count: Tensor | None,
-    geometry: list[int],
-    base: Tensor | None,  # [N, C, H, W]
-    add: bool,
+    tiles: Tensor, index: Tensor, count: Tensor | None, geometry, base: Tensor | None, add: bool
 ) -> Tensor:
-    """``[N, C, H, W]`` in the memory format of ``tiles``. Sums are float32."""
+    """See ``ops.blocks._scatter_tiles``."""
     g, layout = as_block_geometry(geometry), memory_format_of(tiles)
-    out = _empty(tiles, (g.batch, tiles.shape[1], g.height, g.width), layout)
+    out = empty_map(tiles, (g.batch, tiles.shape[1], g.height, g.width), layout)
     if out.numel() == 0:
         return out
     inverse = torch.ops.dynops.inverse_index(index, count, list(g.grid))
@@ -172,7 +167,7 @@ def in_units(g: BlockGeometry, elements: int, size: int) -> tuple[BlockGeometry,
 
 
 def _arguments(x: Tensor, tiles: Tensor, g: BlockGeometry, layout, out: Tensor) -> tuple[dict, tuple[int]]:
-    """What both kernels take of a map, its tiles and which of the two is the output; and the grid."""
+    """The arguments and the grid of both kernels for a map and its tiles; ``out`` is one of the two."""
     last = layout == torch.channels_last
     units, unit = in_units(g, x.shape[1] if last else 1, x.element_size())
     sizes = {name: getattr(units, name) for name in _SIZES[2:]}
@@ -193,7 +188,3 @@ def _reach(g: BlockGeometry) -> int:
 def _most_over(tile: int, step: int, grid: int) -> int:
     """The most tiles of one axis that lie over a coordinate."""
     return min(triton.cdiv(tile, step), max(grid, 1))
-
-
-def _empty(like: Tensor, shape: tuple[int, int, int, int], layout: torch.memory_format) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)

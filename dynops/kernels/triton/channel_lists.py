@@ -1,4 +1,4 @@
-"""Lists of channels in Triton: walking through them, and moving channels by them (gather, scatter, pack).
+"""Side of channels in Triton: walking through them, and moving channels by them (gather, scatter, pack).
 
 Nothing here reads a count on the host: grids cover the longest list that there may be, and a program past
 the count has nothing to do but to write zeros, or ``base``.
@@ -6,7 +6,7 @@ the count has nothing to do but to write zeros, or ``base``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from ..layout import memory_format_of
+from ..layout import empty_map, memory_format_of
+from ..lists import Lists
 from . import gemm, tiling
 from .gemm import rank
 from .rows import words
@@ -23,7 +24,7 @@ PAD = 16  # channels of a compact tensor's group are a multiple: loads are vecto
 
 
 @dataclass(frozen=True)
-class Lists:
+class Side:
     """The live channels of one side of a convolution, ``groups`` parts of ``size`` channels for each sample.
 
     Attributes:
@@ -43,7 +44,7 @@ class Lists:
 
     @property
     def per_sample(self) -> int:
-        """Lists of a sample; 0 where all samples share them."""
+        """Side of a sample; 0 where all samples share them."""
         lists = self.groups if self.heads else 1
         return lists if self.index is not None and self.index.shape[0] == self.batch * lists else 0
 
@@ -51,6 +52,11 @@ class Lists:
     def capacity(self) -> int:
         """The most live channels that a group may have."""
         return self.size if self.index is None else min(self.size, self.index.shape[1])
+
+    @property
+    def whole(self) -> Side:
+        """The same channels as one group."""
+        return replace(self, groups=1, size=self.groups * self.size)
 
     def arguments(self, side: str) -> dict:
         """The kernels' arguments for the lists of "in" or "out"; ``_lists`` steps from job to job."""
@@ -63,12 +69,12 @@ class Lists:
 
 
 def sides(
-    weight_shape, in_index, in_count, out_index, out_count, g: ConvGeometry, heads: int, packed_in: bool, packed_out: bool
-) -> tuple[Lists, Lists]:  # fmt: skip
-    """The lists of a convolution's inputs and outputs. Heads are groups whose inputs are the same channels."""
+    weight_shape, lists: Lists, g: ConvGeometry, heads: int, packed_in: bool, packed_out: bool
+) -> tuple[Side, Side]:
+    """The inputs and the outputs of a convolution. Heads are groups whose inputs are the same channels."""
     groups = max(heads, g.groups)
-    ins = Lists(in_index, in_count, g.batch, groups, weight_shape[1], heads > 1, packed_in)
-    return ins, Lists(out_index, out_count, g.batch, groups, weight_shape[0] // groups, False, packed_out)
+    ins = Side(*lists.ins, g.batch, groups, weight_shape[1], heads > 1, packed_in)
+    return ins, Side(*lists.outs, g.batch, groups, weight_shape[0] // groups, False, packed_out)
 
 
 def choose(
@@ -258,19 +264,19 @@ def slots_kernel(
 
 
 def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
-    """``[N, C, H, W]`` to ``[N, width, H, W]`` in the memory format of ``x``; zero past a list's end."""
+    """See ``ops.channels.rows._gather``."""
     layout = memory_format_of(x)
-    out = torch.empty((x.shape[0], width, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    out = empty_map(x, (x.shape[0], width, *x.shape[2:]), layout)
     if out.numel() == 0:
         return out
     if x.numel() == 0 or index.shape[1] == 0:  # no list has an entry
         return out.zero_()
-    lists = Lists(index, count, x.shape[0], 1, x.shape[1])
+    lists = Side(index, count, x.shape[0], 1, x.shape[1])
     _launch_gather(x.contiguous(memory_format=layout), out, lists, width, 0, _strides(out, layout), layout)
     return out
 
 
-def compact(x: Tensor, lists: Lists) -> Tensor:
+def compact(x: Tensor, lists: Side) -> Tensor:
     """The live channels as rows ``[N * H * W, groups * part]``, a group's part a multiple of 16 wide.
 
     Zero from a list's end to the next multiple of 16; nothing else is written.
@@ -288,7 +294,7 @@ def padded(channels: int) -> int:
     return triton.cdiv(channels, PAD) * PAD
 
 
-def _launch_gather(x: Tensor, out: Tensor, lists: Lists, width: int, part: int, strides, layout) -> None:
+def _launch_gather(x: Tensor, out: Tensor, lists: Side, width: int, part: int, strides, layout) -> None:
     rows, tile = x.shape[2] * x.shape[3], _tile(width, layout)
     grid = (x.shape[0] * triton.cdiv(rows, tile["M"]), triton.cdiv(width, tile["N"]), lists.groups)
     with gemm.on_device(x):
@@ -300,16 +306,16 @@ def _launch_gather(x: Tensor, out: Tensor, lists: Lists, width: int, part: int, 
 
 
 def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: Tensor | None) -> Tensor:
-    """``[N, width, H, W]`` to ``[N, channels, H, W]`` in its memory format; elsewhere ``base``, or zero."""
+    """See ``ops.channels.rows._scatter``."""
     layout, (n, _, h, w) = memory_format_of(packed), packed.shape
-    out = torch.empty((n, channels, h, w), dtype=packed.dtype, device=packed.device, memory_format=layout)
+    out = empty_map(packed, (n, channels, h, w), layout)
     if out.numel() == 0:
         return out
     if packed.numel() == 0 or index.shape[1] == 0:  # no list has an entry
         return out.zero_() if base is None else out.copy_(base)
     packed = packed.contiguous(memory_format=layout)
     base = None if base is None else words(base.contiguous(memory_format=layout))
-    lists, tile = Lists(index, count, n, 1, channels).arguments("in"), _tile(channels, layout)
+    lists, tile = Side(index, count, n, 1, channels).arguments("in"), _tile(channels, layout)
     del lists["IN_PARTS"]
     grid = (n * triton.cdiv(h * w, tile["M"]), triton.cdiv(channels, tile["N"]))
     with gemm.on_device(packed):
@@ -321,7 +327,7 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
     return out
 
 
-def pack_weight(w: Tensor, ins: Lists, outs: Lists, jobs: int) -> Tensor:
+def pack_weight(w: Tensor, ins: Side, outs: Side, jobs: int) -> Tensor:
     """The live part of ``w`` [O, taps, C/groups] for each job: ``[jobs, groups, out part, taps, in part]``."""
     parts = padded(ins.capacity), padded(outs.capacity)
     packed = torch.empty((jobs, ins.groups, parts[1], w.shape[1], parts[0]), dtype=w.dtype, device=w.device)
@@ -335,7 +341,7 @@ def pack_weight(w: Tensor, ins: Lists, outs: Lists, jobs: int) -> Tensor:
     return packed
 
 
-def slots(lists: Lists) -> Tensor | None:
+def slots(lists: Side) -> Tensor | None:
     """int32 ``[lists of the plan, groups, size]`` (heads: ``[lists of the plan, size]``): where in its group's
     part of the list a channel is, or -1; None where all channels are live."""
     index = lists.index

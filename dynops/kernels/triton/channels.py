@@ -1,6 +1,6 @@
 """Convolution on the live channels of each sample in Triton: ``conv`` and ``conv_input_grad``.
 
-``conv_weight_grad`` is in ``channels_weight.py``, ``gather`` and ``scatter`` in ``channel_lists.py``. The
+``conv_weight_grad`` is in ``channels_weight_grad.py``, ``gather`` and ``scatter`` in ``channel_lists.py``. The
 signatures and the meaning are those of the reference in ``dynops/ops/channels/conv.py``. Nothing here reads a
 count on the host, and nothing uses atomics: every result is bitwise reproducible.
 
@@ -10,9 +10,9 @@ live input channels), accumulates in float32, applies the epilogue in registers 
 channel. A tile past the live ones computes nothing and writes zeros, or ``base``: every element of the output
 is written once. Samples that share their lists are one job.
 
-Single channels, taken through a list, are loads of 2 or 4 bytes. So what is read often is compacted first,
-and is then read in vectors: the input where the kernel has several taps, and the weight, into a copy for
-each job, where these copies take no more than twice the memory of the maps. (A rule of thumb, not measured.)
+Single channels, taken through a list, are loads of 2 or 4 bytes. Tensors that are read often are compacted
+first and then read in vectors: the input where the kernel has several taps, and the weight. It gets a copy for
+each job, if these take no more than twice the memory of the maps (a rule of thumb, not measured).
 
 **Input gradient.** The same kernel on the adjoint geometry, with the lists and the roles of the weight
 exchanged. Each head has an input gradient of its own, and these are summed.
@@ -22,16 +22,17 @@ Groups narrower than 16 channels (depthwise above all) use a kernel without a ma
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..layout import contiguous, empty_map
+from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Lists, all_channels, choose, gather, list_part, listed, scatter, sides
-from .channels_weight import conv_weight_grad
+from .channel_lists import Side, all_channels, choose, gather, list_part, listed, scatter, sides
+from .channels_weight_grad import conv_weight_grad
 from .gemm import finish, source_row
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather", "scatter"]
@@ -159,7 +160,7 @@ def direct_conv_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED_IN: tl.constexpr,
     PACKED_OUT: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As conv_kernel without a matrix product, for narrow groups; a tile spans groups.
+    """conv_kernel without a matrix product, for narrow groups; a tile spans groups.
 
     ``in_slots``, ``out_slots``: where in a list a channel is, or -1. What is packed and past the end of a list
     is not written.
@@ -220,28 +221,13 @@ def direct_conv_kernel(
 
 
 def conv(
-    x: Tensor,  # [N, C, H, W]; packed_in: [N, width, H, W]
-    weight: Tensor,  # [O, C/groups, kh, kw]
-    bias: Tensor | None,  # [O]
-    in_index: Tensor | None,  # [N * heads, L] or [heads, L]; None: all channels
-    in_count: Tensor | None,
-    out_index: Tensor | None,  # [N, M] or [1, M]
-    out_count: Tensor | None,
-    geometry: list[int],
-    heads: int,
-    activation: str,
-    scale: Tensor | None,  # [N, O]
-    base: Tensor | None,  # [N, O, out_h, out_w]
-    packed_in: bool,
-    out_width: int,  # channels of a packed result, or -1 for a dense one
-) -> Tensor:  # [N, O, out_h, out_w] or [N, out_width, out_h, out_w]
-    """The convolution on the live channels of each sample, with its epilogue."""
+    x, weight, bias, lists: Lists, geometry, heads: int, activation: str, scale, base, packed_in: bool, out_width: int
+) -> Tensor:  # fmt: skip
+    """See ``ops.channels.conv._conv``."""
     g = ConvGeometry(*geometry)
-    ins, outs = sides(
-        weight.shape, in_index, in_count, out_index, out_count, g, heads, packed_in, out_width >= 0
-    )
+    ins, outs = sides(weight.shape, lists, g, heads, packed_in, out_width >= 0)
     channels = weight.shape[0] if out_width < 0 else out_width
-    out = gemm.empty_map(x, g.batch, channels, g.out_h, g.out_w)
+    out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
     if out_width > weight.shape[0]:  # a list padded past all channels: no program covers what is past them
         out.zero_()
     _conv(x, weight, out, ins, outs, g._replace(groups=ins.groups), bias, activation, scale, base)
@@ -249,24 +235,14 @@ def conv(
 
 
 def conv_input_grad(
-    grad: Tensor,  # [N, O, out_h, out_w]; packed_out: [N, width, out_h, out_w]
-    weight: Tensor,
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
-    geometry: list[int],
-    heads: int,
-    in_width: int,  # channels of a packed input, or -1 for a dense one
-    packed_out: bool,
-) -> Tensor:  # [N, C, H, W] or [N, in_width, H, W]
-    """The gradient of ``conv`` (without its epilogue) with respect to x."""
+    grad, weight, lists: Lists, geometry, heads: int, in_width: int, packed_out: bool
+) -> Tensor:
+    """See ``ops.channels.conv._conv_input_grad``."""
     g = ConvGeometry(*geometry)
-    ins, outs = sides(
-        weight.shape, in_index, in_count, out_index, out_count, g, heads, in_width >= 0, packed_out
-    )
+    ins, outs = sides(weight.shape, lists, g, heads, in_width >= 0, packed_out)
     channels = weight.shape[1] * ins.groups
-    dx = gemm.empty_map(grad, g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
+    shape = (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w)
+    dx = empty_map(grad, shape, torch.channels_last)
     if in_width > channels:
         dx.zero_()
     _conv(grad, weight, dx, outs, ins, gemm.adjoint(g._replace(groups=ins.groups)))
@@ -277,8 +253,8 @@ def _conv(
     x: Tensor,
     weight: Tensor,
     out: Tensor,  # channels_last
-    ins: Lists,  # of x: for an input gradient those of the convolution's outputs
-    outs: Lists,
+    ins: Side,  # of x: for an input gradient those of the convolution's outputs
+    outs: Side,
     g: ConvGeometry,  # of this product: the adjoint one for an input gradient; heads are groups
     bias: Tensor | None = None,
     activation: str = "",
@@ -292,7 +268,7 @@ def _conv(
     rows, maps = g.batch // jobs * g.out_h * g.out_w, x.numel() + out.numel()
     x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype)
     base = None if base is None else gemm.rows_of(base)
-    epilogue = [None if t is None else t.contiguous() for t in (bias, scale)]
+    epilogue = [contiguous(t) for t in (bias, scale)]
     if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g) and not (ins.heads or outs.heads):
         _direct(x, w, out, ins, outs, g, jobs, rows, (*epilogue, base), activation)
         return
@@ -311,7 +287,7 @@ def _conv(
         )  # fmt: skip
 
 
-def _operands(x: Tensor, w: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, maps: int) -> tuple:
+def _operands(x: Tensor, w: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int, maps: int) -> tuple:
     """x and the weight as the kernel reads them, compacted where that pays; the kernel's arguments for them; and
     whether it loads single channels. ``maps``: the elements of input and output."""
     inner, lead = (outs, ins) if g.transposed else (ins, outs)
@@ -331,10 +307,10 @@ def _operands(x: Tensor, w: Tensor, ins: Lists, outs: Lists, g: ConvGeometry, jo
     return x, w, operands, {"X_READS": reads, "W_PACKED": packs}, single
 
 
-def _direct(x, w, out, ins: Lists, outs: Lists, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip
+def _direct(x, w, out, ins: Side, outs: Side, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip
     if outs.packed:
         out.zero_()
-    whole = [replace(side, groups=1, size=side.groups * side.size) for side in (ins, outs)]
+    whole = ins.whole, outs.whole
     bias, scale, base = epilogue
     tile = tiling.direct_tile(whole[1].size)
     grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)

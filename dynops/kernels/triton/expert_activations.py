@@ -111,7 +111,7 @@ def glu_grad(grad, gate, up, alpha, limit, ACTIVATION: tl.constexpr):
 @triton.jit
 def _places(rows, inner, M: tl.constexpr, N: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
             WIDE: tl.constexpr):  # fmt: skip
-    """Where a program's tile lies in z and in h, with masks."""
+    """The positions of a program's tile in z and in h, with masks."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     first = tl.program_id(1) * N
     column = first + tl.arange(0, N)
@@ -168,33 +168,20 @@ def activation_grad_kernel(
 # ----------------------------------------------------------------------------------- launchers
 
 
-def activation(
-    z: Tensor,  # [P, 2 * I], not gated [P, I]
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-) -> Tensor:  # [P, I]
-    """See ``ops.expert_activations._activation``; computed in float32, rounded once."""
+def activation(z: Tensor, name: str, gated: bool, interleaved: bool, alpha: float, limit: float) -> Tensor:
+    """See ``ops.experts.activations._activation``; computed in float32, rounded once."""
     h = z.new_empty(z.shape[0], z.shape[1] // 2 if gated else z.shape[1])
-    _launch(activation_kernel, h, (z.contiguous(), h), activation, gated, interleaved, alpha, limit)
+    _launch(activation_kernel, h, (z.contiguous(), h), name, gated, interleaved, alpha, limit)
     return h
 
 
 def activation_grad(
-    grad: Tensor,  # [P, I]
-    z: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-) -> Tensor:  # as z
-    """See ``ops.expert_activations._activation_grad``."""
+    grad: Tensor, z: Tensor, name: str, gated: bool, interleaved: bool, alpha: float, limit: float
+) -> Tensor:
+    """See ``ops.experts.activations._activation_grad``."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     tensors = (grad.contiguous(), z.contiguous(), dz)
-    _launch(activation_grad_kernel, grad, tensors, activation, gated, interleaved, alpha, limit)
+    _launch(activation_grad_kernel, grad, tensors, name, gated, interleaved, alpha, limit)
     return dz
 
 
@@ -204,7 +191,7 @@ def _launch(kernel, h: Tensor, tensors, activation, gated, interleaved, alpha, l
     rows, inner = h.shape
     tile = tiling.direct_tile(inner)
     with gemm.on_device(h):
-        kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(inner, tile["N"])](
+        kernel[tiling.grid(h, tile)](
             *tensors, rows, inner, alpha, limit, ACTIVATION=activation, GATED=gated,
             INTERLEAVED=gated and interleaved, WIDE=gemm.is_wide(*tensors), **tile,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import contiguous
 from . import gemm, tiling
 
 # ------------------------------------------------------------------------------------- kernels
@@ -91,43 +92,37 @@ def pair_dots_kernel(
 # ----------------------------------------------------------------------------------- launchers
 
 
-def gather(
-    x: Tensor,  # [T, C]
-    weight: Tensor | None,  # [T, K]
-    order: Tensor,
-    offsets: Tensor,
-    position: Tensor,
-) -> Tensor:  # [P, C]
-    """See ``ops.expert_rows._gather``."""
+def gather(x: Tensor, weight: Tensor | None, order, offsets, position: Tensor) -> Tensor:
+    """See ``ops.experts.rows._gather``."""
     x, out = x.contiguous(), x.new_empty(order.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
     tile = tiling.direct_tile(x.shape[1])
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     with gemm.on_device(x):
-        gather_pairs_kernel[_grid(out, tile)](
+        gather_pairs_kernel[tiling.grid(out, tile)](
             x, out, weight, order, offsets, out.shape[0], offsets.shape[0] - 1, position.shape[1], x.shape[1],
             WIDE=gemm.is_wide(x, out), **tile,
         )  # fmt: skip
     return out
 
 
-def combine(rows: Tensor, weight: Tensor | None, order, offsets, position: Tensor) -> Tensor:  # [T, C]
-    """See ``ops.expert_rows._combine``."""
+def combine(rows: Tensor, weight: Tensor | None, order, offsets, position: Tensor) -> Tensor:
+    """See ``ops.experts.rows._combine``."""
     out = rows.new_empty(position.shape[0], rows.shape[1])
     if out.numel() == 0:
         return out
     rows, tile = rows.contiguous(), tiling.direct_tile(rows.shape[1])
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     with gemm.on_device(rows):
-        combine_pairs_kernel[_grid(out, tile)](
+        combine_pairs_kernel[tiling.grid(out, tile)](
             rows, out, weight, position, *position.shape, rows.shape[1], WIDE=gemm.is_wide(rows, out), **tile
         )
     return out
 
 
 def dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position: Tensor) -> Tensor:
-    """See ``ops.expert_rows._dots``: float32 ``[T, K]``."""
+    """See ``ops.experts.rows._dots``: float32 ``[T, K]``."""
     out = torch.empty(position.shape, dtype=torch.float32, device=rows.device)
     if out.numel() == 0:
         return out
@@ -140,7 +135,3 @@ def dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position: Tensor
             WIDE=gemm.is_wide(x, rows), **tile,
         )  # fmt: skip
     return out
-
-
-def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
-    return triton.cdiv(rows.shape[0], tile["M"]), triton.cdiv(rows.shape[1], tile["N"])

@@ -1,6 +1,6 @@
 """Grouped GEMMs of a mixture of experts in Triton: ``linear``, and ``mlp`` with its activation fused.
 
-``weight_grad`` is in ``experts_weight.py``, ``activation`` and its gradient in ``expert_activations.py``,
+``weight_grad`` is in ``experts_weight_grad.py``, ``activation`` and its gradient in ``expert_activations.py``,
 ``gather``, ``combine`` and ``dots`` in ``expert_rows.py``. Signatures and meaning are those of the references in
 ``dynops/ops``. Nothing here reads a count on the host, and nothing uses atomics: every result is bitwise
 reproducible.
@@ -26,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import contiguous
 from . import gemm, tiling
 from .expert_activations import activation, activation_grad, glu, pair_columns, split_pairs
 from .expert_rows import combine, dots, gather
-from .experts_weight import weight_grad
+from .experts_weight_grad import weight_grad
 from .gemm import TensorDescriptor, activate
 
 __all__ = ["activation", "activation_grad", "combine", "dots", "gather", "linear", "mlp", "weight_grad"]
@@ -170,20 +171,10 @@ def _box(w_box, row, column, start, TRANSPOSED: tl.constexpr):
 
 
 def linear(
-    x: Tensor,  # [T, I], packed [P, I]
-    weight: Tensor,  # [E, O, I], transposed [E, I, O]; int8 with a scale
-    scale: Tensor | None,  # float32 [E, O]
-    bias: Tensor | None,  # [E, O]
-    row_weight: Tensor | None,  # [T, K]
-    order: Tensor,
-    offsets: Tensor,
-    position: Tensor,
-    packed_in: bool,
-    packed_out: bool,
-    transposed: bool,
-    activation: str,
-) -> Tensor:  # [T, O], packed [P, O]
-    """See ``ops.experts._linear``."""
+    x, weight, scale, bias, row_weight, order, offsets, position,
+    packed_in: bool, packed_out: bool, transposed: bool, activation: str,
+) -> Tensor:  # fmt: skip
+    """See ``ops.experts.linear._linear``."""
     plan, options = (order, offsets, position), {"packed_in": packed_in, "activation": activation}
     if packed_out or position.shape[1] == 1:
         scatters = not packed_out
@@ -192,26 +183,11 @@ def linear(
 
 
 def mlp(
-    x: Tensor,  # [T, H]
-    up: Tensor,
-    down: Tensor,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    row_weight: Tensor | None,
-    order: Tensor,
-    offsets: Tensor,
-    position: Tensor,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    up_transposed: bool,
-    down_transposed: bool,
-    alpha: float,
+    x, up, down, up_scale, down_scale, up_bias, down_bias, row_weight, order, offsets, position,
+    activation: str, gated: bool, interleaved: bool, up_transposed: bool, down_transposed: bool, alpha: float,
     limit: float,
-) -> Tensor:  # [T, H]
-    """See ``ops.experts._mlp``."""
+) -> Tensor:  # fmt: skip
+    """See ``ops.experts.mlp._mlp``."""
     plan = (order, offsets, position)
     pairs = {"gated": gated, "interleaved": gated and interleaved, "alpha": alpha, "limit": limit}
     h = _linear(x, up, up_scale, up_bias, None, plan, up_transposed, activation=activation, **pairs)
@@ -230,7 +206,7 @@ def _linear(
     if out.numel() == 0:
         return out
     x = x.contiguous()
-    scale, bias, row_weight = (None if t is None else t.contiguous() for t in (scale, bias, row_weight))
+    scale, bias, row_weight = (contiguous(t) for t in (scale, bias, row_weight))
     strides = weight.stride()[:2]
     ragged = tiling.is_ragged({"k": k_size, "n": n_size, "expert": strides[0], "row": strides[1]})
     heavy = activation == "gelu" or row_weight is not None
@@ -239,8 +215,8 @@ def _linear(
     grid = (rows // tile["M"] + experts + 1) * triton.cdiv(n_size, tile["N"])
     with gemm.on_device(x):
         linear_kernel[(grid,)](
-            x, weight, _weight_box(x, weight, tile, transposed, gated and not interleaved), out, scale, bias, row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size,
-            out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
+            x, weight, _weight_box(x, weight, tile, transposed, gated and not interleaved), out, scale, bias,
+            row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size, out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
             ACTIVATION=activation, GATED=gated, INTERLEAVED=interleaved, PRECISION=precision, WIDE=wide,
             EXPERTS=min(1024, triton.next_power_of_2(experts)), GROUP=_GROUP, **tile,
         )  # fmt: skip

@@ -1,4 +1,6 @@
-"""What the Triton kernels share: where a tap reads, the epilogue, the order of taps, weights. Tile sizes: ``tiles.py``.
+"""Parts that the Triton kernels share: where a tap reads, the epilogue, the order of taps, weights.
+
+``tiling.py`` chooses tile sizes.
 
 Works with Triton 3.6 to 3.9. Imported only where Triton is installed.
 """
@@ -92,8 +94,10 @@ def load_pixels(index, row, rows):
 
 @triton.jit
 def rank(entries, last, value, STEPS: tl.constexpr, GAPS: tl.constexpr):
-    """How many of the ascending ``entries[:last]`` are <= value; with GAPS, how many have at most ``value``
-    channels before them that are not in the list. A binary search: ``last < 2**STEPS``."""
+    """The number of ascending ``entries[:last]`` that are <= value, by a binary search: ``last < 2**STEPS``.
+
+    GAPS: of those that have at most ``value`` channels before them that are not in the list.
+    """
     low = value * 0
     high = low + last
     for _ in range(STEPS):
@@ -214,8 +218,8 @@ def tap_order(
 def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``[A, B, kh, kw]`` as ``[A, kh*kw, B]`` of this dtype: no copy where it is channels_last.
 
-    A copy is kept for the next call (``dynops.kept``), except under CUDA graph capture, where it
-    becomes part of the graph, so that a replay sees the weight as it is then.
+    A copy is kept for the next call (``dynops.kept``). Under CUDA graph capture it becomes part of the graph, so
+    that a replay sees the weight as it is then.
     """
     make = functools.partial(_weight_rows, weight, dtype)
     if weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
@@ -226,6 +230,13 @@ def weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _weight_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     lead, inner, kh, kw = weight.shape
     return weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def as_weight(dw: Tensor, weight_shape, dtype: torch.dtype) -> Tensor:
+    """``dw`` ``[A, kh*kw, B]`` as ``[A, B, kh, kw]`` of this dtype, contiguous."""
+    lead, inner, kh, kw = weight_shape
+    dw = dw.view(lead, kh, kw, inner).permute(0, 3, 1, 2)
+    return dw.to(dtype, memory_format=torch.contiguous_format)
 
 
 def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDescriptor | None:
@@ -243,24 +254,10 @@ def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDes
 
 
 def takes_boxes(matrix: Tensor) -> bool:
-    """Whether TMA reads this matrix: half precision from sm_90 on, rows that begin at multiples of 16 bytes."""
+    """True if TMA reads this matrix: half precision from sm_90 on, rows that begin at multiples of 16 bytes."""
     arch = tiling.device_facts(matrix.device)[0]
     half = matrix.element_size() == 2 and matrix.numel() > 0
     return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
-
-
-def nchw(x: Tensor) -> bool:
-    """Whether an output in the format of ``x`` [N, C, H, W] is NCHW rather than channels_last."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    # one channel, or one pixel, is contiguous both ways: then only the strides tell
-    return x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1])
-
-
-def empty_map(like: Tensor, batch: int, channels: int, h: int, w: int) -> Tensor:
-    """An uninitialised channels_last ``[N, C, H, W]``."""
-    options = {"dtype": like.dtype, "device": like.device}
-    return torch.empty((batch, channels, h, w), memory_format=torch.channels_last, **options)
 
 
 def adjoint(g: ConvGeometry) -> ConvGeometry:
@@ -290,12 +287,12 @@ def product_sizes(
 
 
 def is_narrow(sizes: dict, g: ConvGeometry) -> bool:
-    """Whether groups are too narrow for a matrix product (depthwise above all)."""
+    """True if groups are too narrow for a matrix product (depthwise above all)."""
     return g.groups > 1 and min(sizes["k_size"], sizes["n_size"]) < 16
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
-    """Whether an element offset in one of these may pass 2**31."""
+    """True if an element offset in one of these may pass 2**31."""
     return any(t is not None and t.numel() >= INT32_LIMIT for t in tensors)
 
 

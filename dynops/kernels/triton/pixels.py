@@ -1,6 +1,6 @@
 """Pixel-sparse convolution in Triton: ``conv`` and ``conv_input_grad``.
 
-``conv_weight_grad`` is in ``pixels_weight.py``.
+``conv_weight_grad`` is in ``pixels_weight_grad.py``.
 
 The signatures and the meaning are those of the reference in ``dynops/ops/pixels/conv.py``. Nothing here
 reads the count on the host, and nothing uses atomics: every result is bitwise reproducible.
@@ -12,9 +12,8 @@ where there is one. In the capacity form a few programs walk over the tiles that
 are so few that SMs would have nothing to do, the reduction is split into parts, added by a second kernel.
 
 **Input gradient.** The same kernel on the adjoint geometry: input pixel q gathers ``W[t]^T dy[p]`` over
-the active p that read it. Rows are first sorted by which taps are active for them (one integer sort, in
-Gray-code order, so that neighbours differ in few taps), and a tile walks only over the taps that some
-row of it has. Where masks are clustered the work is that of the active outputs. For a random mask a
+the active p that read it. Rows are first sorted by their active taps: one integer sort, in Gray-code order, so
+that neighbours differ in few taps. A tile walks only over the taps that some row of it has. Where masks are clustered the work is that of the active outputs. For a random mask a
 3x3 convolution walks over more, counted with tiles of 64 rows: 1.04 times the active MACs at 32x56x56
 and 50 %, 1.14 at 8x56x56 (1.24 at 25 %), 1.4 at 8x28x28, 1.8 at 1x28x28 (2.8 at 25 %). A larger kernel
 than 62 taps is not sorted and walks over all taps. A transposed convolution's forward uses the same
@@ -33,9 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..epilogue import Epilogue
+from ..layout import contiguous, empty_map, memory_format_of
 from . import gemm, tiling
 from .gemm import finish, load_pixels, lowest_tap, source_row, tap_set
-from .pixels_weight import conv_weight_grad
+from .pixels_weight_grad import conv_weight_grad
 from .rows import filled, gather_rows, scatter_rows
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatter_rows"]
@@ -221,7 +222,7 @@ def direct_conv_kernel(
     WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """As conv_kernel without a matrix product, for narrow groups; a tile spans groups."""
+    """conv_kernel without a matrix product, for narrow groups; a tile spans groups."""
     n_tiles = tl.cdiv(out_channels, N)
     tile = tl.program_id(0)
     first = (tile // n_tiles).to(tl.int64) * M if WIDE else (tile // n_tiles) * M
@@ -257,63 +258,46 @@ def direct_conv_kernel(
 
 
 def conv(
-    x: Tensor,  # [N, C, H, W], or [R, C] with source
-    weight: Tensor,  # [O, C/groups, kh, kw]; transposed: [C, O/groups, kh, kw]
-    bias: Tensor | None,  # [O]
-    index: Tensor,  # [P]
-    count: Tensor | None,  # [1]
-    source: Tensor | None,  # [N, in_h, in_w]: the row of x at each input pixel, or -1
-    geometry: list[int],
-    activation: str,
-    scale: Tensor | None,  # [O]
-    shift: Tensor | None,  # [O]
-    gate: Tensor | None,  # [P]
-    residual: Tensor | None,  # [P, O]
-    base: Tensor | None,  # [N, O, out_h, out_w]
-    rows: bool,  # whether to return packed rows
-) -> Tensor:  # [P, O] if rows (zero past the count) else [N, O, out_h, out_w]
-    """The convolution at the pixels of ``index``, with its epilogue."""
+    x, weight, bias, index, count, source, geometry, epilogue: Epilogue, base: Tensor | None, to_rows: bool
+) -> Tensor:
+    """See ``ops.pixels.conv._conv``. Rows past the count are zero."""
     g = ConvGeometry(*geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     reads = "pixels" if source is None else "packed"
     ordered = bool(g.transposed) and g.stride_h * g.stride_w > 1
-    epilogue = [None if t is None else t.contiguous() for t in (bias, scale, shift, gate, residual)]
-    if rows:
+    operands = [contiguous(t) for t in (bias, *epilogue[1:])]
+    options = g, reads, to_rows, ordered, operands, epilogue.activation
+    if to_rows:
         out = x.new_empty(index.shape[0], channels)
-        _gather(x, weight, out, index, count, source, None, g, reads, True, ordered, epilogue, activation)
+        _gather(x, weight, out, index, count, source, None, *options)
         return out
-    out = gemm.empty_map(x, g.batch, channels, g.out_h, g.out_w)
+    out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
     with filled(out, base, index, count):
-        _gather(x, weight, out, index, count, source, None, g, reads, False, ordered, epilogue, activation)
-    return out.contiguous() if source is None and gemm.nchw(x) else out
+        _gather(x, weight, out, index, count, source, None, *options)
+    return out if source is not None else out.contiguous(memory_format=memory_format_of(x))
 
 
 def conv_input_grad(
-    grad: Tensor,  # [P, O] if rows else [N, O, out_h, out_w]
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor | None,
-    source: Tensor | None,
-    source_rows: int,  # rows of x, where it is packed
-    geometry: list[int],
-    rows: bool,
-) -> Tensor:  # like x
-    """The gradient of ``conv`` (without its epilogue) with respect to x."""
+    grad, weight, index, count, source, source_rows: int, geometry, from_rows: bool
+) -> Tensor:
+    """See ``ops.pixels.conv._conv_input_grad``."""
     g = ConvGeometry(*geometry)
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     if source is None:
-        out = gemm.empty_map(grad, g.batch, channels, g.in_h, g.in_w)
+        out = empty_map(grad, (g.batch, channels, g.in_h, g.in_w), torch.channels_last)
     else:
         out = grad.new_zeros(source_rows, channels)
     if g.is_pointwise:  # every output pixel has an input pixel of its own
-        reads = "aligned" if rows else "pixels"
+        reads = "aligned" if from_rows else "pixels"
         with filled(out, None, index, count) if source is None else contextlib.nullcontext():
             _gather(grad, weight, out, index, count, None, source, gemm.adjoint(g), reads)
     else:
         active = torch.ops.dynops.inverse_index(index, count, list(g.out_shape))
-        reads = "packed" if rows else "active"
+        reads = "packed" if from_rows else "active"
         _gather(grad, weight, out, None, None, active, source, gemm.adjoint(g), reads, ordered=True)
-    return out.contiguous() if not rows and source is None and gemm.nchw(grad) else out
+    if from_rows or source is not None:
+        return out
+    return out.contiguous(memory_format=memory_format_of(grad))
 
 
 def _gather(
@@ -328,7 +312,7 @@ def _gather(
     reads: str,  # see gemm.source_row
     writes_rows: bool = False,
     ordered: bool = False,  # whether to sort the rows by their taps
-    epilogue=(None,) * 5,
+    operands=(None,) * 5,  # bias, scale, shift, gate, residual
     activation: str = "",
 ) -> None:
     """Chooses the kernel and launches it: out = epilogue(sum over taps of weight x)."""
@@ -343,36 +327,34 @@ def _gather(
         if gemm.is_narrow(sizes, g):
             tile = tiling.direct_tile(out.shape[1])
             grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
-            direct_conv_kernel[grid](x, w, out, index, count, source, target, *epilogue, rows, **sizes, **options, **stored, **tile)  # fmt: skip
+            direct_conv_kernel[grid](x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
             return
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
         tile, precision = tiling.choose(
             x, rows, sizes["n_size"], sizes["k_size"], g.groups,
-            family="pixels", indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=epilogue[4] is not None,
+            family="pixels", indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=operands[4] is not None,
         )  # fmt: skip
         blocks = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
         steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])
         parts = tiling.parts(x.device, blocks * g.groups, steps)
-        sums = (
-            out
-            if parts == 1
-            else torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
-        )
+        sums = out
+        if parts > 1:
+            sums = torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
         programs = blocks if count is None else min(blocks, tiling.resident(x.device))
         options["WIDE"] |= gemm.is_wide(sums)
         conv_kernel[programs, g.groups, parts](
-            x, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *epilogue, rows,
+            x, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *operands, rows,
             **sizes, **options, **stored, PRECISION=precision, PARTS=parts, **tile,
         )  # fmt: skip
         if parts > 1:
-            _finish_parts(sums, out, index, target, epilogue, rows, options["WIDE"], stored, parts)
+            _finish_parts(sums, out, index, target, operands, rows, options["WIDE"], stored, parts)
 
 
-def _finish_parts(sums: Tensor, out: Tensor, index, target, epilogue, rows: int, wide: bool, stored: dict, parts: int) -> None:  # fmt: skip
+def _finish_parts(sums: Tensor, out: Tensor, index, target, operands, rows: int, wide: bool, stored: dict, parts: int) -> None:  # fmt: skip
     channels = out.shape[1]
     tile = tiling.direct_tile(channels)
     finish_parts_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
-        sums, out, index, target, *epilogue, rows, channels, **stored, WIDE=wide, PARTS=parts, **tile
+        sums, out, index, target, *operands, rows, channels, **stored, WIDE=wide, PARTS=parts, **tile
     )

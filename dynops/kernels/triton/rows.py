@@ -1,5 +1,4 @@
-"""gather_rows and scatter_rows in Triton, for CUDA where the binary was built without it; merge_rows; and ``filled``,
-what a map holds where a plan has no pixel."""
+"""Rows in Triton: gather_rows and scatter_rows where the binary was built without CUDA, merge_rows, and ``filled``."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import contiguous, empty_map
 from . import gemm, tiling
 from .gemm import rank, split_pixel
 
-_LONG = (
-    4096  # columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535
-)
-# Bytes of a map from which it is filled beside the kernels that compute it. Not measured: 32 MB take 7 us at the 4.8 TB/s
-# of an H200's datasheet, and two events and a launch are expected to cost the host about as much.
+# Columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535.
+_LONG = 4096
+# Bytes of a map from which it is filled beside the kernels that compute it. Not measured: by an H200's datasheet 32 MB
+# take 7 us. Two events and a launch are expected to cost the host about as much.
 _LARGE = 1 << 25
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -112,17 +111,15 @@ def fill_kernel(
 
 
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
-    """``[N, C, H, W]`` to ``[P, C]``; rows past the count are zero."""
+    """See ``ops.pixels.rows._gather_rows``."""
     out = x.new_empty(index.shape[0], x.shape[1])
     if out.numel() == 0:
         return out
     tile = _tile(x.shape[1])
-    wide = (
-        gemm.is_wide(out)
-        or sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) >= gemm.INT32_LIMIT
-    )
+    reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    wide = gemm.is_wide(out) or reach >= gemm.INT32_LIMIT
     with gemm.on_device(x):
-        gather_rows_kernel[_grid(out, tile)](
+        gather_rows_kernel[tiling.grid(out, tile)](
             words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
         )  # fmt: skip
     return out
@@ -131,14 +128,14 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
 def scatter_rows(
     rows: Tensor, index: Tensor, count: Tensor | None, shape: list[int], base: Tensor | None
 ) -> Tensor:
-    """``[P, C]`` to channels_last ``[N, C, H, W]``; elsewhere ``base``, or zero."""
-    out = gemm.empty_map(rows, shape[0], rows.shape[1], shape[1], shape[2])
+    """See ``ops.pixels.rows._scatter_rows``."""
+    out = empty_map(rows, (shape[0], rows.shape[1], shape[1], shape[2]), torch.channels_last)
     out = out.zero_() if base is None else out.copy_(base)
     if rows.numel() == 0 or out.numel() == 0:
         return out
     rows, tile = rows.contiguous(), _tile(rows.shape[1])
     with gemm.on_device(rows):
-        scatter_rows_kernel[_grid(rows, tile)](
+        scatter_rows_kernel[tiling.grid(rows, tile)](
             words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -147,15 +144,15 @@ def scatter_rows(
 def merge_rows(
     rows: Tensor, index: Tensor, count: Tensor | None, base: Tensor, scale: Tensor | None, mix: bool
 ) -> Tensor:
-    """``[K, F]`` merged into ``[N, F]``. Sums are float32."""
+    """See ``ops.pixels.rows._merge_rows``. Sums are float32."""
     out = base.new_empty(base.shape)
     if out.numel() == 0:
         return out
     row_of = torch.ops.dynops.inverse_index(index, count, [base.shape[0], 1, 1])
     rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
-    scale = None if scale is None else scale.contiguous()
+    scale = contiguous(scale)
     with gemm.on_device(rows):
-        merge_rows_kernel[_grid(out, tile)](
+        merge_rows_kernel[tiling.grid(out, tile)](
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -166,8 +163,8 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
     """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
-    by memory. (By an H200's datasheet the 103 MB of 256 channels at 64x56x56 in bfloat16 take 21 us, and the products
-    of a 3x3 at a density of 10 % 24 us. Not measured.) A small map is filled whole beforehand.
+    by memory. A small map is filled whole beforehand. (Not measured. By an H200's datasheet 256 channels at 64x56x56
+    in bfloat16 take 21 us to fill, and the products of a 3x3 at a density of 10 % 24 us.)
     """
     if out.numel() * out.element_size() < _LARGE:
         out.zero_() if base is None else out.copy_(base)
@@ -207,12 +204,8 @@ def _tile(columns: int) -> dict:
     return {"M": 1, "N": 2048, "num_warps": 4} if columns > _LONG else tiling.direct_tile(columns)
 
 
-def _grid(rows: Tensor, tile: dict) -> tuple[int, int]:
-    return triton.cdiv(rows.shape[0], tile["M"]), triton.cdiv(rows.shape[1], tile["N"])
-
-
 def words(x: Tensor) -> Tensor:
-    """The same memory as integers of the same size: bits are moved, values are not looked at."""
+    """The same memory as integers: kernels move its bits and look at no value."""
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
     return x.view(_WORDS[x.element_size()])

@@ -13,7 +13,7 @@ from ..configs import bucket, precision
 
 
 class Tile(NamedTuple):
-    """What one program computes: m x n outputs, k of the reduction at a time."""
+    """The work of one program: m x n outputs, k of the reduction at a time."""
 
     m: int
     n: int
@@ -100,13 +100,13 @@ def built_in(
 def _work(
     tile: Tile, rows: int, n: int, k: int, batch: int, slices: bool, processors: int, load: int
 ) -> float:
-    """What the SM with most tiles has to do for one step of the reduction, in multiply-adds.
+    """The work of the SM with most tiles for one step of the reduction, in multiply-adds.
 
-    A tile multiplies m * n elements and loads m + n. Large ones load less for each product, small ones leave
-    fewer SMs idle in the last wave, and fewer of their rows and columns lie past the end.
+    A tile multiplies m * n elements and loads m + n. Large ones load less for each product. Small ones leave fewer
+    SMs idle in the last wave and fewer rows and columns past the end.
 
     Args:
-        slices: the reduction is cut where programs are too few, as ``pixels_weight.chunk_rows`` does.
+        slices: the reduction is cut where programs are too few, as ``pixels_weight_grad.chunk_rows`` does.
         load: the multiply-adds that take as long as one element loaded.
     """
     m, width = tile.m, tile.n
@@ -128,7 +128,7 @@ def _largest(kind: str, ragged: bool, residual: bool) -> int:
 
 
 def is_ragged(sizes: dict) -> bool:
-    """Whether channels are not a multiple of 16, all that Triton takes for a sign of alignment."""
+    """True if channels are not a multiple of 16, all that Triton takes for a sign of alignment."""
     return any(size % 16 for size in sizes.values())
 
 
@@ -156,6 +156,11 @@ def direct_tile(channels: int) -> dict:
     """The tile of the kernels without a matrix product: 2048 elements."""
     n = min(64, max(16, 1 << bucket(channels)))
     return {"M": 2048 // n, "N": n, "num_warps": 4}
+
+
+def grid(rows: Tensor, tile: dict) -> tuple[int, int]:
+    """The programs of such a kernel over the elements of ``rows`` [R, C]."""
+    return -(-rows.shape[0] // tile["M"]), -(-rows.shape[1] // tile["N"])
 
 
 _MOST_PARTS = 16

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from ... import backends, context
 from ...geometry import BlockGeometry, pair
 from ...modes import autocast_dtype
-from ...ops import checks
-from ...ops import dense_fallback as auto
+from ...ops import checks, dense_fallback
 from ...ops.pixels.rows import in_format_of
 from ...plans import BlockPlan, as_block_plan, check_mask
-from ...stack.run_rows import checked_base, run_rows
+from ...stack.run_rows import checked_base
 from ...stack.run_tiles import run_tiles
-from ...stack.traced import Bound
+from ...stack.traced import Macs, Traced
 from ..apart import apart
 
 PATHS = (None, "rows", "tiles")
@@ -71,7 +70,7 @@ class SparseBlocks(nn.Module):
         if path not in PATHS:
             raise ValueError(f"path: expected one of {PATHS}, got {path!r}")
         self.path = path
-        self._bound = Bound(module)
+        self._bound = Traced(module)
         self._bound.check_step(self.block_size)
         if path == "rows":
             self._bound.check_rows()
@@ -101,7 +100,7 @@ class SparseBlocks(nn.Module):
             return self._dense(x, plan, base)
         if path == "rows":
             bound.check_rows()
-            return run_rows(bound.stack, bound.geometries(in_shape), x, plan.pixels(), base)
+            return bound.on_rows(x, plan.pixels(), base)
         layout = bound.layout(in_shape, plan.geometry)
         out = run_tiles(bound.stack, layout, x, plan, base)
         return in_format_of(out, x)
@@ -109,6 +108,16 @@ class SparseBlocks(nn.Module):
     def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(N, H, W)`` of the output for an input of ``in_shape = (N, H, W)``."""
         return self._stack().output_shape(tuple(in_shape))
+
+    def macs(self, x: Tensor, mask_or_plan: Tensor | BlockPlan | None = None) -> Macs:
+        """The multiply-accumulates of ``layer(x, mask_or_plan)``, by the path that it takes: on rows the pixels that
+        each convolution computes, on tiles whole tiles."""
+        bound, in_shape = self._stack(), (x.shape[0], x.shape[2], x.shape[3])
+        if mask_or_plan is None:
+            return bound.macs(x, None)
+        plan = self._plan(mask_or_plan, bound.output_shape(in_shape), x)
+        path = self.path or self._fastest(bound, x, plan, in_shape, True)
+        return bound.macs(x, {"dense": None, "rows": plan.pixels(), "tiles": plan}[path])
 
     def affected(self, changed: Tensor) -> BlockPlan:
         """The plan of every output block that reads a pixel of ``changed``.
@@ -131,11 +140,11 @@ class SparseBlocks(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._bound = Bound(self.module)
+        self._bound = Traced(self.module)
 
-    def _stack(self) -> Bound:
+    def _stack(self) -> Traced:
         if not torch.compiler.is_compiling() and not self._bound.holds(self.module):
-            self._bound = Bound(self.module)
+            self._bound = Traced(self.module)
         return self._bound
 
     def _plan(self, mask_or_plan, out_shape: tuple[int, int, int], x: Tensor) -> BlockPlan:
@@ -150,7 +159,7 @@ class SparseBlocks(nn.Module):
             raise ValueError("mask_or_plan: expected blocks that do not overlap")
         return plan
 
-    def _fastest(self, bound: Bound, x: Tensor, plan: BlockPlan, in_shape, may_be_dense: bool) -> str:
+    def _fastest(self, bound: Traced, x: Tensor, plan: BlockPlan, in_shape, may_be_dense: bool) -> str:
         """The path that is expected to be the fastest: "dense", "rows" or "tiles"."""
         if may_be_dense and plan.is_full and _covers(plan.geometry) and not bound.beats_dense(x, in_shape):
             return "dense"
@@ -159,7 +168,7 @@ class SparseBlocks(nn.Module):
         if bound.rows and backends.choose(None, x.device, x.dtype) != "reference":
             paths.insert(0, "rows")
         dtype, step = autocast_dtype(x) or x.dtype, (plan.geometry.step_h, plan.geometry.step_w)
-        if auto.decides(x.device, dtype, plan.count) and bound.fits_step(step):
+        if dense_fallback.decides(x.device, dtype, plan.count) and bound.fits_step(step):
             costs = {path: bound.cost(path, plan, in_shape, x.device, dtype) for path in paths}
             if None not in costs.values():
                 costs |= {"dense": 1.0} if may_be_dense else {}
@@ -171,7 +180,7 @@ class SparseBlocks(nn.Module):
         out = apart(self.module, x)  # x may be the base too
         if not (plan.is_full and _covers(plan.geometry)):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
-            out = auto.keep_pixels(out, plan.pixels(), base)
+            out = dense_fallback.keep_pixels(out, plan.pixels(), base)
         return in_format_of(out, x)
 
 

@@ -1,4 +1,4 @@
-"""Norm and pooling that are zero outside a mask: what stands between converted convolutions."""
+"""Norms, pooling and resampling that are zero outside a mask: what stands between converted convolutions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ... import context
 from ...ops import gather_pixels, scatter_pixels
 from ...ops.pixels.rows import in_format_of
 from ...plans import PixelPlan, as_pixel_plan
+from ...stack.layers.norm import group_norm_rows
 from ...stack.norm import norm_rows
 
 
@@ -37,20 +38,84 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         return in_format_of(out, input)
 
 
-class _MaskedPool:
+class _MaskedSampleNorm:
+    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        plan = _plan(input, mask_or_plan) if input.dim() == 4 else None
+        if plan is None:
+            return self.pixels_of.forward(self, input)
+        out = scatter_pixels(group_norm_rows(self, gather_pixels(input, plan), plan), plan)
+        return in_format_of(out, input)
+
+
+class MaskedGroupNorm(_MaskedSampleNorm, nn.GroupNorm):
+    """``nn.GroupNorm`` that norms the pixels of a mask and is zero elsewhere.
+
+    See :class:`MaskedBatchNorm2d` for the call. The mean and variance of a sample's group are over its active pixels,
+    in both modes. Where one value is active, the variance is 0. Inputs that are not ``[N, C, H, W]`` are normed whole.
+
+    Paper: Wu and He, Group Normalization (ECCV 2018).
+    """
+
+    pixels_of = nn.GroupNorm
+
+
+class MaskedInstanceNorm2d(_MaskedSampleNorm, nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` without running statistics that norms the pixels of a mask and is zero elsewhere.
+
+    As :class:`MaskedGroupNorm`, with a group for each channel.
+
+    Raises:
+        ValueError: ``track_running_stats``.
+    """
+
+    pixels_of = nn.InstanceNorm2d
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.track_running_stats:
+            raise ValueError("track_running_stats: expected False, got True")
+
+
+class _MaskedOutput:
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
         out = self.pixels_of.forward(self, input)
         plan = _plan(out, mask_or_plan)
         return out if plan is None else mask_pixels(out, plan)
 
 
-class MaskedMaxPool2d(_MaskedPool, nn.MaxPool2d):
+class MaskedUpsample(_MaskedOutput, nn.Upsample):
+    """``nn.Upsample`` whose output is zero outside a mask; see :class:`MaskedBatchNorm2d` for the call.
+
+    Inputs that are not ``[N, C, H, W]`` have no mask.
+    """
+
+    pixels_of = nn.Upsample
+
+    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        if input.dim() != 4:
+            return nn.Upsample.forward(self, input)
+        return super().forward(input, mask_or_plan)
+
+
+class MaskedPixelShuffle(_MaskedOutput, nn.PixelShuffle):
+    """``nn.PixelShuffle`` whose output is zero outside a mask; see :class:`MaskedBatchNorm2d` for the call."""
+
+    pixels_of = nn.PixelShuffle
+
+
+class MaskedZeroPad2d(_MaskedOutput, nn.ZeroPad2d):
+    """``nn.ZeroPad2d`` whose output is zero outside a mask; see :class:`MaskedBatchNorm2d` for the call."""
+
+    pixels_of = nn.ZeroPad2d
+
+
+class MaskedMaxPool2d(_MaskedOutput, nn.MaxPool2d):
     """``nn.MaxPool2d`` whose output is zero outside a mask; see :class:`MaskedBatchNorm2d` for the call."""
 
     pixels_of = nn.MaxPool2d
 
 
-class MaskedAvgPool2d(_MaskedPool, nn.AvgPool2d):
+class MaskedAvgPool2d(_MaskedOutput, nn.AvgPool2d):
     """``nn.AvgPool2d`` whose output is zero outside a mask; see :class:`MaskedBatchNorm2d` for the call."""
 
     pixels_of = nn.AvgPool2d

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ...modes import autocast_dtype
-from ...ops import gather_pixels, scatter_pixels
-from ...ops.pixels.rows import in_format_of
 from ...plans import PixelPlan, as_pixel_plan
 from ...stack.activations import ELEMENTWISE, fused_name
-from ...stack.module_geometry import geometry_of
-from ...stack.norm import norm_rows
-from ...stack.run_rows import FusedConv
+from ...stack.graph import chain_of
+from ...stack.traced import Macs, Traced
 from .conv import SparseConv2d, SparseConvTranspose2d
 from .masked import MaskedBatchNorm2d
 
-_CONVS = (nn.Conv2d, SparseConv2d)
-_TRANSPOSED = (nn.ConvTranspose2d, SparseConvTranspose2d)
-_PASS = (nn.Identity, nn.Dropout)
-
-
-class _Step(NamedTuple):
-    """A convolution (or none) and what is fused to it."""
-
-    conv: nn.Module | None
-    norm: nn.Module | None
-    activation: str
-    other: nn.Module | None  # alone: an elementwise module or a dropout
+_CONVS = (nn.Conv2d, SparseConv2d, nn.ConvTranspose2d, SparseConvTranspose2d)
+_NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d)
 
 
 class SparseSequential(nn.Sequential):
@@ -61,10 +48,11 @@ class SparseSequential(nn.Sequential):
         ValueError: a mask that does not fit the output.
     """
 
+    _traced: Traced | None = None
+
     def __init__(self, *modules: nn.Module):
         super().__init__(*modules)
-        for name, module in _flat(self):
-            _check(name, module)
+        self._stack()
 
     @classmethod
     def from_dense(cls, chain: nn.Sequential) -> SparseSequential:
@@ -72,8 +60,7 @@ class SparseSequential(nn.Sequential):
         sparse = cls()
         for name, module in chain.named_children():
             sparse.add_module(name, module)
-        for name, module in _flat(sparse):
-            _check(name, module)
+        sparse._stack()
         sparse.training = chain.training
         return sparse
 
@@ -84,23 +71,47 @@ class SparseSequential(nn.Sequential):
             if base is not None:
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
-        if not isinstance(input, Tensor) or input.dim() != 4:
-            raise ValueError(f"input: expected a tensor [N, C, H, W], got {getattr(input, 'shape', input)}")
-        plan = as_pixel_plan(mask_or_plan, batch=input.shape[0])
-        steps = _fuse(self)
-        geometries = _geometries(steps, plan, (input.shape[0], input.shape[2], input.shape[3]))
-        plans, autocast = _plans(geometries, plan), autocast_dtype(input)
-        value, in_plan = input, None
-        for (conv, norm, activation, other), geometry, out_plan in zip(steps, geometries, plans, strict=True):
-            if conv is not None:
-                value = FusedConv(conv, norm, activation)(value, in_plan, out_plan, geometry, autocast)
-            else:
-                value = gather_pixels(value, out_plan) if in_plan is None else value
-                value = other(value) if norm is None else norm_rows(norm, value, out_plan, None, activation)
-            in_plan = out_plan
-        if in_plan is None:  # an empty chain
-            value = gather_pixels(value, plan)
-        return in_format_of(scatter_pixels(value, plan, base), input)
+        traced, plan = self._bound_to(input, mask_or_plan)
+        return traced.on_rows(input, plan, base)
+
+    def macs(self, input: Tensor, mask_or_plan: Tensor | PixelPlan) -> Macs:
+        """The multiply-accumulates of ``chain(input, mask_or_plan)``: each layer's wherever a later one reads it."""
+        traced, plan = self._bound_to(input, mask_or_plan)
+        return traced.macs(input, plan)
+
+    def _bound_to(self, x: Tensor, mask_or_plan) -> tuple[Traced, PixelPlan]:
+        """The chain's layers, and the plan of its output."""
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError(f"input: expected a tensor [N, C, H, W], got {getattr(x, 'shape', x)}")
+        plan, traced = as_pixel_plan(mask_or_plan, batch=x.shape[0]), self._stack()
+        out_shape = traced.output_shape((x.shape[0], x.shape[2], x.shape[3]))
+        if plan.shape != out_shape:
+            raise ValueError(
+                f"mask_or_plan: expected one for the output's [N, H, W] = {out_shape}, got {plan.shape}"
+            )
+        return traced, plan
+
+    def _stack(self) -> Traced:
+        """The chain as a stack, made anew where the chain was changed.
+
+        Raises:
+            TypeError: a module that cannot run on rows, by name.
+        """
+        traced, compiling = self._traced, torch.compiler.is_compiling()
+        if traced is None or not (compiling or traced.holds(self)):
+            steps = [(_kind(name, module), name, module) for name, module in _flat(self)]
+            traced = Traced(self, chain_of(self, [step for step in steps if step[0]]))
+            if not compiling:
+                self._traced = traced
+        return traced
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_traced"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        with contextlib.suppress(TypeError):  # the next call raises it
+            self._stack()
 
 
 def _flat(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -111,59 +122,19 @@ def _flat(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Modu
             yield prefix + name, module
 
 
-def _check(name: str, module: nn.Module) -> None:
+def _kind(name: str, module: nn.Module) -> str:
+    """The kind of a module's step in a trace; "" for one that does nothing."""
     kind = type(module)
-    if kind in _CONVS + _TRANSPOSED:
+    if kind in _CONVS:
         if module.padding_mode != "zeros":
             raise TypeError(f"{name}: expected padding_mode='zeros', got {module}")
-    elif kind not in (nn.BatchNorm2d, MaskedBatchNorm2d, *ELEMENTWISE, *_PASS):
-        raise TypeError(
-            f"{name}: expected a convolution, BatchNorm2d, elementwise activation, Dropout or Identity, "
-            f"got {module}"
-        )
-
-
-def _fuse(chain: nn.Sequential) -> list[_Step]:
-    """The chain as steps: each convolution takes the norm and the activation that follow it."""
-    steps: list[_Step] = []
-    for name, module in _flat(chain):
-        _check(name, module)
-        last = steps[-1] if steps else None
-        takes = last is not None and last.other is None and not last.activation
-        if isinstance(module, _CONVS + _TRANSPOSED):
-            steps.append(_Step(module, None, "", None))
-        elif isinstance(module, nn.BatchNorm2d):
-            if takes and last.conv is not None and last.norm is None:
-                steps[-1] = last._replace(norm=module)
-            else:
-                steps.append(_Step(None, module, "", None))
-        elif type(module) is nn.Identity:
-            continue
-        elif takes and fused_name(module):
-            steps[-1] = last._replace(activation=fused_name(module))
-        else:
-            steps.append(_Step(None, None, "", module))
-    return steps
-
-
-def _geometries(steps: list[_Step], plan: PixelPlan, in_shape: tuple[int, int, int]):
-    """For each step the geometry of its convolution (or None) on this input."""
-    geometries = []
-    for step in steps:
-        geometries.append(None if step.conv is None else geometry_of(step.conv, in_shape))
-        in_shape = in_shape if step.conv is None else geometries[-1].out_shape
-    if plan.shape != in_shape:
-        raise ValueError(
-            f"mask_or_plan: expected one for the output's [N, H, W] = {in_shape}, got {plan.shape}"
-        )
-    return geometries
-
-
-def _plans(geometries: list, plan: PixelPlan) -> list[PixelPlan]:
-    """The plan of each step's output, from the last to the first: what the step after it reads."""
-    plans = []
-    for i in range(len(geometries) - 1, -1, -1):
-        plans.append(plan)
-        if geometries[i] is not None and i > 0:  # the first one reads the dense input
-            plan = plan.needed_by(geometries[i])
-    return plans[::-1]
+        return "conv"
+    if kind in _NORMS:
+        return "norm"
+    if kind in ELEMENTWISE:
+        return "act" if fused_name(module) else "module"
+    if kind in (nn.Identity, nn.Dropout):
+        return "dropout" if kind is nn.Dropout else ""
+    raise TypeError(
+        f"{name}: expected a convolution, BatchNorm2d, elementwise activation, Dropout or Identity, got {module}"
+    )

@@ -8,41 +8,41 @@ from torch import Tensor
 from ... import modes
 from ...plans import ChannelPlan
 from .. import checks
-from ..epilogue import ACTIVATIONS
 
 
 def plan_of(plan, name: str, x: Tensor, channels: int | None, x_name: str, heads: int | None = None) -> None:
     """``plan`` is for the batch and the channels of ``x``; ``channels``: those that ``x`` must have, if packed."""
-    if not isinstance(plan, ChannelPlan):
-        raise TypeError(f"{name}: expected a ChannelPlan (ChannelPlan.from_mask), got {type(plan).__name__}")
+    checks.plan(plan, ChannelPlan, name)
     if not isinstance(x, Tensor) or x.dim() < 2:
         what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{x_name}: expected a tensor [N, C, ...], got {what}")
-    if not x.is_floating_point():
-        raise TypeError(f"{x_name}: expected a floating dtype, got {x.dtype}")
+    checks.floating(x, x_name)
     expected = plan.channels if channels is None else channels
     if x.shape[1] != expected:
         raise ValueError(f"{x_name}: expected {expected} channels, as {name} has them, got {x.shape[1]}")
+    _batch_fits(plan, name, x, x_name)
+    if heads is not None and plan.heads != heads:
+        raise ValueError(f"{name}: expected a plan with one list a sample, got {plan.heads} heads")
+
+
+def _batch_fits(plan: ChannelPlan, name: str, x: Tensor, x_name: str) -> None:
     if plan.batch is not None and plan.batch != x.shape[0]:
         raise ValueError(f"{name}: expected a list for each of {x.shape[0]} samples, got {plan.batch}")
     if plan.device != x.device:
         raise ValueError(f"{name}: expected it on {x_name}'s device {x.device}, got {plan.device}")
-    if heads is not None and plan.heads != heads:
-        raise ValueError(f"{name}: expected a plan with one list a sample, got {plan.heads} heads")
 
 
 def base_of(base, shape: tuple[int, ...], x: Tensor) -> None:
     """``base`` has the shape of the output, and the dtype and device of ``x``."""
     if not isinstance(base, Tensor):
         raise TypeError(f"base: expected a tensor, got {type(base).__name__}")
-    if tuple(base.shape) != tuple(shape):
-        raise ValueError(f"base: expected the output's shape {tuple(shape)}, got {tuple(base.shape)}")
+    checks.shaped(base, "base", shape, what="the output's shape")
     checks.same(base, "base", x, dtype=modes.autocast_dtype(x) is None)
 
 
 def conv_arguments(x, weight, bias, in_plan, out_plan, packed_in: bool, options, activation, scale, base):
     """Checks a channel convolution's arguments. Returns x (padded where the mode needs it), weight, bias, geometry, activation."""
-    stride, padding, dilation, groups, padding_mode = options
+    *_, groups, padding_mode = options
     x, weight, bias = checks.conv_tensors(x, weight, bias)
     in_channels = weight.shape[1] * groups if isinstance(groups, int) else weight.shape[1]
     if in_plan is not None:
@@ -54,16 +54,12 @@ def conv_arguments(x, weight, bias, in_plan, out_plan, packed_in: bool, options,
             )
         _heads_fit(in_plan, weight, groups, packed_in)
     in_shape = (x.shape[0], in_channels, *x.shape[2:]) if packed_in else tuple(x.shape)
-    g, fill = checks.dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    g, fill = checks.conv_geometry(in_shape, weight.shape, options, bias)
     if out_plan is not None:
         _out_plan_fits(out_plan, x, weight.shape[0])
-    activation = activation or ""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)[1:]}, got {activation!r}")
+    activation = checks.activation(activation)
     if scale is not None:
-        expected = (x.shape[0], weight.shape[0])
-        if tuple(checks.tensor(scale, "scale", 2, "[N, O]").shape) != expected:
-            raise ValueError(f"scale: expected shape {expected}, got {tuple(scale.shape)}")
+        checks.shaped(checks.tensor(scale, "scale", 2, "[N, O]"), "scale", (x.shape[0], weight.shape[0]))
         checks.same(scale, "scale", x, dtype=False)
     if base is not None:
         base_of(base, (x.shape[0], weight.shape[0], g.out_h, g.out_w), x)
@@ -82,16 +78,10 @@ def _heads_fit(in_plan: ChannelPlan, weight: Tensor, groups: int, packed_in: boo
 
 
 def _out_plan_fits(out_plan, x: Tensor, outputs: int) -> None:
-    if not isinstance(out_plan, ChannelPlan):
-        raise TypeError(
-            f"out_plan: expected a ChannelPlan (ChannelPlan.from_mask), got {type(out_plan).__name__}"
-        )
+    checks.plan(out_plan, ChannelPlan, "out_plan")
     if out_plan.channels != outputs or out_plan.heads != 1:
         raise ValueError(
             f"out_plan: expected one of {outputs} channels without heads, got {out_plan.channels}, "
             f"{out_plan.heads} heads"
         )
-    if out_plan.batch is not None and out_plan.batch != x.shape[0]:
-        raise ValueError(f"out_plan: expected a list for each of {x.shape[0]} samples, got {out_plan.batch}")
-    if out_plan.device != x.device:
-        raise ValueError(f"out_plan: expected it on x's device {x.device}, got {out_plan.device}")
+    _batch_fits(out_plan, "out_plan", x, "x")

@@ -14,61 +14,41 @@ of the weight are read. The gradients, with dy at live outputs::
 
 With heads the output channels fall into as many groups, each with inputs I(n, head) of its own.
 
-Packed maps hold the live channels only: ``[N, width, H, W]``, channel j of sample n being the j-th of its
-list, zero past the list's end. ``_conv``, ``_conv_input_grad``, ``_conv_weight_grad``, ``_gather`` and
-``_scatter`` are the reference in plain PyTorch; the kernels have the same signatures.
+Packed maps hold the live channels only (``rows.py``). ``_conv``, ``_conv_input_grad`` and ``_conv_weight_grad`` are
+the reference in plain PyTorch; the kernels have the same signatures.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import backends, modes
+from ... import modes
 from ...geometry import ConvGeometry, as_geometry
-from ...kernels.cpu import channels as cpp_channels
-from ...kernels.layout import memory_format_of
+from ...kernels import cpu
+from ...kernels.layout import empty_map, memory_format_of
+from ...kernels.lists import Lists
 from ...plans import ChannelPlan
-from .. import batching, checks
+from .. import batching
+from .. import checks as tensor_checks
+from ..dense_conv import dense_conv, dense_conv_grads, dense_layer, dense_weight_grad
+from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
-from ..pixels.conv import dense_conv, dense_conv_grads, dense_layer, dense_weight_grad
-from ..registry import define
-from . import checks as channel_checks
+from ..registry import define, save_inputs, saved_inputs
+from . import checks
+from .rows import _gather, _scatter, channel_mask, gather_channels, without_live
 
 # ---------------------------------------------------------------------------------- reference
-
-
-def _slots(index: Tensor, count: Tensor, batch: int, channels: int) -> Tensor:
-    """int64 ``[N, L]``: the channel of each packed one; those past the count go to the spare slot C."""
-    valid = torch.arange(index.shape[1], device=index.device) < count[:, None]
-    return torch.where(valid, index, channels).long().expand(batch, -1)
-
-
-def _gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
-    """``[N, C, H, W]`` to ``[N, width, H, W]``: the live channels of each sample, then zeros."""
-    slots = _slots(index[:, :width], count, x.shape[0], x.shape[1])
-    padded = torch.cat([x, x.new_zeros(x.shape[0], 1, *x.shape[2:])], 1)
-    out = padded.gather(1, slots[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-    return out.contiguous(memory_format=memory_format_of(x))
-
-
-def _scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: Tensor | None) -> Tensor:
-    """``[N, width, H, W]`` to ``[N, channels, H, W]``; ``base``, or zero, where a channel is not live."""
-    n, width, *size = packed.shape
-    slots = _slots(index[:, :width], count, n, channels)
-    out = packed.new_zeros(n, channels + 1, *size)
-    if base is not None:
-        out[:, :-1] = base
-    out.scatter_(1, slots[:, :, None, None].expand(-1, -1, *size), packed)
-    return out[:, :-1].clone(memory_format=memory_format_of(packed))
 
 
 def _live(index: Tensor | None, count: Tensor | None, channels: int, heads: int = 1) -> Tensor | None:
     """bool ``[N or 1, heads, C, 1, 1]``, or None where all are."""
     if index is None:
         return None
-    return _channel_mask(index, count, channels).view(-1, heads, channels, 1, 1)
+    return channel_mask(index, count, channels).view(-1, heads, channels, 1, 1)
 
 
 def _dense_input(x, index, count, channels: int, heads: int, packed: bool) -> Tensor:
@@ -100,10 +80,7 @@ def _conv(
     x: Tensor,  # [N, C, H, W]; packed_in: [N, width, H, W]
     weight: Tensor,  # [O, C/groups, kh, kw]
     bias: Tensor | None,  # [O]
-    in_index: Tensor | None,  # [N * heads, L] or [heads, L]; None: all channels
-    in_count: Tensor | None,
-    out_index: Tensor | None,  # [N, M] or [1, M]
-    out_count: Tensor | None,
+    lists: Lists,
     geometry: list[int],
     heads: int,
     activation: str,
@@ -114,14 +91,14 @@ def _conv(
 ) -> Tensor:  # [N, O, out_h, out_w] or [N, out_width, out_h, out_w]
     g = as_geometry(geometry)
     channels, outputs = weight.shape[1] * g.groups, weight.shape[0]
-    dense = _dense_input(x, in_index, in_count, channels, heads, packed_in)
+    dense = _dense_input(x, *lists.ins, channels, heads, packed_in)
     out = dense_conv(dense, weight, _headed(g, heads), bias)
     if scale is not None:
         out = out * scale.to(out.dtype)[:, :, None, None]
     out = ACTIVATIONS[activation](out)
     if out_width >= 0:
-        return _gather(out, out_index, out_count, out_width)
-    live = _live(out_index, out_count, outputs)
+        return _gather(out, *lists.outs, out_width)
+    live = _live(*lists.outs, outputs)
     if live is None:
         return out
     return torch.where(live[:, 0], out, 0 if base is None else base)
@@ -130,10 +107,7 @@ def _conv(
 def _conv_input_grad(
     grad: Tensor,  # [N, O, out_h, out_w]; packed_out: [N, width, out_h, out_w]
     weight: Tensor,
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
+    lists: Lists,
     geometry: list[int],
     heads: int,
     in_width: int,  # channels of a packed input, or -1 for a dense one
@@ -141,22 +115,19 @@ def _conv_input_grad(
 ) -> Tensor:  # [N, C, H, W] or [N, in_width, H, W]
     g = as_geometry(geometry)
     channels = weight.shape[1] * g.groups
-    dense = _dense_grad(grad, out_index, out_count, weight.shape[0], packed_out)
+    dense = _dense_grad(grad, *lists.outs, weight.shape[0], packed_out)
     x = grad.new_empty(g.batch, heads * channels, g.in_h, g.in_w)  # its values are not read
     dx, _ = dense_conv_grads(dense, x, weight, _headed(g, heads), [True, False])
     dx = dx.reshape(g.batch, heads, channels, g.in_h, g.in_w)
-    live = _live(in_index, in_count, channels, heads)
+    live = _live(*lists.ins, channels, heads)
     dx = (dx if live is None else dx.masked_fill(~live, 0)).sum(1)
-    return dx if in_width < 0 else _gather(dx, in_index, in_count, in_width)
+    return dx if in_width < 0 else _gather(dx, *lists.ins, in_width)
 
 
 def _conv_weight_grad(
     grad: Tensor,
     x: Tensor,
-    in_index: Tensor | None,
-    in_count: Tensor | None,
-    out_index: Tensor | None,
-    out_count: Tensor | None,
+    lists: Lists,
     weight_shape: list[int],
     geometry: list[int],
     heads: int,
@@ -165,8 +136,8 @@ def _conv_weight_grad(
     bias: bool,
 ) -> tuple[Tensor, Tensor]:  # dW as weight_shape; db [O], or [0] where nobody asks for it
     g = as_geometry(geometry)
-    dense = _dense_grad(grad, out_index, out_count, weight_shape[0], packed_out)
-    dense_x = _dense_input(x, in_index, in_count, weight_shape[1] * g.groups, heads, packed_in)
+    dense = _dense_grad(grad, *lists.outs, weight_shape[0], packed_out)
+    dense_x = _dense_input(x, *lists.ins, weight_shape[1] * g.groups, heads, packed_in)
     dw = dense_weight_grad(dense, dense_x, weight_shape, _headed(g, heads))
     return dw, dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
 
@@ -174,122 +145,76 @@ def _conv_weight_grad(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _kernels(backend: str, x: Tensor):
-    """The kernel module for ``x``, or None for the reference above."""
-    name = backends.choose(backend, x.device, x.dtype)
-    if name == "cpp":
-        return cpp_channels
-    if name == "triton":
-        from ...kernels.triton import channels
-
-        return channels
-    return None
+_KERNELS = Kernels(cpu.channels, "channels")
 
 
-def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
-    return torch.ops.dynops.channel_mask(index, count, channels)
+def _pack(at: int) -> Callable:
+    """Makes one :class:`Lists` of the four arguments from ``at`` on."""
+    return lambda *arguments: (*arguments[:at], Lists(*arguments[at : at + 4]), *arguments[at + 4 :])
 
 
-def _run_gather(x, index, count, width):
-    kernels = _kernels("", x)
-    return (_gather if kernels is None else kernels.gather)(x, index, count, width)
+def _fake_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, *options):
+    g, out_width = as_geometry(geometry), options[-2]
+    return empty_map(x, (g.batch, weight.shape[0] if out_width < 0 else out_width, g.out_h, g.out_w))
 
 
-def _run_scatter(packed, index, count, channels, base):
-    kernels = _kernels("", packed)
-    return (_scatter if kernels is None else kernels.scatter)(packed, index, count, channels, base)
-
-
-def _run_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend):  # fmt: skip
-    kernels = _kernels(backend, x)
-    run = _conv if kernels is None else kernels.conv
-    out = run(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width)  # fmt: skip
-    return out.contiguous(memory_format=memory_format_of(x))
-
-
-def _run_input_grad(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out, backend):  # fmt: skip
-    kernels = _kernels(backend, grad)
-    run = _conv_input_grad if kernels is None else kernels.conv_input_grad
-    dx = run(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out)
-    return dx.contiguous(memory_format=memory_format_of(grad))
-
-
-def _run_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias, backend):  # fmt: skip
-    kernels = _kernels(backend, grad)
-    run = _conv_weight_grad if kernels is None else kernels.conv_weight_grad
-    return run(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias)  # fmt: skip
-
-
-def _fake_map(like: Tensor, batch, channels, height, width) -> Tensor:
-    return like.new_empty(batch, channels, height, width).contiguous(memory_format=memory_format_of(like))
-
-
-def _fake_gather(x, index, count, width):
-    return _fake_map(x, x.shape[0], width, *x.shape[2:])
-
-
-def _fake_scatter(packed, index, count, channels, base):
-    return _fake_map(packed, packed.shape[0], channels, *packed.shape[2:])
-
-
-def _fake_conv(x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend):  # fmt: skip
+def _fake_input_grad(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, *options):  # fmt: skip
     g = as_geometry(geometry)
-    return _fake_map(x, g.batch, weight.shape[0] if out_width < 0 else out_width, g.out_h, g.out_w)
+    return empty_map(
+        grad, (g.batch, weight.shape[1] * g.groups if in_width < 0 else in_width, g.in_h, g.in_w)
+    )
 
 
-def _fake_input_grad(grad, weight, in_index, in_count, out_index, out_count, geometry, heads, in_width, packed_out, backend):  # fmt: skip
-    g = as_geometry(geometry)
-    return _fake_map(grad, g.batch, weight.shape[1] * g.groups if in_width < 0 else in_width, g.in_h, g.in_w)
-
-
-def _fake_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_shape, geometry, heads, packed_in, packed_out, bias, backend):  # fmt: skip
+def _fake_weight_grad(grad, x, in_index, in_count, out_index, out_count, weight_shape, *options):
+    bias = options[-2]
     return grad.new_empty(weight_shape), grad.new_empty(weight_shape[0] if bias else 0)
 
 
 # Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
 
 
-def _input_grad_setup(ctx, inputs, output):
-    *tensors, ctx.geometry, ctx.heads, ctx.in_width, ctx.packed_out, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _bare_conv(
+    x, weight, bias, lists: tuple, geometry, heads: int, packed_in: bool, out_width: int, backend: str
+):
+    """The op without an epilogue, which has gradients; ``lists``: index and count of inputs and outputs."""
+    epilogue = "", None, None  # activation, scale, base
+    return _convolution(x, weight, bias, *lists, geometry, heads, *epilogue, packed_in, out_width, backend)
+
+
+def _width(x: Tensor, packed: bool) -> int:
+    return x.shape[1] if packed else -1
 
 
 def _input_grad_backward(ctx, dx):
-    grad, weight, *lists = ctx.saved_tensors
+    grad, weight, *lists, geometry, heads, in_width, packed_out, backend = saved_inputs(ctx)
     need_grad, need_w = ctx.needs_input_grad[:2]
-    packed_in, d_grad, dw = ctx.in_width >= 0, None, None
+    shared, packed_in, d_grad, dw = (geometry, heads), in_width >= 0, None, None
     if need_grad:
-        out_width = grad.shape[1] if ctx.packed_out else -1
-        d_grad = _convolution(dx, weight, None, *lists, ctx.geometry, ctx.heads, "", None, None, packed_in, out_width, ctx.backend)  # fmt: skip
+        d_grad = _bare_conv(dx, weight, None, lists, *shared, packed_in, _width(grad, packed_out), backend)
     if need_w:
-        dw, _ = _weight_grad(grad, dx, *lists, weight.shape, ctx.geometry, ctx.heads, packed_in, ctx.packed_out, False, ctx.backend)  # fmt: skip
+        options = *shared, packed_in, packed_out, False, backend
+        dw, _ = _weight_grad(grad, dx, *lists, weight.shape, *options)
     return d_grad, dw, *[None] * 9
 
 
-def _weight_grad_setup(ctx, inputs, output):
-    *tensors, _, ctx.geometry, ctx.heads, ctx.packed_in, ctx.packed_out, ctx.bias, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _weight_grad_backward(ctx, dw, db):
-    grad, x, *lists = ctx.saved_tensors
+    grad, x, *lists, _, geometry, heads, packed_in, packed_out, bias, backend = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
-    d_grad = dx = None
+    shared, d_grad, dx = (geometry, heads), None, None
     if need_grad:
-        out_width = grad.shape[1] if ctx.packed_out else -1
-        d_grad = _convolution(x, dw, db if ctx.bias else None, *lists, ctx.geometry, ctx.heads, "", None, None, ctx.packed_in, out_width, ctx.backend)  # fmt: skip
+        widths = packed_in, _width(grad, packed_out)
+        d_grad = _bare_conv(x, dw, db if bias else None, lists, *shared, *widths, backend)
     if need_x:
-        in_width = x.shape[1] if ctx.packed_in else -1
-        dx = _input_grad(grad, dw, *lists, ctx.geometry, ctx.heads, in_width, ctx.packed_out, ctx.backend)
+        dx = _input_grad(grad, dw, *lists, *shared, _width(x, packed_in), packed_out, backend)
     return d_grad, dx, *[None] * 11
 
 
 _input_grad = define(
     "channel_conv_input_grad(Tensor grad, Tensor weight, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] geometry, int heads, SymInt in_width, bool packed_out, str backend) -> Tensor",
-    _run_input_grad,
+    _KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True, pack=_pack(2)),
     _fake_input_grad,
-    _input_grad_setup,
+    save_inputs,
     _input_grad_backward,
     terms="grad weight",
     vmap=batching.samples("grad", lists=("in_index", "in_count", "out_index", "out_count")),
@@ -298,9 +223,9 @@ _weight_grad = define(
     "channel_conv_weight_grad(Tensor grad, Tensor x, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] weight_shape, SymInt[] geometry, int heads, bool packed_in, bool packed_out, "
     "bool bias, str backend) -> (Tensor, Tensor)",
-    _run_weight_grad,
+    _KERNELS.run("conv_weight_grad", _conv_weight_grad, pack=_pack(2)),
     _fake_weight_grad,
-    _weight_grad_setup,
+    save_inputs,
     _weight_grad_backward,
     terms="grad x; grad",
 )
@@ -308,61 +233,14 @@ _weight_grad = define(
 # ----------------------------------------------------------------------------------- autograd
 
 
-def _gather_setup(ctx, inputs, output):
-    x, index, count, _ = inputs
-    ctx.save_for_backward(index, count)
-    ctx.channels = x.shape[1]
-
-
-def _gather_backward(ctx, grad):
-    return _scatter_op(grad, *ctx.saved_tensors, ctx.channels, None), None, None, None
-
-
-def _scatter_setup(ctx, inputs, output):
-    packed, index, count, _, _ = inputs
-    ctx.save_for_backward(index, count)
-    ctx.width = packed.shape[1]
-
-
-def _without_live(grad: Tensor, index: Tensor, count: Tensor) -> Tensor:
-    """The gradient of a base: that of the channels that are not live."""
-    return grad.masked_fill(_channel_mask(index, count, grad.shape[1])[:, :, None, None], 0)
-
-
-def _scatter_backward(ctx, grad):
-    index, count = ctx.saved_tensors
-    dpacked = _gather_op(grad, index, count, ctx.width) if ctx.needs_input_grad[0] else None
-    return dpacked, None, None, None, _without_live(grad, index, count) if ctx.needs_input_grad[4] else None
-
-
-_gather_op = define(
-    "gather_channels(Tensor x, Tensor index, Tensor count, SymInt width) -> Tensor",
-    _run_gather,
-    _fake_gather,
-    _gather_setup,
-    _gather_backward,
-    terms="x",
-    vmap=batching.passive(2, "x"),
-)
-_scatter_op = define(
-    "scatter_channels(Tensor packed, Tensor index, Tensor count, SymInt channels, Tensor? base) -> Tensor",
-    _run_scatter,
-    _fake_scatter,
-    _scatter_setup,
-    _scatter_backward,
-    terms="packed, base",
-    vmap=batching.passive(2, "packed", "base"),
-)
-
-
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, in_index, in_count, out_index, out_count, geometry, heads, activation, scale, base, packed_in, out_width, backend = inputs  # fmt: skip
+    x, weight, _, *lists, geometry, heads, activation, scale, _, packed_in, out_width, backend = inputs
     if activation or scale is not None:
         raise RuntimeError(
             "dynops::channel_conv: the fused activation and scale have no gradient; "
             "dynops.ops.channel_conv2d composes them from ops that have one"
         )
-    ctx.save_for_backward(x, weight, in_index, in_count, out_index, out_count)
+    ctx.save_for_backward(x, weight, *lists)
     ctx.geometry, ctx.heads, ctx.backend = geometry, heads, backend
     ctx.packed_in, ctx.packed_out = packed_in, out_width >= 0
 
@@ -371,14 +249,15 @@ def _backward(ctx, grad):
     x, weight, *lists = ctx.saved_tensors
     dx = dw = db = dbase = None
     need_x, need_w, need_b, need_base = (ctx.needs_input_grad[i] for i in (0, 1, 2, 11))
+    shared = ctx.geometry, ctx.heads
     if need_x:
-        in_width = x.shape[1] if ctx.packed_in else -1
-        dx = _input_grad(grad, weight, *lists, ctx.geometry, ctx.heads, in_width, ctx.packed_out, ctx.backend)
+        dx = _input_grad(grad, weight, *lists, *shared, _width(x, ctx.packed_in), ctx.packed_out, ctx.backend)
     if need_w or need_b:
-        dw, db = _weight_grad(grad, x, *lists, weight.shape, ctx.geometry, ctx.heads, ctx.packed_in, ctx.packed_out, need_b, ctx.backend)  # fmt: skip
+        options = *shared, ctx.packed_in, ctx.packed_out, need_b, ctx.backend
+        dw, db = _weight_grad(grad, x, *lists, weight.shape, *options)
     if need_base:
-        out_index, out_count = lists[2:]
-        dbase = torch.zeros_like(grad) if out_index is None else _without_live(grad, out_index, out_count)
+        outs = Lists(*lists).outs
+        dbase = torch.zeros_like(grad) if outs[0] is None else without_live(grad, *outs)
     return dx, (dw if need_w else None), (db if need_b else None), *[None] * 8, dbase, None, None, None
 
 
@@ -386,7 +265,7 @@ _convolution = define(
     "channel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? in_count, Tensor? out_index, "
     "Tensor? out_count, SymInt[] geometry, int heads, str activation, Tensor? scale, Tensor? base, "
     "bool packed_in, SymInt out_width, str backend) -> Tensor",
-    _run_conv,
+    _KERNELS.run("conv", _conv, like_first=True, pack=_pack(3)),
     _fake_conv,
     _setup_context,
     _backward,
@@ -395,51 +274,6 @@ _convolution = define(
 )
 
 # ------------------------------------------------------------------------------ public functions
-
-
-def gather_channels(x: Tensor, plan: ChannelPlan) -> Tensor:
-    """The live channels of each sample, packed.
-
-    Args:
-        x: ``[N, C]`` or ``[N, C, ...]``, any floating dtype; a 4-D one in either memory format, which the result
-            has too.
-
-    Returns:
-        ``[N, plan.width, ...]``, zero past the end of a sample's list.
-
-    Raises:
-        TypeError, ValueError: ``x`` does not fit the plan.
-    """
-    channel_checks.plan_of(plan, "plan", x, None, "x", 1)
-    shape = (x.shape[0], plan.width, *x.shape[2:])
-    return _gather_op(_as_map(x), plan.index, plan.count, plan.width).view(shape)
-
-
-def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = None) -> Tensor:
-    """The dense tensor with the packed channels in their places and ``base`` (or zero) at all others.
-
-    Args:
-        packed: ``[N, plan.width, ...]``.
-        base: ``[N, C, ...]`` of the same dtype, or None.
-
-    Returns:
-        ``[N, C, ...]``, memory format of ``packed``.
-
-    Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit the plan.
-    """
-    width = plan.width if isinstance(plan, ChannelPlan) else None
-    channel_checks.plan_of(plan, "plan", packed, width, "packed", 1)
-    shape = (packed.shape[0], plan.channels, *packed.shape[2:])
-    if base is not None:
-        channel_checks.base_of(base, shape, packed)
-        base = _as_map(base)
-    return _scatter_op(_as_map(packed), plan.index, plan.count, plan.channels, base).view(shape)
-
-
-def _as_map(x: Tensor) -> Tensor:
-    """``[N, C, ...]`` as ``[N, C, H, W]``."""
-    return x if x.dim() == 4 else x.reshape(*x.shape[:2], 1, x.shape[2:].numel())
 
 
 def channel_conv2d(
@@ -487,7 +321,7 @@ def channel_conv2d(
 
     Papers: FBS (ICLR 2019), RNP (NIPS 2017), dynamic group convolution (ECCV 2020).
     """
-    checks.tensor(x, "x", 4, "[N, C, H, W]")
+    tensor_checks.tensor(x, "x", 4, "[N, C, H, W]")
     return _channel_conv(x, weight, bias, in_plan, out_plan, False, False, (stride, padding, dilation, groups, padding_mode), activation, scale, base, backend)  # fmt: skip
 
 
@@ -517,7 +351,7 @@ def packed_channel_conv2d(
         ``[N, out_plan.width, out_H, out_W]``, zero past the end of a sample's list; ``[N, O, out_H, out_W]``
         where ``out_plan`` is None.
     """
-    checks.tensor(x, "x", 4, "[N, width, H, W]")
+    tensor_checks.tensor(x, "x", 4, "[N, width, H, W]")
     packed_in, packed_out = in_plan is not None, out_plan is not None
     return _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, (stride, padding, dilation, groups, padding_mode), activation, scale, None, backend)  # fmt: skip
 
@@ -559,10 +393,10 @@ def channel_linear(
         raise ValueError(
             f"x: expected a tensor [N, ..., I], got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
         )
-    checks.tensor(weight, "weight", 2, "[O, I]")
+    tensor_checks.tensor(weight, "weight", 2, "[O, I]")
     rows = x.shape[1:-1].numel()
     if base is not None:
-        channel_checks.base_of(base, (*x.shape[:-1], weight.shape[0]), x)
+        checks.base_of(base, (*x.shape[:-1], weight.shape[0]), x)
         base = base.reshape(x.shape[0], 1, rows, weight.shape[0]).permute(0, 3, 1, 2)
     if rows == 0:  # a convolution takes no empty map
         return F.linear(x, weight, bias)
@@ -573,23 +407,26 @@ def channel_linear(
 
 def _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, options, activation, scale, base, backend):  # fmt: skip
     """Checks the arguments and runs the op: with its gradient where one is needed, else straight."""
-    x, weight, bias, g, activation = channel_checks.conv_arguments(
+    x, weight, bias, g, activation = checks.conv_arguments(
         x, weight, bias, in_plan, out_plan, packed_in, options, activation, scale, base
     )
-    in_plan, out_plan = (None if plan is not None and not packed and plan.is_full else plan for plan, packed in ((in_plan, packed_in), (out_plan, packed_out)))  # fmt: skip
+    if in_plan is not None and not packed_in and in_plan.is_full:
+        in_plan = None
+    if out_plan is not None and not packed_out and out_plan.is_full:
+        out_plan = None
     if backend is None and in_plan is None and out_plan is None and scale is None and x.shape[0]:
         return dense_layer(x, weight, bias, g, activation)
     heads = 1 if in_plan is None else in_plan.heads
-    in_lists = (None, None) if in_plan is None else (in_plan.index, in_plan.count)
-    out_lists = (None, None) if out_plan is None else (out_plan.index, out_plan.count)
-    out_width = out_plan.width if packed_out else -1
+    in_list, out_list = ((None, None) if p is None else (p.index, p.count) for p in (in_plan, out_plan))
+    lists = Lists(*in_list, *out_list)
+    widths = packed_in, out_plan.width if packed_out else -1
     base = None if base is None else base.to(x.dtype)  # differs under autocast only
-    differentiated = modes.differentiated(x, weight, bias, scale, base)
-    lists = (*in_lists, *out_lists, g, heads)
-    if not differentiated or (not activation and scale is None):
+    backend = backend or ""
+    finishes = bool(activation) or scale is not None
+    if not (finishes and modes.differentiated(x, weight, bias, scale, base)):
         weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
-        return _convolution(x, weight, bias, *lists, activation, scale, base, packed_in, out_width, backend or "")  # fmt: skip
-    out = _convolution(x, weight.to(x.dtype), bias, *lists, "", None, None, packed_in, out_width, backend or "")  # fmt: skip
+        return _convolution(x, weight, bias, *lists, g, heads, activation, scale, base, *widths, backend)
+    out = _bare_conv(x, weight.to(x.dtype), bias, lists, g, heads, *widths, backend)
     if scale is not None:
         if packed_out:
             scale = gather_channels(scale, out_plan)
@@ -597,13 +434,7 @@ def _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, opt
     out = ACTIVATIONS[activation](out)  # each is zero at zero
     if base is None or out_plan is None:
         return out
-    return torch.where(_channel_mask(*out_lists, out.shape[1])[:, :, None, None], out, base)
+    return torch.where(channel_mask(*lists.outs, out.shape[1])[:, :, None, None], out, base)
 
 
-__all__ = [
-    "channel_conv2d",
-    "channel_linear",
-    "gather_channels",
-    "packed_channel_conv2d",
-    "scatter_channels",
-]
+__all__ = ["channel_conv2d", "channel_linear", "packed_channel_conv2d"]

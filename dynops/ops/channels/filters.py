@@ -22,26 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import backends, modes
+from ... import modes
 from ...geometry import ConvGeometry, as_geometry, is_int, pair
-from ...kernels.cpu import channel_outputs as cpp_channel_outputs
-from ...kernels.layout import memory_format_of
+from ...kernels import cpu
+from ...kernels.layout import empty_map
 from .. import batching, checks
-from ..registry import define
+from ..dispatch import Kernels
+from ..registry import define, save_inputs, saved_inputs
 
 # ---------------------------------------------------------------------------------- reference
 
 
 def _wide(x: Tensor) -> Tensor:
-    """As sums are kept: half precision in float32."""
+    """The dtype of sums: half precision becomes float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _padded_size(g: ConvGeometry) -> tuple[int, int]:
-    """What the taps of all outputs span; the input may be larger where a stride leaves some of it over."""
-    height = (g.out_h - 1) * g.stride_h + g.dil_h * (g.kernel_h - 1) + 1
-    width = (g.out_w - 1) * g.stride_w + g.dil_w * (g.kernel_w - 1) + 1
-    return max(height, g.pad_h + g.in_h), max(width, g.pad_w + g.in_w)
 
 
 def _taps(padded: Tensor, g: ConvGeometry) -> Iterator[tuple[int, Tensor]]:
@@ -52,9 +46,13 @@ def _taps(padded: Tensor, g: ConvGeometry) -> Iterator[tuple[int, Tensor]]:
         yield t, rows[..., x : x + (g.out_w - 1) * g.stride_w + 1 : g.stride_w]
 
 
+def _pads(g: ConvGeometry) -> tuple[int, int, int, int]:
+    """The margins that the taps read; none is negative: a stride may leave some of the input over."""
+    return tuple(max(margin, 0) for margin in g.margins)
+
+
 def _padded(x: Tensor, g: ConvGeometry) -> Tensor:
-    height, width = _padded_size(g)
-    return F.pad(x, (g.pad_w, width - g.pad_w - g.in_w, g.pad_h, height - g.pad_h - g.in_h))
+    return F.pad(x, _pads(g))
 
 
 def _upsampled(x: Tensor, scale: int) -> Tensor:
@@ -89,7 +87,7 @@ def _conv_input_grad(
     g = as_geometry(geometry)
     filters = _wide(kernels).unflatten(1, (g.groups, 1, g.taps))
     dy = _wide(grad).unflatten(1, (g.groups, -1))
-    padded = dy.new_zeros(g.batch, grad.shape[1], *_padded_size(g))
+    padded = _padded(dy.new_zeros(g.batch, grad.shape[1], g.in_h, g.in_w), g)
     for t, patch in _taps(padded, g):
         patch += _summed((filters[:, :, :, t] * dy).flatten(1, 2), upsample)
     inside = padded[:, :, g.pad_h : g.pad_h + g.in_h, g.pad_w : g.pad_w + g.in_w]
@@ -114,100 +112,72 @@ def _conv_kernel_grad(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _has_kernels(backend: str, x: Tensor) -> bool:
-    return backends.choose(backend, x.device, x.dtype) == "cpp"
-
-
-def _run_conv(x, kernels, geometry, upsample, backend):
-    run = cpp_channel_outputs.local_conv if _has_kernels(backend, x) else _conv
-    return run(x, kernels, geometry, upsample).contiguous(memory_format=memory_format_of(x))
-
-
-def _run_input_grad(grad, kernels, geometry, upsample, backend):
-    run = cpp_channel_outputs.local_conv_input_grad if _has_kernels(backend, grad) else _conv_input_grad
-    return run(grad, kernels, geometry, upsample).contiguous(memory_format=memory_format_of(grad))
-
-
-def _run_kernel_grad(grad, x, geometry, upsample, backend):
-    run = cpp_channel_outputs.local_conv_kernel_grad if _has_kernels(backend, x) else _conv_kernel_grad
-    return run(grad, x, geometry, upsample).contiguous(memory_format=memory_format_of(grad))
-
-
-def _fake_map(like: Tensor, *shape) -> Tensor:
-    return like.new_empty(shape).contiguous(memory_format=memory_format_of(like))
+_KERNELS = Kernels(cpu.channel_filters, named="local_conv2d")
 
 
 def _fake_conv(x, kernels, geometry, upsample, backend):
-    return _fake_map(x, *x.shape[:2], *kernels.shape[2:])
+    return empty_map(x, (*x.shape[:2], *kernels.shape[2:]))
 
 
 def _fake_input_grad(grad, kernels, geometry, upsample, backend):
     g = as_geometry(geometry)
-    return _fake_map(grad, *grad.shape[:2], g.in_h, g.in_w)
+    return empty_map(grad, (*grad.shape[:2], g.in_h, g.in_w))
 
 
 def _fake_kernel_grad(grad, x, geometry, upsample, backend):
     g = as_geometry(geometry)
-    return _fake_map(grad, grad.shape[0], g.groups * g.taps, *grad.shape[2:])
+    return empty_map(grad, (grad.shape[0], g.groups * g.taps, *grad.shape[2:]))
 
 
 # Convolution and its two gradients are bilinear, and the derivatives of each are the other two.
 
 
 def _input_grad_backward(ctx, dx):
-    grad, kernels = ctx.saved_tensors
+    grad, kernels, *options = saved_inputs(ctx)
     need_grad, need_kernels = ctx.needs_input_grad[:2]
-    options = (ctx.geometry, ctx.upsample, ctx.backend)
     d_grad = _convolution(dx, kernels, *options) if need_grad else None
     return d_grad, (_kernel_grad(grad, dx, *options) if need_kernels else None), None, None, None
 
 
 def _kernel_grad_backward(ctx, d_kernels):
-    grad, x = ctx.saved_tensors
+    grad, x, *options = saved_inputs(ctx)
     need_grad, need_x = ctx.needs_input_grad[:2]
-    options = (ctx.geometry, ctx.upsample, ctx.backend)
     d_grad = _convolution(x, d_kernels, *options) if need_grad else None
     return d_grad, (_input_grad(grad, d_kernels, *options) if need_x else None), None, None, None
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.geometry, ctx.upsample, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _backward(ctx, grad):
+    x, kernels, *options = saved_inputs(ctx)
+    need_x, need_kernels = ctx.needs_input_grad[:2]
+    dx = _input_grad(grad, kernels, *options) if need_x else None
+    return dx, (_kernel_grad(grad, x, *options) if need_kernels else None), None, None, None
 
 
 _input_grad = define(
     "local_conv_input_grad(Tensor grad, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
-    _run_input_grad,
+    _KERNELS.run("conv_input_grad", _conv_input_grad, like_first=True),
     _fake_input_grad,
-    _setup_context,
+    save_inputs,
     _input_grad_backward,
     terms="grad kernels",
     vmap=batching.samples("grad", "kernels"),
 )
 _kernel_grad = define(
     "local_conv_kernel_grad(Tensor grad, Tensor x, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
-    _run_kernel_grad,
+    _KERNELS.run("conv_kernel_grad", _conv_kernel_grad, like_first=True),
     _fake_kernel_grad,
-    _setup_context,
+    save_inputs,
     _kernel_grad_backward,
     terms="grad x",
     vmap=batching.samples("grad", "x"),
 )
 
 
-def _backward(ctx, grad):
-    x, kernels = ctx.saved_tensors
-    need_x, need_kernels = ctx.needs_input_grad[:2]
-    options = (ctx.geometry, ctx.upsample, ctx.backend)
-    dx = _input_grad(grad, kernels, *options) if need_x else None
-    return dx, (_kernel_grad(grad, x, *options) if need_kernels else None), None, None, None
-
-
 _convolution = define(
     "local_conv(Tensor x, Tensor kernels, SymInt[] geometry, SymInt upsample, str backend) -> Tensor",
-    _run_conv,
+    _KERNELS.run("conv", _conv, like_first=True),
     _fake_conv,
-    _setup_context,
+    save_inputs,
     _backward,
     terms="x kernels",
     vmap=batching.samples("x", "kernels"),
@@ -231,10 +201,9 @@ def local_conv2d(
 ) -> Tensor:
     """2-D convolution with filters of its own at each output pixel: one filter for the channels of a group.
 
-    With ``u = unfold(x, kernel_size, …)`` as ``[N, groups, C/groups, T, out_H, out_W]`` and ``k = kernels`` as
-    ``[N, groups, 1, T, out_H, out_W]``, equals ``(k * u).sum(3)``, but nothing is unfolded. Involution,
-    dynamic filters and pixel-adaptive convolution are this with their own kernels, CARAFE with ``upsample``
-    and kernels that sum to one.
+    Equals ``(k * u).sum(3)`` with ``u = unfold(x, kernel_size, …)`` as ``[N, groups, C/groups, T, out_H, out_W]`` and
+    ``k = kernels`` as ``[N, groups, 1, T, out_H, out_W]``. Nothing is unfolded. Involution and dynamic
+    filters are this with their own kernels, CARAFE with ``upsample`` and kernels that sum to one.
 
     Args:
         x: ``[N, C, H, W]``, either memory format; the output has the same one. channels_last is the fast one,
@@ -255,15 +224,11 @@ def local_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: dynamic filter networks (NIPS 2016), pixel-adaptive convolution (CVPR 2019), CARAFE (ICCV 2019),
-    involution (CVPR 2021).
+    Papers: dynamic filter networks (NIPS 2016), CARAFE (ICCV 2019), involution (CVPR 2021).
     """
-    if backend == "triton":
-        raise RuntimeError("backend='triton': local_conv2d has no Triton kernel")
     checks.tensor(x, "x", 4, "[N, C, H, W]")
     checks.tensor(kernels, "kernels", 4, "[N, groups * kh * kw, out_H, out_W]")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    checks.floating(x)
     if (dtype := modes.autocast_dtype(x)) is not None:
         x, kernels = x.to(dtype), kernels.to(dtype)
     checks.same(kernels, "kernels", x)
@@ -272,13 +237,10 @@ def local_conv2d(
     if not is_int(groups, 1) or x.shape[1] % groups:
         raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels, got {groups!r}")
     kernel = pair(kernel_size, "kernel_size", 1)
-    g, fill = checks.conv_geometry(x.shape, (x.shape[1], x.shape[1] // groups, *kernel), stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    options = stride, padding, dilation, groups, padding_mode
+    g, fill = checks.conv_geometry(x.shape, (x.shape[1], x.shape[1] // groups, *kernel), options)
     expected = (g.batch, groups * g.taps, g.out_h * upsample, g.out_w * upsample)
-    if tuple(kernels.shape) != expected:
-        raise ValueError(
-            f"kernels: expected shape {expected}, as kernel_size {kernel} with groups={groups} has it, "
-            f"got {tuple(kernels.shape)}"
-        )
+    checks.shaped(kernels, "kernels", expected, f", as kernel_size {kernel} with groups={groups} has it")
     x = x if fill is None else F.pad(x, fill, mode=padding_mode)
     return _convolution(x, kernels, g, upsample, backend or "")
 

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import backends, modes
+from ... import modes
 from ...geometry import as_geometry, is_int
-from ...kernels.cpu import channel_outputs as cpp_channel_outputs
-from ...kernels.layout import in_format_of, memory_format_of
+from ...kernels import cpu
+from ...kernels.layout import empty_map, in_format_of, memory_format_of
 from ...plans.masks import check_mask_dtype
 from .. import batching, checks
-from ..pixels.conv import dense_conv, dense_conv_grads
+from ..dense_conv import dense_conv, dense_conv_grads
+from ..dispatch import Kernels
 from ..registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -51,17 +52,19 @@ def _conv(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
+_KERNELS = Kernels(cpu.channel_outputs, named="masked_output_conv2d")
+
+
 def _run_conv(x, weight, bias, mask, partial, begin, geometry, backend):
-    run = _conv
-    has_kernel = backends.choose(backend, x.device, x.dtype) == "cpp"
-    if has_kernel and (backend or cpp_channel_outputs.wins(weight, mask, as_geometry(geometry))):
-        run = cpp_channel_outputs.conv  # unnamed, not where the dense convolution is faster
+    run, kernels = _conv, _KERNELS.of(backend, x)
+    if kernels is not None and (backend or kernels.wins(weight, mask, as_geometry(geometry))):
+        run = kernels.conv  # unnamed, not where the dense convolution is faster
     out = run(x, weight, bias, mask, partial, begin, geometry)
     return out.contiguous(memory_format=memory_format_of(x))
 
 
 def _fake_conv(x, weight, bias, mask, partial, begin, geometry, backend):
-    return x.new_empty(mask.shape).contiguous(memory_format=memory_format_of(x))
+    return empty_map(x, mask.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -141,14 +144,14 @@ def masked_output_conv2d(
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
         RuntimeError: a named backend that cannot run here.
 
-    Papers: CGNet (NeurIPS 2019), LCCL (CVPR 2017), SeerNet (CVPR 2019), precision gating (ICLR 2020).
+    Paper: CGNet (NeurIPS 2019).
     """
     checks.tensor(x, "x", 4, "[N, C, H, W]")
-    _has_kernels(backend)
     x, weight, bias = checks.conv_tensors(x, weight, bias)
     begin, end = _channel_range(in_channels, x.shape[1])
     in_shape = (x.shape[0], end - begin, *x.shape[2:])
-    g, fill = checks.dense_conv_geometry(in_shape, weight, bias, stride, padding, dilation, groups, padding_mode)  # fmt: skip
+    options = stride, padding, dilation, groups, padding_mode
+    g, fill = checks.conv_geometry(in_shape, weight.shape, options, bias)
     out_shape = (g.batch, weight.shape[0], g.out_h, g.out_w)
     mask = _output_mask(mask, out_shape, x)
     partial = _partial(partial, out_shape, x)
@@ -156,11 +159,6 @@ def masked_output_conv2d(
         x, begin = F.pad(x[:, begin:end], fill, mode=padding_mode), 0
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     return _convolution(x, weight, bias, mask, partial, begin, g, backend or "")
-
-
-def _has_kernels(backend: str | None) -> None:
-    if backend == "triton":
-        raise RuntimeError("backend='triton': masked_output_conv2d has no Triton kernel")
 
 
 def _channel_range(in_channels, channels: int) -> tuple[int, int]:
@@ -180,8 +178,7 @@ def _channel_range(in_channels, channels: int) -> tuple[int, int]:
 
 def _output_mask(mask, out_shape: tuple[int, ...], x: Tensor) -> Tensor:
     check_mask_dtype(mask, "mask", "[N, O, out_H, out_W]")
-    if tuple(mask.shape) != out_shape:
-        raise ValueError(f"mask: expected the output's shape {out_shape}, got {tuple(mask.shape)}")
+    checks.shaped(mask, "mask", out_shape, what="the output's shape")
     checks.same(mask, "mask", x, dtype=False)
     return mask if mask.dtype == torch.bool else mask.detach() != 0
 
@@ -190,8 +187,7 @@ def _partial(partial, out_shape: tuple[int, ...], x: Tensor) -> Tensor | None:
     if partial is None:
         return None
     checks.tensor(partial, "partial", 4, "[N, O, out_H, out_W]")
-    if tuple(partial.shape) != out_shape:
-        raise ValueError(f"partial: expected the output's shape {out_shape}, got {tuple(partial.shape)}")
+    checks.shaped(partial, "partial", out_shape, what="the output's shape")
     checks.same(partial, "partial", x, dtype=modes.autocast_dtype(x) is None)
     return partial.to(x.dtype)  # differs under autocast only
 

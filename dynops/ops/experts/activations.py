@@ -1,4 +1,4 @@
-"""What stands between the two GEMMs of an expert: an activation, gated or not.
+"""expert_activation: the activation between the two GEMMs of an expert, gated or not.
 
 The mathematics, of a row z that holds gate and up side by side, or interleaved (g0, u0, g1, u1, …)::
 
@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends, modes
-from ...kernels.cpu import experts as cpp_experts
+from ... import modes
+from ...kernels import cpu
+from ..dispatch import Kernels
 from ..epilogue import ACTIVATION_GRADS, ACTIVATIONS, DIFFERENTIABLE_GRADS
 from ..registry import define
 from . import checks
@@ -66,26 +67,7 @@ def _activation_grad(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _kernels(backend: str, z: Tensor):
-    """The kernel module for ``z``, or None for the reference above."""
-    name = backends.choose(backend, z.device, z.dtype)
-    if name == "triton":
-        from ...kernels.triton import experts
-
-        return experts
-    return cpp_experts if name == "cpp" else None
-
-
-def _run(z, activation, gated, interleaved, alpha, limit, backend):
-    kernels = _kernels(backend, z)
-    run = _activation if kernels is None else kernels.activation
-    return run(z, activation, gated, interleaved, alpha, limit)
-
-
-def _run_grad(grad, z, activation, gated, interleaved, alpha, limit, backend):
-    kernels = _kernels(backend, z)
-    run = _activation_grad if kernels is None else kernels.activation_grad
-    return run(grad, z, activation, gated, interleaved, alpha, limit)
+_KERNELS = Kernels(cpu.experts, "experts")
 
 
 def _fake(z, activation, gated, interleaved, alpha, limit, backend):
@@ -130,13 +112,18 @@ def _refuse(ctx, inputs, output):
 _OPTIONS = "str activation, bool gated, bool interleaved, float alpha, float limit, str backend"
 _grad = define(
     f"expert_activation_grad(Tensor grad, Tensor z, {_OPTIONS}) -> Tensor",
-    _run_grad,
+    _KERNELS.run("activation_grad", _activation_grad),
     _fake_grad,
     _refuse,
     _refuse,
 )
 _apply = define(
-    f"expert_activation(Tensor z, {_OPTIONS}) -> Tensor", _run, _fake, _setup_context, _backward, jvp=_jvp
+    f"expert_activation(Tensor z, {_OPTIONS}) -> Tensor",
+    _KERNELS.run("activation", _activation),
+    _fake,
+    _setup_context,
+    _backward,
+    jvp=_jvp,
 )
 
 

@@ -1,4 +1,4 @@
-"""Argument checks of the ops on experts, and weights of eight bits."""
+"""Argument checks of the ops on experts."""
 
 from __future__ import annotations
 
@@ -11,33 +11,19 @@ from ... import modes
 from ...plans import ExpertPlan
 from .. import checks
 from ..epilogue import ACTIVATIONS
+from .quantized import QuantizedExperts
 
 CLAMPED = "clamped_swiglu"
 
 
-class QuantizedExperts(NamedTuple):
-    """Weights of eight bits: ``weight[e, o, i] * scale[e, o]``.
-
-    ``weight``: int8 ``[E, O, I]`` (transposed ``[E, I, O]``); ``scale``: float32 ``[E, O]``.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-
 def rows(x, name: str) -> Tensor:
     checks.tensor(x, name, 2, "rows [R, C]")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    checks.floating(x, name)
     return x
 
 
 def plan_of(plan, x: Tensor) -> ExpertPlan:
-    if not isinstance(plan, ExpertPlan):
-        raise TypeError(f"plan: expected an ExpertPlan (ExpertPlan.from_topk), got {type(plan).__name__}")
-    if plan.device != x.device:
-        raise ValueError(f"plan: expected it on x's device {x.device}, got {plan.device}")
-    return plan
+    return checks.plan(plan, ExpertPlan, "plan", x.device, "from_topk")
 
 
 def plan_rows(x, name: str, plan: ExpertPlan, packed: bool) -> None:
@@ -47,72 +33,71 @@ def plan_rows(x, name: str, plan: ExpertPlan, packed: bool) -> None:
         raise ValueError(f"{name}: expected a row for each {what}, {expected}, got shape {tuple(x.shape)}")
 
 
-def weight_of(weight, name: str, x: Tensor, transposed: bool) -> tuple[Tensor, Tensor | None, bool]:
-    """The weight, its scale if it has eight bits, and whether it is transposed.
+class Weights(NamedTuple):
+    """A linear layer of each expert, as ops take it: the last dimension of the matrix is contiguous."""
 
-    Its last dimension is contiguous: a weight that is so along the other one counts as transposed.
-    """
+    matrix: Tensor  # [E, O, I], transposed [E, I, O]; int8 with a scale
+    scale: Tensor | None  # [E, O]
+    bias: Tensor | None  # [E, O]
+    transposed: bool
+
+    @property
+    def outputs(self) -> int:
+        return self.matrix.shape[2] if self.transposed else self.matrix.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        return self.matrix.shape[1] if self.transposed else self.matrix.shape[2]
+
+
+def weights_of(weight, bias, names: tuple[str, str], x: Tensor, experts: int, transposed: bool) -> Weights:
+    """Checks a weight and a bias of these names. A weight that is contiguous along the other dimension is turned."""
+    (name, bias_name), scale = names, None
     shape = "[E, I, O]" if transposed else "[E, O, I]"
     if isinstance(weight, QuantizedExperts):
         weight, scale = weight
         if not isinstance(weight, Tensor) or weight.dtype != torch.int8 or scale.dtype != torch.float32:
             raise TypeError(f"{name}: expected an int8 weight and a float32 scale in QuantizedExperts")
     else:
-        scale = None
         checks.tensor(weight, name, 3, shape)
         checks.same(weight, name, x)
     if weight.dim() != 3 or weight.device != x.device:
         raise ValueError(
             f"{name}: expected {shape} on {x.device}, got {tuple(weight.shape)} on {weight.device}"
         )
-    outputs = weight.shape[2] if transposed else weight.shape[1]
-    if scale is not None and tuple(scale.shape) != (weight.shape[0], outputs):
-        raise ValueError(f"{name}: expected a scale {(weight.shape[0], outputs)}, got {tuple(scale.shape)}")
     if weight.stride(2) != 1 and weight.stride(1) == 1:
-        return weight.mT, scale, not transposed
-    return weight, scale, transposed
+        weight, transposed = weight.mT, not transposed
+    checked = Weights(weight, scale, bias, transposed)
+    if scale is not None:
+        checks.shaped(scale, name, (weight.shape[0], checked.outputs), what="a scale")
+    if bias is not None:
+        checks.tensor(bias, bias_name, 2, "[E, O]")
+        checks.same(bias, bias_name, x)
+        checks.shaped(bias, bias_name, (experts, checked.outputs))
+    return checked
 
 
-def sizes_of(weight: Tensor, transposed: bool) -> tuple[int, int]:
-    """(outputs, inputs) of an expert."""
-    return (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
-
-
-def fits(weight: Tensor, name: str, transposed: bool, experts: int, inputs: int, of: str = "x") -> None:
-    got = sizes_of(weight, transposed)[1]
-    if weight.shape[0] != experts or got != inputs:
+def fits(weights: Weights, name: str, experts: int, inputs: int, of: str = "x") -> None:
+    """The weights are of so many experts and inputs."""
+    shape = weights.matrix.shape
+    if shape[0] != experts or weights.inputs != inputs:
         raise ValueError(
             f"{name}: expected {experts} experts of {inputs} inputs, as the plan and {of} have them, got "
-            f"{weight.shape[0]} of {got} in shape {tuple(weight.shape)}"
+            f"{shape[0]} of {weights.inputs} in shape {tuple(shape)}"
         )
-
-
-def bias_of(bias, name: str, x: Tensor, experts: int, outputs: int) -> None:
-    if bias is None:
-        return
-    checks.tensor(bias, name, 2, "[E, O]")
-    checks.same(bias, name, x)
-    if tuple(bias.shape) != (experts, outputs):
-        raise ValueError(f"{name}: expected shape {(experts, outputs)}, got {tuple(bias.shape)}")
 
 
 def topk_weight_of(weight, plan: ExpertPlan) -> None:
     if weight is None:
         return
     checks.tensor(weight, "topk_weight", 2, "[T, K]")
-    if not weight.is_floating_point():
-        raise TypeError(f"topk_weight: expected a floating dtype, got {weight.dtype}")
-    if tuple(weight.shape) != tuple(plan.position.shape):
-        raise ValueError(f"topk_weight: expected {tuple(plan.position.shape)}, got {tuple(weight.shape)}")
-    if weight.device != plan.device:
-        raise ValueError(f"topk_weight: expected it on the plan's device {plan.device}, got {weight.device}")
+    checks.floating(weight, "topk_weight")
+    checks.shaped(weight, "topk_weight", plan.position.shape)
+    checks.on_plan(weight, plan, "topk_weight")
 
 
 def activation(name: str | None, gated: bool) -> str:
-    known = (*ACTIVATIONS, CLAMPED) if gated else tuple(ACTIVATIONS)
-    if name is not None and (not isinstance(name, str) or name not in known):
-        raise ValueError(f"activation: expected None or one of {known[1:]}, got {name!r}")
-    return name or ""
+    return checks.activation(name, (*ACTIVATIONS, CLAMPED) if gated else tuple(ACTIVATIONS))
 
 
 def autocast(x: Tensor, *others) -> tuple:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
-from ...kernels.cpu import experts as cpp_experts
+from ...kernels import cpu
 from ...plans import ExpertPlan
 from .. import batching
-from ..registry import define
+from ..dispatch import Kernels
+from ..registry import define, save_inputs, saved_inputs
 from . import checks
 
 # ---------------------------------------------------------------------------------- reference
@@ -65,7 +65,7 @@ def _dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position) -> Te
     return torch.where(position < 0, 0, sums)
 
 
-def _weighted(rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+def weighted_rows(rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Packed rows times the weight ``[T, K]`` of their pair; dropped ones zero, whatever theirs is."""
     live = torch.arange(order.shape[0], device=rows.device) < offsets[-1]
     weighted = rows * weight.reshape(-1)[order.long()][:, None]
@@ -75,32 +75,7 @@ def _weighted(rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor) -> T
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-def _kernels(backend: str, x: Tensor):
-    """The kernel module for ``x``, or None for the reference above."""
-    name = backends.choose(backend, x.device, x.dtype)
-    if name == "triton":
-        from ...kernels.triton import experts
-
-        return experts
-    return cpp_experts if name == "cpp" else None
-
-
-def _run_gather(x, weight, order, offsets, position, backend):
-    kernels = _kernels(backend, x)
-    run = _gather if kernels is None else kernels.gather
-    return run(x, weight, order, offsets, position)
-
-
-def _run_combine(rows, weight, order, offsets, position, backend):
-    kernels = _kernels(backend, rows)
-    run = _combine if kernels is None else kernels.combine
-    return run(rows, weight, order, offsets, position)
-
-
-def _run_dots(x, rows, packed, order, offsets, position, backend):
-    kernels = _kernels(backend, rows)
-    run = _dots if kernels is None else kernels.dots
-    return run(x, rows, packed, order, offsets, position)
+_KERNELS = Kernels(cpu.experts, "experts")
 
 
 def _fake_gather(x, weight, order, offsets, position, backend):
@@ -118,72 +93,60 @@ def _fake_dots(x, rows, packed, order, offsets, position, backend):
 _PLAN = "Tensor order, Tensor offsets, Tensor position, str backend"
 
 
-def _dots_setup(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    x, rows, ctx.packed, *plan = tensors
-    ctx.save_for_backward(x, rows, *plan)
-
-
 def _dots_backward(ctx, grad):
-    x, rows, *plan = ctx.saved_tensors
+    x, rows, packed, *plan, backend = saved_inputs(ctx)
     need_x, need_rows = ctx.needs_input_grad[:2]
     dx = d_rows = None
-    if need_x and ctx.packed:
-        dx = _weighted(rows, grad, *plan[:2])
+    if need_x and packed:
+        dx = weighted_rows(rows, grad, *plan[:2])
     elif need_x:
-        dx = combine(rows, grad, *plan, ctx.backend).to(x.dtype)
+        dx = combine(rows, grad, *plan, backend).to(x.dtype)
     if need_rows:
-        d_rows = _weighted(x, grad, *plan[:2]) if ctx.packed else gather(x, grad, *plan, ctx.backend)
+        d_rows = weighted_rows(x, grad, *plan[:2]) if packed else gather(x, grad, *plan, backend)
         d_rows = d_rows.to(rows.dtype)
     return dx, d_rows, *[None] * 5
 
 
+def _gather_backward(ctx, grad):
+    x, weight, *plan = saved_inputs(ctx)
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    dx = combine(grad, weight, *plan) if need_x else None
+    dw = pair_dots(x, grad, False, *plan).to(weight.dtype) if need_weight else None
+    return dx, dw, *[None] * 4
+
+
+def _combine_backward(ctx, grad):
+    rows, weight, *plan = saved_inputs(ctx)
+    need_rows, need_weight = ctx.needs_input_grad[:2]
+    d_rows = gather(grad, weight, *plan) if need_rows else None
+    dw = pair_dots(grad, rows, False, *plan).to(weight.dtype) if need_weight else None
+    return d_rows, dw, *[None] * 4
+
+
 pair_dots = define(
     f"pair_dots(Tensor x, Tensor rows, bool packed, {_PLAN}) -> Tensor",
-    _run_dots,
+    _KERNELS.run("dots", _dots),
     _fake_dots,
-    _dots_setup,
+    save_inputs,
     _dots_backward,
     terms="x rows",
 )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, *plan, backend = inputs
-    ctx.save_for_backward(x, weight, *plan)
-    ctx.backend = backend
-
-
-def _gather_backward(ctx, grad):
-    x, weight, *plan = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    dx = combine(grad, weight, *plan, ctx.backend) if need_x else None
-    dw = pair_dots(x, grad, False, *plan, ctx.backend).to(weight.dtype) if need_weight else None
-    return dx, dw, None, None, None, None
-
-
-def _combine_backward(ctx, grad):
-    rows, weight, *plan = ctx.saved_tensors
-    need_rows, need_weight = ctx.needs_input_grad[:2]
-    d_rows = gather(grad, weight, *plan, ctx.backend) if need_rows else None
-    dw = pair_dots(grad, rows, False, *plan, ctx.backend).to(weight.dtype) if need_weight else None
-    return d_rows, dw, None, None, None, None
-
-
 gather = define(
     f"gather_pairs(Tensor x, Tensor? weight, {_PLAN}) -> Tensor",
-    _run_gather,
+    _KERNELS.run("gather", _gather),
     _fake_gather,
-    _setup_context,
+    save_inputs,
     _gather_backward,
     terms="x weight",
     vmap=batching.passive(1, "x"),
 )
 combine = define(
     f"combine_pairs(Tensor rows, Tensor? weight, {_PLAN}) -> Tensor",
-    _run_combine,
+    _KERNELS.run("combine", _combine),
     _fake_combine,
-    _setup_context,
+    save_inputs,
     _combine_backward,
     terms="rows weight",
     vmap=batching.passive(1, "rows"),

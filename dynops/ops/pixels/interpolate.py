@@ -13,8 +13,8 @@ from torch import Tensor
 from ... import modes
 from ...plans import PixelPlan
 from .. import checks
+from ..observers import observers
 from ..registry import define
-from ..watch import watchers
 from .rows import gather_pixels, in_format, memory_format_of, scatter_pixels
 
 MODES = ("gaussian", "nearest")
@@ -24,10 +24,9 @@ _FAR = 2**62  # more than any squared distance, with room to add one
 def _nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
     """int32 ``[N, H, W]``: the flat position of the nearest pixel in ``index``, -1 where its sample has none.
 
-    Exact Euclidean distance; of several pixels the first in row-major order. Two passes: the nearest
-    in each column, then over columns at growing offsets, on a CPU until no nearer one can come (so
-    O(N*H*W) memory and O(N*H*W*D) time for a largest distance D), on a GPU all of them (no
-    synchronisation).
+    Exact Euclidean distance; of several pixels the first in row-major order. Two passes: the nearest in each column,
+    then over columns at growing offsets. A CPU stops when no nearer one can come: O(N*H*W) memory and O(N*H*W*D) time
+    for a largest distance D. A GPU goes over all of them, without synchronisation.
     """
     n, h, w = shape
     if n * h * w == 0:
@@ -109,8 +108,8 @@ def interpolate_pixels(
     """
     _check(x, plan, mode, kernel_size, sigma)
     rows = gather_pixels(x, plan) if x.dim() == 4 else x
-    for watcher in watchers():
-        watcher.filled(plan, rows.shape[1], mode, kernel_size)
+    for observer in observers():
+        observer.filled(plan, rows.shape[1], mode, kernel_size)
     selected = (plan.inverse() >= 0)[:, None]
     if plan.num_pixels * rows.shape[1] == 0:
         out = scatter_pixels(rows, plan)
@@ -164,8 +163,7 @@ def _check(x, plan, mode, kernel_size, sigma) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [N, C, H, W] or packed rows [P, C], got {type(x).__name__}")
     checks.pixel_plan(plan, "plan", x.device)
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    checks.floating(x)
     checks.packed_rows(x, plan, "x") if x.dim() == 2 else checks.dense_map(x, plan, "x")
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...kernels.cpu import pixels as cpp
+from ...kernels import cpu
+from ...kernels.layout import empty_map
 from ...kernels.layout import in_format as in_format  # for those who import it from here
 from ...kernels.layout import in_format_of as in_format_of
 from ...kernels.layout import memory_format_of as memory_format_of
 from ...plans import PixelPlan
 from .. import batching
+from ..dispatch import triton_module
 from ..registry import define
 
 
@@ -52,14 +54,11 @@ def _scatter_rows(
 
 
 def _scatter_rows_fake(rows, index, count, shape, base) -> Tensor:
-    out = rows.new_empty(shape[0], rows.shape[1], shape[1], shape[2])
-    return out.contiguous(memory_format=torch.channels_last)
+    return empty_map(rows, (shape[0], rows.shape[1], shape[1], shape[2]), torch.channels_last)
 
 
-def _run_scatter_planes(rows, index, count, shape, base) -> Tensor:
-    """As ``_scatter_rows``, to NCHW."""
-    if _kernels(rows) is cpp:
-        return cpp.scatter_planes(rows, index, count, shape, base)
+def _scatter_planes(rows, index, count, shape, base) -> Tensor:
+    """``[P, C]`` to NCHW."""
     return torch.ops.dynops.scatter_rows(rows, index, count, shape, base).contiguous()
 
 
@@ -96,30 +95,24 @@ def _merge_rows_fake(rows, index, count, base, scale, mix) -> Tensor:
     return base.new_empty(base.shape)
 
 
-def _kernels(x: Tensor):
-    """The kernel module for ``x``, or None for the reference above (on a GPU the binary's go before: ``define``)."""
-    if x.device.type == "cpu" and backends.has_binary():
-        return cpp
-    if x.is_cuda and backends.has_triton() and x.element_size() <= 8:
-        from ...kernels.triton import rows
+def _run(name: str, reference, *, copies: bool = True):
+    """The implementation of an op on rows ``(x, …)``; on a GPU the binary's kernels go before (``define``).
 
-        return rows
-    return None
+    Args:
+        copies: whether the op moves bits of any dtype; else it computes.
+    """
 
+    def implementation(*arguments):
+        x = arguments[0]
+        fits = x.element_size() <= 8 if copies else x.dtype in backends.FAST_DTYPES
+        run = reference
+        if x.device.type == "cpu" and backends.has_binary() and (copies or fits):
+            run = getattr(cpu.rows, name)
+        elif x.is_cuda and backends.has_triton() and fits:
+            run = getattr(triton_module("rows"), name, reference)
+        return run(*arguments)
 
-def _run_gather_rows(x, index, count) -> Tensor:
-    kernels = _kernels(x)
-    return (_gather_rows if kernels is None else kernels.gather_rows)(x, index, count)
-
-
-def _run_scatter_rows(rows, index, count, shape, base) -> Tensor:
-    kernels = _kernels(rows)
-    return (_scatter_rows if kernels is None else kernels.scatter_rows)(rows, index, count, shape, base)
-
-
-def _run_merge_rows(rows, index, count, base, scale, mix) -> Tensor:
-    kernels = _kernels(base) if base.dtype in backends.FAST_DTYPES else None
-    return (_merge_rows if kernels is None else kernels.merge_rows)(rows, index, count, base, scale, mix)
+    return implementation
 
 
 def _gather_setup(ctx, inputs, output):
@@ -164,7 +157,9 @@ def _merge_backward(ctx, grad):
     dkept = _gather(grad, index, count)  # [K, F], zero past the count
     drows = dbase = dscale = None
     if ctx.needs_input_grad[0]:
-        drows = dkept if scale is None else (dkept * scale.to(dkept.dtype)[:, None])
+        drows = dkept
+        if scale is not None:
+            drows = zero_past_count(dkept * scale.to(dkept.dtype)[:, None], index, count)
     if ctx.needs_input_grad[3]:
         dbase = grad
         if ctx.mix:
@@ -203,34 +198,31 @@ def _gather(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
 
 gather_rows = define(
     "gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor",
-    _run_gather_rows,
+    _run("gather_rows", _gather_rows),
     _gather_rows_fake,
     _gather_setup,
     _gather_backward,
     terms="x",
     vmap=batching.passive(1, "x"),
 )
-scatter_rows = define(
-    "scatter_rows(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
-    _run_scatter_rows,
-    _scatter_rows_fake,
-    _scatter_setup,
-    _scatter_backward,
-    terms="rows, base",
-    vmap=batching.passive(1, "rows", "base"),
-)
-scatter_planes = define(
-    "scatter_planes(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
-    _run_scatter_planes,
-    _scatter_planes_fake,
-    _scatter_setup,
-    _scatter_backward,
-    terms="rows, base",
-    vmap=batching.passive(1, "rows", "base"),
+scatter_rows, scatter_planes = (
+    define(
+        f"{name}(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
+        _run(name, reference),
+        fake,
+        _scatter_setup,
+        _scatter_backward,
+        terms="rows, base",
+        vmap=batching.passive(1, "rows", "base"),
+    )
+    for name, reference, fake in (
+        ("scatter_rows", _scatter_rows, _scatter_rows_fake),
+        ("scatter_planes", _scatter_planes, _scatter_planes_fake),
+    )
 )
 merge_rows = define(
     "merge_rows(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix) -> Tensor",
-    _run_merge_rows,
+    _run("merge_rows", _merge_rows, copies=False),
     _merge_rows_fake,
     _merge_setup,
     _merge_backward,

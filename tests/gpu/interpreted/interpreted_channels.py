@@ -10,7 +10,7 @@ import torch
 from channel_launches import CASES, DEVICE, DTYPES, Case, Inputs, check, of_cases
 
 from dynops import ChannelPlan, ops
-from dynops.kernels.triton import channel_lists, channels, channels_weight, gemm, tiling
+from dynops.kernels.triton import channel_lists, channels, channels_weight_grad, gemm, tiling
 from dynops.kernels.triton.channel_index import channel_index
 from dynops.ops import index as index_reference
 from dynops.ops.channels import conv as reference
@@ -78,7 +78,7 @@ def test_other_configurations(name, limit, monkeypatch):
 def test_weight_grad_in_slices_and_chunks(name, monkeypatch):
     """Pixels split among programs, and samples taken one after another."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
-    monkeypatch.setattr(channels_weight, "_COPIES", 1)
+    monkeypatch.setattr(channels_weight_grad, "_COPIES", 1)
     case = replace(CASES[name], n=2, h=20, w=20)
     case = case if case.groups > 1 else replace(case, c=6, o=6)
     inputs = Inputs(case, torch.float32)

@@ -22,12 +22,14 @@ import torch
 
 from dynops import PixelPlan, SamplePlan
 from dynops.kernels import triton as kernels
-from dynops.kernels.triton import blocks, channels, channels_weight, experts, gemm, pixels, rows, tiling
+from dynops.kernels.layout import empty_map
+from dynops.kernels.triton import blocks, channels, channels_weight_grad, experts, gemm, pixels, rows, tiling
 from dynops.kernels.triton.channel_index import channel_index
 from dynops.ops import index as index_reference
 from dynops.ops.channels import conv as channel_reference
 from dynops.ops.experts import activations as expert_activations
-from dynops.ops.experts import mlp as expert_reference
+from dynops.ops.experts import linear as expert_reference
+from dynops.ops.experts import mlp as mlp_reference
 from dynops.ops.experts import rows as expert_rows
 from dynops.ops.pixels import conv as pixel_reference
 from dynops.ops.pixels import rows as row_reference
@@ -153,7 +155,7 @@ def check_rows(x: torch.Tensor, plan, shape: list[int]) -> None:
 
 def check_fill(base: torch.Tensor, plan: PixelPlan, monkeypatch) -> None:
     monkeypatch.setattr(rows, "_LARGE", 1)
-    out = gemm.empty_map(base, *base.shape)
+    out = empty_map(base, base.shape, torch.channels_last)
     with rows.filled(out, base, plan.index, plan.count):
         pass
     live = row_reference._scatter_rows(torch.ones(len(plan.index), 1), plan.index, plan.count, list(plan.shape), None)  # fmt: skip
@@ -249,7 +251,7 @@ def test_channels(case):
 @pytest.mark.parametrize("name", WIDE_CHANNELS)
 def test_channels_with_wide_offsets(name, monkeypatch):
     monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
-    monkeypatch.setattr(channels_weight, "_COPIES", 1)  # and samples one after another
+    monkeypatch.setattr(channels_weight_grad, "_COPIES", 1)  # and samples one after another
     check_channels(CHANNELS[name])
 
 
@@ -328,7 +330,7 @@ def test_experts_with_weights_by_tma(o, i, transposed):
     check_experts(case, BFLOAT)
     for gated, interleaved in ((True, False), (True, True), (False, False)):
         method = expert_cases.mlp(replace(case, packed_out=False), BFLOAT, "silu", gated, interleaved, True)
-        expert_cases.check(method, experts.mlp, expert_reference._mlp)
+        expert_cases.check(method, experts.mlp, mlp_reference._mlp)
 
 
 @of_offsets

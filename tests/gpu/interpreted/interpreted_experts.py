@@ -25,7 +25,8 @@ from expert_launches import (
 from dynops import ExpertPlan, ops
 from dynops.kernels.triton import experts, gemm, tiling
 from dynops.ops.experts import activations as expert_activations
-from dynops.ops.experts import mlp as reference
+from dynops.ops.experts import linear as reference
+from dynops.ops.experts import mlp as mlp_reference
 from dynops.ops.experts import rows as expert_rows
 from dynops.testing import random_tensor
 
@@ -82,7 +83,9 @@ def test_weights_by_tma(activation, gated, interleaved, transposed, processors, 
     x, weights = random_tensor(t, h, dtype=torch.bfloat16).to(DEVICE), random_tensor(t, 2).to(DEVICE)
     options = (activation, gated, interleaved, transposed, transposed, 1.702, 0.7)
     tensors = (x, up, down, None, None, *biases, weights)
-    check(calling(tensors, plan.order, plan.offsets, plan.position, *options), experts.mlp, reference._mlp)
+    check(
+        calling(tensors, plan.order, plan.offsets, plan.position, *options), experts.mlp, mlp_reference._mlp
+    )
     halves_of_8 = (
         gated and not interleaved and not transposed and processors > 1
     )  # columns: too few for a box
@@ -111,7 +114,7 @@ MLPS = [
 def test_mlp(name, activation, gated, interleaved):
     case = replace(CASES[name], packed_in=False, packed_out=False)
     for dtype, bias in zip(DTYPES if name in HALF else DTYPES[:1], (True, False, True), strict=False):
-        check(mlp(case, dtype, activation, gated, interleaved, bias), experts.mlp, reference._mlp)
+        check(mlp(case, dtype, activation, gated, interleaved, bias), experts.mlp, mlp_reference._mlp)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,6 +11,7 @@ from pixel_launches import CASES, DTYPES, Inputs, check, of_cases
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
+from dynops.kernels.layout import empty_map, memory_format_of
 from dynops.kernels.triton import gemm, pixels, rows, tiling
 from dynops.ops.pixels import conv as reference
 from dynops.testing import random_mask, random_tensor
@@ -23,7 +24,7 @@ def test_forward(name, dtype):
     inputs = Inputs(CASES[name], dtype)
     check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(CASES[name].o, dtype=dtype))
     if not CASES[name].packed_out and not CASES[name].packed_in:
-        assert gemm.nchw(inputs.conv(pixels.conv)) == gemm.nchw(inputs.x)
+        assert memory_format_of(inputs.conv(pixels.conv)) == memory_format_of(inputs.x)
 
 
 @of_cases
@@ -126,7 +127,7 @@ def test_filled_beside(name, monkeypatch):
     for value in (None, base):
         check(inputs.conv, pixels.conv, reference._conv, base=value)
     check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
-    out = gemm.empty_map(base, *base.shape)
+    out = empty_map(base, base.shape, torch.channels_last)
     with rows.filled(out, base, inputs.plan.index, inputs.plan.count):
         assert out.permute(0, 2, 3, 1)[inputs.plan.mask()].isnan().all(), "an active pixel was written"
 

@@ -7,14 +7,23 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from exit_cases import (
+    CLASSES,
+    First,
+    Pick,
+    Scale,
+    choose,
+    every_exit,
+    first_exit,
+    halve,
+    pick_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynops import SamplePlan, backends
+from dynops import backends
 from dynops.nn.samples.criteria import (
-    Criterion,
     Entropy,
     IDKClass,
     LearnedExit,
@@ -23,93 +32,11 @@ from dynops.nn.samples.criteria import (
     Patience,
     Verdict,
 )
-from dynops.nn.samples.exits import Cascade, EarlyExit, ExitOutput, at_most
-from dynops.stack import sample_stack
+from dynops.nn.samples.exits import Cascade, EarlyExit, at_most
+from dynops.stack import traced
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-CLASSES, EXITS = 5, 3
-
-
-class Scale(nn.Module):
-    """A product and a sum for each value: the same bits in any batch."""
-
-    def __init__(self, channels: int, seen: list | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(random_tensor(channels, 1, 1))
-        self.bias = nn.Parameter(random_tensor(channels, 1, 1))
-        self.seen = seen
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.seen is not None:
-            self.seen.append(x)
-        return x * self.weight + self.bias
-
-
-class Pick(nn.Module):
-    """Logits: the first values of a sample, as they are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, :CLASSES] * 4
-
-
-def pick_model(criterion, seen: list | None = None, exits: int = EXITS, **options) -> EarlyExit:
-    return EarlyExit(
-        [Scale(3, seen) for _ in range(exits)], [Pick() for _ in range(exits)], criterion, **options
-    ).eval()
-
-
-class Replay(nn.Module):
-    """The logits of exit e, from a state ``[n, E, ...]`` that holds those of all exits."""
-
-    def __init__(self, e: int):
-        super().__init__()
-        self.e = e
-
-    def forward(self, state: Tensor) -> Tensor:
-        return state[:, self.e]
-
-
-def replay_model(criterion, exits: int, **options) -> EarlyExit:
-    return EarlyExit([nn.Identity()] * exits, [Replay(e) for e in range(exits)], criterion, **options).eval()
-
-
-def conv_model(criterion, exits: int = EXITS, norm: bool = False, **options) -> EarlyExit:
-    torch.manual_seed(1)
-    stages, heads = [], []
-    for e in range(exits):
-        parts = [nn.Conv2d(3 if e == 0 else 6, 6, 3, padding=1)] + [nn.BatchNorm2d(6)] * norm + [nn.ReLU()]
-        stages.append(nn.Sequential(*parts))
-        heads.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)))
-    return EarlyExit(stages, heads, criterion, **options).double().eval()
-
-
-@torch.no_grad()
-def halve(model, x):
-    """Thresholds at which half of the samples would leave at each exit, halfway between two confidences."""
-    confidence = torch.stack(model(x, confidence=True).confidence)
-    model.criterion.set_threshold(model.criterion.to_threshold(confidence.double().quantile(0.5, dim=1)))
-    return model
-
-
-def every_exit(model: EarlyExit, x) -> list[Tensor]:
-    """All logits, from the modules alone."""
-    logits = []
-    for stage, head in zip(model.stages, model.heads, strict=True):
-        x = stage(x)
-        logits.append(head(x))
-    return logits
-
-
-def choose(logits: list[Tensor], exits: Tensor) -> Tensor:
-    return torch.stack(logits)[exits, torch.arange(len(exits))]
-
-
-def first_exit(leaves: list[Tensor]) -> Tensor:
-    """int64 ``[N]``: the first exit at which a sample leaves. ``leaves``: at all exits but the last."""
-    asked = torch.stack([*leaves, torch.ones_like(leaves[0])])
-    return asked.int().argmax(0)
 
 
 CRITERIA = {  # a criterion, and the same decision from all logits by a formula of its own
@@ -128,9 +55,6 @@ CRITERIA = {  # a criterion, and the same decision from all logits by a formula 
     "idk": (lambda: IDKClass(1, 0.8), lambda z, e: 1 - z.softmax(1)[:, 1] >= 0.8),
     "callable": (lambda: lambda z, e, state: z[:, 0] > 0.5 - e, lambda z, e: z[:, 0] > 0.5 - e),
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------- the dense form
 
 
 @torch.no_grad()
@@ -236,9 +160,6 @@ def test_logits_that_are_maps_keep_their_format():
         assert out.logits.is_contiguous(memory_format=layout)
 
 
-# ---------------------------------------------------------------------------------------- survive
-
-
 @torch.no_grad()
 def test_where_nobody_leaves_nothing_is_copied():
     """The next stage gets the very tensor that the last one returned."""
@@ -284,9 +205,6 @@ def test_infinite_logits_are_defined():
     assert MaxSoftmax(0.4)(z, 0).leave.tolist() == [True, False, True]
     assert torch.equal(Entropy(0.7)(z, 0).confidence[[0, 2]], -torch.tensor([math.log(2), 0.0]))
     assert Entropy(0.7)(z, 0).leave.tolist() == [True, False, True]
-
-
-# ----------------------------------------------------------------------------------- max_fraction
 
 
 @settings(max_examples=30, deadline=None)
@@ -352,76 +270,6 @@ def test_max_fraction_orders_a_callables_samples_by_softmax_or_by_its_own_confid
     assert (model(x).exits == 1).nonzero()[:, 0].tolist() == [7, 8, 9]
 
 
-# ------------------------------------------------------------------------------ memory of criteria
-
-
-def patience_by_hand(logits: list[Tensor], patience: list[int], tolerance: float | None) -> list[int]:
-    exits = []
-    for i in range(len(logits[0])):
-        count, at = 0, len(logits) - 1
-        for e in range(len(logits) - 1):
-            if e:
-                now, before = logits[e][i], logits[e - 1][i]
-                same = (
-                    (now - before).abs().max() < tolerance if tolerance else now.argmax() == before.argmax()
-                )
-                count = count + 1 if same else 0
-            if count >= patience[e]:
-                at = e
-                break
-        exits.append(at)
-    return exits
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tolerance", [None, 1.5])
-@pytest.mark.parametrize("patience", [1, 2, 3, [9, 1, 3, 2, 1]])
-def test_patience_counts_in_compacted_batches(tolerance, patience):
-    model = replay_model(Patience(patience, tolerance), 6)
-    logits = list(random_tensor(6, 60, 2))
-    each = patience if isinstance(patience, list) else [patience] * 5
-    out = model(torch.stack(logits, 1))
-    assert out.exits.tolist() == patience_by_hand(logits, each, tolerance)
-    assert len(set(out.exits.tolist())) >= 2
-    assert torch.equal(out.logits, choose(logits, out.exits))
-
-
-@torch.no_grad()
-def test_patience_over_positions_and_scalars():
-    z = random_tensor(4, CLASSES, 3, 3)
-    other = z.clone()
-    other[2, :, 1, 1] = z[2, :, 1, 1].flip(0) * torch.arange(CLASSES)
-    assert other[2, :, 1, 1].argmax() != z[2, :, 1, 1].argmax()
-    first = Patience(1)(z, 0)
-    assert not first.leave.any()
-    assert Patience(1)(other, 1, None, first.memory).leave.tolist() == [True, True, False, True]
-    values = Patience(1, 0.1)
-    first = values(torch.tensor([1.0, 2.0, math.nan]), 0)
-    assert values(torch.tensor([1.05, 2.2, math.nan]), 1, None, first.memory).leave.tolist() == [
-        True,
-        False,
-        False,
-    ]
-
-
-class Carried(Criterion):
-    """Leaves where the sum of all logits so far is large: remembers a tree."""
-
-    def measure(self, logits, exit, state=None, memory=None):
-        total = logits[:, 0] + (memory["sum"][0] if memory else 0)
-        return total, {"sum": [total], "exit": exit}
-
-
-@torch.no_grad()
-def test_a_criterions_memory_is_a_tree_that_shrinks_with_the_batch():
-    model = replay_model(Carried(1.0), 4)
-    x = random_tensor(50, 4, CLASSES)
-    sums = x[:, :-1, 0].cumsum(1).T
-    expected = first_exit(list(sums >= 1.0))
-    assert len(set(expected.tolist())) >= 3
-    assert torch.equal(model(x).exits, expected)
-
-
 class PassesFeatures(nn.Module):
     """IMTA: head e reads the features of head e - 1."""
 
@@ -456,229 +304,6 @@ def test_a_head_hands_features_to_the_next_one():
     assert torch.equal(out.exits, expected) and torch.equal(out.logits, choose(dense, expected))
 
 
-# ------------------------------------------------------------------------------------------ training
-
-
-def test_training_returns_every_exit_and_gradients_reach_all():
-    model = conv_model(MaxSoftmax(0.0)).train()
-    x = torch.randn(6, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    logits = model(x)
-    assert isinstance(logits, list) and len(logits) == EXITS
-    reference = every_exit(model, x)
-    assert all(torch.equal(a, b) for a, b in zip(logits, reference, strict=True))
-    sum(F.cross_entropy(z, torch.arange(6) % CLASSES) for z in logits).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert isinstance(model.eval()(x), ExitOutput) and isinstance(model(x, all_exits=True), list)
-
-
-@settings(max_examples=6, deadline=None)
-@given(at=st.lists(st.integers(0, EXITS - 1), min_size=1, max_size=5))
-def test_gradients_through_exits_in_training_are_the_masked_dense_forms(at):
-    at = torch.tensor(at)
-    model = conv_model(lambda logits, e, state: state[1] <= e)
-    for e in range(EXITS):
-        model.stages[e] = OnPair(model.stages[e])
-        model.heads[e] = nn.Sequential(First(), model.heads[e])
-    twin = copy.deepcopy(model)
-    x = torch.randn(len(at), 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    y = x.detach().clone().requires_grad_()
-    weight = torch.randn(len(at), CLASSES, dtype=torch.float64)
-    out = model.train()((x, at), all_exits=False)
-    (out.logits * weight).sum().backward()
-    masked = sum((z * (at == e)[:, None] * weight).sum() for e, z in enumerate(every_exit(twin, (y, at))))
-    masked.backward()
-    assert torch.equal(out.exits, at)
-    pairs = [(x, y), *zip(model.parameters(), twin.parameters(), strict=True)]
-    for a, b in pairs:
-        grad = torch.zeros_like(b) if a.grad is None else a.grad  # a stage that did not run has none
-        assert (grad - b.grad).norm() <= 1e-12 * (1 + b.grad.norm())
-
-
-class OnPair(nn.Module):
-    def __init__(self, stage):
-        super().__init__()
-        self.stage = stage
-
-    def forward(self, state):
-        return self.stage(state[0]), state[1]
-
-
-class First(nn.Module):
-    def forward(self, state):
-        return state[0]
-
-
-def test_visits_give_elfs_loss():
-    """A sample pays at every exit that it passes."""
-    x, labels = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % CLASSES
-    model = halve(conv_model(MaxSoftmax(0)), x).train()
-    visits = list(model.visits(x))
-    loss = sum(F.cross_entropy(v.logits, labels[v.index], reduction="sum") for v in visits) / 8
-    exits = model(x, all_exits=False).exits
-    assert len(set(exits.tolist())) >= 2
-    dense = torch.stack([F.cross_entropy(z, labels, reduction="none") for z in every_exit(model, x)])
-    passed = torch.arange(EXITS)[:, None] <= exits
-    expected = (dense * passed).sum() / 8
-    assert (loss - expected).abs() <= 1e-12 * expected
-    assert [v.exit for v in visits] == list(range(len(visits)))
-    for v in visits:
-        both = torch.cat([v.leaving().index, v.staying.index]).sort().values
-        assert both.tolist() == list(range(len(v.index))) and isinstance(v.staying, SamplePlan)
-
-
-def test_batchnorm_in_training_sees_the_remaining_samples():
-    model = conv_model(lambda z, e, s: torch.arange(len(z)) > 0, exits=2, norm=True).train()
-    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    out = model(x, all_exits=False)
-    assert out.exits.tolist() == [1, 0, 0, 0, 0] and out.logits.isfinite().all()
-    norm, conv = model.stages[1][1], model.stages[1][0]
-    with torch.no_grad():
-        first = model.stages[0](x)[:1]
-        assert torch.allclose(norm.running_mean, 0.1 * conv(first).mean((0, 2, 3)), rtol=1e-9)
-    with pytest.raises(ValueError, match="more than 1 value"):
-        model(x[:, :, :1, :1], all_exits=False)
-
-
-def test_a_learned_exit_gets_gradients_through_its_confidence():
-    heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 1)) for _ in range(2)]
-    model = conv_model(LearnedExit(heads, 0.5)).train()
-    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
-    scores = model(x, confidence=True)
-    assert len(scores.logits) == 3 and [tuple(c.shape) for c in scores.confidence] == [(5,), (5,)]
-    state = model.stages[0](x)
-    assert torch.allclose(scores.confidence[0], heads[0](state)[:, 0].sigmoid(), rtol=1e-12)
-    sum(c.sum() for c in scores.confidence).backward()
-    assert all(p.grad is not None for head in heads for p in head.parameters())
-    model.eval()
-    with torch.no_grad():
-        out = model(x)
-        asked = model(x, confidence=True).confidence
-    assert torch.equal(out.exits, first_exit([c >= 0.5 for c in asked]))
-
-
-def test_confidences_of_every_exit_are_those_of_the_run():
-    for criterion in (Patience(2), MaxSoftmax(0.5, [2.0, 1.0, 1.0]), Carried(1.0)):
-        model = replay_model(criterion, 4)
-        x = random_tensor(20, 4, 3)
-        with torch.no_grad():
-            leaves = [c >= criterion.threshold for c in model(x, confidence=True).confidence]
-            exits = model(x).exits
-            assert torch.equal(exits, first_exit(leaves)) and len(set(exits.tolist())) >= 2
-
-
-def test_gradient_equilibrium():
-    """Each stage gets the mean, not the sum, of the gradients of the heads behind it (IMTA)."""
-    model = conv_model(MaxSoftmax(0.5), gradient_equilibrium=True).train()
-    twin = conv_model(MaxSoftmax(0.5)).train()
-    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-    labels = torch.arange(6) % CLASSES
-    losses = [F.cross_entropy(z, labels) for z in twin(x)]
-    parts = [
-        torch.autograd.grad(loss, list(twin.stages.parameters()), retain_graph=True, allow_unused=True)
-        for loss in losses
-    ]
-    names = [name for name, _ in twin.stages.named_parameters()]
-    expected = {}
-    for i, name in enumerate(names):
-        behind = EXITS - int(name.split(".")[0])
-        expected[name] = sum(part[i] for part in parts if part[i] is not None) / behind
-    logits = model(x)
-    assert all(torch.equal(a, b) for a, b in zip(logits, twin(x), strict=True))
-    sum(F.cross_entropy(z, labels) for z in logits).backward()
-    for name, p in model.stages.named_parameters():
-        assert (p.grad - expected[name]).norm() <= 1e-12 * expected[name].norm()
-    heads = zip(model.heads.parameters(), twin.heads.parameters(), strict=True)
-    sum(losses).backward()
-    assert all(torch.allclose(a.grad, b.grad, rtol=1e-12) for a, b in heads)
-
-
-def test_gradient_equilibrium_where_heads_hand_on_the_state():
-    """What passes through the heads is as if it had passed beside them."""
-
-    class Through(nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            self.head = head
-
-        def forward(self, x):
-            return self.head(x), x
-
-    plain = conv_model(MaxSoftmax(0.5), gradient_equilibrium=True)
-    through = conv_model(MaxSoftmax(0.5), gradient_equilibrium=True)
-    through.heads = nn.ModuleList([Through(head) for head in through.heads])
-    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    for model in (plain, through):
-        sum(z.square().sum() for z in model.train()(x)).backward()
-    for a, b in zip(plain.stages.parameters(), through.stages.parameters(), strict=True):
-        assert (a.grad - b.grad).norm() <= 1e-12 * a.grad.norm()
-
-
-# ------------------------------------------------------------------------------------------ cascade
-
-
-def cascade_of(criterion, models: int = 3, **options) -> Cascade:
-    torch.manual_seed(3)
-    made = [nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES)) for _ in range(models)]
-    return Cascade(made, criterion, **options).double().eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "criterion", [Margin(0.15), MaxSoftmax([0.35, 0.3]), IDKClass(-1, 0.8), Entropy(1.5)], ids=repr
-)
-def test_cascade_is_the_dense_form(criterion):
-    model = cascade_of(criterion)
-    x = torch.randn(40, 3, 4, 4, dtype=torch.float64)
-    logits = [m(x) for m in model.models]
-    expected = first_exit([criterion(z, e).leave for e, z in enumerate(logits[:-1])])
-    out = model(x)
-    assert len(set(expected.tolist())) == 3
-    assert torch.equal(out.exits, expected)
-    assert (out.logits - choose(logits, expected)).norm() <= 1e-12 * out.logits.norm()
-    assert all(torch.equal(a, b) for a, b in zip(model(x, all_exits=True), logits, strict=True))
-
-
-@torch.no_grad()
-def test_cascade_of_trees_with_a_learned_router_and_a_cap():
-    class Reads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, CLASSES)
-
-        def forward(self, x):
-            return self.linear(x["values"]) + x["shift"]
-
-    router = LearnedExit([nn.Linear(CLASSES, 1) for _ in range(2)], 0.5, reads="logits")
-    model = Cascade([Reads() for _ in range(3)], router, max_fraction=0.5).eval()
-    x = {"values": torch.randn(21, 4), "shift": 0.5, "ids": torch.arange(21)}
-    scores = model(x, confidence=True)
-    out = model(x)
-    assert torch.allclose(out.logits, choose(scores.logits, out.exits), rtol=1e-5)
-    stays = scores.confidence[0] < 0.5
-    assert int((out.exits > 0).sum()) == min(10, int(stays.sum())) and 0 < stays.sum() < 21
-
-
-@torch.no_grad()
-def test_a_cascade_of_early_exits():
-    """Bolukbasi et al.: exits inside a network, then the next network."""
-    x = torch.randn(16, 3, 8, 8, dtype=torch.float64)
-    inner = halve(conv_model(MaxSoftmax(0)), x)
-    model = Cascade(
-        [inner, nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES)).double()], MaxSoftmax(0)
-    ).eval()
-    first, second = inner(x).logits, model.models[1](x)
-    sure = first.softmax(1).max(1).values
-    model.criterion.set_threshold(sure.quantile(0.5))
-    settled = sure >= model.criterion.threshold
-    assert len(set(inner(x).exits.tolist())) >= 2
-    out = model(x)
-    assert torch.equal(out.exits, (~settled).long())
-    assert torch.allclose(out.logits, torch.where(settled[:, None], first, second), rtol=1e-10)
-
-
-# --------------------------------------------------------------------------------- module contract
-
-
 def test_state_dict_keys_and_checkpoints_keep_thresholds():
     model = pick_model(MaxSoftmax([0.5, 0.6], 1.5))
     keys = {f"stages.{e}.{name}" for e in range(3) for name in ("weight", "bias")}
@@ -691,9 +316,6 @@ def test_state_dict_keys_and_checkpoints_keep_thresholds():
     model.criterion.set_threshold(torch.tensor([0.1, 0.2]))
     model.criterion.set_temperature([2.0, 3.0])
     assert model.state_dict()["criterion.threshold"].tolist() == pytest.approx([0.1, 0.2])
-
-
-# -------------------------------------------------------------------------------------------- errors
 
 
 def test_bad_arguments_are_named():
@@ -753,8 +375,8 @@ def test_stages_of_convolutions_run_on_rows(monkeypatch):
         for c, stride in ((3, 1), (32, 2), (32, 1))
     ]
     heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)) for _ in stages]
-    taken, run = [], sample_stack.run_rows
-    monkeypatch.setattr(sample_stack, "run_rows", lambda *a: taken.append(a[2].shape[0]) or run(*a))
+    taken, run = [], traced.run_rows
+    monkeypatch.setattr(traced, "run_rows", lambda *a: taken.append(a[1].shape[0]) or run(*a))
 
     def leaves(logits, exit, state):
         return torch.arange(len(logits)) % 2 == 0

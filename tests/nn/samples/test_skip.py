@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynops import SamplePlan, active, backends
 from dynops.nn import Skip, SparseConv2d
-from dynops.stack import sample_stack
+from dynops.stack import traced
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -105,8 +105,8 @@ def test_rows_path(mode, keep, monkeypatch):
         hooked = layer(x, gate)  # a hook wants the module to be called
         assert len(calls) == 2 * any(keep) and hooked.equal(gathered)
         layer.module[0]._forward_hooks.clear()
-        taken, run = [], sample_stack.run_rows
-        monkeypatch.setattr(sample_stack, "run_rows", lambda *a: taken.append(1) or run(*a))
+        taken, run = [], traced.run_rows
+        monkeypatch.setattr(traced, "run_rows", lambda *a: taken.append(1) or run(*a))
         for form in (torch.contiguous_format, torch.channels_last):
             check(layer, x.contiguous(memory_format=form), gate, mode)
         assert len(taken) == 2 * any(keep)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynops.testing import assert_within_budget, random_tensor
+from dynops import ExpertPlan
+from dynops.testing import assert_within_budget, available_backends, random_tensor
 
 # How the choices of a batch may fall.
 KINDS = ("random", "distinct", "one", "dropped", "some dropped", "skewed")
@@ -232,3 +234,25 @@ CASES = {
     "capacity": Case(tokens=30, topk=3, experts=3, kind="skewed", capacity=9),
     "no token": Case(tokens=0),
 }  # fmt: skip
+
+
+BACKENDS = available_backends()
+HALVES = (torch.bfloat16, torch.float16)
+FEW = {k: CASES[k] for k in ("few rows", "many rows", "odd", "one token", "some dropped")}
+ACTIVATIONS = tuple(POINTWISE)
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
+transposes = pytest.mark.parametrize("transposed", [False, True], ids=["EOI", "EIO"])
+
+
+def each(cases: dict):
+    return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
+
+
+def plan_of(case: Case) -> tuple[ExpertPlan, torch.Tensor]:
+    """A plan, and the choices that it keeps."""
+    index = case.index()
+    return ExpertPlan.from_topk(index, case.experts, case.capacity), with_capacity(
+        index, case.experts, case.capacity
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks of stacks of layers on active blocks."""

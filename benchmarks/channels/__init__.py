@@ -1,0 +1,1 @@
+"""Benchmarks of convolutions on some channels, or with weights of each sample."""

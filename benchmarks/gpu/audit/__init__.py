@@ -1,0 +1,1 @@
+"""Compiles every GPU kernel ahead of time and checks what its machine code needs."""

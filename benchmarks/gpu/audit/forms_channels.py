@@ -1,0 +1,85 @@
+"""The forms of the kernels over channels: convolutions on live channels, and channels moved by their lists."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from dynops import ChannelPlan
+from dynops.geometry import ConvGeometry
+from dynops.kernels.lists import Lists
+from dynops.kernels.triton import channels
+from dynops.kernels.triton.channel_index import channel_index
+
+from .launches import Form, wide
+
+
+def _convolution(
+    dtype: torch.dtype,
+    width: int = 256,
+    size: int = 28,
+    batch: int = 8,
+    kernel: int = 1,
+    groups: int = 1,
+    heads: int = 1,
+    shared: bool = False,
+    packed: bool = False,
+    epilogue: bool = False,
+    grads: bool = True,
+) -> None:
+    """A convolution and its gradients, with lists of each sample's own, or ``shared``.
+
+    ``packed``: live channels in and out. ``epilogue``: everything that can be fused. Small maps of many samples
+    are not worth compact copies: channels are then taken through lists.
+    """
+    g = ConvGeometry(
+        batch, size, size, size, size, kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1, groups, 0
+    )
+    x = torch.zeros(batch, width, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(width, width // groups, kernel, kernel, dtype=dtype)
+    lead = () if shared else (batch,)
+    ins = ChannelPlan.from_mask(torch.ones((*lead, width) if heads == 1 else (*lead, heads, width)))
+    outs = ChannelPlan.from_mask(torch.ones(*lead, width))
+    lists = Lists(ins.index, ins.count, outs.index, outs.count)
+    fused = (torch.zeros(batch, width, dtype=dtype), None if packed else x) if epilogue else (None, None)
+    columns = width if packed else -1
+    channels.conv(x, weight, weight[:, 0, 0, 0], lists, list(g), heads, "silu", *fused, packed, columns)
+    if grads:
+        channels.conv_input_grad(x, weight, lists, list(g), heads, columns, packed)
+        channels.conv_weight_grad(x, x, lists, list(weight.shape), list(g), heads, packed, packed, True)
+
+
+def _moved(dtype: torch.dtype) -> None:
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x = torch.zeros(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=layout)
+        plan = ChannelPlan.from_mask(torch.ones(2, 64))
+        packed = channels.gather(x, plan.index, plan.count, 64)
+        channels.scatter(packed, plan.index, plan.count, 64, x)
+        channels.scatter(packed, plan.index, plan.count, 64, None)
+
+
+def _plans(dtype: torch.dtype) -> None:
+    for width in (64, 261):
+        channel_index(torch.ones(4, width, dtype=dtype), 64)
+
+
+LISTED = {"size": 7, "batch": 64}  # maps too small for compact copies
+HALF = (torch.bfloat16,)
+FORMS = (
+    Form("3x3, compact", partial(_convolution, kernel=3), every_tile=HALF, vectors=("conv_kernel",)),
+    Form("1x1, listed", partial(_convolution, **LISTED)),
+    Form("1x1, listed, packed, ragged, epilogue", partial(_convolution, width=261, packed=True, epilogue=True, grads=False, **LISTED)),
+    Form("1x1, listed, ragged, epilogue", partial(_convolution, width=261, epilogue=True, grads=False, **LISTED)),
+    Form("3x3, x compact", partial(_convolution, kernel=3, **LISTED), HALF),
+    Form("3x3, two groups", partial(_convolution, width=64, kernel=3, groups=2), HALF),
+    Form("3x3, two heads", partial(_convolution, width=64, kernel=3, heads=2), HALF),
+    Form("3x3, shared lists", partial(_convolution, kernel=3, shared=True, epilogue=True), HALF),
+    Form("3x3, float16", partial(_convolution, kernel=3), (torch.float16,)),
+    Form("3x3, 64-bit offsets", wide(partial(_convolution, kernel=3)), HALF),
+    Form("depthwise", partial(_convolution, width=64, kernel=3, groups=64, epilogue=True), (torch.float16, torch.float32)),
+    Form("depthwise, packed", partial(_convolution, width=64, kernel=3, groups=64, packed=True), HALF),
+    Form("plans", _plans, (torch.bool, torch.uint8, torch.float32)),
+    Form("moved", _moved),
+    Form("moved, 64-bit offsets", wide(_moved), HALF),
+)  # fmt: skip

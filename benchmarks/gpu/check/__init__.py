@@ -1,0 +1,1 @@
+"""Builds, tests and measures on the GPU that is there."""

@@ -1,0 +1,116 @@
+"""Stages of the check: commands with a time limit, their outcomes, and the time that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+GRACE = 15.0  # seconds in which an interrupted command may write what it has (pytest: its XML)
+
+
+@dataclass
+class Stage:
+    """The outcome of one stage: ``passed``, ``failed`` or ``not run``, and the reason."""
+
+    name: str
+    outcome: str
+    seconds: float
+    detail: str = ""
+    values: dict = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "seconds": round(self.seconds, 1)}
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.outcome} in {self.seconds:.0f} s. {self.detail}".rstrip()
+
+
+class Clock:
+    """The time that is left of a budget of seconds."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return max(self.end - time.monotonic(), 0.0)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended, or was ended."""
+
+    code: int
+    timed_out: bool
+    seconds: float
+    text: str  # its output, both streams
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0 and not self.timed_out
+
+    def why(self, limit: float) -> str:
+        """The reason why it is not ``ok``, with the last line that it wrote."""
+        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
+        reason = f"no end within {limit:.0f} s" if self.timed_out else f"exit code {self.code}"
+        return f"{reason}: {lines[-1][:300]}" if lines else reason
+
+
+def run(command: list[str], seconds: float, log: Path, folder: Path, **environment: str) -> Finished:
+    """Runs a command in ``folder`` with its output in ``log``.
+
+    After ``seconds`` it is interrupted, and later killed with its children. It is a process of its own, so that neither a
+    hang nor a device that was lost in it reaches the next one.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    with log.open("w") as file:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Finished(127, False, 0.0, str(error))
+        timed_out = not _ended(process, seconds)
+        if timed_out:
+            _stop(process)
+    text = log.read_text(errors="replace")
+    return Finished(process.returncode, timed_out, time.monotonic() - begun, text)
+
+
+def _ended(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    except BaseException:  # the check itself is interrupted
+        _signal(process, signal.SIGKILL)
+        raise
+    return True
+
+
+def _stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(
+            signal.SIGINT
+        )  # the command alone: its children would tell it of errors that are none
+    _ended(process, GRACE)
+    _signal(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -1,0 +1,1 @@
+"""Searches tiles and break-even densities for the GPU that is there."""

@@ -1,0 +1,1 @@
+"""The harness: settings, timing, the one row type and its report."""

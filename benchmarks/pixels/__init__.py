@@ -1,0 +1,1 @@
+"""Benchmarks of convolutions on some pixels, and of a model built from them."""

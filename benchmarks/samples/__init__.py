@@ -1,0 +1,1 @@
+"""Benchmarks of blocks, exits and steps that some samples skip."""

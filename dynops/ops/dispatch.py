@@ -1,0 +1,74 @@
+"""Runs an op by a kernel of the named or fastest backend, or by its reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+from .. import backends
+from ..kernels.layout import memory_format_of
+
+
+class Kernels:
+    """The modules that hold the kernels of some ops, by backend.
+
+    Args:
+        cpu: the module of C++ kernels.
+        triton: the name of the module of Triton kernels, imported when it is used; "": there is none.
+        named: the public function without Triton kernels, for the error of ``backend="triton"``.
+    """
+
+    def __init__(self, cpu: ModuleType, triton: str = "", *, named: str = ""):
+        self.cpu, self.triton, self.named = cpu, triton, named
+
+    def of(self, backend: str | None, x: Tensor) -> ModuleType | None:
+        """The module for ``x``, or None for the reference.
+
+        Raises:
+            RuntimeError: the named backend cannot run here, or has no kernel of this op.
+        """
+        if backend == "triton" and not self.triton:
+            raise RuntimeError(f"backend='triton': {self.named} has no Triton kernel")
+        name = backends.choose(backend, x.device, x.dtype)
+        if name == "cpp":
+            return self.cpu
+        return triton_module(self.triton) if name == "triton" and self.triton else None
+
+    def run(
+        self,
+        name: str,
+        reference: Callable,
+        *,
+        like_first: bool = False,
+        backend: str | None = None,
+        pack: Callable | None = None,
+    ) -> Callable:
+        """The implementation of an op ``(x, …, backend)``: the kernel ``name``, or the reference.
+
+        Args:
+            like_first: gives the result the memory format of the first argument.
+            backend: that of an op whose schema has none.
+            pack: makes the arguments of both out of those of the schema, which has no named tuples.
+        """
+        named = backend
+
+        def implementation(*arguments):
+            backend = named
+            if backend is None:
+                *arguments, backend = arguments
+            if pack is not None:
+                arguments = pack(*arguments)
+            x = arguments[0]
+            kernels = self.of(backend, x)
+            out = (reference if kernels is None else getattr(kernels, name))(*arguments)
+            return out.contiguous(memory_format=memory_format_of(x)) if like_first else out
+
+        return implementation
+
+
+def triton_module(name: str) -> ModuleType:
+    """A module of Triton kernels: importing one imports Triton."""
+    return importlib.import_module(f"dynops.kernels.triton.{name}")

@@ -1,0 +1,127 @@
+"""Calls of functions, methods and modules as they were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...geometry import BlockGeometry
+from ..trace import Ref, Step, find
+from .base import Layer, Rows, called, mapped, place
+
+# elementwise with finite gradients everywhere: what lies outside the map may be anything
+_FUNCTIONS = {
+    f"{module}:{name}"
+    for module, names in {
+        "operator": "add sub mul neg abs",
+        "torch": "add sub subtract mul multiply neg abs clamp sigmoid maximum minimum square",
+        "torch.nn.functional": "sigmoid hardtanh hardsigmoid softplus logsigmoid softsign",
+    }.items()
+    for name in names.split()
+}
+_METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
+_DIVISIONS = ("operator:truediv", "torch:div", "div")
+# f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
+_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square")
+_JOINS = ("add", "sub", "subtract", "maximum", "minimum")
+_CATS = ("torch:cat", "torch:concat", "torch:concatenate")
+
+
+class _Parameter(NamedTuple):
+    """A parameter or buffer, where it stands among the arguments of a call."""
+
+    path: str
+
+
+class Call(Layer):
+    """A call as it was recorded: on dense maps, and on parts of a map where it is elementwise or cat of channels."""
+
+    def __init__(self, step: Step, module: nn.Module, parameters: dict[int, str]):
+        maps = tuple(v for v in step.inputs if v not in parameters)
+        super().__init__(place(step.target) if step.kind == "module" else called(step), maps, step.out)
+        self.kind, self.target, self.module = step.kind, step.target, module
+        self.function = find(step.target) if step.kind == "function" else None
+        self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
+        self.refusal = self._refuses(step, parameters)
+        self.packs, name = not self.refusal, step.target.rpartition(":")[2]
+        self.cats = step.target in _CATS
+        self.scales = name in _SCALES
+        refers_only = (
+            all(type(a) is Ref for a in step.args) and not step.kwargs and len(maps) == len(step.inputs)
+        )
+        self.keeps_zero = self.packs and (self.cats or self.scales or (name in _JOINS and refers_only))
+
+    def _refuses(self, step: Step, parameters: dict[int, str]) -> str:
+        if step.kind == "module":
+            return (
+                f"{self.name}: expected a layer that reads a fixed neighbourhood (convolution with zero padding, "
+                f"BatchNorm2d, pooling, Upsample, activation), got {self.module.get_submodule(step.target)}"
+            )
+        cats = step.target in _CATS and _cats_channels(step) and len(self.inputs) == len(step.inputs)
+        known = step.target in (_METHODS if step.kind == "method" else _FUNCTIONS)
+        divides = step.target in _DIVISIONS and self.inputs == (getattr(step.args[0], "value", None),)
+        if not (cats or (self.inputs and (known or divides))):
+            return f"{self.name}: expected a call that blocks can make, got {step.target}"
+        for value in step.inputs:
+            if value in parameters and (refusal := self._refuses_parameter(parameters[value])):
+                return refusal
+        return ""
+
+    def _refuses_parameter(self, path: str) -> str:
+        shape = tuple(attrgetter(path)(self.module).shape)
+        if len(shape) > 4 or any(size != 1 for size in (*shape[-2:], *shape[:-3])):
+            return f"{self.name}: expected {place(path)} of shape [C, 1, 1] or one value, got {shape}"
+        return ""
+
+    def rows(self, run):
+        plan = None
+        if self.keeps_zero or (self.packs and not run.policy.zero_outside):
+            plan, values = run.together(self, "any" if self.scales else "rows")
+        if plan is None:
+            return self._call({v: run.dense(v) for v in self.inputs})
+        values = dict(zip(self.inputs, values, strict=True))
+        if not self.cats:
+            return Rows(self._call(values, _of_rows), plan)
+        order = self.args[0][0] if self.args[0] else self.args[1]["tensors"]
+        return Rows(torch.cat([values[ref.value] for ref in order], 1), plan)
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        return self._call(dict(zip(self.inputs, inputs, strict=True)))
+
+    def _call(self, values: dict, parameter: Callable | None = None):
+        """The call with the values in their places; ``parameter`` is applied to each parameter."""
+
+        def filled(value):
+            if type(value) is Ref:
+                return values[value.value]
+            if type(value) is _Parameter:
+                found = attrgetter(value.path)(self.module)
+                return found if parameter is None else parameter(found)
+            return mapped(value, filled)
+
+        args, kwargs = filled(self.args)
+        if self.kind == "method":
+            return getattr(args[0], self.target)(*args[1:], **kwargs)
+        function = self.function or self.module.get_submodule(self.target)
+        return function(*args, **kwargs)
+
+
+def _of_rows(parameter):
+    """A parameter ``[C, 1, 1]`` or of one value, for rows ``[P, C]``."""
+    return parameter.reshape(-1) if isinstance(parameter, Tensor) and parameter.dim() > 1 else parameter
+
+
+def _cats_channels(step: Step) -> bool:
+    dim = dict(step.kwargs).get("dim", step.args[1] if len(step.args) > 1 else 0)
+    return dim in (1, -3)
+
+
+def _with_parameters(value, parameters: dict[int, str]):
+    """Recorded arguments with parameters named instead of referred to."""
+    if type(value) is Ref:
+        return _Parameter(parameters[value.value]) if value.value in parameters else value
+    return mapped(value, lambda inner: _with_parameters(inner, parameters))

@@ -1,0 +1,199 @@
+"""Convolutions, with the norm, residual sum and activation after them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...geometry import BlockGeometry, ConvGeometry
+from ...kept import kept
+from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
+from ...ops.pixels.conv import _pixel_conv
+from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
+from ...plans import PixelPlan
+from ..module_geometry import geometry_of
+from ..norm import fold, norm_rows, uses_batch_statistics
+from ..receptive_field import KeptSizes, Transposed, Window
+from ..trace import Step
+from .base import SAME, Layer, Rows, finish, place, spans_of
+from .norm import check_norm, dense_norm, statistics_refusal
+
+
+class Conv(Layer):
+    """A convolution with what is fused to it: one call of the op."""
+
+    outside = "zero"
+    packs = True
+
+    def __init__(self, step: Step, module: nn.Module):
+        self.conv = conv = module.get_submodule(step.target)
+        self.norm = None if step.norm is None else module.get_submodule(step.norm)
+        self.norm_name, self.activation = place(step.norm or ""), step.activation
+        self.x, self.residual = step.inputs[0], step.residual
+        self.transposed = isinstance(conv, nn.ConvTranspose2d)
+        reach = tuple(self._reach(i) for i in (0, 1))
+        super().__init__(place(step.target), step.inputs, step.out, (reach, SAME))
+        self.pads, self.in_channels, self.out_channels = None, conv.in_channels, conv.out_channels
+        if conv.padding_mode != "zeros":
+            self.pads, self.packs = conv._reversed_padding_repeated_twice, False
+            self.refusal = f"{self.name}: expected padding_mode='zeros', got {conv.padding_mode!r}"
+        elif self.norm is not None:
+            self.refusal = statistics_refusal(self.norm_name, self.norm)
+        self.parameters = conv._parameters  # nn.Module.__getattr__ costs half a microsecond
+        self._geometries = KeptSizes()
+
+    def _reach(self, i: int) -> Window | Transposed:
+        c = self.conv
+        if self.transposed:
+            return Transposed(c.kernel_size[i], c.stride[i], c.padding[i], c.dilation[i], c.output_padding[i])
+        pads = (c.padding[i],) * 2
+        if isinstance(c.padding, str):
+            pads = c._reversed_padding_repeated_twice[2 - 2 * i : 4 - 2 * i]
+        return Window(c.kernel_size[i], c.stride[i], *pads, c.dilation[i])
+
+    def check(self) -> None:
+        if self.norm is not None:
+            check_norm(self.norm_name, self.norm)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises ValueError for an input of other channels, or on another device."""
+        weight = self.parameters["weight"]
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x: expected {self.in_channels} channels, got {x.shape[1]}")
+        if x.device != weight.device:
+            raise ValueError(f"x: expected it on the weight's device {weight.device}, got {x.device}")
+
+    def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry:
+        padded = self.pads is not None
+        return self._geometries.kept(in_shape, lambda: geometry_of(self.conv, in_shape, padded))
+
+    def macs(self, in_shape: tuple[int, int, int]) -> float:
+        return self.geometry(in_shape).macs(1, self.in_channels, self.out_channels)
+
+    # ------------------------------------------------------------------------------------ rows
+
+    def rows(self, run):
+        values, in_plan, shape = self._input(run)
+        g = self.geometry(shape)
+        plan = run.policy.plan(self.out, g.out_shape, values.device, g)
+        residual = None
+        if self.residual is not None:
+            residual = run.added(self.residual, plan, self.out_channels)
+            if residual is None or residual.shape[1] != self.out_channels:
+                rows = self._product(run, values, in_plan, plan, g, "")
+                return self._then_broadcast(run, rows, residual, plan)
+        if run.ends_with(self) and not (self.norm is not None and uses_batch_statistics(self.norm)):
+            wide = run.autocast is None or values.dtype == torch.float64
+            base = run.base(self.out_channels, values.dtype if wide else run.autocast)
+            return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
+        return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
+
+    def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
+        """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
+        if self.pads is None and (rows := run.rows_of(self.x)) is not None:
+            return rows.values, rows.plan, rows.plan.shape
+        x = run.dense(self.x)
+        if x.dim() != 4:
+            raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(x.shape)}")
+        x = run.env[self.x] = in_format(x, torch.channels_last)  # once for all readers
+        if self.pads is not None:
+            x = F.pad(x, self.pads, mode=self.conv.padding_mode)
+        self.check_input(x)
+        return x, None, (x.shape[0], x.shape[2], x.shape[3])
+
+    def _product(
+        self,
+        run,
+        values: Tensor,  # [R, C], or [N, C, H, W] where in_plan is None
+        in_plan: PixelPlan | None,
+        plan: PixelPlan,
+        geometry: ConvGeometry,
+        activation: str,
+        residual: Tensor | None = None,  # [P, O], or [N, O, H, W]
+        base: Tensor | None = None,  # [N, O, H, W], only without ``rows``
+        rows: bool = True,
+    ) -> Tensor:  # [P, O], or [N, O, H, W] without ``rows``
+        weight, bias = self.parameters["weight"], self.parameters["bias"]
+        if values.shape[1] != self.in_channels:
+            self.check_input(values)
+        if run.autocast is not None and values.dtype != torch.float64:
+            values, bias = values.to(run.autocast), None if bias is None else bias.to(run.autocast)
+        elif values.dtype is not weight.dtype:
+            raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {values.dtype}")
+        if residual is not None and residual.dtype is not values.dtype:
+            residual = residual.to(values.dtype)
+        norm = self.norm
+        if norm is None:
+            epilogue = Epilogue(activation, residual=residual)
+        elif uses_batch_statistics(norm):
+            out = _pixel_conv(values, weight, bias, plan, in_plan, geometry, NOTHING, None, True, None)
+            if residual is not None and residual.dim() == 4:
+                residual = gather_rows(residual, plan.index, plan.count)
+            return norm_rows(norm, out, plan, residual, activation)
+        else:
+            epilogue = Epilogue(activation, *fold(norm), None, residual)
+        return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
+
+    def _then_broadcast(self, run, rows: Tensor, residual: Tensor | None, plan: PixelPlan):
+        """The sum with a value of other channels, or with a map of another size, which is dense."""
+        activation = ACTIVATIONS[self.activation]
+        if residual is not None:
+            residual = residual if residual.dim() == 2 else gather_rows(residual, plan.index, plan.count)
+            return Rows(activation(rows + residual), plan)
+        return activation(scatter_pixels(rows, plan) + run.dense(self.residual))
+
+    # ----------------------------------------------------------------------------------- tiles
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        x, c = inputs[0], self.conv
+        self.check_input(x)
+        if self.transposed:
+            y = self._transposed(x, out)
+        else:
+            y = F.conv2d(x, c.weight, c.bias, c.stride, 0, c.dilation, c.groups)
+        if self.norm is not None:
+            y = dense_norm(self.norm, y)
+        return self._finish(y, inputs)
+
+    def _transposed(self, x: Tensor, out: BlockGeometry) -> Tensor:
+        """All that the tiles reach, cut to the output's tile (or filled up, where strides leave gaps)."""
+        c, pads, short = self.conv, [], False
+        for i, span in reversed(list(enumerate(spans_of(out)))):  # F.pad wants x first
+            reach = self.reaches[0][i]
+            before = reach.span(span).first * reach.stride - reach.padding - span.first
+            pads += [before, span.size - before - ((x.shape[2 + i] - 1) * reach.stride + reach.extent)]
+            short |= pads[-2] > 0 or pads[-1] > 0
+        bias = None if short else c.bias
+        y = F.conv_transpose2d(x, c.weight, bias, c.stride, 0, 0, c.groups, c.dilation)
+        if short:  # first: F.pad refuses to cut more than there is, though it also fills
+            y = F.pad(y, [max(p, 0) for p in pads])
+        y = F.pad(y, [min(p, 0) for p in pads]) if min(pads) < 0 else y
+        return y if c.bias is None or bias is not None else y + c.bias.to(y.dtype).view(-1, 1, 1)
+
+    def whole(self, inputs: list[Tensor]) -> Tensor:
+        """With the norm in the weights: a norm of its own costs a pass over the map, two of 52 us where the
+        convolution between takes 380 (16 x 16 channels of 32 x 32)."""
+        (weight, bias), c = self._folded(), self.conv
+        y = F.conv2d(inputs[0], weight, None, c.stride, c.padding, c.dilation, c.groups)
+        if (
+            bias is not None
+        ):  # oneDNN's AVX2 kernels begin their sums with it: 1.4 times as far from the exact one
+            y += bias.view(-1, 1, 1)
+        return self._finish(y, inputs)
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's weight and bias with its norm, kept until one of them changes."""
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.norm is None:
+            return weight, bias
+        scale, shift = fold(self.norm)
+
+        def make() -> tuple[Tensor, Tensor]:
+            moved = shift if bias is None else shift + bias * scale
+            return weight * scale.to(weight.dtype).view(-1, 1, 1, 1), moved.to(weight.dtype)
+
+        return kept.get("folded", make, weight, bias, scale, shift)
+
+    def _finish(self, y: Tensor, inputs: list[Tensor]) -> Tensor:
+        return finish(y, None if self.residual is None else inputs[1], self.activation)

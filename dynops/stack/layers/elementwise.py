@@ -1,0 +1,86 @@
+"""Layers that read each pixel at its own place: activations, sums, dropouts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...geometry import BlockGeometry
+from ...ops.epilogue import ACTIVATIONS
+from ..activations import ZERO_PRESERVING
+from ..trace import Step, find
+from .base import Layer, Rows, called, place
+
+
+class Activation(Layer):
+    """One elementwise function that nothing before it could take."""
+
+    packs = True
+
+    def __init__(self, step: Step, module: nn.Module):
+        super().__init__(place(step.target), step.inputs, step.out)
+        self.x, self.kwargs = step.inputs[0], dict(step.kwargs)
+        self.keeps_zero, self.copies = True, False
+        if step.kind == "act" and step.activation:
+            self.function, self.kwargs = ACTIVATIONS[step.activation], {}
+        elif step.args == ("function",):
+            self.function = find(step.target)
+        else:
+            self.function, self.kwargs = module.get_submodule(step.target), {}
+            self.keeps_zero = isinstance(self.function, ZERO_PRESERVING)
+            self.copies = getattr(self.function, "inplace", False)  # the value may have other readers
+
+    def rows(self, run):
+        plan = run.shared_plan(self) if self.keeps_zero or not run.policy.zero_outside else None
+        if plan is None:
+            return self._apply(run.dense(self.x))
+        return Rows(self._apply(run.at(self.x, plan)), plan)
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        return self._apply(inputs[0])
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return self.function(x.clone() if self.copies else x, **self.kwargs)
+
+
+class Add(Layer):
+    """The sum of two values."""
+
+    packs = True
+
+    def __init__(self, step: Step, module: nn.Module):
+        super().__init__(called(step), step.inputs, step.out)
+
+    def rows(self, run):
+        plan, (a, b) = run.together(self, "same")
+        return a + b if plan is None else Rows(a + b, plan)
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        return inputs[0] + inputs[1]
+
+
+class Dropout(Layer):
+    """Draws for the rows that exist. A dropout of whole channels needs dense maps in training mode."""
+
+    packs = True
+
+    def __init__(self, step: Step, module: nn.Module):
+        super().__init__(place(step.target), step.inputs, step.out)
+        self.dropout = module.get_submodule(step.target)
+
+    def check(self) -> None:
+        if self.dropout.training and self.dropout.p > 0:
+            raise TypeError(
+                f"{self.name}: expected a dropout in eval mode, got {self.dropout} in training mode"
+            )
+
+    def rows(self, run):
+        dropout, x = self.dropout, self.inputs[0]
+        if not dropout.training:
+            return run.env[x]
+        if type(dropout) is not nn.Dropout:
+            return F.dropout2d(run.dense(x), dropout.p, True)
+        plan = run.shared_plan(self)
+        if plan is None:
+            return F.dropout(run.dense(x), dropout.p, True)
+        return Rows(F.dropout(run.at(x, plan), dropout.p, True), plan)

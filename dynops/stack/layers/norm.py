@@ -1,0 +1,103 @@
+"""Norms that no convolution precedes: of the batch, and of groups of channels of a sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...geometry import BlockGeometry
+from ...ops.epilogue import ACTIVATIONS, apply_epilogue
+from ...ops.pixels.rows import scatter_pixels
+from ...plans import PixelPlan
+from ..norm import norm_rows, uses_batch_statistics
+from ..trace import Step, dense_type
+from .base import Layer, Rows, finish, place
+
+
+class Norm(Layer):
+    """A BatchNorm2d, with the residual sum and activation after it.
+
+    In training mode its statistics are those of the rows that exist.
+    """
+
+    packs = True
+
+    def __init__(self, step: Step, module: nn.Module):
+        super().__init__(place(step.target), step.inputs, step.out)
+        self.norm = module.get_submodule(step.target)
+        self.x, self.residual, self.activation = step.inputs[0], step.residual, step.activation
+        self.refusal = statistics_refusal(self.name, self.norm)
+
+    def check(self) -> None:
+        check_norm(self.name, self.norm)
+
+    def rows(self, run):
+        if run.rows_of(self.x) is None:
+            self.norm._check_input_dim(run.dense(self.x))
+        plan = run.plan_like(self.x, self.out)
+        x = run.at(self.x, plan)
+        if self.residual is None:
+            return Rows(norm_rows(self.norm, x, plan, None, self.activation), plan)
+        residual = run.at(self.residual, plan, x.shape[1])
+        if residual is not None:
+            return Rows(norm_rows(self.norm, x, plan, residual, self.activation), plan)
+        out = scatter_pixels(norm_rows(self.norm, x, plan), plan) + run.dense(self.residual)
+        return ACTIVATIONS[self.activation](out)
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        residual = None if self.residual is None else inputs[1]
+        return finish(dense_norm(self.norm, inputs[0]), residual, self.activation)
+
+
+def check_norm(name: str, norm: nn.BatchNorm2d) -> None:
+    """Raises TypeError for statistics that are those of the batch."""
+    if uses_batch_statistics(norm):
+        raise TypeError(f"{name}: expected a norm in eval mode, got {norm} in training mode")
+
+
+def statistics_refusal(name: str, norm: nn.BatchNorm2d) -> str:
+    if norm.running_mean is None:
+        return f"{name}: expected a norm with running statistics, got {norm}"
+    return ""
+
+
+def dense_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+class GroupNorm(Layer):
+    """A converted GroupNorm or InstanceNorm2d: its statistics are those of each sample's active pixels."""
+
+    def __init__(self, name: str, step: Step, norm: nn.Module):
+        super().__init__(name, step.inputs, step.out)
+        self.norm, self.forward = norm, dense_type(norm).forward
+        self.refusal = f"{name}: expected a layer that reads a fixed neighbourhood, got {norm}"
+
+    def rows(self, run):
+        x = self.inputs[0]
+        if run.rows_of(x) is None and run.dense(x).dim() != 4:
+            return self.forward(self.norm, run.dense(x))
+        plan = run.plan_like(x, self.out)
+        return Rows(group_norm_rows(self.norm, run.at(x, plan), plan), plan)
+
+
+def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:
+    """``norm`` of the rows ``[P, C]``, with the mean and variance of each sample's group over its active pixels.
+
+    Accumulates in float32 at least. With one value in a group the variance is 0.
+    """
+    n, h, w = plan.shape
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else rows.shape[1]
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]
+    live = plan.index >= 0
+    owner = torch.where(live, plan.index.long() // max(h * w, 1), n)
+    pixels = wide.new_zeros(n + 1).index_add(0, owner, live.to(wide.dtype)).clamp(min=1)[:, None]
+
+    def mean(values: Tensor) -> Tensor:  # [P, G] to [P, G, 1]
+        return (values.new_zeros(n + 1, groups).index_add(0, owner, values) / pixels)[owner][:, :, None]
+
+    centred = wide - mean(wide.mean(2))
+    out = centred * (mean(centred.square().mean(2)) + norm.eps).rsqrt()
+    out = apply_epilogue(out.flatten(1).to(rows.dtype), "", norm.weight, norm.bias, None, None)
+    return out if plan.count is None else torch.where(live[:, None], out, 0)

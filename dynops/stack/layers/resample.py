@@ -1,0 +1,163 @@
+"""Layers whose output pixels each stand for one place of the input: enlarging by whole factors, shuffling, padding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...geometry import BlockGeometry, ConvGeometry
+from ...plans import PixelPlan
+from ..receptive_field import Enlarged, Window
+from ..trace import Step, dense_type
+from .base import Layer, Rows, spans_of
+
+_MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
+
+
+class _Moved(Layer):
+    """A layer whose output pixels read one input pixel each, or, outside the input, zero: ``reaches`` says which."""
+
+    packs = True
+
+    def __init__(self, name: str, step: Step, layer: nn.Module, reach=None):
+        super().__init__(name, step.inputs, step.out, None if reach is None else (reach,))
+        self.layer, self.converted = layer, step.kind == "layer"
+        self.forward = dense_type(layer).forward
+
+    def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry:
+        n, *size = in_shape
+        out = tuple(reach.out_size(size[i]) for i, reach in enumerate(self.reaches[0]))
+        y, x = self.reaches[0]
+        if isinstance(y, Enlarged):  # input i writes the outputs from i * factor on
+            factors = (y.factor, x.factor)
+            return ConvGeometry(n, *size, *out, *factors, *factors, 0, 0, 1, 1, 1, 1)
+        return ConvGeometry(n, *size, *out, 1, 1, 1, 1, y.before, x.before, 1, 1, 1, 0)
+
+    def rows(self, run):
+        if run.policy.zero_outside and not self.converted:
+            return self.recorded.rows(run)
+        x = self.inputs[0]
+        if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
+            out = self.forward(self.layer, run.dense(x))
+            return run.masked(self.out, out) if out.dim() == 4 else out
+        g = self.geometry(run.shape(x))
+        plan = run.policy.plan(self.out, g.out_shape, run.device(x), g)
+        return Rows(self._of_rows(run.read_at(x, _source(plan, g)), plan, g), plan)
+
+    def whole(self, inputs: list[Tensor]) -> Tensor:
+        return self.forward(self.layer, inputs[0])
+
+    def _of_rows(self, rows: Tensor, plan: PixelPlan, g: ConvGeometry) -> Tensor:
+        """The output's rows, of those of the input pixel that each reads."""
+        return rows
+
+
+def _source(plan: PixelPlan, g: ConvGeometry) -> Tensor:
+    """int64 ``[P]``: the flat position of the input pixel that each pixel of a plan reads, or -1."""
+    n, y, x = _coordinates(plan)
+    y, x = (y // g.stride_h, x // g.stride_w) if g.transposed else (y - g.pad_h, x - g.pad_w)
+    inside = (y >= 0) & (y < g.in_h) & (x >= 0) & (x < g.in_w) & (plan.index >= 0)
+    return torch.where(inside, (n * g.in_h + y) * g.in_w + x, -1)
+
+
+def _coordinates(plan: PixelPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """n, y and x of each row of a plan."""
+    _, h, w = plan.shape
+    index = plan.index.long().clamp(min=0)
+    line = index // w
+    return line // h, line % h, index % w
+
+
+class Upsample(_Moved):
+    """Nearest or bilinear interpolation (align_corners=False) by integer factors. Bilinear does not run on rows."""
+
+    def __init__(self, name: str, step: Step, layer: nn.Upsample):
+        factors = layer.scale_factor
+        factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors, factors)
+        self.mode, reach = layer.mode, None
+        if layer.size is not None or not all(_is_whole(f) for f in factors):
+            self.refusal = f"{name}: expected integer scale factors up to {_MAX_FACTOR}, got {layer}"
+        elif self.mode not in ("nearest", "bilinear") or layer.align_corners:
+            self.refusal = f"{name}: expected mode nearest or bilinear (align_corners=False), got {layer}"
+        else:
+            self.factors = tuple(int(f) for f in factors)
+            reach = tuple(Enlarged(f, self.mode == "bilinear") for f in self.factors)
+        self.packs = self.mode == "nearest" and not self.refusal
+        self.outside = "edge" if self.mode == "bilinear" else ""
+        super().__init__(name, step, layer, reach)
+
+    def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry | None:
+        return super().geometry(in_shape) if self.packs else None
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        corners = False if self.mode == "bilinear" else None
+        y = F.interpolate(inputs[0], None, tuple(float(f) for f in self.factors), self.mode, corners)
+        return _cut(y, self.reaches[0], out)
+
+
+class PixelShuffle(_Moved):
+    """Channels become pixels: ``[N, C * r * r, H, W]`` to ``[N, C, H * r, W * r]``."""
+
+    def __init__(self, name: str, step: Step, layer: nn.PixelShuffle):
+        self.factor = layer.upscale_factor
+        super().__init__(name, step, layer, (Enlarged(self.factor, False),) * 2)
+
+    def _of_rows(self, rows: Tensor, plan: PixelPlan, g: ConvGeometry) -> Tensor:
+        _, y, x = _coordinates(plan)
+        r = self.factor
+        channels = rows.shape[1] // (r * r)
+        phase = (y % r * r + x % r)[:, None, None].expand(-1, channels, 1)
+        return rows.view(rows.shape[0], channels, r * r).gather(2, phase)[:, :, 0]
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        return _cut(F.pixel_shuffle(inputs[0], self.factor), self.reaches[0], out)
+
+
+class ZeroPad(_Moved):
+    """Zeros around a map."""
+
+    outside = "zero"
+
+    def __init__(self, name: str, step: Step, layer: nn.ZeroPad2d):
+        left, right, top, bottom = layer.padding
+        if min(layer.padding) < 0:
+            self.refusal, self.packs = f"{name}: expected paddings >= 0, got {layer}", False
+        super().__init__(name, step, layer, (Window(1, 1, top, bottom, 1), Window(1, 1, left, right, 1)))
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        return inputs[0].clone()  # the zeros are there; what is written around it later is not the input's
+
+
+def _cut(y: Tensor, reaches, out: BlockGeometry) -> Tensor:
+    """The tile of the output, of all that the input's tile makes."""
+    top, left = (
+        span.first - reach.span(span).first * reach.factor
+        for reach, span in zip(reaches, spans_of(out), strict=True)
+    )
+    return y[:, :, top : top + out.tile_h, left : left + out.tile_w]
+
+
+def _is_whole(factor: float | None) -> bool:
+    return factor is not None and factor == int(factor) and 1 <= factor <= _MAX_FACTOR
+
+
+def interpolate(
+    size=None,
+    scale_factor=None,
+    mode="nearest",
+    align_corners=None,
+    recompute_scale_factor=None,
+    antialias=False,
+):
+    """The module of a call of ``F.interpolate``."""
+    if antialias:
+        raise TypeError("antialias=True")
+    return nn.Upsample(size, scale_factor, mode, align_corners)
+
+
+def pad(pad, mode="constant", value=None):
+    """The module of a call of ``F.pad``."""
+    if mode != "constant" or value not in (None, 0) or len(pad) != 4:
+        raise TypeError(f"pad={tuple(pad)}, mode={mode!r}, value={value}")
+    return nn.ZeroPad2d(tuple(pad))

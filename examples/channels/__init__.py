@@ -1,0 +1,1 @@
+"""Networks that compute some channels, or have weights of each sample."""

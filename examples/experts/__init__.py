@@ -1,0 +1,1 @@
+"""Networks of experts, of which each token or sample runs some."""

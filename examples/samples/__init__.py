@@ -1,0 +1,1 @@
+"""Networks that skip layers, stages or repetitions for some samples."""

@@ -1,0 +1,1 @@
+"""Networks that skip steps in time."""

@@ -1,0 +1,175 @@
+"""The layers of a stack: on rows under a mask against the run layer by layer, on parts of a map against the dense module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dynops
+from dynops.nn import MaskedGroupNorm, MaskedInstanceNorm2d, Skip, SparseBlocks
+from dynops.stack.graph import stack_of
+from dynops.stack.layers.base import Rows
+from dynops.stack.policy import Masked
+from dynops.stack.run_rows import Run
+from dynops.testing import random_mask
+
+
+class Graph(nn.Module):
+    """Modules for the forwards below."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv1 = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.scale, self.map = nn.Parameter(torch.randn(8, 1, 1)), nn.Conv2d(4, 1, 1)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.last = nn.Conv2d(16, 4, 3, padding=1)
+
+
+class Cat(Graph):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.last(torch.cat([y, self.conv1(y).relu()], dim=1))
+
+
+class TimesMap(Graph):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.conv1(y * self.map(x)) * self.scale
+
+
+class SqueezeExcite(Graph):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.conv1(y * self.gate(y))
+
+
+class Arithmetic(Graph):
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.conv1(y) - y * 2
+        return torch.maximum(z, -y).square() / 3
+
+
+def chain(*layers):
+    return lambda: copy.deepcopy(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), *layers))
+
+
+MASKED = {
+    "cat": Cat,
+    "times a map": TimesMap,
+    "squeeze-excite": SqueezeExcite,
+    "arithmetic": Arithmetic,
+    "group norm": chain(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    "instance norm": chain(nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 4, 3)),
+    "nearest": chain(nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3, padding=1)),
+    "bilinear": chain(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 4, 3, padding=1)),
+    "shuffle": chain(nn.PixelShuffle(2), nn.Conv2d(2, 4, 3, padding=1)),
+    "pad": chain(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(8, 4, 3)),
+}
+
+
+def layer_by_layer(model):
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("form", ["compact", "capacity"])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_masked_model_is_its_layers(name, form):
+    torch.manual_seed(0)
+    model, x = MASKED[name]().double(), torch.randn(2, 4, 12, 8, dtype=torch.float64, requires_grad=True)
+    mask = random_mask((2, 12, 8), 0.3)
+    mask = mask if form == "compact" else dynops.PixelPlan.from_mask(mask, mask.numel())
+    report = dynops.convert_(model)
+    assert "" in report.fused and not report.skipped
+    separate = layer_by_layer(model)
+    with dynops.active(mask):
+        out, expected = model(x), separate(x)
+    assert (out - expected).norm() <= 1e-13 * expected.norm() > 0
+    ours, theirs = (
+        torch.autograd.grad(y.square().sum(), [x, *m.parameters()], allow_unused=True)
+        for y, m in ((out, model), (expected, separate))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert a is b is None or (a - b).norm() <= 1e-12 * b.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", set(MASKED) - {"bilinear", "squeeze-excite"})
+def test_no_dense_map_is_made_between(name, monkeypatch):
+    """Every value but the input and the output of a traced model stays rows."""
+    model = MASKED[name]().eval()
+    dynops.convert_(model)
+    stack = stack_of(model.__dict__["_dynops_trace"], model)
+    with torch.no_grad(), dynops.active(random_mask((2, 12, 8), 0.3)) as active:
+        run = Run(stack, torch.randn(2, 4, 12, 8), Masked(active))
+        for layer in stack.layers[:-1]:
+            run.env[layer.out] = layer.rows(run)
+            assert type(run.env[layer.out]) is Rows, layer.name
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: MaskedGroupNorm(2, 6), lambda: MaskedInstanceNorm2d(6, affine=True)]
+)
+def test_sample_norms_take_statistics_of_active_pixels(make):
+    norm, mask = make().double(), random_mask((3, 5, 7), 0.4)
+    mask[2] = False
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64)
+    out = norm(x, mask)
+    assert not out[(~mask)[:, None].expand_as(out)].any()
+    for n in (0, 1):  # as the dense norm of a map that holds the active pixels only
+        pixels = x[n][:, mask[n]]
+        assert torch.allclose(
+            out[n][:, mask[n]], type(norm).pixels_of.forward(norm, pixels[None, :, None])[0, :, 0]
+        )
+    assert torch.equal(norm(x), type(norm).pixels_of.forward(norm, x))
+
+
+def test_running_statistics_of_instances_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True))
+    assert dynops.convert_(model).skipped == {"1": "it has running statistics"}
+    with pytest.raises(ValueError, match="track_running_stats"):
+        MaskedInstanceNorm2d(4, track_running_stats=True)
+
+
+LOCAL = {
+    "nearest": (nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=(2, 3)), nn.Conv2d(4, 4, 3, padding=1)),
+    "shuffle": (nn.Conv2d(4, 8, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(2, 4, 3, padding=1)),
+    "pad": (
+        nn.ZeroPad2d((1, 2, 0, 3)),
+        nn.Conv2d(4, 4, 3),
+        nn.ZeroPad2d(1),
+        nn.MaxPool2d(1),
+        nn.Conv2d(4, 4, 3),
+    ),
+    "pad and rows": (nn.ZeroPad2d((1, 2, 0, 3)), nn.Conv2d(4, 4, 3), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("name", ["cat", "times a map", "arithmetic", *LOCAL])
+def test_parts_of_a_map_are_the_dense_module(name):
+    torch.manual_seed(0)
+    module = (nn.Sequential(*LOCAL[name]) if name in LOCAL else MASKED[name]()).double().eval()
+    x = torch.randn(2, 4, 12, 10, dtype=torch.float64)
+    expected = module(x)
+    layer = SparseBlocks(module, 12)
+    mask = torch.zeros(2, *expected.shape[2:])
+    mask[0, -1, -1] = mask[1, 0, 0] = 1
+    at = dynops.BlockPlan.from_mask(mask, 12).pixels().mask()[:, None]
+    for layer.path in ["tiles"] if name == "pad" else ["tiles", "rows"]:
+        assert torch.allclose(layer(x, mask), torch.where(at, expected, 0), atol=1e-12), layer.path
+
+
+@pytest.mark.parametrize("path", [None, "rows"])
+def test_skipped_samples_of_a_module_that_enlarges(path):
+    module = nn.Sequential(
+        nn.Conv2d(4, 16, 3, 2, 1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=1)
+    )
+    layer, x = Skip(module, path=path).double().eval(), torch.randn(3, 4, 8, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.stack([x[0], x[1] + module(x[1:2])[0], x[2]])
+        assert torch.allclose(layer(x, torch.tensor([0, 1, 0])), expected, atol=1e-13)
