@@ -62,7 +62,7 @@ lint: $(DEV_READY)  ## ruff and clang-format, checks only
 	  xargs clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
 
-docs: $(READY)  ## the pages of docs/ into build/docs; fails on a broken link
+docs: $(if $(PYTHON),,$(READY))  ## the pages of docs/ into build/docs; fails on a broken link
 ifdef PYTHON
 	@$(PY) -c 'import material' || { echo "make docs needs mkdocs-material in $(PY): pip install -r requirements/docs.txt"; exit 1; }
 else

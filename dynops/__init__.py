@@ -2,7 +2,7 @@
 
 from . import budget, gates, integrations, nn, ops
 from .backends import build_info
-from .context import active
+from .context import active, use_mask
 from .convert import convert_, revert_
 from .kept import refresh
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
@@ -28,4 +28,5 @@ __all__ = [
     "refresh",
     "revert_",
     "suggest_block_size",
+    "use_mask",
 ]

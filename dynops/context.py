@@ -1,21 +1,30 @@
-"""``with active(mask):`` the mask that converted layers work on, at whatever resolution they have."""
+"""``with use_mask(mask):`` the mask that converted layers work on, at whatever resolution they have."""
 
 from __future__ import annotations
 
+import warnings
+import weakref
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import modes
+from .geometry import ConvGeometry
 from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
+from .plans.cells import axes, mask_after
 from .recompute import travels
 from .scope import Scope
 
+_MOST_NOTES = 64
 _scope = Scope("dynops.active")
 travels(_scope)
 
 
-class active:
+class use_mask:
     """Context manager: inside it, converted layers compute only the pixels of a mask.
+
+    ``dynops.active`` is the same class under its older name.
 
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
@@ -24,15 +33,25 @@ class active:
             a model works on several batch sizes.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
+        ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
+            mask, at the input's resolution, is true on each image. See below.
 
-    Each layer asks for the plan of its own output resolution: an output pixel is active if any mask
-    pixel under it is; a layer at 1/s of the mask's resolution so computes blocks of ``block_size / s``.
-    Plans are built once for each resolution and shared between the layers.
+    A layer's plan follows from the mask at its input's resolution by the layer's own geometry. An output pixel
+    stands for as many input pixels as the stride, around the centre of the window that it reads. It is active if one
+    of them is. So 3x3 convolutions without padding move a mask by one pixel each. A layer with stride s computes blocks
+    of ``block_size / s``. Where the input has neither the mask's size nor one that a layer made, the mask is resized by
+    the ratio of sizes: an output pixel is active if any mask pixel under it is. Each size has one mask: it is made for
+    the first layer with a map of this size. Plans are built once and shared between the layers.
+
+    With ``ragged`` an output pixel is active if the layer makes it of the image alone, so unpadded layers and odd
+    sizes drop the same rows and columns as they would there. Pools read nothing outside of an image. Each image so
+    gives what it gives alone, up to layers with a view of the whole map (global pooling, group norm) and
+    to norms in training mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros
+    read zeros at an image's edge.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and
-    is left when an exception passes through. Entered inside a compiled function, with the mask as its
-    input, plans have the capacity form. It belongs to what enters it:
-
+    is left when an exception passes through. Where no converted layer ran inside, leaving it warns. Entered inside a
+    compiled function, with the mask as its input, plans have the capacity form. It belongs to what enters it:
     - a thread: one that is started inside the block begins without a mask;
     - an asyncio task: a task that is made inside the block begins with its mask, and may enter others;
     - a generator: its mask holds while the generator runs, not for the caller while it waits at a
@@ -50,8 +69,10 @@ class active:
         self,
         mask_or_plan: Tensor | PixelPlan | BlockPlan,
         block_size: int | tuple[int, int] | None = None,
+        *,
+        ragged: bool = False,
     ):
-        self._capacity_form = False
+        self.ragged, self._used, self._capacity_form = ragged, False, False
         self._plans: dict[tuple[int, int, int], PixelPlan] = {}
         if isinstance(mask_or_plan, BlockPlan):
             mask_or_plan = mask_or_plan.pixels()
@@ -64,59 +85,142 @@ class active:
             mask = _without_nan(check_mask(mask_or_plan)) != 0
         if block_size is not None:
             mask = widen_mask(mask, block_size)
-        self._masks = [mask]  # [N, H, W] bool: as passed, then each half that was asked for
+        self._mask = mask  # [N, H, W] bool, as passed
+        self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
+        self._zero: dict[int, tuple] = {}  # by the id of a tensor: a weak reference, its version, a plan
+        self._images: dict[
+            tuple, tuple[Tensor, Tensor]
+        ] = {}  # of a ragged batch: masks before and after layers
 
-    def __enter__(self) -> active:
+    def __enter__(self) -> use_mask:
         _scope.enter(self)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, error, *rest) -> None:
         _scope.leave(self)
+        if error is None and not self._used and not is_compiling():
+            warnings.warn(
+                "use_mask: expected a converted layer inside, but none ran: the mask changed nothing. "
+                "dynops.convert_(model) converts a model's layers.",
+                stacklevel=2,
+            )
 
     def plan(self, shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
-        """The plan at ``shape = (N, H, W)`` for a layer on ``device`` (kept).
+        """The plan for maps of ``shape = (N, H, W)`` on ``device`` (kept).
 
         Raises:
             ValueError: the mask has another batch or lies on another device.
         """
+        return self._kept(shape, device, None)
+
+    def after(self, geometry: ConvGeometry, device: torch.device, ceil: bool = False) -> PixelPlan:
+        """The plan of the output of a convolution or pool on ``device`` (kept); errors as for :meth:`plan`.
+
+        Args:
+            ceil: a pool's ``ceil_mode``.
+        """
+        if self.ragged and not is_compiling():
+            self._choose(geometry, ceil)
+        return self._kept(geometry.out_shape, device, (geometry, ceil))
+
+    def move(self, geometry: ConvGeometry, ceil: bool = False) -> None:
+        """As :meth:`after`, for a layer inside of one that asks for the plan of its own output."""
+        if self.ragged and not is_compiling():
+            self._choose(geometry, ceil)
+        elif min(self._mask.shape[1:]) > 0:
+            self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
+
+    def note(self, x: Tensor, plan: PixelPlan) -> Tensor:
+        """``x``, of which is known from now on that it is zero outside of ``plan``."""
+        if not is_compiling() and not x.is_inference():
+            if len(self._zero) >= _MOST_NOTES:
+                self._zero = {key: note for key, note in self._zero.items() if note[0]() is not None}
+            self._zero[id(x)] = weakref.ref(x), x._version, plan
+        return x
+
+    def note_like(self, copy: Tensor, x: Tensor) -> None:
+        """Notes of a copy what is known of ``x``."""
+        if not is_compiling() and id(x) in self._zero and self.knows(x, plan := self._zero[id(x)][2]):
+            self.note(copy, plan)
+
+    def knows(self, x: Tensor, plan: PixelPlan) -> bool:
+        """True for an ``x`` that was noted as zero outside of ``plan``, and was not written since."""
+        if is_compiling() or id(x) not in self._zero:
+            return False
+        noted, version, own = self._zero[id(x)]
+        return noted() is x and version == x._version and own is plan
+
+    def _choose(self, geometry: ConvGeometry, ceil: bool) -> None:
+        """In a ragged batch two layers may make one size from images of different sizes: the last layer holds."""
+        below, size = self._at((geometry.in_h, geometry.in_w), None), (geometry.out_h, geometry.out_w)
+        key = (geometry, ceil, id(below))
+        if key not in self._images:
+            mask, known = mask_after(below, axes(geometry, ceil), True), self._masks.get(size)
+            same = known is not None and torch.equal(known, mask)
+            self._images[key] = below, known if same else mask  # with ``below``, so that its id stays its own
+        mask = self._images[key][1]
+        if self._masks.get(size) is not mask:
+            self._masks[size] = mask
+            self._plans = {shape: plan for shape, plan in self._plans.items() if shape[1:] != size}
+
+    def _kept(self, shape: tuple[int, int, int], device: torch.device, layer: tuple | None) -> PixelPlan:
+        self._used = True
         plan = self._plans.get(shape)
         if plan is None:
-            plan = self._plans[shape] = self._make(shape)
+            plan = self._plans[shape] = self._make(shape, layer)
         if plan.index.device != device:
-            raise ValueError(f"active: expected the mask on the layer's device {device}, got {plan.device}")
+            raise ValueError(f"use_mask: expected the mask on the layer's device {device}, got {plan.device}")
         return plan
 
-    def _make(self, shape: tuple[int, int, int]) -> PixelPlan:
+    def _make(self, shape: tuple[int, int, int], layer: tuple | None) -> PixelPlan:
         n, *size = shape
-        mask = self._masks[0]
+        mask = self._mask
         if mask.shape[0] == 1 and n > 1:
             one = (1, *size)
             if one not in self._plans:
-                self._plans[one] = self._make(one)
+                self._plans[one] = self._make(one, layer)
             return self._plans[one].expand(n)
         if mask.shape[0] not in (1, n):
             raise ValueError(
-                f"active: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
+                f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
                 f"(shape {tuple(mask.shape)})"
             )
         if min(mask.shape[1:]) == 0 and n > 0:
-            raise ValueError(f"active: expected a mask with pixels, got shape {tuple(mask.shape)}")
+            raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")
         if n == 0 or min(size) == 0:
             return PixelPlan.from_mask(mask.new_zeros(shape))
-        return PixelPlan.from_mask(
-            self._resized(tuple(size)), n * size[0] * size[1] if self._capacity_form else None
-        )
+        mask = self._at(tuple(size), layer)
+        return PixelPlan.from_mask(mask, n * size[0] * size[1] if self._capacity_form else None)
 
-    def _resized(self, size: tuple[int, int]) -> Tensor:
-        """The mask at ``size``. Half of a mask already there takes 10 us; from 224x224 to 112 it is 100 at once."""
-        if tuple(self._masks[0].shape[1:]) == size:
-            return self._masks[0]
-        for mask in self._masks:
-            if mask.shape[1] == 2 * size[0] and mask.shape[2] == 2 * size[1]:
-                rows = mask[:, ::2] | mask[:, 1::2]
-                self._masks.append(rows[..., ::2] | rows[..., 1::2])
-                return self._masks[-1]
-        return resize_mask(self._masks[0], size)
+    def _at(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
+        """The mask at ``size``, which ``layer`` makes (kept)."""
+        mask = self._masks.get(size)
+        if mask is None:
+            mask = self._masks[size] = self._moved(size, layer)
+        return mask
+
+    def _moved(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
+        if layer is None:
+            return resize_mask(self._mask, size)
+        geometry, ceil = layer
+        in_size, both = (geometry.in_h, geometry.in_w), axes(geometry, ceil)
+        known, exact = in_size in self._masks, all(axis.is_exact for axis in both)
+        if not known and (exact or not _divides(in_size, tuple(self._mask.shape[1:]))) and not self.ragged:
+            return resize_mask(self._mask, size)
+        mask = self._at(in_size, None)
+        if self.ragged or geometry.transposed or not exact:
+            return mask_after(mask, both, self.ragged)
+        if (geometry.stride_h, geometry.stride_w) != (2, 2):
+            return resize_mask(mask, size)
+        rows = mask[:, ::2] | mask[:, 1::2]  # 10 us; from 224x224 to 112 at once it is 100
+        return rows[..., ::2] | rows[..., 1::2]
+
+
+def _divides(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """True where one size is a multiple of the other."""
+    return all(x % y == 0 for x, y in zip(a, b, strict=True)) or all(
+        y % x == 0 for x, y in zip(a, b, strict=True)
+    )
 
 
 def _without_nan(mask: Tensor) -> Tensor:
@@ -127,6 +231,9 @@ def _without_nan(mask: Tensor) -> Tensor:
     return mask
 
 
-def current() -> active | None:
-    """The innermost ``active`` context that holds here."""
+def current() -> use_mask | None:
+    """The innermost ``use_mask`` context that holds here."""
     return _scope.innermost()
+
+
+active = use_mask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from . import context
 from .nn import (
     MaskedAvgPool2d,
     MaskedBatchNorm2d,
@@ -21,13 +22,15 @@ from .nn import (
     SparseConv2d,
     SparseConvTranspose2d,
 )
-from .stack.program import Program
+from .nn.pixels import MaskedSyncBatchNorm
+from .stack import converted
 from .stack.trace import Trace, Untraceable, trace
 
 _SPARSE = {
     nn.Conv2d: SparseConv2d,
     nn.ConvTranspose2d: SparseConvTranspose2d,
     nn.BatchNorm2d: MaskedBatchNorm2d,
+    nn.SyncBatchNorm: MaskedSyncBatchNorm,
     nn.MaxPool2d: MaskedMaxPool2d,
     nn.AvgPool2d: MaskedAvgPool2d,
     nn.GroupNorm: MaskedGroupNorm,
@@ -41,6 +44,7 @@ _KINDS = {
     SparseConv2d: "conv",
     SparseConvTranspose2d: "conv",
     MaskedBatchNorm2d: "norm",
+    MaskedSyncBatchNorm: "norm",
     MaskedMaxPool2d: "pool",
     MaskedAvgPool2d: "pool",
     MaskedGroupNorm: "layer",
@@ -55,31 +59,41 @@ _RELATIVES = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.GroupNorm,
+    nn.LayerNorm,
     nn.Upsample,
     nn.PixelShuffle,
     nn.ZeroPad2d,
 )
-_CONVERTED, _TRACE, _PROGRAM = "_dynops_converted", "_dynops_trace", "_dynops_program"
+_NOT_ON_MAPS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d)
+_MASKABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+_MASKED = "a {}, which runs dense; its output is masked"
+_ELSEWHERE = "it does not work on [N, C, H, W]"
+_CHOSEN = ("already sparse", "filter_fn", _ELSEWHERE)  # reasons that need no warning
+_CONVERTED = "_dynops_converted"
 
 
 @dataclass
 class Report:
-    """What :func:`convert_` did, by module name ("" is the model itself).
+    """A record of what :func:`convert_` did, by module name ("" is the model itself).
 
     Attributes:
         replaced: each converted layer and its new class.
         skipped: each convolution, norm and pool that stayed dense, and why.
         fused: each outermost module that runs on packed rows, and in how many steps.
-        unfused: each module that holds converted convolutions but could not be traced, and why.
+        unfused: each module that holds converted convolutions but runs layer by layer, and why.
+        sparse_share: converted convolutions' share of all convolutions' weights. It is their share of the
+            multiply-accumulates for each output pixel; no input is known here, so sizes of maps do not count.
+            :class:`dynops.budget.MacCounter` counts them for an input.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
+    sparse_share: float = 0.0
 
     def __str__(self) -> str:
-        lines = []
+        lines = [f"sparse: {self.sparse_share:.0%} of the convolutions' weights"]
         for title in ("replaced", "fused", "unfused", "skipped"):
             entries = getattr(self, title)
             lines.append(f"{title}: {len(entries)}")
@@ -88,24 +102,29 @@ class Report:
 
 
 def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Makes a model's convolutions sparse, in place; ``with dynops.active(mask):`` gives them their mask.
+    """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, MaxPool2d, AvgPool2d;
-    exact types only). Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
+    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one). A
+    FrozenBatchNorm2d, and a subclass of one of these convolutions, BatchNorm2d or pools, runs dense and has its output
+    masked; in training mode such a norm takes its statistics from whole maps. Outside the context the model is the dense
+    one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
     resolution and is zero elsewhere, after every layer: convolutions read what the layer before
-    them left (the model's input is read whole), norms and pools are masked too, and in training mode
-    norms take their statistics from active pixels only (:class:`dynops.nn.MaskedBatchNorm2d`).
-    Layers that were not converted run dense on those maps.
+    them left (the model's input is read whole), and norms take their statistics from active pixels only
+    (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
+    Layers that were not converted run dense on those maps. Convolutions and norms among them are in the
+    report, and the first masked call warns of them.
 
     A module whose forward torch.fx can trace runs as a whole: convolution, norm, residual sum and
     activation are one call on packed rows, and dense maps are made only for layers that need them.
-    This changes the speed and not the result, but for one thing: where a traced module adds a tensor
-    that is not masked (its own input, say) to a masked one, the sum is masked too. The trace is
-    taken once: after changing what a forward does, revert and convert again. Where a hook is set on
-    an inner module, or one is replaced, the module around it runs layer by layer.
+    This changes the speed and not the result. What a trace cannot hold runs layer by layer, with the reason in the
+    report: ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers, attributes or lists
+    that it writes, a forward set on an instance, hooks, parametrisations. The same holds from the moment on that a
+    trace no longer says what the module does: an inner module is replaced or hooked, or an attribute is changed
+    that a forward read. A new layer in the place of a converted one is converted at the next masked call.
 
     Args:
         model: any module; a convolution itself too.
@@ -124,19 +143,31 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     for name, module in model.named_modules():
         _convert_layer(name, module, filter_fn, report)
     kinds = {m: _KINDS[type(m)] for m in model.modules() if _CONVERTED in m.__dict__ and type(m) in _KINDS}
-    traces = {}
+    traces: dict[nn.Module, Trace | None] = {}
+    untraceable: set[nn.Module] = set()
+    for name, module in reversed(list(model.named_modules())):  # what is inside first
+        is_list = type(module).forward is nn.Module.forward  # as a ModuleList, which is never called
+        if module in kinds or is_list or converted.is_whole(module) or not _holds_conv(module, kinds):
+            continue
+        try:
+            traces[module] = trace(module, kinds, known=untraceable)
+        except Untraceable as reason:
+            report.unfused[name] = str(reason)
+            if reason.of_forward:
+                untraceable.add(module)
     for name, module in model.named_modules():
-        if module not in kinds and _TRACE not in module.__dict__ and _holds_conv(module, kinds):
-            try:
-                traces[name, module] = trace(module, kinds)
-            except Untraceable as reason:
-                report.unfused[name] = str(reason)
-    for (name, module), steps in traces.items():
+        if module not in traces:
+            continue
+        for path in traces[module].called:
+            report.unfused.setdefault(f"{name}.{path}".lstrip("."), "it has hooks, or a forward of its own")
         if not any(_is_inside(name, outer) for outer in report.fused):
-            report.fused[name] = _summary(steps)
-        module.__dict__[_TRACE] = steps
-        module.__dict__[_PROGRAM] = Program(steps, module)
-        module.__class__ = _fused_class(type(module))
+            report.fused[name] = _summary(traces[module])
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    report.unfused = dict(sorted(report.unfused.items(), key=lambda entry: order.get(entry[0], len(order))))
+    if model not in kinds and _CONVERTED not in model.__dict__ and not converted.is_whole(model):
+        traces.setdefault(model, None)
+    converted.make_whole(model, traces, _converts, _notice(report))
+    report.sparse_share = _share(model)
     return report
 
 
@@ -146,33 +177,78 @@ def revert_(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if module.__dict__.pop(_CONVERTED, False):
-            module.__class__ = _DENSE[type(module)]
-        if module.__dict__.pop(_TRACE, None) is not None:
-            module.__dict__.pop(_PROGRAM, None)
-            module.__class__ = type(module)._dynops_base
+            sparse = next(
+                kind for kind in type(module).__mro__ if kind in _DENSE or "_dynops_base" in vars(kind)
+            )
+            dense = _DENSE.get(sparse) or vars(sparse)["_dynops_base"]
+            module.__class__ = converted.rebased(type(module), sparse, dense)
+        converted.unmake_whole(module)
 
 
 def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> None:
-    kind = type(module)
-    if not isinstance(module, _RELATIVES):
+    if not isinstance(module, _RELATIVES) and not _is_frozen_norm(module):
         return
+    kind = type(module)
+    own = kind.__bases__[0] if parametrize.is_parametrized(module) else kind
     reason = None
-    if kind in _DENSE:
+    if own in _DENSE or _CONVERTED in module.__dict__:
         reason = "already sparse"
-    elif kind not in _SPARSE:
-        reason = f"{kind.__name__} is not exactly one of {', '.join(k.__name__ for k in _SPARSE)}"
+    elif isinstance(module, _NOT_ON_MAPS):
+        reason = _ELSEWHERE
     elif getattr(module, "return_indices", False):
         reason = "it returns indices"
     elif getattr(module, "track_running_stats", False) and kind is nn.InstanceNorm2d:
         reason = "it has running statistics"
     elif filter_fn is not None and not filter_fn(module, name):
         reason = "filter_fn"
+    elif own not in _SPARSE and not _is_maskable(module):
+        reason = f"{kind.__name__} is not exactly one of {', '.join(k.__name__ for k in _SPARSE)}"
     if reason:
         report.skipped[name] = reason
         return
-    module.__class__ = _SPARSE[kind]
+    sparse = _SPARSE[own] if own in _SPARSE else converted.masked_class(own)
+    module.__class__ = converted.rebased(kind, own, sparse)
     module.__dict__[_CONVERTED] = True
-    report.replaced[name] = _SPARSE[kind].__name__
+    if own in _SPARSE or _is_frozen_norm(module):
+        report.replaced[name] = type(module).__name__
+    else:
+        report.skipped[name] = _MASKED.format(kind.__name__)
+
+
+def _is_maskable(module: nn.Module) -> bool:
+    """True for a layer that is not torch's own and whose output can be masked."""
+    of_others = not type(module).__module__.startswith("dynops.") and not isinstance(module, LazyModuleMixin)
+    return _is_frozen_norm(module) or (of_others and isinstance(module, _MASKABLE))
+
+
+def _converts(module: nn.Module) -> str | None:
+    """Converts a layer that took the place of a converted one; the reason, if it stays dense."""
+    report = Report()
+    _convert_layer("", module, None, report)
+    return _notice(report).get("")
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """True for one of the many FrozenBatchNorm2d: torchvision's, detectron2's, DETR's."""
+    named = any(kind.__name__ == "FrozenBatchNorm2d" for kind in type(module).__mro__)
+    return named and {"running_mean", "running_var"} <= module._buffers.keys()
+
+
+def _notice(report: Report) -> dict[str, str]:
+    """The layers that stayed dense though nobody asked for it, with the reasons."""
+    quiet = (
+        *_CHOSEN,
+        *[reason for reason in report.skipped.values() if reason.endswith("its output is masked")],
+    )
+    return {name: reason for name, reason in report.skipped.items() if reason not in quiet}
+
+
+def _share(model: nn.Module) -> float:
+    """The share of the convolutions' weights that is converted."""
+    convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    sizes = [(0 if is_lazy(w := m.weight) else w.numel(), isinstance(m, tuple(_DENSE))) for m in convs]
+    whole = sum(size for size, _ in sizes)
+    return sum(size for size, sparse in sizes if sparse) / whole if whole else 0.0
 
 
 def _holds_conv(module: nn.Module, kinds: dict[nn.Module, str]) -> bool:
@@ -187,58 +263,3 @@ def _summary(steps: Trace) -> str:
     convs = sum(step.kind == "conv" for step in steps.steps)
     dense = sum(step.kind in ("module", "function", "method", "pool") for step in steps.steps)
     return f"{convs} convolutions on packed rows, {len(steps.steps) - convs - dense} other steps, {dense} dense calls"
-
-
-# ---------------------------------------------------------------------------- fused modules
-
-
-@functools.cache
-def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``base`` whose forward runs the module's program inside the context."""
-
-    def forward(self, *args, **kwargs):
-        active = context.current()
-        if active is not None and _TRACE in self.__dict__:  # a slice of a converted nn.Sequential has none
-            x = _only_tensor(self, args, kwargs)
-            if x is not None:
-                program = self.__dict__[_PROGRAM]
-                if program.module is not self:  # a shallow copy of the module that was converted
-                    program = self.__dict__[_PROGRAM] = Program(self.__dict__[_TRACE], self)
-                if program.holds():
-                    return program.run(x, active)
-        return base.forward(self, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol):
-        _, _, *state = base.__reduce_ex__(self, protocol)
-        return _new, (base,), *state
-
-    def __setstate__(self, state):
-        base.__setstate__(self, state)
-        self.__dict__[_PROGRAM] = Program(self.__dict__[_TRACE], self)
-
-    members = {
-        "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
-        "__setstate__": __setstate__,
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "_dynops_base": base,
-    }
-    return type(f"Sparse{base.__name__}", (base,), members)
-
-
-def _only_tensor(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
-    """The input of a call with one (batched) tensor and nothing else, or None."""
-    if len(args) == 1 and not kwargs:
-        x = args[0]
-    elif not args and len(kwargs) == 1:
-        x = kwargs.get(module.__dict__[_TRACE].input_name)
-    else:
-        return None
-    return x if isinstance(x, Tensor) and x.dim() != 3 else None  # [C, H, W] goes layer by layer
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    """An empty module of the fused class, for pickle and deepcopy to fill."""
-    cls = _fused_class(base)
-    return cls.__new__(cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 # ------------------------------------------------------------------------- along one axis
@@ -45,7 +46,7 @@ def transposed_size(
 
 
 class ConvGeometry(NamedTuple):
-    """Everything about a convolution but its values. ``list(geometry)`` is what an op's schema takes.
+    """Everything about a convolution but its values. An op's schema takes ``list(geometry)``.
 
     Tap ``(r, s)`` of output pixel ``(y, x)`` reads input pixel
 
@@ -176,11 +177,16 @@ def is_int(value, least: int | None = None) -> bool:
     return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)
 
 
+def is_share(value) -> bool:
+    """True if ``value`` is a number in [0, 1]."""
+    return isinstance(value, numbers.Real) and 0 <= value <= 1
+
+
 # ------------------------------------------------------------------------------- of blocks
 
 
 class BlockGeometry(NamedTuple):
-    """Equal rectangles over a map, in a grid. ``list(geometry)`` is what an op's schema takes.
+    """Equal rectangles over a map, in a grid. An op's schema takes ``list(geometry)``.
 
     Block ``(by, bx)`` covers rows ``first_h + by*step_h`` to ``+ tile_h`` (and likewise columns) of the
     map: tiles overlap where they are larger than the step, and may lie over the map's edge.

@@ -20,6 +20,7 @@ _has_key = torch._C._dispatch_tls_is_dispatch_key_included
 # of the vmap inside of torch.autograd: is_grads_batched
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 _HAVE_AUTOCAST = ("cpu", "cuda")
+_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiled = torch._C._autograd._profiler_enabled
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
@@ -61,7 +62,8 @@ def observed() -> bool:
     Raises:
         RuntimeError: TorchScript's tracer looks on.
     """
-    refuse_tracing()
+    if _tracing():
+        refuse_tracing()
     return _dispatch_modes() > 0 or _profiled()
 
 
@@ -78,13 +80,16 @@ def route(*values) -> int:
     """
     if watched() or observed() or values[0].is_meta:
         return DISPATCHED
-    differentiated = False
+    found, grad = DIRECT, torch.is_grad_enabled()
     for value in values:
-        if isinstance(value, Tensor):
-            if type(value) not in _PLAIN:
-                return DISPATCHED
-            differentiated |= value.requires_grad
-    return DIFFERENTIATED if differentiated and torch.is_grad_enabled() else DIRECT
+        if value is None:
+            continue
+        if type(value) in _PLAIN:
+            if grad and value.requires_grad:
+                found = DIFFERENTIATED
+        elif isinstance(value, Tensor):
+            return DISPATCHED
+    return found
 
 
 def plain(*values) -> bool:
@@ -93,7 +98,7 @@ def plain(*values) -> bool:
 
 
 def tracing() -> bool:
-    """True if a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), writes down what is computed."""
+    """True if a compiler, or ``make_fx`` (``torch.func.linearize`` is made of it), records the computation."""
     if torch.compiler.is_compiling():
         return True
     return _dispatch_modes() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None

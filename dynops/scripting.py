@@ -27,7 +27,7 @@ INSTEAD = (
 
 
 def unscriptable(names: dict, exported: list[str]) -> None:
-    """Gives what a package exports the hook that ``torch.jit.script`` calls first: one that raises RuntimeError.
+    """Gives the exports of a package the hook that ``torch.jit.script`` calls first: one that raises RuntimeError.
 
     Layers also take every argument by its place while they are traced, as the ONNX exporter passes defaults.
     """

@@ -1,7 +1,5 @@
 """One thread, the same seeds and, where a test asks for it, poisoned memory."""
 
-from __future__ import annotations
-
 import os
 
 # Before torch. Two processes of tests on two cores with two threads each take three times as long.

@@ -14,7 +14,7 @@ from dynops import PixelPlan
 
 from ..harness import masks
 from ..harness.compare import compare
-from ..harness.contenders import bound, calibrated, dense_versions, formats_of, with_backward
+from ..harness.contenders import calibrated, dense_versions, formats_of, with_backward
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..harness.theory import LayerMacs
@@ -97,12 +97,10 @@ def measure(
         ours = {key: with_backward(call, converted.parameters()) for key, call in ours.items()}
     with torch.inference_mode(not setting.backward):
         dense = network_versions(model, x, setting)
-        fifth = setting.compiled and not setting.backward and not setting.graph
-        times = compare(dense, ours, setting, replays=replays, beside=_frozen(model, x) if fifth else None)
+        times = compare(dense, ours, setting, replays=replays)
     return [
         times.row(
             (kind, density),
-            dense_all=times.dense_all | times.beside,
             suite="models",
             group=name,
             case=f"{name}, {size[0]}x{size[1]}" + (f", batch {n}" if n > 1 else ""),
@@ -151,20 +149,3 @@ def network_versions(model: nn.Module, x: Tensor, setting: Setting) -> dict[str,
         return own, (x.contiguous(memory_format=memory_format),), list(own.parameters()), None
 
     return dense_versions(make, setting, formats_of(x))
-
-
-FROZEN = "channels_last compiled, freezing=True (not one of the four)"
-
-
-def _frozen(model: nn.Module, x: Tensor) -> dict[str, Callable]:
-    """A fifth dense version, reported beside the four: the weights are constants, as a deployment may have them.
-
-    Inductor folds the norms into them and lays them out for the library once.
-    """
-    from torch._inductor import config
-
-    function = torch.compile(copy.deepcopy(model).to(memory_format=torch.channels_last), dynamic=False)
-    x = x.contiguous(memory_format=torch.channels_last)
-    with config.patch(freezing=True):
-        function(x)
-    return {FROZEN: bound(function, x)}

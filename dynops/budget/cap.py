@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..geometry import is_share
 from ..plans import most_of
 
 
@@ -38,7 +39,7 @@ def cap(
         raise TypeError(f"gate: expected a real tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
     if gate.dim() == 0:
         raise ValueError("gate: expected [N, ...], got a number")
-    if isinstance(max_fraction, Tensor) or not 0 <= max_fraction <= 1:
+    if not is_share(max_fraction):
         raise ValueError(f"max_fraction: expected a number in [0, 1], got {max_fraction!r}")
     score = gate if score is None else score
     if not isinstance(score, Tensor) or score.is_complex():

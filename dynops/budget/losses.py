@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..geometry import is_share
 from ..nn import ChannelGatedConv2d
 from .beta import beta_cdf
 from .macs import LayerMacs, MacCounter
@@ -36,7 +37,7 @@ def target_rate_loss(gates, target: float | Sequence[float]) -> Tensor:
             f"target: expected a number, or one for each of {len(rates)} layers, got {len(target)}"
         )
     for value in target:
-        if not 0 <= value <= 1:
+        if not is_share(value):
             raise ValueError(f"target: expected rates in [0, 1], got {value!r}")
     return (rates - rates.new_tensor(target)).square().mean()
 
@@ -231,5 +232,5 @@ def _layers(macs) -> list[LayerMacs]:
 
 
 def _check_target(target: float) -> None:
-    if not 0 <= target <= 1:
+    if not is_share(target):
         raise ValueError(f"target: expected a share in [0, 1], got {target!r}")

@@ -233,7 +233,7 @@ class Recorder(Tracker):
 
 
 def _mask(args: tuple, kwargs: dict, out: Tensor):
-    """The mask or plan of a layer that computes pixels: the one passed, else that of ``dynops.active``."""
+    """The mask or plan of a layer that computes pixels: the one passed, else that of ``dynops.use_mask``."""
     mask, active = argument(args, kwargs, 1, "mask_or_plan"), context.current()
     if isinstance(mask, (list, tuple)):  # output_size of a transposed convolution
         mask = None

@@ -1,6 +1,6 @@
 """Tracks which rows a layer runs on: a frame opens for each batch that a model makes smaller, and closes with it.
 
-Everything that compacts a batch goes through ``ops.gather_samples``, which tells its watchers. So a tensor
+Everything that compacts a batch goes through ``ops.gather_samples``, which tells its observers. So a tensor
 that was gathered is known, and so is the output of a module that was called with it; the module runs in a
 frame of its own, whose counts go to the frame around it when the call ends. An unknown tensor is placed by
 its first size: the rows of the frame, a multiple of them (in order), as many as were gathered last, or, where

@@ -79,10 +79,8 @@ def live_pixels(mask: Tensor | PixelPlan, gate: Tensor | None, rows: int) -> Ten
 # ---------------------------------------------------------------------------------- pixels of chains
 
 
-def chain(module: SparseSequential, args: tuple, kwargs: dict, out: Tensor) -> Cost | None:
+def chain(module: SparseSequential, args: tuple, kwargs: dict, out: Tensor) -> Cost:
     mask = argument(args, kwargs, 1, "mask_or_plan")
-    if mask is None:  # its layers were called, and counted
-        return None
     return _of_stack(module.macs(argument(args, kwargs, 0, "input"), mask), mask)
 
 
@@ -320,8 +318,8 @@ RULES = {
 }
 """The rule of a class, for its subclasses too, unless they have their own."""
 
-OPAQUE = (SparseBlocks, ParallelExperts)
-"""Layers that count for the modules inside; SparseBlocks takes no hooks on them."""
+OPAQUE = (SparseBlocks, SparseSequential, ParallelExperts)
+"""Layers that count for the modules inside. With hooks on these the first two would not run on parts of a map."""
 
 
 def rule_of(module: nn.Module):

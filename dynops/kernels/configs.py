@@ -69,7 +69,7 @@ class Config:
 
 
 class _Nearest:
-    """Measured values by what has to agree and by sizes, of which the nearest measured ones serve."""
+    """Measured values by a form, which must agree, and by sizes, of which the nearest serve."""
 
     def __init__(self, entries: list[dict], same: tuple[str, ...], sizes: tuple[str, ...], value: str):
         self._measured: dict[tuple, list] = {}
@@ -100,7 +100,7 @@ def bucket(size: int) -> int:
 
 # ------------------------------------------------------------------------------ which one holds
 
-_in_use: dict[str, Config | None] = {}  # by architecture, in place of what ships
+_in_use: dict[str, Config | None] = {}  # by architecture, in place of the shipped ones
 
 
 def of(device: torch.device) -> Config | None:
@@ -111,7 +111,7 @@ def of(device: torch.device) -> Config | None:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The name of a device's architecture, such as "sm_90"; "cpu" for what is no CUDA device."""
+    """The name of a device's architecture, such as "sm_90"; "cpu" for other devices than CUDA's."""
     if device.type != "cuda":
         return "cpu"
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -143,6 +143,6 @@ def precision(dtype: torch.dtype, product: str = "conv") -> str:
     """The kind of product: "half", or for float32 "tf32" or "ieee", as torch's own "conv" or "matmul" takes it."""
     if dtype != torch.float32:
         return "half"
-    # what allow_tf32 sets too, and reading that one raises where both ways of setting it were used
+    # allow_tf32 sets this too; reading allow_tf32 itself raises after both ways of setting were used
     setting = torch.backends.cudnn.conv if product == "conv" else torch.backends.cuda.matmul
     return "tf32" if setting.fp32_precision == "tf32" else "ieee"

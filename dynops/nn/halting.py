@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import modes
-from ..geometry import is_int
+from ..geometry import is_int, is_share
 from ..ops import gather_samples, scatter_samples
 from ..ops.samples import SampleLayout
 from ..plans import SamplePlan, most_of
@@ -47,7 +47,7 @@ class HaltingRule:
             raise ValueError(f"max_steps: expected an int >= 1, got {max_steps!r}")
         if not 0 <= epsilon < 1:
             raise ValueError(f"epsilon: expected a number in [0, 1), got {epsilon!r}")
-        if max_fraction is not None and not 0 <= max_fraction <= 1:
+        if max_fraction is not None and not is_share(max_fraction):
             raise ValueError(f"max_fraction: expected a number in [0, 1] or None, got {max_fraction!r}")
         self.max_steps, self.epsilon = max_steps, epsilon
         self.weighted, self.max_fraction = weighted, max_fraction

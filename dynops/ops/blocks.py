@@ -220,7 +220,8 @@ def gather_blocks(x: Tensor, plan: BlockPlan, halo=0) -> Tensor:
 
     Paper: Ren et al., SBNet (CVPR 2018).
     """
-    checks.plan(plan, BlockPlan, "plan")
+    if not isinstance(plan, BlockPlan):
+        checks.plan(plan, BlockPlan, "plan")
     checks.dense_map(x, plan, "x")
     geometry = plan.geometry.widened(_four_sides(halo))
     return _gather(x, plan.index, plan.count, geometry)
@@ -230,7 +231,7 @@ def scatter_blocks(tiles: Tensor, plan: BlockPlan, base: Tensor | None = None, a
     """The dense map with ``tiles`` at the plan's blocks and ``base`` (or zero) elsewhere.
 
     Args:
-        tiles: ``[plan.num_blocks, C, block_h, block_w]``; what lies outside the map is dropped.
+        tiles: ``[plan.num_blocks, C, block_h, block_w]``; pixels outside the map are dropped.
         base: ``[N, C, H, W]`` of the same dtype, or None.
         add: adds the tiles to ``base`` instead of replacing it. Blocks that overlap need it.
 
@@ -240,7 +241,8 @@ def scatter_blocks(tiles: Tensor, plan: BlockPlan, base: Tensor | None = None, a
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.
     """
-    checks.plan(plan, BlockPlan, "plan")
+    if not isinstance(plan, BlockPlan):
+        checks.plan(plan, BlockPlan, "plan")
     checks.tensor(tiles, "tiles", 4, "[B, C, block_h, block_w]")
     expected = (plan.num_blocks, tiles.shape[1], *plan.block_size)
     checks.shaped(tiles, "tiles", expected, ", as the plan has it")

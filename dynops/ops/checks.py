@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: what does not fit raises before a kernel sees it."""
+"""Argument checks of the public functions: a misfit raises before a kernel sees it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def floating(x: Tensor, name: str = "x") -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def shaped(value: Tensor, name: str, expected: tuple, why: str = "", what: str = "shape") -> None:
-    if tuple(value.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected {what} {tuple(expected)}{why}, got {tuple(value.shape)}")
+def shaped(value: Tensor, name: str, expected: tuple, why: str = "", what: str = "shape ") -> None:
+    if value.shape != expected:
+        raise ValueError(f"{name}: expected {what}{tuple(expected)}{why}, got {tuple(value.shape)}")
 
 
 def activation(name: str | None, known=tuple(ACTIVATIONS)) -> str:
@@ -64,6 +64,8 @@ def on_plan(value: Tensor, plan, name: str) -> None:
 
 
 def pixel_plan(value, name: str, device: torch.device | None = None) -> PixelPlan:
+    if isinstance(value, PixelPlan) and (device is None or value.index.device == device):
+        return value  # the shortest way: it takes part in every call
     return plan(value, PixelPlan, name, device)
 
 
@@ -239,17 +241,22 @@ def conv_arguments(x, weight, bias, plan, options: tuple, in_plan=None, transpos
 
 
 def conv_geometry(in_shape, weight_shape, options: tuple, bias: Tensor | None = None):
-    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and what ``F.pad`` adds first."""
+    """The geometry of a convolution of every pixel of ``in_shape`` [N, C, H, W], and the paddings of ``F.pad``."""
     if bias is not None:
         shaped(bias, "bias", (weight_shape[0],))
     return _geometry(_conv_geometry, in_shape, weight_shape, None, options)
 
 
+_BARE = {name: Epilogue(name) for name in ACTIVATIONS}
+
+
 def epilogue(plan, x, channels, name, scale, shift, gate, residual, base) -> Epilogue:
-    """Checks what an op does to its result; ``name``: of the activation. The gate becomes ``[P]``.
+    """Checks the parts of an epilogue; ``name``: of the activation. The gate becomes ``[P]``.
 
     The residual is ``[P, O]`` or ``[N, O, H, W]``.
     """
+    if scale is None and shift is None and gate is None and residual is None and base is None:
+        return _BARE[activation(name)]
     for value, of in ((scale, "scale"), (shift, "shift")):
         if value is not None:
             shaped(tensor(value, of, 1, "[O]"), of, (channels,))

@@ -1,4 +1,4 @@
-"""The dense convolution of a geometry and its gradients: what references are made of."""
+"""The dense convolution of a geometry and its gradients, for references and the dense fallback."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -19,10 +20,11 @@ class Kernels:
         cpu: the module of C++ kernels.
         triton: the name of the module of Triton kernels, imported when it is used; "": there is none.
         named: the public function without Triton kernels, for the error of ``backend="triton"``.
+        copies: the kernels move bits of any dtype.
     """
 
-    def __init__(self, cpu: ModuleType, triton: str = "", *, named: str = ""):
-        self.cpu, self.triton, self.named = cpu, triton, named
+    def __init__(self, cpu: ModuleType, triton: str = "", *, named: str = "", copies: bool = False):
+        self.cpu, self.triton, self.named, self.copies = cpu, triton, named, copies
 
     def of(self, backend: str | None, x: Tensor) -> ModuleType | None:
         """The module for ``x``, or None for the reference.
@@ -32,7 +34,8 @@ class Kernels:
         """
         if backend == "triton" and not self.triton:
             raise RuntimeError(f"backend='triton': {self.named} has no Triton kernel")
-        name = backends.choose(backend, x.device, x.dtype)
+        dtype = torch.float32 if self.copies and x.element_size() <= 8 else x.dtype
+        name = backends.choose(backend, x.device, dtype)
         if name == "cpp":
             return self.cpu
         return triton_module(self.triton) if name == "triton" and self.triton else None
@@ -63,7 +66,9 @@ class Kernels:
                 arguments = pack(*arguments)
             x = arguments[0]
             kernels = self.of(backend, x)
-            out = (reference if kernels is None else getattr(kernels, name))(*arguments)
+            # a module may lack the kernel of one op
+            run = reference if kernels is None else getattr(kernels, name, reference)
+            out = run(*arguments)
             return out.contiguous(memory_format=memory_format_of(x)) if like_first else out
 
         return implementation

@@ -1,4 +1,4 @@
-"""Observers of ops: :class:`dynops.budget.MacCounter` cannot see from calls of modules what an op did.
+"""Observers of ops, for :class:`dynops.budget.MacCounter`: it sees calls of modules, but not how many rows an op ran.
 
 An op that matters calls the observers that were entered around it (:mod:`dynops.scope`: in this thread, task or
 generator), of which there are none outside of a counter.

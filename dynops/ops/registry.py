@@ -161,8 +161,8 @@ def _autograd_kernel(overload, setup_context, backward, jvp) -> Callable:
         if modes.transformed() and torch._C._is_fwd_grad_enabled():
             primals, tangents = _unpack(arguments)
             if any(tangent is not None for tangent in tangents):
-                setup_context(_NOTHING, primals, None)  # refuses what has no derivative
-                with forward_ad._set_fwd_grad_enabled(False):  # what is saved for backward keeps its tangent
+                setup_context(_NOTHING, primals, None)  # raises for an epilogue, which has no derivative
+                with forward_ad._set_fwd_grad_enabled(False):  # saved tensors keep their tangents
                     output = kernel(keyset, *arguments)
                 return _make_dual(output, jvp(overload, primals, tangents))
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
@@ -191,7 +191,7 @@ class _Alive:
 
 
 def _unpack(arguments: tuple) -> tuple[tuple, tuple]:
-    """(primals, tangents) of the current level; the tangent of what has none is None."""
+    """(primals, tangents) of the current level; a tangent is None where there is none."""
     pairs = [
         torch._VF._unpack_dual(a, level=0) if isinstance(a, Tensor) and a.is_floating_point() else (a, None)
         for a in arguments

@@ -62,7 +62,8 @@ def gather_samples(x: Any, plan: SamplePlan) -> Any:
     Raises:
         TypeError, ValueError: no plan; a tensor without a batch, of another batch or on another device.
     """
-    checks.plan(plan, SamplePlan, "plan")
+    if not isinstance(plan, SamplePlan):
+        checks.plan(plan, SamplePlan, "plan")
     if isinstance(x, Tensor):
         rows = _gather(x, plan, "x")
     else:
@@ -96,7 +97,8 @@ def scatter_samples(
     Raises:
         TypeError, ValueError: no plan; ``add`` without a base; shapes, dtypes or devices that do not fit.
     """
-    checks.plan(plan, SamplePlan, "plan")
+    if not isinstance(plan, SamplePlan):
+        checks.plan(plan, SamplePlan, "plan")
     if add and base is None:
         raise ValueError("base: expected a tensor [N, ...] to add to, got None")
     if scale is not None:

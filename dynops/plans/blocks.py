@@ -251,10 +251,10 @@ def changed_blocks(
     tolerance: float = 0.0,
     layer=None,
 ) -> BlockPlan:
-    """The blocks where two maps differ: what a video or an edited image asks to be computed again.
+    """The blocks where two maps differ, such as two frames of a video or an image and its edit.
 
     With ``layer`` the plan is of the layer's output, every block that reads a changed pixel, so that
-    with ``tolerance=0`` a stream needs only what changed::
+    with ``tolerance=0`` a stream computes only changes::
 
         plan = changed_blocks(previous, current, layer.block_size, layer=layer)
         output = layer(current, plan, base=output)  # layer(current), up to rounding

@@ -1,4 +1,4 @@
-"""Several plans as one: ``cat`` along the batch, and what ``torch.utils.data.default_collate`` does with plans."""
+"""Several plans as one: ``cat`` along the batch, also by ``torch.utils.data.default_collate``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def of_one_kind(plans, kind: type, **attributes) -> list:
     """``plans`` as a list, or an error that says which of them does not go with the first.
 
     Args:
-        attributes: name and getter of what all plans must have in common.
+        attributes: names and getters of attributes that all plans must share.
     """
     plans = list(plans)
     if not plans:

@@ -1,4 +1,4 @@
-"""Plans of indices, and what is kept with them: whatever follows from a plan's indices while these stay as they are."""
+"""Plans of indices, and the things derived from these, kept with the plan while its indices stay as they are."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Derived:
 
     def __init__(self):
         self._derived: dict = {}
-        self._mark: Mark | None = None  # of the indices when what is in _derived was made
+        self._mark: Mark | None = None  # of the indices at the time of _derived
         self._graph = _captures(self._indices()[0])  # made while a CUDA graph is captured, and part of it
 
     def _indices(self) -> tuple[Tensor | None, ...]:
         raise NotImplementedError
 
     def derived(self, key, make: Callable[[], T]) -> T:
-        """``make()``, or what it returned for this ``key`` while the plan's indices stay as they are.
+        """``make()``, or its earlier result for this ``key`` while the plan's indices stay as they are.
 
         In a CUDA graph whose input is the plan it is made anew, as part of the graph: each replay sees the plan's
         indices as they are then.

@@ -120,7 +120,7 @@ class ExpertPlan:
 
     @classmethod
     def cat(cls, plans: Iterable[ExpertPlan]) -> ExpertPlan:
-        """The plan of several batches of tokens one after the other. What a plan has dropped stays dropped.
+        """The plan of several batches of tokens one after the other. Dropped pairs stay dropped.
 
         Raises:
             TypeError, ValueError: no plans, or plans of different experts, choices or devices.

@@ -82,7 +82,7 @@ def check_index(index: Tensor, count: Tensor | None, size: int, rows: str, hint:
     """Checks an index that somebody else made, of ``size`` positions. Only on a CPU its values are looked at.
 
     Args:
-        rows, hint: the shape that is expected and what else to do, for the message.
+        rows, hint: the expected shape and a hint, for the message.
     """
     if not isinstance(index, Tensor) or index.dtype != torch.int32 or index.dim() != 1:
         what = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
@@ -183,7 +183,7 @@ def check_mask_dtype(mask: Tensor, name: str, what: str) -> None:
 
 
 def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """``mask`` as ``[N, H, W]``, or an error that says what is wrong with it.
+    """``mask`` as ``[N, H, W]``, detached and checked.
 
     Two dimensions are always ``[H, W]``: one mask, as ``[1, H, W]`` is. One mask holds for any batch: see
     :meth:`dynops.PixelPlan.expand`.

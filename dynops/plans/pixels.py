@@ -212,7 +212,7 @@ class PixelPlan(IndexPlan):
     def expand(self, batch: int) -> PixelPlan:
         """This plan, of a batch of 1, for every sample of a batch (kept); a plan of that batch itself.
 
-        Layers and ``dynops.active`` do so where a mask or plan is one for the whole batch.
+        Layers and ``dynops.use_mask`` do so where a mask or plan is one for the whole batch.
 
         Raises:
             ValueError: a plan of another batch than 1; more than 2**31 - 1 pixels in the batch.

@@ -149,7 +149,7 @@ def most_of(max_fraction: float, size: int) -> int:
 
 
 def check_keep(keep: Tensor, name: str = "keep") -> Tensor:
-    """``keep`` as ``[N]``, detached, or an error that says what is wrong with it."""
+    """``keep`` as ``[N]``, detached, checked."""
     check_mask_dtype(keep, name, "[N]")
     if keep.dim() == 0 or keep.numel() != keep.shape[0]:
         raise ValueError(f"{name}: expected [N] or [N, 1, ...], got shape {tuple(keep.shape)}")

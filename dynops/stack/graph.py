@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Layer, layer_of, mapped
+from .layers import COPIES, Layer, layer_of, mapped
+from .staleness import Watch, signatures
 from .trace import Ref, Step, Trace, Untraceable, dense_type, fuse, trace
 
 KINDS = {
@@ -22,7 +23,6 @@ KINDS = {
     nn.PixelShuffle: "layer",
     nn.ZeroPad2d: "layer",
 }
-_COPIES = ("contiguous", "clone")
 
 
 class Stack(NamedTuple):
@@ -33,6 +33,7 @@ class Stack(NamedTuple):
     output: int
     checked: tuple[Layer, ...] = ()  # layers that do not run, but must be in eval mode
     multiple: tuple[int, int] = (1, 1)  # of the distance of blocks, so that every value's are whole pixels
+    watch: Watch | None = None  # what it holds for
 
     @property
     def packs(self) -> bool:
@@ -53,8 +54,7 @@ class Whole(nn.Module):
 
 def stack_of(steps: Trace, module: nn.Module) -> Stack:
     """All layers of a trace of ``module``, whatever they read."""
-    kept, output = _without_copies(steps.steps, steps.output, _COPIES)
-    return _made(_layers(kept, module), steps.values, output)
+    return _made(_layers(steps.steps, module), steps.values, steps.output)
 
 
 def local_stack_of(module: nn.Module) -> Stack:
@@ -72,13 +72,14 @@ def local_stack_of(module: nn.Module) -> Stack:
     except Untraceable as reason:
         raise TypeError(f"module: expected one that can be traced; {reason}") from None
     dropouts = _layers([step for step in steps.steps if step.kind == "dropout"], whole)
-    kept, output = _without_copies(steps.steps, steps.output, (*_COPIES, ""))
+    kept, output = _without_copies(steps.steps, steps.output)
     layers = _layers(kept, whole)
     for layer in layers:
         if layer.refusal:
             raise TypeError(layer.refusal)
     layers = _that_count(layers, output)
-    return _made(layers, steps.values, output, tuple(dropouts), _multiple(layers, output))
+    watch = Watch(whole, steps, hooks=False)
+    return _made(layers, steps.values, output, tuple(dropouts), _multiple(layers, output), watch)
 
 
 def chain_of(module: nn.Module, names: list[tuple[str, str, nn.Module]]) -> Stack:
@@ -92,7 +93,10 @@ def chain_of(module: nn.Module, names: list[tuple[str, str, nn.Module]]) -> Stac
         activation = fused_name(layer) if kind == "act" else ""
         args = ("module",) if kind == "act" else ()
         steps.append(Step(kind, name, (value,), value + 1, args, activation=activation))
-    return _made(_layers(fuse(tuple(steps), len(steps)), module), len(steps) + 1, len(steps))
+    watch = Watch(module, Trace("", tuple(steps), 0, 0, modules=signatures(module)), hooks=False)
+    return _made(
+        _layers(fuse(tuple(steps), len(steps)), module), len(steps) + 1, len(steps), (), (1, 1), watch
+    )
 
 
 def _layers(steps, module: nn.Module) -> list[Layer]:
@@ -121,20 +125,18 @@ def _that_count(layers: list[Layer], output: int) -> list[Layer]:
     return kept[::-1]
 
 
-def _without_copies(steps: tuple[Step, ...], output: int, copies: tuple[str, ...]) -> tuple[list[Step], int]:
-    """The steps without those whose result is the value that they got: methods, and with "" dropouts."""
+def _without_copies(steps: tuple[Step, ...], output: int) -> tuple[list[Step], int]:
+    """The steps without dropouts and copies, whose result is the value that they got."""
     same: dict[int, int] = {}
     kept = []
     for step in steps:
         inputs = tuple(same.get(v, v) for v in step.inputs)
         residual = same.get(step.residual, step.residual)
         args, kwargs = _renamed((step.args, step.kwargs), same)
-        step = step._replace(inputs=inputs, residual=residual, args=args, kwargs=kwargs)
-        drops = step.kind == "dropout" and "" in copies
-        if drops or (step.kind == "method" and step.target in copies):
+        if step.kind == "dropout" or (step.kind == "method" and step.target in COPIES):
             same[step.out] = inputs[0]
         else:
-            kept.append(step)
+            kept.append(step._replace(inputs=inputs, residual=residual, args=args, kwargs=kwargs))
     return kept, same.get(output, output)
 
 

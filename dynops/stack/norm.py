@@ -25,7 +25,7 @@ def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     parameters, buffers = norm._parameters, norm._buffers  # nn.Module.__getattr__ costs half a microsecond
     weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
-    if not modes.plain(weight, bias, mean, var):
+    if not modes.plain(var, mean, weight, bias):
         return _fold(norm.eps, weight, bias, mean, var)
     # The statistics' own versions do not move; that of the number of batches does, which is what shows on a GPU.
     batches = buffers.get("num_batches_tracked")
@@ -57,6 +57,12 @@ def norm_rows(
 
 
 def _train_rows(norm: nn.BatchNorm2d, rows: Tensor) -> Tensor:
+    if (
+        isinstance(norm, nn.SyncBatchNorm)
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
+        return nn.SyncBatchNorm.forward(norm, rows)
     if rows.shape[0] < 2:  # no variance can be had from fewer
         if norm.running_mean is None:
             return apply_epilogue(rows * 0, "", None, norm.bias, None, None)

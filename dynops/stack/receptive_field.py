@@ -46,6 +46,10 @@ class Same(NamedTuple):
     def out_size(self, size: int) -> int:
         return size
 
+    def as_conv(self) -> None:
+        """``kernel, stride, padding, dilation, transposed, ceil`` of a convolution or pool that reads so; or None."""
+        return None
+
 
 class Window(NamedTuple):
     """A convolution or pool: output i reads ``i*stride - before + r*dilation`` for r below ``kernel``."""
@@ -71,6 +75,9 @@ class Window(NamedTuple):
 
     def out_size(self, size: int) -> int:
         return window_count(size, self.kernel, self.stride, self.before, self.after, self.dilation, self.ceil)
+
+    def as_conv(self) -> tuple[int, ...]:
+        return self.kernel, self.stride, self.before, self.dilation, 0, int(self.ceil)
 
 
 class Transposed(NamedTuple):
@@ -98,6 +105,9 @@ class Transposed(NamedTuple):
     def out_size(self, size: int) -> int:
         return transposed_size(size, self.kernel, self.stride, self.padding, self.dilation, self.extra)
 
+    def as_conv(self) -> tuple[int, ...]:
+        return self.kernel, self.stride, self.padding, self.dilation, 1, 0
+
 
 class Enlarged(NamedTuple):
     """Upsampling by an integer factor: nearest, or linear (align_corners=False), which reads two pixels."""
@@ -119,6 +129,9 @@ class Enlarged(NamedTuple):
 
     def out_size(self, size: int) -> int:
         return size * self.factor
+
+    def as_conv(self) -> tuple[int, ...]:
+        return self.factor, self.factor, 0, 1, 1, 0
 
 
 # ------------------------------------------------------------------------------- sizes of values

@@ -6,7 +6,7 @@ A value is a dense tensor or :class:`Rows`. All that can be decided without valu
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..modes import autocast_dtype
 from ..ops import checks
@@ -14,6 +14,7 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
+from .masked_output import under_mask
 
 
 def run_rows(stack: Stack, x: Tensor, policy) -> Tensor:
@@ -25,7 +26,9 @@ def run_rows(stack: Stack, x: Tensor, policy) -> Tensor:
         for value in layer.free:
             env[value] = None
     out = run.result()
-    return in_format_of(out, x) if isinstance(out, Tensor) and out.dim() == 4 else out
+    if not isinstance(out, Tensor) or out.dim() != 4:
+        return out
+    return run.noted(in_format_of(out, x))
 
 
 class Run:
@@ -35,6 +38,9 @@ class Run:
         self.stack, self.policy, self.autocast = stack, policy, autocast_dtype(x)
         self.env: list = [None] * stack.values
         self.env[0] = self._x = x
+        self.ended: PixelPlan | None = None  # the output's plan, where a layer wrote the dense map itself
+        self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
+        self._originals: dict[int, Tensor] = {}  # of values that were put in another format
         self._gathered: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
 
     # -------------------------------------------------------------------------------------- inputs
@@ -48,6 +54,14 @@ class Run:
         """A value as a dense tensor."""
         found = self.env[value]
         return scatter_pixels(found.values, found.plan) if type(found) is Rows else found
+
+    def as_called(self, value: int):
+        """As :meth:`dense`, in the memory format that the value has where each layer runs alone."""
+        found = self._originals[value] if value in self._originals else self.dense(value)
+        layers_own = value != 0 and value not in self.recorded
+        if layers_own and isinstance(found, Tensor) and found.dim() == self._x.dim() == 4:
+            return in_format_of(found, self._x)
+        return found
 
     def shape(self, value: int) -> tuple[int, int, int]:
         """``(N, H, W)`` of a value."""
@@ -74,14 +88,16 @@ class Run:
         """The rows of a value at a plan, or None where it has another size.
 
         Args:
-            channels: those that a dense map must have to be read so by a policy that masks.
+            channels: those that a dense map must have to be added so by a policy that masks. It must be known
+                to be zero outside of the plan too.
         """
         found = self.env[value]
         if type(found) is Rows:
             return found.values if found.plan is plan else _within(found, plan)
         if not isinstance(found, Tensor) or found.dim() != 4 or self.shape(value) != plan.shape:
             return None
-        if channels is not None and self.policy.zero_outside and found.shape[1] != channels:
+        added = channels is not None and self.policy.zero_outside
+        if added and (found.shape[1] != channels or not self.policy.reads(found, plan)):
             return None
         if value != 0:
             return gather_rows(found, plan.index, plan.count)
@@ -95,7 +111,7 @@ class Run:
         found = self.env[value]
         n, h, w = plan.shape
         if type(found) is not Rows and isinstance(found, Tensor) and found.shape == (n, channels, h, w):
-            return found
+            return found if self.policy.reads(found, plan) else None
         return self.at(value, plan, channels)
 
     def together(self, layer, joins: str) -> tuple[PixelPlan | None, list]:
@@ -130,10 +146,20 @@ class Run:
         """The plan of a value ``out`` that has the size of another."""
         return self.policy.plan(out, self.shape(value), self.device(value))
 
-    def masked(self, out: int, x: Tensor) -> Rows:
-        """A dense map ``[N, C, H, W]`` as the rows of a value."""
-        plan = self.policy.plan(out, (x.shape[0], x.shape[2], x.shape[3]), x.device)
-        return Rows(gather_rows(x, plan.index, plan.count), plan)
+    def masked(self, layer: nn.Module, value: int) -> Rows:
+        """The rows of what a converted layer makes of a dense map."""
+        out, plan = under_mask(layer, self.dense(value), self.policy.active)
+        return Rows(gather_rows(out, plan.index, plan.count), plan)
+
+    def put(self, value: int, copy: Tensor) -> Tensor:
+        """Takes a copy of a dense map, in another format, in its place."""
+        found = self.env[value]
+        if copy is not found and isinstance(found, Tensor):
+            self._originals.setdefault(value, found)
+            if self.policy.zero_outside:
+                self.policy.active.note_like(copy, found)
+        self.env[value] = copy
+        return copy
 
     def ends_with(self, layer) -> bool:
         """True for the layer that makes the output: it may write the dense map itself."""
@@ -151,6 +177,14 @@ class Run:
             return self.dense(output)
         rows = self.at(output, plan)
         return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))
+
+    def noted(self, out: Tensor) -> Tensor:
+        """The output, after a note of where it is zero, for the next stack that gets it."""
+        found = self.env[self.stack.output]
+        plan = found.plan if type(found) is Rows else self.ended
+        if plan is not None and self.policy.zero_outside:
+            self.policy.active.note(out, plan)
+        return out
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,6 @@ class SampleStack:
         self.bound: Traced | None = None
         if not _is_known(module):
             return
-        self._settings = _settings_of(module)
         try:
             bound = Traced(_Residual(module) if mode == "residual" else module)
         except Exception:  # a forward may raise anything on torch.fx's proxies: the module is called then
@@ -57,10 +56,7 @@ class SampleStack:
             return False
         if self.bound is None:
             return True
-        return self.bound.holds(self.bound.module) and all(
-            len(now) == len(then) and all(now.get(name) is value for name, value in then.items())
-            for now, then in self._settings
-        )
+        return self.bound.holds(self.bound.module)
 
     def path(self, x: Any, wanted: str | None) -> str | None:
         """The way in which some samples of ``x`` run: "rows", "folded", or None: the module is called.
@@ -127,12 +123,6 @@ def _is_known(module: nn.Module) -> bool:
     if not isinstance(module, nn.Module):
         return False
     return all(next(m.children(), None) is not None or dense_type(m) in _LAYERS for m in module.modules())
-
-
-def _settings_of(module: nn.Module) -> list[tuple[dict, dict]]:
-    """The attributes of modules with children, as they are from now on and as they are now: a forward may decide by
-    them, and a trace holds what it decided."""
-    return [(m.__dict__, dict(m.__dict__)) for m in module.modules() if next(m.children(), None) is not None]
 
 
 def _map_shape(x: Tensor) -> tuple[int, int, int]:

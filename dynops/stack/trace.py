@@ -3,7 +3,7 @@
 ``trace(module, kinds)`` records what the forward does, as one :class:`Step` for each convolution with
 the norm, residual sum and activation that follow it, and one for everything else. Steps name modules
 by their path and functions by their qualified name, so that they pickle and hold for any copy of the
-module. ``dynops.stack.graph`` makes layers of them.
+module. ``dynops.stack.graph`` makes layers of them; ``dynops.stack.staleness`` tells until when they hold.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import ZERO_PRESERVING, fused_name
+from .staleness import signature
+from .tracing.fusion import fuse
+from .tracing.recording import Recorder, Untraceable, opaque
 
 _ADDS = (operator.add, operator.iadd, torch.add)
+_INPLACE = {operator.imul: operator.mul, operator.isub: operator.sub, operator.itruediv: operator.truediv}
 _ADD_METHODS = ("add", "add_")
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
@@ -41,16 +45,41 @@ _FUNCTIONS = {
     torch.tanh: "",
     F.tanh: "",
 }
+_FRESH = (
+    "conv",
+    "norm",
+    "pool",
+    "layer",
+    "act",
+    "add",
+)  # steps whose result shares no memory with another value
+_FRESH_MODULES = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+_FRESH_CALLS = {
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "cat",
+    "concat",
+    "matmul",
+    "linear",
+    "conv2d",
+    "batch_norm",
+    "interpolate",
+    "clone",
+}
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
 
 def dense_type(module: nn.Module) -> type:
     """The class of the torch layer whose pixels ``module`` computes; of other modules their own."""
     return vars(type(module)).get("pixels_of", type(module))
-
-
-class Untraceable(Exception):
-    """Why a module cannot run as steps."""
 
 
 @dataclass(frozen=True)
@@ -72,107 +101,144 @@ class Step(NamedTuple):
     activation: str = ""  # act: the name an op knows it by; conv, norm: the fused one
     norm: str | None = None  # conv: the path of the norm that follows
     residual: int | None = None  # conv, norm: the value that is added before the activation
-    free: tuple[int, ...] = ()  # values that no later step reads
     scope: str = ""  # the path of the module whose forward makes the call
 
 
 class Trace(NamedTuple):
+    """The steps of a forward, and what they hold for: see ``staleness.Watch``."""
+
     input_name: str
     steps: tuple[Step, ...]
     values: int
     output: int
+    inlined: tuple[str, ...] = ()  # the paths of the modules whose forwards ran
+    modules: tuple[tuple, ...] = ()  # the signatures of these and of the layers that steps stand for
+    reads: tuple[tuple, ...] = ()  # (path, name, picture) of each attribute that a forward read
+    called: tuple[str, ...] = ()  # the paths of modules that are called, as their forwards cannot be traced
 
 
 # -------------------------------------------------------------------------------- torch.fx
 
 
-class _Tracer(fx.Tracer):
-    """Looks into modules that hold something to convert; every other one is a leaf."""
-
-    proxy_buffer_attributes = True  # so that a forward that updates a buffer cannot do so while it is traced
-
-    def __init__(self, kinds: dict[nn.Module, str], whole: bool):
-        super().__init__()
-        self.kinds, self.whole = kinds, whole
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if self.whole:  # all but torch's own
-            return module in self.kinds or super().is_leaf_module(module, qualified_name)
-        return module in self.kinds or not any(m in self.kinds for m in module.modules())
-
-
-def trace(module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False) -> Trace:
+def trace(
+    module: nn.Module, kinds: dict[nn.Module, str], whole: bool = False, known: frozenset | set = frozenset()
+) -> Trace:
     """The steps of ``module.forward``.
 
     Args:
-        module: any module; its forward is run on fx proxies, in training and in eval mode.
+        module: any module; its forward is run on stand-ins, in training and in eval mode.
         kinds: the modules inside it that are converted, each with "conv", "norm" or "pool".
         whole: looks into every module that is not torch's own, also where it holds nothing to convert.
+        known: modules inside it whose forwards cannot be traced.
+
+    A module inside it whose forward cannot be traced, or that has hooks, is one step, which calls it. With ``whole``
+    it is an error, and hooks are left to who runs the steps.
 
     Raises:
         Untraceable: control flow that depends on the data or on the training flag, more than one
-            input or output, in-place changes, or side effects.
+            input or output, in-place changes, modes of its own, random numbers, or side effects.
     """
-    recorded = [_record(module, kinds, training, whole) for training in (False, True)]
-    if recorded[0] != recorded[1]:
-        raise Untraceable("its forward differs between training and eval mode")
-    input_name, steps, values, output = recorded[0]
+    leaves, called = _leaves(module, kinds, whole), set()
+    if not whole:
+        called |= {path for path, m in module.named_modules() if path and (m in known or opaque(m))}
+    while True:
+        try:
+            return _trace(module, kinds, whole, leaves, called)
+        except Untraceable as reason:
+            if whole or not reason.path or reason.path in called:
+                raise
+            called.add(reason.path)
+
+
+def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[str]) -> Trace:
+    recorders = [Recorder(module, leaves | called, training) for training in (False, True)]
+    made = [_Steps(module, kinds, called, whole).make(recorder) for recorder in recorders]
+    if made[0] != made[1]:
+        raise Untraceable("its forward differs between training and eval mode, or by the mode of its caller")
+    input_name, steps, values, output = made[0]
     if not whole and not any(step.kind == "conv" for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     if any(step.kind == "attr" and step.out == output for step in steps):
         raise Untraceable("its output is a parameter")
-    return Trace(input_name, _free(fuse(steps, output), output), values, output)
+    inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))
+    layers = dict.fromkeys(path for step in steps for path in _layers_of(step))
+    outer = _outside_of(module, leaves | called)  # lists of modules too
+    modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *outer, *layers)))
+    reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
+    return Trace(
+        input_name,
+        tuple(fuse(steps, output)),
+        values,
+        output,
+        inlined,
+        modules,
+        tuple((*key, picture) for key, picture in reads.items()),
+        tuple(sorted(called)),
+    )
 
 
-def _record(module: nn.Module, kinds: dict[nn.Module, str], training: bool, whole: bool) -> tuple:
-    before = [(m, dict(m.__dict__)) for m in module.modules()]
-    try:
-        for m, _ in before:
-            m.__dict__["training"] = training
-        graph = _Tracer(kinds, whole).trace(module)
-        changed = [m for m, state in before if _changed(m, {**state, "training": training})]
-    except Exception as error:  # user code run on proxies may raise anything
-        reason = str(error).strip().splitlines()
-        raise Untraceable(f"torch.fx: {reason[0] if reason else type(error).__name__}") from error
-    finally:
-        for m, state in before:
-            m.__dict__.clear()
-            m.__dict__.update(state)
-    if changed:
-        raise Untraceable(f"its forward changes attributes of {type(changed[0]).__name__}")
-    return _Recorder(module, kinds).record(graph)
+def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[str]:
+    """The paths of modules that are not looked into."""
+    leaves = set()
+    for path, m in module.named_modules():
+        if whole:
+            if "forward" in m.__dict__:
+                raise Untraceable("a forward of its own is set on it", path)
+            torchs_own = m.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
+                m, nn.Sequential
+            )
+            leaf = m in kinds or torchs_own
+        else:
+            leaf = m in kinds or not any(inner in kinds for inner in m.modules())
+        if leaf and path:
+            leaves.add(path)
+    return leaves
 
 
-def _changed(module: nn.Module, state: dict) -> bool:
-    now = module.__dict__
-    return len(now) != len(state) or any(now.get(key) is not value for key, value in state.items())
+def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
+    """The paths of the modules that are neither leaves nor inside of one."""
+    inside, outer = tuple(path + "." for path in leaves), []
+    for path, _ in module.named_modules():
+        if path not in leaves and not path.startswith(inside):
+            outer.append(path)
+    return outer
 
 
-class _Recorder:
+def _layers_of(step: Step) -> tuple[str, ...]:
+    """The paths of the layers that a step stands for, rather than calls."""
+    if step.kind not in ("conv", "norm", "pool", "layer", "act", "dropout") or step.args == ("function",):
+        return ()
+    return (step.target,)
+
+
+class _Steps:
     """Turns fx nodes into steps. A node that changes a value in place gives it a new number."""
 
-    def __init__(self, module: nn.Module, kinds: dict[nn.Module, str]):
-        self.module, self.kinds = module, kinds
+    def __init__(self, module: nn.Module, kinds: dict[nn.Module, str], called: set[str], whole: bool):
+        self.module, self.kinds, self.called, self.whole = module, kinds, called, whole
+        self.groups: dict[int, set[int]] = {}  # of each value: those that may share memory with it
+        self.order: dict[fx.Node, int] = {}
         self.number: dict[fx.Node, int] = {}
         self.steps: list[Step] = []
         self.values = 0
-        self.input_name = ""
 
-    def record(self, graph: fx.Graph) -> tuple[str, tuple[Step, ...], int, int]:
-        output = None
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                if self.values:
-                    raise Untraceable("it has more than one input")
-                self.input_name = str(node.target)
-                self.number[node] = self.new()
-            elif node.op == "output":
-                output = self.operand(node.args[0])
-            else:
-                getattr(self, "_" + node.op)(node)
+    def make(self, recorder: Recorder) -> tuple[str, tuple[Step, ...], int, int]:
+        output, nodes = None, list(recorder.record().nodes)
+        self.order = {node: i for i, node in enumerate(nodes)}
+        for node in nodes:
+            try:
+                if node.op == "placeholder":
+                    self.number[node] = self.new()
+                elif node.op == "output":
+                    output = self.operand(node.args[0])
+                else:
+                    getattr(self, "_" + node.op)(node)
+            except Untraceable as reason:
+                reason.path = node.meta["scope"]
+                raise
         if output is None:
             raise Untraceable("its output is not one tensor")
-        return self.input_name, tuple(self.steps), self.values, output
+        return recorder.input_name, tuple(self.steps), self.values, output
 
     def new(self) -> int:
         self.values += 1
@@ -183,17 +249,42 @@ class _Recorder:
 
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        scope = stack[-1][0] if stack else ""
-        self.steps.append(Step(kind, target, inputs, out, scope=scope, **fields))
+        self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
+        new = not inplace and (kind in _FRESH or self._makes_new(kind, target))
+        group = (
+            {out}
+            if new
+            else {out}.union(*[self.groups.get(v, {v}) for v in (inputs[:1] if inplace else inputs)])
+        )
+        self.groups.update(dict.fromkeys(group, group))
         if inplace:
             old = inputs[0]
+            self._check_unseen(node, old, group)
             for other, value in self.number.items():
                 if value == old:
                     self.number[other] = out
         self.number[node] = out
 
-    def emit_call(self, node: fx.Node, kind: str, target: str) -> None:
+    def _check_unseen(self, node: fx.Node, old: int, group: set[int]) -> None:
+        """Raises Untraceable where another value than ``old`` shows what ``node`` writes into it."""
+        if 0 in group and not self.whole:
+            raise Untraceable("it changes its input in place")
+        for other, value in self.number.items():
+            seen = (
+                value in group
+                and value != old
+                and any(self.order[user] > self.order[node] for user in other.users)
+            )
+            if seen or (value in group and other.op == "get_attr"):
+                raise Untraceable(f"{node} works in place")
+
+    def _makes_new(self, kind: str, target: str) -> bool:
+        """True for a call whose result shares no memory with another value."""
+        if kind == "module":
+            return isinstance(self.module.get_submodule(target), _FRESH_MODULES)
+        return kind in ("function", "method") and target.rpartition(":")[2] in _FRESH_CALLS
+
+    def emit_call(self, node: fx.Node, kind: str, target: str, inplace: bool = False) -> None:
         """Anything that runs on dense tensors as it stands."""
         inputs: list[int] = []
 
@@ -203,9 +294,8 @@ class _Recorder:
 
         args = fx.node.map_arg(node.args, refer)
         kwargs = fx.node.map_arg(dict(node.kwargs), refer)
-        self.emit(
-            node, kind, target, tuple(dict.fromkeys(inputs)), args=tuple(args), kwargs=tuple(kwargs.items())
-        )
+        numbers = tuple(dict.fromkeys(inputs))
+        self.emit(node, kind, target, numbers, inplace, args=tuple(args), kwargs=tuple(kwargs.items()))
 
     def _get_attr(self, node: fx.Node) -> None:
         self.emit(node, "attr", node.target, ())
@@ -215,7 +305,9 @@ class _Recorder:
         arguments = (*node.args, *node.kwargs.values())
         x = self.operand(arguments[0]) if len(arguments) == 1 else None
         inplace = getattr(module, "inplace", False)
-        if x is not None and type(module) is nn.Identity:
+        if node.target in self.called:
+            self.emit_call(node, "module", node.target)
+        elif x is not None and type(module) is nn.Identity:
             self.number[node] = x
         elif x is not None and module in self.kinds:
             self.emit(node, self.kinds[module], node.target, (x,))
@@ -244,6 +336,8 @@ class _Recorder:
                 name = "gelu_tanh"
             fields = {"activation": name, "args": ("function",), "kwargs": tuple(extra.items())}
             self.emit(node, "act", _name_of(function), (operands[0],), inplace, **fields)
+        elif function in _INPLACE and operands[0] is not None and isinstance(args[1], (int, float)):
+            self.emit_call(node, "function", _name_of(_INPLACE[function]), inplace=True)
         elif inplace or "out" in node.kwargs or _works_in_place(function):
             raise Untraceable(f"{function.__name__} works in place")
         else:
@@ -301,63 +395,3 @@ def find(name: str) -> Callable | None:
         return getattr(importlib.import_module(module), short, None)
     except ImportError:
         return None
-
-
-# ------------------------------------------------------------------------------------ fusion
-
-
-def fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
-    """Gives each convolution (and each norm without one) the norm, sum and activation after it.
-
-    A fused step stands where its last part stood, so that a residual is there when it runs.
-    """
-    readers: dict[int, list[int]] = {output: [-1]}
-    for i, step in enumerate(steps):
-        for value in step.inputs:
-            readers.setdefault(value, []).append(i)
-    constants = {step.out for step in steps if step.kind == "attr"}
-    taken: set[int] = set()
-    fused: dict[int, Step] = {}
-    for i, step in enumerate(steps):
-        if i in taken:
-            continue
-        if step.kind in ("conv", "norm"):
-            step, i = _absorb(step, i, steps, readers, constants, taken)
-        fused[i] = step
-    return [fused[i] for i in sorted(fused)]
-
-
-def _absorb(step: Step, i: int, steps, readers, constants: set[int], taken: set[int]) -> tuple[Step, int]:
-    while (
-        len(readers.get(step.out, ())) == 1
-        and readers[step.out][0] >= 0
-        and readers[step.out][0] not in taken
-    ):
-        j = readers[step.out][0]
-        after = steps[j]
-        if after.kind == "norm" and step.kind == "conv" and step.norm is None and step.residual is None:
-            step = step._replace(norm=after.target, out=after.out)
-        elif after.kind == "add" and step.residual is None and len(after.inputs) == 2:
-            other = after.inputs[1] if after.inputs[0] == step.out else after.inputs[0]
-            if other in constants:
-                break
-            step = step._replace(residual=other, inputs=(step.inputs[0], other), out=after.out)
-        elif after.kind == "act" and after.activation:
-            taken.add(j)
-            return step._replace(activation=after.activation, out=after.out), j
-        else:
-            break
-        taken.add(j)
-        i = j
-    return step, i
-
-
-def _free(steps: list[Step], output: int) -> tuple[Step, ...]:
-    """Notes at each step which values nobody reads after it."""
-    seen = {output}
-    result = []
-    for step in reversed(steps):
-        last = {v for v in (*step.inputs, step.out) if v not in seen}
-        seen |= last
-        result.append(step._replace(free=tuple(sorted(last))))
-    return tuple(reversed(result))

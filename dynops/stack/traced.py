@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..geometry import BlockGeometry
+from ..context import use_mask
+from ..geometry import BlockGeometry, ConvGeometry
 from ..ops.dense_fallback import beats_dense, break_even
 from ..plans import BlockPlan, PixelPlan
 from .graph import Stack, local_stack_of
@@ -15,10 +16,7 @@ from .policy import Needed, needed_plans
 from .receptive_field import KeptSizes, sizes_of
 from .run_rows import run_rows
 from .run_tiles import Layout, layout_of
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# What sizes and norms follow from; 0.3 us a module to look at.
-_SETTINGS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "ceil_mode", "scale_factor", "eps")  # fmt: skip
+from .staleness import HOOKS
 
 
 class Macs(NamedTuple):
@@ -42,17 +40,13 @@ class Traced:
         self.module = module
         self.stack = local_stack_of(module) if stack is None else stack
         self.rows = self.stack.packs
-        self.children = tuple((m._modules, dict(m._modules)) for m in module.modules())
-        self.leaves = tuple(m.__dict__ for m in module.modules() if not m._modules)
-        self.settings = _settings(self.leaves)
-        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in _HOOKS)
+        self.hooks = tuple((name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS)
+        self.inner_hooks = tuple(hooks for name, hooks in self.hooks if name)
         self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:
-        """True where the modules inside are those that were traced, with the same strides and the like."""
-        if module is not self.module or not all(now == then for now, then in self.children):
-            return False
-        return self.settings == _settings(self.leaves)
+        """True where this is still what was traced."""
+        return module is self.module and self.stack.watch.holds()
 
     def check_mode(self) -> None:
         """Raises TypeError, by name, for what has come since the trace."""
@@ -93,6 +87,17 @@ class Traced:
         return self._sizes.kept(
             (in_shape, blocks), lambda: layout_of(self.stack, self.sizes(in_shape), blocks)
         )
+
+    def moved(self, active: use_mask, in_shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
+        """The plan of the output under the mask of ``active``, which goes through the layers' geometry."""
+        sizes = self.sizes(in_shape)
+        for layer in self.stack.layers:
+            y, x = (reach.as_conv() for reach in layer.reaches[0])
+            if y is not None and min(in_shape) > 0:
+                pairs = [value for both in zip(y, x, strict=True) for value in both]
+                maps = (in_shape[0], *sizes[layer.inputs[0]], *sizes[layer.out])
+                active.move(ConvGeometry(*maps, *pairs[:8], 1, pairs[8]), bool(pairs[10]))
+        return active.plan(self.output_shape(in_shape), device)
 
     # ----------------------------------------------------------------------------------------- runs
 
@@ -158,7 +163,3 @@ class Traced:
             return lambda value: plans[value].mask().flatten(1).sum(1).double()
         maps, tiles = self.layout(in_shape, plan.geometry).maps, plan.blocks().flatten(1).sum(1).double()
         return lambda value: tiles * maps[value].tile_h * maps[value].tile_w
-
-
-def _settings(leaves: tuple[dict, ...]) -> list:
-    return [leaf.get(name) for leaf in leaves for name in _SETTINGS]

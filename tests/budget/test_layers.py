@@ -1,7 +1,5 @@
 """MacCounter: the MACs of every kind of layer against numbers counted by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -33,9 +31,6 @@ def count(model: nn.Module, *args, **kwargs) -> MacCounter:
     with MacCounter(model) as macs:
         model(*args, **kwargs)
     return macs
-
-
-# ---------------------------------------------------------------------------------- PyTorch's layers
 
 
 @pytest.mark.parametrize(
@@ -107,9 +102,6 @@ def test_a_transformer_layer_in_eval_mode_is_not_on_the_path_that_skips_its_modu
     with torch.inference_mode():
         each = 4 * 5 * 64 + 2 * 25 * 8 + 2 * 5 * 8 * 16
         assert count(layer, torch.randn(3, 5, 8)).per_sample.tolist() == [each] * 3
-
-
-# ------------------------------------------------------------------------------------------- pixels
 
 
 def test_sparse_conv_and_its_gradient():
@@ -205,9 +197,6 @@ def test_fills_count(mode, each):
     macs = count(Filled(), torch.randn(2, 3, 6, 6), torch.rand(2, 6, 6) < 0.5)
     assert macs.per_sample.tolist() == [each] * 2
     assert list(macs.layers) == (["interpolate_pixels"] if each else [])
-
-
-# ----------------------------------------------------------------------------------------- channels
 
 
 @pytest.mark.parametrize("as_plan", [False, True])
@@ -322,9 +311,6 @@ def test_mixed_convolutions_count_the_mixing():
     assert count(layer, torch.randn(2, 4, 5, 5)).per_sample.tolist() == [each] * 2
 
 
-# ------------------------------------------------------------------------------------------ experts
-
-
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("as_plan", [True, False])
 def test_experts(gated, as_plan):
@@ -352,9 +338,6 @@ def test_a_noisy_router_has_two_products():
     router = TopKRouter(8, 4, 2, noise=True)
     assert count(router, torch.randn(3, 8)).per_sample.tolist() == [64] * 3
     assert count(router.eval(), torch.randn(3, 8)).per_sample.tolist() == [32] * 3
-
-
-# -------------------------------------------------------------------------------------- other things
 
 
 def test_own_rules_and_names():

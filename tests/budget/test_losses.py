@@ -1,7 +1,5 @@
 """Budget losses against their formulas, and cap against its promise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -31,9 +29,6 @@ from dynops.nn import ChannelGatedConv2d, Skip
 class Decision:
     def __init__(self, mask):
         self.mask = mask
-
-
-# ------------------------------------------------------------------------------------------- gates
 
 
 def test_target_rate():
@@ -113,9 +108,6 @@ def test_losses_of_a_model():
         blocks_of(macs.layers, ["blocks.11"])
 
 
-# -------------------------------------------------------------------------------------- thresholds
-
-
 def test_threshold_target():
     model = nn.Sequential(ChannelGatedConv2d(4, 3, 1, th=1.0), ChannelGatedConv2d(4, 2, 1, th=0.5))
     assert threshold_target_loss(model, 2.0).item() == pytest.approx(3 * 1 + 2 * 2.25)
@@ -183,9 +175,6 @@ def test_batch_shaping():
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-# --------------------------------------------------------------------------------------------- cap
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,7 +1,5 @@
 """MacCounter: who ran what. Skip, branches, exits, halting, steps; gradients; hooks, threads, exceptions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from counting import BLOCK, block, count, images

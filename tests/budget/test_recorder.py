@@ -1,7 +1,5 @@
 """Recorder: its counts against numpy's, and its files."""
 
-from __future__ import annotations
-
 import builtins
 import json
 import threading

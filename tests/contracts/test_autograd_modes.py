@@ -1,7 +1,5 @@
 """Every mode of differentiation: second derivatives, forward mode, and what has none raises."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from mode_cases import REFUSING, Maker, cases, differentiable_ops, of_tensors, overload

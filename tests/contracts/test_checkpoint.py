@@ -1,7 +1,5 @@
 """Activation checkpointing inside a mask context: the gradient is that of the plain call, wherever backward runs."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import threading

@@ -1,7 +1,5 @@
 """What holds for every op: opcheck, torch.compile, torch.export, honest errors, named backends."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from contract_cases import NAMES, samples_on
@@ -19,7 +17,6 @@ from dynops.testing import (
 BACKENDS = available_backends()
 D = torch.ops.dynops
 
-# -------------------------------------------------------------------------------- every op
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)) if torch.cuda.is_available() else ("cpu",)
 of_every_op = pytest.mark.parametrize("name", NAMES)
@@ -88,8 +85,6 @@ def test_the_fused_epilogue_refuses_to_be_differentiated():
         with pytest.raises(RuntimeError, match=r"epilogue|no gradient"):
             D.pixel_conv(x, weight, None, plan.index, None, None, g, *epilogue, None, None, None, False, "")
 
-
-# ---------------------------------------------------------------------------------- errors
 
 X, W, B = random_tensor(2, 6, 9, 8), random_tensor(4, 6, 3, 3), random_tensor(4)
 MASK = random_mask((2, 7, 6))
@@ -236,9 +231,6 @@ def test_an_index_past_the_map_reaches_no_kernel(backend):
         plan.inverse()
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         ops.sparse_conv2d(X, W, B, plan, backend=backend)
-
-
-# --------------------------------------------------------------------------------- backends
 
 
 def test_a_named_backend_that_is_not_built_raises(monkeypatch):

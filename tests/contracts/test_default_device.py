@@ -1,12 +1,11 @@
 """``with torch.device(...)`` around calls, plans and contexts: everything lands where its inputs are."""
 
-from __future__ import annotations
-
 import ast
 import pathlib
 
 import pytest
 import torch
+from layer_cases import LAYERS, layer_of
 from torch import nn
 
 import dynops
@@ -49,50 +48,11 @@ def test_every_tensor_is_made_on_a_device_that_is_said():
 
 X = torch.randn(2, 8, 40, 6)
 MASK = torch.rand(2, 40, 6, generator=torch.Generator().manual_seed(0)) < 0.5
-CHANNELS = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) < 0.5
-TOPK = torch.randint(0, 3, (20, 2), generator=torch.Generator().manual_seed(0))
-ROWS = torch.randn(20, 8)
-
-
-def block() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
-
-
-def head() -> nn.Sequential:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-
-
-def in_context(model, x, mask):
-    with dynops.active(mask, block_size=2):
-        return model(x)
-
-
-def converted() -> nn.Module:
-    model = nn.Sequential(block(), nn.MaxPool2d(2), nn.ConvTranspose2d(8, 8, 2, stride=2))
-    dynops.convert_(model)
-    return model
-
-
 CALLS = {
-    "conv": (layers.SparseConv2d(8, 8, 3, padding=1), X, MASK),
-    "wide conv": (layers.SparseConv2d(8, 40, 3, padding=1), X, MASK),
-    "depthwise": (layers.SparseConv2d(8, 8, 3, padding=1, groups=8), X, MASK),
-    "transposed": (layers.SparseConvTranspose2d(8, 8, 3, padding=1), X, MASK),
     "norm": (layers.MaskedBatchNorm2d(8), X, MASK),
     "one mask": (layers.SparseConv2d(8, 8, 1), X, MASK[0]),
-    "rows": (layers.SparseBlocks(block(), 4, "rows"), X, MASK),
-    "tiles": (layers.SparseBlocks(block(), 4, "tiles"), X, MASK),
-    "chain": (layers.SparseSequential(*block()), X, MASK),
-    "skip": (layers.Skip(block()), X, torch.tensor([0.0, 1.0])),
-    "exits": (layers.EarlyExit([block(), block()], [head(), head()], layers.MaxSoftmax(0.4)).eval(), X),
-    "experts": (layers.Experts(3, 8, 8), ROWS, TOPK, torch.rand(20, 2)),
-    "moe": (layers.MoE(layers.TopKRouter(8, 3, 2), layers.Experts(3, 8, 8)), ROWS),
-    "channels": (layers.ChannelConv2d(8, 8, 3), X, CHANNELS, CHANNELS),
-    "channel linear": (layers.ChannelLinear(8, 5), ROWS[:2], CHANNELS),
-    "kernels": (layers.CondConv2d(8, 6, 3, num_experts=3), X, torch.rand(2, 3)),
     "widths": (layers.SlimmableConv2d(8, 8, 3), X, 0.5),
     "widths of samples": (layers.SlimmableConv2d(8, 8, 3), X, torch.tensor([0.5, 1.0])),
-    "skipped steps": (layers.SkipRNN(8, 4, batch_first=True), ROWS.view(2, 10, 8)),
     "gather pixels": (lambda x, m: dynops.ops.gather_pixels(x, dynops.PixelPlan.from_mask(m)), X, MASK),
     "upsampled": (lambda x, m: dynops.ops.interpolate_pixels(x, dynops.PixelPlan.from_mask(m)), X, MASK),
     "coordinates": (lambda c: dynops.PixelPlan.from_coordinates(c, (1, 5, 7)).mask(), torch.tensor([[4, 1], [0, 0]])),
@@ -101,7 +61,6 @@ CALLS = {
     "samples": (lambda k: dynops.SamplePlan.from_mask(k).pixels((3, 2)).index, torch.tensor([0, 1, 1])),
     "prefix": (lambda w: dynops.ChannelPlan.prefix(w, 5).mask(), torch.tensor([2, 5])),
     "cat": (lambda m: dynops.PixelPlan.cat([dynops.PixelPlan.from_mask(m, 480)] * 2).mask(), MASK),
-    "context": (in_context, converted(), X, MASK),
 }  # fmt: skip
 
 
@@ -110,9 +69,10 @@ def leaves(out) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_calls_under_another_default_device(call, grad):
-    function, *arguments = call
+@pytest.mark.parametrize("name", [*CALLS, *LAYERS])
+def test_calls_under_another_default_device(name, grad):
+    layer = layer_of(name) if name in LAYERS else None
+    function, *arguments = CALLS[name] if layer is None else (layer.module, *layer.inputs)
 
     def run():
         torch.manual_seed(0)

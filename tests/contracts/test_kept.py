@@ -1,7 +1,5 @@
 """What is made of weights, norms and plans is made again when these change, however they are written."""
 
-from __future__ import annotations
-
 import pathlib
 import subprocess
 import sys
@@ -15,8 +13,6 @@ from torch import nn
 import dynops
 from dynops.kept import Kept, Mark, kept, refresh
 from dynops.testing import available_backends, random_mask, random_tensor
-
-BACKENDS = available_backends()
 
 needs_binary = pytest.mark.skipif(
     "cpp" not in available_backends(), reason="without a binary nothing is kept"
@@ -174,16 +170,6 @@ def test_an_inference_tensor_is_packed_once():
         weight.add_(1)
         cache.get("key", lambda: calls.append(0) or torch.rand(3), weight)
         assert len(calls) == 2
-
-
-def test_a_compiled_fused_step_is_seen():
-    net = Net()
-    optimizer = torch.optim.SGD([net.weight], lr=1.0, fused=True)
-    net.check()
-    for _ in range(2):
-        net.weight.grad = torch.ones_like(net.weight)
-        torch.compile(optimizer.step, backend="aot_eager")()
-        net.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,7 +1,5 @@
 """The cache of what is made of weights: entries, memory, threads, fingerprints."""
 
-from __future__ import annotations
-
 import gc
 import warnings
 import weakref

@@ -1,7 +1,5 @@
 """What is made of weights follows collectives, FSDP2 and DistributedDataParallel: two ranks with gloo."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

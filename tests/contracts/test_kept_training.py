@@ -1,8 +1,7 @@
 """Whatever a training script does, a layer's output is that of a fresh copy of it, which keeps nothing yet."""
 
-from __future__ import annotations
-
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from layer_cases import layer_of
 from torch import nn
 
 import dynops
@@ -74,34 +74,6 @@ class Switches(nn.Module):
         return self.norm(self.conv(x, width), width)
 
 
-class Gated(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = dynops.nn.ChannelGatedConv2d(CHANNELS, CHANNELS, 3, padding=1, p=4, use_group=True)
-
-    def forward(self, x, mask):
-        return self.conv(x)
-
-
-class Mixed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = dynops.nn.CondConv2d(CHANNELS, CHANNELS, 3, padding=1, num_experts=3)
-
-    def forward(self, x, mask):
-        return self.conv(x, x.mean((2, 3))[:, :3].sigmoid())
-
-
-class Tokens(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = dynops.nn.Experts(4, CHANNELS, 24)
-
-    def forward(self, x, mask):
-        rows = x.mean((2, 3))
-        return self.experts(rows, rows[:, :4].topk(2).indices)
-
-
 class Samples(nn.Module):
     def __init__(self):
         super().__init__()
@@ -111,48 +83,36 @@ class Samples(nn.Module):
         return self.skip(x, mask[:, 0, 0])
 
 
-class Exits(nn.Module):
-    def __init__(self):
+class Called(nn.Module):
+    """A layer of the table: its first input has the values that come in, the others are its own."""
+
+    def __init__(self, name):
         super().__init__()
-        head = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 5))  # noqa: E731
-        self.net = dynops.nn.EarlyExit([block(), block()], [head(), head()], dynops.nn.MaxSoftmax(0.25))
+        self.layer, inputs, _ = layer_of(name)
+        self.inputs = inputs
 
     def forward(self, x, mask):
-        return self.net(x)
-
-
-class Sequence(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = dynops.nn.SparseSequential.from_dense(block(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)))
-
-    def forward(self, x, mask):
-        return self.net(x, mask)
-
-
-class Blocks(nn.Module):
-    """Trained dense, as blocks take no norm that is in training mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = dynops.nn.SparseBlocks(block(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)), 5)
-
-    def forward(self, x, mask):
-        return self.net.module(x) if self.training else self.net(x, mask)
+        first, *others = self.inputs
+        return self.layer(x.flatten()[: first.numel()].view(first.shape), *others)
 
 
 MODELS = {
     "layer": Layer,
     "convert_": Masked,
-    "SparseSequential": Sequence,
-    "SparseBlocks": Blocks,
     "Skip": Samples,
-    "EarlyExit": Exits,
     "ChannelConv2d": Channels,
     "switches": Switches,
-    "gated": Gated,
-    "CondConv2d": Mixed,
-    "Experts": Tokens,
+    **{
+        name: functools.partial(Called, name)
+        for name in (
+            "SparseSequential",
+            "SparseBlocks",
+            "EarlyExit",
+            "ChannelGatedConv2d",
+            "CondConv2d",
+            "Experts",
+        )
+    },
 }
 
 

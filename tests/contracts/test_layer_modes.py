@@ -1,7 +1,5 @@
 """Layers under every mode of differentiation and vmap, with trainable and with frozen parameters, and on meta tensors."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Every op on tensors that lie in memory in ways of their own."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from contract_cases import NAMES, samples_on

@@ -1,7 +1,5 @@
 """FlopCounterMode and the profiler see the ops, with what they compute."""
 
-from __future__ import annotations
-
 import timeit
 
 import pytest

@@ -1,7 +1,5 @@
 """Threads, forks, stale caches, leaks, poison, instruction sets, and which module may import which."""
 
-from __future__ import annotations
-
 import ast
 import os
 import pathlib
@@ -20,9 +18,6 @@ from dynops.kept import kept
 from dynops.testing import available_backends, in_layout, random_mask, random_tensor
 
 BACKENDS = available_backends()
-
-
-# ------------------------------------------------------------------------- threads and forks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,9 +91,6 @@ def test_fork_after_use(backend):
     assert out.split() == ["child", "parent"]
 
 
-# ------------------------------------------------------------------------------------------ leaks
-
-
 def test_a_graph_that_was_used_frees_its_tensors():
     x, weight, bias, mask = inputs()
     plan = PixelPlan.from_mask(mask)
@@ -134,9 +126,6 @@ def test_memory_does_not_grow(backend):
     for _ in range(60):  # rows that are not freed would be 0.2 MiB a step, a map 0.4
         step()
     assert resident_mib() - before < 8
-
-
-# -------------------------------------------------------------------- what is read and written
 
 
 def poison_freed_memory(*sizes: int) -> None:
@@ -233,8 +222,6 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     right = act.get(activation, getattr(F, activation or "", None))(values)
     torch.testing.assert_close(out, right, rtol=1e-6, atol=1e-6, equal_nan=True)
 
-
-# -------------------------------------------------------------------------------- import rules
 
 # What a floor may import from dynops, by the first part of the name (DESIGN: imports run one way).
 FLOORS = {

@@ -1,7 +1,5 @@
 """torch.func.vmap, its compositions with grad and jvp, and kernels under all of them, against slices and dense ops."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 
@@ -79,9 +77,6 @@ def test_kernels_stay_within_the_budget_in_every_mode(name):
             yardsticks.append((right * (1 + worst)).to(dense.dtype))
         yardstick = max(yardsticks, key=lambda y, right=right: float((y - right).norm()))
         assert_within_budget(ours, right, yardstick, f"result {k}")
-
-
-# ------------------------------------------------------------------------------------- layers
 
 
 class Net(nn.Module):

@@ -1,7 +1,5 @@
 """Gates as functions and modules: values and gradients against formulas, rates under noise, modes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -62,9 +60,6 @@ def assert_gradient_of(decision: Decision, x: Tensor, soft: Tensor) -> None:
 
 def sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z))
-
-
-# --------------------------------------------------------------------- hard forward, soft backward
 
 
 def test_straight_through_sigmoid():
@@ -156,9 +151,6 @@ def test_infinite_scores_close_and_open():
         assert gates.gumbel_sigmoid(x).mask[:2].tolist() == [1, 0]
 
 
-# ------------------------------------------------------------------------------- relaxations
-
-
 @pytest.mark.parametrize("hard", [True, False])
 def test_gumbel_sigmoid_formula(hard):
     x = scores(40, 3)
@@ -218,9 +210,6 @@ def test_noise_is_not_drawn_in_half_precision(dtype):
     assert gates.gumbel_sigmoid(torch.zeros(draws, dtype=dtype), 0.1, hard=False).mask.isfinite().all()
 
 
-# -------------------------------------------------------------------------- semhash, noisy top-k
-
-
 def test_saturating_sigmoid():
     x = torch.tensor([-3.0, -math.log(11) - 1e-9, 0.0, 1.0, math.log(11) + 1e-9, 4.0], dtype=torch.float64)
     y = gates.saturating_sigmoid(x)
@@ -262,9 +251,6 @@ def test_noisy_top_k_formula():
         actual = torch.autograd.grad((mask * weight).sum(), leaf, retain_graph=True)[0]
         close(actual, torch.autograd.grad((expected * weight).sum(), leaf, retain_graph=True)[0], 1e-11)
     assert torch.equal(gates.noisy_top_k(x, 0.0, 2).mask, gates.noisy_top_k(x, 1.0, 2, training=False).mask)
-
-
-# ----------------------------------------------------------------------------------- contracts
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -318,8 +304,6 @@ def test_compiles_without_graph_breaks(name):
     weight = random_tensor(5, 4)
     close(gradient(actual.mask, actual_x, weight), gradient(expected.mask, expected_x, weight), 1e-6)
 
-
-# ------------------------------------------------------------------------------------- modules
 
 MODULES = {
     "GumbelSigmoid": (lambda: gates.GumbelSigmoid(0.5), gates.gumbel_sigmoid, {"temperature": 0.5}),
@@ -385,8 +369,6 @@ def test_annealed_temperature():
         gates.annealed_temperature(5, 0.5, 7), 0.5
     )
 
-
-# -------------------------------------------------------------------------------------- errors
 
 X = torch.zeros(3, 4)
 

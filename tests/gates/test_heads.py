@@ -1,7 +1,5 @@
 """Gate heads: values against their equations, modes, initial rates, state, dtypes, errors."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -11,8 +9,7 @@ import torch.nn.functional as F
 from comparison import close
 from torch import Tensor, nn
 
-from dynops import ChannelPlan, PixelPlan, SamplePlan, gates
-from dynops.nn.samples.skip import Skip
+from dynops import gates
 from dynops.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -65,9 +62,6 @@ def norm(x: Tensor, bn: nn.Module) -> Tensor:
     shape = [1, -1] + [1] * (x.dim() - 2)
     mean, var, weight, bias = (t.view(shape) for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
     return (x - mean) / torch.sqrt(var + bn.eps) * weight + bias
-
-
-# -------------------------------------------------------------------------------- the equations
 
 
 def test_pooled_gate():
@@ -258,9 +252,6 @@ def test_policy_net_plans_all_layers():
         flat(random_tensor(2, 8))
 
 
-# ----------------------------------------------------------------------------------- contracts
-
-
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("open_rate", [0.85, 0.3])
 @torch.no_grad()
@@ -359,27 +350,6 @@ def test_compiles_without_graph_breaks(name):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_masks_are_what_plans_and_layers_take():
-    """From features to skipped work, and the task's gradient back to every parameter of the gate."""
-    x = random_tensor(6, C, 7, 7)
-    gate, spatial, channels = (
-        gates.PooledGate(C, open_rate=0.5),
-        gates.SpatialGate(C),
-        gates.ChannelGate(C, 8, 0.5),
-    )
-    mask = gate(x).mask
-    y = Skip(nn.Conv2d(C, C, 3, padding=1))(x, mask)
-    kept = SamplePlan.from_mask(mask.detach())
-    assert kept.num_rows == int(mask.sum()) and torch.equal(kept.mask(), mask > 0)
-    assert torch.equal(y[mask == 0], x[mask == 0])
-    y.square().sum().backward()
-    assert gate.fc1.weight.grad.norm() > 0
-    mask = spatial(x).mask.detach()
-    assert torch.equal(PixelPlan.from_mask(mask).mask(), mask[:, 0] != 0)
-    plan = ChannelPlan.from_mask(channels(x).mask.detach())
-    assert torch.equal(plan.mask(), channels(x).mask != 0)
-
-
 def test_reset_leaves_the_backbone_alone():
     for make in (HEADS["GaterNet"], HEADS["PolicyNet"]):
         head = make()
@@ -388,9 +358,6 @@ def test_reset_leaves_the_backbone_alone():
         head.reset_parameters()
         assert torch.equal(head.backbone[0].weight, before)
         assert not torch.equal(list(head.parameters())[-2], last)
-
-
-# -------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Policy gradients: sampled actions, log-probabilities, rewards, and losses whose gradient is the expectation's."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -18,9 +16,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def probabilities(*shape: int) -> Tensor:
     return (0.05 + 0.9 * torch.rand(*shape, dtype=torch.float64)).requires_grad_()
-
-
-# ------------------------------------------------------------------------------------- actions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -71,9 +66,6 @@ def test_explore():
     torch.testing.assert_close(ends, torch.tensor([0.2, 0.5, 0.8]))
 
 
-# ------------------------------------------------------------------------------------- rewards
-
-
 def test_usage_reward_is_blockdrops():
     actions = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]])
     correct = torch.tensor([True, True, True, False])
@@ -102,9 +94,6 @@ def test_curriculum_frees_the_last_layers_first():
     assert gates.curriculum_mask(4, 4).tolist() == [True] * 4
     mask = gates.curriculum_mask(4, 2)
     assert torch.where(mask, torch.zeros(3, 4), 1).tolist() == [[1, 1, 0, 0]] * 3
-
-
-# -------------------------------------------------------------------------------------- losses
 
 
 def test_self_critical_loss_is_blockdrops():
@@ -178,8 +167,6 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(actions, expected_actions)
     torch.testing.assert_close(loss, expected_loss)
 
-
-# -------------------------------------------------------------------------------------- errors
 
 P, A = torch.full((3, 4), 0.5), torch.ones(3, 4)
 YES, R = torch.ones(3, dtype=torch.bool), torch.ones(3)

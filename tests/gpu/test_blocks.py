@@ -1,7 +1,5 @@
 """Blocks: plans bit for bit, gathered and scattered tiles, their gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from block_cases import CASES, check_gather, check_scatter

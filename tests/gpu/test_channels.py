@@ -1,7 +1,5 @@
 """Channels: plans bit for bit, convolutions on lists of channels, weights of each sample, dynamic filters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -15,8 +13,6 @@ from dynops.testing import random_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 UNNAMED = None if ON_GPU else FAST  # ops without a Triton kernel
-
-# -------------------------------------------------------------------------------------------- plans
 
 
 def of_plan(plan: ChannelPlan) -> list:
@@ -46,9 +42,6 @@ def test_prefixes_and_groups_are_those_of_the_cpu():
         lambda d: ChannelPlan.full(12, d),
     ):
         assert_same(moved(of_plan(make(DEVICE)), "cpu"), of_plan(make("cpu")))
-
-
-# --------------------------------------------------------------------------------------- convolutions
 
 
 @dataclass(frozen=True)
@@ -208,9 +201,6 @@ def test_linear(kind):
         return torch.where(out_mask[:, None], out, 0)
 
     compare(ours, oracle, tensors, kind=kind)
-
-
-# ------------------------------------------------------------- weights of each sample, dynamic filters
 
 
 def weighted(kind: str, *lead: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,5 @@
 """The CUDA sources compile with nvcc without warnings, and load without a GPU; ``make gpu-audit`` reads what they need."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
@@ -21,7 +19,7 @@ OPS = {
     ),
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")]
 
 # The library is loaded beside a torch that may lack CUDA; its kernels must still find their schemas.
 CHECK = """

@@ -1,7 +1,5 @@
 """Values of the CUDA C++ kernels of blocks and experts on a CPU; on a GPU, where there is one, there."""
 
-from __future__ import annotations
-
 import ctypes
 
 import pytest

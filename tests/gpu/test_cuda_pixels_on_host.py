@@ -3,8 +3,6 @@
 Kernels with barriers run with the threads of a block in ascending and in descending order.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 
@@ -40,9 +38,6 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 def guarded(shape, dtype) -> torch.Tensor:
     return between_guards(shape, torch.empty(shape, dtype=dtype, device="meta").stride(), dtype, "cpu")
-
-
-# ------------------------------------------------------------------------------- mask to index
 
 
 class Selection:
@@ -146,9 +141,6 @@ def test_most_pixels(library):
     assert counts[-1] == 3 and index.tolist() == [-7, -7, *at.tolist()] and guards_are_whole(index)
 
 
-# ------------------------------------------------------------------- the inverse, what is needed
-
-
 def test_inverse_index(library):
     for pixels in (1, 300, 5000):
         index, count = reference._mask_to_index_capacity((torch.rand(pixels) < 0.4), pixels)
@@ -180,9 +172,6 @@ def test_needed_mask(case, library):
     mask = guarded((n, *size), torch.bool).fill_(False)
     library.needed(pointer(index), int64(len(index)), numbers(*g), pointer(mask))
     assert torch.equal(mask, reference._needed_mask(index, count, list(g))) and guards_are_whole(mask)
-
-
-# ------------------------------------------------------------------------------- rows in and out
 
 
 def channels_last(n, c, h, w):

@@ -1,7 +1,5 @@
 """Experts: plans bit for bit, grouped products and whole MLPs with their gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from expert_cases import Case, linear_oracle, mlp_oracle, with_capacity

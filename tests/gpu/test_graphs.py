@@ -4,8 +4,6 @@ On a CPU, which has no graphs, ``gpu.captured`` runs the function again; what ca
 for a value: it runs on tensors without any.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import types

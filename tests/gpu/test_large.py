@@ -1,7 +1,5 @@
 """Tensors past 2**31 elements: only the end of each is compared. On a CPU the same, small."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from on_gpu import DEVICE, ON_GPU, assert_near, assert_same, sized

@@ -1,7 +1,5 @@
 """Every layer: values and gradients against float64 on a CPU, torch.compile, autocast, copies, no sample."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

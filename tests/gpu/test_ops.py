@@ -1,7 +1,5 @@
 """Every op as ``contract_cases.py`` enumerates them: values, the same bits again, streams, and devices."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """Pixels: plans bit for bit, convolutions and their gradients in every form of the kernels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +17,6 @@ from dynops.testing import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
-# -------------------------------------------------------------------------------------------- plans
 
 MASK_DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
@@ -74,9 +71,6 @@ def test_nan_in_a_mask_is_refused():
             mask[-1, -1, -1] = float("nan")
             with pytest.raises(ValueError, match="NaN"):
                 PixelPlan.from_mask(mask.to(DEVICE))
-
-
-# --------------------------------------------------------------------------------------- convolutions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Samples: plans bit for bit, batches that shrink and come back, their gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from on_gpu import DEVICE, DTYPES, KINDS, assert_same, compare, moved, sized

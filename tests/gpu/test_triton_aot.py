@@ -3,8 +3,6 @@
 No GPU is needed: launches are recorded on CPU tensors and compiled ahead of time.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 

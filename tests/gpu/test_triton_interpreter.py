@@ -5,8 +5,6 @@ each test here runs one file of tests (``interpreted_<noun>.py``) with the varia
 can be on a GPU run without it too, where there is one.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -20,20 +18,26 @@ FILES = sorted(Path(__file__).parent.glob("interpreted/interpreted_*.py"))
 ON_GPU = [file for file in FILES if "DEVICE" in file.read_text()]
 
 
-def run(file: Path, interpret: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+@pytest.fixture
+def marks(request) -> str:
+    """Slow ones are left out inside where they are here."""
+    return "not slow" if request.config.option.markexpr == "not slow" else ""
+
+
+def run(file: Path, interpret: str, marks: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, file]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_in_the_interpreter(file):
-    run(file, interpret="1")
+def test_in_the_interpreter(file, marks):
+    run(file, "1", marks)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("file", ON_GPU, ids=lambda path: path.stem)
-def test_on_a_gpu(file):
-    run(file, interpret="0")
+def test_on_a_gpu(file, marks):
+    run(file, "0", marks)

@@ -1,7 +1,5 @@
 """transformers' models with ``experts_implementation="dynops"``: equal to their own experts, gradients included."""
 
-from __future__ import annotations
-
 import functools
 import sys
 
@@ -38,8 +36,6 @@ def used(monkeypatch):
     monkeypatch.setattr(transformers_experts, "experts_mlp", record)
     return calls
 
-
-# ---------------------------------------------------------------------------------- whole models
 
 VOCABULARY, TOPK = 97, "num_experts_per_tok"
 COMMON = {
@@ -158,9 +154,6 @@ def test_generate():
     model = make_model("Qwen3Moe")
     run = functools.partial(type(model).generate, inputs=TOKENS[:1, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(run_with(model, "dynops", run), run_with(model, "eager", run))
-
-
-# ------------------------------------------------------------------------------------- register
 
 
 def test_register_twice_and_by_another_name():

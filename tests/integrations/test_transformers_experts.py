@@ -1,7 +1,5 @@
 """Every class of experts of transformers, every flag, activation and gate: equal to eager, gradients included."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect
@@ -113,9 +111,6 @@ def test_autocast():
         expected, actual = both(experts, *inputs)
     assert actual.dtype == expected.dtype == torch.float32
     assert relative_error(actual, expected) < 4 * torch.finfo(torch.bfloat16).eps
-
-
-# ----------------------------------------------------------------------------- flags and gates
 
 
 class Layer(nn.Module):

@@ -1,7 +1,5 @@
 """ConvExperts against every branch on every sample."""
 
-from __future__ import annotations
-
 import copy
 import math
 

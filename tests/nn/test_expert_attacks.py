@@ -36,9 +36,6 @@ E, K, T, H = 4, 2, 10, 8
 NAN = float("nan")
 
 
-# --------------------------------------------------------------------------------------- buffers
-
-
 def _router():
     router = TopKRouter(H, E, K, scoring="sigmoid", correction_bias=True)
     router.e_score_correction_bias.copy_(torch.tensor([1.0001, -0.3, 257.001, 0.1]))
@@ -104,9 +101,6 @@ def test_small_steps_of_a_correction_add_up_in_bfloat16():
         router.update_correction(torch.zeros(8, K, dtype=torch.long))
     assert abs(float(router.e_score_correction_bias[0]) + 1.5) < 1e-3
     assert router(random_tensor(3, H).bfloat16()).weight.dtype == torch.float32
-
-
-# --------------------------------------------------------------------------------------- padding
 
 
 @pytest.mark.parametrize("shape", [(T,), (2, 5)])
@@ -179,9 +173,6 @@ def test_padding_takes_no_place_in_an_expert():
     x[:, 0] = 1 + torch.arange(4.0)  # all choose the first expert, which takes one
     out = moe(x, torch.tensor([0, 0, 0, 1])).output
     assert (out[:3] == 0).all() and (out[3] != 0).any()
-
-
-# ------------------------------------------------------------------------------------------ MACs
 
 
 def total(module, *args):
@@ -264,9 +255,6 @@ def test_experts_and_routers_of_transformers_count():
         assert float(macs.per_sample[0]) == count / 2 and dense >= count
 
 
-# ----------------------------------------------------------------------------------------- errors
-
-
 def _bad(shape):
     mask = torch.ones(shape)
     mask.view(-1)[0] = NAN
@@ -344,9 +332,6 @@ def test_errors_name_the_argument_of_who_was_called(name):
     for call in ERRORS[name]:
         with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected "):
             call()
-
-
-# ------------------------------------------------------------------------------------ transformers
 
 
 @pytest.mark.parametrize("name", ["Llama4", "SwitchTransformers", "Llama", "Mixtral"])

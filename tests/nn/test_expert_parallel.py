@@ -1,7 +1,5 @@
 """Experts sharded over processes equal those of one process: values, gradients, training steps, state dicts."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re
@@ -34,9 +32,6 @@ def processes(request, tmp_path_factory):
     group = Processes(request.param, tmp_path_factory.mktemp("ranks"), __name__)
     yield group
     group.stop()
-
-
-# -------------------------------------------------------------------------------- one layer's case
 
 
 def oracle(x, up, down, index, weight):
@@ -119,9 +114,6 @@ CASES = {  # experts, choices, tokens of each rank, which experts
 def test_values_and_gradients(processes, name, dtype):
     experts, topk, tokens, choose = CASES[name]
     processes.run(check_layer, experts, topk, tokens[: processes.ranks], choose, dtype)
-
-
-# ------------------------------------------------------------------------------ the layer's manners
 
 
 def check_messages():
@@ -248,9 +240,6 @@ def test_gradients_of_some(processes, frozen):
 def test_needs_torch_distributed():
     with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
         ParallelExperts.from_sizes(4, HIDDEN, INNER)
-
-
-# ------------------------------------------------------------------------------------- whole models
 
 
 class Net(nn.Module):

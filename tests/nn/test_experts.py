@@ -1,7 +1,5 @@
 """Experts, MoE and ConvExperts against loops over tokens, and against transformers' blocks."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -26,8 +24,6 @@ from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-
-# -------------------------------------------------------------------------------------- oracle
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda z: F.relu(z).square(), None: lambda z: z}
 
@@ -82,9 +78,6 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS)
 def experts(request) -> Experts:
     return randomised(Experts(E, H, M, **VARIANTS[request.param]))
-
-
-# ------------------------------------------------------------------------------------- Experts
 
 
 def test_equals_the_loop_with_gradients(experts):
@@ -189,9 +182,6 @@ def test_a_callable_activation():
     )
 
 
-# ---------------------------------------------------------------------------------- eight bits
-
-
 def test_quantized_is_its_rounded_weights(experts):
     eight = experts.quantized()
     x, (index, weight) = random_tensor(T, H).requires_grad_(), routed()
@@ -223,9 +213,6 @@ def test_quantized_shares_biases_and_keeps_its_scales():
     other = Experts(E, H, M, bias=True).quantized()
     other.load_state_dict(eight.state_dict())
     assert torch.equal(other(x, index, weight), eight(x, index, weight))
-
-
-# ----------------------------------------------------------------------------- Experts, errors
 
 
 @pytest.mark.parametrize(
@@ -261,9 +248,6 @@ def test_bad_inputs_are_named():
         layer(x, ExpertPlan.from_topk(index, E + 1), weight)
     with pytest.raises(ValueError, match=r"^topk_index: expected a plan of 5 experts and capacity 3, got"):
         layer(x, ExpertPlan.from_topk(index, E), weight, capacity=3)
-
-
-# ----------------------------------------------------------------------------------------- MoE
 
 
 def transformers_block(family: str, name: str, configuration: str, **values):

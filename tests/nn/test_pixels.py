@@ -42,9 +42,6 @@ def masked(dense, mask):
     return torch.where(mask[:, None], dense, 0)
 
 
-# ------------------------------------------------------------------------------ convolutions
-
-
 @pytest.mark.parametrize("arguments", CONVS, ids=str)
 def test_conv_equals_masked_dense(arguments):
     torch.manual_seed(0)
@@ -144,9 +141,6 @@ def test_bad_calls():
         layer(x)
 
 
-# -------------------------------------------------------------------------------- masked layers
-
-
 def test_masked_norm_in_eval():
     norm = randomised(MaskedBatchNorm2d(5)).double().eval()
     x, mask = torch.randn(2, 5, 4, 6, dtype=torch.float64), mask_of((2, 4, 6))
@@ -195,9 +189,6 @@ def test_masked_pool(cls):
     assert torch.equal(pool(x, mask), masked(pool(x), mask))
     with dynops.active(mask):
         assert torch.equal(pool(x), masked(pool(x, torch.ones(2, 4, 4)), mask))
-
-
-# ------------------------------------------------------------------------------ SparseSequential
 
 
 def chain(inplace=False):

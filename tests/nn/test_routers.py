@@ -1,7 +1,5 @@
 """Routers and their losses, against transformers' routers and formulas written from the papers."""
 
-from __future__ import annotations
-
 import math
 import statistics
 
@@ -30,9 +28,6 @@ def router_of(*arguments, **options) -> TopKRouter:
         for tensor in (*router.parameters(), *router.buffers()):
             tensor.copy_(random_tensor(*tensor.shape))
     return router
-
-
-# -------------------------------------------------------------------------------- transformers
 
 
 def transformers_router(family: str, name: str, **values):
@@ -97,9 +92,6 @@ def test_a_closed_group_stays_closed_where_scores_are_negative():
     before = router(x).index
     router.e_score_correction_bias -= 4
     assert torch.equal(router(x).index, before)
-
-
-# ------------------------------------------------------------------------------------ contract
 
 
 @torch.no_grad()
@@ -172,17 +164,6 @@ def test_sigmoids_that_are_all_zero_give_finite_weights():
     assert routing.weight.isfinite().all() and routing.probs.isfinite().all()
 
 
-def test_compiles_without_graph_breaks():
-    for options in ({}, {"noise": True}, SIGMOID):
-        router = router_of(HIDDEN, EXPERTS, 3, **options).eval()
-        x = random_tensor(TOKENS, HIDDEN)
-        compiled = torch.compile(router, fullgraph=True, backend="aot_eager")(x)
-        assert torch.equal(compiled.index, router(x).index)
-
-
-# ------------------------------------------------------------------------------ noise, jitter
-
-
 def noisy_parts(router: TopKRouter, x: Tensor, seed: int = 5):
     """A noisy router's result, and logits, noisy logits and standard deviations of the paper's equation 4."""
     torch.manual_seed(seed)
@@ -239,9 +220,6 @@ def test_jitter_multiplies_the_routers_input():
     assert torch.equal(x, before)
 
 
-# ---------------------------------------------------------------------------------- correction
-
-
 def test_update_correction_moves_towards_even_use():
     router = TopKRouter(HIDDEN, 4, 2, scoring="sigmoid", correction_bias=True)
     index = torch.tensor([[0, 1], [0, 1], [0, 2], [4, 4]])  # counts 3 2 1 0, of 1.5 on average; 4 is dropped
@@ -251,9 +229,6 @@ def test_update_correction_moves_towards_even_use():
     assert router.e_score_correction_bias.tolist() == [-0.5, -0.5, 0.5, 0.5]
     with pytest.raises(ValueError, match="correction_bias"):
         TopKRouter(HIDDEN, 4, 2).update_correction(index)
-
-
-# -------------------------------------------------------------------------------------- losses
 
 
 def test_load_balance_is_switchs():
@@ -313,9 +288,6 @@ def test_losses_of_no_token_are_zero():
         z_loss(torch.zeros(0, 5)),
     )  # fmt: skip
     assert all(float(value) == 0 for value in values)
-
-
-# -------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

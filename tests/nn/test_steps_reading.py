@@ -1,7 +1,5 @@
 """JumpReader, its policies, StepSelection and its neighbours, against loops over single sequences."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -31,9 +29,6 @@ def reader_of(kind="LSTM", layers=1, *, policy=None, jumps=(4, 0), **options) ->
             if tensor.is_floating_point():
                 tensor.copy_(0.8 * torch.randn(tensor.shape))
     return reader
-
-
-# ------------------------------------------------------------------------------------ JumpReader
 
 
 def read_alone(reader: JumpReader, x: Tensor, actions: list[int] | None) -> dict:
@@ -208,9 +203,6 @@ def test_location_policy():
     assert abs(noise.std().item() - 1) < 0.1
     stopping = LocationPolicy(HIDDEN, stop=lambda h: h[:, 0] > 0)
     assert torch.equal(stopping(h, position, length).stop, h[:, 0] > 0)
-
-
-# -------------------------------------------------------------------------------- StepSelection
 
 
 @settings(max_examples=25, deadline=None)

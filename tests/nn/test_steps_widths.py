@@ -1,7 +1,5 @@
 """partial_update, prefix_mask and SkimRNN, against loops over single samples in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,9 +107,6 @@ def test_prefix_mask():
     torch.testing.assert_close(mask[1], expected)
     assert width.tolist() == [2, int((expected != 0).sum()), 40, 0]  # sigmoid(-2), sigmoid(-4) > 0.01
     assert ((mask != 0) == (i - 1 < width[:, None])).all()
-
-
-# --------------------------------------------------------------------------------------- SkimRNN
 
 
 def skim_rnn(mode="LSTM", **options) -> SkimRNN:

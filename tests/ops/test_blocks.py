@@ -1,7 +1,5 @@
 """BlockPlan, gather_blocks and scatter_blocks against loops over slices: values, gradients, what they refuse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """What the CPU's kernels refuse: lists and sizes that would leave an output as the allocator gave it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

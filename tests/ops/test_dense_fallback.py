@@ -1,7 +1,5 @@
 """The dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -158,9 +156,6 @@ def test_compiled_without_a_break(ran):
     with configs.use("cpu", config(pixels=0.5)):
         compiled = torch.compile(run, backend="eager", fullgraph=True)(x)
     assert (compiled - run(x)).norm() <= 1e-5 * compiled.norm()
-
-
-# ------------------------------------------------------------------------------------- blocks
 
 
 def stack() -> nn.Module:

@@ -3,8 +3,6 @@
 A process takes its instruction set when it loads the binary. Each runs on two threads, the tests themselves on one.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -34,7 +32,10 @@ SELECTED = (
 pytestmark = pytest.mark.skipif(not backends.has_binary(), reason="the binary is not built")
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+SETS = ["portable", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "avx512")), "avx512_bf16"]
+
+
+@pytest.mark.parametrize("isa", SETS)
 def test_every_instruction_set(isa):
     if isa not in all_isas():
         pytest.skip(f"{isa}: not built, or not on this CPU")

@@ -1,7 +1,5 @@
 """Sums of many products: within twice the error of the dense layer in its more exact format."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks import errors

@@ -1,7 +1,5 @@
 """SamplePlan, gather_samples and scatter_samples: values, gradients, trees, layouts, attacks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,9 +67,6 @@ def assert_merged(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> No
         assert ((actual.double() - exact).abs() <= 4 * torch.finfo(actual.dtype).eps).all(), what
     else:
         assert_within_budget(actual, exact, dense, what)
-
-
-# -------------------------------------------------------------------------------------- the plan
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, *DTYPES])
@@ -154,9 +149,6 @@ def test_pixels_are_the_whole_maps_of_the_samples():
 def test_plans_refuse(make, error, says):
     with pytest.raises(error, match=says):
         make()
-
-
-# --------------------------------------------------------------------------- gather and scatter
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])

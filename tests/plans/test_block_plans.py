@@ -1,7 +1,5 @@
 """BlockPlan against loops over blocks: which blocks are active, grids, what is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from block_loops import BLOCK_SIZES, FLOATS, KINDS, MASK_DTYPES, SHAPE, slow_blocks, slow_cover

@@ -1,7 +1,5 @@
 """ChannelPlan: what it holds, what it derives, and what it refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,9 +31,6 @@ def lists_in(plan: ChannelPlan) -> list[list[int]]:
     for row, count in zip(rows, counts, strict=True):
         assert all(channel == -1 for channel in row[count:])
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
-
-
-# --------------------------------------------------------------------------------- from_mask
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
@@ -73,9 +68,6 @@ def test_capacity_keeps_the_first_ones(capacity):
     assert lists_in(plan) == [row[:capacity] for row in lists_of(mask)]
     assert plan.width == plan.index.shape[1] == min(capacity, 7) and plan.capacity == capacity
     assert torch.equal(plan.mask(), mask & (mask.cumsum(1) <= capacity))
-
-
-# ------------------------------------------------------------------ prefix, grouped, from_index
 
 
 @pytest.mark.parametrize("width", [[0, 3, 8], [8], [], torch.tensor([1, 2]), torch.tensor([8, 0, 4], dtype=torch.uint8)])  # fmt: skip
@@ -139,8 +131,6 @@ def test_as_channel_plan():
         as_channel_plan([1], "gate")
 
 
-# ---------------------------------------------------------------------------------- refusals
-
 MASK = torch.ones(2, 6)
 
 
@@ -177,9 +167,6 @@ MASK = torch.ones(2, 6)
 def test_refusals(error, match, make):
     with pytest.raises(error, match=match):
         make()
-
-
-# ---------------------------------------------------------------------------------- references
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)

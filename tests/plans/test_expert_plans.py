@@ -1,7 +1,5 @@
 """ExpertPlan: what it holds, whom a capacity drops, and what it refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from expert_cases import KINDS, choices, sorted_pairs, with_capacity

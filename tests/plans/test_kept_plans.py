@@ -1,7 +1,5 @@
 """What follows from a plan's indices follows them when they are written, and serves training whoever made it."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

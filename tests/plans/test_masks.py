@@ -1,7 +1,5 @@
 """Masks that plans of every kind are made of: values, memory, NaN."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

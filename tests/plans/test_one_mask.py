@@ -1,7 +1,5 @@
 """One mask, or one plan, for every sample of a batch, whatever the batch is."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -166,18 +164,3 @@ def test_budgets(name):
         layer(X, mask)
     counter.total.backward()
     assert mask.grad.shape == mask.shape and mask.grad[0][MASK].min() > 0
-
-
-def test_compiles():
-    model = chain()
-    dynops.convert_(model)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def run(x, mask):
-        with dynops.active(mask):
-            return model(x)
-
-    with torch.no_grad():
-        for mask in (MASK, MASK.flip(0)):
-            with dynops.active(mask.expand(N, H, W)):
-                same(run(X, mask), model(X))

@@ -1,7 +1,5 @@
 """Plans from coordinates, plans of several batches, plans through a DataLoader, an index that somebody else made."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
@@ -21,9 +19,6 @@ SHAPE = (2, 5, 7)
 def coordinates(count: int, seed: int = 0, shape=SHAPE) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randint(0, size, (count,), generator=generator) for size in shape], 1)
-
-
-# -------------------------------------------------------------------------------- coordinates
 
 
 @settings(deadline=None, max_examples=40)
@@ -107,9 +102,6 @@ def test_coordinates_compile():
     assert torch.equal(run(places, x)[: len(plan)], dynops.ops.gather_pixels(x, plan))
 
 
-# -------------------------------------------------------------------------- somebody's own index
-
-
 @pytest.mark.parametrize("index, count, error, match", [
     ([3, 1], None, ValueError, "index: expected strictly ascending positions, got 1 after 3; from_coordinates"),
     ([1, 1], None, ValueError, "index: expected strictly ascending positions, got 1 after 1"),
@@ -141,8 +133,6 @@ def test_an_index_that_is_one():
     with pytest.raises(TypeError, match=r"count: expected int32 \[1\] or None, got torch.int64"):
         PixelPlan(index, (1, 3, 4), torch.tensor([2]))
 
-
-# ------------------------------------------------------------------------ several plans as one
 
 MASKS = torch.rand(5, 6, 4, generator=torch.Generator().manual_seed(0)) < 0.4
 MASKS[1] = False

@@ -1,7 +1,5 @@
 """PixelPlan: what it holds, what it derives, and what it refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,9 +22,6 @@ KINDS = ["random", "square", "one", "empty", "full"]
 def positions(mask: torch.Tensor) -> list[int]:
     """The flat positions of the nonzeros, one at a time."""
     return [i for i, value in enumerate(mask.flatten().tolist()) if value]
-
-
-# --------------------------------------------------------------------------------- from_mask
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
@@ -110,9 +105,6 @@ def test_as_pixel_plan():
         as_pixel_plan("all")
 
 
-# -------------------------------------------------------------------------------- other forms
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("extra", [-4, -1, 0, 1, 100])
 def test_capacity_form(kind, extra):
@@ -171,9 +163,6 @@ def test_to():
         assert torch.equal(same.index, plan.index) and same.shape == plan.shape
         assert meta.device.type == "meta" and meta.shape == plan.shape and meta.num_rows == plan.num_rows
         assert (meta.count is None) == (same.count is None) == (capacity is None)
-
-
-# ------------------------------------------------------------------------------------- needed
 
 
 def brute_force_needed(mask, kernel, stride, padding, dilation, in_size) -> torch.Tensor:
@@ -254,9 +243,6 @@ def test_needed_refuses(arguments, match):
         plan.needed(**arguments)
 
 
-# ------------------------------------------------------------------------------------ resized
-
-
 @pytest.mark.parametrize("size", [(4, 3), (8, 6), (2, 2), (1, 1), (3, 5), (5, 6), (16, 12), (9, 7)])
 @pytest.mark.parametrize("density", [0, 0.05, 0.5, 1])
 @pytest.mark.parametrize("batch", [0, 2])
@@ -286,9 +272,6 @@ def test_resized_to_its_own_size_is_the_plan():
 def test_resized_refuses(size):
     with pytest.raises((ValueError, TypeError), match="size"):
         PixelPlan.from_mask(random_mask((1, 8, 6))).resized(size)
-
-
-# ---------------------------------------------------------------------------------- references
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,5 @@
 """What ``dynops.active`` holds for: threads, tasks and generators that take turns."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

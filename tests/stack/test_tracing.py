@@ -1,7 +1,5 @@
 """TorchScript and the ONNX exporter built on it: a clear error where a decision would be frozen, the dense layer else."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

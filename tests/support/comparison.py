@@ -1,7 +1,5 @@
 """Comparison in the relative Euclidean norm, and norms whose every parameter counts."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """A block, its MACs and a counter, for tests of counting."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

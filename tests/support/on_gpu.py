@@ -4,8 +4,6 @@
 then known to be right before it meets a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 
@@ -59,9 +57,6 @@ def products(kind: str):
     finally:
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
-
-
-# --------------------------------------------------------------------------------------- comparison
 
 
 def run(function: Callable, tensors: dict[str, Tensor], grads, dy: list[Tensor]) -> list[Tensor]:
@@ -160,9 +155,6 @@ def assert_near(actual, expected, kind: str = "ieee", what: str = "result") -> N
         a, e = a.detach().double().cpu(), e.detach().double().cpu()
         error, limit = (a - e).norm(), 8 * _EPS[kind] * e.norm() + 1e-12
         assert error <= limit, f"{what}: differs by {error:.3e}, over {limit:.3e}"
-
-
-# ------------------------------------------------------------------------ graphs and synchronisation
 
 
 def captured(function: Callable, *static):

@@ -1,7 +1,5 @@
 """Processes with a gloo group for tests: they live on from test to test, as starting one takes seconds."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import pathlib

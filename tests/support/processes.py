@@ -1,7 +1,5 @@
 """Runs things in threads and in fresh interpreters, for tests of all floors."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pathlib

@@ -1,7 +1,5 @@
 """Which of the collected tests a process runs, and in which order."""
 
-from __future__ import annotations
-
 
 def part_of(items: list, part: str) -> list:
     """The i-th of n parts, for ``"i/n"``, counted from 0."""

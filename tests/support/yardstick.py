@@ -1,7 +1,5 @@
 """The dense op's own weight gradients: the yardstick of kernels where the reference sums in a wider dtype."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

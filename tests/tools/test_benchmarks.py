@@ -1,9 +1,6 @@
 """The benchmarks of pixels and blocks, and the harness: theory, break-even, masks, reports, the command line."""
 
-from __future__ import annotations
-
 import dataclasses
-import itertools
 import math
 import mmap
 
@@ -21,7 +18,7 @@ from benchmarks.harness import rows as rows_
 from benchmarks.harness.report import Report
 from benchmarks.harness.setting import Budget
 from benchmarks.harness.timing import fastest, interleaved
-from benchmarks.pixels import formats, layers, memory, model
+from benchmarks.pixels import layers, memory, model
 from dynops import PixelPlan, ops
 
 TINY = layers.Case("3x3", 2, 8, 12, 10, 6, 3, 2)
@@ -29,9 +26,6 @@ TINY = layers.Case("3x3", 2, 8, 12, 10, 6, 3, 2)
 
 def has_matplotlib() -> bool:
     return pytest.importorskip("matplotlib") is not None
-
-
-# ------------------------------------------------------------------------------- theory and cases
 
 
 def test_case_macs_are_those_of_the_convolution():
@@ -166,8 +160,6 @@ def test_model_theory_counts_resized_masks_stem_and_head():
     assert macs.computed(mask, {"0"}) == pytest.approx(stem + second / 8 + head)
 
 
-# ------------------------------------------------------------------------------- blocks and video
-
 TINY_STACKS = [
     stacks.Case("SBNet 3x3", "3x3", stacks.conv3x3, 4, 80, 72, densities=(0.5, 0.1)),
     stacks.Case("SBNet bottleneck", "bottleneck", stacks.bottleneck, 16, 20, 12, block=4),
@@ -209,11 +201,6 @@ def test_block_rows(case):
     assert all(row.block == 0 and row.theory > 2 for row in rows if row.variant == stacks.PIXELS)
 
 
-def test_block_rows_with_backward():
-    rows = stacks.measure(TINY_STACKS[1], dataclasses.replace(SETTING, backward=True, variants=False))
-    assert {row.mode for row in rows} == {"forward+backward"} and {row.variant for row in rows} == {"plain"}
-
-
 def test_masks_of_random_blocks():
     mask = masks.random_blocks(2, 40, 50, 0.25, torch.Generator().manual_seed(0))
     plan = dynops.BlockPlan.from_mask(mask, masks.CELL)
@@ -239,16 +226,6 @@ def test_video_notices_a_block_that_was_not_recomputed(monkeypatch):
     monkeypatch.setattr(video.Stream, "plan", without_one)
     with pytest.raises(AssertionError, match="frame"):
         video.measure(4, SETTING, size=(64, 48), block=8)
-
-
-def test_only_the_object_moves():
-    has_matplotlib()
-    frames = video.frames((64, 48), 5)
-    for before, after in itertools.pairwise(frames):
-        assert 0 < (before != after).any(1).float().mean() < 0.15
-
-
-# ------------------------------------------------------------------------------- break-even
 
 
 @pytest.mark.parametrize(
@@ -283,9 +260,6 @@ def test_summary_keeps_only_plain_rows_of_the_savings():
     assert (target.count, target.median) == (2, pytest.approx(0.625))
 
 
-# ------------------------------------------------------------------------------- masks
-
-
 @pytest.mark.parametrize("kind", ["random", "square", "photo", "top-left"])
 @pytest.mark.parametrize("density", [0.5, 0.25, 0.1, 0.01])
 def test_mask_density(kind, density):
@@ -318,9 +292,6 @@ def test_gate_follows_the_gradient():
     assert model.gate(image, 0.25, 32).tolist() == [[[False, False], [True, False]]]
     fine = model.gate(image, 0.05, 1)
     assert fine.shape == (1, 64, 64) and fine[:, 39:57, 7:25].sum() == fine.sum()
-
-
-# ------------------------------------------------------------------------------- timing and reports
 
 
 def test_interleaved_takes_turns():
@@ -447,9 +418,6 @@ def test_readme_of_blocks():
     assert text.count("medians of 3 frames") == 1 and "16x16 blocks" in text
 
 
-# ------------------------------------------------------------------------------- the command line
-
-
 def test_quick_layers_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layers, "all_cases", lambda quick: [TINY])
     cli.main(["layers", "--quick", "--plot", "--density", "0.5", "0.1", "--out", str(tmp_path)])
@@ -459,44 +427,6 @@ def test_quick_layers_from_the_command_line(tmp_path, monkeypatch, capsys):
     loaded = Report.load(path)
     assert {row.density for row in loaded.rows} == {0.5, 0.1, *layers.BREAK_EVEN_DENSITIES}
     assert all(row.dense_name.endswith("eager") for row in loaded.rows)
-
-
-def test_quick_blocks_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stacks, "all_cases", lambda quick: TINY_STACKS[1:3])
-    cli.main(["layers", "--op", "blocks", "--quick", "--plot", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert all(case.name in printed for case in TINY_STACKS[1:3]) and "suggest_block_size" in printed
-    (path,) = tmp_path.glob("*-float32-blocks.json")
-    loaded = Report.load(path)
-    assert {row.suite for row in loaded.rows} == {"blocks"} and {row.block for row in loaded.rows} == {4}
-    assert "4x4 blocks" in printed
-
-
-def test_formats_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(formats, "all_cases", lambda quick: [TINY])
-    cli.main(["formats", "--quick", "--out", str(tmp_path)])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(TINY.name)]
-    assert [line.split()[3:5] for line in lines] == [
-        [f, c] for f in formats.FORMATS for c in ("warm", "cold")
-    ]
-    (path,) = tmp_path.glob("*-float32-formats.json")
-    rows = Report.load(path).rows
-    assert len(rows) == 4 * len(formats.DENSITIES) and rows[0].theory == math.inf and rows[5].theory == 1
-
-
-def test_video_from_the_command_line(tmp_path, monkeypatch, capsys):
-    has_matplotlib()
-    measure = video.measure
-    monkeypatch.setattr(video, "measure", lambda count, setting: measure(count, setting, (48, 48), 8))
-    cli.main(["video", "--quick", "--out", str(tmp_path)])
-    assert "medians of 5 frames" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*-float32-video.json")
-    assert len(Report.load(path).rows) == 6
-
-
-def test_blocks_are_a_kind_of_layers():
-    with pytest.raises(SystemExit, match="--op blocks: expected with the command layers, got memory"):
-        cli.main(["memory", "--op", "blocks"])
 
 
 def test_wrong_density_is_refused():

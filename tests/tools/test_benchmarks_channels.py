@@ -1,7 +1,5 @@
 """The benchmarks of channels: what is live, what is counted, and that all contenders compute the same."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

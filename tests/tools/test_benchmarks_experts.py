@@ -1,7 +1,5 @@
 """The benchmark of experts: what it counts, what it writes, and that all contenders compute the same."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

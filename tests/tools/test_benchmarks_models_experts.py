@@ -1,7 +1,5 @@
 """The benchmark of a whole mixture-of-experts model: what it counts, times and refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

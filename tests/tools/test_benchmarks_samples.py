@@ -1,7 +1,5 @@
 """The benchmarks of samples: what is decided, what is counted, and that all contenders compute the same."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -49,9 +47,6 @@ def contests(monkeypatch):
     for module in (blocks, skipnet, exits, halting, skip_rnn):
         monkeypatch.setattr(module, "contested", record)
     return seen
-
-
-# ------------------------------------------------------------------------------------------ blocks
 
 
 @pytest.mark.parametrize("mode", ["residual", "replace"])
@@ -139,20 +134,11 @@ def test_percentile(share, expected):
     assert percentile([float(i) for i in range(10, 0, -1)], share) == expected
 
 
-def test_blocks_with_backward():
-    rows = blocks.measure(CASE, dataclasses.replace(SETTING, backward=True))
-    assert {row.mode for row in rows} == {"forward+backward"}
-    assert [row.density for row in rows] == [1.0, 0.75, 0.5, 0.25]
-
-
 def test_cases():
     cases = blocks.all_cases()
     assert {(c.n, c.channels, c.h) for c in cases} == set(blocks.TARGET_SIZES)
     assert {c.mode for c in cases} == {"residual", "replace"} and sum(c.p99 for c in cases) == 1
     assert set(tables.BLOCKS) == {c.group for c in cases if not c.p99}
-
-
-# ----------------------------------------------------------------------------------------- SkipNet
 
 
 @pytest.mark.parametrize("keep", ["random", "all", "none"])
@@ -210,8 +196,6 @@ def test_resnet_110_has_its_size():
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(1.73e6, rel=0.01)
 
 
-# ------------------------------------------------------------------------------------------- exits
-
 EXITS = [
     dataclasses.replace(case, shape=shape)
     for case, shape in zip(exits.all_cases(), ((8, 3, 8, 8), (8, 64, 4, 4), (2, 8, 512)), strict=True)
@@ -256,8 +240,6 @@ def test_equal_stages_are_equal():
     x = torch.randn(1, 64, 6, 6)
     assert len({LayerMacs(stage, x).dense for stage in exits.equal_stages()}) == 1
 
-
-# ------------------------------------------------------------------------------------------- loops
 
 LOOPS = [
     dataclasses.replace(halting.LOOPS[0], shape=(7, 8, 6, 6)),
@@ -308,9 +290,6 @@ def test_skip_rnn_updates_half_of_the_steps(contests):
             call()
 
 
-# ------------------------------------------------------------------------------------------ copies
-
-
 @pytest.mark.parametrize("shape", [(6, 4, 5, 5), (8, 16)])
 def test_ways_to_copy_agree(shape):
     plan = SamplePlan.from_mask(contests_.random_keep(shape[0], 0.5, torch.Generator().manual_seed(0)))
@@ -330,9 +309,6 @@ def test_copy_rows():
     assert "index_select, NCHW" in rows[0].dense_all and "index_select" in rows[3].dense_all
     assert all(row.theory == 1 and row.dense_ms == min(row.dense_all.values()) for row in rows)
     assert tables.copy_cells(_copy())[3:] == ["16.0", "b", "4.0", "8.0", "2.00x"]
-
-
-# ------------------------------------------------------------------------------- tables and command
 
 
 def row(**changes) -> Row:
@@ -389,9 +365,6 @@ def test_blocks_are_what_they_say():
     assert inner is dense and isinstance(dense, resnet.BasicBlock) and not (dense(x) < 0).any()
 
 
-# --------------------------------------------------------------------------------- the command line
-
-
 def test_quick_samples_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(blocks, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(1.0, 0.5))])
     monkeypatch.setattr(exits, "all_cases", lambda quick: EXITS[1:2])
@@ -406,14 +379,6 @@ def test_quick_samples_from_the_command_line(tmp_path, monkeypatch, capsys):
     loaded = Report.load(path)
     groups = {"residual block", "SkipNet", "early exit", "halting", "Skip RNN"}
     assert {found.group for found in loaded.of("samples")} == groups and len(loaded.of("copies")) == 3
-
-
-def test_backward_leaves_out_what_has_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(blocks, "all_cases", lambda quick: [dataclasses.replace(CASE, shares=(0.5,))])
-    cli.main(["layers", "--op", "samples", "--backward", "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("*-float32-samples-backward.json")
-    assert [found.group for found in Report.load(path).rows] == ["residual block"]
-    assert "forward+backward" in capsys.readouterr().out
 
 
 def test_headline_shows_something_of_everything(monkeypatch):

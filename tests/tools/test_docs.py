@@ -1,7 +1,5 @@
 """Every Python block of README.md and of docs/ runs, and every number comes from the committed results."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """The examples with a small budget: what dynops computes is the dense-masked result, costs fewer MACs and was learned."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import importlib

@@ -1,7 +1,5 @@
 """The occupancy bound against values of NVIDIA's occupancy calculator, and the parsers against what the tools print."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton")

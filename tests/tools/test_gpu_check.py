@@ -1,7 +1,5 @@
 """The check of a GPU: all of it on a CPU in a dry run, and what it makes of failures that a first day on a GPU may bring."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -28,9 +26,6 @@ needs_binary = pytest.mark.skipif(not backends.has_binary(), reason="dynops._C i
 
 def finished(text: str = "", code: int = 0, timed_out: bool = False) -> Finished:
     return Finished(code, timed_out, 1.0, text)
-
-
-# ------------------------------------------------------------------------------------- the dry run
 
 
 @needs_binary
@@ -62,9 +57,6 @@ def test_refuses_to_measure_without_a_gpu_and_to_write_a_dry_run_beside_measurem
         check.main([])
     with pytest.raises(SystemExit, match="another folder"):
         check.main(["--dry-run", "--out", str(check.RESULTS)])
-
-
-# ------------------------------------------------------------------------------------------ stages
 
 
 def test_a_command_that_hangs_is_interrupted_and_then_killed_with_its_children(tmp_path):
@@ -140,9 +132,6 @@ def test_pytest_is_counted_with_its_failures_and_with_what_it_did_not_finish(tmp
         tmp_path / "none.xml", "empty", finished(code=junit.NOTHING_COLLECTED), 9.0
     ).problems
     assert junit.total([counts, crashed]).passed == 1 and len(junit.total([counts, crashed]).problems) == 3
-
-
-# ------------------------------------------------------------------------------------ the benchmark
 
 
 def test_rows_survive_a_process_that_dies_and_the_next_one_goes_on(tmp_path):
@@ -283,9 +272,6 @@ def test_difference_of_two_results():
     assert replay.difference(x.masked_fill(x > 0, float("nan")), x) == float("inf")
 
 
-# -------------------------------------------------------------------------------- facts, sanitizer
-
-
 def test_facts_leave_out_what_a_driver_does_not_know(monkeypatch, tmp_path):
     program = tmp_path / "nvidia-smi"
     program.write_text(
@@ -328,9 +314,6 @@ def test_verdict_of_the_sanitizer():
     assert sanitizer.verdict(finished(f"{ended}== ERROR SUMMARY: 2 errors", 9), 9.0) == (FAILED, "2 found")
     refused = sanitizer.verdict(finished("== Error: Device not supported\n== ERROR SUMMARY: 1 error", 9), 9.0)
     assert refused[0] == NOT_RUN and "could not run" in refused[1]
-
-
-# --------------------------------------------------------------------------------------- the report
 
 
 def test_everything_measured_is_printed_and_written(tmp_path, capsys):

@@ -62,8 +62,11 @@ def conv(
     if base is not None:
         base = rows.nchw(base) if to_planes else last(base)
     activation, scale, shift, gate, residual = epilogue
-    residual = None if residual is None else last(residual)
-    finish = ACTIVATIONS[activation], scale, shift, contiguous(gate, torch.float32), residual, base
+    if gate is not None:
+        gate = contiguous(gate, torch.float32)
+    if residual is not None:
+        residual = last(residual)
+    finish = ACTIVATIONS[activation], scale, shift, gate, residual, base
     _cpu_conv(last(x), packed, bias, index, count, source, g, *finish, setup.merged, quads, out)
     return out
 

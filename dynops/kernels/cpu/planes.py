@@ -61,7 +61,7 @@ def _needed(index: Tensor, count: Tensor | None, g: ConvGeometry, derived: Calla
 
 
 def _input_rows(x: Tensor, index, count, g: ConvGeometry, derived) -> tuple:
-    """``(x, index, source, geometry)`` of the same convolution on what it reads: packed rows, or all of the map."""
+    """``(x, index, source, geometry)`` of the same convolution on packed rows, or on all of the map."""
     if g.is_pointwise:
         own, of_rows = _as_rows(index.shape[0], g)
         return gather(x, index, count).t()[None, :, None], own, None, of_rows

@@ -133,7 +133,7 @@ def conv_kernel(
     z = finish(acc, bias, scale, None, None, None, row, channel, inside, n_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
     target = channel
     stored = slot < n_size
-    if PACKED_OUT:  # what the groups lack of their sizes is what the sample's list lacks of the whole
+    if PACKED_OUT:  # the groups lack as many channels of their sizes as the list lacks of all
         target = n_before + slot
         if OUT_PARTS == "groups":
             total = tl.minimum(tl.load(out_count + job * out_lists), out_length)
@@ -228,7 +228,7 @@ def conv(
     ins, outs = sides(weight.shape, lists, g, heads, packed_in, out_width >= 0)
     channels = weight.shape[0] if out_width < 0 else out_width
     out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
-    if out_width > weight.shape[0]:  # a list padded past all channels: no program covers what is past them
+    if out_width > weight.shape[0]:  # a list padded past all channels: no program covers the rest
         out.zero_()
     _conv(x, weight, out, ins, outs, g._replace(groups=ins.groups), bias, activation, scale, base)
     return out

@@ -77,9 +77,7 @@ def slope(z, ACTIVATION: tl.constexpr):
         d = s * (1 + z * (1 - s))
     elif ACTIVATION == "gelu":
         d = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    elif (
-        ACTIVATION == "gelu_tanh"
-    ):  # that of z * sigmoid(u); 1 - sigmoid(u) would lose digits to what multiplies it
+    elif ACTIVATION == "gelu_tanh":  # that of z * sigmoid(u); 1 - sigmoid(u) would lose digits to its factor
         u = 1.5957691216057308 * (z + 0.044715 * z * z * z)
         d = tl.sigmoid(u) * (1 + z * tl.sigmoid(-u) * 1.5957691216057308 * (1 + 0.134145 * z * z))
     elif ACTIVATION == "hardswish":

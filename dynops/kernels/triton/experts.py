@@ -82,9 +82,8 @@ def linear_kernel(
     as a matrix that TMA reads, or None. SCATTERS: rows of ``out`` are pairs in their own order, else the plan's.
     """
     N_OUT: tl.constexpr = N // 2 if GATED else N
-    HALVES: tl.constexpr = (
-        GATED and not INTERLEAVED and w_box is not None
-    )  # gate and up: two boxes, two products
+    # gate and up: two boxes, two products
+    HALVES: tl.constexpr = GATED and not INTERLEAVED and w_box is not None
     n_tiles = tl.cdiv(out_size, N_OUT)
     tile, n_tile = grouped_tile(tl.program_id(0), tl.num_programs(0) // n_tiles, n_tiles, GROUP)
     expert, first, last = expert_tile(offsets, tile, rows, experts, M, EXPERTS)
@@ -127,12 +126,8 @@ def linear_kernel(
             b = _box(w_box, box_row, box_column, start, TRANSPOSED)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
         if HALVES:
-            up = tl.dot(
-                a,
-                _box(w_box, box_row, out_size + box_column, start, TRANSPOSED),
-                up,
-                input_precision=PRECISION,
-            )
+            b_up = _box(w_box, box_row, out_size + box_column, start, TRANSPOSED)
+            up = tl.dot(a, b_up, up, input_precision=PRECISION)
     if scale is not None:
         acc *= tl.load(scale + own.to(tl.int64) * n_size + column, mask=n_mask, other=0.0)[None, :]
     if bias is not None:

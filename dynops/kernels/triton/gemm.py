@@ -244,7 +244,7 @@ def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDes
 
     From sm_90 on one thread then fetches a weight tile, where 256 threads issued eight 16-byte copies each (and
     held their addresses: 206 registers became 194 on sm_90 with tiles of 128x256x64). A box must not run into the
-    next tap's or group's part of the reduction: what stands there is multiplied by zero, and may be NaN.
+    next tap's or group's part of the reduction: values there are multiplied by zero, and may be NaN.
     """
     matrix = w.view(w.shape[0], -1)
     if sizes["k_size"] % tile["K"] or not takes_boxes(matrix):

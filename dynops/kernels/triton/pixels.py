@@ -66,9 +66,7 @@ def conv_kernel(
     else:
         valid = tl.minimum(rows, tl.load(count))
         covered = valid
-        if (
-            WRITES_ROWS or order is not None
-        ):  # zeros past the count; rows without taps lie among those past it
+        if WRITES_ROWS or order is not None:  # zeros past the count, where rows without taps lie too
             covered = rows
         for tile in range(tl.program_id(0), tl.cdiv(n_size, N) * tl.cdiv(covered, M), tl.num_programs(0)):
             _conv_tile(

@@ -78,7 +78,8 @@ def merge_rows_kernel(
         row = row.to(tl.int64)
         column = column.to(tl.int64)
     at = n[:, None] * columns + column[None, :]
-    alone = share == 1 if MIX else share != share  # what stands alone reads nothing of the base, were it NaN
+    # a row that stands alone must not read the base, which may be NaN
+    alone = share == 1 if MIX else share != share
     below = tl.load(base + at, mask=inside & (~alone)[:, None], other=0).to(tl.float32)
     source = row[:, None] * columns + column[None, :]
     value = tl.load(rows + source, mask=inside & kept[:, None], other=0).to(tl.float32)
@@ -185,7 +186,7 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
 
 @contextlib.contextmanager
 def _aside(x: Tensor) -> Iterator[None]:
-    """Launches go to the side stream of the device of ``x``, after what the current one has been given so far."""
+    """Context: launches go to the side stream of the device of ``x``, after all earlier work of the current one."""
     if not x.is_cuda:
         yield
         return

@@ -22,7 +22,7 @@ PATHS = (None, "rows", "tiles")
 class SparseBlocks(nn.Module):
     """Any stack of ordinary layers, computed on the active blocks of its output only.
 
-    Called as ``layer(x, mask_or_plan, base)``; without a mask, inside ``with dynops.active(mask):`` the
+    Called as ``layer(x, mask_or_plan, base)``; without a mask, inside ``with dynops.use_mask(mask):`` the
     mask is the active one, resized to the output's resolution; without either it is ``module(x)``.
 
     What a block reads is derived from the module by a receptive-field trace, so that the result is the
@@ -31,7 +31,7 @@ class SparseBlocks(nn.Module):
 
     Takes any module whose forward torch.fx can trace (one input, one output) and that holds only these:
     Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
-    (nearest and bilinear, integer factors), elementwise activations, Dropout in eval mode, their
+    (nearest and bilinear, integer factors), PixelShuffle, ZeroPad2d, elementwise activations, Dropout in eval mode, their
     functional forms, sums, differences and products of maps, parameters of one value for each channel,
     and cat of channels. It is traced at construction, and anew where a module inside was replaced.
 
@@ -91,7 +91,7 @@ class SparseBlocks(nn.Module):
         in_shape = (x.shape[0], x.shape[2], x.shape[3])
         out_shape = bound.output_shape(in_shape)
         if mask_or_plan is None:
-            mask_or_plan = active.plan(out_shape, x.device).mask()
+            mask_or_plan = bound.moved(active, in_shape, x.device).mask()
         plan = self._plan(mask_or_plan, out_shape, x)
         bound.check_mode()
         base = _base(base, x)

@@ -9,6 +9,7 @@ from .masked import (
     MaskedInstanceNorm2d,
     MaskedMaxPool2d,
     MaskedPixelShuffle,
+    MaskedSyncBatchNorm,
     MaskedUpsample,
     MaskedZeroPad2d,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedInstanceNorm2d",
     "MaskedMaxPool2d",
     "MaskedPixelShuffle",
+    "MaskedSyncBatchNorm",
     "MaskedUpsample",
     "MaskedZeroPad2d",
     "SparseConv2d",

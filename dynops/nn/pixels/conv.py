@@ -16,7 +16,7 @@ class _SparseConv(FromDense):
     """Base of the two layers: the mask, ``from_dense``."""
 
     def _plan(self, x: Tensor, mask_or_plan, output_padding=None) -> PixelPlan | None:
-        """The plan that a call is for: the one passed, else that of ``dynops.active``, else None."""
+        """The plan that a call is for: the one passed, else that of ``dynops.use_mask``, else None."""
         if mask_or_plan is not None:
             return as_pixel_plan(mask_or_plan, batch=x.shape[0])
         active = context.current()
@@ -27,7 +27,7 @@ class _SparseConv(FromDense):
             geometry = conv_transpose_geometry(self, in_shape, output_padding)
         else:
             geometry = conv_geometry(self, in_shape)
-        return active.plan(geometry.out_shape, x.device)
+        return active.after(geometry, x.device)
 
 
 def _epilogue(batched: bool, gate, residual, base) -> dict:
@@ -50,7 +50,7 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
 
     Constructor, parameters and ``state_dict`` are those of ``nn.Conv2d``; so is the result, bit for
     bit, where there is no mask. Called as ``layer(x, mask_or_plan)``; without that argument inside
-    ``with dynops.active(mask):`` the mask is the active one, resized to the output's resolution.
+    ``with dynops.use_mask(mask):`` the mask is the active one, moved to the output's resolution.
 
     Shape:
         - input: ``[N, C, H, W]`` (channels_last is the fast format) or ``[C, H, W]``.

@@ -9,13 +9,23 @@ from ...ops import gather_pixels, scatter_pixels
 from ...ops.pixels.rows import in_format_of
 from ...plans import PixelPlan, as_pixel_plan
 from ...stack.layers.norm import group_norm_rows
+from ...stack.masked_output import under_mask
 from ...stack.norm import norm_rows
 
 
-class MaskedBatchNorm2d(nn.BatchNorm2d):
+class _MaskedNorm:
+    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        plan = _plan(input, mask_or_plan) if input.dim() == 4 else None
+        if plan is None:  # a norm of batches refuses any other rank
+            return self.pixels_of.forward(self, input)
+        rows = norm_rows if isinstance(self, nn.modules.batchnorm._BatchNorm) else group_norm_rows
+        return in_format_of(scatter_pixels(rows(self, gather_pixels(input, plan), plan), plan), input)
+
+
+class MaskedBatchNorm2d(_MaskedNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that norms the pixels of a mask and is zero elsewhere.
 
-    Called as ``layer(x, mask_or_plan)``; without that argument inside ``with dynops.active(mask):``
+    Called as ``layer(x, mask_or_plan)``; without that argument inside ``with dynops.use_mask(mask):``
     the mask is the active one; without either it is ``nn.BatchNorm2d``.
 
     In eval mode ``where(mask, batch_norm(input), 0)``. In training mode the statistics are those of the
@@ -29,25 +39,17 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     pixels_of = nn.BatchNorm2d
 
-    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
-        plan = _plan(input, mask_or_plan)
-        if plan is None:
-            return nn.BatchNorm2d.forward(self, input)
-        self._check_input_dim(input)
-        out = scatter_pixels(norm_rows(self, gather_pixels(input, plan), plan), plan)
-        return in_format_of(out, input)
+
+class MaskedSyncBatchNorm(_MaskedNorm, nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` of the pixels of a mask: in training mode the statistics are those of all ranks' active pixels.
+
+    See :class:`MaskedBatchNorm2d` for the call.
+    """
+
+    pixels_of = nn.SyncBatchNorm
 
 
-class _MaskedSampleNorm:
-    def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
-        plan = _plan(input, mask_or_plan) if input.dim() == 4 else None
-        if plan is None:
-            return self.pixels_of.forward(self, input)
-        out = scatter_pixels(group_norm_rows(self, gather_pixels(input, plan), plan), plan)
-        return in_format_of(out, input)
-
-
-class MaskedGroupNorm(_MaskedSampleNorm, nn.GroupNorm):
+class MaskedGroupNorm(_MaskedNorm, nn.GroupNorm):
     """``nn.GroupNorm`` that norms the pixels of a mask and is zero elsewhere.
 
     See :class:`MaskedBatchNorm2d` for the call. The mean and variance of a sample's group are over its active pixels,
@@ -59,7 +61,7 @@ class MaskedGroupNorm(_MaskedSampleNorm, nn.GroupNorm):
     pixels_of = nn.GroupNorm
 
 
-class MaskedInstanceNorm2d(_MaskedSampleNorm, nn.InstanceNorm2d):
+class MaskedInstanceNorm2d(_MaskedNorm, nn.InstanceNorm2d):
     """``nn.InstanceNorm2d`` without running statistics that norms the pixels of a mask and is zero elsewhere.
 
     As :class:`MaskedGroupNorm`, with a group for each channel.
@@ -78,6 +80,10 @@ class MaskedInstanceNorm2d(_MaskedSampleNorm, nn.InstanceNorm2d):
 
 class _MaskedOutput:
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        active = context.current()
+        if mask_or_plan is None and active is not None:
+            out, plan = under_mask(self, input, active)
+            return active.note(mask_pixels(out, plan), plan)
         out = self.pixels_of.forward(self, input)
         plan = _plan(out, mask_or_plan)
         return out if plan is None else mask_pixels(out, plan)
@@ -128,7 +134,7 @@ def mask_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
 
 
 def _plan(x: Tensor, mask_or_plan) -> PixelPlan | None:
-    """The plan for ``x``: the one passed, else that of ``dynops.active``, else None."""
+    """The plan for ``x``: the one passed, else that of ``dynops.use_mask``, else None."""
     if mask_or_plan is not None:
         return as_pixel_plan(mask_or_plan, batch=x.shape[0] if x.dim() == 4 else 1)
     active = context.current()

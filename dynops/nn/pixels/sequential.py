@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ...ops.dense_fallback import keep_pixels
 from ...plans import PixelPlan, as_pixel_plan
 from ...stack.activations import ELEMENTWISE, fused_name
 from ...stack.graph import chain_of
+from ...stack.run_rows import checked_base
 from ...stack.traced import Macs, Traced
 from .conv import SparseConv2d, SparseConvTranspose2d
 from .masked import MaskedBatchNorm2d
@@ -30,8 +32,8 @@ class SparseSequential(nn.Sequential):
 
     In training mode a norm takes its statistics from the rows that are computed (active pixels and
     the halo that later layers read), not from the whole map, and updates its running statistics with
-    them as ``nn.BatchNorm2d`` does. Dropout draws for the computed rows only. With a mask, hooks of
-    the inner modules are not called.
+    them as ``nn.BatchNorm2d`` does. Dropout draws for the computed rows only. Where an inner module has a hook, as
+    pruning sets one, the chain runs dense and keeps the pixels of the mask.
 
     Takes exactly these modules: Conv2d and ConvTranspose2d (padding mode zeros) or their sparse
     forms, BatchNorm2d, elementwise activations, Dropout, Identity, and nn.Sequential of the same.
@@ -72,12 +74,18 @@ class SparseSequential(nn.Sequential):
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
         traced, plan = self._bound_to(input, mask_or_plan)
+        if any(traced.inner_hooks):  # they may make the weights, as pruning does
+            out = super().forward(input)
+            base = None if base is None else checked_base(base, input, plan, out.shape[1], out.dtype)
+            return keep_pixels(out, plan, base)
         return traced.on_rows(input, plan, base)
 
-    def macs(self, input: Tensor, mask_or_plan: Tensor | PixelPlan) -> Macs:
+    def macs(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Macs:
         """The multiply-accumulates of ``chain(input, mask_or_plan)``: each layer's wherever a later one reads it."""
+        if mask_or_plan is None:
+            return self._stack().macs(input if input.dim() == 4 else input[None], None)
         traced, plan = self._bound_to(input, mask_or_plan)
-        return traced.macs(input, plan)
+        return traced.macs(input, None if any(traced.inner_hooks) else plan)
 
     def _bound_to(self, x: Tensor, mask_or_plan) -> tuple[Traced, PixelPlan]:
         """The chain's layers, and the plan of its output."""

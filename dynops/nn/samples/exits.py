@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import modes
+from ...geometry import is_share
 from ...ops import gather_samples
 from ...ops.pixels.rows import memory_format_of
 from ...plans import SamplePlan, most_of
@@ -121,6 +122,7 @@ class _Exits(nn.Module):
                     "stage mix tensors of some samples with tensors of all? (see shared)"
                 )
             if exit == self.num_exits - 1:
+                compacted.warn_unseen()
                 yield Visit(
                     exit, index, logits, SamplePlan(index.new_empty(0, dtype=torch.int32), len(index))
                 )
@@ -389,7 +391,7 @@ def _fractions(max_fraction, num_exits: int) -> list[float]:
     """One for each exit but the last."""
     each = max_fraction if isinstance(max_fraction, (list, tuple)) else [max_fraction] * (num_exits - 1)
     each = [1.0 if fraction is None else fraction for fraction in each]
-    if len(each) < num_exits - 1 or not all(0 <= fraction <= 1 for fraction in each):
+    if len(each) < num_exits - 1 or not all(map(is_share, each)):
         raise ValueError(
             f"max_fraction: expected a number in [0, 1], or one for each of {num_exits} exits but the last, "
             f"got {max_fraction!r}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ... import modes
+from ...geometry import is_share
 from ...ops import gather_samples, scatter_samples
 from ...plans import SamplePlan, check_keep, most_of, named
 from ...stack.sample_stack import SampleStack
@@ -96,7 +97,7 @@ class Skip(nn.Module):
                 raise TypeError(f"{name}: expected a module, got {type(value).__name__}")
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
-        if max_fraction is not None and not 0 <= max_fraction <= 1:
+        if max_fraction is not None and not is_share(max_fraction):
             raise ValueError(f"max_fraction: expected a number in [0, 1] or None, got {max_fraction!r}")
         self.module = module
         self.shortcut = nn.Identity() if shortcut is None else shortcut

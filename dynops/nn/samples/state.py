@@ -41,16 +41,26 @@ class Compaction:
 
     def __init__(self, shared: Mapping[str | int, bool]):
         self.shared = shared
+        self._unseen, self._ran = set(shared), False
         self._known: dict[tuple, torch.Size] = {}  # the shape of what was shared, by its place in the state
 
     def __call__(self, state: Any, plan: SamplePlan, *others: Any) -> tuple:
         """``(state, *others)`` of the samples in a plan; ``others``: trees of tensors ``[n, ...]``."""
-        walk = _Walk(self, plan)
+        walk, self._ran = _Walk(self, plan), True
         state = walk.value(state, (), None)
         if not walk.found:
             raise ValueError(f"state: expected a tensor [{plan.batch}, ...] in it, a row for each sample")
         rows, others = gather_samples((walk.rows, others), plan)
         return _filled(state, rows), *others
+
+    def see(self, name: str | int) -> None:
+        self._unseen.discard(name)
+
+    def warn_unseen(self) -> None:
+        """Warns of names in ``shared`` that no state of the call had, where a state was made smaller: of typos."""
+        if self._ran and self._unseen:
+            names = sorted(map(repr, self._unseen))
+            warnings.warn(f"shared: no state of this call has {', '.join(names)} in it", stacklevel=2)
 
     def takes(self, leaf: Tensor, path: tuple, first: Tensor | None, batch: int) -> bool:
         """True if a tensor has a row for each sample; asked where no name says so."""
@@ -96,6 +106,7 @@ class _Walk:
 
     def value(self, value: Any, path: tuple, named: bool | None) -> Any:
         if path and path[-1] in self.compaction.shared:
+            self.compaction.see(path[-1])
             named = self.compaction.shared[path[-1]]
         if named is True:
             return value

@@ -12,7 +12,8 @@ from .. import checks
 
 def plan_of(plan, name: str, x: Tensor, channels: int | None, x_name: str, heads: int | None = None) -> None:
     """``plan`` is for the batch and the channels of ``x``; ``channels``: those that ``x`` must have, if packed."""
-    checks.plan(plan, ChannelPlan, name)
+    if not isinstance(plan, ChannelPlan):
+        checks.plan(plan, ChannelPlan, name)
     if not isinstance(x, Tensor) or x.dim() < 2:
         what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{x_name}: expected a tensor [N, C, ...], got {what}")
@@ -26,9 +27,10 @@ def plan_of(plan, name: str, x: Tensor, channels: int | None, x_name: str, heads
 
 
 def _batch_fits(plan: ChannelPlan, name: str, x: Tensor, x_name: str) -> None:
-    if plan.batch is not None and plan.batch != x.shape[0]:
-        raise ValueError(f"{name}: expected a list for each of {x.shape[0]} samples, got {plan.batch}")
-    if plan.device != x.device:
+    batch = plan.batch
+    if batch is not None and batch != x.shape[0]:
+        raise ValueError(f"{name}: expected a list for each of {x.shape[0]} samples, got {batch}")
+    if plan.index.device != x.device:
         raise ValueError(f"{name}: expected it on {x_name}'s device {x.device}, got {plan.device}")
 
 
@@ -36,7 +38,7 @@ def base_of(base, shape: tuple[int, ...], x: Tensor) -> None:
     """``base`` has the shape of the output, and the dtype and device of ``x``."""
     if not isinstance(base, Tensor):
         raise TypeError(f"base: expected a tensor, got {type(base).__name__}")
-    checks.shaped(base, "base", shape, what="the output's shape")
+    checks.shaped(base, "base", shape, what="the output's shape ")
     checks.same(base, "base", x, dtype=modes.autocast_dtype(x) is None)
 
 
@@ -78,7 +80,8 @@ def _heads_fit(in_plan: ChannelPlan, weight: Tensor, groups: int, packed_in: boo
 
 
 def _out_plan_fits(out_plan, x: Tensor, outputs: int) -> None:
-    checks.plan(out_plan, ChannelPlan, "out_plan")
+    if not isinstance(out_plan, ChannelPlan):
+        checks.plan(out_plan, ChannelPlan, "out_plan")
     if out_plan.channels != outputs or out_plan.heads != 1:
         raise ValueError(
             f"out_plan: expected one of {outputs} channels without heads, got {out_plan.channels}, "

@@ -56,10 +56,8 @@ def _dense_input(x, index, count, channels: int, heads: int, packed: bool) -> Te
     if packed:
         x = _scatter(x, index, count, channels, None)
     live = _live(index, count, channels, heads)
-    if heads == 1:
-        return (
-            x if live is None else torch.where(live[:, 0], x, 0)
-        )  # keeps the format, as masked_fill does not
+    if heads == 1:  # where keeps the format, which masked_fill does not
+        return x if live is None else torch.where(live[:, 0], x, 0)
     headed = torch.where(live, x[:, None], 0).flatten(1, 2)
     return headed.contiguous(memory_format=memory_format_of(x))
 
@@ -417,7 +415,8 @@ def _channel_conv(x, weight, bias, in_plan, out_plan, packed_in, packed_out, opt
     if backend is None and in_plan is None and out_plan is None and scale is None and x.shape[0]:
         return dense_layer(x, weight, bias, g, activation)
     heads = 1 if in_plan is None else in_plan.heads
-    in_list, out_list = ((None, None) if p is None else (p.index, p.count) for p in (in_plan, out_plan))
+    in_list = (None, None) if in_plan is None else (in_plan.index, in_plan.count)
+    out_list = (None, None) if out_plan is None else (out_plan.index, out_plan.count)
     lists = Lists(*in_list, *out_list)
     widths = packed_in, out_plan.width if packed_out else -1
     base = None if base is None else base.to(x.dtype)  # differs under autocast only

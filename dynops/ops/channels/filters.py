@@ -213,8 +213,8 @@ def local_conv2d(
         kernel_size: (kh, kw).
         stride, padding, dilation, padding_mode: as in ``nn.Conv2d``.
         groups: how many filters a pixel has; each is applied to C/groups adjacent channels.
-        upsample: s makes the output s times as high and wide; output pixel ``(y, x)`` reads what ``(y // s, x // s)``
-            of the output without it would.
+        upsample: s makes the output s times as high and wide; output pixel ``(y, x)`` reads the input pixels of
+            ``(y // s, x // s)`` in an output without it.
         backend: "cpp" or "reference"; None takes the fastest.
 
     Returns:

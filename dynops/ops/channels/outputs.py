@@ -129,8 +129,8 @@ def masked_output_conv2d(
             has the same one.
         weight: ``[O, C/groups, kh, kw]``, of ``x``'s dtype.
         mask: ``[N, O, out_H, out_W]``, bool, integer or floating, nonzero = computed. It has no gradient.
-        partial: ``[N, O, out_H, out_W]``, what the convolution is added to, and the output where it is not
-            computed; zero if None.
+        partial: ``[N, O, out_H, out_W]``: the convolution is added to it, and it is the output elsewhere; zero if
+            None.
         bias: ``[O]`` or None.
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
         in_channels: (begin, end): only these channels of ``x`` are read, in place; the weight is then
@@ -178,7 +178,7 @@ def _channel_range(in_channels, channels: int) -> tuple[int, int]:
 
 def _output_mask(mask, out_shape: tuple[int, ...], x: Tensor) -> Tensor:
     check_mask_dtype(mask, "mask", "[N, O, out_H, out_W]")
-    checks.shaped(mask, "mask", out_shape, what="the output's shape")
+    checks.shaped(mask, "mask", out_shape, what="the output's shape ")
     checks.same(mask, "mask", x, dtype=False)
     return mask if mask.dtype == torch.bool else mask.detach() != 0
 
@@ -187,7 +187,7 @@ def _partial(partial, out_shape: tuple[int, ...], x: Tensor) -> Tensor | None:
     if partial is None:
         return None
     checks.tensor(partial, "partial", 4, "[N, O, out_H, out_W]")
-    checks.shaped(partial, "partial", out_shape, what="the output's shape")
+    checks.shaped(partial, "partial", out_shape, what="the output's shape ")
     checks.same(partial, "partial", x, dtype=modes.autocast_dtype(x) is None)
     return partial.to(x.dtype)  # differs under autocast only
 

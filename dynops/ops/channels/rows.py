@@ -120,8 +120,8 @@ def gather_channels(x: Tensor, plan: ChannelPlan) -> Tensor:
         TypeError, ValueError: ``x`` does not fit the plan.
     """
     checks.plan_of(plan, "plan", x, None, "x", 1)
-    shape = (x.shape[0], plan.width, *x.shape[2:])
-    return _gather_op(_as_map(x), plan.index, plan.count, plan.width).view(shape)
+    width = plan.width
+    return _gather_op(_as_map(x), plan.index, plan.count, width).view(x.shape[0], width, *x.shape[2:])
 
 
 def scatter_channels(packed: Tensor, plan: ChannelPlan, base: Tensor | None = None) -> Tensor:

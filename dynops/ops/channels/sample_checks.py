@@ -69,7 +69,7 @@ def region_of(region, g: ConvGeometry, regions: int, x: Tensor) -> Tensor:
     checks.tensor(region, "region", 3, "[N, out_H, out_W]")
     if region.dtype not in _INTEGERS:
         raise TypeError(f"region: expected an integer dtype, got {region.dtype}")
-    checks.shaped(region, "region", g.out_shape, what="the output's [N, H, W] =")
+    checks.shaped(region, "region", g.out_shape, what="the output's [N, H, W] = ")
     checks.same(region, "region", x, dtype=False)
     if region.numel() and modes.may_look(region):
         low, high = (int(bound) for bound in torch.aminmax(region))

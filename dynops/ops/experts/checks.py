@@ -23,6 +23,8 @@ def rows(x, name: str) -> Tensor:
 
 
 def plan_of(plan, x: Tensor) -> ExpertPlan:
+    if isinstance(plan, ExpertPlan) and plan.order.device == x.device:
+        return plan
     return checks.plan(plan, ExpertPlan, "plan", x.device, "from_topk")
 
 
@@ -50,8 +52,14 @@ class Weights(NamedTuple):
         return self.matrix.shape[1] if self.transposed else self.matrix.shape[2]
 
 
-def weights_of(weight, bias, names: tuple[str, str], x: Tensor, experts: int, transposed: bool) -> Weights:
-    """Checks a weight and a bias of these names. A weight that is contiguous along the other dimension is turned."""
+def weights_of(
+    weight, bias, names: tuple[str, str], x: Tensor, experts: int, inputs: int | None, transposed: bool
+) -> Weights:
+    """Checks a weight and a bias of these names. A weight that is contiguous along the other dimension is turned.
+
+    Args:
+        inputs: of each expert; None: they are checked later.
+    """
     (name, bias_name), scale = names, None
     shape = "[E, I, O]" if transposed else "[E, O, I]"
     if isinstance(weight, QuantizedExperts):
@@ -69,7 +77,9 @@ def weights_of(weight, bias, names: tuple[str, str], x: Tensor, experts: int, tr
         weight, transposed = weight.mT, not transposed
     checked = Weights(weight, scale, bias, transposed)
     if scale is not None:
-        checks.shaped(scale, name, (weight.shape[0], checked.outputs), what="a scale")
+        checks.shaped(scale, name, (weight.shape[0], checked.outputs), what="a scale ")
+    if inputs is not None:
+        fits(checked, name, experts, inputs)
     if bias is not None:
         checks.tensor(bias, bias_name, 2, "[E, O]")
         checks.same(bias, bias_name, x)
@@ -79,11 +89,11 @@ def weights_of(weight, bias, names: tuple[str, str], x: Tensor, experts: int, tr
 
 def fits(weights: Weights, name: str, experts: int, inputs: int, of: str = "x") -> None:
     """The weights are of so many experts and inputs."""
-    shape = weights.matrix.shape
-    if shape[0] != experts or weights.inputs != inputs:
+    shape, got = weights.matrix.shape, weights.inputs
+    if shape[0] != experts or got != inputs:
         raise ValueError(
             f"{name}: expected {experts} experts of {inputs} inputs, as the plan and {of} have them, got "
-            f"{shape[0]} of {weights.inputs} in shape {tuple(shape)}"
+            f"{shape[0]} of {got} in shape {tuple(shape)}"
         )
 
 
@@ -92,7 +102,7 @@ def topk_weight_of(weight, plan: ExpertPlan) -> None:
         return
     checks.tensor(weight, "topk_weight", 2, "[T, K]")
     checks.floating(weight, "topk_weight")
-    checks.shaped(weight, "topk_weight", plan.position.shape)
+    checks.shaped(weight, "topk_weight", plan.position.shape, what="")
     checks.on_plan(weight, plan, "topk_weight")
 
 

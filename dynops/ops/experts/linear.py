@@ -25,6 +25,7 @@ from torch import Tensor
 from ... import modes
 from ...kernels import cpu
 from ...plans import ExpertPlan
+from .. import checks as tensor_checks
 from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
 from ..registry import define, save_inputs, saved_inputs
@@ -256,10 +257,9 @@ def grouped_linear(
     checks.rows(x, "x")
     checks.plan_rows(x, "x", checks.plan_of(plan, x), packed_in)
     x, weight, bias = checks.autocast(x, weight, bias)
-    weights = checks.weights_of(weight, bias, ("weight", "bias"), x, plan.num_experts, transposed)
-    checks.fits(weights, "weight", plan.num_experts, x.shape[1])
+    weights = checks.weights_of(weight, bias, ("weight", "bias"), x, plan.num_experts, x.shape[1], transposed)
     checks.topk_weight_of(topk_weight, plan)
-    activation = checks.activation(activation, gated=False)
+    activation = tensor_checks.activation(activation)
     indices = (plan.order, plan.offsets, plan.position)
     *tensors, transposed = weights
     if not activation or not modes.differentiated(x, *tensors, topk_weight):

@@ -120,9 +120,9 @@ def experts_mlp(
     checks.rows(x, "x")
     checks.plan_rows(x, "x", checks.plan_of(plan, x), packed=False)
     x, up, down, up_bias, down_bias = checks.autocast(x, up, down, up_bias, down_bias)
-    ups = checks.weights_of(up, up_bias, ("up", "up_bias"), x, plan.num_experts, transposed)
-    downs = checks.weights_of(down, down_bias, ("down", "down_bias"), x, plan.num_experts, transposed)
-    checks.fits(ups, "up", plan.num_experts, x.shape[1])
+    experts = plan.num_experts
+    ups = checks.weights_of(up, up_bias, ("up", "up_bias"), x, experts, x.shape[1], transposed)
+    downs = checks.weights_of(down, down_bias, ("down", "down_bias"), x, experts, None, transposed)
     checks.topk_weight_of(topk_weight, plan)
     indices, name = (plan.order, plan.offsets, plan.position), backend or ""
 
@@ -133,21 +133,22 @@ def experts_mlp(
     if callable(activation):
         rows = activation(product(x, ups, None, False, True))
         checks.plan_rows(checks.rows(rows, "activation(rows)"), "activation(rows)", plan, packed=True)
-        checks.fits(downs, "down", plan.num_experts, rows.shape[1], "activation(rows)")
+        checks.fits(downs, "down", experts, rows.shape[1], "activation(rows)")
         return product(rows.to(x.dtype), downs, topk_weight, True, False)
     activation = checks.activation(activation, gated)
-    if gated and ups.outputs % 2:
-        raise ValueError(f"up: expected an even number of outputs, gate and up, got {ups.outputs}")
-    checks.fits(downs, "down", plan.num_experts, ups.outputs // 2 if gated else ups.outputs, "up")
+    outputs = ups.outputs
+    if gated and outputs % 2:
+        raise ValueError(f"up: expected an even number of outputs, gate and up, got {outputs}")
+    checks.fits(downs, "down", experts, outputs // 2 if gated else outputs, "up")
     if modes.differentiated(x, *ups, *downs, topk_weight):
         options = {"gated": gated, "interleaved": interleaved, "alpha": alpha, "limit": limit}
         rows = product(x, ups, None, False, True)
         rows = expert_activation(rows, activation or None, **options, backend=backend)
         return product(rows, downs, topk_weight, True, False)
-    pairs = (pair for both in zip(ups, downs, strict=True) for pair in both)
-    *tensors, up_transposed, down_transposed = pairs  # matrices, scales, biases
-    options = activation, gated, interleaved, up_transposed, down_transposed, float(alpha), float(limit)
-    return _whole_mlp(x, *tensors, topk_weight, *indices, *options, name)
+    tensors = ups.matrix, downs.matrix, ups.scale, downs.scale, ups.bias, downs.bias, topk_weight
+    flips = ups.transposed, downs.transposed
+    options = activation, gated, interleaved, *flips, float(alpha), float(limit)
+    return _whole_mlp(x, *tensors, *indices, *options, name)
 
 
 __all__ = ["experts_mlp"]

@@ -9,15 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
 from ...kernels import cpu
 from ...kernels.layout import empty_map
 from ...kernels.layout import in_format as in_format  # for those who import it from here
 from ...kernels.layout import in_format_of as in_format_of
 from ...kernels.layout import memory_format_of as memory_format_of
 from ...plans import PixelPlan
-from .. import batching
-from ..dispatch import triton_module
+from .. import batching, checks
+from ..dispatch import Kernels
 from ..registry import define
 
 
@@ -95,24 +94,8 @@ def _merge_rows_fake(rows, index, count, base, scale, mix) -> Tensor:
     return base.new_empty(base.shape)
 
 
-def _run(name: str, reference, *, copies: bool = True):
-    """The implementation of an op on rows ``(x, …)``; on a GPU the binary's kernels go before (``define``).
-
-    Args:
-        copies: whether the op moves bits of any dtype; else it computes.
-    """
-
-    def implementation(*arguments):
-        x = arguments[0]
-        fits = x.element_size() <= 8 if copies else x.dtype in backends.FAST_DTYPES
-        run = reference
-        if x.device.type == "cpu" and backends.has_binary() and (copies or fits):
-            run = getattr(cpu.rows, name)
-        elif x.is_cuda and backends.has_triton() and fits:
-            run = getattr(triton_module("rows"), name, reference)
-        return run(*arguments)
-
-    return implementation
+# on a GPU the binary's kernels go before these (define)
+_KERNELS, _COPIES = Kernels(cpu.rows, "rows"), Kernels(cpu.rows, "rows", copies=True)
 
 
 def _gather_setup(ctx, inputs, output):
@@ -198,7 +181,7 @@ def _gather(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
 
 gather_rows = define(
     "gather_rows(Tensor x, Tensor index, Tensor? count) -> Tensor",
-    _run("gather_rows", _gather_rows),
+    _COPIES.run("gather_rows", _gather_rows, backend=""),
     _gather_rows_fake,
     _gather_setup,
     _gather_backward,
@@ -208,7 +191,7 @@ gather_rows = define(
 scatter_rows, scatter_planes = (
     define(
         f"{name}(Tensor rows, Tensor index, Tensor? count, SymInt[] shape, Tensor? base) -> Tensor",
-        _run(name, reference),
+        _COPIES.run(name, reference, backend=""),
         fake,
         _scatter_setup,
         _scatter_backward,
@@ -222,7 +205,7 @@ scatter_rows, scatter_planes = (
 )
 merge_rows = define(
     "merge_rows(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix) -> Tensor",
-    _run("merge_rows", _merge_rows, copies=False),
+    _KERNELS.run("merge_rows", _merge_rows, backend=""),
     _merge_rows_fake,
     _merge_setup,
     _merge_backward,
@@ -243,8 +226,6 @@ def gather_pixels(x: Tensor, plan: PixelPlan) -> Tensor:
     Raises:
         TypeError, ValueError: ``x`` is not a tensor of the plan's batch and size on its device.
     """
-    from .. import checks
-
     checks.pixel_plan(plan, "plan")
     checks.dense_map(x, plan, "x")
     return gather_rows(x, plan.index, plan.count)
@@ -263,8 +244,6 @@ def scatter_pixels(rows: Tensor, plan: PixelPlan, base: Tensor | None = None) ->
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit the plan.
     """
-    from .. import checks
-
     checks.pixel_plan(plan, "plan")
     checks.packed_rows(rows, plan, "rows")
     if base is not None:

@@ -23,6 +23,7 @@ _FUNCTIONS = {
     }.items()
     for name in names.split()
 }
+COPIES = ("contiguous", "clone")  # methods that return the value: no layer writes into rows
 _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 # f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
@@ -47,13 +48,16 @@ class Call(Layer):
         self.function = find(step.target) if step.kind == "function" else None
         self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
         self.refusal = self._refuses(step, parameters)
-        self.packs, name = not self.refusal, step.target.rpartition(":")[2]
+        self.packs, name = self.refusal == "", step.target.rpartition(":")[2]
         self.cats = step.target in _CATS
         self.scales = name in _SCALES
         refers_only = (
             all(type(a) is Ref for a in step.args) and not step.kwargs and len(maps) == len(step.inputs)
         )
-        self.keeps_zero = self.packs and (self.cats or self.scales or (name in _JOINS and refers_only))
+        self.copies = step.kind == "method" and step.target in COPIES
+        divides = step.target in _DIVISIONS and len(maps) > 1  # 0 / 0 is not zero
+        joins = name in _JOINS and refers_only
+        self.keeps_zero = self.packs and not divides and (self.cats or self.scales or joins)
 
     def _refuses(self, step: Step, parameters: dict[int, str]) -> str:
         if step.kind == "module":
@@ -78,11 +82,14 @@ class Call(Layer):
         return ""
 
     def rows(self, run):
+        if self.copies and (rows := run.rows_of(self.inputs[0])) is not None:
+            return rows
         plan = None
         if self.keeps_zero or (self.packs and not run.policy.zero_outside):
             plan, values = run.together(self, "any" if self.scales else "rows")
         if plan is None:
-            return self._call({v: run.dense(v) for v in self.inputs})
+            run.recorded.add(self.out)
+            return self._call({v: run.as_called(v) for v in self.inputs})
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)

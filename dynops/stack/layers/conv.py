@@ -68,6 +68,13 @@ class Conv(Layer):
         padded = self.pads is not None
         return self._geometries.kept(in_shape, lambda: geometry_of(self.conv, in_shape, padded))
 
+    def _unpadded(self, g: ConvGeometry) -> ConvGeometry:
+        """The geometry on the map itself, where the input carries its padding already."""
+        if self.pads is None:
+            return g
+        left, right, top, bottom = self.pads
+        return g._replace(in_h=g.in_h - top - bottom, in_w=g.in_w - left - right, pad_h=top, pad_w=left)
+
     def macs(self, in_shape: tuple[int, int, int]) -> float:
         return self.geometry(in_shape).macs(1, self.in_channels, self.out_channels)
 
@@ -76,15 +83,22 @@ class Conv(Layer):
     def rows(self, run):
         values, in_plan, shape = self._input(run)
         g = self.geometry(shape)
-        plan = run.policy.plan(self.out, g.out_shape, values.device, g)
-        residual = None
+        plan = run.policy.plan(self.out, g.out_shape, values.device, self._unpadded(g))
+        residual, wide = None, run.autocast is None or values.dtype == torch.float64
         if self.residual is not None:
             residual = run.added(self.residual, plan, self.out_channels)
-            if residual is None or residual.shape[1] != self.out_channels:
+            # a sum of two dtypes has the wider one, as it has layer by layer
+            apart = (
+                run.policy.zero_outside
+                and residual is not None
+                and not wide
+                and residual.dtype != run.autocast
+            )
+            if residual is None or residual.shape[1] != self.out_channels or apart:
                 rows = self._product(run, values, in_plan, plan, g, "")
                 return self._then_broadcast(run, rows, residual, plan)
         if run.ends_with(self) and not (self.norm is not None and uses_batch_statistics(self.norm)):
-            wide = run.autocast is None or values.dtype == torch.float64
+            run.ended = plan
             base = run.base(self.out_channels, values.dtype if wide else run.autocast)
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
@@ -96,7 +110,7 @@ class Conv(Layer):
         x = run.dense(self.x)
         if x.dim() != 4:
             raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(x.shape)}")
-        x = run.env[self.x] = in_format(x, torch.channels_last)  # once for all readers
+        x = run.put(self.x, in_format(x, torch.channels_last))  # once for all readers
         if self.pads is not None:
             x = F.pad(x, self.pads, mode=self.conv.padding_mode)
         self.check_input(x)

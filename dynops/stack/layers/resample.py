@@ -39,8 +39,9 @@ class _Moved(Layer):
             return self.recorded.rows(run)
         x = self.inputs[0]
         if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
-            out = self.forward(self.layer, run.dense(x))
-            return run.masked(self.out, out) if out.dim() == 4 else out
+            if run.dense(x).dim() == 4:
+                return run.masked(self.layer, x)
+            return self.forward(self.layer, run.dense(x))
         g = self.geometry(run.shape(x))
         plan = run.policy.plan(self.out, g.out_shape, run.device(x), g)
         return Rows(self._of_rows(run.read_at(x, _source(plan, g)), plan, g), plan)
@@ -83,7 +84,7 @@ class Upsample(_Moved):
         else:
             self.factors = tuple(int(f) for f in factors)
             reach = tuple(Enlarged(f, self.mode == "bilinear") for f in self.factors)
-        self.packs = self.mode == "nearest" and not self.refusal
+        self.packs = self.mode == "nearest" and self.refusal == ""
         self.outside = "edge" if self.mode == "bilinear" else ""
         super().__init__(name, step, layer, reach)
 

@@ -1,7 +1,5 @@
 """Values of the block kernels in Triton's interpreter, or on a GPU. Run by ``test_triton_interpreter.py``."""
 
-from __future__ import annotations
-
 import os
 
 import interpreter  # noqa: F401 (mends and checks the interpreter)

@@ -1,7 +1,5 @@
 """Values of the channel kernels in Triton's interpreter, or on a GPU. Run by ``test_triton_interpreter.py``."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import interpreter  # noqa: F401 (mends the interpreter)

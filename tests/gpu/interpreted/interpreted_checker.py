@@ -1,8 +1,6 @@
 """The interpreter's own check of addresses (``interpreter.py``), on kernels that go wrong. Run by
 ``test_triton_interpreter.py``."""
 
-from __future__ import annotations
-
 import os
 import re
 
@@ -120,12 +118,6 @@ def test_an_index_of_minus_one():
         indexed_kernel[(1,)](x, index, torch.zeros(8), 4, MASKED=True)
 
 
-@pytest.mark.parametrize("at", [-1, SIZE, 2**31])
-def test_a_scalar_outside(at):
-    with wrong(scalar_kernel, "x", 4 * at, (0,)):
-        scalar_kernel[(1,)](*tensors(SIZE, 1), at)
-
-
 def test_another_tensor_is_outside():
     """One memory, two arguments: what lies in the other is not reached through a pointer to this."""
     memory = torch.arange(2.0 * SIZE)
@@ -171,9 +163,6 @@ def test_boxes_of_a_descriptor():
 def test_a_grid_of_no_programs():
     with pytest.raises(AssertionError, match=r"scalar_kernel: launched without a program: \(0,\)"):
         scalar_kernel[(0,)](*tensors(1, 1), 0)
-
-
-# ---------------------------------------------------------------------------------------- guards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.int64], ids=str)

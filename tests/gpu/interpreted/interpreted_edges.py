@@ -5,8 +5,6 @@ the buffer, capacities that are empty, full and exceeded, 64-bit offsets. Each a
 values are compared with the reference. Tiles are the smallest of the table, as on a GPU with very many SMs.
 """
 
-from __future__ import annotations
-
 import os
 import pkgutil
 from dataclasses import replace
@@ -55,8 +53,6 @@ def smallest_tiles(monkeypatch):
 def named(cases: dict):
     return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
 
-
-# ---------------------------------------------------------------------------------------- pixels
 
 Pixels = pixel_cases.Case
 ONE = Pixels(n=1, h=1, w=1, c=1, o=1, mask="full")
@@ -162,9 +158,6 @@ def check_fill(base: torch.Tensor, plan: PixelPlan, monkeypatch) -> None:
     assert out.isnan().equal(live.bool().expand_as(out)) and out[~out.isnan()].equal(base[~out.isnan()])
 
 
-# --------------------------------------------------------------------------------------- samples
-
-
 @of_offsets
 @pytest.mark.parametrize("n,columns", [(0, 3), (1, 1), (M - 1, 63), (M, 64), (M + 1, 65), (2, 4097)])
 def test_sample_rows(n, columns, limit, monkeypatch):
@@ -182,8 +175,6 @@ def test_sample_rows(n, columns, limit, monkeypatch):
             given = (new.nan_to_num(0), plan.index, plan.count, base, clean, mix)
             torch.testing.assert_close(got, row_reference._merge_rows(*given))
 
-
-# ---------------------------------------------------------------------------------------- blocks
 
 Blocks = block_cases.Case
 LINE = Blocks(c=1, n=1, h=1, block=(1, 1), kind="full")
@@ -203,8 +194,6 @@ def test_blocks(case, limit, monkeypatch):
         block_cases.check_gather(blocks, case, FLOAT, nchw)
         block_cases.check_scatter(blocks, case, FLOAT, nchw)
 
-
-# -------------------------------------------------------------------------------------- channels
 
 Channels = channel_cases.Case
 SINGLE = Channels(c=1, o=1, n=1, h=1, w=1, ins="one", outs="one")
@@ -281,8 +270,6 @@ def test_channel_plans(rows, size):
             assert got.dtype == expected.dtype and got.equal(expected)
 
 
-# --------------------------------------------------------------------------------------- experts
-
 Experts = expert_cases.Case
 EXPERTS = {
     "one-of-all": Experts(t=1, k=1, e=1, i=1, o=1, routing="kept", weighted=True),
@@ -350,9 +337,6 @@ def test_expert_activations_and_rows(r, size, limit, monkeypatch):
         check(calling((x, weight), *inputs.indices), experts.gather, expert_rows._gather)
         check(calling((grad, weight), *inputs.indices), experts.combine, expert_rows._combine)
         check(calling((x, grad), False, *inputs.indices), experts.dots, expert_rows._dots)
-
-
-# ---------------------------------------------------------------------------------- completeness
 
 
 def test_every_kernel_was_launched(request):

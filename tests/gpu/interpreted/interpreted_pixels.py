@@ -1,7 +1,5 @@
 """Values of the pixel kernels in Triton's interpreter. Run by ``test_triton_interpreter.py``."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import interpreter  # noqa: F401 (mends the interpreter)

@@ -1,7 +1,5 @@
 """Values of the row kernels on whole samples in Triton's interpreter. Run by ``test_triton_interpreter.py``."""
 
-from __future__ import annotations
-
 import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch

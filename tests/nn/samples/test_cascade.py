@@ -1,7 +1,5 @@
 """Cascade against every model on every sample."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from exit_cases import CLASSES, choose, conv_model, first_exit, halve

@@ -1,7 +1,5 @@
 """Criteria that remember: patience, trees, and what a run has of their confidences."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

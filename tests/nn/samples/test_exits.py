@@ -1,7 +1,5 @@
 """EarlyExit and Cascade, against every exit computed for every sample and the choice made afterwards."""
 
-from __future__ import annotations
-
 import copy
 import math
 

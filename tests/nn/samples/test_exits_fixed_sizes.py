@@ -1,7 +1,5 @@
 """Networks with exits where sizes may not depend on values: export, make_fx, vmap and meta tensors give what eager calls give."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

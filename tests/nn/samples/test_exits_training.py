@@ -1,7 +1,5 @@
 """EarlyExit in training: gradients, visits, norms, gradient equilibrium."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Halting of samples, against a loop over the samples in Python and against the dense-masked form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from halting_cases import (
@@ -24,9 +22,6 @@ from dynops.nn.samples.halting import Halting
 from dynops.testing import assert_within_budget, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-# --------------------------------------------------------------------------------- the formula
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -154,9 +149,6 @@ def script_reference(state: Scripted, weighted: bool):
     return torch.cat(outputs), torch.cat(ponders), torch.cat(counts)
 
 
-# ------------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize("dense", [False, True])
 def test_ponder_has_a_gradient_through_the_remainder_only(dense):
     scores = torch.tensor([[0.3, 0.3, 0.9, 0.5, 0.5], [1.0, 0.5, 0.5, 0.5, 0.5]]).requires_grad_()
@@ -164,9 +156,6 @@ def test_ponder_has_a_gradient_through_the_remainder_only(dense):
     torch.testing.assert_close(ponder, torch.tensor([3 + 0.4, 1 + 1.0]))
     (dscores,) = torch.autograd.grad(ponder.sum(), scores)
     assert dscores.tolist() == [[-1, -1, 0, 0, 0], [0, 0, 0, 0, 0]]
-
-
-# ------------------------------------------------------------------------------------ computation
 
 
 def test_only_what_has_not_halted_is_computed():

@@ -1,7 +1,5 @@
 """Spatial halting, against the equations pixel by pixel and against the dense-masked form."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,9 +155,6 @@ def test_any_pattern_of_halting(n, height, width, units, weighted, max_fraction,
     if max_fraction is not None:
         after = (ours.steps > 1).sum()
         assert after <= max_fraction * n * height * width
-
-
-# ------------------------------------------------------------------------------------ computation
 
 
 class Recording(nn.Module):

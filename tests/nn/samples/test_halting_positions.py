@@ -1,7 +1,5 @@
 """Halting of the positions of sequences, by themselves and under attention."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from halting_cases import EPSILON, STEPS, WIDTH, Attending, assert_same, cell_and_halt, gradients, reference

@@ -1,32 +1,16 @@
 """Halting at its limits: nothing to do, all or nobody halts, NaN, BatchNorm, autocast, compile, wrong input."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest
 import torch
-from halting_cases import STEPS, WIDTH, Attending, Cell, by_script, scripted
+from halting_cases import WIDTH, Attending, Cell, by_script, scripted
 from torch import Tensor, nn
 
 from dynops.nn.samples.halting import Halting
 from dynops.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-# ---------------------------------------------------------------------------------------- survive
-
-
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("batch", [0, 1, 4])
-def test_all_halt_at_once_or_never(dense, batch):
-    x = random_tensor(batch, WIDTH)
-    for value, steps in ((1.0, 1), (0.0, STEPS), (float("nan"), STEPS)):
-        layer = Halting(lambda s, n: s + n, lambda s, v=value: torch.full((len(s),), v), STEPS, dense=dense)
-        out = layer(x)
-        assert out.steps.tolist() == [steps] * batch and out.ponder.tolist() == [steps + 1.0] * batch
-        torch.testing.assert_close(out.output, x + sum(range(1, steps + 1)))
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -74,9 +58,6 @@ def test_a_decision_of_a_gate_is_a_score():
     decide = lambda s: Decision(torch.ones(len(s)), torch.full((len(s), 1), 0.5))  # noqa: E731
     assert Halting(lambda s, n: s, decide, 4)(x).steps.tolist() == [2, 2, 2]
     assert Halting(lambda s, n: s, decide, 4, weighted=False)(x).steps.tolist() == [1, 1, 1]
-
-
-# ----------------------------------------------------------------------------------------- errors
 
 
 def test_wrong_arguments():

@@ -1,7 +1,5 @@
 """nn.Skip: against the dense-masked form in float64, on both paths; gradients, modes, caps, attacks."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -62,9 +60,6 @@ def check(layer: Skip, x: Tensor, gate: Tensor, what: str) -> Tensor:
         dense = reference(layer, x, gate).to(actual.dtype)
     assert_within_budget(actual, exact, dense, what)
     return actual
-
-
-# -------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
@@ -236,9 +231,6 @@ def test_trees():
     assert out["count"].tolist() == [1, 1, 2, 7]
 
 
-# -------------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize("shortcut", [None, "conv"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
@@ -279,9 +271,6 @@ def test_norms_in_training_mode():
         small(random_tensor(6, 5), torch.tensor(KEEPS["one"]))
     small.dense = True
     assert small(random_tensor(6, 5), torch.tensor(KEEPS["one"])).isfinite().all()
-
-
-# -------------------------------------------------------------------------------------- caps
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -330,9 +319,6 @@ def test_an_active_mask_reaches_the_layers_inside():
     assert out[1].equal(x[1]) and out[0, :, 2:5].all() and not out[0, :, :2].any()
 
 
-# -------------------------------------------------------------------------------------- attacks
-
-
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -346,6 +332,7 @@ def test_an_active_mask_reaches_the_layers_inside():
         (lambda s, x: Skip(s, mode="both"), ValueError, "mode: .*'both'"),
         (lambda s, x: Skip(s, path="tiles"), ValueError, "path: .*'tiles'"),
         (lambda s, x: Skip(s, max_fraction=1.5), ValueError, "max_fraction: .*1.5"),
+        (lambda s, x: Skip(s, max_fraction="0.5"), ValueError, "max_fraction: expected a number .*'0.5'"),
         (lambda s, x: Skip(None), TypeError, "module: expected a module"),
         (lambda s, x: Skip(s, shortcut=3), TypeError, "shortcut: expected a module"),
     ],

@@ -89,6 +89,13 @@ def test_a_mask_of_pairs_is_not_cut_where_its_size_is_the_batch(dtype):
         assert torch.equal(seen[1][1], mask[rows])
 
 
+def test_a_name_in_shared_that_nothing_has_is_told():
+    state = (some(8, 4), {"mask": torch.ones(8, 4)})
+    model = EarlyExit([nn.Identity()] * 2, [First()] * 2, exits_of(None), shared=["msk"]).eval()
+    with pytest.warns(UserWarning, match="^shared: no state of this call has 'msk' in it"):
+        model(state)
+
+
 def test_a_second_state_like_the_first_has_rows():
     seen = []
     model = EarlyExit(states(lambda s: seen.append(s)), [First()] * 2, exits_of(None)).eval()

@@ -1,7 +1,5 @@
 """Token-level exits, against the dense layers with the states of tokens that have left held fixed."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -65,9 +63,6 @@ CAUSAL = {
     "bool": lambda t: torch.ones(t, t, dtype=torch.bool).triu(1),
     "float": lambda t: nn.Transformer.generate_square_subsequent_mask(t, dtype=torch.float64),
 }
-
-
-# ---------------------------------------------------------------------------------- encoder layers
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -134,9 +129,6 @@ def test_dropout_is_for_training():
     plan = SamplePlan.from_mask(torch.tensor([0, 1, 0, 1, 1, 0]))
     assert not torch.equal(layer(x, plan), layer(x, plan))
     assert torch.equal(layer.eval()(x, plan), layer(x, plan))
-
-
-# ----------------------------------------------------------------------------------- whole networks
 
 
 def attention_model(criterion=None, exits: int = 3, norm_first: bool = False, **options) -> TokenExit:
@@ -302,9 +294,6 @@ def test_a_sequence_of_padding_alone():
         assert z.isfinite().all() and not z[padding].any()
 
 
-# ----------------------------------------------------------------------------------------- training
-
-
 def test_training_computes_all_exits_with_gradients():
     model = attention_model(MaxSoftmax(0.45)).train()
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -350,9 +339,6 @@ def test_gradients_of_mixed_training_are_the_masked_dense_forms(norm_first):
     assert near(out.logits, logits) and near(x.grad, y.grad, 1e-10)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert near(a.grad, b.grad, 1e-10)
-
-
-# --------------------------------------------------------------------------------- module contract
 
 
 def test_bad_arguments_are_named():

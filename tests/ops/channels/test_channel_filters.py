@@ -1,7 +1,5 @@
 """Local convolution against ``F.unfold`` and a sum: values and gradients, every argument."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,15 +169,9 @@ WRONG = {
     "kernels of another dtype": ({"kernels": torch.ones(2, 9, 9, 11).double()}, TypeError, "kernels"),
     "no kernels": ({"kernels": None}, TypeError, "kernels"),
     "kernel_size": ({"kernel_size": 0}, ValueError, "kernel_size"),
-    "groups": ({"groups": 7}, ValueError, "groups.*40"),
     "no groups": ({"groups": 0}, ValueError, "groups"),
-    "upsample": ({"upsample": 0}, ValueError, "upsample"),
     "half an upsample": ({"upsample": 0.5}, ValueError, "upsample"),
-    "stride": ({"stride": 0}, ValueError, "stride"),
-    "padding_mode": ({"padding_mode": "mirror"}, ValueError, "padding_mode"),
     "integers": ({"x": torch.ones(2, 40, 9, 11, dtype=torch.int32)}, TypeError, "x"),
-    "three dimensions": ({"x": torch.ones(40, 9, 11)}, ValueError, "x"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend"),
     "no Triton kernel": ({"backend": "triton"}, RuntimeError, "triton"),
 }
 

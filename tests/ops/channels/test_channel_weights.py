@@ -1,7 +1,5 @@
 """Weights of each sample, of each region, and mixed ones, against the dense layer in a loop."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pixel_cases

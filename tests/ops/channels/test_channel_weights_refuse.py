@@ -1,7 +1,5 @@
 """What convolutions with weights of samples, regions and mixtures refuse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -16,24 +14,17 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("error, match, changed", [
-    (TypeError, r"x: expected a tensor .*list", {"x": [1.0]}),
     (TypeError, r"x: expected a floating dtype, got torch.int64", {"x": X.long()}),
-    (ValueError, r"x: .*\(6, 9, 10\)", {"x": X[0]}),
     (ValueError, r"x: expected 6 channels.*\(3, 4, 9, 10\)", {"x": X[:, :4]}),
     (TypeError, r"weight: expected a tensor \[N, O.*NoneType", {"weight": None}),
     (ValueError, r"weight: expected \[N, O.*\(4, 3, 3, 3\)", {"weight": W[0]}),
     (ValueError, r"weight: .*kernel.*\(3, 4, 3, 0, 3\)", {"weight": W[:, :, :, :0]}),
     (ValueError, r"weight: expected one for each of 3 samples, got shape \(2, 4, 3, 3, 3\)", {"weight": W[:2]}),
     (TypeError, r"weight: expected x's dtype torch.float32, got torch.bfloat16", {"weight": W.bfloat16()}),
-    (ValueError, r"weight: .*device cpu, got meta", {"weight": W.to(META)}),
-    (TypeError, r"bias: expected a tensor or None, got bool", {"bias": True}),
     (TypeError, r"bias: .*float32.*float64", {"bias": B.double()}),
     (ValueError, r"bias: expected \[N, O\] = \(3, 4\) or \[O\] = \(4,\), got shape \(3, 3\)", {"bias": B[:, :3]}),
     (ValueError, r"groups: .*got 3", {"groups": 3}),
-    (ValueError, r"stride: .*0", {"stride": 0}),
-    (ValueError, r"padding_mode: .*'mirror'", {"padding_mode": "mirror"}),
     (ValueError, r"activation: .*'tanh'", {"activation": "tanh"}),
-    (ValueError, r"backend: .*'cuda'", {"backend": "cuda"}),
 ])  # fmt: skip
 def test_errors_of_sample(error, match, changed):
     arguments = {"x": X, "weight": W, "bias": B, "padding": 1, "groups": 2}

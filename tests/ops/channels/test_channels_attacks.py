@@ -1,7 +1,5 @@
 """Channel ops under hostile values, arguments, threads and compilers; properties over any convolution."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from channel_cases import KINDS, at_channels, channels_of, masked_channel_conv2d, packed, unpacked
@@ -46,9 +44,6 @@ GROWING_LISTS = """
 def test_samples_in_turn_may_have_ever_more_channels():
     """Samples that take a large weight in turn wrote to memory that had moved. Here freed memory is unmapped at once."""
     assert run_script(GROWING_LISTS, MALLOC_MMAP_THRESHOLD_="65536").split() == ["alive"]
-
-
-# ----------------------------------------------------------------------- what is read and written
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,8 +127,6 @@ def test_the_number_of_threads_changes_no_gradient_of_a_weight(conv, backend):
             assert torch.equal(result[2], results[0][2]) and torch.equal(result[3], results[0][3])
 
 
-# ------------------------------------------------------------------------------------- refusals
-
 X, W, B = random_tensor(2, 6, 9, 8), random_tensor(4, 6, 3, 3), random_tensor(4)
 INS, OUTS = ChannelPlan.from_mask(torch.rand(2, 6) < 0.5), ChannelPlan.from_mask(torch.rand(2, 4) < 0.5)
 HEADS = ChannelPlan.from_mask(torch.rand(2, 3, 6) < 0.5)
@@ -146,14 +139,9 @@ def refused(error, match, x=X, weight=W, bias=B, in_plan=INS, out_plan=OUTS, op=
 
 
 @pytest.mark.parametrize("error, match, op, arguments, rest", [
-    refused(TypeError, r"x: expected a tensor .*list", x=[1.0]),
     refused(TypeError, r"x: expected a floating dtype, got torch.int64", x=X.long()),
-    refused(ValueError, r"x: .*\(6, 9, 8\)", x=X[0]),
     refused(ValueError, r"x: expected 6 channels.*got 5", x=X[:, :5]),
-    refused(ValueError, r"x: .*larg.*\(2, 2\)", x=X[:, :, :2, :2]),
     refused(TypeError, r"weight: expected x's dtype torch.float32, got torch.bfloat16", weight=W.bfloat16()),
-    refused(ValueError, r"weight: .*\(4, 6, 3\)", weight=W[..., 0]),
-    refused(ValueError, r"bias: expected shape \(4,\), got \(3,\)", bias=B[:3]),
     refused(TypeError, r"in_plan: expected a ChannelPlan.*Tensor", in_plan=INS.mask()),
     refused(TypeError, r"out_plan: expected a ChannelPlan.*list", out_plan=[1]),
     refused(ValueError, r"x: expected 5 channels, as in_plan has them, got 6", in_plan=ChannelPlan.full(5)),
@@ -163,13 +151,10 @@ def refused(error, match, x=X, weight=W, bias=B, in_plan=INS, out_plan=OUTS, op=
     refused(ValueError, r"in_plan: expected 3 heads to divide the 4 output", in_plan=HEADS),
     refused(ValueError, r"out_plan: .*without heads.*2 heads", out_plan=ChannelPlan.from_mask(torch.ones(2, 2, 4))),
     refused(ValueError, r"groups: .*5", in_plan=None, groups=5),
-    refused(ValueError, r"padding: ", padding=-1),
-    refused(ValueError, r"padding_mode: .*mirror", padding_mode="mirror"),
     refused(ValueError, r"activation: .*tanh", activation="tanh"),
     refused(ValueError, r"scale: expected shape \(2, 4\), got \(2, 6\)", scale=torch.ones(2, 6)),
     refused(ValueError, r"base: expected the output's shape \(2, 4, 7, 6\), got \(2, 4, 9, 8\)", base=torch.ones(2, 4, 9, 8)),
     refused(TypeError, r"base: .*float32.*float64", base=torch.ones(2, 4, 7, 6).double()),
-    refused(ValueError, r"backend: .*cuda", backend="cuda"),
     refused(ValueError, r"x: expected \d channels, as in_plan has them, got 6", op=ops.packed_channel_conv2d,
             in_plan=ChannelPlan.from_mask(torch.ones(2, 6), 4)),
     refused(ValueError, r"in_plan: .*a packed input", op=ops.packed_channel_conv2d, in_plan=ChannelPlan.from_mask(torch.ones(2, 2, 6))),
@@ -219,8 +204,6 @@ def test_no_wrong_index_reaches_a_kernel(index, count):
         with pytest.raises(RuntimeError, match=r"index|count"):
             call()
 
-
-# ------------------------------------------------------------------------------------ properties
 
 kinds = st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS))
 

@@ -1,7 +1,5 @@
 """Expert ops on weights of eight bits, activations, and the sums over a token's choices."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from expert_cases import (

@@ -1,7 +1,5 @@
 """The expert ops against every expert on every pair: values and gradients of every argument and backend."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Expert ops under hostile values, indices, threads, compilers and sizes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from expert_cases import CASES, Case, assert_close, linear_oracle
@@ -33,9 +31,6 @@ def all_results(plan, tensors, backend) -> list[torch.Tensor]:
     leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
     out = ops.experts_mlp(plan=plan, backend=backend, **leaves)
     return [fused, out.detach(), *torch.autograd.grad(out.float().square().sum(), list(leaves.values()))]
-
-
-# ----------------------------------------------------------------------- what is read and written
 
 
 @backends
@@ -115,9 +110,6 @@ def test_experts_without_rows_get_a_gradient_of_zero(backend):
         assert grads[name][others].abs().sum() == 0 and grads[name][2].abs().sum() > 0
 
 
-# -------------------------------------------------------------------------------- threads, machines
-
-
 @needs_binary
 @pytest.mark.parametrize(
     "name", ["one token", "few rows", "many rows", "blocks of rows", "more experts than rows"]
@@ -131,9 +123,6 @@ def test_the_number_of_threads_changes_nothing(dtype, name):
             results.append(all_results(plan, tensors, "cpp"))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-# --------------------------------------------------------------------------------------- sizes
 
 
 @needs_binary
@@ -175,9 +164,6 @@ def test_no_columns(inputs, outputs, backend):
     for packed in (False, True):
         out = ops.grouped_linear(plan=plan, packed_out=packed, backend=backend, **tensors)
         torch.testing.assert_close(out, linear_oracle(index=index, packed_out=packed, **tensors))
-
-
-# ------------------------------------------------------------------------- the last guard of kernels
 
 
 def wrong_plans():

@@ -1,7 +1,5 @@
 """Convolutions from rows to rows, and plans with a capacity."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pixel_cases import ALL, BACKENDS, CONVS, DTYPES, FEW, MASKS, Conv, check, compare, each, run

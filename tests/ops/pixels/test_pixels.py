@@ -1,7 +1,5 @@
 """Pixel ops against the dense layer and a mask: values and gradients, every argument."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 
@@ -181,40 +179,6 @@ def test_float32_norm_on_half_rows(dtype, backend):
     exact = conv.oracle(**{k: v.double() for k, v in (tensors | norm).items()}, mask=mask)
     dense = conv.oracle(**tensors, mask=mask, **{k: v.to(dtype) for k, v in norm.items()})
     assert_within_budget(out, exact, dense)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["random", "full"])
-@each({k: ALL[k] for k in ("3x3", "depthwise", "T 3x3 stride 2")})
-def test_autocast(conv, kind, backend):
-    tensors, mask = conv.tensors(), random_mask(conv.out_shape(), 0.4, kind)
-
-    def autocast(function):
-        def inside(**leaves):
-            with torch.autocast("cpu", torch.bfloat16):
-                return function(**leaves)
-
-        return inside
-
-    plan = PixelPlan.from_mask(mask)
-    ours = autocast(lambda **t: conv.op(**t, plan=plan, backend=backend if kind == "random" else None))
-    oracle = autocast(lambda **t: conv.oracle(**t, mask=mask))
-    kept = {}
-
-    def dy_of(out):
-        return kept.setdefault("dy", random_tensor(*out.shape, dtype=torch.bfloat16)).to(out.dtype)
-
-    exact, exact_grads = run(
-        lambda **t: conv.oracle(**t, mask=mask), tensors, tuple(tensors), dy_of, torch.float64
-    )
-    dense, dense_grads = run(oracle, tensors, tuple(tensors), dy_of)
-    actual, grads = run(ours, tensors, tuple(tensors), dy_of)
-    assert actual.dtype == dense.dtype == torch.bfloat16
-    assert_within_budget(actual, exact, dense, "output")
-    for name in tensors:
-        assert_within_budget(grads[name], exact_grads[name], dense_grads[name], f"gradient of {name}")
-    with torch.no_grad():
-        assert_within_budget(ours(**tensors), exact, dense, "without gradients")
 
 
 @pytest.fixture(params=BACKENDS)

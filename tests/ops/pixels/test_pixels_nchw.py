@@ -1,7 +1,5 @@
 """Maps that do not lie channels_last: NCHW and strided views, on the CPU's own paths for them."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 
@@ -200,9 +198,6 @@ def test_gradient_of_gathered_planes():
     assert torch.equal(rows_at(dx, mask), grad) and not dx.masked_fill(mask[:, None], 0).any()
 
 
-# ------------------------------------------------------------------------------ nothing beyond the mask
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the C++ ops that were called, and the elements of the largest tensor that was allocated."""
@@ -239,7 +234,7 @@ def test_an_empty_plan_copies_nothing(conv, capacity, calls):
     assert allocated <= out.numel() * 4 + 4096, f"{allocated} bytes for an output of {out.numel() * 4}"
     out = ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, base=base)
     assert calls == [] and torch.equal(out, base) and out.data_ptr() != base.data_ptr()
-    assert not ops.packed_conv2d(x, weight, bias, None, plan, **conv.arguments).any()
+    assert not conv.packed_op(x, weight, bias, None, plan).any()
     grad = in_layout(base, "nchw")
     dx = torch.ops.dynops.pixel_conv_input_grad(
         grad, weight, plan.index, plan.count, None, 0, _geometry(conv), False, ""
@@ -267,9 +262,6 @@ def test_few_pixels_gather_few_rows(calls):
     largest = sorted(e.self_cpu_memory_usage for e in profile.events())
     assert "cpu_gather_planes" in calls and largest[-1] == out.numel() * 4
     assert largest[-2] <= 80 * 80 * 4 + 64, "the table of rows is the next"  # int32 [N, H, W]
-
-
-# ----------------------------------------------------------------------------- the dense layer where it wins
 
 
 def test_the_dense_layer_wins_where_a_pixel_costs_more_than_its_products():
@@ -304,9 +296,6 @@ def test_dense_and_a_mask_is_the_same(conv, monkeypatch):
     dense.clear()
     ops.sparse_conv2d(x, with_grad, None, plan, **conv.arguments)
     assert not dense, "with a gradient the plan's own pixels are computed"
-
-
-# --------------------------------------------------------------------------------------- compile, threads
 
 
 @pytest.mark.parametrize("conv", CASES, ids=str)

@@ -1,7 +1,5 @@
 """Property tests: any convolution, any mask, any layout is the dense one and the mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import assume, given, settings

@@ -1,7 +1,5 @@
 """Convolutions of 3x3 by Winograd's products: tiles of rows, values, threads."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pixel_cases import BACKENDS, Conv, check

@@ -1,7 +1,5 @@
 """Blocks of a map one at a time, in loops: plans, gathered and scattered tiles."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

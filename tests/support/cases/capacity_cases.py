@@ -4,8 +4,6 @@ Each builds its plan from the mask (or the choices) that is its first argument, 
 then holds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -50,9 +48,6 @@ def trained(function: Callable) -> Callable:
     return run
 
 
-# --------------------------------------------------------------------------------------------- masks
-
-
 def pixel_masks(density: float = 0.3) -> list[Tensor]:
     shape = (N, H, W)
     kinds = [
@@ -78,9 +73,6 @@ def choices(tokens: int = 40, topk: int = 2, experts: int = 5) -> list[Tensor]:
 
 def keeps() -> list[Tensor]:
     return [torch.arange(6) % 2 == 0, torch.zeros(6).bool(), torch.ones(6).bool(), torch.arange(6) == 5]
-
-
-# -------------------------------------------------------------------------------------------- pixels
 
 
 def plan_of(mask: Tensor) -> PixelPlan:
@@ -156,9 +148,6 @@ def pixel_cases() -> dict[str, Case]:
     return cases
 
 
-# -------------------------------------------------------------------------------------------- blocks
-
-
 def block_plan(mask):
     plan = BlockPlan.from_mask(mask, 4, capacity=9)
     pixels = plan.pixels()
@@ -192,9 +181,6 @@ def block_cases() -> dict[str, Case]:
         "block sums, trained": Case(trained(block_sums), masks, (maps(),), grads=True),
         "SparseBlocks": Case(run, masks, (maps(),), library=True, modules=(layer,)),
     }
-
-
-# ------------------------------------------------------------------------------------------ channels
 
 
 def channel_plan(mask):
@@ -255,9 +241,6 @@ def channel_cases() -> dict[str, Case]:
     }
 
 
-# ------------------------------------------------------------------------------------------- experts
-
-
 def expert_plan(index):
     plans = (ExpertPlan.from_topk(index, 5, capacity) for capacity in (None, 6))
     return [(plan.order, plan.offsets, plan.position, plan.counts, plan.expert) for plan in plans]
@@ -292,9 +275,6 @@ def expert_cases() -> dict[str, Case]:
     return cases
 
 
-# ------------------------------------------------------------------------------------------- samples
-
-
 def sample_plan(keep):
     plan = SamplePlan.from_mask(keep, 4)
     return plan.index, plan.count, plan.mask(), plan.dropped().index, plan.pixels((2, 3)).index
@@ -318,9 +298,6 @@ def sample_cases() -> dict[str, Case]:
         "sample rows, trained": Case(trained(sample_rows), keeps(), (x,), grads=True),
         "sample sums, trained": Case(trained(sample_sums), keeps(), (x, share), grads=True),
     }
-
-
-# -------------------------------------------------------------------------------------------- layers
 
 
 def layer_cases() -> dict[str, Case]:

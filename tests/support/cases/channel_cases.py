@@ -1,7 +1,5 @@
 """Oracles of the channel ops in plain PyTorch, which share no line with dynops.ops, and kinds of plans."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Arguments for every op: both plan forms, both memory formats, with and without gradients and epilogues."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """Networks with exits, and every exit computed for every sample with the choice made afterwards."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Oracles of the expert ops in plain PyTorch and Python, which share no line with dynops.ops, and cases."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -55,9 +53,6 @@ def sorted_pairs(index: Tensor) -> list[int]:
     """The pairs t * K + k by expert, in one expert by pair, the dropped ones last."""
     flat = index.flatten().tolist()
     return sorted(range(len(flat)), key=lambda pair: (flat[pair], pair))
-
-
-# ------------------------------------------------------------------------------------------ oracles
 
 
 def pairs_linear(
@@ -123,9 +118,6 @@ def mlp_oracle(
     return from_pairs(weighted(y, topk_weight), index, False)
 
 
-# --------------------------------------------------------------------------------------- comparison
-
-
 def run(function, tensors: dict[str, Tensor], grads, dy: list, dtype=None):
     """The result, and the gradients of ``grads`` under one upstream gradient for all runs."""
     leaves = {k: v.to(dtype or v.dtype).detach() for k, v in tensors.items()}
@@ -166,9 +158,6 @@ def compare(ours, oracle, tensors: dict[str, Tensor], grads=None, few: bool = Fa
         what = name if name == "output" else f"gradient of {name}"
         assert_close(a, e, d, what, tensors["x"].dtype, few)
     return actual[0]
-
-
-# -------------------------------------------------------------------------------------------- cases
 
 
 @dataclass(frozen=True)

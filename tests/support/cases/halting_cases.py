@@ -1,7 +1,5 @@
 """Steps, scores and the equations of halting, for its tests."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

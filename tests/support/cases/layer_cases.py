@@ -1,7 +1,5 @@
 """One call of every layer: how it is made and what it gets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

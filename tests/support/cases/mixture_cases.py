@@ -1,7 +1,5 @@
 """Sizes, choices and parameters for tests of mixtures of experts."""
 
-from __future__ import annotations
-
 import math
 
 import torch

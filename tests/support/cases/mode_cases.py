@@ -1,7 +1,5 @@
 """A small call of every op of ``torch.ops.dynops`` that has a derivative, in any dtype, for tests of all of them."""
 
-from __future__ import annotations
-
 import torch
 
 import dynops

@@ -1,7 +1,5 @@
 """Convolutions, and how the pixel ops are compared with the dense layer and a mask."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Any convolution, mask and layout, for property tests."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Classes of experts of transformers' models, and both ways to run them."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pathlib

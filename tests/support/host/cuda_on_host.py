@@ -1,7 +1,5 @@
 """Builds and calls the CUDA C++ kernels on a CPU: a thread of a block is a fiber there (``block_of_threads.h``)."""
 
-from __future__ import annotations
-
 import ctypes
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ Inputs and outputs lie between guards of NaN, and so do the tiles that a capacit
 reads past an end or writes there is seen. Run by ``interpreted_blocks.py`` and ``test_cuda_on_host.py``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

@@ -1,7 +1,5 @@
 """Launches of the channel kernels: their tensors, and the reference that they are compared with."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 
@@ -133,7 +131,13 @@ CASES = {
 }
 HALF = ("3x3", "1x1", "aligned", "groups", "depthwise", "heads", "packed")
 EXAMPLES = [(name, dtype) for dtype in DTYPES for name in (CASES if dtype == torch.float32 else HALF)]
-of_cases = pytest.mark.parametrize("name,dtype", EXAMPLES, ids=[f"{n}-{str(d)[6:]}" for n, d in EXAMPLES])
+of_cases = pytest.mark.parametrize(
+    "name,dtype",
+    [
+        pytest.param(n, d, id=f"{n}-{str(d)[6:]}", marks=[pytest.mark.slow] if d == torch.float16 else [])
+        for n, d in EXAMPLES
+    ],
+)
 
 
 class Inputs:

@@ -1,7 +1,5 @@
 """Launches of the expert kernels: their tensors, and the reference that they are compared with."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ outside. Tests allocate with :func:`between_guards`; :func:`around` moves the ar
 allocated them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from unittest import mock
 
@@ -22,9 +20,6 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def poison(dtype: torch.dtype) -> int:
     """The byte that guards of this dtype are filled with."""
     return 0xFF if dtype.is_floating_point else 0x7F
-
-
-# ------------------------------------------------------------------------------------ allocation
 
 
 def between_guards(size, stride, dtype, device, offset: int = GUARD) -> Tensor:
@@ -57,9 +52,6 @@ def guarded_outputs():
     with mock.patch.object(torch, "empty", guarded):
         yield
     assert made and all(map(guards_are_whole, made)), "written past an end of the output"
-
-
-# -------------------------------------------------------------------------- arguments of a launch
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ interpreter each lane of each load, store and atomic that is not masked off must
 that its pointer came from: the 16 bits that an address leaves free carry the number of the argument.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -22,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 torch.set_num_threads(1)  # it runs on one, and waking others for small tensors costs more than they do
 
-# --------------------------------------------------------------------------------- its arithmetic
 
 _dot = InterpreterBuilder.create_dot
 
@@ -50,7 +47,6 @@ interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
 
-# -------------------------------------------------------------------------------------- addresses
 
 _NUMBER = np.uint64(48)  # the bit where the number of an argument begins: a process has addresses below 2**47
 _ADDRESS = np.uint64(2**48 - 1)
@@ -177,7 +173,6 @@ InterpreterBuilder.create_atomic_cas, InterpreterBuilder.create_atomic_rmw = (
     _checked_update,
 )
 
-# --------------------------------------------------------------------------------------- launches
 
 launched: set[str] = set()  # the kernels that were, as module.name
 

@@ -1,7 +1,5 @@
 """Launches of the pixel kernels: their tensors, and the reference that they are compared with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
@@ -90,7 +88,13 @@ CASES = {
 }
 HALF = ("3x3", "stride", "groups", "depthwise", "transposed-stride", "packed", "capacity")
 EXAMPLES = [(name, dtype) for dtype in DTYPES for name in (CASES if dtype == torch.float32 else HALF)]
-of_cases = pytest.mark.parametrize("name,dtype", EXAMPLES, ids=[f"{n}-{str(d)[6:]}" for n, d in EXAMPLES])
+of_cases = pytest.mark.parametrize(
+    "name,dtype",
+    [
+        pytest.param(n, d, id=f"{n}-{str(d)[6:]}", marks=[pytest.mark.slow] if d == torch.float16 else [])
+        for n, d in EXAMPLES
+    ],
+)
 
 
 def mask_of(shape, density: float, kind: str) -> torch.Tensor:

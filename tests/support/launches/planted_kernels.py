@@ -1,7 +1,5 @@
 """Kernels that the audit must find fault with, and their launchers' forms."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

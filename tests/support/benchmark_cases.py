@@ -1,7 +1,5 @@
 """Settings that measure nothing, and rows, for the tests of the benchmarks."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """A 3x3 convolution at a mask, and the dense one that it is compared with."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

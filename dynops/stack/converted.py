@@ -1,0 +1,235 @@
+"""Modules that ``convert_`` made whole: subclasses whose forward runs a trace inside ``dynops.use_mask``.
+
+Such a class has the name, the attributes and the pickles of the class that it is made of. Outside the context its forward
+is that one's. Inside, it runs the trace while it holds, and else the forward, whose layers then run each alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor, fx, nn
+from torch.compiler import is_compiling
+
+from .. import context
+from .program import Program
+from .trace import Trace
+
+_TRACE, _PROGRAM, _PLACES, _NOTICE, _CONVERTS = (
+    "_dynops_trace",
+    "_dynops_program",
+    "_dynops_places",  # of the converted layers: their parents' children, their names, the layers
+    "_dynops_notice",  # what stayed dense, until a warning was given
+    "_dynops_converts",
+)
+_KEYS = (_TRACE, _PROGRAM, _PLACES, _NOTICE, _CONVERTS)
+
+
+def is_whole(module: nn.Module) -> bool:
+    return _TRACE in module.__dict__
+
+
+def make_whole(
+    model: nn.Module, traces: dict[nn.Module, Trace | None], converts: Callable, notice: dict
+) -> None:
+    """Gives each module of ``traces`` its class, and its trace where it has one.
+
+    Args:
+        converts: converts a layer that has taken the place of one of ``model``'s converted layers.
+        notice: the layers that stayed dense, and why.
+    """
+    for module, steps in traces.items():
+        module.__dict__[_TRACE] = steps
+        module.__class__ = _whole_class(type(module))
+    for module in traces:
+        _bind(module)
+        module.__dict__.update({_PLACES: _places(module), _CONVERTS: converts, _NOTICE: notice})
+    if traces == {} and is_whole(model):  # converted before; one notice for all that is inside
+        model.__dict__[_NOTICE] = notice
+
+
+def unmake_whole(module: nn.Module) -> None:
+    """Gives a module back the class that it had."""
+    if not is_whole(module):
+        return
+    for key in _KEYS:
+        module.__dict__.pop(key, None)
+    whole = next(kind for kind in type(module).__mro__ if "_dynops_base" in vars(kind))
+    module.__class__ = rebased(type(module), whole, whole._dynops_base)
+
+
+def rebased(kind: type, old: type, new: type) -> type:
+    """``kind``, which is ``old`` or a parametrisation of it, made of ``new``."""
+    if kind is old:
+        return new
+    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    return type(kind.__name__.replace(old.__name__, new.__name__), (new,), members)
+
+
+@functools.cache
+def masked_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a layer whose output inside the context is zero outside of the mask."""
+
+    def forward(self, *args, **kwargs):
+        out, active = base.forward(self, *args, **kwargs), context.current()
+        if active is None or not isinstance(out, Tensor) or out.dim() != 4:
+            return out
+        plan = active.plan((out.shape[0], *out.shape[2:]), out.device)
+        return active.note(out.masked_fill((plan.inverse() < 0)[:, None], 0), plan)
+
+    return type(f"Masked{base.__name__}", (base,), _members(base, forward, _new_masked))
+
+
+def _places(module: nn.Module) -> list[list]:
+    inner = ((m._modules, name, child) for m in module.modules() for name, child in m._modules.items())
+    return [list(place) for place in inner if "_dynops_converted" in getattr(place[2], "__dict__", ())]
+
+
+def _look(module: nn.Module) -> None:
+    """Converts layers that have come since, and warns once of those that stay dense."""
+    notice = module.__dict__[_NOTICE]
+    for place in module.__dict__[_PLACES]:
+        children, name, layer = place
+        now = children.get(name)
+        if now is not layer:
+            place[2] = now
+            if now is not None and (reason := module.__dict__[_CONVERTS](now)):
+                notice[name] = reason
+    if notice:
+        names = [f"{name or 'the model'} ({reason})" for name, reason in list(notice.items())[:5]]
+        more = f" and {len(notice) - 5} more" if len(notice) > 5 else ""
+        notice.clear()
+        warnings.warn(
+            f"convert_: these layers run dense inside use_mask, over the zeros of inactive pixels, and what they write "
+            f"there is read by the next layer: {', '.join(names)}{more}",
+            stacklevel=4,
+        )
+
+
+# ----------------------------------------------------------------------------------- classes
+
+
+def _whole_class(base: type[nn.Module]) -> type[nn.Module]:
+    return _graph_class(base) if issubclass(base, fx.GraphModule) else _plain_class(base)
+
+
+@functools.cache
+def _plain_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Sparse{base.__name__}", (base,), _members(base, _forward_of(base), _new))
+
+
+def _forward_of(base: type[nn.Module]) -> Callable:
+    def forward(self, *args, **kwargs):
+        active = context.current()
+        if active is not None and _TRACE in self.__dict__:  # a slice of a converted nn.Sequential has none
+            program = self.__dict__[_PROGRAM]
+            if program is not None and program.module is not self:  # a shallow copy of a converted module
+                program = _bind(self)
+            holds = program is not None and program.holds()
+            if not (is_compiling() or (holds and not self.__dict__[_NOTICE])):
+                _look(self)
+            x = _only_tensor(self, args, kwargs) if holds else None
+            if x is not None:
+                return program.run(x, active)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _bind(module: nn.Module) -> Program | None:
+    """Gives a module the program of its trace."""
+    steps = module.__dict__[_TRACE]
+    program = module.__dict__[_PROGRAM] = None if steps is None else Program(steps, module)
+    return program
+
+
+def _only_tensor(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """The input of a call with one (batched) tensor and nothing else, or None."""
+    if len(args) == 1 and not kwargs:
+        x = args[0]
+    elif not args and len(kwargs) == 1:
+        x = kwargs.get(module.__dict__[_TRACE].input_name)
+    else:
+        return None
+    return x if isinstance(x, Tensor) and x.dim() != 3 else None  # [C, H, W] goes layer by layer
+
+
+def _members(base: type[nn.Module], forward: Callable, new: Callable) -> dict:
+    def __reduce_ex__(self, protocol):
+        if "_dynops_base" not in vars(type(self)):  # a parametrisation of it
+            return base.__reduce_ex__(self, protocol)
+        _, _, *state = base.__reduce_ex__(self, protocol)
+        return new, (base,), *state
+
+    def __setstate__(self, state):
+        base.__setstate__(self, state)
+        if is_whole(self):
+            _bind(self)
+
+    return {
+        "forward": forward,
+        "__setstate__": __setstate__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__init_subclass__": classmethod(lambda cls, **options: None),
+        "_dynops_base": base,
+    }
+
+
+def _new(base: type[nn.Module]) -> nn.Module:
+    """An empty module of a whole class, for pickle and deepcopy to fill."""
+    cls = _plain_class(base)
+    return cls.__new__(cls)
+
+
+def _new_masked(base: type[nn.Module]) -> nn.Module:
+    cls = masked_class(base)
+    return cls.__new__(cls)
+
+
+def _graph_class(base: type[fx.GraphModule]) -> type[fx.GraphModule]:
+    """Of a GraphModule, whose class is its own: what torch.fx makes anew of it is made whole again."""
+
+    def recompile(self):
+        whole, code = type(self), self.__dict__.get("_code")
+        self.__class__ = base  # torch.fx sets the forward of the module's class
+        try:
+            made = base.recompile(self)
+        finally:
+            self.__class__ = whole
+        if self.__dict__.get("_code") == code and _TRACE in self.__dict__:
+            _bind(self)  # the forward is another function, and does the same
+        return made
+
+    def __deepcopy__(self, memo):
+        made = base.__deepcopy__(self, memo)
+        if is_whole(self):
+            made.__dict__.update({key: copy.deepcopy(self.__dict__[key], memo) for key in _KEYS})
+            _graph_again(made)
+        return made
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, *_ = base.__reduce__(self)
+        return _graph_loaded, (make, arguments)
+
+    members = _members(base, _forward_of(base), _new)
+    members |= {"recompile": recompile, "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
+    members["__qualname__"] = "GraphModuleImpl"  # torch.fx passes over classes of this name
+    return type(f"Sparse{base.__name__}", (base,), members)
+
+
+def _graph_loaded(make: Callable, arguments: tuple) -> fx.GraphModule:
+    made = make(*arguments)
+    if is_whole(made):
+        _graph_again(made)
+    return made
+
+
+def _graph_again(made: fx.GraphModule) -> None:
+    made.__class__ = _graph_class(type(made))
+    made.__dict__[_PLACES] = _places(made)
+    _bind(made)

@@ -1,0 +1,60 @@
+"""Layers that are no convolutions inside ``dynops.use_mask``: the plan of their output by their own geometry."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..context import use_mask
+from ..geometry import ConvGeometry, pair
+from ..plans import PixelPlan
+
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+def under_mask(layer: nn.Module, x: Tensor, active: use_mask) -> tuple[Tensor, PixelPlan]:
+    """A layer's dense output for ``x`` ``[N, C, H, W]`` or ``[C, H, W]``, and the plan of it.
+
+    In a ragged batch what lies outside of an image is padding to a pool.
+    """
+    in_shape, forward = _map_shape(x), getattr(type(layer), "pixels_of", type(layer)).forward
+    if active.ragged and isinstance(layer, _POOLS):
+        out = _pooled_images(layer, forward, x, active.plan(in_shape, x.device).inverse() < 0)
+    else:
+        out = forward(layer, x)
+    out_shape = _map_shape(out)
+    geometry = _geometry(layer, in_shape, out_shape)
+    if geometry is None:
+        return out, active.plan(out_shape, x.device)
+    return out, active.after(geometry, x.device, bool(getattr(layer, "ceil_mode", False)))
+
+
+def _geometry(layer: nn.Module, in_shape: tuple, out_shape: tuple) -> ConvGeometry | None:
+    """The input pixels that an output pixel reads or stands for, as those of a convolution. None: a ratio of sizes."""
+    if isinstance(layer, _POOLS):
+        kernel, padding = pair(layer.kernel_size, "kernel_size"), pair(layer.padding, "padding")
+        stride, dilation = pair(layer.stride, "stride"), pair(getattr(layer, "dilation", 1), "dilation")
+        return ConvGeometry(*in_shape, *out_shape[1:], *kernel, *stride, *padding, *dilation, 1, 0)
+    if isinstance(layer, nn.ZeroPad2d):
+        left, _, top, _ = layer.padding
+        return ConvGeometry(*in_shape, *out_shape[1:], 1, 1, 1, 1, top, left, 1, 1, 1, 0)
+    if min(in_shape) < 1 or out_shape[1] % in_shape[1] or out_shape[2] % in_shape[2]:
+        return None
+    factors = out_shape[1] // in_shape[1], out_shape[2] // in_shape[2]
+    return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1)
+
+
+def _pooled_images(pool: nn.Module, forward, x: Tensor, outside: Tensor) -> Tensor:
+    outside = outside[:, None] if x.dim() == 4 else outside
+    if isinstance(pool, nn.MaxPool2d):
+        return forward(pool, x.masked_fill(outside, float("-inf")))
+    out = forward(pool, x.masked_fill(outside, 0))
+    if pool.divisor_override is not None or pool.count_include_pad:
+        return out
+    inside = (~outside).to(x.dtype)  # the mean is over these
+    share = F.avg_pool2d(inside, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, False)
+    return out / share.clamp(min=1e-3)
+
+
+def _map_shape(x: Tensor) -> tuple[int, int, int]:
+    return (x.shape[0] if x.dim() == 4 else 1), x.shape[-2], x.shape[-1]

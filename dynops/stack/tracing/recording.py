@@ -1,0 +1,437 @@
+"""A module's forward recorded as a graph, on stand-ins for its modules.
+
+A stand-in has the class of its module and hands out what the module holds: children as stand-ins, parameters and buffers
+as proxies, containers as copies. The module itself is only read, so another thread may run it at the same time.
+What a graph cannot hold raises :class:`Untraceable`, with the path of the module whose forward does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import operator
+import random
+import sys
+
+import torch
+from torch import Tensor, fx, nn
+
+from ... import context
+from ..staleness import METHOD, Opaque, changed, frozen, hooked, own_class
+from .outside import Outside
+
+_STATE = "_dynops_stand_in"
+_OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
+_DATA = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+# of a tensor, but no tensors
+_NUMBERS = {"size", "dim", "ndimension", "numel", "stride", "item", "tolist", "element_size", "get_device", "is_contiguous"}  # fmt: skip
+_VIEWS = {"T", "mT", "H", "mH", "data", "real", "imag"}
+
+
+class Untraceable(Exception):
+    """A module cannot run as steps. The text gives the reason, ``path`` the module whose forward is the reason."""
+
+    def __init__(self, reason: str, path: str = ""):
+        super().__init__(reason)
+        self.path = path
+        self.of_forward = False  # whether the forward cannot be traced in any module around it either
+
+
+class _Value(fx.Proxy):
+    """A tensor of the graph, which ``isinstance`` takes for one in a user's code.
+
+    In torch's own it must not: its C++ would read memory that is not there.
+    """
+
+    _is_param = False
+
+    def _write(self, other, function):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_write, function=operator.iadd)  # else Python takes x + y for x += y
+    __isub__ = functools.partialmethod(_write, function=operator.isub)
+    __imul__ = functools.partialmethod(_write, function=operator.imul)
+    __itruediv__ = functools.partialmethod(_write, function=operator.itruediv)
+    __ipow__ = functools.partialmethod(_write, function=operator.ipow)
+
+    @property
+    def __class__(self):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return type(self) if caller.partition(".")[0] == "torch" else Tensor
+
+
+class _StandIn:
+    """A mixin for a module's class: it takes calls and reads to the recorder, and refuses writes.
+
+    One without a state was made by a forward, as a slice of a ModuleList is. It is an ordinary module of stand-ins.
+    """
+
+    def __init_subclass__(cls, **options):  # not that of the user's class, which may register what it sees
+        pass
+
+    def __call__(self, *args, **kwargs):
+        state = self.__dict__.get(_STATE)
+        return super().__call__(*args, **kwargs) if state is None else state.call(args, kwargs)
+
+    def __getattribute__(self, name):
+        if name in _OWN:
+            return super().__getattribute__(name)
+        own = object.__getattribute__(self, "__dict__")
+        state = own.get(_STATE)
+        if name in own:
+            return own[name] if state is None else state.read(name, own[name])
+        value = super().__getattribute__(name)
+        static = inspect.getattr_static(type(self), name, None)
+        if state is None:
+            return value
+        if not hasattr(static, "__get__"):
+            return state.read(name, value)
+        if not (getattr(static, "__module__", None) or "torch").startswith("torch"):
+            state.recorder.reads[state.path, name] = METHOD
+        return value
+
+    def __getattr__(self, name):
+        value, state = super().__getattr__(name), self.__dict__.get(_STATE)
+        return value if state is None or not isinstance(value, Tensor) else state.read(name, value)
+
+    def named_parameters(
+        self, *args, **kwargs
+    ):  # their dtype, device and sizes would be constants of the graph
+        self.__dict__[_STATE].fail("its forward goes through its parameters")
+
+    named_buffers = state_dict = named_parameters
+
+    def __setattr__(self, name, value):
+        if _STATE not in self.__dict__:
+            return super().__setattr__(name, value)
+        self.__dict__[_STATE].fail(f"its forward writes its attribute {name!r}")
+
+    def __delattr__(self, name):
+        self.__dict__[_STATE].fail(f"its forward deletes its attribute {name!r}")
+
+
+@functools.lru_cache(maxsize=512)
+def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
+    kind = own_class(kind)
+    return type(kind)(kind.__name__, (_StandIn, kind), {"__module__": kind.__module__})
+
+
+class _State:
+    """The recorder, the module and the path of a stand-in."""
+
+    def __init__(self, recorder: Recorder, module: nn.Module, path: str):
+        self.recorder, self.module, self.path = recorder, module, path
+        self.stand: nn.Module | None = None
+
+    def call(self, args: tuple, kwargs: dict):
+        return self.recorder.call(self, args, kwargs)
+
+    def read(self, name: str, value):
+        return self.recorder.read(self.path, name, value)
+
+    def fail(self, reason: str):
+        raise self.recorder.failure(reason, self.path)
+
+
+class Recorder(fx.Tracer):
+    """Records ``module.forward`` with one tensor as its argument.
+
+    Args:
+        leaves: paths of modules that are not looked into.
+        training: the training flag that every module seems to have. In training mode gradients are off and
+            autocast is on, in eval mode the other way round, so that a forward that sets either is seen.
+
+    Attributes, after :meth:`record`:
+        inlined: paths of the modules whose forward ran.
+        reads: ``{(path, name): picture}``, the attributes that forwards read; see ``staleness.frozen``.
+    """
+
+    def __init__(self, module: nn.Module, leaves: set[str], training: bool):
+        super().__init__()
+        self.module, self.leaves, self.training = module, leaves, training
+        self.graph = fx.Graph()
+        self.inlined: list[str] = []
+        self.reads: dict[tuple, object] = {}
+        self._handed: dict[tuple[str, str], object] = {}
+        self._scopes = [""]
+        self._failure: Untraceable | None = None
+        self._stands: dict[int, nn.Module] = {}
+        self._outside = Outside(module)
+        self.input_name = ""
+        for path, inner in module.named_modules():
+            self._stands[id(inner)] = self._stand_in(inner, path)
+        for stand in self._stands.values():
+            children = {name: self._stands.get(id(m)) for name, m in stand.__dict__["_modules"].items()}
+            stand.__dict__["_modules"] = children
+        self._before = [(stand, _flat(stand)) for stand in self._stands.values()]
+
+    def _stand_in(self, module: nn.Module, path: str) -> nn.Module:
+        stand = object.__new__(_stand_in_class(type(module)))
+        state = dict(module.__dict__)  # at once, as another thread may run the module
+        own = {key: copy.copy(value) if type(value) in (dict, set) else value for key, value in state.items()}
+        stand.__dict__.update(own, training=self.training, **{_STATE: _State(self, module, path)})
+        return stand
+
+    def record(self) -> fx.Graph:
+        """The graph.
+
+        Raises:
+            Untraceable: what the forward does, and where.
+        """
+        root = self._stands[id(self.module)]
+        name, first = self._input(root)
+        with _modes(self.training):
+            self._modes, self._random = _modes_now(), _random_now()
+            value = self.create_proxy("placeholder", name, (), {})
+            self.input_name = name
+            try:
+                out = self.call(
+                    root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value}
+                )
+            finally:  # what the forward wrote before it raised is undone too
+                with contextlib.suppress(Opaque):
+                    self._outside.check()
+                if _random_now() != self._random:
+                    _set_random(self._random)
+        if self._failure is not None:  # a forward may have caught it
+            raise self._failure
+        self._check_writes()
+        self.graph.create_node("output", "output", (self.create_arg(out),))
+        return self.graph
+
+    def _input(self, root: nn.Module) -> tuple[str, bool]:
+        """The name of the forward's first argument, and whether it may be given by place."""
+        own = self.module.__dict__.get("forward")
+        if own is not None or (
+            type(self.module).__call__ is not nn.Module.__call__ and not _is_graph(self.module)
+        ):
+            raise Untraceable("a forward or __call__ of its own is set on it")
+        parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
+        needed = [
+            p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if not parameters or len(needed) > 1 or parameters[0].kind is parameters[0].VAR_KEYWORD:
+            raise Untraceable("it has more than one input" if parameters else "it has no input")
+        if needed and needed[0] is not parameters[0]:
+            raise Untraceable("its input is not its first argument")
+        return parameters[0].name, parameters[0].kind is not parameters[0].KEYWORD_ONLY
+
+    # ------------------------------------------------------------------------- what forwards do
+
+    def call(self, state: _State, args: tuple, kwargs: dict):
+        self._check_modes()
+        if state.path in self.leaves:
+            return self.create_proxy("call_module", state.path, args, kwargs)
+        stand = self._stands[id(state.module)]
+        self._scopes.append(state.path)
+        try:
+            forward = type(stand).forward
+            self._outside.look(forward, type(stand))
+            if state.path not in self.inlined:
+                self.inlined.append(state.path)
+            out = forward(stand, *args, **kwargs)
+            self._outside.check()
+            self._check_modes()
+            if _random_now() != self._random:
+                raise self.failure("its forward draws random numbers")
+            return out
+        except Untraceable:
+            raise
+        except Opaque as reason:
+            raise self.failure(f"its forward {reason}") from None
+        except Exception as error:  # user code run on proxies may raise anything
+            reason = str(error).strip().splitlines()
+            raise self.failure(f"torch.fx: {reason[0] if reason else type(error).__name__}") from error
+        finally:
+            self._scopes.pop()
+
+    def failure(self, reason: str, path: str | None = None) -> Untraceable:
+        failure = Untraceable(reason, self._scopes[-1] if path is None else path)
+        failure.of_forward = True
+        self._failure = self._failure or failure
+        return failure
+
+    def read(self, path: str, name: str, value):
+        """An attribute as a forward may have it: a copy of a container, a proxy of a tensor."""
+        key = path, name
+        if key in self._handed:
+            return self._handed[key]
+        if isinstance(value, Tensor):
+            target = f"{path}.{name}" if path else name
+            found = self.create_proxy("get_attr", target, (), {})
+        elif isinstance(value, nn.Module):
+            found = self._stands.get(id(value))
+            if found is None:
+                raise self.failure(f"its forward reads {name!r}, a module that is not registered")
+        else:
+            try:
+                picture = frozen(value)
+            except Opaque as kind:
+                raise self.failure(f"its forward reads its attribute {name!r}, {kind}") from None
+            self.reads[key] = picture
+            found = value if picture is value else copy.deepcopy(value)
+        self._handed[key] = found
+        return found
+
+    def _check_modes(self) -> None:
+        if _modes_now() != self._modes:
+            raise self.failure("its forward sets no_grad, autocast, checkpointing or another mode of its own")
+
+    def _check_writes(self) -> None:
+        for (path, name), value in self._handed.items():
+            if (path, name) in self.reads and changed(value, self.reads[path, name]):
+                raise self.failure(f"its forward changes its attribute {name!r}", path)
+        for stand, before in self._before:
+            now = _flat(stand)
+            if now.keys() != before.keys() or any(now[key] is not before[key] for key in now):
+                raise self.failure(
+                    "its forward changes its modules or attributes", stand.__dict__[_STATE].path
+                )
+        self.reads.update(self._outside.reads)
+
+    # --------------------------------------------------------------------------------- torch.fx
+
+    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None) -> fx.Node:
+        if kind not in ("placeholder", "get_attr"):
+            self._check_modes()
+        node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        node.meta["scope"] = self._scopes[-1]
+        return node
+
+    def create_arg(self, a):
+        if isinstance(type(a), type) and issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, _DATA) or a is Ellipsis:
+            return a
+        if type(a) in (tuple, list, torch.Size):
+            items = [self.create_arg(item) for item in a]
+            return items if type(a) is list else tuple(items)
+        if type(a) is dict:
+            return {key: self.create_arg(item) for key, item in a.items()}
+        if type(a) is slice:
+            return slice(*[self.create_arg(part) for part in (a.start, a.stop, a.step)])
+        raise self.failure(f"its forward passes on a {type(a).__name__} that it holds itself")
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self) if _is_tensor(node) else fx.Proxy(node, self)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """True for a node that makes a tensor, as far as can be told: sizes and flags are none."""
+    first = node.args[0] if node.args else None
+    of_tensor = not isinstance(first, fx.Node) or first.meta.get("tensor", False)
+    if node.op == "call_method":
+        known = of_tensor and node.target not in _NUMBERS
+    elif node.op == "call_function" and node.target is getattr:
+        known = of_tensor and node.args[1] in _VIEWS
+    elif node.op == "call_function" and node.target in (torch.numel, torch.is_floating_point):
+        known = False
+    elif node.op == "call_function" and not (getattr(node.target, "__module__", None) or "").startswith(
+        "torch"
+    ):
+        known = any(n.meta.get("tensor", False) for n in node.all_input_nodes)
+    else:
+        known = True
+    node.meta["tensor"] = known
+    return known
+
+
+def _flat(stand: nn.Module) -> dict:
+    """The attributes of a stand-in, and what its own containers hold."""
+    flat = {}
+    for name, value in stand.__dict__.items():
+        if name == _STATE:
+            continue
+        flat[name] = value
+        if name in _OWN and isinstance(value, dict):
+            flat |= {(name, key): item for key, item in value.items()}
+    return flat
+
+
+def _is_graph(module: nn.Module) -> bool:
+    return isinstance(module, fx.GraphModule)
+
+
+def opaque(module: nn.Module) -> bool:
+    """True for a module that has to be called, as its forward is not all that runs."""
+    plain = type(module).__call__ is nn.Module.__call__ or _is_graph(module)
+    return hooked(module) or not plain or isinstance(module, torch.jit.ScriptModule)
+
+
+# ------------------------------------------------------------------------------------- modes
+
+
+@contextlib.contextmanager
+def _modes(training: bool):
+    """Gradients and autocast: on and off in eval mode, off and on in training mode, whatever holds around."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(context._scope.only(()))
+        stack.enter_context(torch.inference_mode(training))
+        stack.enter_context(torch.set_grad_enabled(not training))
+        for device in ("cpu", "cuda"):
+            enabled = torch.is_autocast_enabled(device)
+            stack.callback(torch.set_autocast_enabled, device, enabled)
+            torch.set_autocast_enabled(device, training)
+        yield
+
+
+def _modes_now() -> tuple:
+    c = torch._C
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch.is_anomaly_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.fp32_precision,  # the older getter raises where this was set
+        torch.autograd.forward_ad._current_level,
+        c._len_torch_function_stack(),
+        c._len_torch_dispatch_stack(),
+        c._autograd._top_saved_tensors_default_hooks(True),
+        c._functorch.maybe_current_level(),
+        context._scope.values(),
+    )
+
+
+def _random_now() -> tuple:
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else ()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    return (
+        random.getstate(),
+        tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in state),
+        torch.get_rng_state().numpy().tobytes()
+        if numpy is not None
+        else bytes(torch.get_rng_state().tolist()),
+        tuple(bytes(part.tolist()) for part in cuda),
+    )
+
+
+def _set_random(state: tuple) -> None:
+    own, of_numpy, of_torch, of_cuda = state
+    random.setstate(own)
+    if of_numpy:
+        numpy = sys.modules["numpy"]
+        keys = numpy.frombuffer(of_numpy[1], dtype=numpy.uint32)
+        numpy.random.set_state((of_numpy[0], keys, *of_numpy[2:]))
+    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8).clone())
+    for device, part in enumerate(of_cuda):
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(part), dtype=torch.uint8).clone(), device)
