@@ -6,6 +6,16 @@
 
 namespace dynops {
 
+// The layout of a map's lines in memory. A map is `planes` planes of H lines an image, a tile as many of
+// tile_h lines. A pixel of a line holds every channel in channels_last, and one of them in NCHW.
+struct Lines {
+  int64_t planes;    // of an image: 1 in channels_last, C in NCHW
+  int64_t elements;  // of a pixel: C in channels_last, 1 in NCHW
+  int64_t size;      // bytes of an element
+
+  int64_t pixel() const { return elements * size; }
+};
+
 // One axis of a BlockGeometry: block b covers [first + b*step, first + b*step + tile) of [0, size).
 template <class Int>
 struct BlockAxis {

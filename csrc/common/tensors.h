@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "geometry.h"
+#include "blocks.h"
 
 namespace dynops {
 
@@ -86,6 +86,20 @@ inline void check_tiles(const Tensor& map, const Tensor& tiles, const BlockGeome
                   "tiles: expected [B, ", map.size(1), ", ", g.tile_h, ", ", g.tile_w, "], got ", tiles.dim(),
                   " dimensions, ", tiles.numel(), " elements");
   STD_TORCH_CHECK(map.scalar_type() == tiles.scalar_type(), "tiles: expected the dtype of the map");
+}
+
+// The format that map and tiles share. A single pixel is contiguous in both: the other tensor then tells, or
+// it does not matter.
+inline Lines lines_of(const Tensor& map, const Tensor& tiles) {
+  const int64_t channels = map.size(1), size = int64_t(map.element_size());
+  const bool last = channels == 1 || (map.stride(1) == 1 && tiles.stride(1) == 1);
+  return last ? Lines{1, channels, size} : Lines{channels, 1, size};
+}
+
+inline void check_base(const OptionalTensor& base, const Tensor& out) {
+  STD_TORCH_CHECK(!base || (base->scalar_type() == out.scalar_type() && base->numel() == out.numel()),
+                  "base: expected the dtype and shape of the output, got ", base ? base->numel() : 0,
+                  " elements for ", out.numel());
 }
 
 // Rows that a plan computes: those of the index, or the count of a capacity plan (on the CPU).

@@ -10,13 +10,6 @@ namespace {
 
 // ------------------------------------------------------------------------------- tiles in and out
 
-// One of the two formats that map and tiles share; which one does not matter where they agree.
-Lines lines_of(const Tensor& map, const Tensor& tiles) {
-  const int64_t channels = map.size(1), size = int64_t(map.element_size());
-  const bool last = channels == 1 || (map.stride(1) == 1 && tiles.stride(1) == 1);
-  return last ? Lines{1, channels, size} : Lines{channels, 1, size};
-}
-
 const int32_t* positions(const Tensor& tensor, const char* name, int64_t size) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() == size,
                   name, ": expected ", size, " contiguous int32, got ", tensor.numel(), " elements");
@@ -39,9 +32,7 @@ void cuda_scatter_tiles(const Tensor& tiles, const Tensor& inverse, IntHeaderOnl
                         const OptionalTensor& base, bool add, Tensor out) {
   const BlockGeometry g = block_geometry_of(geometry);
   check_tiles(out, tiles, g);
-  STD_TORCH_CHECK(!base || (base->scalar_type() == out.scalar_type() && base->numel() == out.numel()),
-                  "base: expected the dtype and shape of the output, got ", base ? base->numel() : 0,
-                  " elements for ", out.numel());
+  check_base(base, out);
   const int32_t* tile_of = positions(inverse, "inverse", g.blocks());
   if (out.numel() == 0) return;
   const Launch launch(out);

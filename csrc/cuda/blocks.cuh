@@ -128,15 +128,6 @@ __global__ void reduce_blocks(const T* __restrict__ mask, Int blocks, BlockGrid<
 
 // ------------------------------------------------------------------------------------- launches
 
-// The layout of a map's lines in memory.
-struct Lines {
-  int64_t planes;    // of an image: 1 in channels_last, C in NCHW
-  int64_t elements;  // of a pixel: C in channels_last, 1 in NCHW
-  int64_t size;      // bytes of an element
-
-  int64_t pixel() const { return elements * size; }
-};
-
 // Bytes that divide this and the addresses divide every edge of a tile and of the map.
 inline uint64_t edges(const BlockGeometry& g, int64_t pixel) {
   return uint64_t(g.width * pixel) | uint64_t(g.step_w * pixel) | uint64_t(g.first_w * pixel) |

@@ -1,6 +1,6 @@
 // gather_tiles and scatter_tiles on the CPU: blocks of a map to tiles and back.
 //
-// Both memory formats are the same walk over lines of memory, see Layout. Copies are of any dtype.
+// Both memory formats are the same walk over lines of memory, see Lines. Copies are of any dtype.
 #include <cstring>
 
 #include "../engine/operands.h"
@@ -9,22 +9,6 @@
 
 namespace dynops::cpu {
 namespace {
-
-// A map is `planes` planes of H lines an image, a tile as many of tile_h lines. A pixel of a line holds
-// every channel in channels_last (one plane), and one of them in NCHW (C planes).
-struct Layout {
-  int64_t planes, elements;  // of a pixel
-  int64_t bytes;             // of a pixel
-
-  Layout(const Tensor& map, const Tensor& tiles) {
-    const int64_t channels = map.size(1);
-    // A single pixel is contiguous in both formats: the other tensor then tells, or it does not matter.
-    const bool last = channels == 1 || (map.stride(1) == 1 && tiles.stride(1) == 1);
-    planes = last ? 1 : channels;
-    elements = last ? channels : 1;
-    bytes = elements * int64_t(map.element_size());
-  }
-};
 
 void check_shapes(const Tensor& map, const Tensor& tiles, const Tensor& index, const BlockGeometry& g) {
   check_tiles(map, tiles, g);
@@ -56,8 +40,8 @@ void gather_tiles(const Tensor& x, const Tensor& index, const OptionalTensor& co
   if (out.numel() == 0) return;
   const int64_t tiles = active_rows(index, count);
   const int32_t* at = checked_index(index, tiles, g.blocks());
-  const Layout layout(x, out);
-  const int64_t plane = g.tile_h * g.tile_w * layout.bytes, planes = tiles * layout.planes;
+  const Lines layout = lines_of(x, out);
+  const int64_t plane = g.tile_h * g.tile_w * layout.pixel(), planes = tiles * layout.planes;
   const char* from = data_of<const char>(x);
   char* to = data_of<char>(out);
   const int64_t threads = threads_for(double(planes) * double(plane), kCopyBytesPerThread);
@@ -65,7 +49,7 @@ void gather_tiles(const Tensor& x, const Tensor& index, const OptionalTensor& co
     const int64_t block = at[i / layout.planes], row = block / g.grid_w, n = row / g.grid_h;
     const int64_t y0 = g.first_h + row % g.grid_h * g.step_h, x0 = g.first_w + block % g.grid_w * g.step_w;
     const int64_t source = (n * layout.planes + i % layout.planes) * g.height * g.width;
-    gather_plane(from + source * layout.bytes, y0, x0, g, layout.bytes, to + i * plane);
+    gather_plane(from + source * layout.pixel(), y0, x0, g, layout.pixel(), to + i * plane);
   });
   fill_zero(to + planes * plane, (out.size(0) - tiles) * layout.planes * plane);
 }
@@ -76,14 +60,14 @@ void gather_tiles(const Tensor& x, const Tensor& index, const OptionalTensor& co
 struct Line {
   int64_t n, plane, y, begin;  // begin: its first byte
 
-  Line(int64_t line, const BlockGeometry& g, const Layout& layout)
+  Line(int64_t line, const BlockGeometry& g, const Lines& layout)
       : n(line / g.height / layout.planes),
         plane(line / g.height % layout.planes),
         y(line % g.height),
-        begin(line * g.width * layout.bytes) {}
+        begin(line * g.width * layout.pixel()) {}
 
-  void next(const BlockGeometry& g, const Layout& layout) {
-    begin += g.width * layout.bytes;
+  void next(const BlockGeometry& g, const Lines& layout) {
+    begin += g.width * layout.pixel();
     if (++y < g.height) return;
     y = 0;
     if (++plane < layout.planes) return;
@@ -94,7 +78,7 @@ struct Line {
 
 struct Scatter {
   BlockGeometry g;
-  Layout layout;
+  Lines layout;
   GridRows grid;
   std::vector<Span> rows_over;  // [H]: the rows of the grid that cover a line of an image
   const char* tiles;
@@ -102,7 +86,7 @@ struct Scatter {
   char* out;
   bool stream;
 
-  int64_t line_bytes() const { return g.width * layout.bytes; }
+  int64_t line_bytes() const { return g.width * layout.pixel(); }
   int64_t lines() const { return g.batch * layout.planes * g.height; }
 
   // Calls f(run of a tile, its columns) for all tiles over a line, in the order of the plan.
@@ -116,7 +100,7 @@ struct Scatter {
         const Span xs = grid.columns(row, b);
         const int64_t j = xs.begin - grid.left(row, b);
         const int64_t pixel = ((b * layout.planes + line.plane) * g.tile_h + i) * g.tile_w + j;
-        if (xs.size() > 0) f(tiles + pixel * layout.bytes, xs);
+        if (xs.size() > 0) f(tiles + pixel * layout.pixel(), xs);
       }
     }
   }
@@ -145,7 +129,7 @@ void replace_lines(const Scatter& s, Span lines) {
   Line line(lines.begin, s.g, s.layout);
   for (int64_t i = lines.begin; i < lines.end; ++i, line.next(s.g, s.layout)) {
     s.for_each_run(line, [&](const char* run, Span xs) {
-      const int64_t start = line.begin + xs.begin * s.layout.bytes, bytes = xs.size() * s.layout.bytes;
+      const int64_t start = line.begin + xs.begin * s.layout.pixel(), bytes = xs.size() * s.layout.pixel();
       s.fill(done, start);
       std::memcpy(s.out + start, run, bytes);
       done = start + bytes;
@@ -157,7 +141,7 @@ void replace_lines(const Scatter& s, Span lines) {
 // Base and the tiles over one line. `memory` holds the sums of a line where they cannot be in the output.
 void add_line(const Scatter& s, const Line& line, Dtype dtype, float* memory) {
   const Kernels& k = kernels();
-  const int64_t pixel = s.layout.bytes, elements = s.layout.elements;
+  const int64_t pixel = s.layout.pixel(), elements = s.layout.elements;
   Span covered{s.g.width, 0};
   s.for_each_run(line, [&](const char*, Span xs) {
     covered = {std::min(covered.begin, xs.begin), std::max(covered.end, xs.end)};
@@ -191,14 +175,12 @@ void scatter_tiles(const Tensor& tiles, const Tensor& index, const OptionalTenso
                    IntHeaderOnlyArrayRef geometry, const OptionalTensor& base, bool add, Tensor out) {
   const BlockGeometry g = block_geometry_of(geometry);
   check_shapes(out, tiles, index, g);
-  STD_TORCH_CHECK(!base || (base->scalar_type() == out.scalar_type() && base->numel() == out.numel()),
-                  "base: expected the dtype and shape of the output, got ", base ? base->numel() : 0,
-                  " elements for ", out.numel());
+  check_base(base, out);
   STD_TORCH_CHECK(add || !g.overlaps(), "add: expected True for tiles that overlap, got False");
   if (out.numel() == 0) return;
   const int64_t bytes = out.numel() * int64_t(out.element_size());
   const Scatter s{.g = g,
-                  .layout = Layout(out, tiles),
+                  .layout = lines_of(out, tiles),
                   .grid = GridRows(index, count, g),
                   .rows_over = rows_over_lines(g),
                   .tiles = data_of<const char>(tiles),

@@ -43,10 +43,11 @@ FORCE_INLINE void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
 }
 
-template <bool kWide>
+template <class T>
 static void compress_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
                         char* to, int64_t to_stride) {
-  constexpr int64_t kElement = kWide ? 4 : 2, kRows = 32;  // 32 rows stay in the L1 cache
+  constexpr bool kWide = sizeof(T) == 4;
+  constexpr int64_t kElement = sizeof(T), kRows = 32;  // 32 rows stay in the L1 cache
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t height = rows - first < kRows ? rows - first : kRows;
     for (int32_t j = 0; j < list.count; j += 16) {
@@ -83,10 +84,11 @@ FORCE_INLINE __m512i expanded(const char* from, __mmask16 reads, __m512i place, 
   return _mm512_mask_permutexvar_epi32(other, live, place, load_lanes<kWide>(from, reads));
 }
 
-template <bool kWide>
+template <class T>
 static void expand_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
                       const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream) {
-  constexpr int64_t kElement = kWide ? 4 : 2, kRows = 32;
+  constexpr bool kWide = sizeof(T) == 4;
+  constexpr int64_t kElement = sizeof(T), kRows = 32;
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const bool lines = kWide && stream && to_stride % 64 == 0 && (uintptr_t)to % 64 == 0;
   for (int64_t first = 0; first < rows; first += kRows) {
@@ -134,18 +136,6 @@ static void expand_add(const float* from, int64_t stride, int64_t rows, const Ch
     }
     at += __builtin_popcount(live);
   }
-}
-
-static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
-                     Dtype dtype, char* to, int64_t to_stride) {
-  const auto run = dtype == Dtype::kFloat32 ? compress_of<true> : compress_of<false>;
-  run(from, from_stride, rows, list, to, to_stride);
-}
-
-static void expand(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list, Dtype dtype,
-                   const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream) {
-  const auto run = dtype == Dtype::kFloat32 ? expand_of<true> : expand_of<false>;
-  run(from, from_stride, rows, list, base, base_stride, to, to_stride, stream);
 }
 
 // The live row j of a vector of columns (of pairs: j and j + 1, from the halves of one or two rows of pairs).
@@ -232,25 +222,13 @@ static void compress_of(const char* from, int64_t from_stride, int64_t rows, con
 
 template <class T>
 static void expand_of(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
-                      const char* base, int64_t base_stride, char* to, int64_t to_stride) {
+                      const char* base, int64_t base_stride, char* to, int64_t to_stride, bool) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* row = (const T*)(from + i * from_stride);
     T* out = (T*)(to + i * to_stride);
     fill((char*)out, base ? base + i * base_stride : nullptr, list.channels * int64_t(sizeof(T)), false);
     for (int32_t j = 0; j < list.count; ++j) out[list.index[j]] = row[j];
   }
-}
-
-static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
-                     Dtype dtype, char* to, int64_t to_stride) {
-  const auto run = dtype == Dtype::kFloat32 ? compress_of<uint32_t> : compress_of<uint16_t>;
-  run(from, from_stride, rows, list, to, to_stride);
-}
-
-static void expand(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list, Dtype dtype,
-                   const char* base, int64_t base_stride, char* to, int64_t to_stride, bool) {
-  const auto run = dtype == Dtype::kFloat32 ? expand_of<uint32_t> : expand_of<uint16_t>;
-  run(from, from_stride, rows, list, base, base_stride, to, to_stride);
 }
 
 static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
@@ -282,3 +260,15 @@ static void pick_panel(const PanelPick& pick, int64_t panel, int64_t segment, ch
 }
 
 #endif
+
+static void compress(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list,
+                     Dtype dtype, char* to, int64_t to_stride) {
+  const auto run = dtype == Dtype::kFloat32 ? compress_of<uint32_t> : compress_of<uint16_t>;
+  run(from, from_stride, rows, list, to, to_stride);
+}
+
+static void expand(const char* from, int64_t from_stride, int64_t rows, const ChannelList& list, Dtype dtype,
+                   const char* base, int64_t base_stride, char* to, int64_t to_stride, bool stream) {
+  const auto run = dtype == Dtype::kFloat32 ? expand_of<uint32_t> : expand_of<uint16_t>;
+  run(from, from_stride, rows, list, base, base_stride, to, to_stride, stream);
+}

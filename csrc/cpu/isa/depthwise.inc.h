@@ -63,10 +63,11 @@ FORCE_INLINE void depthwise_9(const Depthwise& d, const RowBlock& rows, const De
   }
 }
 
-// Any number of taps: NV vectors side by side hide the FMA's latency.
+// Any number of taps: NV vectors side by side hide the FMA's latency. `n`: of the last channels, less than
+// one.
 template <Dtype kIn, int NV>
 FORCE_INLINE void depthwise_any(const Depthwise& d, const RowBlock& rows, const DepthwiseTile& tile,
-                                int64_t channel) {
+                                int64_t channel, int n = Vec::kLanes) {
   constexpr int64_t kElement = size_of(kIn);
   for (int i = 0; i < tile.height; ++i) {
     const char* const* in = tile.in + int64_t(i) * d.segments;
@@ -75,27 +76,13 @@ FORCE_INLINE void depthwise_any(const Depthwise& d, const RowBlock& rows, const 
     for (int s = 0; s < d.segments; ++s) {
       const float* w = d.weight + d.taps[s] * d.channels + channel;
       UNROLL for (int v = 0; v < NV; ++v) {
-        const Vec x = load_as<kIn>(in[s] + (channel + v * Vec::kLanes) * kElement);
-        acc[v] = fma(x, load(w + v * Vec::kLanes), acc[v]);
+        const Vec x = load(in[s] + (channel + v * Vec::kLanes) * kElement, kIn, n);
+        acc[v] = fma(x, load_floats(w + v * Vec::kLanes, n), acc[v]);
       }
     }
     UNROLL for (int v = 0; v < NV; ++v) {
-      finish_depthwise(d, rows, tile.first_row + i, acc[v], channel + v * Vec::kLanes, Vec::kLanes);
+      finish_depthwise(d, rows, tile.first_row + i, acc[v], channel + v * Vec::kLanes, n);
     }
-  }
-}
-
-// The ragged last channels.
-FORCE_INLINE void depthwise_ragged(const Depthwise& d, const RowBlock& rows, const DepthwiseTile& tile,
-                                   int64_t channel, int n) {
-  for (int i = 0; i < tile.height; ++i) {
-    Vec acc = zero();
-    for (int s = 0; s < d.segments; ++s) {
-      const char* w = (const char*)(d.weight + d.taps[s] * d.channels + channel);
-      const Vec x = load(tile.in[i * d.segments + s] + channel * size_of(d.in), d.in, n);
-      acc = fma(x, load(w, Dtype::kFloat32, n), acc);
-    }
-    finish_depthwise(d, rows, tile.first_row + i, acc, channel, n);
   }
 }
 
@@ -113,7 +100,7 @@ static void depthwise_typed(const Depthwise& d, const RowBlock& rows) {
     }
     for (; c + 4 * kLanes <= d.channels; c += 4 * kLanes) depthwise_any<kIn, 4>(d, rows, tile, c);
     for (; c + kLanes <= d.channels; c += kLanes) depthwise_any<kIn, 1>(d, rows, tile, c);
-    if (c < d.channels) depthwise_ragged(d, rows, tile, c, left_of(d.channels, c));
+    if (c < d.channels) depthwise_any<kIn, 1>(d, rows, tile, c, left_of(d.channels, c));
   }
 }
 
@@ -139,12 +126,7 @@ FORCE_INLINE void pairs_columns(const DepthwisePairs& d, int row, int64_t channe
     const float* w = d.weight + tap[j] * d.channels + channel;
     UNROLL for (int v = 0; v < NV; ++v) {
       const int64_t c = v * Vec::kLanes;
-      if (n >= Vec::kLanes) {
-        acc[v] = fma(load_as<kType>(in[j] + (channel + c) * kElement), load(w + c), acc[v]);
-      } else {
-        acc[v] =
-            fma(load(in[j] + channel * kElement, kType, n), load((const char*)w, Dtype::kFloat32, n), acc[v]);
-      }
+      acc[v] = fma(load(in[j] + (channel + c) * kElement, kType, n), load_floats(w + c, n), acc[v]);
     }
   }
   UNROLL for (int v = 0; v < NV; ++v) {
@@ -168,70 +150,51 @@ static void depthwise_pairs(const DepthwisePairs& d) {
   with_float_type(d.dtype, [&](auto type) { depthwise_pairs_typed<type.value>(d); });
 }
 
-// Adds kTaps x NV sums, kept in registers over all rows: a gradient is loaded once for all taps.
+// Adds kTaps x NV sums, kept in registers over all rows: a gradient is loaded once for all taps. `n`: of the
+// last channels, less than a vector.
 template <Dtype kIn, int kTaps, int NV>
 FORCE_INLINE void depthwise_outer(int rows, int segments, const char* const* x, const char* const* grad,
-                                  int64_t channel, int64_t channels, float* dw) {
+                                  int64_t channel, int64_t channels, float* dw, int n = Vec::kLanes) {
   constexpr int64_t kElement = size_of(kIn), kVector = Vec::kLanes * kElement;
   const int64_t byte = channel * kElement;
   Vec acc[kTaps][NV];
   UNROLL for (int t = 0; t < kTaps; ++t) { UNROLL for (int v = 0; v < NV; ++v) acc[t][v] = zero(); }
   for (int k = 0; k < rows; ++k, x += segments) {
     Vec dy[NV];
-    UNROLL for (int v = 0; v < NV; ++v) dy[v] = load_as<kIn>(grad[k] + byte + v * kVector);
+    UNROLL for (int v = 0; v < NV; ++v) dy[v] = load(grad[k] + byte + v * kVector, kIn, n);
     UNROLL for (int t = 0; t < kTaps; ++t) {
       UNROLL for (int v = 0; v < NV; ++v) acc[t][v] =
-          fma(load_as<kIn>(x[t] + byte + v * kVector), dy[v], acc[t][v]);
+          fma(load(x[t] + byte + v * kVector, kIn, n), dy[v], acc[t][v]);
     }
   }
   UNROLL for (int t = 0; t < kTaps; ++t) {
-    float* to = dw + t * channels + channel;
-    UNROLL for (int v = 0; v < NV; ++v)
-        store(to + v * Vec::kLanes, add(acc[t][v], load(to + v * Vec::kLanes)));
+    UNROLL for (int v = 0; v < NV; ++v) {
+      float* to = dw + t * channels + channel + v * Vec::kLanes;
+      store_floats(to, add(acc[t][v], load_floats(to, n)), n);
+    }
   }
 }
 
-FORCE_INLINE void depthwise_outer_ragged(int rows, int segments, const char* const* x,
-                                         const char* const* grad, Dtype dtype, int64_t channel, int n,
-                                         float* dw) {
-  const int64_t byte = channel * size_of(dtype);
-  Vec acc = zero();
-  for (int k = 0; k < rows; ++k, x += segments) {
-    acc = fma(load(x[0] + byte, dtype, n), load(grad[k] + byte, dtype, n), acc);
-  }
-  char* to = (char*)(dw + channel);
-  store(to, add(acc, load(to, Dtype::kFloat32, n)), Dtype::kFloat32, n);
-}
-
-template <Dtype kIn>
-static void depthwise_weight_grad_typed(int32_t rows, int32_t segments, const char* const* x,
-                                        const char* const* grad, int64_t channels, float* dw) {
+template <Dtype kIn, int kTaps>
+static void depthwise_taps(int32_t rows, int32_t segments, const char* const* x, const char* const* grad,
+                           int64_t channels, float* dw) {
   constexpr int kLanes = Vec::kLanes;
-  const int64_t pairs = channels / (2 * kLanes) * (2 * kLanes), whole = channels / kLanes * kLanes;
-  int s = 0;
-  for (; s + 9 <= segments; s += 9) {
-    float* to = dw + s * channels;
-    int64_t c = 0;
-    for (; c < pairs; c += 2 * kLanes)
-      depthwise_outer<kIn, 9, 2>(rows, segments, x + s, grad, c, channels, to);
-    for (; c < whole; c += kLanes) depthwise_outer<kIn, 9, 1>(rows, segments, x + s, grad, c, channels, to);
-  }
-  for (int t = s; t < segments; ++t) {
-    float* to = dw + t * channels;
-    int64_t c = 0;
-    for (; c < pairs; c += 2 * kLanes)
-      depthwise_outer<kIn, 1, 2>(rows, segments, x + t, grad, c, channels, to);
-    for (; c < whole; c += kLanes) depthwise_outer<kIn, 1, 1>(rows, segments, x + t, grad, c, channels, to);
-  }
-  for (int t = 0; t < segments && whole < channels; ++t) {
-    depthwise_outer_ragged(rows, segments, x + t, grad, kIn, whole, left_of(channels, whole),
-                           dw + t * channels);
-  }
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes)
+    depthwise_outer<kIn, kTaps, 2>(rows, segments, x, grad, c, channels, dw);
+  for (; c + kLanes <= channels; c += kLanes)
+    depthwise_outer<kIn, kTaps, 1>(rows, segments, x, grad, c, channels, dw);
+  if (c < channels)
+    depthwise_outer<kIn, kTaps, 1>(rows, segments, x, grad, c, channels, dw, left_of(channels, c));
 }
 
 static void depthwise_weight_grad(int32_t rows, int32_t segments, const char* const* x,
                                   const char* const* grad, Dtype dtype, int64_t channels, float* dw) {
   with_float_type(dtype, [&](auto type) {
-    depthwise_weight_grad_typed<type.value>(rows, segments, x, grad, channels, dw);
+    int32_t s = 0;
+    for (; s + 9 <= segments; s += 9)
+      depthwise_taps<type.value, 9>(rows, segments, x + s, grad, channels, dw + s * channels);
+    for (; s < segments; ++s)
+      depthwise_taps<type.value, 1>(rows, segments, x + s, grad, channels, dw + s * channels);
   });
 }

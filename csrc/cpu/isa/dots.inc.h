@@ -136,8 +136,9 @@ static void dots(const Dots& d) {
 // --------------------------------------------------------------------------------- local filters
 
 // NV vectors of each of kGroups groups: as many sums as hide the latency, a filter's value for NV of them.
+// `n`: of the last channels of a group, less than a vector.
 template <Dtype kType, int kGroups, int NV>
-FORCE_INLINE void local_columns(const LocalFilter& f, int64_t group, int64_t channel) {
+FORCE_INLINE void local_columns(const LocalFilter& f, int64_t group, int64_t channel, int n = Vec::kLanes) {
   constexpr int64_t kElement = size_of(kType), kVector = Vec::kLanes * kElement;
   const int64_t byte = channel * kElement, group_bytes = f.group * kElement;
   Vec acc[kGroups][NV];
@@ -148,26 +149,14 @@ FORCE_INLINE void local_columns(const LocalFilter& f, int64_t group, int64_t cha
     UNROLL for (int g = 0; g < kGroups; ++g) {
       const Vec k = broadcast(filter[g * f.filter_step]);
       UNROLL for (int v = 0; v < NV; ++v) {
-        acc[g][v] = fma(k, load_as<kType>(in + g * group_bytes + v * kVector), acc[g][v]);
+        acc[g][v] = fma(k, load(in + g * group_bytes + v * kVector, kType, n), acc[g][v]);
       }
     }
   }
   UNROLL for (int g = 0; g < kGroups; ++g) {
     UNROLL for (int v = 0; v < NV; ++v)
-        store_as<kType>(f.out + byte + g * group_bytes + v * kVector, acc[g][v]);
+        store(f.out + byte + g * group_bytes + v * kVector, acc[g][v], kType, n);
   }
-}
-
-// Less than a vector of a group.
-template <Dtype kType>
-FORCE_INLINE void local_ragged(const LocalFilter& f, int64_t group, int64_t channel, int n) {
-  const int64_t byte = channel * size_of(kType);
-  Vec acc = zero();
-  for (int j = 0; j < f.pairs; ++j) {
-    const Vec k = broadcast(f.filter[f.filter_at[j] + group * f.filter_step]);
-    acc = fma(k, load(f.in + f.in_at[j] + byte, kType, n), acc);
-  }
-  store(f.out + byte, acc, kType, n);
 }
 
 // Channels of several groups.
@@ -179,7 +168,7 @@ static void local_wide(const LocalFilter& f) {
     const int64_t byte = c * size_of(kType);
     Vec acc = zero();
     for (int j = 0; j < f.pairs; ++j) {
-      const Vec k = load((const char*)(f.wide + j * channels + c), Dtype::kFloat32, n);
+      const Vec k = load_floats(f.wide + j * channels + c, n);
       acc = fma(k, load(f.in + f.in_at[j] + byte, kType, n), acc);
     }
     store(f.out + byte, acc, kType, n);
@@ -203,7 +192,7 @@ static void local_filter_typed(const LocalFilter& f) {
     for (; c + 8 * kLanes <= end; c += 8 * kLanes) local_columns<kType, 1, 8>(f, group, c);
     for (; c + 4 * kLanes <= end; c += 4 * kLanes) local_columns<kType, 1, 4>(f, group, c);
     for (; c + kLanes <= end; c += kLanes) local_columns<kType, 1, 1>(f, group, c);
-    if (c < end) local_ragged<kType>(f, group, c, left_of(end, c));
+    if (c < end) local_columns<kType, 1, 1>(f, group, c, left_of(end, c));
   }
 }
 

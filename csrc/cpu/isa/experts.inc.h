@@ -155,8 +155,6 @@ static void row_dots(const RowDots& d) {
 
 // ------------------------------------------------------------------------- after a product
 
-FORCE_INLINE Vec load_floats(const float* p, int n) { return n == Vec::kLanes ? load(p) : load(p, n); }
-
 // Rows first: columns first would touch a line of each row in turn, and rows 4 KB apart share one set of the
 // L1 cache.
 static void finish_rows(const FinishRows& f) {

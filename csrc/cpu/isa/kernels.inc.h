@@ -101,6 +101,10 @@ FORCE_INLINE void store_as(char* p, Vec a) {
   store_f16(p, a);
 }
 
+// n floats, at most a vector of them.
+FORCE_INLINE Vec load_floats(const float* p, int n) { return n == Vec::kLanes ? load(p) : load(p, n); }
+FORCE_INLINE void store_floats(float* p, Vec a, int n) { n == Vec::kLanes ? store(p, a) : store(p, a, n); }
+
 FORCE_INLINE int left_of(int64_t end, int64_t c) {
   return int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
 }

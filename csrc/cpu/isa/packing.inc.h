@@ -6,7 +6,7 @@ static void to_float(const char* from, Dtype dtype, int64_t n, float* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
     const int left = left_of(n, i);
-    store((char*)(to + i), load(from + i * element, dtype, left), Dtype::kFloat32, left);
+    store_floats(to + i, load(from + i * element, dtype, left), left);
   }
 }
 
@@ -14,7 +14,7 @@ static void from_float(const float* from, int64_t n, Dtype dtype, char* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
     const int left = left_of(n, i);
-    store(to + i * element, load((const char*)(from + i), Dtype::kFloat32, left), dtype, left);
+    store(to + i * element, load_floats(from + i, left), dtype, left);
   }
 }
 
@@ -22,9 +22,8 @@ static void add_to(const char* from, Dtype dtype, int64_t n, float* to) {
   const int64_t element = size_of(dtype);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
     const int left = left_of(n, i);
-    const Vec sum =
-        add(load(from + i * element, dtype, left), load((const char*)(to + i), Dtype::kFloat32, left));
-    store((char*)(to + i), sum, Dtype::kFloat32, left);
+    const Vec sum = add(load(from + i * element, dtype, left), load_floats(to + i, left));
+    store_floats(to + i, sum, left);
   }
 }
 
