@@ -26,7 +26,7 @@ except ImportError as error:
         "    pip install --no-build-isolation ."
     ) from None
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent  # pip with setuptools 61 runs this file as a relative one
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "dynops/__init__.py").read_text())[1]
 
 

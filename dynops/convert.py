@@ -146,7 +146,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     traces: dict[nn.Module, Trace | None] = {}
     untraceable: set[nn.Module] = set()
     for name, module in reversed(list(model.named_modules())):  # what is inside first
-        if module in kinds or converted.is_whole(module) or not _holds_conv(module, kinds):
+        is_list = type(module).forward is nn.Module.forward  # as a ModuleList, which is never called
+        if module in kinds or is_list or converted.is_whole(module) or not _holds_conv(module, kinds):
             continue
         try:
             traces[module] = trace(module, kinds, known=untraceable)

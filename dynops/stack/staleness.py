@@ -130,42 +130,49 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module, trace, hooks: bool = True):
-        self.valid = all(_is_there(module, known) for known in trace.modules)
-        if not self.valid:
-            return
-        inner = [module.get_submodule(path) for path in trace.inlined]
-        every = list(dict.fromkeys(module.get_submodule(path) for path, *_ in trace.modules))
+        self.methods, self.pictures, self.inherited = {"forward"}, [], []
+        try:  # a copy may have become another module than the one that was traced
+            self.valid = all(signature(module, known[0]) == known for known in trace.modules)
+            every = list(dict.fromkeys(module.get_submodule(path) for path, *_ in trace.modules))
+            watched = self._forwards(module, trace, every) + self._reads(module, trace.reads)
+        except (AttributeError, KeyError, StopIteration):
+            self.valid, every, watched = False, [], []
         self.modules, self.classes = every, [type(m) for m in every]
         self.states = [m.__dict__ for m in every]
         self.sizes = [len(state) for state in self.states]
         self.children = [m._modules for m in every]
         self.then = [dict(children) for children in self.children]
-        self.hooks = (
-            tuple(m.__dict__[kind] for m in every if m is not module for kind in HOOKS) if hooks else ()
-        )
-        self.hooks += _GLOBAL_HOOKS if hooks else ()
-        self.methods = {"forward"}
-        kinds = dict.fromkeys(_defining(type(m), "forward") for m in inner)
+        self.hooks = _GLOBAL_HOOKS if hooks else ()
+        self.hooks += tuple(m.__dict__[kind] for m in every if hooks and m is not module for kind in HOOKS)
+        self.checks = _by_space(watched)
+
+    def _forwards(self, module: nn.Module, trace, every: list[nn.Module]) -> list[tuple]:
+        """The forwards that were traced, and the settings of the layers that were not: ``(dict, name, value)``."""
+        inner = {module.get_submodule(path) for path in trace.inlined}
+        kinds = dict.fromkeys(_defining(type(m), "forward") for m in every if m in inner)
         watched = [(vars(kind), "forward", vars(kind)["forward"]) for kind in kinds]
         for m in every:
             if m not in inner:
                 watched += [(m.__dict__, name, value) for name, value in _settings(m)]
-        self.pictures, self.inherited = [], []
-        for where, name, picture in trace.reads:
-            space = (
-                sys.modules[where[0]].__dict__ if isinstance(where, tuple) else module.get_submodule(where)
-            )
-            if picture is METHOD or picture == METHOD:
+        return watched
+
+    def _reads(self, module: nn.Module, reads: tuple) -> list[tuple]:
+        """As :meth:`_forwards`, of what forwards read. Containers and attributes of classes are kept apart."""
+        watched = []
+        for where, name, picture in reads:
+            of_module = not isinstance(where, tuple)
+            space = module.get_submodule(where) if of_module else sys.modules[where[0]].__dict__
+            if picture == METHOD:
                 kind = _defining(type(space), name)
                 watched.append((vars(kind), name, vars(kind)[name]))
                 self.methods.add(name)
             elif not is_scalar(picture):
                 self.pictures.append((space, name, picture))
-            elif isinstance(space, nn.Module) and name not in space.__dict__:
-                self.inherited.append((space, name, picture))  # an attribute of the class
+            elif of_module and name not in space.__dict__:
+                self.inherited.append((space, name, picture))
             else:
-                watched.append((getattr(space, "__dict__", space), name, picture))
-        self.checks = _by_space(watched)
+                watched.append((space.__dict__ if of_module else space, name, picture))
+        return watched
 
     def holds(self) -> bool:
         """True as long as nothing has changed."""
@@ -217,13 +224,6 @@ def _by_space(watched: list[tuple]) -> list[tuple]:
         )
         for space, found in names.values()
     ]
-
-
-def _is_there(module: nn.Module, known: tuple) -> bool:
-    try:
-        return signature(module, known[0]) == known
-    except AttributeError:
-        return False
 
 
 def _defining(kind: type, name: str) -> type:

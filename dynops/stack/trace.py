@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .activations import ZERO_PRESERVING, fused_name
-from .recording import Recorder, Untraceable, opaque
 from .staleness import signature
+from .tracing.fusion import fuse
+from .tracing.recording import Recorder, Untraceable, opaque
 
 _ADDS = (operator.add, operator.iadd, torch.add)
+_INPLACE = {operator.imul: operator.mul, operator.isub: operator.sub, operator.itruediv: operator.truediv}
 _ADD_METHODS = ("add", "add_")
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
@@ -70,6 +72,7 @@ _FRESH_CALLS = {
     "conv2d",
     "batch_norm",
     "interpolate",
+    "clone",
 }
 _METHODS = {"relu": (torch.relu, False), "relu_": (torch.relu, True), "tanh": (torch.tanh, False)}
 
@@ -159,7 +162,8 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
         raise Untraceable("its output is a parameter")
     inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))
     layers = dict.fromkeys(path for step in steps for path in _layers_of(step))
-    modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *layers)))
+    outer = _outside_of(module, leaves | called)  # lists of modules too
+    modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *outer, *layers)))
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
         input_name,
@@ -191,6 +195,15 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
     return leaves
 
 
+def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
+    """The paths of the modules that are neither leaves nor inside of one."""
+    inside, outer = tuple(path + "." for path in leaves), []
+    for path, _ in module.named_modules():
+        if path not in leaves and not path.startswith(inside):
+            outer.append(path)
+    return outer
+
+
 def _layers_of(step: Step) -> tuple[str, ...]:
     """The paths of the layers that a step stands for, rather than calls."""
     if step.kind not in ("conv", "norm", "pool", "layer", "act", "dropout") or step.args == ("function",):
@@ -203,14 +216,16 @@ class _Steps:
 
     def __init__(self, module: nn.Module, kinds: dict[nn.Module, str], called: set[str], whole: bool):
         self.module, self.kinds, self.called, self.whole = module, kinds, called, whole
-        self.fresh: set[int] = set()  # values that share no memory with another one
+        self.groups: dict[int, set[int]] = {}  # of each value: those that may share memory with it
+        self.order: dict[fx.Node, int] = {}
         self.number: dict[fx.Node, int] = {}
         self.steps: list[Step] = []
         self.values = 0
 
     def make(self, recorder: Recorder) -> tuple[str, tuple[Step, ...], int, int]:
-        output = None
-        for node in recorder.record().nodes:
+        output, nodes = None, list(recorder.record().nodes)
+        self.order = {node: i for i, node in enumerate(nodes)}
+        for node in nodes:
             try:
                 if node.op == "placeholder":
                     self.number[node] = self.new()
@@ -235,16 +250,33 @@ class _Steps:
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
         self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
-        if kind in _FRESH or self._makes_new(kind, target):
-            self.fresh.add(out)
+        new = not inplace and (kind in _FRESH or self._makes_new(kind, target))
+        group = (
+            {out}
+            if new
+            else {out}.union(*[self.groups.get(v, {v}) for v in (inputs[:1] if inplace else inputs)])
+        )
+        self.groups.update(dict.fromkeys(group, group))
         if inplace:
             old = inputs[0]
-            if old not in self.fresh and not (self.whole and old == 0):
-                raise Untraceable("it changes its input in place" if old == 0 else f"{node} works in place")
+            self._check_unseen(node, old, group)
             for other, value in self.number.items():
                 if value == old:
                     self.number[other] = out
         self.number[node] = out
+
+    def _check_unseen(self, node: fx.Node, old: int, group: set[int]) -> None:
+        """Raises Untraceable where another value than ``old`` shows what ``node`` writes into it."""
+        if 0 in group and not self.whole:
+            raise Untraceable("it changes its input in place")
+        for other, value in self.number.items():
+            seen = (
+                value in group
+                and value != old
+                and any(self.order[user] > self.order[node] for user in other.users)
+            )
+            if seen or (value in group and other.op == "get_attr"):
+                raise Untraceable(f"{node} works in place")
 
     def _makes_new(self, kind: str, target: str) -> bool:
         """True for a call whose result shares no memory with another value."""
@@ -252,7 +284,7 @@ class _Steps:
             return isinstance(self.module.get_submodule(target), _FRESH_MODULES)
         return kind in ("function", "method") and target.rpartition(":")[2] in _FRESH_CALLS
 
-    def emit_call(self, node: fx.Node, kind: str, target: str) -> None:
+    def emit_call(self, node: fx.Node, kind: str, target: str, inplace: bool = False) -> None:
         """Anything that runs on dense tensors as it stands."""
         inputs: list[int] = []
 
@@ -262,9 +294,8 @@ class _Steps:
 
         args = fx.node.map_arg(node.args, refer)
         kwargs = fx.node.map_arg(dict(node.kwargs), refer)
-        self.emit(
-            node, kind, target, tuple(dict.fromkeys(inputs)), args=tuple(args), kwargs=tuple(kwargs.items())
-        )
+        numbers = tuple(dict.fromkeys(inputs))
+        self.emit(node, kind, target, numbers, inplace, args=tuple(args), kwargs=tuple(kwargs.items()))
 
     def _get_attr(self, node: fx.Node) -> None:
         self.emit(node, "attr", node.target, ())
@@ -305,6 +336,8 @@ class _Steps:
                 name = "gelu_tanh"
             fields = {"activation": name, "args": ("function",), "kwargs": tuple(extra.items())}
             self.emit(node, "act", _name_of(function), (operands[0],), inplace, **fields)
+        elif function in _INPLACE and operands[0] is not None and isinstance(args[1], (int, float)):
+            self.emit_call(node, "function", _name_of(_INPLACE[function]), inplace=True)
         elif inplace or "out" in node.kwargs or _works_in_place(function):
             raise Untraceable(f"{function.__name__} works in place")
         else:
@@ -362,52 +395,3 @@ def find(name: str) -> Callable | None:
         return getattr(importlib.import_module(module), short, None)
     except ImportError:
         return None
-
-
-# ------------------------------------------------------------------------------------ fusion
-
-
-def fuse(steps: tuple[Step, ...], output: int) -> list[Step]:
-    """Gives each convolution (and each norm without one) the norm, sum and activation after it.
-
-    A fused step stands where its last part stood, so that a residual is there when it runs.
-    """
-    readers: dict[int, list[int]] = {output: [-1]}
-    for i, step in enumerate(steps):
-        for value in step.inputs:
-            readers.setdefault(value, []).append(i)
-    constants = {step.out for step in steps if step.kind == "attr"}
-    taken: set[int] = set()
-    fused: dict[int, Step] = {}
-    for i, step in enumerate(steps):
-        if i in taken:
-            continue
-        if step.kind in ("conv", "norm"):
-            step, i = _absorb(step, i, steps, readers, constants, taken)
-        fused[i] = step
-    return [fused[i] for i in sorted(fused)]
-
-
-def _absorb(step: Step, i: int, steps, readers, constants: set[int], taken: set[int]) -> tuple[Step, int]:
-    while (
-        len(readers.get(step.out, ())) == 1
-        and readers[step.out][0] >= 0
-        and readers[step.out][0] not in taken
-    ):
-        j = readers[step.out][0]
-        after = steps[j]
-        if after.kind == "norm" and step.kind == "conv" and step.norm is None and step.residual is None:
-            step = step._replace(norm=after.target, out=after.out)
-        elif after.kind == "add" and step.residual is None and len(after.inputs) == 2:
-            other = after.inputs[1] if after.inputs[0] == step.out else after.inputs[0]
-            if other in constants:
-                break
-            step = step._replace(residual=other, inputs=(step.inputs[0], other), out=after.out)
-        elif after.kind == "act" and after.activation:
-            taken.add(j)
-            return step._replace(activation=after.activation, out=after.out), j
-        else:
-            break
-        taken.add(j)
-        i = j
-    return step, i

@@ -42,6 +42,7 @@ class Traced:
         self.rows = self.stack.packs
         named = [(name, getattr(m, kind)) for name, m in module.named_modules() for kind in HOOKS]
         self.names, self.hooks = zip(*named, strict=True)  # of each module, the outermost first
+        self.inner_hooks = self.hooks[len(HOOKS) :]
         self._sizes = KeptSizes()
 
     def holds(self, module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from comparison import randomised
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_gpu import products
 from stack_cases import WITH_PATHS, Residual, check, expected, stack
 from torch import nn
 
@@ -267,3 +268,9 @@ def test_random_stacks(module, height, width, block_h, block_w, seed):
         for a, b in itertools.zip_longest(*grads):
             assert (a is None) == (b is None)
             assert a is None or (a - b).norm() <= 1e-10 * b.norm().clamp(min=1e-8)
+
+
+def test_after_a_precision_was_set_the_newer_way():
+    module, x = stack("3x3"), random_tensor(1, 4, 8, 8)
+    with products("tf32"):
+        SparseBlocks(module, 4)(x, torch.eye(8)[None])

@@ -1,7 +1,5 @@
 """Every output-size formula of ``dynops.geometry`` against torch's own layers, on meta tensors."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

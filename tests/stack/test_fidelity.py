@@ -1,7 +1,5 @@
 """Tracing never changes the answer: forwards that a graph cannot hold, and modules that change after the trace."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math
@@ -38,11 +36,17 @@ class Net(nn.Module):
         self.config = types.SimpleNamespace(k=2, names=["a"])
         self.function, self.part = F.relu, functools.partial(F.leaky_relu, negative_slope=0.3)
         self.register_buffer("seen", torch.ones(1))
+        self.more = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.ReLU()])
         nn.init.normal_(self.norm.bias)
         self.__class__ = type("Net", (Net,), {"forward": forward})
 
     def helper(self, x):
         return self.a(x)
+
+    def all(self, x):
+        for layer in self.more[:]:
+            x = layer(x)
+        return x
 
 
 def layer_by_layer(model):
@@ -52,9 +56,6 @@ def layer_by_layer(model):
         if _TRACE in module.__dict__:
             module.__dict__.update({_TRACE: None, _PROGRAM: None})
     return model
-
-
-# ----------------------------------------------------------------- what a graph cannot hold
 
 
 def no_grad(s, x):
@@ -172,6 +173,13 @@ def writes_slice(s, x):
     return s.b(y)
 
 
+def writes_what_is_read_later(s, x):
+    y = s.a(x)
+    z = y[:, :2]
+    y += s.b(x)
+    return s.b(torch.cat([z, z], 1))
+
+
 def asks_for_a_size(s, x):
     return s.b(s.a(x)) if x.shape[2] > 4 else s.a(x)
 
@@ -203,11 +211,8 @@ def math_of_sizes(s, x):
 UNHOLDABLE = [no_grad, torch.no_grad()(lambda s, x: s.b(s.a(x))), enable_grad, autocast_off, autocast_on, checkpointed,
               checkpointed_reentrant, python_random, numpy_random, torch_random, noise, own_generator, global_generator,
               appends, writes_dict, counts, counts_in_class, appends_to_class, appends_to_global, counts_in_global,
-              counts_in_default, counts_in_config, writes_buffer, writes_input, writes_slice, asks_for_a_size,
+              counts_in_default, counts_in_config, writes_buffer, writes_input, writes_slice, writes_what_is_read_later, asks_for_a_size,
               asks_for_a_class, catches, dtype_of_its_parameters, appends_and_raises, math_of_sizes]  # fmt: skip
-
-
-# ------------------------------------------------------------------------- what it can hold
 
 
 def residual(s, x):
@@ -236,13 +241,28 @@ def lists_its_input(s, x):
     return s.b(s.a(torch.cat(x, 1)))
 
 
+def writes_in_place(s, x):
+    y = s.a(x)
+    y += s.b(x)
+    z = y
+    y *= 2
+    return z + y
+
+
 def has_options(s, x, y=None, *, z=3):
     return s.b(s.a(x)) if y is None else y
 
 
-HOLDABLE = [residual, normed_residual, concatenated, shifted, viewed, lists_its_input, has_options]
-
-# -------------------------------------------------------------------- what makes a trace stale
+HOLDABLE = [
+    residual,
+    normed_residual,
+    concatenated,
+    shifted,
+    viewed,
+    lists_its_input,
+    has_options,
+    writes_in_place,
+]
 
 
 def chain(s, x):
@@ -261,6 +281,7 @@ CHANGES = {
     "padding": (lambda s, x: s.a(x), lambda m: setattr(m.a, "padding", (0, 0))),
     "dilation": (chain, lambda m: (setattr(m.a, "dilation", (2, 2)), setattr(m.a, "padding", (2, 2)))),
     "eps": (chain, lambda m: setattr(m.norm, "eps", 0.5)),
+    "list of children": (lambda s, x: s.all(s.a(x)), lambda m: m.more.append(nn.Conv2d(4, 4, 1))),
     "child": (chain, lambda m: setattr(m, "b", nn.Identity())),
     "activation": (chain, lambda m: setattr(m, "relu", nn.Tanh())),
     "forward": (chain, lambda m: setattr(m.b, "forward", lambda x: x * 2)),
@@ -455,3 +476,15 @@ def test_pruned_chains_keep_their_pixels():
     with torch.no_grad():
         conv.weight_orig.mul_(2)
         torch.testing.assert_close(sparse(x, mask), chain(x) * mask[:, None])
+
+
+def test_precision_may_be_set_in_the_newer_way():
+    """torch.get_float32_matmul_precision raises from then on."""
+    stack, x = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), torch.randn(1, 4, 8, 8)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        out = dynops.nn.SparseBlocks(stack, 4)(x, torch.ones(1, 8, 8))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    torch.testing.assert_close(out, stack(x), rtol=1e-4, atol=1e-5)

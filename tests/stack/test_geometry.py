@@ -1,7 +1,5 @@
 """``use_mask``: masks that reach layers by the layers' geometry, ragged batches, and what it warns of."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 

@@ -135,18 +135,25 @@ def test_it_computes_with(version, wheel, tmp_path):
 
 
 @pytest.mark.parametrize("version", SETUPTOOLS)
-def test_setuptools_reads_the_project(version, tmp_path):
+def test_pip_builds_with_setuptools(version, tmp_path):
+    """Of the sources bindings.cpp alone is compiled: what is tested is how setuptools reads the project."""
     if version == "61.0.0" and sys.version_info >= (3, 12):
         pytest.skip("setuptools 61 needs pkgutil.ImpImporter, which Python 3.12 removed")
     package = f"setuptools=={version}" if version else "setuptools"
     require_index(package)
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "tools", package)
+    tree = tmp_path / "tree"
     for name in ("dynops", "csrc"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "tools")}
-    run(sys.executable, "setup.py", "-q", "egg_info", cwd=tmp_path, env=environment)
-    metadata = (tmp_path / "dynops.egg-info" / "PKG-INFO").read_text()
-    assert "Name: dynops\nVersion: 0." in metadata and "Apache" in metadata
-    assert "csrc/common/" in (tmp_path / "dynops.egg-info" / "SOURCES.txt").read_text()
+        shutil.copy(ROOT / name, tree)
+    for source in (tree / "csrc").rglob("*.cpp"):
+        if source.name != "bindings.cpp":
+            source.unlink()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "tools"), "FORCE_CUDA": "0"}
+    command = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, "."]
+    run(sys.executable, *command, cwd=tree, env=environment)
+    (made,) = tmp_path.glob("dynops-0.*.whl")
+    names = zipfile.ZipFile(made).namelist()
+    assert any(name.startswith("dynops/_C.") for name in names) and "dynops/ops/__init__.py" in names
+    assert any(name.endswith("LICENSE") for name in names)

@@ -13,7 +13,6 @@ from ...plans import PixelPlan, as_pixel_plan
 from ...stack.activations import ELEMENTWISE, fused_name
 from ...stack.graph import chain_of
 from ...stack.run_rows import checked_base
-from ...stack.staleness import HOOKS
 from ...stack.traced import Macs, Traced
 from .conv import SparseConv2d, SparseConvTranspose2d
 from .masked import MaskedBatchNorm2d
@@ -75,7 +74,7 @@ class SparseSequential(nn.Sequential):
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
         traced, plan = self._bound_to(input, mask_or_plan)
-        if _hooked(traced):
+        if any(traced.inner_hooks):  # they may make the weights, as pruning does
             out = super().forward(input)
             base = None if base is None else checked_base(base, input, plan, out.shape[1], out.dtype)
             return keep_pixels(out, plan, base)
@@ -86,7 +85,7 @@ class SparseSequential(nn.Sequential):
         if mask_or_plan is None:
             return self._stack().macs(input if input.dim() == 4 else input[None], None)
         traced, plan = self._bound_to(input, mask_or_plan)
-        return traced.macs(input, None if _hooked(traced) else plan)
+        return traced.macs(input, None if any(traced.inner_hooks) else plan)
 
     def _bound_to(self, x: Tensor, mask_or_plan) -> tuple[Traced, PixelPlan]:
         """The chain's layers, and the plan of its output."""
@@ -121,11 +120,6 @@ class SparseSequential(nn.Sequential):
         super().__setstate__(state)
         with contextlib.suppress(TypeError):  # the next call raises it
             self._stack()
-
-
-def _hooked(traced: Traced) -> bool:
-    """True where an inner module has a hook, which may make its weights, as pruning does."""
-    return any(traced.hooks[len(HOOKS) :])
 
 
 def _flat(chain: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -1,25 +1,24 @@
 """The globals, closures, defaults and attributes of classes that forwards may read or write.
 
-Found by the names in a function's code, in the functions that it calls, and in those that they call. More is watched than is read,
-as a name may be that of an attribute; this costs no more than a trace.
+They are found by the names in the code of a function, of the functions that it calls, and of those that they call.
 """
 
 from __future__ import annotations
 
 import copy
+import dis
+import functools
 import inspect
 import random
 import sys
 import types
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from .staleness import Opaque, changed, frozen
+from ..staleness import Opaque, changed, frozen
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "dynops"}
-_NOTHING = object()
 
 
 class Outside:
@@ -47,22 +46,21 @@ class Outside:
         self._seen.add((function.__code__, kind))
         if (function.__module__ or "").partition(".")[0] in _FOREIGN:
             return
-        names, space = set(_names(function.__code__)), function.__globals__
-        if "__class__" in names or ("type" in names and "type" not in space):
+        (names, attributes), space = _names(function.__code__), function.__globals__
+        if "__class__" in attributes or ("type" in names and "type" not in space):
             raise Opaque("asks for a class")
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._note(None, "", default)
+            self._note(None, "a default", default)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":
-                self._value(cell, name, _content(cell), names, kind)
-        for name in names:
-            value = space.get(name, _NOTHING)
-            if value is not _NOTHING:
-                self._value(space, name, value, names, kind)
-            elif isinstance(method := inspect.getattr_static(kind, name, None), types.FunctionType):
+                self._value(cell, name, _content(cell), attributes, kind)
+        for name in names & space.keys():
+            self._value(space, name, space[name], attributes, kind)
+        for name in attributes:
+            if isinstance(method := inspect.getattr_static(kind, name, None), types.FunctionType):
                 self.look(method, kind)
 
-    def _value(self, space, name: str, value, names: set[str], kind: type) -> None:
+    def _value(self, space, name: str, value, attributes: frozenset[str], kind: type) -> None:
         if isinstance(value, types.FunctionType):
             self.look(value, kind)
         elif isinstance(value, (types.ModuleType, type)):
@@ -71,7 +69,7 @@ class Outside:
             )[0]
             if root in _FOREIGN:
                 return
-            for inner in names & vars(value).keys():
+            for inner in attributes & vars(value).keys():
                 attribute = vars(value)[inner]
                 if isinstance(attribute, types.FunctionType):
                     self.look(attribute, kind)
@@ -117,11 +115,21 @@ class Outside:
             raise Opaque(f"writes {written!r}, which lies outside of its module")
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of globals and of attributes in a function and in those that it defines."""
+    names, attributes = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.endswith(("_GLOBAL", "_NAME")):
+            names.add(instruction.argval)
+        elif instruction.opname.endswith(("_ATTR", "_METHOD")):
+            attributes.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            inner_names, inner_attributes = _names(constant)
+            names |= inner_names
+            attributes |= inner_attributes
+    return frozenset(names), frozenset(attributes)
 
 
 def _content(cell: types.CellType):

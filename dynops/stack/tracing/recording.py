@@ -11,15 +11,16 @@ import contextlib
 import copy
 import functools
 import inspect
+import operator
 import random
 import sys
 
 import torch
 from torch import Tensor, fx, nn
 
-from .. import context
+from ... import context
+from ..staleness import METHOD, Opaque, changed, frozen, hooked, own_class
 from .outside import Outside
-from .staleness import METHOD, Opaque, changed, frozen, hooked, own_class
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
@@ -57,6 +58,15 @@ class _Value(fx.Proxy):
 
     _is_param = False
 
+    def _write(self, other, function):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_write, function=operator.iadd)  # else Python takes x + y for x += y
+    __isub__ = functools.partialmethod(_write, function=operator.isub)
+    __imul__ = functools.partialmethod(_write, function=operator.imul)
+    __itruediv__ = functools.partialmethod(_write, function=operator.itruediv)
+    __ipow__ = functools.partialmethod(_write, function=operator.ipow)
+
     @property
     def __class__(self):
         caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -64,31 +74,38 @@ class _Value(fx.Proxy):
 
 
 class _StandIn:
-    """A mixin for a module's class: it takes calls and reads to the recorder, and refuses writes."""
+    """A mixin for a module's class: it takes calls and reads to the recorder, and refuses writes.
+
+    One without a state was made by a forward, as a slice of a ModuleList is. It is an ordinary module of stand-ins.
+    """
 
     def __init_subclass__(cls, **options):  # not that of the user's class, which may register what it sees
         pass
 
     def __call__(self, *args, **kwargs):
-        return self.__dict__[_STATE].call(args, kwargs)
+        state = self.__dict__.get(_STATE)
+        return super().__call__(*args, **kwargs) if state is None else state.call(args, kwargs)
 
     def __getattribute__(self, name):
         if name in _OWN:
             return super().__getattribute__(name)
         own = object.__getattribute__(self, "__dict__")
+        state = own.get(_STATE)
         if name in own:
-            return own[_STATE].read(name, own[name])
+            return own[name] if state is None else state.read(name, own[name])
         value = super().__getattribute__(name)
         static = inspect.getattr_static(type(self), name, None)
+        if state is None:
+            return value
         if not hasattr(static, "__get__"):
-            return own[_STATE].read(name, value)
+            return state.read(name, value)
         if not (getattr(static, "__module__", None) or "torch").startswith("torch"):
-            own[_STATE].recorder.reads[own[_STATE].path, name] = METHOD
+            state.recorder.reads[state.path, name] = METHOD
         return value
 
     def __getattr__(self, name):
-        value = super().__getattr__(name)
-        return self.__dict__[_STATE].read(name, value) if isinstance(value, Tensor) else value
+        value, state = super().__getattr__(name), self.__dict__.get(_STATE)
+        return value if state is None or not isinstance(value, Tensor) else state.read(name, value)
 
     def named_parameters(
         self, *args, **kwargs
@@ -98,6 +115,8 @@ class _StandIn:
     named_buffers = state_dict = named_parameters
 
     def __setattr__(self, name, value):
+        if _STATE not in self.__dict__:
+            return super().__setattr__(name, value)
         self.__dict__[_STATE].fail(f"its forward writes its attribute {name!r}")
 
     def __delattr__(self, name):
@@ -382,7 +401,7 @@ def _modes_now() -> tuple:
         torch.get_default_dtype(),
         torch.is_anomaly_enabled(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,  # the older getter raises where this was set
         torch.autograd.forward_ad._current_level,
         c._len_torch_function_stack(),
         c._len_torch_dispatch_stack(),

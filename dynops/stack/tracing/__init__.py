@@ -1,0 +1,1 @@
+"""Forwards recorded as graphs, and the fusion of their steps."""
