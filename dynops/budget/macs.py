@@ -34,8 +34,9 @@ class MacCounter(Tracker):
 
     Counted are PyTorch's convolutions, linear and recurrent layers, recurrent cells and
     ``nn.MultiheadAttention``, all layers of :mod:`dynops.nn`, ``ops.interpolate_pixels``, and the experts and routers of
-    transformers' models, whatever their ``experts_implementation``. A gate is made of such layers, so it counts too. What a module computes by functions (``F.conv2d``, ``torch.matmul``,
-    attention written by hand) is seen by nobody: give its class a rule.
+    transformers' models, whatever their ``experts_implementation``. A gate is made of such layers, so it counts too.
+    What a module computes by functions (``F.conv2d``, ``torch.matmul``, attention written by hand) is not counted:
+    give its class a rule.
 
     What counts is what must be computed: every tap at each output pixel (of a transposed convolution at each input pixel, and an
     active output pixel has its share of these), halos included, and of a layer in its dense-masked training form

@@ -104,6 +104,8 @@ class MoE(nn.Module):
             raise ValueError("shared_gate: expected None without a shared expert")
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             raise ValueError(f"capacity_factor: expected a positive number or None, got {capacity_factor!r}")
+        if losses is not None and not isinstance(losses, Mapping):
+            raise TypeError(f"losses: expected a dict of coefficients by name, got {type(losses).__name__}")
         losses = dict(losses or {})
         if unknown := set(losses) - set(LOSSES):
             raise ValueError(f"losses: expected some of {tuple(LOSSES)}, got {sorted(unknown)}")

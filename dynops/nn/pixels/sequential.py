@@ -145,4 +145,5 @@ def _kind(name: str, module: nn.Module) -> str:
         return "dropout" if kind is nn.Dropout else ""
     raise TypeError(
         f"{name}: expected a convolution, BatchNorm2d, elementwise activation, Dropout or Identity, got {module}"
+        " (dynops.nn.SparseBlocks takes pooling, upsampling and residual sums too)"
     )
