@@ -44,9 +44,9 @@ class use_mask:
     the first layer with a map of this size. Plans are built once and shared between the layers.
 
     With ``ragged`` an output pixel is active if the layer makes it of the image alone, so unpadded layers and odd
-    sizes drop the same rows and columns as they would there. Pools read nothing outside of an image. Each image so
-    gives what it gives alone, up to layers with a view of the whole map (global pooling, group norm) and
-    to norms in training mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros
+    sizes drop the same rows and columns as they would there. Pools read nothing outside of an image. So each image
+    gives what it gives alone. Exceptions are layers with a view of the whole map (global pooling, group norm), and
+    norms in training mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros
     read zeros at an image's edge.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and

@@ -70,7 +70,7 @@ class MoE(nn.Module):
             rank's own tokens. None: each process has all experts.
 
     Shape:
-        - x: ``[..., H]``; its leading sizes are the tokens. What a part writes into x in place is its own.
+        - x: ``[..., H]``; its leading sizes are the tokens. A part that writes into x in place gets a copy of its own.
         - attention_mask: bool or numbers ``[...]`` (or flat), nonzero = a token, 0 = padding: it counts in no loss, runs no
           expert and takes no token's place in one (the output there is the shared expert's, or zero). None: no padding.
         - output: :class:`MoEOutput`.
