@@ -112,8 +112,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
-    resolution and is zero elsewhere, after every layer: convolutions read what the layer before
-    them left (the model's input is read whole), and norms take their statistics from active pixels only
+    resolution and is zero elsewhere, after every layer. Convolutions read what the layer before
+    them left; the model's input is read whole. Norms take their statistics from active pixels only
     (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
     Layers that were not converted run dense on those maps. Convolutions and norms among them are in the
     report, and the first masked call warns of them. An activation that is not 0 at 0 (Sigmoid, Softplus, Softmax)

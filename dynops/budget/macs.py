@@ -41,9 +41,9 @@ class MacCounter(Tracker):
     What counts is what must be computed: every tap at each output pixel (of a transposed convolution at each input pixel, and an
     active output pixel has its share of these), halos included, and of a layer in its dense-masked training form
     (``Skip`` and ``Halting`` with ``dense=True``) what the compact form would compute. A gate's value counts
-    as open (nonzero) or closed; its gradient is what it opens: each sample of a ``Skip`` gets the MACs of the
-    module for that sample, and one that was skipped the mean of those that were not, or, where nobody ran,
-    the module's cost with every gate open. (To learn it the module runs once on two samples, without
+    as open (nonzero) or closed; its gradient is what it opens. Each sample of a ``Skip`` gets the MACs of the
+    module for that sample. A skipped sample gets the mean of those that ran, or, where none ran, the module's
+    cost with every gate open. (To learn it the module runs once on two samples, without
     gradients; where no sample reaches an exit, a branch or a unit, so does that.) Masks of pixels, blocks and
     channels, ``gate`` and ``scale`` of the layers that have them, ``updates`` of SkipRNN, the weights of
     ConvExperts and the ponder cost of Halting have gradients likewise. The gates inside of

@@ -51,8 +51,8 @@ class Skip(nn.Module):
             :class:`SparseBlocks` does, on the pixels of the kept samples where they lie; its last convolution
             writes into the output. Rows need an F of convolutions, norms in eval mode, activations and sums that
             torch.fx can trace, an identity shortcut, and gates of 0 and 1; other calls gather. None takes the
-            faster path. On a CPU, without gradients, that is rows if a 3x3 convolution of F runs as Winograd's,
-            else in float32 a gathered batch with the norms in the weights. An attribute.
+            faster path. On a CPU, without gradients, that is rows if a 3x3 convolution of F runs as Winograd's.
+            Else it is a gathered batch, in float32 with the norms in the weights. An attribute.
 
     Shape:
         - x: ``[N, ...]``, any rank and memory format, or with a module that takes and returns it a pytree of such tensors.
