@@ -169,6 +169,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         routing = apart(self.gate, x, options=padding)
+        if isinstance(routing, Tensor):
+            raise TypeError("router: expected a module that returns a Routing, as TopKRouter, got a tensor")
         index = routing.index
         if attention_mask is not None:
             real = real_tokens(attention_mask, math.prod(index.shape[:-1])).view(*index.shape[:-1], 1)
