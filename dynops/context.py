@@ -29,8 +29,8 @@ class use_mask:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
-            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch, also where
-            a model works on several batch sizes.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch, whatever the
+            batch's size.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
         ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
@@ -43,10 +43,10 @@ class use_mask:
     the ratio of sizes: an output pixel is active if any mask pixel under it is. Each size has one mask: it is made for
     the first layer with a map of this size. Plans are built once and shared between the layers.
 
-    With ``ragged`` an output pixel is active if the layer makes it of the image alone, so unpadded layers and odd
-    sizes drop the same rows and columns as they would there. Pools read nothing outside of an image. Each image so
-    gives what it gives alone, up to layers with a view of the whole map (global pooling, group norm) and
-    to norms in training mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros
+    With ``ragged`` an output pixel is active if the layer makes it of the image alone. So unpadded layers and odd
+    sizes drop the same rows and columns as for one image. Pools read nothing outside of an image. So each image
+    gives what it gives alone. Exceptions are layers with a view of the whole map (global pooling, group norm).
+    So are norms in training mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros
     read zeros at an image's edge.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and

@@ -112,11 +112,12 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     one, bit for bit.
 
     Inside the context every converted layer's output exists at the active pixels of its own
-    resolution and is zero elsewhere, after every layer: convolutions read what the layer before
-    them left (the model's input is read whole), and norms take their statistics from active pixels only
+    resolution and is zero elsewhere, after every layer. Convolutions read what the layer before
+    them left; the model's input is read whole. Norms take their statistics from active pixels only
     (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
     Layers that were not converted run dense on those maps. Convolutions and norms among them are in the
-    report, and the first masked call warns of them.
+    report, and the first masked call warns of them. An activation that is not 0 at 0 (Sigmoid, Softplus, Softmax)
+    writes its value at 0 at inactive pixels, and no report names it.
 
     A module whose forward torch.fx can trace runs as a whole: convolution, norm, residual sum and
     activation are one call on packed rows, and dense maps are made only for layers that need them.

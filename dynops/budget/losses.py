@@ -223,6 +223,8 @@ def _rates(masks: list[Tensor]) -> Tensor:
 def _layers(macs) -> list[LayerMacs]:
     if isinstance(macs, MacCounter):
         macs = macs.layers
+    if not isinstance(macs, Iterable):
+        raise TypeError(f"macs: expected a MacCounter or LayerMacs of blocks, got {type(macs).__name__}")
     layers = list(macs.values() if isinstance(macs, Mapping) else macs)
     if not layers or not all(hasattr(layer, "computed") for layer in layers):
         raise TypeError(

@@ -34,15 +34,16 @@ class MacCounter(Tracker):
 
     Counted are PyTorch's convolutions, linear and recurrent layers, recurrent cells and
     ``nn.MultiheadAttention``, all layers of :mod:`dynops.nn`, ``ops.interpolate_pixels``, and the experts and routers of
-    transformers' models, whatever their ``experts_implementation``. A gate is made of such layers, so it counts too. What a module computes by functions (``F.conv2d``, ``torch.matmul``,
-    attention written by hand) is seen by nobody: give its class a rule.
+    transformers' models, whatever their ``experts_implementation``. A gate is made of such layers, so it counts too.
+    What a module computes by functions (``F.conv2d``, ``torch.matmul``, attention written by hand) is not counted:
+    give its class a rule.
 
     What counts is what must be computed: every tap at each output pixel (of a transposed convolution at each input pixel, and an
     active output pixel has its share of these), halos included, and of a layer in its dense-masked training form
     (``Skip`` and ``Halting`` with ``dense=True``) what the compact form would compute. A gate's value counts
-    as open (nonzero) or closed; its gradient is what it opens: each sample of a ``Skip`` gets the MACs of the
-    module for that sample, and one that was skipped the mean of those that were not, or, where nobody ran,
-    the module's cost with every gate open. (To learn it the module runs once on two samples, without
+    as open (nonzero) or closed; its gradient is what it opens. Each sample of a ``Skip`` gets the MACs of the
+    module for that sample. A skipped sample gets the mean of those that ran, or, where none ran, the module's
+    cost with every gate open. (To learn it the module runs once on two samples, without
     gradients; where no sample reaches an exit, a branch or a unit, so does that.) Masks of pixels, blocks and
     channels, ``gate`` and ``scale`` of the layers that have them, ``updates`` of SkipRNN, the weights of
     ConvExperts and the ponder cost of Halting have gradients likewise. The gates inside of

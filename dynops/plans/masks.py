@@ -43,8 +43,9 @@ def as_plan(kind: type, mask_or_plan, name: str, *options, batch: int | None = N
     if isinstance(mask_or_plan, Tensor):
         mask_or_plan = named(name, "mask", kind.from_mask, mask_or_plan, *options)
     if not isinstance(mask_or_plan, kind):
+        hint = " (pass its .mask)" if isinstance(getattr(mask_or_plan, "mask", None), Tensor) else ""
         raise TypeError(
-            f"{name}: expected a {kind.__name__} or a mask tensor, got {type(mask_or_plan).__name__}"
+            f"{name}: expected a {kind.__name__} or a mask tensor, got {type(mask_or_plan).__name__}{hint}"
         )
     if batch is not None and mask_or_plan.shape[0] == 1:
         return mask_or_plan.expand(batch)

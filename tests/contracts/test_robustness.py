@@ -223,7 +223,7 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     torch.testing.assert_close(out, right, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-# What a floor may import from dynops, by the first part of the name (DESIGN: imports run one way).
+# What a floor may import from dynops, by the first part of the name (docs/architecture.md: imports run one way).
 FLOORS = {
     "geometry": set(),
     "modes": {"scripting"},

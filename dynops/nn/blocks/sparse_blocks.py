@@ -41,10 +41,10 @@ class SparseBlocks(nn.Module):
             its input, a multiple of the factor.
         path: "rows" runs on packed rows (``[P, C]``, the pixels that each layer needs, no halo is copied;
             stacks of convolutions, norms, activations and sums only); "tiles" gathers the blocks of the
-            input with their halo and runs torch's own layers on them; None takes the fastest: where break-even
-            densities of these layers were measured on this architecture of GPU, of the two and the module
-            itself with a mask the one that they say; else rows where they can, and the module itself where
-            all blocks are active. (A capacity plan's density is not known, and a compiler asks for none.)
+            input with their halo and runs torch's own layers on them; None takes rows where they can run, else
+            tiles, and the module itself where all blocks are active. Where break-even densities of these layers
+            were measured on this architecture of GPU, None takes what they say: rows, tiles, or the module
+            itself with a mask. (A capacity plan's density is not known, and a compiler asks for none.)
 
     Shape:
         - x: ``[N, C, H, W]``, either memory format.

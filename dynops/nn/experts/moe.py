@@ -70,7 +70,7 @@ class MoE(nn.Module):
             rank's own tokens. None: each process has all experts.
 
     Shape:
-        - x: ``[..., H]``; its leading sizes are the tokens. What a part writes into x in place is its own.
+        - x: ``[..., H]``; its leading sizes are the tokens. A part that writes into x in place gets a copy of its own.
         - attention_mask: bool or numbers ``[...]`` (or flat), nonzero = a token, 0 = padding: it counts in no loss, runs no
           expert and takes no token's place in one (the output there is the shared expert's, or zero). None: no padding.
         - output: :class:`MoEOutput`.
@@ -104,6 +104,8 @@ class MoE(nn.Module):
             raise ValueError("shared_gate: expected None without a shared expert")
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             raise ValueError(f"capacity_factor: expected a positive number or None, got {capacity_factor!r}")
+        if losses is not None and not isinstance(losses, Mapping):
+            raise TypeError(f"losses: expected a dict of coefficients by name, got {type(losses).__name__}")
         losses = dict(losses or {})
         if unknown := set(losses) - set(LOSSES):
             raise ValueError(f"losses: expected some of {tuple(LOSSES)}, got {sorted(unknown)}")
@@ -167,6 +169,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> MoEOutput:
         padding = {} if attention_mask is None else {"attention_mask": attention_mask}
         routing = apart(self.gate, x, options=padding)
+        if isinstance(routing, Tensor):
+            raise TypeError("router: expected a module that returns a Routing, as TopKRouter, got a tensor")
         index = routing.index
         if attention_mask is not None:
             real = real_tokens(attention_mask, math.prod(index.shape[:-1])).view(*index.shape[:-1], 1)

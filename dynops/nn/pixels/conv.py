@@ -56,9 +56,10 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
         - input: ``[N, C, H, W]`` (channels_last is the fast format) or ``[C, H, W]``.
         - mask_or_plan: ``[N, out_H, out_W]`` or ``[N, 1, out_H, out_W]``, or one for all samples:
           ``[out_H, out_W]`` or N = 1. Nonzero = computed. Or a :class:`dynops.PixelPlan`, of the batch
-          or of a batch of 1, which is cheaper where several layers share the mask.
-        - gate: ``[N, out_H, out_W]`` or packed ``[P]``, a multiplier of each computed pixel, through
-          which a gate's gradient flows.
+          or of a batch of 1, which is cheaper where several layers share the mask. It gets no gradient: a gate
+          that is trained is passed as ``gate`` too.
+        - gate: ``[N, out_H, out_W]``, ``[N, 1, out_H, out_W]`` or packed ``[P]``, a multiplier of each computed
+          pixel, through which a gate's gradient flows.
         - residual: ``[N, O, out_H, out_W]``, added at the computed pixels.
         - base: ``[N, O, out_H, out_W]``, the output at all others; zero if None.
         - output: ``where(mask, gate * conv(input) + residual, base)``, format and dtype of ``input``.

@@ -30,8 +30,8 @@ class SparseSequential(nn.Sequential):
     packed rows ``[P, C]`` exist; a norm in eval mode and the activation after it are part of the
     convolution.
 
-    In training mode a norm takes its statistics from the rows that are computed (active pixels and
-    the halo that later layers read), not from the whole map, and updates its running statistics with
+    In training mode a norm takes its statistics from the rows that are computed, not from the whole map.
+    These are the active pixels and the halo that later layers read. It updates its running statistics with
     them as ``nn.BatchNorm2d`` does. Dropout draws for the computed rows only. Where an inner module has a hook, as
     pruning sets one, the chain runs dense and keeps the pixels of the mask.
 
@@ -145,4 +145,5 @@ def _kind(name: str, module: nn.Module) -> str:
         return "dropout" if kind is nn.Dropout else ""
     raise TypeError(
         f"{name}: expected a convolution, BatchNorm2d, elementwise activation, Dropout or Identity, got {module}"
+        " (dynops.nn.SparseBlocks takes pooling, upsampling and residual sums too)"
     )

@@ -79,8 +79,8 @@ class Halting(nn.Module):
         - output: :class:`HaltingOutput`. Leaves that are not floating have their last value. Sums are
           float32 at least.
 
-    ``step`` and ``halt`` are functions of values: what one of them writes in place into a state that is read again is its own. The
-    dtype of the output is that which the first step returns: later states are cast to it.
+    ``step`` and ``halt`` are functions of values: one that writes in place gets a copy of a state that is read again.
+    The output has the dtype that the first step returns. Later states are cast to it.
 
     On a GPU each step reads the number of samples that run back to the host, but with ``dense``.
     ``torch.compile`` of a surrounding model breaks its graph here and runs the steps as they are, but with

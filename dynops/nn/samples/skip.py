@@ -51,13 +51,13 @@ class Skip(nn.Module):
             :class:`SparseBlocks` does, on the pixels of the kept samples where they lie; its last convolution
             writes into the output. Rows need an F of convolutions, norms in eval mode, activations and sums that
             torch.fx can trace, an identity shortcut, and gates of 0 and 1; other calls gather. None takes the
-            faster path. On a CPU, without gradients, that is rows if a 3x3 convolution of F runs as Winograd's,
-            else in float32 a gathered batch with the norms in the weights. An attribute.
+            faster path. On a CPU, without gradients, that is rows if a 3x3 convolution of F runs as Winograd's.
+            Else it is a gathered batch, in float32 with the norms in the weights. An attribute.
 
     Shape:
         - x: ``[N, ...]``, any rank and memory format, or with a module that takes and returns it a pytree of such tensors.
         - gate: ``[N]`` or ``[N, 1, ...]``: bool or integer (nonzero = kept, and g = 1), or floating, for example the
-          hard-forward, soft-backward mask of :mod:`dynops.gates`. Or a :class:`~dynops.SamplePlan` that several
+          hard-forward, soft-backward mask of :mod:`dynops.gates` (``decision.mask``). Or a :class:`~dynops.SamplePlan` that several
           layers share (g = 1).
         - output: that of s and F, which must agree.
 
@@ -258,7 +258,8 @@ def _check_gate(gate: Tensor | SamplePlan, x: Any) -> None:
         if gate.batch != batch:
             raise ValueError(f"gate: expected a plan of {batch} samples, as x has, got {gate}")
     elif not isinstance(gate, Tensor):
-        raise TypeError(f"gate: expected a tensor [N] or a SamplePlan, got {type(gate).__name__}")
+        hint = " (pass its .mask)" if isinstance(getattr(gate, "mask", None), Tensor) else ""
+        raise TypeError(f"gate: expected a tensor [N] or a SamplePlan, got {type(gate).__name__}{hint}")
     elif gate.numel() != batch or gate.dim() == 0 or gate.shape[0] != batch:
         raise ValueError(
             f"gate: expected [{batch}] or [{batch}, 1, ...], as x has, got shape {tuple(gate.shape)}"
