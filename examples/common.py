@@ -54,7 +54,7 @@ class Length:
         return Length(max(1, round(share * self.steps)), seconds)
 
     def progress(self) -> Iterator[float]:
-        """For each step the share of training that is done."""
+        """Yields for each step the share of training that is done."""
         start, done = time.perf_counter(), 0.0
         step = 0
         while done < 1:

@@ -192,7 +192,7 @@ def _new_masked(base: type[nn.Module]) -> nn.Module:
 
 
 def _graph_class(base: type[fx.GraphModule]) -> type[fx.GraphModule]:
-    """Of a GraphModule, whose class is its own: what torch.fx makes anew of it is made whole again."""
+    """Makes whole again what torch.fx makes anew of a GraphModule, whose class is its own."""
 
     def recompile(self):
         whole, code = type(self), self.__dict__.get("_code")

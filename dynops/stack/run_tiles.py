@@ -174,7 +174,7 @@ class Blocks:
 
 
 def _axes(g: BlockGeometry):
-    """For y and x: the span, the blocks of the grid, the size of the map."""
+    """Returns for y and x the span, the blocks of the grid and the size of the map."""
     y, x = spans_of(g)
     return (y, g.grid_h, g.height), (x, g.grid_w, g.width)
 

@@ -158,7 +158,7 @@ class Traced:
         return Macs(live, dense)
 
     def _computed(self, plan: PixelPlan | BlockPlan, in_shape: tuple[int, int, int]):
-        """For the number of a value, float64 ``[N]``: its pixels that are computed."""
+        """Maps the number of a value to its pixels that are computed, float64 ``[N]``."""
         if isinstance(plan, PixelPlan):
             plans = needed_plans(self.stack, self.sizes(in_shape), plan)
             return lambda value: plans[value].mask().flatten(1).sum(1).double()

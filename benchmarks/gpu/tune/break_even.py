@@ -58,7 +58,7 @@ def layers() -> list[Layer]:
 
 
 def small_layers() -> list[Layer]:
-    """For a dry run in Triton's interpreter."""
+    """A small set for a dry run in Triton's interpreter."""
     return [_layer(1, 16, 16, 8, 1, torch.float16), _layer(1, 16, 16, 8, 3, torch.float16, 16)]
 
 

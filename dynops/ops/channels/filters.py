@@ -39,7 +39,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _taps(padded: Tensor, g: ConvGeometry) -> Iterator[tuple[int, Tensor]]:
-    """For each tap the view ``[N, C, out_h, out_w]`` of the padded input that the outputs read."""
+    """Returns for each tap the view ``[N, C, out_h, out_w]`` of the padded input that the outputs read."""
     for t in range(g.taps):
         y, x = t // g.kernel_w * g.dil_h, t % g.kernel_w * g.dil_w
         rows = padded[:, :, y : y + (g.out_h - 1) * g.stride_h + 1 : g.stride_h]

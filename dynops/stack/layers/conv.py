@@ -186,7 +186,7 @@ class Conv(Layer):
         return y if c.bias is None or bias is not None else y + c.bias.to(y.dtype).view(-1, 1, 1)
 
     def whole(self, inputs: list[Tensor]) -> Tensor:
-        """With the norm in the weights: a norm of its own costs a pass over the map, two of 52 us where the
+        """Runs with the norm in the weights: a norm of its own costs a pass over the map, two of 52 us where the
         convolution between takes 380 (16 x 16 channels of 32 x 32)."""
         (weight, bias), c = self._folded(), self.conv
         y = F.conv2d(inputs[0], weight, None, c.stride, c.padding, c.dilation, c.groups)
