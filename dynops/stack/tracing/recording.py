@@ -14,6 +14,7 @@ import inspect
 import operator
 import random
 import sys
+import traceback
 
 import torch
 from torch import Tensor, fx, nn
@@ -201,6 +202,10 @@ class Recorder(fx.Tracer):
                 out = self.call(
                     root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value}
                 )
+            except Exception as error:
+                # torch 2.11's checkpoint is a generator that its frame holds: closed, it takes its hooks back
+                traceback.clear_frames(error.__traceback__)
+                raise
             finally:  # what the forward wrote before it raised is undone too
                 with contextlib.suppress(Opaque):
                     self._outside.check()
