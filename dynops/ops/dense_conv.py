@@ -46,10 +46,19 @@ def dense_weight_grad(grad: Tensor, x: Tensor, weight_shape: list[int], g: ConvG
     A map of another shape than the layer's has another order of sums: torch's own was up to 2.3 times as far from
     the exact one as the layer's.
     """
-    wide = torch.float32 if grad.dtype in (torch.float16, torch.bfloat16) else torch.float64
+    wide = _wider(grad.dtype)
     weight = grad.new_empty(weight_shape, dtype=wide)  # its values are not read
     _, dw = dense_conv_grads(grad.to(wide), x.to(wide), weight, g, [False, True])
     return dw.to(grad.dtype).contiguous()
+
+
+def dense_bias_grad(grad: Tensor) -> Tensor:
+    """db ``[O]`` of :func:`dense_conv`, summed in the next wider dtype too."""
+    return grad.sum((0, 2, 3), dtype=_wider(grad.dtype)).to(grad.dtype)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
 def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, activation: str) -> Tensor:

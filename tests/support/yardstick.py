@@ -1,4 +1,4 @@
-"""The dense op's own weight gradients: the yardstick of kernels where the reference sums in a wider dtype."""
+"""The dense op's own gradients of weight and bias: the yardstick of kernels where the reference sums in a wider dtype."""
 
 import contextlib
 
@@ -18,8 +18,9 @@ def _torch_weight_grad(grad: Tensor, x: Tensor, weight_shape: list[int], g) -> T
 
 @contextlib.contextmanager
 def torch_weight_grads():
-    """Inside it the references of pixels and channels sum dW as the dense layer does."""
+    """Inside it the references of pixels and channels sum dW and db as the dense layer does."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (pixels, channels):
             patch.setattr(module, "dense_weight_grad", _torch_weight_grad)
+            patch.setattr(module, "dense_bias_grad", lambda grad: grad.sum((0, 2, 3)))
         yield

@@ -34,7 +34,7 @@ from ...kernels.lists import Lists
 from ...plans import ChannelPlan
 from .. import batching
 from .. import checks as tensor_checks
-from ..dense_conv import dense_conv, dense_conv_grads, dense_layer, dense_weight_grad
+from ..dense_conv import dense_bias_grad, dense_conv, dense_conv_grads, dense_layer, dense_weight_grad
 from ..dispatch import Kernels
 from ..epilogue import ACTIVATIONS
 from ..registry import define, save_inputs, saved_inputs
@@ -137,7 +137,7 @@ def _conv_weight_grad(
     dense = _dense_grad(grad, *lists.outs, weight_shape[0], packed_out)
     dense_x = _dense_input(x, *lists.ins, weight_shape[1] * g.groups, heads, packed_in)
     dw = dense_weight_grad(dense, dense_x, weight_shape, _headed(g, heads))
-    return dw, dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
+    return dw, dense_bias_grad(dense) if bias else grad.new_empty(0)
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema

@@ -26,7 +26,7 @@ from ...kernels import cpu
 from ...kernels.layout import empty_map, memory_format_of
 from ...plans import PixelPlan
 from .. import batching, checks, dense_fallback
-from ..dense_conv import dense_conv, dense_conv_grads, dense_weight_grad
+from ..dense_conv import dense_bias_grad, dense_conv, dense_conv_grads, dense_weight_grad
 from ..dispatch import Kernels
 from ..epilogue import NOTHING, Epilogue, apply_epilogue
 from ..registry import define, save_inputs, saved_inputs
@@ -113,7 +113,7 @@ def _conv_weight_grad(
     g = as_geometry(geometry)
     dense = _dense_grad(grad, index, count, g, from_rows)
     dw = dense_weight_grad(dense, _dense_input(x, source, g), weight_shape, g)
-    return dw, dense.sum((0, 2, 3)) if bias else grad.new_empty(0)
+    return dw, dense_bias_grad(dense) if bias else grad.new_empty(0)
 
 
 def _in_channels(weight_shape, g: ConvGeometry) -> int:
