@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -165,9 +166,7 @@ class use_mask:
 
     def _kept(self, shape: tuple[int, int, int], device: torch.device, layer: tuple | None) -> PixelPlan:
         self._used = True
-        plan = self._plans.get(shape)
-        if plan is None:
-            plan = self._plans[shape] = self._make(shape, layer)
+        plan = _kept_in(self._plans, shape, lambda: self._make(shape, layer))
         if plan.index.device != device:
             raise ValueError(f"use_mask: expected the mask on the layer's device {device}, got {plan.device}")
         return plan
@@ -177,9 +176,7 @@ class use_mask:
         mask = self._mask
         if mask.shape[0] == 1 and n > 1:
             one = (1, *size)
-            if one not in self._plans:
-                self._plans[one] = self._make(one, layer)
-            return self._plans[one].expand(n)
+            return _kept_in(self._plans, one, lambda: self._make(one, layer)).expand(n)
         if mask.shape[0] not in (1, n):
             raise ValueError(
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
@@ -194,17 +191,15 @@ class use_mask:
 
     def _at(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
         """The mask at ``size``, which ``layer`` makes (kept)."""
-        mask = self._masks.get(size)
-        if mask is None:
-            mask = self._masks[size] = self._moved(size, layer)
-        return mask
+        return _kept_in(self._masks, size, lambda: self._moved(size, layer))
 
     def _moved(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
         if layer is None:
             return resize_mask(self._mask, size)
         geometry, ceil = layer
         in_size, both = (geometry.in_h, geometry.in_w), axes(geometry, ceil)
-        known, exact = in_size in self._masks, all(axis.is_exact for axis in both)
+        known = all(type(size) is int for size in in_size) and in_size in self._masks
+        exact = all(axis.is_exact for axis in both)
         if not known and (exact or not _divides(in_size, tuple(self._mask.shape[1:]))) and not self.ragged:
             return resize_mask(self._mask, size)
         mask = self._at(in_size, None)
@@ -214,6 +209,17 @@ class use_mask:
             return resize_mask(mask, size)
         rows = mask[:, ::2] | mask[:, 1::2]  # 10 us; from 224x224 to 112 at once it is 100
         return rows[..., ::2] | rows[..., 1::2]
+
+
+def _kept_in(table: dict, sizes: tuple, make: Callable):
+    """``table[sizes]``, made where it is missing. Under an export sizes may be symbols, which have no hash: made anew."""
+    try:
+        found = table.get(sizes)
+    except TypeError:
+        return make()
+    if found is None:
+        found = table[sizes] = make()
+    return found
 
 
 def _divides(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -166,3 +166,25 @@ def test_export_keeps_the_decision():
     exported = torch.export.export(module, (X, MASK)).module()
     other = MASK.flip(1)
     torch.testing.assert_close(exported(X, other), module(X, other))
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_an_export_with_a_dynamic_batch_takes_other_batches(convert):
+    class Masked(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, mask):
+            with dynops.use_mask(mask):
+                return self.layer(x)
+
+    layer = dynops.nn.SparseConv2d(3, 8, 3)
+    if convert:
+        layer = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        dynops.convert_(layer)
+    model, batch = Masked(layer).eval(), torch.export.Dim("batch", min=1, max=8)
+    example = torch.randn(2, 3, 10, 10), torch.ones(2, 4, 4)
+    exported = torch.export.export(model, example, dynamic_shapes={"x": {0: batch}, "mask": {0: batch}})
+    x, mask = torch.randn(5, 3, 10, 10), (torch.rand(5, 4, 4) < 0.4).float()
+    torch.testing.assert_close(exported.module()(x, mask), model(x, mask))
