@@ -66,8 +66,7 @@ class Kernels:
                 arguments = pack(*arguments)
             x = arguments[0]
             kernels = self.of(backend, x)
-            # a module may lack the kernel of one op
-            run = reference if kernels is None else getattr(kernels, name, reference)
+            run = reference if kernels is None else getattr(kernels, name)
             out = run(*arguments)
             return out.contiguous(memory_format=memory_format_of(x)) if like_first else out
 
