@@ -144,7 +144,7 @@ class Watch:
         self.then = [dict(children) for children in self.children]
         self.hooks = _GLOBAL_HOOKS if hooks else ()
         self.hooks += tuple(m.__dict__[kind] for m in every if hooks and m is not module for kind in HOOKS)
-        self.checks = _by_space(watched)
+        self.watched, self.checks = watched, _by_space(watched)
 
     def _forwards(self, module: nn.Module, trace, every: list[nn.Module]) -> list[tuple]:
         """The forwards that were traced, and the settings of the layers that were not: ``(dict, name, value)``."""
@@ -178,12 +178,8 @@ class Watch:
         """True as long as nothing has changed."""
         if not self.valid or any(self.hooks):
             return False
-        if is_compiling():  # Dynamo guards what the layers read
-            return all(
-                children.get(name) is child
-                for children, then in zip(self.children, self.then, strict=True)
-                for name, child in then.items()
-            )
+        if is_compiling():
+            return self._holds_in_a_graph()
         try:
             return (
                 self.children == self.then
@@ -195,6 +191,29 @@ class Watch:
             )
         except Exception:  # an attribute that is gone, or is a tensor now
             return False
+
+    def _holds_in_a_graph(self) -> bool:
+        """:meth:`holds` in terms that Dynamo traces, and so guards: a change compiles anew."""
+        for children, then in zip(self.children, self.then, strict=True):
+            for name, child in then.items():
+                if children.get(name) is not child:
+                    return False
+        for state in self.states:
+            for name in self.methods:
+                if name in state:
+                    return False
+        for space, name, value in self.watched:
+            if name not in space or space[name] != value:
+                return False
+        for space, name, value in self.inherited:
+            if getattr(space, name) != value:
+                return False
+        for space, name, picture in self.pictures:
+            if not _is_flat(picture):  # Dynamo does not trace what makes a picture
+                return False
+            if [type(value := _value(space, name)), *value] != [*picture]:
+                return False
+        return True
 
     def _has_its_settings(self) -> bool:
         for get, space, value in self.checks:  # noqa: SIM110  (all() takes half as long again)
@@ -239,5 +258,14 @@ def _settings(layer: nn.Module):
             yield name, value
 
 
+def _value(space: Any, name: str) -> Any:
+    return space[name] if isinstance(space, dict) else getattr(space, name)
+
+
 def _picture(space: Any, name: str) -> Any:
-    return frozen(space[name] if isinstance(space, dict) else getattr(space, name))
+    return frozen(_value(space, name))
+
+
+def _is_flat(picture: tuple) -> bool:
+    """True for the picture of a list or tuple of scalars."""
+    return picture[0] in (list, tuple) and all(map(is_scalar, picture[1:]))

@@ -88,6 +88,14 @@ class SparseBlocks(nn.Module):
             return self.module(x)
         checks.tensor(x, "x", 4, "[N, C, H, W]")
         bound = self._stack()
+        if torch.compiler.is_compiling() and not bound.holds(self.module):  # a graph cannot trace it anew
+            if mask_or_plan is None:
+                raise RuntimeError(
+                    "module: expected one that is as it was traced; call the layer once before it is compiled"
+                )
+            return self._dense(
+                x, as_block_plan(mask_or_plan, self.block_size, batch=x.shape[0]), _base(base, x)
+            )
         in_shape = (x.shape[0], x.shape[2], x.shape[3])
         out_shape = bound.output_shape(in_shape)
         if mask_or_plan is None:

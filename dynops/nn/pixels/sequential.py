@@ -73,12 +73,20 @@ class SparseSequential(nn.Sequential):
             if base is not None:
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
+        if torch.compiler.is_compiling() and not self._stack().holds(
+            self
+        ):  # a graph cannot make a stack anew
+            return self._dense(input, as_pixel_plan(mask_or_plan, batch=input.shape[0]), base)
         traced, plan = self._bound_to(input, mask_or_plan)
         if any(traced.inner_hooks):  # they may make the weights, as pruning does
-            out = super().forward(input)
-            base = None if base is None else checked_base(base, input, plan, out.shape[1], out.dtype)
-            return keep_pixels(out, plan, base)
+            return self._dense(input, plan, base)
         return traced.on_rows(input, plan, base)
+
+    def _dense(self, x: Tensor, plan: PixelPlan, base: Tensor | None) -> Tensor:
+        """``nn.Sequential`` itself, and what of it the plan keeps."""
+        out = super().forward(x)
+        base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
+        return keep_pixels(out, plan, base)
 
     def macs(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Macs:
         """The multiply-accumulates of ``chain(input, mask_or_plan)``: each layer's wherever a later one reads it."""
