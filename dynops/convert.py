@@ -140,6 +140,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}")
     report = Report()
     for name, module in model.named_modules():
         _convert_layer(name, module, filter_fn, report)

@@ -17,6 +17,13 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm._buffers["running_mean"] is None
 
 
+def check_features(norm: nn.BatchNorm2d, channels: int) -> None:
+    if norm.num_features != channels:
+        raise ValueError(
+            f"input: expected {norm.num_features} channels, as the norm has features, got {channels}"
+        )
+
+
 def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """``scale, shift`` ``[C]`` with ``norm(x) = scale * x + shift`` in eval mode.
 
@@ -48,7 +55,12 @@ def norm_rows(
     residual: Tensor | None = None,  # [P, C], added after the norm
     activation: str = "",
 ) -> Tensor:  # [P, C]
-    """``activation(norm(rows) + residual)``; see :class:`dynops.nn.MaskedBatchNorm2d` for the statistics."""
+    """``activation(norm(rows) + residual)``; see :class:`dynops.nn.MaskedBatchNorm2d` for the statistics.
+
+    Raises:
+        ValueError: rows of other channels than the norm's.
+    """
+    check_features(norm, rows.shape[1])
     if not uses_batch_statistics(norm):
         scale, shift = fold(norm)
         return apply_epilogue(rows, activation, scale, shift, None, residual)

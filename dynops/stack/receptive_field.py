@@ -166,7 +166,10 @@ class KeptSizes:
         self._found: dict[Hashable, Any] = {}
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        found = self._found.get(key)
+        try:
+            found = self._found.get(key)
+        except TypeError:  # symbols of an export have no hash
+            return make()
         if found is None:
             found = make()
             if not torch.compiler.is_compiling():

@@ -6,6 +6,7 @@ A value is a dense tensor or :class:`Rows`. All that can be decided without valu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modes import autocast_dtype
@@ -81,7 +82,7 @@ class Run:
         else:
             rows, at = found.permute(0, 2, 3, 1).flatten(0, 2), index
         if rows.shape[0] == 0:
-            return rows.new_zeros(index.shape[0], rows.shape[1])
+            return F.pad(rows, (0, 0, 0, index.shape[0]))  # zeros that keep the gradient's way
         return torch.where((at >= 0)[:, None], rows[at.clamp(min=0)], 0)
 
     def at(self, value: int, plan: PixelPlan, channels: int | None = None) -> Tensor | None:
@@ -173,7 +174,7 @@ class Run:
     def result(self):
         """The output as a dense tensor."""
         output, plan = self.stack.output, self.policy.output
-        if plan is None or (type(self.env[output]) is not Rows and output != 0):
+        if plan is None or self.ended is plan:
             return self.dense(output)
         rows = self.at(output, plan)
         return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))

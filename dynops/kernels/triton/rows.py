@@ -142,6 +142,13 @@ def scatter_rows(
     return out
 
 
+def scatter_planes(
+    rows: Tensor, index: Tensor, count: Tensor | None, shape: list[int], base: Tensor | None
+) -> Tensor:
+    """See ``ops.pixels.rows._scatter_planes``: a second pass turns the map."""
+    return torch.ops.dynops.scatter_rows(rows, index, count, shape, base).contiguous()
+
+
 def merge_rows(
     rows: Tensor, index: Tensor, count: Tensor | None, base: Tensor, scale: Tensor | None, mix: bool
 ) -> Tensor:

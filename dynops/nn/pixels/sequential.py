@@ -58,7 +58,18 @@ class SparseSequential(nn.Sequential):
 
     @classmethod
     def from_dense(cls, chain: nn.Sequential) -> SparseSequential:
-        """A sparse chain of the same modules (the same objects, names and training flag)."""
+        """A sparse chain of the same modules (the same objects, names and training flag).
+
+        Raises:
+            TypeError: not an ``nn.Sequential``, or one with a forward of its own.
+        """
+        if not isinstance(chain, nn.Sequential) or type(chain).forward not in (
+            nn.Sequential.forward,
+            cls.forward,
+        ):
+            raise TypeError(
+                f"chain: expected an nn.Sequential with its own forward, got {type(chain).__name__}"
+            )
         sparse = cls()
         for name, module in chain.named_children():
             sparse.add_module(name, module)

@@ -47,7 +47,8 @@ class Call(Layer):
         self.kind, self.target, self.module = step.kind, step.target, module
         self.function = find(step.target) if step.kind == "function" else None
         self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
-        self.refusal = self._refuses(step, parameters)
+        self.paths = [parameters[value] for value in step.inputs if value in parameters]
+        self.refusal = self._refuses(step)
         self.packs, name = self.refusal == "", step.target.rpartition(":")[2]
         self.cats = step.target in _CATS
         self.scales = name in _SCALES
@@ -59,7 +60,7 @@ class Call(Layer):
         joins = name in _JOINS and refers_only
         self.keeps_zero = self.packs and not divides and (self.cats or self.scales or joins)
 
-    def _refuses(self, step: Step, parameters: dict[int, str]) -> str:
+    def _refuses(self, step: Step) -> str:
         if step.kind == "module":
             return (
                 f"{self.name}: expected a layer that reads a fixed neighbourhood (convolution with zero padding, "
@@ -70,22 +71,28 @@ class Call(Layer):
         divides = step.target in _DIVISIONS and self.inputs == (getattr(step.args[0], "value", None),)
         if not (cats or (self.inputs and (known or divides))):
             return f"{self.name}: expected a call that blocks can make, got {step.target}"
-        for value in step.inputs:
-            if value in parameters and (refusal := self._refuses_parameter(parameters[value])):
-                return refusal
+        return self._refuses_parameters()
+
+    def _refuses_parameters(self) -> str:
+        """Asked in each call too: another tensor may stand where one was traced."""
+        for path in self.paths:
+            shape = attrgetter(path)(self.module).shape
+            if len(shape) > 4 or any(size != 1 for size in (*shape[-2:], *shape[:-3])):
+                return (
+                    f"{self.name}: expected {place(path)} of shape [C, 1, 1] or one value, got {tuple(shape)}"
+                )
         return ""
 
-    def _refuses_parameter(self, path: str) -> str:
-        shape = tuple(attrgetter(path)(self.module).shape)
-        if len(shape) > 4 or any(size != 1 for size in (*shape[-2:], *shape[:-3])):
-            return f"{self.name}: expected {place(path)} of shape [C, 1, 1] or one value, got {shape}"
-        return ""
+    def check(self) -> None:
+        if self.paths and self.packs and (refusal := self._refuses_parameters()):
+            raise TypeError(refusal)
 
     def rows(self, run):
         if self.copies and (rows := run.rows_of(self.inputs[0])) is not None:
             return rows
         plan = None
-        if self.keeps_zero or (self.packs and not run.policy.zero_outside):
+        fits = not (self.paths and self._refuses_parameters())
+        if fits and (self.keeps_zero or (self.packs and not run.policy.zero_outside)):
             plan, values = run.together(self, "any" if self.scales else "rows")
         if plan is None:
             run.recorded.add(self.out)

@@ -12,8 +12,8 @@ from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
 from ...plans import PixelPlan
-from ..module_geometry import geometry_of
-from ..norm import fold, norm_rows, uses_batch_statistics
+from ..module_geometry import geometry_of, two
+from ..norm import check_features, fold, norm_rows, uses_batch_statistics
 from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
 from .base import SAME, Layer, Rows, finish, place, spans_of
@@ -46,11 +46,13 @@ class Conv(Layer):
     def _reach(self, i: int) -> Window | Transposed:
         c = self.conv
         if self.transposed:
-            return Transposed(c.kernel_size[i], c.stride[i], c.padding[i], c.dilation[i], c.output_padding[i])
-        pads = (c.padding[i],) * 2
+            sizes = (c.kernel_size, c.stride, c.padding, c.dilation, c.output_padding)
+            return Transposed(*(two(size)[i] for size in sizes))
         if isinstance(c.padding, str):
             pads = c._reversed_padding_repeated_twice[2 - 2 * i : 4 - 2 * i]
-        return Window(c.kernel_size[i], c.stride[i], *pads, c.dilation[i])
+        else:
+            pads = (two(c.padding)[i],) * 2
+        return Window(two(c.kernel_size)[i], two(c.stride)[i], *pads, two(c.dilation)[i])
 
     def check(self) -> None:
         if self.norm is not None:
@@ -138,6 +140,8 @@ class Conv(Layer):
         if residual is not None and residual.dtype is not values.dtype:
             residual = residual.to(values.dtype)
         norm = self.norm
+        if norm is not None:
+            check_features(norm, self.out_channels)
         if norm is None:
             epilogue = Epilogue(activation, residual=residual)
         elif uses_batch_statistics(norm):
