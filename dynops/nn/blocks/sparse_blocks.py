@@ -33,7 +33,7 @@ class SparseBlocks(nn.Module):
     Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
     (nearest and bilinear, integer factors), PixelShuffle, ZeroPad2d, elementwise activations, Dropout in eval mode, their
     functional forms, sums, differences and products of maps, parameters of one value for each channel,
-    and cat of channels. It is traced at construction, and anew where a module inside was replaced.
+    cat of channels, and LayerNorm, RMSNorm and Linear between two permutes (ConvNeXt's blocks). It is traced at construction, and anew where a module inside was replaced.
 
     Args:
         module: the stack; its parameters are found under ``module.`` in the ``state_dict``.
