@@ -73,6 +73,8 @@ class use_mask:
         *,
         ragged: bool = False,
     ):
+        if not isinstance(ragged, bool):
+            raise TypeError(f"ragged: expected a bool, got {ragged!r}")
         self.ragged, self._used, self._capacity_form = ragged, False, False
         self._plans: dict[tuple[int, int, int], PixelPlan] = {}
         if isinstance(mask_or_plan, BlockPlan):

@@ -17,11 +17,11 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm._buffers["running_mean"] is None
 
 
-def check_features(norm: nn.BatchNorm2d, channels: int) -> None:
-    if norm.num_features != channels:
-        raise ValueError(
-            f"input: expected {norm.num_features} channels, as the norm has features, got {channels}"
-        )
+def check_features(norm: nn.Module, channels: int) -> None:
+    """Raises ValueError for other channels than those of a batch, group or instance norm."""
+    expected = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if expected != channels and not (isinstance(norm, nn.InstanceNorm2d) and not norm.affine):
+        raise ValueError(f"input: expected {expected} channels, as the norm has features, got {channels}")
 
 
 def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
