@@ -1,7 +1,7 @@
 """Launches on a stand-in for the driver (``tests/support/driver``), which checks and records them and runs nothing.
 
-The stand-in changes PyTorch and Triton for good, so each file of ``launched/`` has a process of its own. They share a
-folder with the compiled libraries and Triton's cache.
+The stand-in changes PyTorch and Triton for good, so the files of ``launched/`` run in a process of their own. All such
+processes share a folder with the compiled libraries and Triton's cache.
 """
 
 import importlib.util
@@ -17,6 +17,7 @@ from cuda_on_host import needs_nvcc
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("launched/launched_*.py"))
+WITH_SLOW = [file for file in FILES if "pytest.mark.slow" in file.read_text()]
 
 
 def missing() -> str:
@@ -41,12 +42,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def launch(folder, request):
-    """Runs a file's tests in a process that has the stand-in for its GPU."""
+def launch(folder):
+    """Runs tests of these files, those of some marks, in a process that has the stand-in for its GPU."""
 
-    def run(file: Path, **variables: str) -> None:
-        marks = "not slow" if request.config.option.markexpr.startswith("not slow") else ""
-        command = [sys.executable, "-m", "driver", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, file]
+    def run(*files: Path, marks: str = "", **variables: str) -> None:
+        command = [sys.executable, "-m", "driver", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, *files]
         support = HERE.parent / "support"
         path = os.pathsep.join(
             filter(None, (str(support), f"{support}/launches", os.environ.get("PYTHONPATH")))
@@ -58,9 +58,14 @@ def launch(folder, request):
     return run
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_launches(launch, file):
-    launch(file)
+def test_launches(launch):
+    launch(*FILES, marks="not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", WITH_SLOW, ids=lambda path: path.stem)
+def test_all_launches(launch, file):
+    launch(file, marks="slow")
 
 
 @needs_nvcc

@@ -8,7 +8,10 @@ from driver.watch import watch
 from gpu_calls import CALLS, run
 from on_gpu import moved
 
-CPP = {"block_cover", "block_mask", "expert_index", "gather_rows", "inverse_index", "mask_to_index"}
+CPP = {
+    "block_cover", "block_mask", "cuda_gather_tiles", "cuda_scatter_tiles", "expert_index", "gather_rows", "inverse_index",
+    "mask_to_index", "mask_to_index_capacity", "needed_mask", "scatter_rows",
+}  # fmt: skip
 
 
 def test_the_kernels_are_there():

@@ -11,6 +11,8 @@ from gpu_calls import CALLS
 
 from dynops import kept
 
+QUICK = ("sparse_conv2d", "packed_conv2d", "channel_conv2d")
+
 
 def on_another_stream(name: str) -> None:
     """A call on the default stream, and again on another one, which waits for the arguments alone."""
@@ -30,30 +32,31 @@ def both_ways(call, plan, tensors) -> tuple:
     return out * 1, torch.autograd.grad(out, tensors, torch.empty_like(out), allow_unused=True)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+)
 def test_a_second_stream_waits_for_what_the_first_one_keeps(name):
     on_another_stream(name)
 
 
 def test_a_packed_weight_that_another_stream_does_not_wait_for():
     with (
-        mock.patch.object(kept._Entry, "on_this_stream", lambda entry: entry.value),
+        mock.patch.object(kept._Entry, "on_this_stream", lambda entry: entry.made),
         pytest.raises(Race, match="copy_"),
     ):
         on_another_stream("sparse_conv2d")
 
 
-def test_an_inverse_plan_that_another_stream_does_not_wait_for():
-    wait, forgotten = (
-        kept.Made.on_this_stream,
-        mock.patch.object(kept.Made, "on_this_stream", lambda made: made.value),
-    )
-    with (
-        forgotten,
-        mock.patch.object(kept._Entry, "on_this_stream", wait),
-        pytest.raises(Race, match="index_put"),
-    ):
-        on_another_stream("packed_conv2d")
+def test_what_a_plan_keeps_is_waited_for():
+    side, plan = torch.cuda.Stream(), CALLS["gather_pixels, scatter_pixels"].plan("cuda", True)
+    plan.inverse()
+    with torch.cuda.stream(side):
+        with (
+            mock.patch.object(kept.Made, "on_this_stream", lambda made: made.made),
+            pytest.raises(Race, match="copy_"),
+        ):
+            plan.inverse() + 1
+        plan.inverse() + 1
 
 
 def test_a_fill_that_the_convolution_does_not_wait_for():

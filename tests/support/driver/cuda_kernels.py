@@ -1,6 +1,7 @@
 """The CUDA C++ kernels on the stand-in: compiled for one architecture, launched through ``libcudart.c``."""
 
 import ctypes
+import warnings
 from functools import partial
 
 import torch
@@ -35,9 +36,11 @@ def install() -> None:
 
     library = torch.library.Library("dynops", "IMPL")
     _libraries.append(library)
-    for op in _ops():
-        kernel = torch.library.get_kernel(op, "CUDA")
-        library.impl(op, partial(_noted, op, kernel), "CUDA", with_keyset=True, allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of kernels that are replaced
+        for op in _ops():
+            kernel = torch.library.get_kernel(op, "CUDA")
+            library.impl(op, partial(_noted, op, kernel), "CUDA", with_keyset=True, allow_override=True)
 
 
 def _ops() -> list[torch._ops.OpOverload]:

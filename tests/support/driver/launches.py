@@ -1,5 +1,6 @@
 """Triton's own way to a launch, on the stand-in: its binder, compiler, descriptors and launcher, and what they forget."""
 
+import os
 import re
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def _no_code(self, ptx: str, metadata: dict, *options) -> bytes:
 def install() -> None:
     """From now on Triton compiles for the current device of the stand-in and launches there."""
     machine.driver()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody says
     triton.knobs.nvidia.libcuda_path = str(machine.folder())
     triton.knobs.cache.dir = str(machine.folder() / "triton")
     triton.knobs.runtime.kernel_load_end_hook.add(_note_loaded)
