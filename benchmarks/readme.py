@@ -68,7 +68,7 @@ def blocks_block(reports: list[Report]) -> str:
         row for report in used for row in report.rows if row.suite == "video" and row.variant != "plain"
     ]:
         cells = [[row.dtype, *row_cells(row), row.variant] for row in frames]
-        parts.append(markdown(["dtype", "video", *HEADER[1:], ""], cells))
+        parts.append(markdown(["dtype", "video", *HEADER[1:], "note"], cells))
     return "\n\n".join(parts) if used else NO_BLOCKS
 
 
@@ -103,7 +103,7 @@ def samples_block(reports: list[Report]) -> str:
     if others:
         header, cells = with_optional(others)
         lines = [[row.dtype, _title(row), *own] for row, own in zip(others, cells, strict=True)]
-        parts.append(markdown(["dtype", "", *header], lines))
+        parts.append(markdown(["dtype", "kind", *header], lines))
     return "\n\n".join([*parts, *([copy_table(copies, markdown)] if copies else [])])
 
 
@@ -123,7 +123,7 @@ def _over_shares(rows: list[Row]) -> str:
     lines: dict[tuple, dict[float, Row]] = {}
     for row in rows:
         lines.setdefault((row.dtype, row.mode, row.case, row.variant), {})[row.density] = row
-    header = ["dtype", "pass", "block", "", "dense ms", "gate ms", *(f"{share:g}" for share in shares)]
+    header = ["dtype", "pass", "block", "gate", "dense ms", "gate ms", *(f"{share:g}" for share in shares)]
     cells = []
     for key, at in lines.items():
         some = next(iter(at.values()))
