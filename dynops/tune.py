@@ -122,6 +122,3 @@ def _seconds(call: Callable, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-__all__ = ["suggest_block_size"]
