@@ -304,16 +304,9 @@ void local_conv_kernel_grad(const Tensor& grad, const Tensor& x, int64_t upsampl
               data_of<char>(out));
 }
 
-DYNOPS_CPU_OP("cpu_local_conv(Tensor x, Tensor filters, int upsample, int[] geometry, Tensor(a!) out) -> ()",
-              local_conv)
-DYNOPS_CPU_OP(
-    "cpu_local_conv_input_grad(Tensor grad, Tensor filters, int upsample, int[] geometry, Tensor(a!) "
-    "dx) -> ()",
-    local_conv_input_grad)
-DYNOPS_CPU_OP(
-    "cpu_local_conv_kernel_grad(Tensor grad, Tensor x, int upsample, int[] geometry, Tensor(a!) out) -> "
-    "()",
-    local_conv_kernel_grad)
+DYNOPS_CPU_OP(local_conv)
+DYNOPS_CPU_OP(local_conv_input_grad)
+DYNOPS_CPU_OP(local_conv_kernel_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

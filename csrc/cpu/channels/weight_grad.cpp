@@ -181,8 +181,6 @@ class ChannelWeightGrad {
                                .dw = w.sums.data(),
                                .dw_stride = kernels().panel_width,
                                .outputs = split,
-                               .tile_begin = 0,
-                               .tile_end = split.tiles,
                                .columns = columns,
                                .add = first > 0,
                                .length = outer_length(grad_.pixels() * g_.batch)});
@@ -298,7 +296,7 @@ constexpr int64_t kKeptSums = 16 << 20;
 void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& in_index,
                          const OptionalTensor& in_count, const OptionalTensor& out_index,
                          const OptionalTensor& out_count, IntHeaderOnlyArrayRef geometry, int64_t heads,
-                         bool packed_in, bool packed_out, Tensor dw, const OptionalTensor& db) {
+                         bool packed_in, bool packed_out, Tensor dw, OptionalTensor db) {
   const Geometry g = geometry_of(geometry);
   const int64_t outputs = dw.size(0), channels = dw.size(1) * g.groups;
   STD_TORCH_CHECK(grad_in.size(0) == g.batch && grad_in.size(2) == g.out_h && grad_in.size(3) == g.out_w &&
@@ -326,11 +324,7 @@ void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Option
   if (dw.numel() * 4 > kKeptSums) memory.shrink();
 }
 
-DYNOPS_CPU_OP(
-    "cpu_channel_weight_grad(Tensor grad, Tensor x, Tensor? in_index, Tensor? in_count, Tensor? "
-    "out_index, Tensor? out_count, int[] geometry, int heads, bool packed_in, bool packed_out, "
-    "Tensor(a!) dw, Tensor(b!)? db) -> ()",
-    channel_weight_grad)
+DYNOPS_CPU_OP(channel_weight_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

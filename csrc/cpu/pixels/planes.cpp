@@ -199,11 +199,8 @@ void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const Op
   scatter_to_planes(map, {data_of<const char>(rows_in), at, rows, !index});
 }
 
-DYNOPS_CPU_OP("cpu_gather_planes(Tensor x, Tensor? index, Tensor? count, Tensor(a!) out) -> ()",
-              gather_planes)
-DYNOPS_CPU_OP(
-    "cpu_scatter_planes(Tensor rows, Tensor? index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
-    scatter_planes)
+DYNOPS_CPU_OP(gather_planes)
+DYNOPS_CPU_OP(scatter_planes)
 
 }  // namespace
 }  // namespace dynops::cpu

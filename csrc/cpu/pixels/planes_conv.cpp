@@ -290,10 +290,7 @@ void planes_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   }
 }
 
-DYNOPS_CPU_OP(
-    "cpu_planes_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, int[] "
-    "geometry, int activation, Tensor? scale, Tensor? shift, Tensor? base, Tensor(a!) out) -> ()",
-    planes_conv)
+DYNOPS_CPU_OP(planes_conv)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -196,18 +196,11 @@ void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& cou
 
 }  // namespace
 
-DYNOPS_CPU_OP("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()", gather)
-DYNOPS_CPU_OP("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
-              scatter)
-DYNOPS_CPU_OP("cpu_keep(Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()", keep)
-DYNOPS_CPU_OP("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()",
-              gather_samples)
-DYNOPS_CPU_OP(
-    "cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
-    scatter_samples)
-DYNOPS_CPU_OP(
-    "cpu_merge(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix, "
-    "Tensor(a!) out) -> ()",
-    merge)
+DYNOPS_CPU_OP(gather)
+DYNOPS_CPU_OP(scatter)
+DYNOPS_CPU_OP(keep)
+DYNOPS_CPU_OP(gather_samples)
+DYNOPS_CPU_OP(scatter_samples)
+DYNOPS_CPU_OP(merge)
 
 }  // namespace dynops::cpu

@@ -327,7 +327,7 @@ void depthwise_weight_grad(const ConvGrad& c, const Source& source, int64_t max_
 // dw: the weight's shape, contiguous; db: [O], or none where nobody asks; of the gradient's dtype.
 void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
                  const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw,
-                 const OptionalTensor& db) {
+                 OptionalTensor db) {
   const ConvGrad c = conv_grad_of(grad, index, count, geometry, x.size(1));
   const int64_t row_bytes = c.in_channels * size_of(c.dtype);
   const ZeroRow zero(row_bytes);
@@ -354,9 +354,6 @@ void conv_weight_grad(const ConvGrad& c, const Source& source, int64_t threads, 
   if (db) bias_grad(c, threads, db);
 }
 
-DYNOPS_CPU_OP(
-    "cpu_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, int[] "
-    "geometry, Tensor(a!) dw, Tensor(b!)? db) -> ()",
-    weight_grad)
+DYNOPS_CPU_OP_NAMED("conv_weight_grad", weight_grad)
 
 }  // namespace dynops::cpu

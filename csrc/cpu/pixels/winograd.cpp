@@ -86,6 +86,6 @@ void run_winograd(const Forward& f, const Tensor& quads) {
   WinogradPass(f, data_of<const int32_t>(quads), quads.size(0)).run();
 }
 
-DYNOPS_CPU_OP("cpu_winograd_quads(Tensor index, Tensor? count, int[] geometry) -> Tensor", winograd_quads)
+DYNOPS_CPU_OP(winograd_quads)
 
 }  // namespace dynops::cpu
