@@ -199,8 +199,7 @@ class KernelGrad {
   KernelGrad(const LocalConv& c, const char* zero)
       : c_(c), zero_(zero), rows_(c.g.taps()), sums_(c.filter_row() + kDotsPadding), wide_(2 * c.channels) {}
 
-  // sums[group][tap] = sum of dy * x over the group's channels, `x` an image and (y0, x0) the first tap in
-  // it.
+  // sums[group][tap] = sum of dy * x over the group's channels; x is an image, (y0, x0) its first tap.
   const float* run(const char* dy, const char* x, int64_t y0, int64_t x0) {
     const Geometry& g = c_.g;
     for (int64_t t = 0; t < g.taps(); ++t) {

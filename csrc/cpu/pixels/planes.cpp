@@ -36,8 +36,7 @@ struct Places {
   // True if each plane is without gaps: then a line's end is the next one's beginning.
   bool whole() const { return (x_bytes == size || w <= 1) && (y_bytes == w * size || h <= 1); }
 
-  // True if ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
-  // batch.
+  // True if ascending pixels lie at ascending addresses: not where images overlap (an expanded batch).
   bool ascends(int64_t images) const { return whole() && (images <= 1 || n_bytes >= h * w * size); }
 
   // Bytes to the first channel of the pixels at[0 .. count), or without `at` of those from `first` on.
@@ -111,8 +110,7 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
 
 }  // namespace
 
-// Filled and then written while they lie in the L1 cache: a map that is written in two passes comes from
-// memory twice.
+// Filled and written while they lie in the L1 cache: written in two passes, a map comes from memory twice.
 void scatter_pixels(const PlaneMap& map, const PlaneSource& source, int64_t n, Span pixels, Span channels,
                     bool stream, std::vector<int32_t>& row) {
   const int64_t image = n * map.plane, first_pixel = image + pixels.begin, count = pixels.size();

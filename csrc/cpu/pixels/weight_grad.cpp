@@ -278,8 +278,7 @@ void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, in
 
 namespace {
 
-// The sum of the gradient rows, in blocks that do not depend on the number of threads, so that neither does
-// the result.
+// The sum of the gradient rows in blocks: the number of threads does not change the result.
 void bias_grad(const ConvGrad& c, int64_t max_threads, char* out) {
   constexpr int64_t kRows = 512;
   const int64_t blocks = ceil_div(c.rows, kRows), channels = c.out_channels;
