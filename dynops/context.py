@@ -30,8 +30,7 @@ class use_mask:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
-            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch, whatever the
-            batch's size.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
         ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
@@ -91,9 +90,8 @@ class use_mask:
         self._mask = mask  # [N, H, W] bool, as passed
         self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
         self._zero: dict[int, tuple] = {}  # by the id of a tensor: a weak reference, its version, a plan
-        self._images: dict[
-            tuple, tuple[Tensor, Tensor]
-        ] = {}  # of a ragged batch: masks before and after layers
+        # of a ragged batch: masks before and after layers
+        self._images: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> use_mask:
         _scope.enter(self)
