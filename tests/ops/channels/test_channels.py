@@ -15,15 +15,13 @@ from channel_cases import (
     packed_slots,
     unpacked,
 )
-from pixel_cases import CONVS, DTYPES, Conv, compare, each
+from pixel_cases import ACTIVATIONS, BACKENDS, CONVS, DTYPES, Conv, assert_format, compare, each
 from torch import Tensor
 
 from dynops import ChannelPlan, backends, ops
-from dynops.testing import LAYOUTS, available_backends, in_layout, random_tensor
+from dynops.testing import LAYOUTS, in_layout, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-BACKENDS = available_backends()
 FEW = {k: CONVS[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "winograd")}  # fmt: skip
 
 
@@ -104,17 +102,12 @@ def test_batch_zero(conv, kind, backend):
 def test_layouts_of_x(conv, layout, backend):
     tensors = conv.tensors()
     tensors["x"] = in_layout(tensors["x"], layout)
-    out = check(conv, backend, *both(conv), tensors)
-    if layout in ("nchw", "channels_last"):
-        same = torch.contiguous_format if layout == "nchw" else torch.channels_last
-        assert out.is_contiguous(memory_format=same)
+    assert_format(check(conv, backend, *both(conv), tensors), layout)
     check(conv, backend, *both(conv), tensors, ("x", "weight", "bias"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations(dtype, activation, backend):
     conv = Conv(c=40, o=24, padding=1)  # sums that reach past 6, where relu6 and hardswish bend
@@ -255,9 +248,7 @@ def test_a_packed_chain(layout, backend):
         y = masked_channel_conv2d(x, w1, None, in_mask, inner_mask, padding=1, scale=scale, activation="relu")
         return masked_channel_conv2d(y, w2, None, inner_mask, out_mask, base=base)
 
-    out = compare(ours, oracle, tensors, tuple(tensors), backend)
-    same = torch.contiguous_format if layout == "nchw" else torch.channels_last
-    assert out.is_contiguous(memory_format=same)
+    assert_format(compare(ours, oracle, tensors, tuple(tensors), backend), layout)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -329,11 +320,8 @@ def test_gather_and_scatter_layouts(layout, dtype, copies):
             out = ops.scatter_channels(given, plan, base)
             assert torch.equal(out, torch.where(at_channels(mask), x, base))
         assert torch.equal(x, x_before) and torch.equal(base, base_before)  # read, never written
-        if layout in ("nchw", "channels_last"):
-            same = torch.contiguous_format if layout == "nchw" else torch.channels_last
-            assert rows.is_contiguous(memory_format=same)
-            out = ops.scatter_channels(in_layout(rows, layout), plan)
-            assert out.is_contiguous(memory_format=same)
+        assert_format(rows, layout)
+        assert_format(ops.scatter_channels(in_layout(rows, layout), plan), layout)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
