@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from comparison import close
 from torch import Tensor
 
 from dynops.nn import TopKRouter, importance_loss, load_balance_loss, load_loss, z_loss
@@ -16,9 +17,7 @@ TOKENS, HIDDEN, EXPERTS = 9, 12, 8
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """In the relative Euclidean norm; 1e-6 is a few roundings of float32."""
-    assert actual.shape == expected.shape
-    assert (actual - expected).norm() <= tolerance * expected.norm()
+    close(actual, expected, tolerance)  # 1e-6: a few roundings of float32
 
 
 def router_of(*arguments, **options) -> TopKRouter:

@@ -114,11 +114,8 @@ def test_from_index():
     assert lists_in(ChannelPlan.from_index([[], []], 6)) == [[], []]
 
 
-def test_to_and_repr():
+def test_repr():
     plan = ChannelPlan.from_mask(torch.rand(3, 2, 7) < 0.5, 4)
-    there = plan.to("cpu")
-    assert lists_in(there) == lists_in(plan)
-    assert (there.channels, there.heads, there.shared, there.capacity) == (7, 2, False, 4)
     assert repr(plan) == "ChannelPlan(7 channels, 3 samples, 2 heads)"
     assert repr(ChannelPlan.full(5)) == "ChannelPlan(5 channels, all samples)"
 

@@ -88,12 +88,9 @@ def test_every_implementation_does_as_the_oracle(tokens, topk, experts, kind, ca
         check(plan, index, experts, capacity)
 
 
-def test_to_keeps_everything():
+def test_repr():
     plan = ExpertPlan.from_topk(choices("random", 8, 2, 3), 3, 4)
-    moved = plan.to("cpu")
-    assert torch.equal(moved.order, plan.order) and moved.capacity == 4
-    assert repr(plan) == "ExpertPlan(8 tokens, 2 of 3 experts, capacity 4)"
-    assert plan.to("meta").device.type == "meta"
+    assert repr(plan) == repr(plan.to("meta")) == "ExpertPlan(8 tokens, 2 of 3 experts, capacity 4)"
 
 
 @pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))

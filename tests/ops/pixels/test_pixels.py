@@ -5,7 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pixel_cases import ALL, BACKENDS, CONVS, DTYPES, FEW, MASKS, Conv, check, compare, each, run
+from pixel_cases import (
+    ACTIVATIONS,
+    ALL,
+    BACKENDS,
+    CONVS,
+    DTYPES,
+    FEW,
+    MASKS,
+    Conv,
+    assert_format,
+    check,
+    compare,
+    each,
+    run,
+)
 
 from dynops import PixelPlan, backends, ops
 from dynops.testing import (
@@ -69,10 +83,7 @@ def test_layouts_of_x(conv, layout, backend):
     tensors = conv.tensors()
     tensors["x"] = in_layout(tensors["x"], layout)
     mask = random_mask(conv.out_shape(), 0.4)
-    out = check(conv, backend, mask, tensors)
-    if layout in ("nchw", "channels_last"):
-        same = torch.contiguous_format if layout == "nchw" else torch.channels_last
-        assert out.is_contiguous(memory_format=same)
+    assert_format(check(conv, backend, mask, tensors), layout)
     check(conv, backend, mask, tensors, ("x", "weight", "bias"))
 
 
@@ -94,9 +105,7 @@ def test_memory_format_is_kept(c, layout, kind, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations(dtype, activation, backend):
     conv = Conv(c=20, o=24, padding=1)  # sums that reach past 6, where relu6 and hardswish bend

@@ -20,6 +20,7 @@ from dynops.testing import (
 
 BACKENDS = available_backends()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2")
 MASKS = {"random": 0.3, "square": 0.25, "one": 0, "empty": 0, "full": 1}
 
 
@@ -149,6 +150,13 @@ TRANSPOSED = {
 }
 ALL = CONVS | TRANSPOSED
 FEW = {k: ALL[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "winograd", "T 3x3 stride 2")}  # fmt: skip
+
+
+def assert_format(out: Tensor, layout: str) -> None:
+    """NCHW and channels_last come back as they went in; what other layouts become is free."""
+    if layout in ("nchw", "channels_last"):
+        same = torch.contiguous_format if layout == "nchw" else torch.channels_last
+        assert out.is_contiguous(memory_format=same)
 
 
 def each(cases: dict):
