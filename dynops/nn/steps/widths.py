@@ -290,12 +290,8 @@ class SkimRNN(nn.Module):
             skim = (skim if skim.is_floating_point() else skim != 0).to(x.dtype)
         both = self.dense or (self.soft and self.training and skim is None)
         with modes.without_autocast(x):
-            run = self._steps if both else self._steps_outside_graph
-            return run(x, state, skim, step_cells.alive_steps(lengths, steps), both)
-
-    @torch._disable_dynamo
-    def _steps_outside_graph(self, *arguments) -> SkimOutput:
-        return self._steps(*arguments)
+            arguments = x, state, skim, step_cells.alive_steps(lengths, steps), both
+            return self._steps(*arguments) if both else modes.outside_graph(self._steps, *arguments)
 
     def _steps(
         self, x: Tensor, state: State, skim: Tensor | None, alive: Tensor | None, both: bool
