@@ -43,11 +43,6 @@ def test_reduce_and_threshold(threshold, reduce, dtype):
         assert plan.index.tolist() == slow_blocks(mask, plan.geometry, reduce, threshold)
 
 
-def test_a_mean_counts_pixels_outside_as_zero():
-    plan = BlockPlan.from_mask(torch.ones(1, 3, 3), 2, "mean", 0.5)
-    assert plan.index.tolist() == [0]  # 4/4, 2/4, 2/4, 1/4
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
 def test_the_least_integer_has_a_magnitude(dtype):
     least = torch.iinfo(dtype).min

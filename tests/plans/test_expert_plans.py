@@ -38,14 +38,6 @@ def check(plan: ExpertPlan, index, experts: int, capacity: int | None) -> None:
         assert t.dtype == torch.int32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens, topk, experts", [(0, 2, 3), (1, 1, 1), (1, 8, 64), (50, 2, 3), (9, 5, 5)])
-@pytest.mark.parametrize("capacity", [None, 0, 1, 4, 1000])
-def test_from_topk(capacity, tokens, topk, experts, kind):
-    index = choices(kind, tokens, topk, experts)
-    check(ExpertPlan.from_topk(index, experts, capacity), index, experts, capacity)
-
-
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_any_integers(dtype):
     index = choices("some dropped", 30, 2, 5)

@@ -6,7 +6,7 @@ import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
 from channel_launches import CASES, DEVICE, Case, Inputs, of_cases
-from launch_checks import DTYPES, check, check_named_backends
+from launch_checks import DTYPES, check, check_all, check_named_backends
 
 from dynops import ChannelPlan, ops
 from dynops.kernels.triton import channel_lists, channels, channels_weight_grad, gemm, tiling
@@ -16,30 +16,10 @@ from dynops.testing import random_tensor
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def check_all(inputs: Inputs):
-    check(inputs.conv, channels.conv, reference._conv)
-    check(inputs.input_grad, channels.conv_input_grad, reference._conv_input_grad)
-    check(inputs.weight_grad, channels.conv_weight_grad, reference._conv_weight_grad)
-
-
 @of_cases
-def test_forward(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(
-        inputs.conv, channels.conv, reference._conv, bias=random_tensor(CASES[name].o, dtype=dtype).to(DEVICE)
-    )
-
-
-@of_cases
-def test_input_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.input_grad, channels.conv_input_grad, reference._conv_input_grad)
-
-
-@of_cases
-def test_weight_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.weight_grad, channels.conv_weight_grad, reference._conv_weight_grad)
+def test_values_and_gradients(name, dtype):
+    bias = random_tensor(CASES[name].o, dtype=dtype).to(DEVICE)
+    check_all(Inputs(CASES[name], dtype), channels, reference, bias=bias)
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "depthwise", "packed", "shared", "3x3-all"])
@@ -68,7 +48,7 @@ def test_other_configurations(name, limit, monkeypatch):
         monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
     else:
         monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
-    check_all(Inputs(CASES[name], torch.float32))
+    check_all(Inputs(CASES[name], torch.float32), channels, reference)
 
 
 @pytest.mark.parametrize("name", ["3x3", "heads", "shared", "depthwise"])

@@ -17,7 +17,7 @@ import interpreter
 import pixel_launches as pixel_cases
 import pytest
 import torch
-from launch_checks import check
+from launch_checks import check, check_all
 
 from dynops import PixelPlan, SamplePlan
 from dynops.kernels import triton as kernels
@@ -94,10 +94,7 @@ WIDE_PIXELS = ("one-of-all", "33-17-15", "last", "last-packed", "last-transposed
 
 def check_pixels(case: Pixels, dtype: torch.dtype, epilogue: bool) -> None:
     inputs = pixel_cases.Inputs(case, dtype)
-    changes = inputs.epilogue() if epilogue else {}
-    check(inputs.conv, pixels.conv, pixel_reference._conv, **changes)
-    check(inputs.input_grad, pixels.conv_input_grad, pixel_reference._conv_input_grad)
-    check(inputs.weight_grad, pixels.conv_weight_grad, pixel_reference._conv_weight_grad)
+    check_all(inputs, pixels, pixel_reference, **(inputs.epilogue() if epilogue else {}))
 
 
 @named(PIXELS)
@@ -221,10 +218,7 @@ WIDE_CHANNELS = ("one-of-all", "33-17-15", "ends-packed", "ends-groups", "large"
 
 
 def check_channels(case: Channels) -> None:
-    inputs, conv = channel_cases.Inputs(case, FLOAT), channel_reference._conv
-    check(inputs.conv, channels.conv, conv, bias=random_tensor(case.o))
-    check(inputs.input_grad, channels.conv_input_grad, channel_reference._conv_input_grad)
-    check(inputs.weight_grad, channels.conv_weight_grad, channel_reference._conv_weight_grad)
+    check_all(channel_cases.Inputs(case, FLOAT), channels, channel_reference, bias=random_tensor(case.o))
 
 
 @named(CHANNELS)

@@ -7,7 +7,7 @@ import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
 from expert_launches import PLAIN
-from launch_checks import DTYPES, check, check_named_backends
+from launch_checks import DTYPES, check, check_all, check_named_backends
 from pixel_launches import CASES, Inputs, of_cases
 
 from dynops import PixelPlan, ops
@@ -21,23 +21,11 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @of_cases
-def test_forward(name, dtype):
+def test_values_and_gradients(name, dtype):
     inputs = Inputs(CASES[name], dtype)
-    check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(CASES[name].o, dtype=dtype))
+    check_all(inputs, pixels, reference, bias=random_tensor(CASES[name].o, dtype=dtype))
     if not CASES[name].packed_out and not CASES[name].packed_in:
         assert memory_format_of(inputs.conv(pixels.conv)) == memory_format_of(inputs.x)
-
-
-@of_cases
-def test_input_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
-
-
-@of_cases
-def test_weight_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
 @pytest.mark.parametrize("activation", PLAIN)

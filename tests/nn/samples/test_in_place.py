@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from exit_cases import Calls
 from torch import nn
 
 from dynops import backends
@@ -32,15 +33,6 @@ N = 6
 
 def conv(channels: int = 4) -> nn.Module:
     return nn.Conv2d(channels, channels, 3, padding=1)
-
-
-class Calls(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class Assigns(nn.Module):

@@ -176,9 +176,7 @@ def mixed_tensors(conv: Conv, experts=4, dtype=torch.float32) -> dict[str, Tenso
 @ignore_even_same
 @each(CONVS)
 def test_sample(conv, backend):
-    tensors = sample_tensors(conv)
-    check_sample(conv, backend, tensors, ())
-    check_sample(conv, backend, tensors)
+    check_sample(conv, backend, sample_tensors(conv))
 
 
 @backends
@@ -206,14 +204,12 @@ def test_sample_activation(activation, backend):
         "relu6": F.relu6, "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
         "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     }[activation]  # fmt: skip
-    for grads in ((), None):
-        compare(
-            lambda **t: ops.sample_conv2d(**t, **conv.arguments, activation=activation, backend=backend),
-            lambda **t: conv.sample_oracle(**t, act=act),
-            sample_tensors(conv),
-            grads,
-            backend,
-        )
+    compare(
+        lambda **t: ops.sample_conv2d(**t, **conv.arguments, activation=activation, backend=backend),
+        lambda **t: conv.sample_oracle(**t, act=act),
+        sample_tensors(conv),
+        backend=backend,
+    )
 
 
 @backends
@@ -230,10 +226,7 @@ def test_sample_layouts(conv, layout, backend):
 @pytest.mark.parametrize("shared", [False, True])
 @each({k: v for k, v in CONVS.items() if v.n})
 def test_region(conv, shared, backend):
-    tensors = region_tensors(conv, shared=shared)
-    region = conv.region(3)
-    check_region(conv, backend, tensors, region, ())
-    check_region(conv, backend, tensors, region)
+    check_region(conv, backend, region_tensors(conv, shared=shared), conv.region(3))
 
 
 @backends
@@ -267,9 +260,8 @@ def test_region_of_no_sample_and_no_bias(backend):
 @ignore_even_same
 @each({k: v for k, v in CONVS.items() if v.n})
 def test_mixed(conv, backend):
-    tensors = mixed_tensors(conv, 4 if conv.n > 1 else 12)  # the error of a gradient of 4 numbers is luck
-    check_mixed(conv, backend, tensors, ())
-    check_mixed(conv, backend, tensors)
+    experts = 4 if conv.n > 1 else 12  # the error of a gradient of 4 numbers is luck
+    check_mixed(conv, backend, mixed_tensors(conv, experts))
 
 
 @backends
@@ -287,7 +279,6 @@ def test_mixed_bias(backend):
     conv = Conv(c=20, o=35, padding=1)
     tensors = mixed_tensors(conv)
     tensors["bias"] = random_tensor(35)
-    check_mixed(conv, backend, tensors, ())
     check_mixed(conv, backend, tensors)
     del tensors["bias"]
     check_mixed(conv, backend, tensors)

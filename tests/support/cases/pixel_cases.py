@@ -177,17 +177,24 @@ def run(function, tensors: dict, grads, dy_of, dtype=None) -> tuple[Tensor, dict
     return out, dict(zip(grads, found, strict=True))
 
 
+def upstream(dtype: torch.dtype):
+    """What gives the same upstream gradient to all runs that are compared."""
+    made = []
+
+    def dy_of(out: Tensor) -> Tensor:
+        if not made:
+            made.append(random_tensor(*out.shape, dtype=dtype))
+        return made[0].to(out.dtype)
+
+    return dy_of
+
+
 def compare(ours, oracle, tensors: dict, grads=(), backend=None) -> Tensor:
-    """Checks the value and gradients of ``ours`` against ``oracle``. Returns the value of ours.
+    """Checks the value of ``ours``, with and without gradients, and these against ``oracle``. Returns the value.
 
     The reference is torch's own convolution: its yardstick is that in the memory format of ``tensors`` alone.
     """
-    kept = {}
-
-    def dy_of(out: Tensor) -> Tensor:  # the same upstream gradient in all three runs
-        dy = kept.setdefault("dy", random_tensor(*out.shape, dtype=tensors["x"].dtype))
-        return dy.to(out.dtype)
-
+    dy_of = upstream(tensors["x"].dtype)
     exact, exact_grads = run(oracle, tensors, grads, dy_of, torch.float64)
     formats = [tensors] if backend == "reference" else in_both_formats(tensors)
     dense, dense_grads = zip(*(run(oracle, t, grads, dy_of) for t in formats), strict=True)
@@ -197,6 +204,8 @@ def compare(ours, oracle, tensors: dict, grads=(), backend=None) -> Tensor:
         assert actual_grads[name].shape == tensors[name].shape
         both = [found[name] for found in dense_grads]
         assert_close(actual_grads[name], exact_grads[name], both, f"gradient of {name}")
+    if grads:  # the fused way
+        assert_close(run(ours, tensors, (), dy_of)[0], exact, dense, "output without gradients")
     return actual
 
 

@@ -39,6 +39,13 @@ def check(method, kernel, plain, **changes):
         assert_within_budget(*value)
 
 
+def check_all(inputs, kernels, plain, **changes) -> None:
+    """A convolution, with ``changes``, and its two gradients."""
+    check(inputs.conv, kernels.conv, plain._conv, **changes)
+    check(inputs.input_grad, kernels.conv_input_grad, plain._conv_input_grad)
+    check(inputs.weight_grad, kernels.conv_weight_grad, plain._conv_weight_grad)
+
+
 def check_named_backends(call, tensors) -> None:
     """``call(*leaves, backend=...)``, with and without gradients, and the gradients: those of the reference."""
     results = []
