@@ -92,6 +92,8 @@ def test_a_convolution_whose_attribute_was_set_to_an_int(name):
 def test_no_block_active_keeps_the_gradients_way():
     """Two products of rows with none of them: the result of an empty plan depends on the input, by zero."""
     x = torch.ones(2, 3, 1, 1, requires_grad=True)
-    layer = SparseBlocks(nn.Sequential(nn.Upsample(scale_factor=1.0), nn.Upsample(scale_factor=1.0)), 1, path="rows")
+    layer = SparseBlocks(
+        nn.Sequential(nn.Upsample(scale_factor=1.0), nn.Upsample(scale_factor=1.0)), 1, path="rows"
+    )
     out = layer.eval()(x, torch.zeros(2, 1, 1, dtype=torch.bool))
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.zeros_like(x))
