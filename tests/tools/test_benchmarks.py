@@ -340,7 +340,7 @@ def test_report_round_trip(tmp_path):
 
 
 def test_plot_is_written(tmp_path):
-    has_matplotlib()
+    pytest.importorskip("matplotlib")
     paths = make_report(make_row(), make_row(suite="models", density=0.1)).save(tmp_path, "stem", plot=True)
     assert [path.suffix for path in paths] == [".json", ".png"]
     assert paths[1].read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ import interpreter
 import pixel_launches as pixel_cases
 import pytest
 import torch
+import weight_launches as weight_cases
 from launch_checks import check, check_all
 
 from dynops import PixelPlan, SamplePlan
@@ -138,7 +139,10 @@ def check_rows(x: torch.Tensor, plan, shape: list[int]) -> None:
     assert small.equal(row_reference._gather_rows(x, plan.index, plan.count))
     for base in (None, x):
         arguments = (small + 1, plan.index, plan.count, shape, base)
-        assert rows.scatter_rows(*arguments).equal(row_reference._scatter_rows(*arguments))
+        expected = row_reference._scatter_rows(*arguments)
+        assert rows.scatter_rows(*arguments).equal(expected)
+        planes = rows.scatter_planes(*arguments)
+        assert planes.equal(expected) and planes.is_contiguous()
 
 
 def check_fill(base: torch.Tensor, plan: PixelPlan, monkeypatch) -> None:
@@ -263,6 +267,46 @@ def test_channel_plans(rows, size, dtype):
     for width in {0, min(1, size), size // 2, size}:
         for got, expected in zip(channel_index(mask, width), index_reference._channel_index(mask, width), strict=True):  # fmt: skip
             assert got.dtype == expected.dtype and got.equal(expected)
+
+
+Own = weight_cases.Case
+OWN = {
+    "one-of-all": Own(c=1, o=1, n=1, h=1, w=1, kernel=1),
+    "no-samples": Own(n=0),
+    "no-samples-regions": Own(n=0, regions=2),
+    "33-17-15": Own(n=2, h=3, w=11, o=17, c=15),
+    "32-16-16": Own(n=1, h=4, w=8, o=16, c=16, kernel=1),
+    "33-17-15-regions": Own(n=1, h=3, w=11, o=17, c=15, regions=2, each=False),
+    "no-weight": Own(n=2, h=2, w=2, regions=2, kind="none"),
+    "last-region": Own(n=2, h=3, w=3, regions=3, kind="last", kernel=1),
+    "regions-32": Own(c=3, o=3, n=1, regions=32, kernel=1, each=False),  # 64-bit sets
+    "regions-63": Own(c=3, o=3, n=1, h=2, w=2, regions=63, kernel=1, each=False),  # two launches
+    "depthwise-17": Own(c=17, o=17, groups=17, n=2, h=2, w=2),
+    "depthwise-65-regions": Own(c=65, o=65, groups=65, n=2, h=2, w=2, regions=2),
+}
+WIDE_OWN = ("33-17-15", "33-17-15-regions", "depthwise-65-regions")
+
+
+@named(OWN)
+def test_own_weights(case):
+    weight_cases.check_own(case, FLOAT)
+
+
+@pytest.mark.parametrize("name", WIDE_OWN)
+def test_own_weights_with_wide_offsets(name, monkeypatch):
+    monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
+    weight_cases.check_own(OWN[name], FLOAT)
+
+
+@of_offsets
+@pytest.mark.parametrize(
+    "case,upsample",
+    [(Own(c=1, n=1, h=1, w=1, kernel=1), 1), (Own(n=0, c=4), 2), (Own(c=63, n=1, h=3, w=11), 1), (Own(c=65, groups=5, n=1, h=2, w=2), 3), (Own(c=17, groups=17, n=2, h=2, w=2, nchw=True), 2)],
+    ids=["one-of-all", "no-samples", "63", "65-upsampled", "17-filters"],
+)  # fmt: skip
+def test_local_filters(case, upsample, limit, monkeypatch):
+    monkeypatch.setattr(gemm, "INT32_LIMIT", limit)
+    weight_cases.check_local(case, FLOAT, upsample)
 
 
 Experts = expert_cases.Case

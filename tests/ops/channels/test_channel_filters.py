@@ -148,7 +148,7 @@ WRONG = {
     "no groups": ({"groups": 0}, ValueError, "groups"),
     "half an upsample": ({"upsample": 0.5}, ValueError, "upsample"),
     "integers": ({"x": torch.ones(2, 40, 9, 11, dtype=torch.int32)}, TypeError, "x"),
-    "no Triton kernel": ({"backend": "triton"}, RuntimeError, "triton"),
+    "Triton on a CPU": ({"backend": "triton"}, RuntimeError, "triton"),
 }
 
 
