@@ -9,7 +9,7 @@ import torch
 from dynops import ChannelPlan
 from dynops.geometry import ConvGeometry
 from dynops.kernels.lists import Lists
-from dynops.kernels.triton import channels
+from dynops.kernels.triton import channels, sample_conv
 from dynops.kernels.triton.channel_index import channel_index
 
 from .launches import Form, wide
@@ -50,6 +50,19 @@ def _convolution(
         channels.conv_weight_grad(x, x, lists, list(weight.shape), list(g), heads, packed, packed, True)
 
 
+def _own(dtype: torch.dtype, width: int = 256, groups: int = 1, regions: int = 0, each: bool = True) -> None:
+    """A 3x3 convolution and its gradients with weights of each sample, or of ``regions``, of ``each`` sample or of all."""
+    g = list(ConvGeometry(8, 28, 28, 28, 28, 3, 3, 1, 1, 1, 1, 1, 1, groups, 0))
+    x = torch.zeros(8, width, 28, 28, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    lead = (8 if each else 1), max(1, regions)
+    region = torch.zeros(8, 28, 28, dtype=torch.int32) if regions else None
+    # its input channels side by side
+    weight = torch.zeros(*lead, width, 3, 3, width // groups, dtype=dtype).permute(0, 1, 2, 5, 3, 4)
+    sample_conv.conv(x, weight, torch.zeros(*lead, width, dtype=dtype), region, g, "silu")
+    sample_conv.conv_input_grad(x, weight, region, g)
+    sample_conv.conv_weight_grad(x, x, region, list(weight.shape), g, True)
+
+
 def _moved(dtype: torch.dtype) -> None:
     for layout in (torch.channels_last, torch.contiguous_format):
         x = torch.zeros(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=layout)
@@ -79,6 +92,14 @@ FORMS = (
     Form("3x3, 64-bit offsets", wide(partial(_convolution, kernel=3)), HALF),
     Form("depthwise", partial(_convolution, width=64, kernel=3, groups=64, epilogue=True), (torch.float16, torch.float32)),
     Form("depthwise, packed", partial(_convolution, width=64, kernel=3, groups=64, packed=True), HALF),
+    Form("own weights", _own, every_tile=HALF, vectors=("conv_kernel",)),
+    Form("own weights, ragged", partial(_own, width=261)),
+    Form("own weights, 64-bit offsets", wide(_own), HALF),
+    Form("own weights, depthwise", partial(_own, width=64, groups=64)),
+    Form("regions", partial(_own, regions=4, each=False), vectors=("conv_kernel",)),
+    Form("regions of samples", partial(_own, regions=40), HALF),
+    Form("regions, ragged", partial(_own, width=261, regions=4)),
+    Form("regions, depthwise", partial(_own, width=64, groups=64, regions=4)),
     Form("plans", _plans, (torch.bool, torch.uint8, torch.float32)),
     Form("moved", _moved),
     Form("moved, 64-bit offsets", wide(_moved), HALF),

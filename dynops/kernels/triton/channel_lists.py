@@ -86,7 +86,7 @@ def choose(
     Args:
         single: channels are loaded one by one: of a list, or of rows that are not aligned.
         base: the epilogue reads one.
-        wide: offsets are 64-bit numbers.
+        wide: offsets are 64-bit numbers, or single channels have pixels from a list.
         family: "channels" or "channels_weight".
     """
     most = {
@@ -272,7 +272,7 @@ def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
     if x.numel() == 0 or index.shape[1] == 0:  # no list has an entry
         return out.zero_()
     lists = Side(index, count, x.shape[0], 1, x.shape[1])
-    _launch_gather(x.contiguous(memory_format=layout), out, lists, width, 0, _strides(out, layout), layout)
+    _launch_gather(x.contiguous(memory_format=layout), out, lists, width, 0, map_strides(out, layout), layout)
     return out
 
 
@@ -300,7 +300,7 @@ def _launch_gather(x: Tensor, out: Tensor, lists: Side, width: int, part: int, s
     with gemm.on_device(x):
         gather_channels_kernel[grid](
             words(x), words(out), rows=rows, size=lists.size, width=width, part=part,
-            **_named("x", _strides(x, layout)), **_named("out", strides), **lists.arguments("in"),
+            **_named("x", map_strides(x, layout)), **_named("out", strides), **lists.arguments("in"),
             PACKED=lists.packed, ALL=part == 0, WIDE=gemm.is_wide(x, out), **tile,
         )  # fmt: skip
 
@@ -321,7 +321,7 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
     with gemm.on_device(packed):
         scatter_channels_kernel[grid](
             words(packed), words(out), base, rows=h * w, channels=channels,
-            **_named("x", _strides(packed, layout)), **_named("out", _strides(out, layout)), **lists,
+            **_named("x", map_strides(packed, layout)), **_named("out", map_strides(out, layout)), **lists,
             WIDE=gemm.is_wide(packed, out), **tile,
         )  # fmt: skip
     return out
@@ -364,7 +364,7 @@ def _tile(width: int, layout) -> dict:
     return {"M": 256, "N": 8, "num_warps": 4}
 
 
-def _strides(x: Tensor, layout) -> tuple[int, int, int]:
+def map_strides(x: Tensor, layout) -> tuple[int, int, int]:
     """Strides of sample, pixel and channel."""
     plane = x.shape[2] * x.shape[3]
     step = (x.shape[1], 1) if layout == torch.channels_last else (1, plane)

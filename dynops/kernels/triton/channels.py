@@ -22,6 +22,9 @@ Groups narrower than 16 channels (depthwise above all) use a kernel without a ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -33,40 +36,83 @@ from ..lists import Lists
 from . import channel_lists, gemm, tiling
 from .channel_lists import Side, all_channels, choose, gather, list_part, listed, scatter, sides
 from .channels_weight_grad import conv_weight_grad
-from .gemm import finish, source_row
+from .experts import expert_tile
+from .gemm import finish, lowest_tap, source_row, united
 
+MOST_REGIONS = 62  # those that a tile meets are bits of one integer
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather", "scatter"]
 
 # ------------------------------------------------------------------------------------- kernels
 
 
+@triton.jit
+def _pixels(order, offsets, rows, jobs, n_tiles, JOBS: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr):
+    """A program's job, its tile in the job, the tile's rows and pixels, which of them exist, and whether there is a weight."""
+    if order is None:
+        m_tiles = tl.cdiv(rows, M)
+        job = tl.program_id(0) // (m_tiles * n_tiles)
+        tile = tl.program_id(0) - job * (m_tiles * n_tiles)
+        row = (tile // n_tiles) * M + tl.arange(0, M)
+        pixel = row + (job.to(tl.int64) * rows if WIDE else job * rows)
+        inside = row < rows
+        weighted = job < jobs
+    else:
+        tile = tl.program_id(0)
+        job, begin, last = expert_tile(offsets, tile // n_tiles, rows, jobs, M, JOBS)
+        row = begin + tl.arange(0, M)
+        inside = row < last
+        pixel = tl.load(order + row, mask=inside, other=0)
+        if WIDE:
+            pixel = pixel.to(tl.int64)
+        weighted = (job < jobs) & (begin < last)
+    return job, tile, row, pixel, inside, weighted
+
+
+@triton.jit
+def _regions_met(
+    region, pixel, inside, row, regions, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, REGIONS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The regions of all pixels that a tile reads: as bits, and how many."""
+    met = (row * 0).to(tl.int32 if REGIONS <= 31 else tl.int64)
+    for tap in range(TAPS):
+        at, valid = source_row(
+            pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
+        )  # fmt: skip
+        place = tl.load(region + at, mask=valid, other=-1)
+        known = (place >= 0) & (place < regions)
+        met |= known.to(met.dtype) << tl.where(known, place, 0)
+    return united(met, REGIONS)
+
+
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
 def conv_kernel(
-    x, w, out, in_index, in_count, out_index, out_count, bias, scale, base,
-    rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, k_part, inner, w_group, w_job,
-    in_channels, out_channels, in_lists, in_length, out_lists, out_length,
+    x, w, out, in_index, in_count, out_index, out_count, order, offsets, region, bias, scale, base,
+    rows, jobs, regions, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, k_part, inner,
+    w_group, w_job, w_region, bias_job, in_channels, out_channels, in_lists, in_length, out_lists, out_length,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, IN_PARTS: tl.constexpr,
     IN_STEPS: tl.constexpr, OUT_PARTS: tl.constexpr, OUT_STEPS: tl.constexpr, X_READS: tl.constexpr,
     W_PACKED: tl.constexpr, PACKED_OUT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    JOBS: tl.constexpr, REGIONS: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the pixels and of the output channels of one group of a job; ``rows`` pixels a job.
 
     X_READS: "slots", channel k of group h lies at ``h*k_part + k`` of a row of x; "listed", the list's entry k
     does; "packed", the group's part of the packed channels. The weight is ``[n, taps, inner]`` in each
     group, transposed ``[k, taps, inner]``; W_PACKED: the live part of it, for each job.
+
+    With ``order`` the pixels of all jobs are listed, those of job j from ``offsets[j]`` to ``offsets[j + 1]``; what is
+    listed after the last job has no weight, and is zero. With ``region`` each pixel of x names the weight that it meets.
     """
     n_tiles = tl.cdiv(n_size, N)
-    m_tiles = tl.cdiv(rows, M)
-    job = tl.program_id(0) // (m_tiles * n_tiles)
-    tile = tl.program_id(0) - job * (m_tiles * n_tiles)
     group = tl.program_id(1)
-    row = (tile // n_tiles) * M + tl.arange(0, M)
+    job, tile, row, pixel, inside, weighted = _pixels(order, offsets, rows, jobs, n_tiles, JOBS, WIDE, M)
     first = (tile % n_tiles) * N
     slot = first + tl.arange(0, N)
-    pixel = row + (job.to(tl.int64) * rows if WIDE else job * rows)
-    inside = row < rows
     k_part_at = group * k_part
     k_live = k_size
     k_read = k_size
@@ -78,6 +124,8 @@ def conv_kernel(
         if X_READS == "packed":
             k_part_at = before
     n_live = n_size
+    if order is not None:
+        n_live = tl.where(weighted, n_size, 0)
     n_before = group * n_size
     channel = slot  # within the group
     n_at = slot  # in the weight
@@ -90,14 +138,19 @@ def conv_kernel(
         if not W_PACKED:
             n_at = channel
     n_mask = slot < n_live
-    w_group_at = w + group.to(tl.int64) * w_group
-    if W_PACKED:
-        w_group_at += job.to(tl.int64) * w_job
+    w_group_at = w + group.to(tl.int64) * w_group + job.to(tl.int64) * w_job
     reduction = tl.arange(0, K)
     acc = tl.zeros([M, N], tl.float32)
     tap = 0
     start = 0
     walked = tl.where(first < n_live, TAPS, 0)
+    if region is not None:
+        left, met = _regions_met(
+            region, pixel, inside, row, regions, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, REGIONS, WIDE,
+        )  # fmt: skip
+        place = lowest_tap(left)
+        walked *= met
     for _ in range(walked * tl.cdiv(k_live, K)):
         k = start + reduction
         k_mask = k < k_live
@@ -113,21 +166,32 @@ def conv_kernel(
             pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
             KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
         )  # fmt: skip
+        w_at = w_group_at
+        if region is not None:
+            valid &= tl.load(region + at, mask=valid, other=-1) == place
+            w_at += place.to(tl.int64) * w_region
         x_at = at[:, None] * in_channels + (k_part_at + x_channel)[None, :]
         a = tl.load(x + x_at, mask=valid[:, None] & (k < k_read)[None, :], other=0.0)
         if TRANSPOSED:
-            w_at = k_at[:, None] * (TAPS * inner) + tap * inner + n_at[None, :]
+            w_at += k_at[:, None] * (TAPS * inner) + tap * inner + n_at[None, :]
             w_mask = k_mask[:, None] & (slot < (tl.cdiv(n_live, 16) * 16 if W_PACKED else n_live))[None, :]
         else:
-            w_at = n_at[None, :] * (TAPS * inner) + tap * inner + k_at[:, None]
+            w_at += n_at[None, :] * (TAPS * inner) + tap * inner + k_at[:, None]
             w_mask = (k < (tl.cdiv(k_live, 16) * 16 if W_PACKED else k_live))[:, None] & n_mask[None, :]
-        b = tl.load(w_group_at + w_at, mask=w_mask, other=0.0)
+        b = tl.load(w_at, mask=w_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         start += K
         done = start >= k_live
         start = tl.where(done, 0, start)
         tap += done.to(tl.int32)
+        if region is not None:
+            done = tap == TAPS
+            tap = tl.where(done, 0, tap)
+            left = tl.where(done, left & (left - 1), left)
+            place = lowest_tap(left)
     channel += group * n_size
+    if bias is not None:
+        bias += job.to(tl.int64) * bias_job
     if scale is not None:
         scale += job.to(tl.int64) * (n_size * tl.num_programs(1))
     z = finish(acc, bias, scale, None, None, None, row, channel, inside, n_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
@@ -153,12 +217,13 @@ def conv_kernel(
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
 def direct_conv_kernel(
-    x, w, out, in_slots, out_slots, bias, scale, base,
-    rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, channels_in, channels_out, in_channels,
-    out_channels, in_lists, out_lists,
+    x, w, out, in_slots, out_slots, order, offsets, region, bias, scale, base,
+    rows, jobs, regions, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, channels_in, channels_out,
+    w_job, w_region, bias_job, in_channels, out_channels, in_lists, out_lists,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED_IN: tl.constexpr,
-    PACKED_OUT: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PACKED_OUT: tl.constexpr, ACTIVATION: tl.constexpr, JOBS: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """conv_kernel without a matrix product, for narrow groups; a tile spans groups.
 
@@ -166,15 +231,10 @@ def direct_conv_kernel(
     is not written.
     """
     n_tiles = tl.cdiv(channels_out, N)
-    m_tiles = tl.cdiv(rows, M)
-    job = tl.program_id(0) // (m_tiles * n_tiles)
-    tile = tl.program_id(0) - job * (m_tiles * n_tiles)
-    row = (tile // n_tiles) * M + tl.arange(0, M)
+    job, tile, row, pixel, inside, weighted = _pixels(order, offsets, rows, jobs, n_tiles, JOBS, WIDE, M)
     channel = (tile % n_tiles) * N + tl.arange(0, N)
-    inside = row < rows
-    pixel = row + (job.to(tl.int64) * rows if WIDE else job * rows)
     present = channel < channels_out
-    live = present
+    live = channel < tl.where(weighted, channels_out, 0)
     target = channel
     if out_slots is not None:
         slot = tl.load(
@@ -185,12 +245,17 @@ def direct_conv_kernel(
             target = slot
             present = live
     group = channel // n_size
+    w += job.to(tl.int64) * w_job
     acc = tl.zeros([M, N], tl.float32)
     for tap in range(TAPS):
         at, valid = source_row(
             pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
             KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
         )  # fmt: skip
+        if region is not None:
+            place = tl.load(region + at, mask=valid, other=-1)
+            valid &= (place >= 0) & (place < regions)
+            w_row = w + place.to(tl.int64) * w_region
         for k in range(k_size):
             x_channel = group * k_size + k
             read = live
@@ -204,8 +269,13 @@ def direct_conv_kernel(
                 if PACKED_IN:
                     x_channel = slot
             a = tl.load(x + at[:, None] * in_channels + x_channel[None, :], mask=valid[:, None] & read[None, :], other=0.0)  # fmt: skip
-            b = tl.load(w + w_at, mask=read, other=0.0)
-            acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+            if region is None:
+                b = tl.load(w + w_at, mask=read, other=0.0)[None, :]
+            else:
+                b = tl.load(w_row[:, None] + w_at[None, :], mask=valid[:, None] & read[None, :], other=0.0)
+            acc += a.to(tl.float32) * b.to(tl.float32)
+    if bias is not None:
+        bias += job.to(tl.int64) * bias_job
     if scale is not None:
         scale += job.to(tl.int64) * channels_out
     z = finish(acc, bias, scale, None, None, None, row, channel, inside, live, out_channels, ACTIVATION, WIDE)
@@ -230,7 +300,8 @@ def conv(
     out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
     if out_width > weight.shape[0]:  # a list padded past all channels: no program covers the rest
         out.zero_()
-    _conv(x, weight, out, ins, outs, g._replace(groups=ins.groups), bias, activation, scale, base)
+    w = gemm.weight_rows(weight, x.dtype)
+    product(x, w, out, ins, outs, g._replace(groups=ins.groups), bias, activation, scale, base)
     return out
 
 
@@ -245,45 +316,76 @@ def conv_input_grad(
     dx = empty_map(grad, shape, torch.channels_last)
     if in_width > channels:
         dx.zero_()
-    _conv(grad, weight, dx, outs, ins, gemm.adjoint(g._replace(groups=ins.groups)))
+    w = gemm.weight_rows(weight, grad.dtype)
+    product(grad, w, dx, outs, ins, gemm.adjoint(g._replace(groups=ins.groups)))
     return dx if heads == 1 else dx.unflatten(1, (heads, -1)).sum(1)
 
 
-def _conv(
+class Own(NamedTuple):
+    """Weights that differ between pixels: those of ``jobs``, which are samples or regions.
+
+    Attributes:
+        order, offsets: as in ``ExpertPlan``, the pixels of each job, and at last those that have no weight; None: a job
+            is a sample.
+        region: int32 ``[N, h, w]`` at x, in an input gradient: which of its sample's ``regions`` weights a pixel meets;
+            None: there is one.
+    """
+
+    jobs: int
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+    region: Tensor | None = None
+    regions: int = 0
+
+
+def product(
     x: Tensor,
-    weight: Tensor,
+    w: Tensor,  # [A, taps, B] as gemm.weight_rows has it; of each job: [jobs or 1, (regions,) A, taps, B]
     out: Tensor,  # channels_last
     ins: Side,  # of x: for an input gradient those of the convolution's outputs
     outs: Side,
     g: ConvGeometry,  # of this product: the adjoint one for an input gradient; heads are groups
-    bias: Tensor | None = None,
+    bias: Tensor | None = None,  # [O]; of each job: [jobs or 1, O]
     activation: str = "",
     scale: Tensor | None = None,
     base: Tensor | None = None,
+    own: Own | None = None,
 ) -> None:
     """Chooses the kernel and launches it: out = epilogue(sum over taps of weight x)."""
     if out.numel() == 0:
         return
-    jobs = g.batch if scale is not None or ins.per_sample or outs.per_sample else 1
-    rows, maps = g.batch // jobs * g.out_h * g.out_w, x.numel() + out.numel()
-    x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype)
-    base = None if base is None else gemm.rows_of(base)
-    epilogue = [contiguous(t) for t in (bias, scale)]
+    if own is None:
+        own = Own(g.batch if scale is not None or ins.per_sample or outs.per_sample else 1)
+    rows, maps = g.batch * g.out_h * g.out_w, x.numel() + out.numel()
+    each, listed = triton.cdiv(rows, own.jobs), own.order is not None
+    x, bias, scale, wide = gemm.rows_of(x), contiguous(bias), contiguous(scale), gemm.is_wide(x, out)
+    arguments = own._asdict() | {
+        "bias": bias, "scale": scale, "base": None if base is None else gemm.rows_of(base),
+        "rows": rows if listed else each, "k_size": ins.size, "n_size": outs.size, "out_channels": out.shape[1],
+        "w_region": w.stride(1) if w.dim() == 5 else 0, "w_job": 0 if w.dim() == 3 or w.shape[0] == 1 else w.stride(0),
+        "bias_job": 0 if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else bias.stride(0),
+        **gemm.geometry_arguments(g), "PACKED_OUT": outs.packed, "ACTIVATION": activation, "WIDE": wide,
+        "JOBS": min(1024, triton.next_power_of_2(own.jobs)) if listed else 1,
+    }  # fmt: skip
+
+    def tiles(m: int) -> int:
+        return rows // m + own.jobs + 1 if listed else own.jobs * triton.cdiv(each, m)
+
     if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g) and not (ins.heads or outs.heads):
-        _direct(x, w, out, ins, outs, g, jobs, rows, (*epilogue, base), activation)
+        _direct(x, w, out, ins, outs, arguments, tiles)
         return
-    x, w, operands, constants, single = _operands(x, w, ins, outs, g, jobs, maps)
+    x, w, operands, constants, single = _operands(x, w, ins, outs, g, own.jobs, maps)
     # two tiles at least, where only some channels are live: one past those costs little
     n = outs.size if outs.index is None else max(16, outs.size // 2)
-    problem, wide = (rows, n, ins.capacity, jobs * g.groups), gemm.is_wide(x, out)
-    tile, precision = choose(x, *problem, single, base is not None, wide, family="channels")
-    grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups)
+    single |= own.region is not None
+    heavy = wide or (listed and single)  # of 128 x 128 elements it spills
+    tile, precision = choose(
+        x, each, n, ins.capacity, own.jobs * g.groups, single, base is not None, heavy, family="channels"
+    )
     with gemm.on_device(x):
-        conv_kernel[grid](
-            x, w, out, bias=epilogue[0], scale=epilogue[1], base=base, rows=rows,
-            k_size=ins.size, n_size=outs.size, out_channels=out.shape[1], **ins.arguments("in"),
-            **outs.arguments("out"), **operands, **constants, **gemm.geometry_arguments(g), PACKED_OUT=outs.packed,
-            ACTIVATION=activation, PRECISION=precision, WIDE=wide, **tile,
+        conv_kernel[tiles(tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups](
+            x, w, out, **ins.arguments("in"), **outs.arguments("out"), **(arguments | operands), **constants,
+            PRECISION=precision, REGIONS=31 if own.regions <= 31 else MOST_REGIONS, **tile,
         )  # fmt: skip
 
 
@@ -299,7 +401,7 @@ def _operands(x: Tensor, w: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs
         w = channel_lists.pack_weight(w, inner, lead, jobs)
         operands = {"inner": w.shape[4], "w_group": w.stride(1), "w_job": w.stride(0)}
     else:
-        operands = {"inner": w.shape[2], "w_group": lead.size * w.stride(0), "w_job": 0}
+        operands = {"inner": w.shape[-1], "w_group": lead.size * w.stride(-3)}
     if has_entries and ins.index is not None and g.taps > 1:
         x, reads, k_part = channel_lists.compact(x, ins), "slots", channel_lists.padded(ins.capacity)
     operands |= {"k_part": k_part, "in_channels": x.shape[1]}
@@ -307,17 +409,14 @@ def _operands(x: Tensor, w: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs
     return x, w, operands, {"X_READS": reads, "W_PACKED": packs}, single
 
 
-def _direct(x, w, out, ins: Side, outs: Side, g: ConvGeometry, jobs: int, rows: int, epilogue, activation: str) -> None:  # fmt: skip
+def _direct(x, w, out, ins: Side, outs: Side, arguments: dict, tiles: Callable) -> None:
     if outs.packed:
         out.zero_()
     whole = ins.whole, outs.whole
-    bias, scale, base = epilogue
     tile = tiling.direct_tile(whole[1].size)
-    grid = (jobs * triton.cdiv(rows, tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)
+    slots = dict(zip(("in_slots", "out_slots"), map(channel_lists.slots, whole), strict=True))
     with gemm.on_device(x):
-        direct_conv_kernel[grid](
-            x, w, out, *map(channel_lists.slots, whole), bias, scale, base, rows=rows, k_size=ins.size, n_size=outs.size,
-            channels_in=whole[0].size, channels_out=whole[1].size, in_channels=x.shape[1], out_channels=out.shape[1],
-            in_lists=ins.per_sample, out_lists=outs.per_sample, **gemm.geometry_arguments(g),
-            PACKED_IN=ins.packed, PACKED_OUT=outs.packed, ACTIVATION=activation, WIDE=gemm.is_wide(x, out), **tile,
+        direct_conv_kernel[(tiles(tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)](
+            x, w, out, **slots, channels_in=whole[0].size, channels_out=whole[1].size, in_channels=x.shape[1],
+            in_lists=ins.per_sample, out_lists=outs.per_sample, PACKED_IN=ins.packed, **arguments, **tile,
         )  # fmt: skip

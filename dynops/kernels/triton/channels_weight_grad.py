@@ -16,6 +16,7 @@ from ...geometry import ConvGeometry
 from ..lists import Lists
 from . import channel_lists, gemm, tiling
 from .channel_lists import Side, choose, list_part, listed, sides
+from .experts_weight_grad import slice_of
 from .gemm import source_row
 from .pixels_weight_grad import chunk_rows
 
@@ -23,16 +24,32 @@ _COPIES = 2**24  # elements of the copies of a chunk of samples
 
 
 @triton.jit
-def _slice(number, rows, slices, chunk):
-    """The job of a slice, and its pixels [first, last) of those of the job."""
+def _slice(offsets, number, rows, slices, chunk, BLOCK: tl.constexpr):
+    """The job of a slice, and its pixels [first, last) of those of the job, or of the list of all jobs' pixels."""
     job = number // slices
-    first = (number - job * slices) * chunk
-    return job, first, tl.minimum(first + chunk, rows)
+    if offsets is None:
+        first = (number - job * slices) * chunk
+        last = tl.minimum(first + chunk, rows)
+    else:
+        first, last = slice_of(offsets, job, number - job * slices, slices, BLOCK)
+    return job, first, last
+
+
+@triton.jit
+def _pixel(order, job, row, inside, rows, WIDE: tl.constexpr):
+    """The pixels at rows of a job, or of the list."""
+    if order is None:
+        pixel = row + (job.to(tl.int64) * rows if WIDE else job * rows)
+    else:
+        pixel = tl.load(order + row, mask=inside, other=0)
+        if WIDE:
+            pixel = pixel.to(tl.int64)
+    return pixel
 
 
 @triton.jit(do_not_specialize=[*gemm.UNSPECIALIZED, "chunk", "slices", "first_job"])
 def weight_grad_kernel(
-    grad, x, copies, in_index, in_count, out_index, out_count,
+    grad, x, copies, in_index, in_count, out_index, out_count, order, offsets,
     rows, first_job, slices, chunk, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, k_part, n_part,
     k_capacity, n_capacity, in_channels, out_channels, in_lists, in_length, out_lists, out_length,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -47,7 +64,7 @@ def weight_grad_kernel(
     tile = tl.program_id(0)
     tap = tl.program_id(1) % TAPS
     group = tl.program_id(1) // TAPS
-    job, first, last = _slice(tl.program_id(2), rows, slices, chunk)
+    job, first, last = _slice(offsets, tl.program_id(2), rows, slices, chunk, K)
     copy = tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // TAPS) + group
     job += first_job
     i = (tile // n_tiles) * M + tl.arange(0, M)
@@ -63,7 +80,7 @@ def weight_grad_kernel(
     for start in range(first, tl.where(some, last, first), K):
         row = start + tl.arange(0, K)
         inside = row < last
-        pixel = row + (job.to(tl.int64) * rows if WIDE else job * rows)
+        pixel = _pixel(order, job, row, inside, rows, WIDE)
         at, valid = source_row(
             pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
             KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
@@ -126,7 +143,7 @@ def add_copies_kernel(
 
 @triton.jit(do_not_specialize=[*gemm.UNSPECIALIZED, "chunk", "slices"])
 def direct_weight_grad_kernel(
-    grad, x, dw, in_slots, out_slots,
+    grad, x, dw, in_slots, out_slots, order, offsets,
     rows, slices, chunk, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, channels_in, channels_out,
     in_channels, out_channels, in_lists, out_lists,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -136,7 +153,7 @@ def direct_weight_grad_kernel(
     """dw[job slice, o, tap, k] for narrow groups, without a matrix product: one tap and one k of every group."""
     tap = tl.program_id(1) % TAPS
     k = tl.program_id(1) // TAPS
-    job, first, last = _slice(tl.program_id(0), rows, slices, chunk)
+    job, first, last = _slice(offsets, tl.program_id(0), rows, slices, chunk, M)
     channel = tl.program_id(2) * N + tl.arange(0, N)
     present = channel < channels_out
     x_channel = (channel // n_size) * k_size + k
@@ -156,7 +173,7 @@ def direct_weight_grad_kernel(
     for start in range(first, last, M):
         row = start + tl.arange(0, M)
         inside = row < last
-        pixel = row + (job.to(tl.int64) * rows if WIDE else job * rows)
+        pixel = _pixel(order, job, row, inside, rows, WIDE)
         at, valid = source_row(
             pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
             KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
@@ -185,8 +202,21 @@ def conv_weight_grad(
         return grad.new_zeros(weight_shape), db
     narrow = heads == 1 and gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g)
     jobs = g.batch if ins.per_sample or outs.per_sample else 1
-    dw = (_direct if narrow else _products)(grad, x, ins, outs, g, jobs)
+    if narrow:
+        dw = _direct(grad, x, ins, outs, g, jobs).sum((0, 1))
+    else:
+        dw = _products(grad, x, ins, outs, g, jobs)
     return gemm.as_weight(dw, weight_shape, grad.dtype), db
+
+
+def own_weight_grads(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int, *lists: Tensor | None) -> Tensor:  # fmt: skip
+    """float32 ``[jobs, O, taps, C/groups]``, the gradient of each job's own weight.
+
+    ``lists``: order and offsets of the jobs' pixels, as in ``channels.Own``.
+    """
+    narrow = gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g)
+    copies = (_direct if narrow else _own_products)(grad, x, ins, outs, g, jobs, *lists)
+    return copies[:, 0] if copies.shape[1] == 1 else copies.sum(1)
 
 
 def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
@@ -201,21 +231,12 @@ def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
 
 def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
     """float32 ``[O, taps, C/groups]``."""
-    rows, outputs = g.batch // jobs * g.out_h * g.out_w, g.groups * outs.size
-    x, k_part, x_reads = _readable(x, ins, g.taps)
-    grad, n_part, grad_reads = _readable(grad, outs, g.taps)
-    sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "n_part": n_part, "in_channels": x.shape[1], "out_channels": grad.shape[1]}  # fmt: skip
-    capacities = {"k_capacity": ins.capacity, "n_capacity": outs.capacity}
-    listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
-    single = any(listed_reads) or tiling.is_ragged(sizes)
-    batch = jobs * g.groups * g.taps
-    tile, precision = choose(x, outs.capacity, ins.capacity, rows, batch, single, family="channels_weight")
-    tiles = triton.cdiv(outs.capacity, tile["M"]) * triton.cdiv(ins.capacity, tile["N"])
-    chunk = chunk_rows(rows, jobs * tiles * g.taps * g.groups, tile["K"], x.device)
-    slices = triton.cdiv(rows, chunk)
+    arguments, tiles, slices = _prepared(grad, x, ins, outs, g, jobs)
+    capacities = {name: arguments[name] for name in ("k_capacity", "n_capacity")}
     copy = slices * g.groups * outs.capacity * g.taps * ins.capacity
     together = max(1, min(jobs, _COPIES // copy, 65535 // slices))
     copies = torch.empty(together * copy, dtype=torch.float32, device=x.device)
+    outputs = g.groups * outs.size
     dw = torch.empty((outputs, g.taps, ins.size), dtype=torch.float32, device=x.device)
     lists = {"in_lists": ins.per_sample and 1, "out_lists": outs.per_sample}
     slots = {"in_slots": channel_lists.slots(ins), "out_slots": channel_lists.slots(outs)}
@@ -224,15 +245,52 @@ def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, j
         for first in range(0, jobs, together):
             some = min(together, jobs - first)
             weight_grad_kernel[tiles, g.taps * g.groups, some * slices](
-                grad, x, copies, **ins.arguments("in"), **outs.arguments("out"), rows=rows, first_job=first,
-                slices=slices, chunk=chunk, **sizes, **capacities, **gemm.geometry_arguments(g), X_READS=x_reads,
-                GRAD_READS=grad_reads, PRECISION=precision, WIDE=gemm.is_wide(x, grad), **tile,
-            )  # fmt: skip
+                copies=copies, order=None, offsets=None, first_job=first, **arguments
+            )
             add_copies_kernel[outputs, triton.cdiv(g.taps * ins.size, n)](
                 copies, dw, **slots, **lists, first_job=first, jobs=some, slices=slices, groups=g.groups,
                 k_size=ins.size, n_size=outs.size, **capacities, TAPS=g.taps, ADD=first > 0, N=n,
             )  # fmt: skip
     return dw
+
+
+def _prepared(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> tuple[dict, int, int]:  # fmt: skip
+    """The arguments of ``weight_grad_kernel``, its tiles of a weight, and the slices of a job."""
+    rows = triton.cdiv(g.batch * g.out_h * g.out_w, jobs)
+    x, k_part, x_reads = _readable(x, ins, g.taps)
+    grad, n_part, grad_reads = _readable(grad, outs, g.taps)
+    sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "n_part": n_part, "in_channels": x.shape[1], "out_channels": grad.shape[1]}  # fmt: skip
+    listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
+    ragged, batch = tiling.is_ragged(sizes), jobs * g.groups * g.taps
+    single, family = any(listed_reads) or ragged, "channels_weight"
+    tile, precision = choose(x, outs.capacity, ins.capacity, rows, batch, single, wide=ragged, family=family)
+    tiles = triton.cdiv(outs.capacity, tile["M"]) * triton.cdiv(ins.capacity, tile["N"])
+    chunk = chunk_rows(rows, jobs * tiles * g.taps * g.groups, tile["K"], x.device)
+    slices = triton.cdiv(rows, chunk)
+    arguments = {
+        "grad": grad, "x": x, **ins.arguments("in"), **outs.arguments("out"), "rows": rows, "slices": slices,
+        "chunk": chunk, **sizes, "k_capacity": ins.capacity, "n_capacity": outs.capacity,
+        **gemm.geometry_arguments(g), "X_READS": x_reads, "GRAD_READS": grad_reads, "PRECISION": precision,
+        "WIDE": gemm.is_wide(x, grad), **tile,
+    }  # fmt: skip
+    return arguments, tiles, slices
+
+
+def _own_products(
+    grad, x, ins: Side, outs: Side, g: ConvGeometry, jobs: int, order=None, offsets=None
+) -> Tensor:
+    """float32 ``[jobs, slices, O, taps, C/groups]``."""
+    arguments, tiles, slices = _prepared(grad, x, ins, outs, g, jobs)
+    shape = (jobs, slices, g.groups * outs.size, g.taps, ins.size)
+    copies = torch.empty(shape, dtype=torch.float32, device=x.device)
+    together = max(1, 65535 // slices)
+    with gemm.on_device(x):
+        for first in range(0, jobs, together):
+            some = copies[first : first + together]
+            weight_grad_kernel[tiles, g.taps * g.groups, len(some) * slices](
+                copies=some, order=order, offsets=offsets if offsets is None else offsets[first:], first_job=first, **arguments
+            )  # fmt: skip
+    return copies
 
 
 def _readable(x: Tensor, lists: Side, taps: int) -> tuple[Tensor, int, str]:
@@ -242,22 +300,22 @@ def _readable(x: Tensor, lists: Side, taps: int) -> tuple[Tensor, int, str]:
     return gemm.rows_of(x), 0 if lists.heads else lists.size, "packed" if lists.packed else "dense"
 
 
-def _direct(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
-    """float32 ``[O, taps, C/groups]``."""
-    rows = g.batch // jobs * g.out_h * g.out_w
+def _direct(grad, x, ins: Side, outs: Side, g: ConvGeometry, jobs: int, order=None, offsets=None) -> Tensor:
+    """float32 ``[jobs, slices, O, taps, C/groups]``."""
+    rows = triton.cdiv(g.batch * g.out_h * g.out_w, jobs)
     grad, x = gemm.rows_of(grad), gemm.rows_of(x)
     whole = ins.whole, outs.whole
     tile = tiling.direct_tile(whole[1].size)
     grid = (g.taps * ins.size, triton.cdiv(whole[1].size, tile["N"]))
     chunk = chunk_rows(rows, jobs * grid[0] * grid[1], tile["M"], x.device)
     slices = triton.cdiv(rows, chunk)
-    dw = torch.empty((jobs * slices, whole[1].size, g.taps, ins.size), dtype=torch.float32, device=x.device)
+    dw = torch.empty((jobs, slices, whole[1].size, g.taps, ins.size), dtype=torch.float32, device=x.device)
     with gemm.on_device(x):
         direct_weight_grad_kernel[(jobs * slices, *grid)](
-            grad, x, dw, *map(channel_lists.slots, whole), rows=rows, slices=slices, chunk=chunk, k_size=ins.size,
-            n_size=outs.size, channels_in=whole[0].size, channels_out=whole[1].size, in_channels=x.shape[1],
-            out_channels=grad.shape[1], in_lists=ins.per_sample, out_lists=outs.per_sample,
+            grad, x, dw, *map(channel_lists.slots, whole), order, offsets, rows=rows, slices=slices, chunk=chunk,
+            k_size=ins.size, n_size=outs.size, channels_in=whole[0].size, channels_out=whole[1].size,
+            in_channels=x.shape[1], out_channels=grad.shape[1], in_lists=ins.per_sample, out_lists=outs.per_sample,
             **gemm.geometry_arguments(g), PACKED_IN=ins.packed, PACKED_OUT=outs.packed,
             WIDE=gemm.is_wide(x, grad), **tile,
         )  # fmt: skip
-    return dw.sum(0)
+    return dw

@@ -21,7 +21,7 @@ from .pixels_weight_grad import chunk_rows
 
 
 @triton.jit
-def _slice(offsets, expert, number, slices, BLOCK: tl.constexpr):
+def slice_of(offsets, expert, number, slices, BLOCK: tl.constexpr):
     """The rows [first, last) of a slice of an expert, a whole number of blocks but for the last."""
     begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
@@ -68,7 +68,7 @@ def weight_grad_kernel(
     k = (tile % k_tiles) * N + tl.arange(0, N)
     n_mask = n < n_size
     k_mask = k < k_size
-    first, last = _slice(offsets, expert, tl.program_id(1), slices, K)
+    first, last = slice_of(offsets, expert, tl.program_id(1), slices, K)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(first, last, K):
         row = start + tl.arange(0, K)
@@ -95,7 +95,7 @@ def bias_grad_kernel(
     expert = tl.program_id(0) // tiles
     n = (tl.program_id(0) - expert * tiles) * N + tl.arange(0, N)
     mask = n < n_size
-    first, last = _slice(offsets, expert, tl.program_id(1), slices, M)
+    first, last = slice_of(offsets, expert, tl.program_id(1), slices, M)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(first, last, M):
         row = start + tl.arange(0, M)
@@ -151,6 +151,12 @@ def _bias(grad: Tensor, rows: tuple, shape: tuple, packed_grad: bool) -> Tensor:
             grad, db, *rows, slices, outputs, PACKED_GRAD=packed_grad, WIDE=gemm.is_wide(grad), **tile
         )
     return _sum(db, grad.dtype)
+
+
+def bias_grads(grad: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """The sums ``[E, O]`` of rows of grad ``[T, O]``, of which each has one expert."""
+    experts, outputs = offsets.shape[0] - 1, grad.shape[1]
+    return _bias(grad, (None, order, offsets, 1), (experts, outputs), False)
 
 
 def _slices(rows: int, programs: int, block: int, device: torch.device) -> int:

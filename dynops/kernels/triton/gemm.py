@@ -164,12 +164,18 @@ def _or(a, b):
 
 
 @triton.jit
+def united(sets, SIZE: tl.constexpr):
+    """The union of the rows' sets: as bits, and how many."""
+    union = tl.reduce(sets, 0, _or)
+    WIDTH: tl.constexpr = 32 if SIZE <= 31 else 64
+    bits = (union >> tl.arange(0, WIDTH).to(union.dtype)) & 1
+    return union, tl.sum(bits, 0).to(tl.int32)
+
+
+@triton.jit
 def tap_set(key, TAPS: tl.constexpr):
-    """The union of the rows' tap sets: as bits, and how many."""
-    taps = tl.reduce(key ^ (key >> 1), 0, _or)  # a key is the Gray rank of its set
-    WIDTH: tl.constexpr = 32 if TAPS <= 31 else 64
-    bits = (taps >> tl.arange(0, WIDTH).to(taps.dtype)) & 1
-    return taps, tl.sum(bits, 0).to(tl.int32)
+    """The union of the rows' tap sets. A key is the Gray rank of its set."""
+    return united(key ^ (key >> 1), TAPS)
 
 
 @triton.jit

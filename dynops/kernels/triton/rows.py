@@ -59,6 +59,28 @@ def scatter_rows_kernel(
     tl.store(out + pixel[:, None] * channels + channel[None, :], value, mask=live)
 
 
+@triton.jit(do_not_specialize=["pixels", "plane"])
+def scatter_planes_kernel(
+    values, out, row_of, base, pixels, plane, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """out[n, c, p] = values[i, c] with i = row_of[n, p], where that is -1 base or zero; ``plane`` pixels a sample."""
+    first = tl.program_id(0).to(tl.int64) * M if WIDE else tl.program_id(0) * M
+    pixel = first + tl.arange(0, M)
+    channel = tl.program_id(1) * N + tl.arange(0, N)
+    inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    row = tl.load(row_of + pixel, mask=pixel < pixels, other=-1)
+    live = (row >= 0)[:, None]
+    if WIDE:
+        channel = channel.to(tl.int64)
+        row = row.to(tl.int64)
+    n = pixel // plane
+    at = (n * channels * plane + pixel - n * plane)[:, None] + channel[None, :] * plane
+    value = tl.load(values + row[:, None] * channels + channel[None, :], mask=inside & live, other=0)
+    if base is not None:
+        value = tl.where(live, value, tl.load(base + at, mask=inside & ~live, other=0))
+    tl.store(out + at, value, mask=inside)
+
+
 @triton.jit(do_not_specialize=["outputs"])
 def merge_rows_kernel(
     rows, out, row_of, base, scale, outputs, columns,
@@ -145,8 +167,21 @@ def scatter_rows(
 def scatter_planes(
     rows: Tensor, index: Tensor, count: Tensor | None, shape: list[int], base: Tensor | None
 ) -> Tensor:
-    """See ``ops.pixels.rows._scatter_planes``: a second pass turns the map."""
-    return torch.ops.dynops.scatter_rows(rows, index, count, shape, base).contiguous()
+    """See ``ops.pixels.rows._scatter_planes``: every value of the map is written once."""
+    n, h, w = shape
+    if h * w == 1 or rows.shape[1] > _LONG:
+        return torch.ops.dynops.scatter_rows(rows, index, count, shape, base).contiguous()
+    out = empty_map(rows, (n, rows.shape[1], h, w), torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    row_of, tile = torch.ops.dynops.inverse_index(index, count, shape), {"M": 64, "N": 32, "num_warps": 4}
+    base = None if base is None else words(base.contiguous())
+    with gemm.on_device(rows):
+        scatter_planes_kernel[triton.cdiv(n * h * w, tile["M"]), triton.cdiv(rows.shape[1], tile["N"])](
+            words(rows.contiguous()), words(out), row_of, base, n * h * w, h * w, rows.shape[1],
+            gemm.is_wide(rows, out), **tile,
+        )  # fmt: skip
+    return out
 
 
 def merge_rows(

@@ -10,6 +10,7 @@ from ... import modes
 from ...geometry import is_int
 from ...ops import channel_conv2d, channel_linear
 from ...plans import ChannelPlan
+from ..from_dense import conv_options
 
 Width = int | float | Tensor
 
@@ -221,11 +222,7 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
             self.bias,
             _prefix(inputs, self.in_channels),
             _prefix(outputs, self.out_channels),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            **conv_options(self),
         )
 
     def extra_repr(self) -> str:

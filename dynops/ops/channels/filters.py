@@ -112,7 +112,7 @@ def _conv_kernel_grad(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-_KERNELS = Kernels(cpu.channel_filters, named="local_conv2d")
+_KERNELS = Kernels(cpu.channel_filters, "channel_filters")
 
 
 def _fake_conv(x, kernels, geometry, upsample, backend):

@@ -121,7 +121,7 @@ def _conv_weight_grad(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-KERNELS = Kernels(cpu.sample_conv, named="a convolution with per-sample weights")
+KERNELS = Kernels(cpu.sample_conv, "sample_conv")
 
 
 def _fake_conv(x, weight, bias, region, geometry, activation, backend):

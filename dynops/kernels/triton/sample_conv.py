@@ -1,0 +1,123 @@
+"""Convolutions with weights of their own for samples and regions, or mixed from a few, in Triton.
+
+The signatures and the meaning are those of the references in ``dynops/ops/channels/sample_conv.py`` and
+``mixed_conv.py``. The kernels are those of ``channels.py``, with every channel live and a weight for each job. A job is
+a sample; with regions it is a region, of each sample if its weights are. Nothing here reads a value on the host, and
+nothing uses atomics: every result is bitwise reproducible.
+
+**Regions.** Pixels are sorted by region on the device, and a tile has pixels of one region alone, so that all regions
+take the products of one convolution. An input gradient is computed pixel by pixel: a tile walks over the regions of
+the pixels that it reads. Where regions are areas these are one or two; where every pixel has another, all.
+
+**Weights** are read with their input channels side by side. A weight in another order is copied, in every call: it is
+new in every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...geometry import ConvGeometry
+from ..layout import empty_map
+from . import experts_weight_grad, gemm
+from .channel_lists import Side
+from .channels import MOST_REGIONS, Own, product
+from .channels_weight_grad import own_weight_grads
+
+__all__ = ["conv", "conv_input_grad", "conv_weight_grad", "mixed_conv"]
+
+
+def conv(x, weight, bias, region, geometry, activation: str) -> Tensor:
+    """See ``ops.channels.sample_conv._conv``."""
+    g = ConvGeometry(*geometry)
+    out = empty_map(x, (g.batch, weight.shape[2], g.out_h, g.out_w), torch.channels_last)
+    if out.numel() == 0:
+        return out
+    if region is not None and bias is not None and bias.shape[0] != weight.shape[0]:
+        samples = max(bias.shape[0], weight.shape[0])
+        bias, weight = (t.expand(samples, *t.shape[1:]) for t in (bias, weight))
+    bias = None if bias is None else bias.flatten(0, 1)
+    own = _jobs(region, weight.shape, g)
+    product(x, _rows(weight).flatten(0, 1), out, *_sides(weight.shape, g), g, bias, activation, own=own)
+    return out
+
+
+def mixed_conv(x, weight, mix, bias, geometry, activation: str) -> Tensor:
+    """See ``ops.channels.mixed_conv._conv``: cuBLAS mixes the weights, which accumulates in float32."""
+    rows = weight.permute(0, 1, 3, 4, 2).contiguous()
+    mixed = mix.to(weight.dtype) @ rows.view(len(weight), rows[0].numel())
+    mixed = mixed.view(-1, 1, *rows.shape[1:]).permute(0, 1, 2, 5, 3, 4)
+    return conv(x, mixed, bias, None, geometry, activation)
+
+
+def conv_input_grad(grad, weight, region, geometry) -> Tensor:
+    """See ``ops.channels.sample_conv._conv_input_grad``."""
+    g = ConvGeometry(*geometry)
+    ins, outs = _sides(weight.shape, g)
+    dx = empty_map(grad, (g.batch, ins.groups * ins.size, g.in_h, g.in_w), torch.channels_last)
+    if 0 in (dx.numel(), grad.numel()):
+        return dx.zero_()
+    w = _rows(weight)
+    if region is None:
+        product(grad, w[:, 0], dx, outs, ins, gemm.adjoint(g), own=Own(g.batch))
+        return dx
+    parts = []
+    for first in range(0, weight.shape[1], MOST_REGIONS):
+        some = w[:, first : first + MOST_REGIONS]
+        parts.append(torch.empty_like(dx, dtype=torch.float32) if some.shape[1] < weight.shape[1] else dx)
+        own = Own(g.batch, region=(region - first).contiguous(), regions=some.shape[1])
+        product(grad, some, parts[-1], outs, ins, gemm.adjoint(g), own=own)
+    return dx if len(parts) == 1 else sum(parts).to(grad.dtype)
+
+
+def conv_weight_grad(grad, x, region, weight_shape, geometry, bias: bool) -> tuple[Tensor, Tensor]:
+    """See ``ops.channels.sample_conv._conv_weight_grad``."""
+    g = ConvGeometry(*geometry)
+    if 0 in (grad.numel(), x.numel()):
+        return grad.new_zeros(weight_shape), grad.new_zeros(weight_shape[:3] if bias else 0)
+    own = _jobs(region, weight_shape, g)
+    lists = () if own.order is None else (own.order, own.offsets)
+    dw = own_weight_grads(grad, x, *_sides(weight_shape, g), g, own.jobs, *lists)
+    *lead, outputs, inputs, kh, kw = weight_shape
+    if own.jobs != lead[0] * lead[1]:  # one weight of all samples
+        dw = dw.sum(0, keepdim=True)
+    dw = dw.view(*lead, outputs, kh, kw, inputs).permute(0, 1, 2, 5, 3, 4)
+    db = _bias_grad(grad, own, weight_shape) if bias else grad.new_empty(0)
+    return dw.to(grad.dtype, memory_format=torch.contiguous_format), db
+
+
+def _bias_grad(grad: Tensor, own: Own, weight_shape) -> Tensor:
+    """``[N or 1, R, O]``."""
+    if own.order is None:
+        db = grad.sum((2, 3), dtype=torch.float32)
+        db = db if weight_shape[0] == grad.shape[0] else db.sum(0)
+    else:
+        rows = gemm.rows_of(grad).permute(0, 2, 3, 1).flatten(0, 2)
+        db = experts_weight_grad.bias_grads(rows, own.order, own.offsets)
+    return db.view(list(weight_shape[:3])).to(grad.dtype)
+
+
+def _sides(weight_shape, g: ConvGeometry) -> tuple[Side, Side]:
+    """The inputs and the outputs: every channel is live."""
+    outputs, inputs = weight_shape[2:4]
+    return Side(None, None, g.batch, g.groups, inputs), Side(
+        None, None, g.batch, g.groups, outputs // g.groups
+    )
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """``[N or 1, R, O, C/groups, kh, kw]`` as ``[N or 1, R, O, taps, C/groups]``; no copy where channels lie side by side."""
+    return weight.detach().permute(0, 1, 2, 4, 5, 3).contiguous().flatten(3, 4)
+
+
+def _jobs(region: Tensor | None, weight_shape, g: ConvGeometry) -> Own:
+    """The pixels that share a weight, sorted on the device; a region outside of [0, R) has none."""
+    if region is None:
+        return Own(g.batch)
+    samples, regions = weight_shape[:2]
+    jobs = samples * regions
+    first = torch.arange(0, jobs, regions, dtype=torch.int32, device=region.device)  # of each sample
+    key = torch.where((region < 0) | (region >= regions), jobs, region + first[:, None, None])
+    order, offsets, _ = torch.ops.dynops.expert_index(key.reshape(-1, 1), jobs, -1)
+    return Own(jobs, order, offsets)
