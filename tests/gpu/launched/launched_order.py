@@ -11,7 +11,7 @@ from gpu_calls import CALLS
 
 from dynops import kept
 
-QUICK = ("sparse_conv2d", "packed_conv2d", "channel_conv2d")
+QUICK = ("sparse_conv2d", "channel_conv2d", "experts_mlp, 16 tokens")
 
 
 def on_another_stream(name: str) -> None:

@@ -185,6 +185,43 @@ def _channel_calls() -> dict[str, Call]:
     }
 
 
+def _weight_calls() -> dict[str, Call]:
+    """Weights of samples, regions, mixtures and pixels: the plan is a map of regions, a mask of outputs or nothing."""
+
+    def sample(_, x, weight):
+        return ops.sample_conv2d(x, weight, padding=1)
+
+    def mixed(_, x, weights, mix):
+        return ops.mixed_conv2d(x, weights, mix, padding=1)
+
+    def region(regions, x, weights):
+        return ops.region_conv2d(x, weights, regions, padding=1)
+
+    def local(_, x, kernels):
+        return ops.local_conv2d(x, kernels, 3, padding=1, groups=8)
+
+    def masked(mask, x, weight):
+        return ops.masked_output_conv2d(x, weight, mask, padding=1)
+
+    def nothing(device: str, capacity: bool) -> None:
+        return None
+
+    def regions(device: str, capacity: bool) -> Tensor:
+        return torch.randint(0, 4, (32, 28, 28)).to(device)
+
+    def outputs(device: str, capacity: bool) -> Tensor:
+        return (torch.rand(32, 128, 28, 28) < 0.3).to(device)
+
+    size = (32, 128, 28, 28)
+    return {
+        "sample_conv2d": Call(sample, nothing, (size,), ((32, 128, 128, 3, 3),)),
+        "mixed_conv2d": Call(mixed, nothing, (size,), ((8, 128, 128, 3, 3), (32, 8))),
+        "region_conv2d": Call(region, regions, (size,), ((4, 128, 128, 3, 3),)),
+        "local_conv2d": Call(local, nothing, ((8, 64, 56, 56),), ((8, 72, 56, 56),)),
+        "masked_output_conv2d": Call(masked, outputs, (size,), ((128, 128, 3, 3),)),
+    }
+
+
 def _expert_calls() -> dict[str, Call]:
     hidden, inner, experts, topk = 2048, 1024, 64, 8
 
@@ -256,7 +293,14 @@ def run(call: Call, plan, tensors: list[Tensor]) -> list[Counter]:
         return [*counts, backward.counts]
 
 
-CALLS = {**_pixel_calls(), **_block_calls(), **_channel_calls(), **_expert_calls(), **_sample_calls()}
+CALLS = {
+    **_pixel_calls(),
+    **_block_calls(),
+    **_channel_calls(),
+    **_weight_calls(),
+    **_expert_calls(),
+    **_sample_calls(),
+}
 
 # The most launches of a call: Triton's kernels and PyTorch's ops of the forward, and both of the backward.
 # fmt: off
@@ -278,6 +322,11 @@ LAUNCHES = {
     "packed_channel_conv2d":             {"exact": (2, 1, 7, 2), "capacity": (2, 2, 7, 3)},
     "channel_linear":                    {"exact": (1, 0, 35, 1), "capacity": (1, 0, 23, 1)},
     "gather_channels, scatter_channels": {"exact": (2, 0, 2, 0), "capacity": (2, 0, 2, 0)},
+    "sample_conv2d":                     {"exact": (1, 1, 2, 2), "capacity": (1, 1, 2, 2)},
+    "mixed_conv2d":                      {"exact": (1, 2, 2, 6), "capacity": (1, 2, 2, 6)},
+    "region_conv2d":                     {"exact": (1, 23, 2, 25), "capacity": (1, 23, 2, 25)},
+    "local_conv2d":                      {"exact": (1, 0, 2, 0), "capacity": (1, 0, 2, 0)},
+    "masked_output_conv2d":              {"exact": (0, 4, 0, 8), "capacity": (0, 4, 0, 8)},
     "grouped_linear":                    {"exact": (1, 0, 3, 0), "capacity": (1, 0, 3, 0)},
     "gather_pairs, combine_pairs":       {"exact": (2, 0, 3, 1), "capacity": (2, 0, 3, 1)},
     "expert_activation":                 {"exact": (1, 0, 1, 0), "capacity": (1, 0, 1, 0)},
