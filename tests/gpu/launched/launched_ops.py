@@ -36,7 +36,6 @@ QUICK = {
     ("expert_activation", "exact", "float16", H200),
     ("gather_samples, scatter_samples", "capacity", "tf32", H200),
     ("scatter_samples, added", "capacity", "ieee", H200),
-    ("interpolate_pixels", "exact", "float16", H200),
 }
 
 
