@@ -26,10 +26,15 @@ def set_width(module: nn.Module, width: Width | None) -> nn.Module:
     Args:
         width: what the layers take: the index of a switch, for universally slimmable layers a multiplier, a
             tensor ``[N]`` of either; None: the widest. A layer that cannot have it raises when it is called.
+
+    Raises:
+        ValueError: a module without slimmable layers.
     """
-    for layer in module.modules():
-        if isinstance(layer, Slimmable):
-            layer.width = width
+    layers = [layer for layer in module.modules() if isinstance(layer, Slimmable)]
+    if not layers:
+        raise ValueError(f"module: expected one with slimmable layers, got a {type(module).__name__} without")
+    for layer in layers:
+        layer.width = width
     return module
 
 

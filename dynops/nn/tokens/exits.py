@@ -38,8 +38,7 @@ class TokenExit(nn.Module):
     and where all have left the later stages do not run.
 
     In training mode, or with ``all_exits=True``, every exit sees every token (aligned training). With
-    ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with ``exits`` drawn at
-    random).
+    ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with random ``exits``).
 
     Args:
         stages: E modules ``(hidden [B, T, C], plan, **context) -> rows [P, C]``, plan a
