@@ -9,7 +9,7 @@ from channel_launches import CASES, DEVICE, DTYPES, Case, Inputs, check, of_case
 
 from dynops import ChannelPlan, ops
 from dynops.kernels.triton import channel_lists, channels, channels_weight_grad, gemm, tiling
-from dynops.kernels.triton.channel_index import channel_index
+from dynops.kernels.triton.channel_lists import channel_index
 from dynops.ops import index as index_reference
 from dynops.ops.channels import conv as reference
 from dynops.testing import random_tensor
