@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-ready test test-all test-wheel lint docs build wheel asan cuda gpu-audit gpu-check clean FORCE
+.PHONY: help bench bench-ready test test-all test-wheel test-versions lint docs build wheel asan cuda gpu-audit gpu-check clean FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -33,7 +33,7 @@ BUILD_EXT := $(PY) setup.py -q build_ext --force
 ARGS ?=
 
 help:  ## this list
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-15s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "ARGS='...' goes to the command behind bench, test, gpu-audit and gpu-check."
 
 bench: bench-ready  ## set up, build, measure the headline benchmark: under 4 minutes
@@ -52,6 +52,8 @@ test-all: build $(DEV_READY)  ## every test: wide sweeps and whole runs of tools
 test-all: LEFT_OUT := -m "not release"
 test-wheel: build $(DEV_READY)  ## the wheel in fresh environments with torch 2.11, 2.13 and 2.14 (downloads 9 GB)
 test-wheel: LEFT_OUT := -m release
+test-versions: build  ## a part of the tests beside the oldest and newest torch promised (8 GB once; ARGS=oldest)
+	@PY=$(PY) .ci/versions $(ARGS)
 test test-all test-wheel:
 	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
 	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: ``python -m benchmarks headline|layers|…|all|readme|plot``."""
+"""The command line of the benchmarks: ``python -m benchmarks headline|layers|…|all|readme``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from . import front_page, readme, suites
 from .experts.tables import tables as expert_tables
 from .harness import masks
 from .harness.machine import file_stem, machine_line
-from .harness.plots import draw
 from .harness.report import Report
 from .harness.rows import summaries
 from .harness.setting import Setting
@@ -36,18 +35,15 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "readme":
         write_readme(ROOT.parent, args.out or ROOT / "results")
         return
-    if args.command == "plot":
-        plot(args.out or ROOT / "results")
-        return
     setting, out = _setting(args), args.out or ROOT / "out"
     if args.command == "headline":
-        _finish(suites.headline(setting), "headline", setting, out, plot=True)
+        _finish(suites.headline(setting), "headline", setting, out)
         return
     chosen = [args.command if args.op == "pixels" else args.op]
     if args.command == "all":
         chosen = list(suites.SUITES)
     for suite in (suite for suite in chosen if suites.modules_of(suite, setting)):
-        _finish(suites.run(suite, setting, args.quick), suite, setting, out, args.plot)
+        _finish(suites.run(suite, setting, args.quick), suite, setting, out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     own = ["layers", "formats", "models", "experts", "video", "memory"]
     parser.add_argument(
         "command",
-        choices=["headline", *own, "all", "readme", "plot"],
-        help="readme rewrites README's numbers from results/; plot draws what lies there",
+        choices=["headline", *own, "all", "readme"],
+        help="readme rewrites README's numbers from results/",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -65,10 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", default="pixels", choices=NOUNS, help="the noun that layers skips")
     parser.add_argument("--backward", action="store_true", help="forward and backward, for both")
     parser.add_argument("--quick", action="store_true", help="fewer layers, shorter, no compiled layers")
-    parser.add_argument(
-        "--plot", action="store_true", help="a PNG too: speed-up against density, of experts against tokens"
-    )
-    parser.add_argument("--out", type=Path, help="folder for JSON and PNG (benchmarks/out)")
+    parser.add_argument("--out", type=Path, help="folder for JSON, of headline PNG too (benchmarks/out)")
     return parser
 
 
@@ -87,7 +80,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     return setting
 
 
-def _finish(result: Report, suite: str, setting: Setting, out: Path, plot: bool) -> None:
+def _finish(result: Report, suite: str, setting: Setting, out: Path) -> None:
     """Prints everything, the summary last, and writes the files."""
     info = result.machine
     legend = suites.LEGENDS.get(suite, suites.LEGEND)
@@ -105,16 +98,9 @@ def _finish(result: Report, suite: str, setting: Setting, out: Path, plot: bool)
         print(*expert_tables(rows), sep="\n\n", end="\n\n")
     for note in result.notes:
         print(f"note: {note}")
-    for path in result.save(out, file_stem(info, setting.dtype_name, suite, setting.mode), plot):
+    stem = file_stem(info, setting.dtype_name, suite, setting.mode)
+    for path in result.save(out, stem, plot=suite == "headline"):
         print(f"wrote {path}")
-
-
-def plot(folder: Path) -> None:
-    """Draws every report in ``folder`` beside its file."""
-    for path in sorted(folder.glob("*.json")):
-        report, image = Report.load(path), path.with_suffix(".png")
-        if draw(report.rows, report.title(), image):
-            print(f"wrote {image}")
 
 
 def write_readme(root: Path, results: Path) -> None:

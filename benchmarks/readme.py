@@ -30,8 +30,7 @@ def pixels_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
     """A summary of every report of layers, the models' rows, the range of the memory."""
     summary_rows, model_rows, memory, used = [], [], [], []
     for report in reports:
-        layers = [row for row in report.rows if row.suite == "layers"]
-        models = [row for row in report.rows if row.suite == "models"]
+        layers, models = report.of("layers"), report.of("models")
         if layers:
             prefix = [layers[0].dtype, layers[0].mode]
             summary_rows += [prefix + summary_cells(s) for s in summaries(layers, target_groups)]
@@ -56,27 +55,22 @@ def pixels_block(reports: list[Report], target_groups: tuple[str, ...]) -> str:
 
 def blocks_block(reports: list[Report]) -> str:
     """SBNet's layers over densities, scattered masks on blocks and on pixels, the video's medians."""
-    used = [r for r in reports if any(row.suite in ("blocks", "video") for row in r.rows)]
-    used.sort(key=lambda report: _ORDER[report.rows[0].dtype])
-    rows = [row for report in used for row in report.rows if row.suite == "blocks"]
+    used = _of_suites(reports, "blocks", "video")
+    rows = [row for report in used for row in report.of("blocks")]
     parts = [_machines(used)]
     if regions := [row for row in rows if row.mask == "top-left" and row.variant == "plain"]:
         parts.append(_over_densities([row for row in regions if not row.break_even_only]))
     if scattered := [row for row in rows if row.group == "scattered"]:
         parts.append(_blocks_or_pixels(scattered))
-    if frames := [
-        row for report in used for row in report.rows if row.suite == "video" and row.variant != "plain"
-    ]:
+    if frames := [row for report in used for row in report.of("video") if row.variant != "plain"]:
         cells = [[row.dtype, *row_cells(row), row.variant] for row in frames]
-        parts.append(markdown(["dtype", "video", *HEADER[1:], ""], cells))
+        parts.append(markdown(["dtype", "video", *HEADER[1:], "note"], cells))
     return "\n\n".join(parts) if used else NO_BLOCKS
 
 
 def channels_block(reports: list[Report]) -> str:
     """A line for each group of rows, then the rows that are shaped like a published method."""
-    used = [r for r in reports if any(row.suite == "channels" for row in r.rows)]
-    used = [r for r in used if not any(row.suite == "layers" for row in r.rows)]
-    used.sort(key=lambda report: (_ORDER[report.rows[0].dtype], report.rows[0].mode != "forward"))
+    used = _of_suites(reports, "channels")
     if not used:
         return NO_CHANNELS
     lines, rows = [], []
@@ -90,9 +84,7 @@ def channels_block(reports: list[Report]) -> str:
 
 def samples_block(reports: list[Report]) -> str:
     """Blocks over the shares of kept samples, every other row, and the copies."""
-    used = [r for r in reports if any(row.suite == "samples" for row in r.rows)]
-    used = [r for r in used if not any(row.suite == "layers" for row in r.rows)]
-    used.sort(key=lambda report: (_ORDER[report.rows[0].dtype], report.rows[0].mode != "forward"))
+    used = _of_suites(reports, "samples")
     if not used:
         return NO_SAMPLES
     rows = [row for report in used for row in report.of("samples")]
@@ -103,7 +95,7 @@ def samples_block(reports: list[Report]) -> str:
     if others:
         header, cells = with_optional(others)
         lines = [[row.dtype, _title(row), *own] for row, own in zip(others, cells, strict=True)]
-        parts.append(markdown(["dtype", "", *header], lines))
+        parts.append(markdown(["dtype", "kind", *header], lines))
     return "\n\n".join([*parts, *([copy_table(copies, markdown)] if copies else [])])
 
 
@@ -111,6 +103,12 @@ def examples_block(results: Path) -> str:
     """The table that ``python -m examples.all`` wrote there."""
     path = results / "examples.md"
     return path.read_text().strip() if path.exists() else NO_EXAMPLES
+
+
+def _of_suites(reports: list[Report], *suites: str) -> list[Report]:
+    """The reports of some suites (no headline, which has layers too): float32 and forward first."""
+    used = [report for report in reports if report.of(*suites) and not report.of("layers")]
+    return sorted(used, key=lambda r: (_ORDER[r.rows[0].dtype], r.rows[0].mode != "forward"))
 
 
 def _title(row: Row) -> str:
@@ -123,7 +121,7 @@ def _over_shares(rows: list[Row]) -> str:
     lines: dict[tuple, dict[float, Row]] = {}
     for row in rows:
         lines.setdefault((row.dtype, row.mode, row.case, row.variant), {})[row.density] = row
-    header = ["dtype", "pass", "block", "", "dense ms", "gate ms", *(f"{share:g}" for share in shares)]
+    header = ["dtype", "pass", "block", "gate", "dense ms", "gate ms", *(f"{share:g}" for share in shares)]
     cells = []
     for key, at in lines.items():
         some = next(iter(at.values()))
@@ -141,8 +139,7 @@ def _share_cell(row: Row) -> str:
 
 def experts_block(reports: list[Report]) -> str:
     """Every row of every report of experts, and what the machine reached."""
-    used = [r for r in reports if r.rows and len(r.of("experts")) == len(r.rows)]
-    used.sort(key=lambda r: (_ORDER[r.rows[0].dtype], r.rows[0].mode))
+    used = _of_suites(reports, "experts")
     if not used:
         return NO_EXPERTS
     notes = dict.fromkeys(note for report in used for note in report.notes)

@@ -30,8 +30,7 @@ class use_mask:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
-            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch, whatever the
-            batch's size.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
         ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
@@ -46,9 +45,9 @@ class use_mask:
 
     With ``ragged`` an output pixel is active if the layer makes it of the image alone. So unpadded layers and odd
     sizes drop the same rows and columns as for one image. Pools read nothing outside of an image. So each image
-    gives what it gives alone. Exceptions are layers with a view of the whole map (global pooling, group norm).
-    So are norms in training mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros
-    read zeros at an image's edge.
+    gives what it gives alone. Exceptions are global pooling, which reads the padding too, and BatchNorm in training
+    mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros read zeros at an
+    image's edge.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and
     is left when an exception passes through. Where no converted layer ran inside, leaving it warns. Entered inside a
@@ -73,6 +72,8 @@ class use_mask:
         *,
         ragged: bool = False,
     ):
+        if not isinstance(ragged, bool):
+            raise TypeError(f"ragged: expected a bool, got {ragged!r}")
         self.ragged, self._used, self._capacity_form = ragged, False, False
         self._plans: dict[tuple[int, int, int], PixelPlan] = {}
         if isinstance(mask_or_plan, BlockPlan):
@@ -89,9 +90,8 @@ class use_mask:
         self._mask = mask  # [N, H, W] bool, as passed
         self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
         self._zero: dict[int, tuple] = {}  # by the id of a tensor: a weak reference, its version, a plan
-        self._images: dict[
-            tuple, tuple[Tensor, Tensor]
-        ] = {}  # of a ragged batch: masks before and after layers
+        # of a ragged batch: masks before and after layers
+        self._images: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> use_mask:
         _scope.enter(self)

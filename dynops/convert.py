@@ -22,37 +22,27 @@ from .nn import (
     SparseConv2d,
     SparseConvTranspose2d,
 )
-from .nn.pixels import MaskedSyncBatchNorm
+from .nn.pixels.masked import MaskedSyncBatchNorm
 from .stack import converted
 from .stack.trace import Trace, Untraceable, trace
 
-_SPARSE = {
-    nn.Conv2d: SparseConv2d,
-    nn.ConvTranspose2d: SparseConvTranspose2d,
-    nn.BatchNorm2d: MaskedBatchNorm2d,
-    nn.SyncBatchNorm: MaskedSyncBatchNorm,
-    nn.MaxPool2d: MaskedMaxPool2d,
-    nn.AvgPool2d: MaskedAvgPool2d,
-    nn.GroupNorm: MaskedGroupNorm,
-    nn.InstanceNorm2d: MaskedInstanceNorm2d,
-    nn.Upsample: MaskedUpsample,
-    nn.PixelShuffle: MaskedPixelShuffle,
-    nn.ZeroPad2d: MaskedZeroPad2d,
-}
-_DENSE = {sparse: dense for dense, sparse in _SPARSE.items()}
-_KINDS = {
-    SparseConv2d: "conv",
-    SparseConvTranspose2d: "conv",
-    MaskedBatchNorm2d: "norm",
-    MaskedSyncBatchNorm: "norm",
-    MaskedMaxPool2d: "pool",
-    MaskedAvgPool2d: "pool",
-    MaskedGroupNorm: "layer",
-    MaskedInstanceNorm2d: "layer",
-    MaskedUpsample: "layer",
-    MaskedPixelShuffle: "layer",
-    MaskedZeroPad2d: "layer",
-}
+# The dense layers, what each becomes, and the kind of its step in a trace.
+_LAYERS = (
+    (nn.Conv2d, SparseConv2d, "conv"),
+    (nn.ConvTranspose2d, SparseConvTranspose2d, "conv"),
+    (nn.BatchNorm2d, MaskedBatchNorm2d, "norm"),
+    (nn.SyncBatchNorm, MaskedSyncBatchNorm, "norm"),
+    (nn.MaxPool2d, MaskedMaxPool2d, "pool"),
+    (nn.AvgPool2d, MaskedAvgPool2d, "pool"),
+    (nn.GroupNorm, MaskedGroupNorm, "layer"),
+    (nn.InstanceNorm2d, MaskedInstanceNorm2d, "layer"),
+    (nn.Upsample, MaskedUpsample, "layer"),
+    (nn.PixelShuffle, MaskedPixelShuffle, "layer"),
+    (nn.ZeroPad2d, MaskedZeroPad2d, "layer"),
+)
+_SPARSE = {dense: sparse for dense, sparse, _ in _LAYERS}
+_DENSE = {sparse: dense for dense, sparse, _ in _LAYERS}
+_KINDS = {sparse: kind for _, sparse, kind in _LAYERS}
 _RELATIVES = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,

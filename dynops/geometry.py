@@ -173,8 +173,9 @@ def pair(value, name: str, least: int | None = None) -> tuple[int, int]:
 
 
 def is_int(value, least: int | None = None) -> bool:
-    """True if ``value`` is an int (or torch's symbolic one, under a tracer) and not below ``least``."""
-    return (isinstance(value, int) or type(value).__name__ == "SymInt") and (least is None or value >= least)
+    """True if ``value`` is an int (or torch's symbolic one, under a tracer), no bool, and not below ``least``."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return (whole or type(value).__name__ == "SymInt") and (least is None or value >= least)
 
 
 def is_share(value) -> bool:

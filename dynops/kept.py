@@ -32,9 +32,7 @@ from . import backends
 fingerprint = backends._C.fingerprint if backends.has_binary() else None
 
 _LINES = 64  # that a fingerprint reads of a large tensor: 0.5 us in the caches, 1.5 us out of them
-_LINES_A_SLICE = (
-    2  # of each expert or kernel in a stack [E, O, I] or [E, O, I, kh, kw]: a step may touch 2 of 64
-)
+_LINES_A_SLICE = 2  # of each expert or kernel in [E, O, I] or [E, O, I, kh, kw]: a step may touch 2 of 64
 _MOST_ENTRIES = 1024  # of one memory: views at ever new places would gather
 _compare_whole = os.environ.get("DYNOPS_CHECK_KEPT", "") not in ("", "0")
 

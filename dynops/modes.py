@@ -67,6 +67,12 @@ def observed() -> bool:
     return _dispatch_modes() > 0 or _profiled()
 
 
+@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
+def outside_graph(run, *arguments):
+    """``run(*arguments)`` as it is: the graph of a model that is compiled around it breaks here."""
+    return run(*arguments)
+
+
 # The ways to call an op, see :func:`route`.
 DIRECT, DIFFERENTIATED, DISPATCHED = range(3)
 

@@ -20,13 +20,8 @@ from typing import Any, NamedTuple
 from torch.compiler import is_compiling
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-_MANAGERS = (
-    "contextlib",
-    "pluggy",
-    "_pytest.",
-    "pytest_asyncio",
-    "anyio.",
-)  # modules that drive such generators
+# modules that drive such generators
+_MANAGERS = ("contextlib", "pluggy", "_pytest.", "pytest_asyncio", "anyio.")
 _MANAGES = ("__enter__", "__exit__", "__aenter__", "__aexit__")
 
 

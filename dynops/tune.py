@@ -30,8 +30,7 @@ def suggest_block_size(
     module lives. It holds for this shape, dtype, memory format, device, number of threads and density of the
     mask (of its pixels and of its blocks, to 5 %); another call then returns it at once.
 
-    The module is run in inference mode as it is; its training flags and torch's random state stay as
-    they were.
+    The module is run in inference mode as it is; its training flags and torch's random state stay.
 
     Args:
         module: any stack of layers that :class:`dynops.nn.SparseBlocks` takes.
@@ -122,6 +121,3 @@ def _seconds(call: Callable, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-__all__ = ["suggest_block_size"]

@@ -1,4 +1,4 @@
-"""The plots of a report."""
+"""The plot of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .tables import NO_THEORY
 
 
 def draw(rows: list[Row], title: str, path: Path) -> bool:
-    """Draws the speed-up against the share computed, or of experts against tokens; False without matplotlib."""
+    """Draws the speed-up against the share computed; False without matplotlib, or without a row that has one."""
     try:
         import matplotlib
 
@@ -19,11 +19,10 @@ def draw(rows: list[Row], title: str, path: Path) -> bool:
         return False
     timed = [row for row in rows if row.ours_ms and row.theory < NO_THEORY]
     plain = [row for row in timed if row.variant == "plain" and row.suite not in ("experts", "copies")]
-    experts = [row for row in timed if row.suite == "experts" and row.mode == "forward"]
-    if not plain and not experts:
+    if not plain:
         return False
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    (_shares if plain else _tokens)(axes, plain or experts)
+    _shares(axes, plain)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, bbox_inches="tight")
@@ -45,16 +44,3 @@ def _shares(axes, rows: list[Row]) -> None:
     ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1) if t >= lowest * 0.9]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_yticks([0.5, 1, 2, 4, 10], ["0.5x", "1x", "2x", "4x", "10x"])
-
-
-def _tokens(axes, rows: list[Row]) -> None:
-    """The best built-in time / ours of experts against the tokens of a call."""
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        lines.setdefault(f"{row.case}, {row.weights} weights", []).append(row)
-    for label, own in lines.items():
-        axes.plot([row.tokens for row in own], [row.speedup for row in own], marker="o", label=label)
-    axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(xscale="log", xlabel="tokens", ylabel="the best built-in time / ours", ylim=(0, None))
-    counts = sorted({row.tokens for row in rows})
-    axes.set_xticks(counts, [str(count) for count in counts])

@@ -51,8 +51,7 @@ struct Geometry {
   }
   DYNOPS_HD Pixel out_pixel(int32_t flat) const { return pixel_at(flat, int32_t(out_h), int32_t(out_w)); }
 
-  // The input line, column and flat position that an output reads through tap (r, s), or -1 outside the
-  // input.
+  // The input line, column and flat position that an output reads through tap (r, s), or -1 outside.
   DYNOPS_HD int32_t in_line(int32_t y, int32_t r) const {
     return input_coordinate(y, r, int32_t(in_h), int32_t(stride_h), int32_t(pad_h), int32_t(dil_h),
                             transposed != 0);
@@ -66,8 +65,7 @@ struct Geometry {
     return y < 0 || x < 0 ? -1 : (p.n * int32_t(in_h) + y) * int32_t(in_w) + x;
   }
 
-  // The output line and column that read an input through tap (r, s), or -1: a convolution backward is its
-  // transpose.
+  // The output line and column that read an input through tap (r, s), or -1: backward is the transpose.
   DYNOPS_HD int32_t out_line(int32_t y, int32_t r) const {
     return input_coordinate(y, r, int32_t(out_h), int32_t(stride_h), int32_t(pad_h), int32_t(dil_h),
                             transposed == 0);

@@ -21,9 +21,8 @@ def matrices_of(module: nn.Module) -> list[Tensor]:
     kind = type(module)
     if not kind.__name__.endswith("Experts") or kind.__module__.startswith("dynops."):
         return []
-    if any(
-        isinstance(each, nn.Linear) for each in module.modules()
-    ):  # these are called, and counted (Switch, NLLB)
+    # these are called, and counted (Switch, NLLB)
+    if any(isinstance(each, nn.Linear) for each in module.modules()):
         return []
     found = [p for p in module.parameters() if p.dim() == 3]
     if not found and hasattr(module, "num_experts"):

@@ -1,7 +1,6 @@
 """The MACs of PyTorch's layers, from one call of each.
 
-Biases, norms, activations, pooling and softmax have none. A padded border counts as any pixel, as is
-customary.
+Biases, norms, activations, pooling and softmax have none. A padded border counts as any pixel, as usual.
 """
 
 from __future__ import annotations

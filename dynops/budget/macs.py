@@ -53,8 +53,7 @@ class MacCounter(Tracker):
     ``ops.gather_samples`` is traced to its samples. Rows of unknown origin (a table that is computed once for
     the batch, an ``index_select`` of one's own) count for all samples alike.
 
-    Counts add up over the calls inside the context; :meth:`reset` begins anew. A call that raises counts
-    nothing.
+    Counts add up over the calls inside the context; :meth:`reset` begins anew. One that raises counts nothing.
 
     Args:
         model: a module; its submodules count also where they are called by themselves. Hooks are set on it

@@ -106,21 +106,18 @@ def _of_stack(macs: Macs, mask) -> Cost:
 # ---------------------------------------------------------------------------------------- channels
 
 
-def channel_conv(module: ChannelConv2d, args: tuple, kwargs: dict, out: Tensor) -> Cost:
-    rows, pixels = out.shape[0] if out.dim() == 4 else 1, out.shape[-2:].numel()
-    taps = math.prod(module.kernel_size)
-    sizes = module.in_channels, module.out_channels, module.groups
-    return channels(module, args, kwargs, rows, pixels * taps, *sizes)
+def _sizes(module: nn.Module, out: Tensor) -> tuple[int, int, int, int, int]:
+    """Samples, the MACs of a pair of channels, input channels, output channels and groups."""
+    if isinstance(module, nn.Linear):
+        rows = out.shape[0] if out.dim() > 1 else 1
+        return rows, out.shape[1:-1].numel(), module.in_features, module.out_features, 1
+    rows, each = out.shape[0] if out.dim() == 4 else 1, out.shape[-2:].numel() * math.prod(module.kernel_size)
+    return rows, each, module.in_channels, module.out_channels, module.groups
 
 
-def channel_linear(module: ChannelLinear, args: tuple, kwargs: dict, out: Tensor) -> Cost:
-    rows = out.shape[0] if out.dim() > 1 else 1
-    inner = out.shape[1:-1].numel()
-    return channels(module, args, kwargs, rows, inner, module.in_features, module.out_features, 1)
-
-
-def channels(module, args, kwargs, rows: int, each: int, inputs: int, outputs: int, groups: int) -> Cost:
-    """``each`` MACs for each pair of a live input and a live output channel of one group."""
+def channels(module: ChannelConv2d | ChannelLinear, args: tuple, kwargs: dict, out: Tensor) -> Cost:
+    """Each pair of a live input and a live output channel of one group."""
+    rows, each, inputs, outputs, groups = _sizes(module, out)
     dense = float(each * inputs * outputs // groups)
     in_live = live_channels(argument(args, kwargs, 1, "in_plan"), None)
     out_live = live_channels(argument(args, kwargs, 2, "out_plan"), kwargs.get("scale"))
@@ -159,19 +156,8 @@ def pairs(in_live, out_live, rows: int, inputs: int, outputs: int, groups: int) 
     return (in_live.sum(2) * out_live.sum(2)).sum(1).expand(rows)
 
 
-def slimmable_conv(module: SlimmableConv2d, args: tuple, kwargs: dict, out: Tensor) -> Cost:
-    rows = out.shape[0] if out.dim() == 4 else 1
-    each = out.shape[-2:].numel() * math.prod(module.kernel_size)
-    return slimmable(module, args, kwargs, rows, each, module.in_channels, module.out_channels, module.groups)
-
-
-def slimmable_linear(module: SlimmableLinear, args: tuple, kwargs: dict, out: Tensor) -> Cost:
-    rows = out.shape[0] if out.dim() > 1 else 1
-    inner = out.shape[1:-1].numel()
-    return slimmable(module, args, kwargs, rows, inner, module.in_features, module.out_features, 1)
-
-
-def slimmable(module, args, kwargs, rows: int, each: int, inputs: int, outputs: int, groups: int) -> Cost:
+def slimmable(module: SlimmableConv2d | SlimmableLinear, args: tuple, kwargs: dict, out: Tensor) -> Cost:
+    rows, each, inputs, outputs, groups = _sizes(module, out)
     width = argument(args, kwargs, 1, "width")
     width = module.width if width is None else width
     dense = float(each * inputs * outputs // groups)
@@ -301,10 +287,10 @@ RULES = {
     SparseConvTranspose2d: pixel_conv,
     SparseSequential: chain,
     SparseBlocks: blocks,
-    ChannelConv2d: channel_conv,
-    ChannelLinear: channel_linear,
-    SlimmableConv2d: slimmable_conv,
-    SlimmableLinear: slimmable_linear,
+    ChannelConv2d: channels,
+    ChannelLinear: channels,
+    SlimmableConv2d: slimmable,
+    SlimmableLinear: slimmable,
     GroupedDynamicConv2d: saliency_heads,
     ChannelGatedConv2d: gated_conv,
     CondConv2d: mixed_conv,

@@ -100,8 +100,7 @@ def gumbel_sigmoid(
         temperature: above 0; lower is closer to hard and has a gradient of greater variance.
         hard: False: the mask is soft itself.
         training: False: no noise.
-        noise: None: as ``training`` has it. True: noise in evaluation too. False: none (DynConv's last
-            epochs).
+        noise: None: as ``training`` has it. True: in evaluation too. False: none (DynConv's last epochs).
 
     Returns:
         Decision: the mask, and ``sigmoid(logits)``, the probability that the gate is open, as score.
@@ -263,13 +262,11 @@ def _kept(score: Tensor, k: int, dim: int, name: str) -> Tensor:
 def noisy_top_k(logits: Tensor, noise_std: float | Tensor, k: int, training: bool = True) -> Decision:
     """Noisy top-k: the softmax over the k largest of ``logits + noise_std * N(0, 1)``, zeros elsewhere.
 
-    For experts use ``nn.TopKRouter(noise=True)``, which learns ``noise_std`` and estimates each expert's
-    load.
+    For experts use ``nn.TopKRouter(noise=True)``: it learns ``noise_std`` and estimates each expert's load.
 
     Args:
         logits: floating ``[..., K]``.
-        noise_std: the standard deviations, a number or a tensor that broadcasts with logits; it gets a
-            gradient.
+        noise_std: the standard deviations, a number or a tensor that broadcasts with logits, with a gradient.
         k: 1 to K.
         training: False: no noise.
 

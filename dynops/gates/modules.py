@@ -118,8 +118,7 @@ class Threshold(nn.Module):
 
     Args:
         initial: its first value.
-        shape: its shape, which broadcasts to the scores': ``()`` one for all, ``(C, 1, 1)`` one for each
-            channel.
+        shape: its shape, which broadcasts to the scores': ``()`` for all, ``(C, 1, 1)`` for each channel.
         slope: of the surrogate's sigmoid; CGNet's is 2.
         learned: False: a buffer ``threshold`` instead of a parameter; it is float32 at least, and ``.to(dtype)`` does not round it.
 

@@ -108,8 +108,7 @@ def sample_actions(probability: Tensor, categorical: bool = False) -> Tensor:
     """Sampled actions, without a gradient.
 
     Args:
-        probability: floating, in [0, 1]. Bernoulli: any shape. Categorical: ``[..., K]``, which need not sum
-            to 1.
+        probability: floating, in [0, 1]. Bernoulli: any shape. Categorical: ``[..., K]``, of any sum.
         categorical: one choice of K instead of independent actions.
 
     Returns:

@@ -52,6 +52,3 @@ def _check_version() -> None:
     major, minor = map(int, transformers.__version__.split(".")[:2])
     if (major, minor) < (5, 7):
         raise ImportError(f"register: expected transformers >= 5.7, got {transformers.__version__}")
-
-
-__all__ = ["register"]

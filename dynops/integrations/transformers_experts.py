@@ -133,6 +133,3 @@ def _gate_of(act_fn: Callable, interleaved: bool) -> Callable[[Tensor], Tensor]:
         return act_fn(gate) * up
 
     return apply
-
-
-__all__ = ["experts_forward"]

@@ -11,7 +11,10 @@ from .. import modes
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format that an output in the format of ``x`` [N, C, H, W] has."""
     try:
-        last = x.is_contiguous(memory_format=torch.channels_last)
+        if torch.compiler.is_compiling():  # torch 2.11 says no where it would need a guard
+            last = _is_channels_last(x)
+        else:
+            last = x.is_contiguous(memory_format=torch.channels_last)
     except RuntimeError:  # under vmap, where a tensor has no such thing
         return torch.contiguous_format
     if not last:
@@ -20,6 +23,12 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.is_contiguous() and not (x.stride(1) == 1 and x.stride(3) == x.shape[1]):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    n, c, h, w = x.shape
+    strides = zip(x.shape, x.stride(), (c * h * w, 1, c * w, c), strict=True)
+    return all(size == 1 or stride == expected for size, stride, expected in strides)
 
 
 def in_format(out: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -20,12 +20,8 @@ from .. import modes
 from ..kept import Mark, can_keep, made_plain
 
 _READS_ONLY = ("torch.nn.modules.", "dynops.")  # where layers come from that write only if they are told to
-_PASSES_ON = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.modules.dropout._DropoutNd,
-)  # may return what they got
+# may return what they got
+_PASSES_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 # Of each module: whether it wrote, in training or not, with gradients or without.
 _wrote: weakref.WeakKeyDictionary[Callable, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 

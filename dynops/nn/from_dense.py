@@ -1,4 +1,4 @@
-"""Base of the layers that take the place of a dense one: ``from_dense`` and input without a batch."""
+"""Base of the layers that take the place of a dense one: ``from_dense``, input without a batch, options of ops."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def with_batch(input) -> tuple[Tensor, bool]:
     if input.dim() not in (3, 4):
         raise ValueError(f"input: expected [N, C, H, W] or [C, H, W], got shape {tuple(input.shape)}")
     return (input, True) if input.dim() == 4 else (input[None], False)
+
+
+def conv_options(conv: nn.Module) -> dict:
+    """The arguments of an op that are attributes of a convolution."""
+    sizes = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    return {**sizes, "groups": conv.groups, "padding_mode": conv.padding_mode}

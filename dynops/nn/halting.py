@@ -89,13 +89,8 @@ def run(
     if dense or modes.sizes_stay(state):
         return run_dense(rule, state, batch, step, score)
     if torch.compiler.is_compiling():
-        return _outside_graph(rule, state, batch, step, score, mixes)
+        return modes.outside_graph(run_compacted, rule, state, batch, step, score, mixes)
     return run_compacted(rule, state, batch, step, score, mixes)
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
-def _outside_graph(*arguments) -> Pondered:
-    return run_compacted(*arguments)
 
 
 def run_compacted(

@@ -263,6 +263,3 @@ def _four_sides(halo) -> tuple[int, int, int, int]:
         return tuple(halo)
     y, x = pair(halo, "halo", 0)
     return y, y, x, x
-
-
-__all__ = ["gather_blocks", "scatter_blocks"]

@@ -40,7 +40,9 @@ class Op:
     def __call__(self, *arguments):
         route = modes.route(*arguments)
         if route == modes.DISPATCHED:
-            if not torch.compiler.is_compiling() and modes.observed():
+            if torch.compiler.is_compiling():  # dynamo of torch 2.11 takes no named tuple for an int[]
+                arguments = [list(a) if isinstance(a, tuple) else a for a in arguments]
+            elif modes.observed():
                 register_formulas()
             return self.overload(*arguments)
         if route == modes.DIFFERENTIATED and self.function is not None:

@@ -54,8 +54,7 @@ class ExpertPlan:
                 token may name an expert twice.
             num_experts: E.
             capacity: the most rows of an expert; None: no limit. First choices go before second ones, and so on;
-                among equal choices the earlier token goes first (GShard, ICLR 2021). What finds no place is
-                dropped.
+                among equal choices the earlier token goes first (GShard, ICLR 2021). The rest is dropped.
 
         Raises:
             TypeError: ``index`` is not a tensor of integers.

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import COPIES, Layer, layer_of, mapped
+from .layers import Layer, layer_of
+from .simplify import without_copies, without_permutes
 from .staleness import Watch, signatures
-from .trace import Ref, Step, Trace, Untraceable, dense_type, fuse, trace
+from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 
 KINDS = {
     nn.Conv2d: "conv",
@@ -72,7 +73,7 @@ def local_stack_of(module: nn.Module) -> Stack:
     except Untraceable as reason:
         raise TypeError(f"module: expected one that can be traced; {reason}") from None
     dropouts = _layers([step for step in steps.steps if step.kind == "dropout"], whole)
-    kept, output = _without_copies(steps.steps, steps.output)
+    kept, output = without_permutes(*without_copies(steps.steps, steps.output), whole)
     layers = _layers(kept, whole)
     for layer in layers:
         if layer.refusal:
@@ -123,28 +124,6 @@ def _that_count(layers: list[Layer], output: int) -> list[Layer]:
     if 0 not in needed:
         raise TypeError("module: expected an output that is computed from the input")
     return kept[::-1]
-
-
-def _without_copies(steps: tuple[Step, ...], output: int) -> tuple[list[Step], int]:
-    """The steps without dropouts and copies, whose result is the value that they got."""
-    same: dict[int, int] = {}
-    kept = []
-    for step in steps:
-        inputs = tuple(same.get(v, v) for v in step.inputs)
-        residual = same.get(step.residual, step.residual)
-        args, kwargs = _renamed((step.args, step.kwargs), same)
-        if step.kind == "dropout" or (step.kind == "method" and step.target in COPIES):
-            same[step.out] = inputs[0]
-        else:
-            kept.append(step._replace(inputs=inputs, residual=residual, args=args, kwargs=kwargs))
-    return kept, same.get(output, output)
-
-
-def _renamed(value, same: dict[int, int]):
-    """Recorded arguments with other numbers of values."""
-    if type(value) is Ref:
-        return Ref(same.get(value.value, value.value))
-    return mapped(value, lambda inner: _renamed(inner, same))
 
 
 def _multiple(layers: list[Layer], output: int) -> tuple[int, int]:

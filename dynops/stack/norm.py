@@ -17,11 +17,11 @@ def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm._buffers["running_mean"] is None
 
 
-def check_features(norm: nn.BatchNorm2d, channels: int) -> None:
-    if norm.num_features != channels:
-        raise ValueError(
-            f"input: expected {norm.num_features} channels, as the norm has features, got {channels}"
-        )
+def check_features(norm: nn.Module, channels: int) -> None:
+    """Raises ValueError for other channels than those of a batch, group or instance norm."""
+    expected = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if expected != channels and not (isinstance(norm, nn.InstanceNorm2d) and not norm.affine):
+        raise ValueError(f"input: expected {expected} channels, as the norm has features, got {channels}")
 
 
 def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -97,18 +97,30 @@ def _train_capacity(norm: nn.BatchNorm2d, rows: Tensor, count: Tensor) -> Tensor
     n = count.to(values.dtype).clamp(min=1)
     mean = values.sum(0) / n
     var = (torch.where(valid, values - mean, 0) ** 2).sum(0) / n
+    scale, shift = fold_batch(norm, mean, var, n, enough)
+    return torch.where(valid, values * scale + shift, 0).to(rows.dtype)
+
+
+def fold_batch(
+    norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: Tensor, enough: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``scale, shift`` ``[C]`` of a norm with the statistics of a batch, whose running ones follow them.
+
+    Args:
+        mean, var: ``[C]``, of ``n`` values.
+        enough: bool ``[]``, or ``[C]`` for each channel: false takes the running statistics and leaves them.
+    """
     if norm.running_mean is not None:
         if norm.training and norm.track_running_stats:
             with torch.no_grad():
                 _track(norm, mean, var * (n / (n - 1).clamp(min=1)), enough)
         mean = torch.where(enough, mean, norm.running_mean)
         var = torch.where(enough, var, norm.running_var)
-    scale, shift = _fold(norm.eps, norm.weight, norm.bias, mean, var)
-    return torch.where(valid, values * scale + shift, 0).to(rows.dtype)
+    return _fold(norm.eps, norm.weight, norm.bias, mean, var)
 
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, enough: Tensor) -> None:
-    norm.num_batches_tracked.add_(enough.to(torch.int64))
+    norm.num_batches_tracked.add_(1 if enough.dim() else enough.to(torch.int64))
     momentum = norm.momentum
     if momentum is None:
         momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype).clamp(min=1)

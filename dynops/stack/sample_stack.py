@@ -89,10 +89,8 @@ class SampleStack:
     def _takes(self, x: Any) -> bool:
         if self.bound is None or not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             return False
-        if autocast_dtype(x) not in (
-            None,
-            x.dtype,
-        ):  # rows would round a sum that autocast leaves in x's dtype
+        # rows would round a sum that autocast leaves in x's dtype
+        if autocast_dtype(x) not in (None, x.dtype):
             return False
         if context.current() is not None:  # converted layers inside compute the pixels of a mask
             return False

@@ -25,10 +25,13 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 _GLOBAL_HOOKS = tuple(
     value for name, value in vars(_module).items() if name.startswith("_global_") and name.endswith("_hooks")
 )
-_SCALARS = (
-    *(type(None), bool, int, float, complex, str, bytes, type, enum.Enum, range, slice),
-    *(types.BuiltinFunctionType, types.ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
+DATA = (
+    *(type(None), bool, int, float, complex, str),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+_SCALARS = (
+    *(*DATA, bytes, type, enum.Enum, range, slice),
+    *(types.BuiltinFunctionType, types.ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
 )
 _DICTS = (dict, OrderedDict, defaultdict, types.MappingProxyType)
 METHOD = "a method of its class"  # in the place of a picture
@@ -105,9 +108,8 @@ def hooked(module: nn.Module) -> bool:
 def signature(module: nn.Module, path: str) -> tuple:
     """``(path, name of the class, names of the children)``, which a copy of a traced module must have too."""
     inner = module.get_submodule(path)
-    is_graph = isinstance(
-        inner, torch.fx.GraphModule
-    )  # copies have classes of other names, and the same code
+    # copies have classes of other names, and the same code
+    is_graph = isinstance(inner, torch.fx.GraphModule)
     return path, inner.code if is_graph else own_class(type(inner)).__name__, tuple(inner._modules)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from counting import count
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -25,12 +26,6 @@ from dynops.nn import (
     SparseSequential,
     TopKRouter,
 )
-
-
-def count(model: nn.Module, *args, **kwargs) -> MacCounter:
-    with MacCounter(model) as macs:
-        model(*args, **kwargs)
-    return macs
 
 
 @pytest.mark.parametrize(

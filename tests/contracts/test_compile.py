@@ -197,10 +197,14 @@ class Exported(torch.nn.Module):
     def __init__(self, name):
         super().__init__()
         self.run, (leaves, _) = CALLS[name].run, case(name)
-        self.parts = torch.nn.ParameterList(leaves[1:])
+        self.names = [
+            f"part{i}" for i in range(1, len(leaves))
+        ]  # dynamo of torch 2.11 unpacks no ParameterList
+        for name, leaf in zip(self.names, leaves[1:], strict=True):
+            self.register_parameter(name, torch.nn.Parameter(leaf))
 
     def forward(self, x, *rest):
-        return self.run(x, *self.parts, *rest)
+        return self.run(x, *[getattr(self, name) for name in self.names], *rest)
 
 
 @on_every_device

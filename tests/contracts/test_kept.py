@@ -1,13 +1,10 @@
 """What is made of weights, norms and plans is made again when these change, however they are written."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from masked_conv import Net, assert_near, in_place, unseen
+from processes import run_script
 from torch import nn
 
 import dynops
@@ -242,7 +239,7 @@ def test_under_autocast_a_weight_that_is_trained_is_packed_once(monkeypatch):
 
 @needs_binary
 def test_another_process_writes_shared_memory():
-    script = """
+    out = run_script("""
         import torch, dynops, torch.multiprocessing as mp
         from torch.nn.functional import conv2d
         def write(weight): weight.add_(1)
@@ -254,8 +251,5 @@ def test_another_process_writes_shared_memory():
             process.start(); process.join()
             exact = conv2d(x, layer.weight, layer.bias, padding=1) * mask[:, None]
             print(float((layer(x, mask) - exact).abs().max() / exact.abs().max()) < 1e-5)
-    """
-    root = pathlib.Path(dynops.__file__).parents[1]
-    lines = "\n".join(line[8:] for line in script.splitlines())
-    done = subprocess.run([sys.executable, "-c", lines], cwd=root, capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["True"], done.stderr[-2000:]
+    """)
+    assert out.split() == ["True"]

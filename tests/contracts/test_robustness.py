@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from masked_conv import assert_near, expected, inputs
+from pixel_cases import ACTIVATIONS, BACKENDS
 from processes import ROOT, in_threads, run_script
 
 import dynops
 from dynops import PixelPlan, ops
 from dynops.kept import kept
-from dynops.testing import available_backends, in_layout, random_mask, random_tensor
-
-BACKENDS = available_backends()
+from dynops.testing import in_layout, random_mask, random_tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -209,9 +208,7 @@ def test_nan_reaches_exactly_the_outputs_that_read_it(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "activation", [None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
     values = torch.tensor([float("nan"), 1e30, -1e30, 90.0, -90.0, -3.0, 3.0, 0.0, -0.0])
     x, weight = values.view(1, 1, 1, -1), torch.ones(1, 1, 1, 1)

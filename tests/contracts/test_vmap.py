@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from launch_checks import torch_weight_grads
 from mode_cases import Maker, cases, of_tensors
 from torch import func, nn
-from yardstick import torch_weight_grads
 
 import dynops
 from dynops.testing import assert_within_budget

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import close
+from comparison import close, close_gradients
 from torch import Tensor, nn
 
 from dynops import gates
@@ -97,12 +97,7 @@ def test_conv_gate(form):
     mask, score = gate(x)
     close(score, probability)
     assert torch.equal(mask, (probability > 0.5).double())
-    weight = random_tensor(10, dtype=torch.float64)
-    parameters = list(gate.parameters())
-    actual = torch.autograd.grad((mask * weight).sum(), parameters)
-    expected = torch.autograd.grad((probability * weight).sum(), parameters)
-    for mine, theirs in zip(actual, expected, strict=True):
-        close(mine, theirs, 1e-8)
+    close_gradients(mask, probability, list(gate.parameters()), 1e-8)
 
 
 def test_recurrent_gate_is_an_lstm_over_the_layers():
@@ -203,12 +198,7 @@ def test_channel_gate_is_fbs(keep):
     close(score, saliency)
     close(mask, expected)
     assert torch.equal(mask != 0, (saliency >= limit) & (saliency > 0))
-    weight = random_tensor(8, 20, dtype=torch.float64)
-    actual = torch.autograd.grad((mask * weight).sum(), [x, gate.fc.weight])
-    for mine, theirs in zip(
-        actual, torch.autograd.grad((expected * weight).sum(), [x, gate.fc.weight]), strict=True
-    ):
-        close(mine, theirs)
+    close_gradients(mask, expected, [x, gate.fc.weight])
 
 
 def test_channel_gate_starts_near_one_and_its_keep_can_fall():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from channel_cases import at_channels, channels_of, masked_channel_conv2d, packed, unpacked
+from channel_cases import channels_of, masked_channel_conv2d, packed, unpacked
 from on_gpu import BACKENDS, DEVICE, DTYPES, FAST, KINDS, assert_same, compare, moved, sized
 
 from dynops import ChannelPlan, ops
@@ -285,14 +285,3 @@ def test_masked_outputs(kind):
         return torch.where(mask, F.conv2d(x, weight, padding=1) + partial, partial)
 
     compare(ours, oracle, tensors, kind=kind)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 64])
-def test_gathered_channels(channels):
-    """Moves values and changes none, and its gradient brings them back."""
-    plan, mask = channels_of("ragged", 4, channels)
-    x, there = random_tensor(4, channels, 5, 6).to(DEVICE).requires_grad_(), plan.to(DEVICE)
-    rows = ops.gather_channels(x, there)
-    assert_same(rows.detach().cpu(), packed(x.detach().cpu(), mask, plan.width))
-    (dx,) = torch.autograd.grad(rows.sum(), x)
-    assert_same(dx.cpu(), at_channels(mask).expand_as(dx).to(dx.dtype))

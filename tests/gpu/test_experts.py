@@ -3,7 +3,7 @@
 import pytest
 import torch
 from expert_cases import Case, linear_oracle, mlp_oracle, with_capacity
-from on_gpu import BACKENDS, DEVICE, DTYPES, FAST, KINDS, assert_same, compare, moved, sized
+from on_gpu import BACKENDS, DEVICE, DTYPES, FAST, KINDS, assert_same, compare, sized
 
 from dynops import ExpertPlan, ops
 from dynops.testing import random_tensor
@@ -159,8 +159,3 @@ def test_pairs(kind):
         return (x.to(wide) * torch.where(index < 7, share, 0).sum(1, keepdim=True)).to(x.dtype)
 
     compare(ours, oracle, tensors, kind=kind)
-
-
-def test_a_plan_can_move():
-    plan = ExpertPlan.from_topk(torch.tensor([[0, 2], [1, 3]]), 3)
-    assert_same(moved(moved(plan), "cpu").position, plan.position)

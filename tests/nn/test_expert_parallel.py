@@ -294,23 +294,24 @@ def check_training(whole, net, model, max_norm: float = 0.1):
         close(state[name], expected, 1e-10)
 
 
-def check_ddp(size: int):
+def replicated_nets(size: int):
     """Experts over ``size`` ranks, in as many copies as fill the world."""
     mesh = init_device_mesh(
         "cpu", (dist.get_world_size() // size, size), mesh_dim_names=("replica", "expert")
     )
     whole, net = make_nets(mesh["expert"].get_group())
     expert_shards.prepare_ddp(net, mesh["replica"].get_group())
+    return whole, net
+
+
+def check_ddp(size: int):
+    whole, net = replicated_nets(size)
     check_training(whole, net, DistributedDataParallel(net))
 
 
 def check_accumulation(size: int):
     """Two backward passes, of which the first sends nothing for the shared parameters."""
-    mesh = init_device_mesh(
-        "cpu", (dist.get_world_size() // size, size), mesh_dim_names=("replica", "expert")
-    )
-    whole, net = make_nets(mesh["expert"].get_group())
-    expert_shards.prepare_ddp(net, mesh["replica"].get_group())
+    whole, net = replicated_nets(size)
     model, rank = DistributedDataParallel(net), dist.get_rank()
     for step in range(2):
         torch.stack([whole(x) for x in batches(step)]).mean().backward()

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+from comparison import close
 from torch import Tensor
 
 from dynops.nn import TopKRouter, importance_loss, load_balance_loss, load_loss, z_loss
@@ -16,18 +17,19 @@ TOKENS, HIDDEN, EXPERTS = 9, 12, 8
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """In the relative Euclidean norm; 1e-6 is a few roundings of float32."""
-    assert actual.shape == expected.shape
-    assert (actual - expected).norm() <= tolerance * expected.norm()
+    close(actual, expected, tolerance)  # 1e-6: a few roundings of float32
+
+
+@torch.no_grad()
+def randomised(router: torch.nn.Module):
+    """Its parameters and buffers are all random, so that none can be left out unseen."""
+    for tensor in (*router.parameters(), *router.buffers()):
+        tensor.copy_(random_tensor(*tensor.shape))
+    return router
 
 
 def router_of(*arguments, **options) -> TopKRouter:
-    """A router whose parameters are all random, so that none can be left out unseen."""
-    router = TopKRouter(*arguments, **options)
-    with torch.no_grad():
-        for tensor in (*router.parameters(), *router.buffers()):
-            tensor.copy_(random_tensor(*tensor.shape))
-    return router
+    return randomised(TopKRouter(*arguments, **options))
 
 
 def transformers_router(family: str, name: str, **values):
@@ -37,11 +39,7 @@ def transformers_router(family: str, name: str, **values):
         "norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2,
         "topk_method": "group_limited_greedy",
     }  # fmt: skip
-    router = getattr(module, name)(type("Config", (), defaults | values)())
-    with torch.no_grad():
-        for tensor in (*router.parameters(), *router.buffers()):
-            tensor.copy_(random_tensor(*tensor.shape))
-    return router
+    return randomised(getattr(module, name)(type("Config", (), defaults | values)()))
 
 
 GROUPS = {"groups": 4, "top_groups": 2, "scale": 2.5}

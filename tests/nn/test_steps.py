@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparison import same_up_to_rounding as assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -97,10 +98,6 @@ def gradients(values: tuple[Tensor, ...], inputs: list[Tensor]) -> list[Tensor]:
     total = sum((value * torch.randn_like(value)).sum() for value in values)
     found = torch.autograd.grad(total, inputs, allow_unused=True)
     return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
-
-
-def assert_close(actual, expected) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 LENGTHS = [9, 0, 4, 7]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from comparison import same_up_to_rounding as assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,10 +16,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 IN, HIDDEN = 4, 6
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
-
-
-def assert_close(actual, expected) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def reader_of(kind="LSTM", layers=1, *, policy=None, jumps=(4, 0), **options) -> JumpReader:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import same_up_to_rounding as assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,10 +24,6 @@ def cell_of(mode: str, bias: bool = True) -> nn.Module:
 
 def states(mode: str, *shape: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64) for _ in range(2 if mode == "LSTM" else 1))
-
-
-def assert_close(actual, expected) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def small_cell(cell: nn.Module, width: int, features: int) -> nn.Module:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from block_loops import BLOCK_SIZES, FLOATS, MASK_DTYPES, SHAPE, slow_gather, slow_scatter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import torch_threads
+from processes import assert_same_on_any_threads
 from torch import Tensor
 
 from dynops import BlockPlan, PixelPlan, ops
@@ -291,17 +291,10 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, layout):
         tiles = ops.gather_blocks(x, plan, 2)
         (grad,) = torch.autograd.grad(tiles, x, tiles.detach())
         inner = tiles.detach()[:, :, 2:-2, 2:-2]
-        return (
-            tiles,
-            grad,
-            ops.scatter_blocks(inner, plan, x.detach()),
-            ops.scatter_blocks(inner, plan, grad, True),
-        )
+        scattered = [ops.scatter_blocks(inner, plan, x.detach()), ops.scatter_blocks(inner, plan, grad, True)]
+        return [tiles, grad, *scattered]
 
-    with torch_threads(2):
-        two = run()
-    for a, b in zip(two, run(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_on_any_threads(run, (1, 2))
 
 
 PLAN = BlockPlan.from_mask(torch.ones(2, 4, 6), 2)

@@ -38,14 +38,6 @@ def check(plan: ExpertPlan, index, experts: int, capacity: int | None) -> None:
         assert t.dtype == torch.int32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens, topk, experts", [(0, 2, 3), (1, 1, 1), (1, 8, 64), (50, 2, 3), (9, 5, 5)])
-@pytest.mark.parametrize("capacity", [None, 0, 1, 4, 1000])
-def test_from_topk(capacity, tokens, topk, experts, kind):
-    index = choices(kind, tokens, topk, experts)
-    check(ExpertPlan.from_topk(index, experts, capacity), index, experts, capacity)
-
-
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_any_integers(dtype):
     index = choices("some dropped", 30, 2, 5)
@@ -88,12 +80,9 @@ def test_every_implementation_does_as_the_oracle(tokens, topk, experts, kind, ca
         check(plan, index, experts, capacity)
 
 
-def test_to_keeps_everything():
+def test_repr():
     plan = ExpertPlan.from_topk(choices("random", 8, 2, 3), 3, 4)
-    moved = plan.to("cpu")
-    assert torch.equal(moved.order, plan.order) and moved.capacity == 4
-    assert repr(plan) == "ExpertPlan(8 tokens, 2 of 3 experts, capacity 4)"
-    assert plan.to("meta").device.type == "meta"
+    assert repr(plan) == repr(plan.to("meta")) == "ExpertPlan(8 tokens, 2 of 3 experts, capacity 4)"
 
 
 @pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))

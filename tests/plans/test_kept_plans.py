@@ -6,16 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from masked_conv import inputs
 
 from dynops import BlockPlan, ChannelPlan, PixelPlan, SamplePlan, ops
-from dynops.testing import assert_within_budget, available_backends, in_layout, random_mask, random_tensor
+from dynops.testing import assert_within_budget, available_backends
 
 BACKENDS = available_backends()
-
-
-def inputs(n=2, c=16, o=24, size=14, density=0.4):
-    x = in_layout(random_tensor(n, c, size, size), "channels_last")
-    return x, random_tensor(o, c, 3, 3), random_tensor(o), random_mask((n, size, size), density)
 
 
 PLANS = {

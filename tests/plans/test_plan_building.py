@@ -171,7 +171,13 @@ def test_cat_is_the_plan_of_the_whole_batch(make):
     same(copy.deepcopy(whole), whole)
     same(pickle.loads(pickle.dumps(whole)), whole)
     same(whole.to("cpu", non_blocking=True), whole)
-    assert whole.to("meta").device.type == "meta"
+    there = whole.to("meta")
+    assert vars(there).keys() == vars(whole).keys() and there.device.type == "meta"
+    for name, value in vars(whole).items():
+        if isinstance(value, torch.Tensor):
+            assert vars(there)[name].is_meta and vars(there)[name].shape == value.shape
+        elif name != "_derived":
+            assert vars(there)[name] == value
 
 
 def test_compact_and_capacity_together():

@@ -156,15 +156,6 @@ def test_the_index_is_checked():
             PixelPlan(index, (1, 2, 3))
 
 
-def test_to():
-    for capacity in (None, 30):
-        plan = PixelPlan.from_mask(random_mask((2, 4, 5)), capacity)
-        same, meta = plan.to("cpu"), plan.to("meta")
-        assert torch.equal(same.index, plan.index) and same.shape == plan.shape
-        assert meta.device.type == "meta" and meta.shape == plan.shape and meta.num_rows == plan.num_rows
-        assert (meta.count is None) == (same.count is None) == (capacity is None)
-
-
 def brute_force_needed(mask, kernel, stride, padding, dilation, in_size) -> torch.Tensor:
     """Walks every tap of every active output pixel."""
     needed = torch.zeros(mask.shape[0], *in_size, dtype=torch.bool)

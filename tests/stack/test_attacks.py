@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import dynops
-from dynops.nn import MaskedBatchNorm2d, SparseBlocks, SparseSequential
+from dynops.nn import MaskedBatchNorm2d, MaskedGroupNorm, SparseBlocks, SparseSequential
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -97,3 +97,21 @@ def test_no_block_active_keeps_the_gradients_way():
     )
     out = layer.eval()(x, torch.zeros(2, 1, 1, dtype=torch.bool))
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.zeros_like(x))
+
+
+SPARSE = SparseBlocks(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).eval(), 2)
+BAD = {
+    "block_size: expected an int": lambda: dynops.use_mask(MASK, block_size=True),
+    "ragged: expected a bool": lambda: dynops.use_mask(MASK, ragged="x"),
+    "x: expected a tensor": lambda: SPARSE.macs(None, MASK),
+    r"x: expected \[N, C, H, W\]": lambda: SPARSE.macs(X[0], MASK),
+    r"in_shape: expected \(N, H, W\)": lambda: SPARSE.output_shape("abc"),
+    "input: expected 6 channels": lambda: MaskedGroupNorm(3, 6)(X, MASK),
+    "module: expected one with slimmable layers": lambda: dynops.nn.set_width(nn.Linear(2, 2), 0),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    with pytest.raises((TypeError, ValueError), match="^" + message):
+        BAD[message]()

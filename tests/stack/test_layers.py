@@ -136,7 +136,24 @@ def test_running_statistics_of_instances_are_refused():
         MaskedInstanceNorm2d(4, track_running_stats=True)
 
 
+class Permuted(nn.Module):
+    """ConvNeXt's block: between two permutes the channels are last."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm, self.gamma = nn.LayerNorm(channels), nn.Parameter(torch.randn(channels))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 3 * channels), nn.GELU(), nn.Linear(3 * channels, channels)
+        )
+
+    def forward(self, x):
+        y = self.mlp(self.norm(self.conv(x).permute(0, 2, 3, 1)))
+        return x + (y * self.gamma).permute(0, 3, 1, 2)
+
+
 LOCAL = {
+    "channels last": (Permuted(4), nn.Conv2d(4, 4, 2, 2), Permuted(4)),
     "nearest": (nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=(2, 3)), nn.Conv2d(4, 4, 3, padding=1)),
     "shuffle": (nn.Conv2d(4, 8, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(2, 4, 3, padding=1)),
     "pad": (
@@ -162,6 +179,45 @@ def test_parts_of_a_map_are_the_dense_module(name):
     at = dynops.BlockPlan.from_mask(mask, 12).pixels().mask()[:, None]
     for layer.path in ["tiles"] if name == "pad" else ["tiles", "rows"]:
         assert torch.allclose(layer(x, mask), torch.where(at, expected, 0), atol=1e-12), layer.path
+
+
+def test_layer_norm_by_function():
+    """LayerNorm2d of torchvision: the function between two permutes."""
+
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            x = torch.permute(x, (0, -2, -1, -3))
+            x = nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            return torch.permute(x, [0, 3, 1, 2])
+
+    module, x = (
+        nn.Sequential(nn.Conv2d(4, 6, 3), LayerNorm2d(6)).double().eval(),
+        torch.randn(1, 4, 8, 8).double(),
+    )
+    nn.init.normal_(module[1].weight), nn.init.normal_(module[1].bias)
+    mask = torch.zeros(1, 6, 6)
+    mask[0, 2, 3] = 1
+    for path in ("rows", "tiles"):
+        out = SparseBlocks(module, 1, path=path)(x, mask)
+        assert torch.allclose(out, torch.where(mask[:, None] > 0, module(x), 0), atol=1e-14)
+
+
+class Turned(nn.Module):
+    """Reads a map between two permutes in another way than pixel by pixel."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.conv, self.norm, self.read = nn.Conv2d(4, 4, 1), nn.LayerNorm((8, 4)), read
+
+    def forward(self, x):
+        x = self.conv(x).permute(0, 2, 3, 1)
+        return self.norm(x).permute(0, 3, 1, 2) if self.read == "norm" else x * x.permute(0, 3, 1, 2)[..., :4]
+
+
+@pytest.mark.parametrize("read", ["norm", "product"])
+def test_other_readers_of_a_permuted_map_are_refused(read):
+    with pytest.raises(TypeError, match="permute: expected a call that blocks can make"):
+        SparseBlocks(Turned(read).eval(), 2)(torch.randn(1, 4, 4, 8), torch.ones(1, 4, 8))
 
 
 @pytest.mark.parametrize("path", [None, "rows"])

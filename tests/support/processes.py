@@ -60,5 +60,16 @@ def torch_threads(count: int):
         torch.set_num_threads(before)
 
 
+def assert_same_on_any_threads(run, counts=(1, 2, 3)) -> None:
+    """``run()``, a tensor or a list of them, has the same bits whatever the number of threads."""
+    results = []
+    for count in counts:
+        with torch_threads(count):
+            out = run()
+        results.append([out] if isinstance(out, torch.Tensor) else out)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def all_isas() -> list[str]:
     return [] if backends._C is None else list(dynops.build_info()["cpu_isas"])

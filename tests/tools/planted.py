@@ -61,7 +61,7 @@ FAULTS = {
     "no halo": Fault("dynops/stack", "first, size = out.first * self.stride - self.before,", "first, size = out.first * self.stride,", "nn/test_blocks"),
     "one over the cap": Fault("dynops/nn/samples", "_confidence(confidence, logits), most)", "_confidence(confidence, logits), most + 1)", "nn/samples/test_exits"),
     "dtype of a head": Fault("dynops/nn/samples", "rows.append(gone[0].to(like.dtype))", "rows.append(gone[0])", "nn/samples/test_dtypes"),
-    "biased variance": Fault("dynops/nn/channels", "(var * (n / (n - 1).clamp(min=1))).detach()", "var.detach()", "nn/channels/test_convs"),
+    "biased variance": Fault("dynops/stack/norm.py", "var * (n / (n - 1).clamp(min=1))", "var", "nn/channels/test_convs"),
     "padding that counts": Fault("dynops/nn/experts", "tokens = counted.sum().clamp(min=1)", "tokens = counted.numel()", "nn/test_routers nn/test_expert_attacks"),
     "groups of MACs": Fault("dynops/budget", "module.in_channels * module.out_channels / module.groups", "module.in_channels * module.out_channels", "budget/test_layers"),
     "gate without gradient": Fault("dynops/gates", "is_open.to(soft.dtype) + (soft - soft.detach())", "is_open.to(soft.dtype) + 0 * soft", "gates/test_gates"),

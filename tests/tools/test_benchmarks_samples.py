@@ -9,7 +9,7 @@ from benchmark_cases import BRIEF, SETTING, briefly, make_report, make_row, tiny
 from torch import nn
 
 from benchmarks import __main__ as cli
-from benchmarks import readme, resnet, suites
+from benchmarks import readme, suites
 from benchmarks.channels import layers as channels
 from benchmarks.experts import layers as experts
 from benchmarks.harness import compare as comparing
@@ -134,13 +134,6 @@ def test_percentile(share, expected):
     assert percentile([float(i) for i in range(10, 0, -1)], share) == expected
 
 
-def test_cases():
-    cases = blocks.all_cases()
-    assert {(c.n, c.channels, c.h) for c in cases} == set(blocks.TARGET_SIZES)
-    assert {c.mode for c in cases} == {"residual", "replace"} and sum(c.p99 for c in cases) == 1
-    assert set(tables.BLOCKS) == {c.group for c in cases if not c.p99}
-
-
 @pytest.mark.parametrize("keep", ["random", "all", "none"])
 def test_skipnet_is_the_masked_resnet(keep):
     torch.manual_seed(0)
@@ -234,11 +227,6 @@ def test_exits_count_every_head_that_runs():
     dense, computed = exits.network_macs(stages, heads, torch.randn(8, 2, 3, 3))
     stage, head = 8 * 9 * 4, 8 * 2 * exits.CLASSES
     assert dense == 4 * stage + head and computed == (stage + head) * 15 / 8
-
-
-def test_equal_stages_are_equal():
-    x = torch.randn(1, 64, 6, 6)
-    assert len({LayerMacs(stage, x).dense for stage in exits.equal_stages()}) == 1
 
 
 LOOPS = [
@@ -353,16 +341,6 @@ def test_readme_of_samples():
     assert f"| float32 | forward | {cells}" in text
     assert text.count("SkipNet, recurrent gate") == 1 and "| gather | 6,4,5,5 | 8.0 | 16.0 | b |" in text
     assert readme.samples_block([]) == readme.NO_SAMPLES
-
-
-def test_blocks_are_what_they_say():
-    x = torch.randn(2, 4, 5, 5)
-    case = blocks.Case("residual", 2, 4, 5)
-    inner, dense = case.modules(x)
-    assert isinstance(inner, nn.Sequential) and (dense(x) < 0).any()
-    torch.testing.assert_close(dense(x), x + inner(x))
-    inner, dense = dataclasses.replace(case, mode="replace").modules(x)
-    assert inner is dense and isinstance(dense, resnet.BasicBlock) and not (dense(x) < 0).any()
 
 
 def test_quick_samples_from_the_command_line(tmp_path, monkeypatch, capsys):

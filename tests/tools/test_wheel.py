@@ -126,7 +126,9 @@ def test_it_computes_with(version, wheel, tmp_path):
     try:
         venv.create(home, with_pip=True)
         python = home / "bin" / "python"
-        run(python, "-m", "pip", "install", "--no-compile", *TORCHES[version], wheel)
+        # without PYTHONPATH, where pip would find this tree and take it for the installed package
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        run(python, "-m", "pip", "install", "--no-compile", *TORCHES[version], wheel, env=environment)
         # only the environment's own programs: nothing can be compiled
         run(
             python, "-c", SMOKE, version, cwd=tmp_path, env={"PATH": str(home / "bin"), "HOME": str(tmp_path)}

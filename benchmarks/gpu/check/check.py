@@ -30,9 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 570.0  # of all stages but tune
 FOR_THE_BENCHMARK = 200.0  # that no stage before it may use
 LIMITS = {"facts": 60.0, "build": 150.0, "tests": 180.0, "sanitizer": 90.0}
-TESTS_AT_A_TIME = (
-    12  # processes; Triton compiles on the host, for a second or two a form, while others use the GPU
-)
+TESTS_AT_A_TIME = 12  # processes: Triton compiles a form on the host for a second or two, others use the GPU
 TEST_PARTS = 3  # of each file
 DRY_TESTS = ("tests/plans/test_plans.py", "-k", "capacity")  # a handful
 NO_TIME = "no time was left"

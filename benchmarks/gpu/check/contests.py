@@ -38,9 +38,7 @@ BATCH_1 = "batch 1"  # the group of pixels' layers on large maps
 TOKENS = (1, 128, 2048, 8192)
 SHARES = (1.0, 0.75, 0.5, 0.25)
 DEVICE_LOST = 3  # exit code
-LONGEST = (
-    90.0  # seconds of one contest, or its suite's share where that is more; a compiler may take a minute
-)
+LONGEST = 90.0  # seconds of one contest, or its suite's share where that is more: compilers may take a minute
 
 
 @dataclass(frozen=True)

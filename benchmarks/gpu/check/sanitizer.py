@@ -194,9 +194,8 @@ def command(program: str, tool: str, python: str) -> list[str]:
 
 
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-_FINDING = re.compile(
-    r"Invalid __\w+__ (?:read|write|atomic)|Race reported"
-)  # in a kernel, not of the tool itself
+# in a kernel, not of the tool itself
+_FINDING = re.compile(r"Invalid __\w+__ (?:read|write|atomic)|Race reported")
 
 
 def verdict(done: Finished, limit: float) -> tuple[str, str]:

@@ -103,9 +103,8 @@ def _ended(process: subprocess.Popen, seconds: float) -> bool:
 
 def _stop(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
-        process.send_signal(
-            signal.SIGINT
-        )  # the command alone: its children would tell it of errors that are none
+        # the command alone: its children would tell it of errors that are none
+        process.send_signal(signal.SIGINT)
     _ended(process, GRACE)
     _signal(process, signal.SIGKILL)
     process.wait()

@@ -7,6 +7,7 @@ The layers of ResNet-50, of which the batch and the density give the rows, and l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -78,35 +79,40 @@ def _pixels(
 ) -> Problem:
     """A convolution ``[n, c, size, size]`` to o channels at random pixels; ``wanted``: a gradient instead."""
 
-    def make(device: torch.device):
-        x, weight, dy = _maps(device, dtype, (n, c, size, size), (o, c, kernel, kernel), (n, o, size, size))
+    def bound(device: torch.device):
         plan = PixelPlan.from_mask(torch.rand(n, size, size, device=device) < density)
+        return partial(ops.sparse_conv2d, bias=None, plan=plan, padding=kernel // 2)
 
-        def run(x, weight, backend):
-            return ops.sparse_conv2d(x, weight, None, plan, padding=kernel // 2, backend=backend)
-
-        return lambda kind, backend: _call(run, (x, weight), dy, kind, backend, wanted)
-
-    family = "pixels_weight" if wanted == "weight" else "pixels"
     name = f"pixels {n},{c},{o},{size} {kernel}x{kernel} at {density:.0%}"
-    return Problem(name + (f", gradient of {wanted}" if wanted else ""), family, dtype, make)
+    return _conv(name, "pixels", (n, c, o, size, kernel), dtype, wanted, bound)
 
 
 def _channels(n: int, c: int, o: int, size: int, kernel: int, dtype, wanted: str = "") -> Problem:
     """A convolution of which half of the channels of either side are live in each sample."""
 
+    def bound(device: torch.device):
+        inputs, outputs = (ChannelPlan.from_mask(_half(n, channels, device)) for channels in (c, o))
+        plans = {"in_plan": inputs, "out_plan": outputs}
+        return partial(ops.channel_conv2d, bias=None, **plans, padding=kernel // 2)
+
+    name = f"channels {n},{c},{o},{size} {kernel}x{kernel}, half of them"
+    return _conv(name, "channels", (n, c, o, size, kernel), dtype, wanted, bound)
+
+
+def _conv(name: str, family: str, sizes: tuple[int, ...], dtype, wanted: str, bound: Callable) -> Problem:
+    """``bound``: returns a function ``(x, weight, backend=)`` on a device."""
+    n, c, o, size, kernel = sizes
+
     def make(device: torch.device):
         x, weight, dy = _maps(device, dtype, (n, c, size, size), (o, c, kernel, kernel), (n, o, size, size))
-        plans = [ChannelPlan.from_mask(_half(n, channels, device)) for channels in (c, o)]
+        return partial(_call, bound(device), (x, weight), dy, wanted)
 
-        def run(x, weight, backend):
-            return ops.channel_conv2d(x, weight, None, *plans, padding=kernel // 2, backend=backend)
+    return _named(name, family, dtype, wanted, make)
 
-        return lambda kind, backend: _call(run, (x, weight), dy, kind, backend, wanted)
 
-    family = "channels_weight" if wanted == "weight" else "channels"
-    name = f"channels {n},{c},{o},{size} {kernel}x{kernel}, half of them"
-    return Problem(name + (f", gradient of {wanted}" if wanted else ""), family, dtype, make)
+def _named(name: str, family: str, dtype: torch.dtype, wanted: str, make: Callable) -> Problem:
+    name += f", gradient of {wanted}" if wanted else ""
+    return Problem(name, f"{family}_weight" if wanted == "weight" else family, dtype, make)
 
 
 class Experts(NamedTuple):
@@ -131,23 +137,15 @@ def _experts(tokens: int, layer: Experts, dtype, wanted: str = "") -> Problem:
         if wanted:
             weight = torch.randn(experts, inner, hidden, **options) / hidden**0.5
             dy = torch.randn(tokens * topk, inner, **options)
-
-            def run(x, weight, backend):
-                return ops.grouped_linear(x, weight, plan, backend=backend)
-
-            return lambda kind, backend: _call(run, (x, weight), dy, kind, backend, wanted)
+            return partial(_call, partial(ops.grouped_linear, plan=plan), (x, weight), dy, wanted)
         up = torch.randn(experts, 2 * inner, hidden, **options) / hidden**0.5
         down = torch.randn(experts, hidden, inner, **options) / inner**0.5
         weights = torch.rand(tokens, topk, device=device)
+        run = partial(ops.experts_mlp, plan=plan, topk_weight=weights)
+        return partial(_call, run, (x, up, down), None, "")
 
-        def run_mlp(x, up, down, backend):
-            return ops.experts_mlp(x, up, down, plan, weights, backend=backend)
-
-        return lambda kind, backend: _call(run_mlp, (x, up, down), None, kind, backend, "")
-
-    family = "experts_weight" if wanted else "experts"
     name = f"experts {tokens} tokens, H {layer.hidden}, I {layer.inner}, {layer.experts} top-{layer.topk}"
-    return Problem(name + (f", gradient of {wanted}" if wanted else ""), family, dtype, make)
+    return _named(name, "experts", dtype, wanted, make)
 
 
 def _maps(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -164,18 +162,18 @@ def _half(n: int, channels: int, device: torch.device) -> Tensor:
 
 
 def _call(
-    run, leaves: tuple[Tensor, ...], dy: Tensor | None, dtype: torch.dtype, backend: str, wanted: str
+    run: Callable,
+    leaves: tuple[Tensor, ...],
+    dy: Tensor | None,
+    wanted: str,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Call:
     """A call of ``run`` on leaves of a dtype, or of the backward of one of them ("input" or "weight")."""
     leaves = [t.to(dtype) for t in leaves]  # of the problem's dtype: in float64 the same values
     if not wanted:
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return run(*leaves, backend)
-
-        return forward
+        return torch.no_grad()(partial(run, *leaves, backend=backend))
     leaf = leaves[["input", "weight"].index(wanted)].requires_grad_()
     with torch.enable_grad():
-        out = run(*leaves, backend)
+        out = run(*leaves, backend=backend)
     return lambda: torch.autograd.grad(out, leaf, dy.to(dtype), retain_graph=True)[0]

@@ -23,9 +23,8 @@ from ...harness.timing import interleaved
 from ..check.facts import nvidia_smi
 
 TILES_SHARE = 0.6  # of the time; break-even densities have the rest
-FLUSHED = (
-    1 << 30
-)  # bytes read before each call: more than any L2, and longer than the host takes to launch the call
+# bytes read before each call: more than any L2, and longer than the host takes to launch the call
+FLUSHED = 1 << 30
 
 
 class Clock:

@@ -197,12 +197,8 @@ void scatter_tiles(const Tensor& tiles, const Tensor& index, const OptionalTenso
   });
 }
 
-DYNOPS_CPU_OP("cpu_gather_tiles(Tensor x, Tensor index, Tensor? count, int[] geometry, Tensor(a!) out) -> ()",
-              gather_tiles)
-DYNOPS_CPU_OP(
-    "cpu_scatter_tiles(Tensor tiles, Tensor index, Tensor? count, int[] geometry, Tensor? base, bool "
-    "add, Tensor(a!) out) -> ()",
-    scatter_tiles)
+DYNOPS_CPU_OP(gather_tiles)
+DYNOPS_CPU_OP(scatter_tiles)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -97,8 +97,7 @@ struct Call {
   const char* x_of(int64_t sample) const { return x.data + first_row(sample, g.in_pixels()) * x.stride; }
   char* y_of(int64_t sample) const { return y.data + first_row(sample, g.out_pixels()) * y.stride; }
 
-  // The scale and shift after the sums of a sample's live channels, counted from `first`, in `columns`
-  // columns.
+  // The scale and shift after the sums of a sample's live channels, from `first` on, in `columns` columns.
   Affine affine_of(int64_t sample, const ChannelList& live, int64_t first, int64_t columns) const {
     Affine affine(columns);
     for (int32_t j = 0; j < live.count; ++j) {
@@ -137,8 +136,7 @@ struct Call {
 // Samples that take a large weight in turn.
 inline constexpr int64_t kSampleGroup = 4;
 
-// The work of some samples, or a share of it: units of the output, and panels of live channels (of a single
-// slice).
+// The work of some samples, or a share of it: units of the output, and panels of live channels (one slice).
 struct Job {
   Span samples, units, panels;
 };

@@ -203,16 +203,8 @@ void mixed_in_steps(const Tensor& x, const Tensor& weight, const Tensor& mix, co
   run(c);
 }
 
-DYNOPS_CPU_OP(
-    "cpu_channel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? in_count, "
-    "Tensor? out_index, Tensor? out_count, int[] geometry, int in_channels, int out_channels, int "
-    "heads, bool heads_out, int activation, Tensor? scale, Tensor? base, bool packed_in, bool "
-    "packed_out, bool merged, bool turned, bool winograd, Tensor(a!) out) -> ()",
-    channel_conv)
-DYNOPS_CPU_OP(
-    "cpu_mixed_in_steps(Tensor x, Tensor weight, Tensor mix, Tensor? bias, int[] geometry, int "
-    "activation, Tensor(a!) out) -> ()",
-    mixed_in_steps)
+DYNOPS_CPU_OP(channel_conv)
+DYNOPS_CPU_OP(mixed_in_steps)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -199,8 +199,7 @@ class KernelGrad {
   KernelGrad(const LocalConv& c, const char* zero)
       : c_(c), zero_(zero), rows_(c.g.taps()), sums_(c.filter_row() + kDotsPadding), wide_(2 * c.channels) {}
 
-  // sums[group][tap] = sum of dy * x over the group's channels, `x` an image and (y0, x0) the first tap in
-  // it.
+  // sums[group][tap] = sum of dy * x over the group's channels; x is an image, (y0, x0) its first tap.
   const float* run(const char* dy, const char* x, int64_t y0, int64_t x0) {
     const Geometry& g = c_.g;
     for (int64_t t = 0; t < g.taps(); ++t) {
@@ -304,16 +303,9 @@ void local_conv_kernel_grad(const Tensor& grad, const Tensor& x, int64_t upsampl
               data_of<char>(out));
 }
 
-DYNOPS_CPU_OP("cpu_local_conv(Tensor x, Tensor filters, int upsample, int[] geometry, Tensor(a!) out) -> ()",
-              local_conv)
-DYNOPS_CPU_OP(
-    "cpu_local_conv_input_grad(Tensor grad, Tensor filters, int upsample, int[] geometry, Tensor(a!) "
-    "dx) -> ()",
-    local_conv_input_grad)
-DYNOPS_CPU_OP(
-    "cpu_local_conv_kernel_grad(Tensor grad, Tensor x, int upsample, int[] geometry, Tensor(a!) out) -> "
-    "()",
-    local_conv_kernel_grad)
+DYNOPS_CPU_OP(local_conv)
+DYNOPS_CPU_OP(local_conv_input_grad)
+DYNOPS_CPU_OP(local_conv_kernel_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -61,8 +61,7 @@ Forward LiveSample::forward_of(const ListSlice& from, const ListSlice& to) const
           .turned = call.turned};
 }
 
-// Finds each slice's weight: where it lies, compacted for all jobs, or compacted here, whole or panel by
-// panel.
+// Finds each slice's weight: where it lies, compacted for all jobs, or compacted here, whole or by panels.
 void LiveSample::place_weights() {
   if (call.mix) return take_by_panel();
   int64_t bytes = 0;

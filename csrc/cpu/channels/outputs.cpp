@@ -292,11 +292,8 @@ int64_t count_selected(const Tensor& mask) {
   return count;
 }
 
-DYNOPS_CPU_OP(
-    "cpu_masked_conv(Tensor x, Tensor weight, Tensor? bias, Tensor mask, Tensor? partial, int begin, "
-    "int inputs, int[] geometry, Tensor(a!) out) -> ()",
-    masked_conv)
-DYNOPS_CPU_OP("cpu_count_selected(Tensor mask) -> int", count_selected)
+DYNOPS_CPU_OP(masked_conv)
+DYNOPS_CPU_OP(count_selected)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -19,8 +19,7 @@ struct WeightRows {
 };
 
 // The pixels of a map [batch, pixels] sorted by weight, ascending within each; weights without a pixel are
-// left out. Weights are [batch or 1, regions]: `shared` by the samples or not; `region` is null for one
-// region.
+// left out. Weights are [batch or 1, regions]: `shared` by the samples or not; no `region`: one region.
 struct PixelsByWeight {
   std::vector<int32_t> index;
   std::vector<WeightRows> weights;

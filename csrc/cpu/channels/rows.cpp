@@ -153,12 +153,8 @@ void scatter_channels(const Tensor& packed, const Tensor& index, const Tensor& c
   });
 }
 
-DYNOPS_CPU_OP("cpu_gather_channels(Tensor x, Tensor index, Tensor count, bool last, Tensor(a!) out) -> ()",
-              gather_channels)
-DYNOPS_CPU_OP(
-    "cpu_scatter_channels(Tensor packed, Tensor index, Tensor count, Tensor? base, bool last, "
-    "Tensor(a!) out) -> ()",
-    scatter_channels)
+DYNOPS_CPU_OP(gather_channels)
+DYNOPS_CPU_OP(scatter_channels)
 
 }  // namespace
 }  // namespace dynops::cpu

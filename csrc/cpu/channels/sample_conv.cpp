@@ -183,6 +183,17 @@ void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const 
                   mix.numel());
   const char* from = data_of<const char>(weight);
   const float* share = data_of<const float>(mix);
+  // The sum of a sample's weights from byte `first` on.
+  const auto mix_part = [&](int64_t n, int64_t first, int64_t bytes, Dtype element, char* to) {
+    kernels().mix({.from = from + first,
+                   .stride = stride,
+                   .terms = experts,
+                   .share = share + n * experts,
+                   .outputs = 1,
+                   .dtype = element,
+                   .n = bytes / size_of(element),
+                   .to = &to});
+  };
   if (winograd) {
     STD_TORCH_CHECK(takes_winograd(f), "winograd: expected a float32 3x3 convolution with stride 1 for it");
     const PanelLayout panels = panel_layout(f.out_channels, 1, f.in_channels, false);
@@ -192,15 +203,8 @@ void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const 
       const int64_t first = panel * kernels().panel_width * panels.depth * 4;
       const int64_t bytes = std::min(kernels().panel_width * panels.depth * 4, panels.group_bytes - first);
       for (int64_t position = 0; position < 16; ++position) {
-        char* const at = to + position * position_bytes;
-        kernels().mix({.from = from + position * panels.group_bytes + first,
-                       .stride = stride,
-                       .terms = experts,
-                       .share = share + n * experts,
-                       .outputs = 1,
-                       .dtype = Dtype::kFloat32,
-                       .n = bytes / 4,
-                       .to = &at});
+        mix_part(n, position * panels.group_bytes + first, bytes, Dtype::kFloat32,
+                 to + position * position_bytes);
       }
     };
     return run_winograd_samples(f, floats_of(bias), make);
@@ -212,27 +216,14 @@ void mixed_conv(const Tensor& x, const Tensor& weight, const Tensor& mix, const 
   STD_TORCH_CHECK(pieces.bytes == stride, "weight: expected ", pieces.bytes, " bytes each, got ", stride);
   const Dtype element = f.dot() ? Dtype::kBFloat16 : Dtype::kFloat32;
   const MakeWeight make = [&](int64_t n, Span some, float*, char* to) {
-    const int64_t first = pieces.begin_of(some.begin), bytes = pieces.end_of(some.end) - first;
-    kernels().mix({.from = from + first,
-                   .stride = stride,
-                   .terms = experts,
-                   .share = share + n * experts,
-                   .outputs = 1,
-                   .dtype = element,
-                   .n = bytes / size_of(element),
-                   .to = &to});
+    const int64_t first = pieces.begin_of(some.begin);
+    mix_part(n, first, pieces.end_of(some.end) - first, element, to);
   };
   WeightedPass(f, pixels, pieces, make, floats_of(bias), true).run();
 }
 
-DYNOPS_CPU_OP(
-    "cpu_weighted_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? region, int[] geometry, int "
-    "activation, bool merged, Tensor(a!) out) -> ()",
-    weighted_conv)
-DYNOPS_CPU_OP(
-    "cpu_mixed_conv(Tensor x, Tensor weight, Tensor mix, Tensor? bias, int[] geometry, int activation, "
-    "bool merged, bool winograd, Tensor(a!) out) -> ()",
-    mixed_conv)
+DYNOPS_CPU_OP(weighted_conv)
+DYNOPS_CPU_OP(mixed_conv)
 
 }  // namespace
 }  // namespace dynops::cpu

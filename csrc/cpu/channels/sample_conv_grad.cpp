@@ -22,7 +22,7 @@ ConvGrad grad_of(const Geometry& g, const Tensor& grad, int64_t in_channels, con
 // dw: contiguous [N or 1, R, O, C / groups, kh, kw]; db: contiguous [N or 1 as dw, R, O], or none. Threads
 // take whole weights, those of many rows first; the last ones, where fewer are left than threads, they share.
 void weighted_weight_grad(const Tensor& grad, const Tensor& x, const OptionalTensor& region,
-                          IntHeaderOnlyArrayRef geometry, Tensor dw, const OptionalTensor& db) {
+                          IntHeaderOnlyArrayRef geometry, Tensor dw, OptionalTensor db) {
   const Geometry g = geometry_of(geometry);
   const int64_t samples = dw.size(0), regions = dw.size(1), outputs = grad.size(1);
   const Dtype dtype = dtype_of(grad);
@@ -101,14 +101,8 @@ void weighted_input_grad(const Tensor& grad, const Tensor& weight, const Optiona
   });
 }
 
-DYNOPS_CPU_OP(
-    "cpu_weighted_weight_grad(Tensor grad, Tensor x, Tensor? region, int[] geometry, Tensor(a!) dw, "
-    "Tensor(b!)? db) -> ()",
-    weighted_weight_grad)
-DYNOPS_CPU_OP(
-    "cpu_weighted_input_grad(Tensor grad, Tensor weight, Tensor? region, int[] geometry, Tensor(a!) dx) "
-    "-> ()",
-    weighted_input_grad)
+DYNOPS_CPU_OP(weighted_weight_grad)
+DYNOPS_CPU_OP(weighted_input_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

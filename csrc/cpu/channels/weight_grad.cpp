@@ -132,8 +132,7 @@ class ChannelWeightGrad {
     w.zero.resize(x_width());
     w.sums.resize((ceil_div(group_out_, shares_) + 1) * kernels().panel_width);
     w.to.resize(group_out_);
-    // As many tasks side by side as have their share of dW in the L2 cache: then a sample is read once for
-    // them.
+    // As many tasks side by side as have their share of dW in the L2 cache: a sample is then read once.
     const int64_t task_bytes = std::max<int64_t>(group_out_ * group_in_ * 4 / shares_, 1);
     const int64_t step = std::max<int64_t>(kSlabBytes / task_bytes, 1);
     for (int64_t from = tasks.begin; from < tasks.end; from += step) {
@@ -181,8 +180,6 @@ class ChannelWeightGrad {
                                .dw = w.sums.data(),
                                .dw_stride = kernels().panel_width,
                                .outputs = split,
-                               .tile_begin = 0,
-                               .tile_end = split.tiles,
                                .columns = columns,
                                .add = first > 0,
                                .length = outer_length(grad_.pixels() * g_.batch)});
@@ -268,8 +265,7 @@ class DepthwiseWeightGrad {
 
 // ----------------------------------------------------------------------------------------- bias
 
-// The sums of the live gradients, sample after sample, so that the result does not depend on the number of
-// threads.
+// The sums of the live gradients, sample after sample: the number of threads does not change the result.
 void channel_bias_grad(const LiveMap& grad, int64_t batch, int64_t outputs, char* out) {
   const int64_t channels = grad.row_channels(), pixels = grad.pixels();
   std::vector<double> sums(batch * channels, 0.);
@@ -289,16 +285,14 @@ void channel_bias_grad(const LiveMap& grad, int64_t batch, int64_t outputs, char
 
 // ------------------------------------------------------------------------------------------- op
 
-// Sums up to this size stay: 512 -> 512 channels 3x3, 8 maps of 7 x 7, 6.2 ms instead of 10.6 with fresh
-// pages.
+// Sums up to this size stay: 512 -> 512 channels 3x3, 8 maps of 7 x 7, 6.2 ms, with fresh pages 10.6.
 constexpr int64_t kKeptSums = 16 << 20;
 
-// grad and x channels_last, dense or packed; dw: the weight's shape, contiguous; db: [O], or none where
-// nobody asks.
+// grad and x channels_last, dense or packed; dw: the weight's shape, contiguous; db: [O], or none.
 void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& in_index,
                          const OptionalTensor& in_count, const OptionalTensor& out_index,
                          const OptionalTensor& out_count, IntHeaderOnlyArrayRef geometry, int64_t heads,
-                         bool packed_in, bool packed_out, Tensor dw, const OptionalTensor& db) {
+                         bool packed_in, bool packed_out, Tensor dw, OptionalTensor db) {
   const Geometry g = geometry_of(geometry);
   const int64_t outputs = dw.size(0), channels = dw.size(1) * g.groups;
   STD_TORCH_CHECK(grad_in.size(0) == g.batch && grad_in.size(2) == g.out_h && grad_in.size(3) == g.out_w &&
@@ -326,11 +320,7 @@ void channel_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Option
   if (dw.numel() * 4 > kKeptSums) memory.shrink();
 }
 
-DYNOPS_CPU_OP(
-    "cpu_channel_weight_grad(Tensor grad, Tensor x, Tensor? in_index, Tensor? in_count, Tensor? "
-    "out_index, Tensor? out_count, int[] geometry, int heads, bool packed_in, bool packed_out, "
-    "Tensor(a!) dw, Tensor(b!)? db) -> ()",
-    channel_weight_grad)
+DYNOPS_CPU_OP(channel_weight_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -130,7 +130,7 @@ struct OuterProduct {
   float* dw;          // [outputs][dw_stride]
   int64_t dw_stride;
   TileSplit outputs;
-  int32_t tile_begin, tile_end;
+  int32_t tile_begin = 0, tile_end = outputs.tiles;
   int32_t columns;  // of this panel, <= panel width
   bool add;         // to dw, rather than overwrite it
   int32_t length;   // products in a sum

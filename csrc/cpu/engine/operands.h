@@ -1,7 +1,6 @@
 // Tensors as the ops on the CPU read them.
 #pragma once
 
-#include <cstring>
 #include <numeric>
 #include <string>
 #include <type_traits>
@@ -12,14 +11,43 @@
 
 namespace dynops::cpu {
 
-inline std::string op_name(const char* schema) { return std::string(schema, std::strcspn(schema, "(")); }
-
-// Registers a function for CPU tensors, under a schema of torch.ops.dynops.
-#define DYNOPS_CPU_OP(schema, function)                                   \
-  STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) { m.def(schema); }             \
-  STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) {                             \
-    m.impl(::dynops::cpu::op_name(schema).c_str(), TORCH_BOX(&function)); \
+// The type of an argument in an op's schema. A tensor that is passed by value is one that the op writes.
+template <class T>
+std::string schema_type(char alias) {
+  using Value = std::remove_cvref_t<T>;
+  const std::string written = std::is_reference_v<T> ? "" : std::string("(") + alias + "!)";
+  if constexpr (std::is_same_v<Value, Tensor>) {
+    return "Tensor" + written;
+  } else if constexpr (std::is_same_v<Value, OptionalTensor>) {
+    return "Tensor" + written + "?";
+  } else if constexpr (std::is_same_v<Value, IntHeaderOnlyArrayRef>) {
+    return "int[]";
+  } else if constexpr (std::is_same_v<Value, bool>) {
+    return "bool";
+  } else {
+    static_assert(std::is_same_v<Value, int64_t> || std::is_same_v<Value, double>);
+    return std::is_same_v<Value, int64_t> ? "int" : "float";
   }
+}
+
+// "cpu_<name>(Tensor a, int b, Tensor(c!) c) -> ()", from a function's own signature.
+template <class Return, class... Arguments>
+std::string schema_of(const char* name, Return (*)(Arguments...)) {
+  std::string text = std::string("cpu_") + name + "(", between;
+  char letter = 'a';
+  ((text += between + schema_type<Arguments>(letter) + " " + letter, between = ", ", ++letter), ...);
+  if constexpr (std::is_void_v<Return>) {
+    return text + ") -> ()";
+  } else {
+    return text + ") -> " + schema_type<const Return&>(letter);
+  }
+}
+
+// Registers a function for CPU tensors, as torch.ops.dynops.cpu_<name>.
+#define DYNOPS_CPU_OP_NAMED(name, function)                                                              \
+  STABLE_TORCH_LIBRARY_FRAGMENT(dynops, m) { m.def(::dynops::cpu::schema_of(name, &function).c_str()); } \
+  STABLE_TORCH_LIBRARY_IMPL(dynops, CPU, m) { m.impl("cpu_" name, TORCH_BOX(&function)); }
+#define DYNOPS_CPU_OP(function) DYNOPS_CPU_OP_NAMED(#function, function)
 
 inline Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {

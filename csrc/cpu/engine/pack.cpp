@@ -131,12 +131,9 @@ Tensor packed_depthwise(const Tensor& weight_in) {
   return packed;
 }
 
-DYNOPS_CPU_OP(
-    "cpu_pack_weight(Tensor weight, int groups, bool transposed, bool input_grad, bool merged, bool "
-    "dot) -> Tensor",
-    pack_weight)
-DYNOPS_CPU_OP("cpu_pack_winograd(Tensor weight) -> Tensor", packed_winograd)
-DYNOPS_CPU_OP("cpu_pack_depthwise(Tensor weight) -> Tensor", packed_depthwise)
+DYNOPS_CPU_OP(pack_weight)
+DYNOPS_CPU_OP_NAMED("pack_winograd", packed_winograd)
+DYNOPS_CPU_OP_NAMED("pack_depthwise", packed_depthwise)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -154,8 +154,7 @@ class WinogradPass {
     }
   }
 
-  // Threads transform a chunk of tiles together, then each multiplies it with its own panels of a large
-  // weight.
+  // Of a large weight: threads transform a chunk of tiles together, then each multiplies by its own panels.
   void share_panels(int64_t threads, int64_t chunk) const {
     const int64_t chunks = ceil_div(tiles_, chunk), most = std::min(tiles_, chunk + kTileRows);
     const std::unique_ptr<float[]> v(new float[kPositions * most * f_.in_channels]);

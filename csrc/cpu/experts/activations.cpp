@@ -55,14 +55,8 @@ void expert_activation_grad(const Tensor& grad, const Tensor& z, int64_t activat
   });
 }
 
-DYNOPS_CPU_OP(
-    "cpu_expert_activation(Tensor z, int activation, bool gated, bool interleaved, float alpha, float "
-    "limit, Tensor(a!) h) -> ()",
-    expert_activation)
-DYNOPS_CPU_OP(
-    "cpu_expert_activation_grad(Tensor grad, Tensor z, int activation, bool gated, bool interleaved, "
-    "float alpha, float limit, Tensor(a!) dz) -> ()",
-    expert_activation_grad)
+DYNOPS_CPU_OP(expert_activation)
+DYNOPS_CPU_OP(expert_activation_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -24,8 +24,7 @@ std::vector<int32_t> keys_of(const Tensor& index, int64_t experts) {
   return key;
 }
 
-// First choices take their places before second ones, each in the order of the tokens; what finds none is
-// dropped.
+// First choices take their places before second ones, each in the order of the tokens; the rest is dropped.
 void drop_past_capacity(std::vector<int32_t>& key, int64_t tokens, int64_t topk, int64_t experts,
                         int64_t capacity) {
   std::vector<int64_t> left(experts, capacity);

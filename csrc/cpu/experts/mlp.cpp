@@ -286,17 +286,8 @@ void experts_mlp(const Tensor& x, const Tensor& up_in, const Tensor& down_in, co
   linear_rows(call, data_of<const char>(h), true, down, target);
 }
 
-DYNOPS_CPU_OP(
-    "cpu_grouped_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? row_weight, "
-    "Tensor order, Tensor offsets, Tensor position, bool packed_in, bool packed_out, bool transposed, "
-    "int activation, Tensor(a!) out) -> ()",
-    grouped_linear)
-DYNOPS_CPU_OP(
-    "cpu_experts_mlp(Tensor x, Tensor up, Tensor down, Tensor? up_scale, Tensor? down_scale, Tensor? "
-    "up_bias, Tensor? down_bias, Tensor? row_weight, Tensor order, Tensor offsets, Tensor position, int "
-    "activation, bool gated, bool interleaved, bool up_transposed, bool down_transposed, float alpha, "
-    "float limit, Tensor(a!) h, Tensor(b!) out) -> ()",
-    experts_mlp)
+DYNOPS_CPU_OP(grouped_linear)
+DYNOPS_CPU_OP(experts_mlp)
 
 }  // namespace
 }  // namespace dynops::cpu

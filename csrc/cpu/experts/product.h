@@ -41,8 +41,7 @@ struct ExpertWeight {
   }
 };
 
-// The columns of an expert's weight that are multiplied at once: one run, or two of equal length (gate and
-// up).
+// The columns of an expert's weight that are multiplied at once: one run, or two alike (gate and up).
 struct ExpertColumns {
   int64_t expert, begin, count;
   int64_t second = -1;  // where the other run begins
@@ -110,8 +109,7 @@ class ExpertProduct {
  public:
   ExpertProduct(const ExpertWeight& weight, Dtype rows);
 
-  // The rows' sums lie [rows][sums_stride]: the columns of the first run, then at `run_width` those of the
-  // second.
+  // The rows' sums lie [rows][sums_stride]: the first run's columns, then at `run_width` the second's.
   int64_t run_width(int64_t columns) const { return round_up(columns, kernels().panel_width); }
   // Floats from one row of sums to the next. It is a vector more than they need: no power of two then brings
   // all rows to one set of the L1 cache.

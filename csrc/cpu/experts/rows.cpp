@@ -101,18 +101,9 @@ void pair_dots(const Tensor& x_in, const Tensor& rows_in, bool packed, const Ten
   });
 }
 
-DYNOPS_CPU_OP(
-    "cpu_gather_pairs(Tensor x, Tensor? weight, Tensor order, Tensor offsets, Tensor position, "
-    "Tensor(a!) out) -> ()",
-    gather_pairs)
-DYNOPS_CPU_OP(
-    "cpu_combine_pairs(Tensor rows, Tensor? weight, Tensor order, Tensor offsets, Tensor position, "
-    "Tensor(a!) out) -> ()",
-    combine_pairs)
-DYNOPS_CPU_OP(
-    "cpu_pair_dots(Tensor x, Tensor rows, bool packed, Tensor order, Tensor offsets, Tensor position, "
-    "Tensor(a!) out) -> ()",
-    pair_dots)
+DYNOPS_CPU_OP(gather_pairs)
+DYNOPS_CPU_OP(combine_pairs)
+DYNOPS_CPU_OP(pair_dots)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -114,8 +114,6 @@ class ExpertWeightGrad {
                                .dw = sums + column,
                                .dw_stride = width_,
                                .outputs = split,
-                               .tile_begin = 0,
-                               .tile_end = split.tiles,
                                .columns = columns,
                                .add = add,
                                .length = length});
@@ -157,7 +155,7 @@ void expert_bias_grad(const ExpertPlan& plan, const PlanRows& grad, const float*
 // dw: [E, O, I], transposed [E, I, O]; db: [E, O], or none where nobody asks.
 void expert_weight_grad(const Tensor& grad_in, const Tensor& x_in, const OptionalTensor& weight_in,
                         const Tensor& order, const Tensor& offsets, const Tensor& position, bool packed_grad,
-                        bool packed_x, bool transposed, Tensor dw, const OptionalTensor& db) {
+                        bool packed_x, bool transposed, Tensor dw, OptionalTensor db) {
   const ExpertPlan plan(order, offsets, position);
   const PlanRows grad(plan, grad_in, packed_grad, "grad"), x(plan, x_in, packed_x, "x");
   const float* weight = row_weights(weight_in, plan);
@@ -174,10 +172,7 @@ void expert_weight_grad(const Tensor& grad_in, const Tensor& x_in, const Optiona
   if (db) expert_bias_grad(plan, grad, weight, data_of<char>(*db));
 }
 
-DYNOPS_CPU_OP(
-    "cpu_expert_weight_grad(Tensor grad, Tensor x, Tensor? weight, Tensor order, Tensor offsets, Tensor "
-    "position, bool packed_grad, bool packed_x, bool transposed, Tensor(a!) dw, Tensor(b!)? db) -> ()",
-    expert_weight_grad)
+DYNOPS_CPU_OP(expert_weight_grad)
 
 }  // namespace
 }  // namespace dynops::cpu

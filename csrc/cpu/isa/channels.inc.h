@@ -114,8 +114,7 @@ static void expand_of(const char* from, int64_t from_stride, int64_t rows, const
   }
 }
 
-// The list may be a piece of one, say a panel of columns: only vectors that hold one of its channels are
-// touched.
+// The list may be a piece of one, say a panel of columns: only vectors with one of its channels are touched.
 static void expand_add(const float* from, int64_t stride, int64_t rows, const ChannelList& list,
                        float* const* to) {
   const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

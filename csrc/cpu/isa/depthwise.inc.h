@@ -63,8 +63,7 @@ FORCE_INLINE void depthwise_9(const Depthwise& d, const RowBlock& rows, const De
   }
 }
 
-// Any number of taps: NV vectors side by side hide the FMA's latency. `n`: of the last channels, less than
-// one.
+// Any number of taps: NV vectors side by side hide the FMA's latency. `n`: the last channels, less than one.
 template <Dtype kIn, int NV>
 FORCE_INLINE void depthwise_any(const Depthwise& d, const RowBlock& rows, const DepthwiseTile& tile,
                                 int64_t channel, int n = Vec::kLanes) {

@@ -1,5 +1,4 @@
-// Rows of experts: products straight on a weight's rows, and the steps after a product. Included by
-// kernels.inc.h.
+// Rows of experts: products straight on a weight's rows, and the steps after. Included by kernels.inc.h.
 
 // ------------------------------------------------------------------------------ dots of whole rows
 
@@ -155,8 +154,7 @@ static void row_dots(const RowDots& d) {
 
 // ------------------------------------------------------------------------- after a product
 
-// Rows first: columns first would touch a line of each row in turn, and rows 4 KB apart share one set of the
-// L1 cache.
+// Rows first: columns first would touch a line of each row in turn, and rows 4 KB apart share an L1 set.
 static void finish_rows(const FinishRows& f) {
   const bool affine = f.scale || f.bias || f.activation != Activation::kNone;
   for (int i = 0; i < f.rows; ++i) {

@@ -149,8 +149,7 @@ FORCE_INLINE void prefetch_segment(const Gemm& g, const NextTile& next, int segm
   }
 }
 
-// Asks for memory that lies ahead, in equal shares at each kAheadDepth of a tile's depth: a burst would wait
-// for memory.
+// Asks for what lies ahead, in equal shares at each kAheadDepth of a tile's depth: a burst would wait.
 constexpr int kAheadDepth = 128;
 struct Requests {
   const char *at, *row_end;

@@ -147,11 +147,7 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
   if (unused) std::memset(f.out + rows * f.out_bytes(), 0, unused * f.out_bytes());
 }
 
-DYNOPS_CPU_OP(
-    "cpu_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, int[] "
-    "geometry, int activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, Tensor? "
-    "base, bool merged, Tensor? quads, Tensor(a!) out) -> ()",
-    conv)
+DYNOPS_CPU_OP(conv)
 
 }  // namespace
 }  // namespace dynops::cpu

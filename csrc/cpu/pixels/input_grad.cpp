@@ -290,9 +290,6 @@ void depthwise_input_grad(const ConvGrad& c, const float* weight, const int32_t*
   DepthwiseInputGrad(c, nullptr, weight, weight_of, dx).run();
 }
 
-DYNOPS_CPU_OP(
-    "cpu_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, int[] "
-    "geometry, Tensor(a!) dx) -> ()",
-    conv_input_grad)
+DYNOPS_CPU_OP(conv_input_grad)
 
 }  // namespace dynops::cpu

@@ -36,8 +36,7 @@ struct Places {
   // True if each plane is without gaps: then a line's end is the next one's beginning.
   bool whole() const { return (x_bytes == size || w <= 1) && (y_bytes == w * size || h <= 1); }
 
-  // True if ascending pixels lie at ascending addresses: not where images overlap, as those of an expanded
-  // batch.
+  // True if ascending pixels lie at ascending addresses: not where images overlap (an expanded batch).
   bool ascends(int64_t images) const { return whole() && (images <= 1 || n_bytes >= h * w * size); }
 
   // Bytes to the first channel of the pixels at[0 .. count), or without `at` of those from `first` on.
@@ -111,8 +110,7 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
 
 }  // namespace
 
-// Filled and then written while they lie in the L1 cache: a map that is written in two passes comes from
-// memory twice.
+// Filled and written while they lie in the L1 cache: written in two passes, a map comes from memory twice.
 void scatter_pixels(const PlaneMap& map, const PlaneSource& source, int64_t n, Span pixels, Span channels,
                     bool stream, std::vector<int32_t>& row) {
   const int64_t image = n * map.plane, first_pixel = image + pixels.begin, count = pixels.size();
@@ -199,11 +197,8 @@ void scatter_planes(const Tensor& rows_in, const OptionalTensor& index, const Op
   scatter_to_planes(map, {data_of<const char>(rows_in), at, rows, !index});
 }
 
-DYNOPS_CPU_OP("cpu_gather_planes(Tensor x, Tensor? index, Tensor? count, Tensor(a!) out) -> ()",
-              gather_planes)
-DYNOPS_CPU_OP(
-    "cpu_scatter_planes(Tensor rows, Tensor? index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
-    scatter_planes)
+DYNOPS_CPU_OP(gather_planes)
+DYNOPS_CPU_OP(scatter_planes)
 
 }  // namespace
 }  // namespace dynops::cpu

@@ -24,8 +24,7 @@ struct PlaneSource {
   bool all;
 };
 
-// Writes some channels of some pixels of image n; `row` is working memory. The rows that lie there are found
-// by a search.
+// Writes some channels of some pixels of image n; `row` is working memory. A search finds the rows there.
 void scatter_pixels(const PlaneMap& map, const PlaneSource& source, int64_t n, Span pixels, Span channels,
                     bool stream, std::vector<int32_t>& row);
 

@@ -47,8 +47,7 @@ class Vectors {
       const int64_t stop = std::min(width, end - line);
       for (int64_t x = 0; x < stop && at < last && *at < line + stop;) {
         x = (*at - line) / lanes * lanes;
-        // the last vector is moved back on to its line: what it shares with the one before is the same in
-        // both
+        // the last vector is moved back on to its line: what two vectors share is the same in both
         if (x + lanes > stop && stop >= lanes) x = stop - lanes;
         const int64_t n = std::min(lanes, stop);
         in_at.push_back((line - begin) / width * in_step + x);
@@ -290,10 +289,7 @@ void planes_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   }
 }
 
-DYNOPS_CPU_OP(
-    "cpu_planes_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, int[] "
-    "geometry, int activation, Tensor? scale, Tensor? shift, Tensor? base, Tensor(a!) out) -> ()",
-    planes_conv)
+DYNOPS_CPU_OP(planes_conv)
 
 }  // namespace
 }  // namespace dynops::cpu

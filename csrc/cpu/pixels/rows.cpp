@@ -1,5 +1,4 @@
-// gather_rows, scatter_rows and merge_rows on the CPU: whole rows, of a pixel or of a sample. Copies are of
-// any dtype.
+// gather_rows, scatter_rows and merge_rows on the CPU: rows of a pixel or a sample. Copies are of any dtype.
 #include <cstring>
 #include <vector>
 
@@ -86,8 +85,7 @@ class Merge {
     });
   }
 
-  // out[n] = scale[i] * rows[i] + base[n], or with `mix` + (1 - scale[i]) * base[n]; no scale: 1. Sums of
-  // float32.
+  // out[n] = scale[i] * rows[i] + base[n], or with `mix` + (1 - scale[i]) * base[n]; no scale: 1. In float32.
   void add(const char* base, const float* scale, bool mix, Dtype dtype, char* out) const {
     each([&](int64_t n, int64_t i, int64_t begin, int64_t size) {
       const int64_t at = n * bytes_ + begin;
@@ -196,18 +194,11 @@ void merge(const Tensor& rows_in, const Tensor& index, const OptionalTensor& cou
 
 }  // namespace
 
-DYNOPS_CPU_OP("cpu_gather(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()", gather)
-DYNOPS_CPU_OP("cpu_scatter(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
-              scatter)
-DYNOPS_CPU_OP("cpu_keep(Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()", keep)
-DYNOPS_CPU_OP("cpu_gather_samples(Tensor x, Tensor index, Tensor? count, Tensor(a!) out) -> ()",
-              gather_samples)
-DYNOPS_CPU_OP(
-    "cpu_scatter_samples(Tensor rows, Tensor index, Tensor? count, Tensor? base, Tensor(a!) out) -> ()",
-    scatter_samples)
-DYNOPS_CPU_OP(
-    "cpu_merge(Tensor rows, Tensor index, Tensor? count, Tensor base, Tensor? scale, bool mix, "
-    "Tensor(a!) out) -> ()",
-    merge)
+DYNOPS_CPU_OP(gather)
+DYNOPS_CPU_OP(scatter)
+DYNOPS_CPU_OP(keep)
+DYNOPS_CPU_OP(gather_samples)
+DYNOPS_CPU_OP(scatter_samples)
+DYNOPS_CPU_OP(merge)
 
 }  // namespace dynops::cpu

@@ -278,8 +278,7 @@ void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, in
 
 namespace {
 
-// The sum of the gradient rows, in blocks that do not depend on the number of threads, so that neither does
-// the result.
+// The sum of the gradient rows in blocks: the number of threads does not change the result.
 void bias_grad(const ConvGrad& c, int64_t max_threads, char* out) {
   constexpr int64_t kRows = 512;
   const int64_t blocks = ceil_div(c.rows, kRows), channels = c.out_channels;
@@ -327,7 +326,7 @@ void depthwise_weight_grad(const ConvGrad& c, const Source& source, int64_t max_
 // dw: the weight's shape, contiguous; db: [O], or none where nobody asks; of the gradient's dtype.
 void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& index, const OptionalTensor& count,
                  const OptionalTensor& source_in, IntHeaderOnlyArrayRef geometry, Tensor dw,
-                 const OptionalTensor& db) {
+                 OptionalTensor db) {
   const ConvGrad c = conv_grad_of(grad, index, count, geometry, x.size(1));
   const int64_t row_bytes = c.in_channels * size_of(c.dtype);
   const ZeroRow zero(row_bytes);
@@ -354,9 +353,6 @@ void conv_weight_grad(const ConvGrad& c, const Source& source, int64_t threads, 
   if (db) bias_grad(c, threads, db);
 }
 
-DYNOPS_CPU_OP(
-    "cpu_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, int[] "
-    "geometry, Tensor(a!) dw, Tensor(b!)? db) -> ()",
-    weight_grad)
+DYNOPS_CPU_OP_NAMED("conv_weight_grad", weight_grad)
 
 }  // namespace dynops::cpu

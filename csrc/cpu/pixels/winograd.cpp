@@ -14,8 +14,7 @@ namespace {
 // four pixels active a tile is 1.45 (64 channels) to 1.8 times as fast (128 and more).
 constexpr double kPixelsPerTile = 2.75;
 constexpr int64_t kMinTiles = 24;  // 64 channels: 64 pixels 29 us instead of 26, 100 pixels 29 instead of 37
-// The tiles of a scattered mask need not all be found to know that they are too many: 12500 pixels took 3 %
-// of a layer.
+// Not all tiles of a scattered mask are needed to know that they are too many: 12500 pixels took 3 %.
 constexpr int64_t kFirstLook = 1024;
 constexpr double kScattered = 2.3;  // pixels a tile; random pixels have 2.1 at 50 %
 
@@ -86,6 +85,6 @@ void run_winograd(const Forward& f, const Tensor& quads) {
   WinogradPass(f, data_of<const int32_t>(quads), quads.size(0)).run();
 }
 
-DYNOPS_CPU_OP("cpu_winograd_quads(Tensor index, Tensor? count, int[] geometry) -> Tensor", winograd_quads)
+DYNOPS_CPU_OP(winograd_quads)
 
 }  // namespace dynops::cpu

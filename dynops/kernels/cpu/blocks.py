@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ... import backends
 from ...geometry import as_block_geometry
 from ..layout import empty_map, memory_format_of
-
-if backends.has_binary():
-    _cpu_gather = torch.ops.dynops.cpu_gather_tiles.default
-    _cpu_scatter = torch.ops.dynops.cpu_scatter_tiles.default
+from .engine import CPP
 
 
 def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Tensor:
     """See ``ops.blocks._gather_tiles``."""
     g, layout = as_block_geometry(geometry), memory_format_of(x)
     out = empty_map(x, (index.shape[0], x.shape[1], g.tile_h, g.tile_w), layout)
-    _cpu_gather(x.contiguous(memory_format=layout), index, count, g, out)
+    CPP.gather_tiles(x.contiguous(memory_format=layout), index, count, g, out)
     return out
 
 
@@ -29,5 +24,5 @@ def scatter_tiles(
     g, layout = as_block_geometry(geometry), memory_format_of(tiles)
     out = empty_map(tiles, (g.batch, tiles.shape[1], g.height, g.width), layout)
     base = None if base is None else base.contiguous(memory_format=layout)
-    _cpu_scatter(tiles.contiguous(memory_format=layout), index, count, g, base, add, out)
+    CPP.scatter_tiles(tiles.contiguous(memory_format=layout), index, count, g, base, add, out)
     return out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...geometry import as_geometry
 from ..layout import empty_map
-from .engine import CHANNELS_LAST
+from .engine import CHANNELS_LAST, CPP
 from .rows import last
 
 
@@ -19,7 +19,7 @@ def _filters(kernels: Tensor) -> Tensor:
 def conv(x, kernels, geometry, upsample):
     """See ``ops.channels.filters._conv``."""
     out = empty_map(x, (*x.shape[:2], *kernels.shape[2:]), CHANNELS_LAST)
-    torch.ops.dynops.cpu_local_conv(last(x), _filters(kernels), upsample, geometry, out)
+    CPP.local_conv(last(x), _filters(kernels), upsample, geometry, out)
     return out
 
 
@@ -27,7 +27,7 @@ def conv_input_grad(grad, kernels, geometry, upsample):
     """See ``ops.channels.filters._conv_input_grad``."""
     g = as_geometry(geometry)
     dx = empty_map(grad, (*grad.shape[:2], g.in_h, g.in_w), CHANNELS_LAST)
-    torch.ops.dynops.cpu_local_conv_input_grad(last(grad), _filters(kernels), upsample, geometry, dx)
+    CPP.local_conv_input_grad(last(grad), _filters(kernels), upsample, geometry, dx)
     return dx
 
 
@@ -35,5 +35,5 @@ def conv_kernel_grad(grad, x, geometry, upsample):
     """See ``ops.channels.filters._conv_kernel_grad``."""
     g = as_geometry(geometry)
     out = empty_map(grad, (grad.shape[0], g.groups * g.taps, *grad.shape[2:]), CHANNELS_LAST)
-    torch.ops.dynops.cpu_local_conv_kernel_grad(last(grad), last(x), upsample, geometry, out)
+    CPP.local_conv_kernel_grad(last(grad), last(x), upsample, geometry, out)
     return out

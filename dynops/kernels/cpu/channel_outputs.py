@@ -11,7 +11,7 @@ from torch import Tensor
 from ...geometry import ConvGeometry
 from ...kept import kept
 from ..layout import empty_map
-from .engine import CHANNELS_LAST, bf16_dot
+from .engine import CHANNELS_LAST, CPP, bf16_dot
 from .rows import last
 
 # Of a pixel's input that lies in the cache at once: 128 float32 channels under a block of 7 x 7 outputs of 3x3
@@ -31,7 +31,7 @@ def wins(weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
     if weight.shape[1] < _MIN_CHANNELS:
         return False
     share = _BREAK_EVEN * min(1.0, weight.shape[1] * g.taps / _FEW_PRODUCTS[weight.dtype])
-    return torch.ops.dynops.cpu_count_selected(_dense(mask)) < share * mask.numel()
+    return CPP.count_selected(_dense(mask)) < share * mask.numel()
 
 
 def _dense(mask: Tensor) -> Tensor:
@@ -60,7 +60,5 @@ def conv(x, weight, bias, mask, partial, begin, geometry):
     packed = _packed_weight(weight, torch.bfloat16 if dot else torch.float32, 32 if dot else 16)
     out = empty_map(x, mask.shape, CHANNELS_LAST)
     partial = None if partial is None else last(partial)
-    torch.ops.dynops.cpu_masked_conv(
-        last(x), packed, bias, mask, partial, begin, weight.shape[1], geometry, out
-    )
+    CPP.masked_conv(last(x), packed, bias, mask, partial, begin, weight.shape[1], geometry, out)
     return out

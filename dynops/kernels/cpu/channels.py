@@ -10,13 +10,13 @@ import functools
 import torch
 from torch import Tensor
 
-from ... import backends
 from ...geometry import ConvGeometry, as_geometry
 from ..layout import contiguous, empty_map, memory_format_of
 from ..lists import Lists
 from .engine import (
     ACTIVATIONS,
     CHANNELS_LAST,
+    CPP,
     WINOGRAD_CHANNELS,
     packed_weight,
     setup_of,
@@ -24,12 +24,6 @@ from .engine import (
     winograd_weight,
 )
 from .rows import last
-
-if backends.has_binary():
-    _cpu_conv = torch.ops.dynops.cpu_channel_conv.default
-    _cpu_weight_grad = torch.ops.dynops.cpu_channel_weight_grad.default
-    _cpu_gather = torch.ops.dynops.cpu_gather_channels.default
-    _cpu_scatter = torch.ops.dynops.cpu_scatter_channels.default
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,7 +72,7 @@ def conv(
     base = None if base is None else last(base)
     finish = ACTIVATIONS[activation], contiguous(scale, torch.float32), base
     reads = packed_in, out_width >= 0, setup.merged and not winograd, False
-    _cpu_conv(last(x), packed, bias, *lists, g, channels, outputs, heads, False, *finish, *reads, winograd, out)  # fmt: skip
+    CPP.channel_conv(last(x), packed, bias, *lists, g, channels, outputs, heads, False, *finish, *reads, winograd, out)  # fmt: skip
     return out
 
 
@@ -96,7 +90,7 @@ def conv_input_grad(grad, weight, lists: Lists, geometry, heads, in_width, packe
     dx = empty_map(grad, (g.batch, channels if in_width < 0 else in_width, g.in_h, g.in_w), CHANNELS_LAST)
     finish = ACTIVATIONS[""], None, None
     reads = packed_out, in_width >= 0, False, turned and not winograd
-    _cpu_conv(last(grad), packed, None, *lists.outs, *lists.ins, back, outputs, channels, heads, True, *finish, *reads, winograd, dx)  # fmt: skip
+    CPP.channel_conv(last(grad), packed, None, *lists.outs, *lists.ins, back, outputs, channels, heads, True, *finish, *reads, winograd, dx)  # fmt: skip
     return dx
 
 
@@ -105,7 +99,9 @@ def conv_weight_grad(grad, x, lists: Lists, weight_shape, geometry, heads, packe
     dw = grad.new_empty(weight_shape)
     db = grad.new_empty(weight_shape[0] if bias else 0)
     g = as_geometry(geometry)
-    _cpu_weight_grad(last(grad), last(x), *lists, g, heads, packed_in, packed_out, dw, db if bias else None)
+    CPP.channel_weight_grad(
+        last(grad), last(x), *lists, g, heads, packed_in, packed_out, dw, db if bias else None
+    )
     return dw, db
 
 
@@ -113,7 +109,7 @@ def gather(x: Tensor, index: Tensor, count: Tensor, width: int) -> Tensor:
     """See ``ops.channels.rows._gather``."""
     layout = memory_format_of(x)
     out = empty_map(x, (x.shape[0], width, *x.shape[2:]), layout)
-    _cpu_gather(x.contiguous(memory_format=layout), index, count, layout == CHANNELS_LAST, out)
+    CPP.gather_channels(x.contiguous(memory_format=layout), index, count, layout == CHANNELS_LAST, out)
     return out
 
 
@@ -123,5 +119,5 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
     out = empty_map(packed, (packed.shape[0], channels, *packed.shape[2:]), layout)
     base = None if base is None else base.contiguous(memory_format=layout)
     packed = packed.contiguous(memory_format=layout)
-    _cpu_scatter(packed, index, count, base, layout == CHANNELS_LAST, out)
+    CPP.scatter_channels(packed, index, count, base, layout == CHANNELS_LAST, out)
     return out

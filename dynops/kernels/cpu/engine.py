@@ -13,9 +13,17 @@ from ... import backends
 from ...geometry import ConvGeometry
 from ...kept import kept
 
-if backends.has_binary():  # the overload itself: looking it up costs 0.6 us a call
-    _cpu_quads = torch.ops.dynops.cpu_winograd_quads.default
 
+class _Overloads:
+    """The CPU ops of the binary: ``CPP.conv`` is ``torch.ops.dynops.cpu_conv``, looked up once, as that takes 0.6 us."""
+
+    def __getattr__(self, name: str):
+        overload = getattr(torch.ops.dynops, f"cpu_{name}").default
+        setattr(self, name, overload)
+        return overload
+
+
+CPP = _Overloads()
 CHANNELS_LAST = torch.channels_last
 # csrc/cpu/engine/engine.h: Activation
 _NAMES = ("", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2", "clamped_swiglu")
@@ -67,11 +75,9 @@ def packed_weight(weight: Tensor, g: ConvGeometry, setup: Setup, input_grad: boo
 
     def make():
         if setup.depthwise:
-            return torch.ops.dynops.cpu_pack_depthwise(weight)
+            return CPP.pack_depthwise(weight)
         merged = setup.merged and not input_grad
-        return torch.ops.dynops.cpu_pack_weight(
-            weight, g.groups, bool(g.transposed), input_grad, merged, setup.dot
-        )
+        return CPP.pack_weight(weight, g.groups, bool(g.transposed), input_grad, merged, setup.dot)
 
     return kept.get((setup, g.groups, g.transposed, input_grad), make, weight)
 
@@ -81,7 +87,7 @@ def winograd_weight(weight: Tensor, input_grad: bool) -> Tensor:
 
     def make():
         turned = weight.flip(2, 3).transpose(0, 1).contiguous() if input_grad else weight
-        return torch.ops.dynops.cpu_pack_winograd(turned)
+        return CPP.pack_winograd(turned)
 
     return kept.get(("winograd", input_grad), make, weight)
 
@@ -96,7 +102,7 @@ def quads_of(
     if index.shape[0] < _WINOGRAD_ROWS:
         return None
     if derived is None:
-        quads = _cpu_quads(index, count, g)
+        quads = CPP.winograd_quads(index, count, g)
     else:
-        quads = derived("quads", lambda: _cpu_quads(index, count, g))
+        quads = derived("quads", lambda: CPP.winograd_quads(index, count, g))
     return quads if quads.shape[0] else None

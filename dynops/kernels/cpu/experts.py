@@ -5,19 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
 from ..layout import contiguous
-from .engine import ACTIVATIONS, bf16_dot
-
-if backends.has_binary():
-    _cpu_grouped_linear = torch.ops.dynops.cpu_grouped_linear.default
-    _cpu_experts_mlp = torch.ops.dynops.cpu_experts_mlp.default
-    _cpu_weight_grad = torch.ops.dynops.cpu_expert_weight_grad.default
-    _cpu_activation = torch.ops.dynops.cpu_expert_activation.default
-    _cpu_activation_grad = torch.ops.dynops.cpu_expert_activation_grad.default
-    _cpu_gather = torch.ops.dynops.cpu_gather_pairs.default
-    _cpu_combine = torch.ops.dynops.cpu_combine_pairs.default
-    _cpu_dots = torch.ops.dynops.cpu_pair_dots.default
+from .engine import ACTIVATIONS, CPP, bf16_dot
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -38,7 +27,7 @@ def linear(x, weight, scale, bias, row_weight, order, offsets, position, packed_
     out = torch.empty(rows, outputs, dtype=x.dtype if packed_out else torch.float32, device="cpu")
     extras = contiguous(scale), contiguous(bias), contiguous(row_weight, torch.float32)
     options = packed_in, packed_out, transposed, ACTIVATIONS[activation]
-    _cpu_grouped_linear(_rows(x), _matrix(weight), *extras, order, offsets, position, *options, out)
+    CPP.grouped_linear(_rows(x), _matrix(weight), *extras, order, offsets, position, *options, out)
     return out.to(x.dtype)
 
 
@@ -61,7 +50,7 @@ def mlp(
     )
     options = ACTIVATIONS[activation], gated, interleaved
     layout = up_transposed, down_transposed, alpha, limit
-    _cpu_experts_mlp(*tensors, order, offsets, position, *options, *layout, h, out)
+    CPP.experts_mlp(*tensors, order, offsets, position, *options, *layout, h, out)
     return out.to(x.dtype)
 
 
@@ -71,40 +60,40 @@ def weight_grad(grad, x, row_weight, order, offsets, position, packed_grad, pack
     dw = grad.new_empty(experts, *((inputs, outputs) if transposed else (outputs, inputs)))
     db = grad.new_empty((experts, outputs) if bias else (0,))
     rows = grad.contiguous(), x.contiguous(), contiguous(row_weight, torch.float32)
-    _cpu_weight_grad(*rows, order, offsets, position, packed_grad, packed_x, transposed, dw, db if bias else None)  # fmt: skip
+    CPP.expert_weight_grad(*rows, order, offsets, position, packed_grad, packed_x, transposed, dw, db if bias else None)  # fmt: skip
     return dw, db
 
 
 def activation(z, name, gated, interleaved, alpha, limit) -> Tensor:
     """See ``ops.experts.activations._activation``. Computes in float32, whatever the dtype."""
     h = z.new_empty(z.shape[0], z.shape[1] // 2 if gated else z.shape[1])
-    _cpu_activation(z.contiguous(), ACTIVATIONS[name], gated, interleaved, alpha, limit, h)
+    CPP.expert_activation(z.contiguous(), ACTIVATIONS[name], gated, interleaved, alpha, limit, h)
     return h
 
 
 def activation_grad(grad, z, name, gated, interleaved, alpha, limit) -> Tensor:
     """See ``ops.experts.activations._activation_grad``. Computes in float32, whatever the dtype."""
     dz = z.new_empty(z.shape)
-    _cpu_activation_grad(grad.contiguous(), z.contiguous(), ACTIVATIONS[name], gated, interleaved, alpha, limit, dz)  # fmt: skip
+    CPP.expert_activation_grad(grad.contiguous(), z.contiguous(), ACTIVATIONS[name], gated, interleaved, alpha, limit, dz)  # fmt: skip
     return dz
 
 
 def gather(x, weight, order, offsets, position) -> Tensor:
     """See ``ops.experts.rows._gather``."""
     rows = x.new_empty(order.shape[0], x.shape[1])
-    _cpu_gather(x.contiguous(), contiguous(weight, torch.float32), order, offsets, position, rows)
+    CPP.gather_pairs(x.contiguous(), contiguous(weight, torch.float32), order, offsets, position, rows)
     return rows
 
 
 def combine(rows, weight, order, offsets, position) -> Tensor:
     """See ``ops.experts.rows._combine``. Accumulates in float32, whatever the dtype."""
     out = rows.new_empty(position.shape[0], rows.shape[1])
-    _cpu_combine(rows.contiguous(), contiguous(weight, torch.float32), order, offsets, position, out)
+    CPP.combine_pairs(rows.contiguous(), contiguous(weight, torch.float32), order, offsets, position, out)
     return out
 
 
 def dots(x, rows, packed, order, offsets, position) -> Tensor:
     """See ``ops.experts.rows._dots``."""
     out = rows.new_empty(position.shape, dtype=torch.float32)
-    _cpu_dots(x.contiguous(), rows.contiguous(), packed, order, offsets, position, out)
+    CPP.pair_dots(x.contiguous(), rows.contiguous(), packed, order, offsets, position, out)
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
 from ...geometry import ConvGeometry, as_geometry
 from ..epilogue import Epilogue
 from ..layout import contiguous, empty_map
@@ -13,17 +12,13 @@ from . import planes, rows
 from .engine import (
     ACTIVATIONS,
     CHANNELS_LAST,
+    CPP,
     packed_weight,
     quads_of,
     setup_of,
     winograd_weight,
 )
 from .rows import last
-
-if backends.has_binary():  # the overloads themselves: looking one up costs 0.6 us a call
-    _cpu_conv = torch.ops.dynops.cpu_conv.default
-    _cpu_input_grad = torch.ops.dynops.cpu_conv_input_grad.default
-    _cpu_weight_grad = torch.ops.dynops.cpu_conv_weight_grad.default
 
 _NO_EPILOGUE = (0, None, None, None, None, None)  # activation to base
 
@@ -67,7 +62,7 @@ def conv(
     if residual is not None:
         residual = last(residual)
     finish = ACTIVATIONS[activation], scale, shift, gate, residual, base
-    _cpu_conv(last(x), packed, bias, index, count, source, g, *finish, setup.merged, quads, out)
+    CPP.conv(last(x), packed, bias, index, count, source, g, *finish, setup.merged, quads, out)
     return out
 
 
@@ -90,7 +85,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, f
         if from_rows and not (count is None and grad.shape[0] == g.batch * g.out_h * g.out_w):
             source = torch.ops.dynops.inverse_index(index, count, g.out_shape)
         dx = empty_map(grad, shape, CHANNELS_LAST)
-        _cpu_conv(last(grad), packed, None, index, count, source, g, *_NO_EPILOGUE, False, None, dx)
+        CPP.conv(last(grad), packed, None, index, count, source, g, *_NO_EPILOGUE, False, None, dx)
         return dx
     # depthwise kernels write every pixel once; the others add up, in float32
     dtype = grad.dtype if setup.depthwise else torch.float32
@@ -99,7 +94,7 @@ def conv_input_grad(grad, weight, index, count, source, source_rows, geometry, f
     else:
         dx = torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST, device="cpu")
         dx = dx if setup.depthwise else dx.zero_()
-    _cpu_input_grad(last(grad), packed, index, count, source, g, dx)
+    CPP.conv_input_grad(last(grad), packed, index, count, source, g, dx)
     return dx.to(grad.dtype)
 
 
@@ -121,7 +116,7 @@ def _winograd_input_grad(grad, weight, index, count, g: ConvGeometry, from_rows:
     packed_grad = grad.contiguous() if from_rows else rows.gather_rows(grad, index, count)
     dx = empty_map(grad, (g.batch, weight.shape[1], g.in_h, g.in_w), CHANNELS_LAST)
     packed = winograd_weight(weight, True)
-    _cpu_conv(packed_grad, packed, None, reached, None, source, back, *_NO_EPILOGUE, False, quads, dx)
+    CPP.conv(packed_grad, packed, None, reached, None, source, back, *_NO_EPILOGUE, False, quads, dx)
     return dx
 
 
@@ -132,5 +127,5 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, from
     dw = grad.new_empty(weight_shape)
     channels = weight_shape[1] * g.groups if g.transposed else weight_shape[0]
     db = grad.new_empty(channels if bias else 0)
-    _cpu_weight_grad(last(grad), last(x), index, count, source, g, dw, db if bias else None)
+    CPP.conv_weight_grad(last(grad), last(x), index, count, source, g, dw, db if bias else None)
     return dw, db

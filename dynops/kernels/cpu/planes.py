@@ -11,16 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ... import backends
 from ...geometry import ConvGeometry
 from ..epilogue import Epilogue
 from ..layout import empty_map, memory_format_of
-from .engine import ACTIVATIONS
+from .engine import ACTIVATIONS, CPP
 from .rows import channels_last, gather, nchw, planes, scatter
-
-if backends.has_binary():
-    _planes_conv = torch.ops.dynops.cpu_planes_conv.default
-    _mask_to_index = torch.ops.dynops.mask_to_index.default
 
 # Up to this many channels on either side of a group, and in depthwise layers, a convolution may run on planes.
 _THIN = 4
@@ -53,7 +48,7 @@ def _needed(index: Tensor, count: Tensor | None, g: ConvGeometry, derived: Calla
             return None
 
     def find() -> Tensor | tuple:
-        needed = _mask_to_index(torch.ops.dynops.needed_mask.default(index, count, g))
+        needed = torch.ops.dynops.mask_to_index.default(torch.ops.dynops.needed_mask.default(index, count, g))
         return needed if needed.shape[0] <= _FEW * pixels else ()
 
     found = find() if derived is None else derived(("needed", g._replace(groups=1)), find)
@@ -131,7 +126,7 @@ def conv(
     if bare and may_take_planes(weight.shape, g) and _planes_win(active, weight.shape, g):
         out = empty_map(x, (g.batch, outputs, g.out_h, g.out_w), torch.contiguous_format)
         finish = ACTIVATIONS[activation], scale, shift, None if base is None else nchw(base)
-        _planes_conv(x, weight.to(x.dtype).contiguous(), bias, index, count, g, *finish, out)
+        CPP.planes_conv(x, weight.to(x.dtype).contiguous(), bias, index, count, g, *finish, out)
         return out
     if residual is not None and residual.dim() == 4:
         epilogue = epilogue._replace(residual=gather(residual, index, count))

@@ -8,17 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
 from ..layout import contiguous, empty_map
-from .engine import CHANNELS_LAST
-
-if backends.has_binary():
-    _cpu_gather = torch.ops.dynops.cpu_gather.default
-    _cpu_gather_planes = torch.ops.dynops.cpu_gather_planes.default
-    _cpu_scatter = torch.ops.dynops.cpu_scatter.default
-    _cpu_scatter_planes = torch.ops.dynops.cpu_scatter_planes.default
-    _cpu_keep = torch.ops.dynops.cpu_keep.default
-    _cpu_merge = torch.ops.dynops.cpu_merge.default
+from .engine import CHANNELS_LAST, CPP
 
 
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
@@ -26,7 +17,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     if not x.is_contiguous(memory_format=CHANNELS_LAST):
         return gather(x, index, count)
     out = x.new_empty((index.shape[0], x.shape[1]))
-    _cpu_gather(x, index, count, out)
+    CPP.gather(x, index, count, out)
     return out
 
 
@@ -34,14 +25,14 @@ def gather(x: Tensor, index: Tensor | None, count: Tensor | None) -> Tensor:
     """``[N, C, H, W]`` of any strides to rows ``[P, C]``; without an index those of all pixels."""
     rows = x.shape[0] * x.shape[2] * x.shape[3] if index is None else index.shape[0]
     out = torch.empty((rows, x.shape[1]), dtype=x.dtype, device="cpu")
-    _cpu_gather_planes(x, index, count, out)
+    CPP.gather_planes(x, index, count, out)
     return out
 
 
 def scatter_rows(rows: Tensor, index: Tensor, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
     """See ``ops.pixels.rows._scatter_rows``."""
     out = empty_map(rows, (shape[0], rows.shape[1], shape[1], shape[2]), CHANNELS_LAST)
-    _cpu_scatter(rows.contiguous(), index, count, None if base is None else last(base), out)
+    CPP.scatter(rows.contiguous(), index, count, None if base is None else last(base), out)
     return out
 
 
@@ -55,13 +46,13 @@ def scatter_planes(rows: Tensor, index: Tensor, count: Tensor | None, shape, bas
 def scatter(rows: Tensor, index: Tensor | None, count: Tensor | None, shape, base: Tensor | None) -> Tensor:
     """Rows ``[P, C]`` to NCHW for ``shape`` ``(N, H, W)``; without an index those of all pixels."""
     out = empty_map(rows, (shape[0], rows.shape[1], shape[1], shape[2]), torch.contiguous_format)
-    _cpu_scatter_planes(rows.contiguous(), index, count, None if base is None else nchw(base), out)
+    CPP.scatter_planes(rows.contiguous(), index, count, None if base is None else nchw(base), out)
     return out
 
 
 def keep_pixels(out: Tensor, index: Tensor, count: Tensor | None, base: Tensor | None) -> Tensor:
     """``out``, channels_last, with ``base`` (or zero) written at the pixels that are not in the index."""
-    _cpu_keep(index, count, None if base is None else last(base), out)
+    CPP.keep(index, count, None if base is None else last(base), out)
     return out
 
 
@@ -71,7 +62,7 @@ def merge_rows(
     """See ``ops.pixels.rows._merge_rows``. float32, bfloat16 and float16."""
     out = torch.empty(base.shape, dtype=base.dtype, device="cpu")
     scale = contiguous(scale, torch.float32)
-    _cpu_merge(rows.contiguous(), index, count, base.contiguous(), scale, mix, out)
+    CPP.merge(rows.contiguous(), index, count, base.contiguous(), scale, mix, out)
     return out
 
 

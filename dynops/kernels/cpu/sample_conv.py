@@ -8,20 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
 from ...geometry import ConvGeometry, as_geometry
 from ...kept import kept
 from ..layout import contiguous, empty_map
-from .engine import ACTIVATIONS, CHANNELS_LAST, Setup, setup_of, takes_winograd
+from .engine import ACTIVATIONS, CHANNELS_LAST, CPP, Setup, setup_of, takes_winograd
 from .rows import last
-
-if backends.has_binary():
-    _cpu_weighted_conv = torch.ops.dynops.cpu_weighted_conv.default
-    _cpu_weight_grad = torch.ops.dynops.cpu_weighted_weight_grad.default
-    _cpu_input_grad = torch.ops.dynops.cpu_weighted_input_grad.default
-    _cpu_mixed_conv = torch.ops.dynops.cpu_mixed_conv.default
-    _cpu_mixed_in_steps = torch.ops.dynops.cpu_mixed_in_steps.default
-    _cpu_conv = torch.ops.dynops.cpu_conv.default
 
 # As csrc/cpu/channels/own_weights.h has it: a sample of fewer tiles of 2 x 2 pixels runs direct. Mixed weights want as
 # many more as there are: Winograd's are 16/9 as large.
@@ -47,7 +38,7 @@ def conv(x, weight, bias, region, geometry, activation) -> Tensor:
     out = _out_map(x, weight.shape[2], g)
     merged = setup_of(g, weight.shape[-4:], x.dtype, False).merged
     tensors = last(x), weight.contiguous(), contiguous(bias), contiguous(region)
-    _cpu_weighted_conv(*tensors, g, ACTIVATIONS[activation], merged, out)
+    CPP.weighted_conv(*tensors, g, ACTIVATIONS[activation], merged, out)
     return out
 
 
@@ -60,7 +51,7 @@ def conv_input_grad(grad, weight, region, geometry) -> Tensor:
     dx = torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST, device="cpu")
     if not depthwise:  # whose kernel writes every pixel once
         dx.zero_()
-    _cpu_input_grad(last(grad), weight.contiguous(), contiguous(region), g, dx)
+    CPP.weighted_input_grad(last(grad), weight.contiguous(), contiguous(region), g, dx)
     return dx.to(grad.dtype)
 
 
@@ -69,7 +60,7 @@ def conv_weight_grad(grad, x, region, weight_shape, geometry, bias) -> tuple[Ten
     g = as_geometry(geometry)
     dw = grad.new_empty(weight_shape)
     db = grad.new_empty(weight_shape[:3] if bias else 0)
-    _cpu_weight_grad(last(grad), last(x), contiguous(region), g, dw, db if bias else None)
+    CPP.weighted_weight_grad(last(grad), last(x), contiguous(region), g, dw, db if bias else None)
     return dw, db
 
 
@@ -83,10 +74,10 @@ def _packed(weight: Tensor, g: ConvGeometry, setup: Setup, winograd: bool) -> Te
 
     def make():
         if winograd:
-            return torch.stack([torch.ops.dynops.cpu_pack_winograd(w) for w in weight])
+            return torch.stack([CPP.pack_winograd(w) for w in weight])
         if setup.depthwise:
-            return torch.stack([torch.ops.dynops.cpu_pack_depthwise(w) for w in weight])
-        pack = torch.ops.dynops.cpu_pack_weight
+            return torch.stack([CPP.pack_depthwise(w) for w in weight])
+        pack = CPP.pack_weight
         return torch.stack([pack(w, g.groups, False, False, setup.merged, setup.dot) for w in weight])
 
     return kept.get(("mixed", winograd, setup, g.groups), make, weight)
@@ -103,7 +94,7 @@ def _mix_outputs(x, packed, mix, bias, g, activation, merged: bool, out) -> None
         is_last = e + 1 == packed.shape[0]
         sum_so_far = out if e or bias is not None else None
         finish = activation if is_last else 0, None, None, shares[e], sum_so_far, None
-        _cpu_conv(x, packed[e], None, index, None, None, g, *finish, merged, None, out)
+        CPP.conv(x, packed[e], None, index, None, None, g, *finish, merged, None, out)
 
 
 def mixed_conv(x, weight, mix, bias, geometry, activation) -> Tensor:
@@ -119,7 +110,7 @@ def mixed_conv(x, weight, mix, bias, geometry, activation) -> Tensor:
     if few and x.dtype == torch.float32 and not setup.depthwise:
         _mix_outputs(*tensors, setup.merged, out)
     elif x.dtype == torch.float32 and g.groups == 1 and not setup.merged and not winograd:
-        _cpu_mixed_in_steps(*tensors, out)
+        CPP.mixed_in_steps(*tensors, out)
     else:
-        _cpu_mixed_conv(*tensors, setup.merged, winograd, out)
+        CPP.mixed_conv(*tensors, setup.merged, winograd, out)
     return out

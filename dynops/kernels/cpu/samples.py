@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
 from ..layout import empty_map
-
-if backends.has_binary():
-    _cpu_gather = torch.ops.dynops.cpu_gather_samples.default
-    _cpu_scatter = torch.ops.dynops.cpu_scatter_samples.default
+from .engine import CPP
 
 
 def gather(x: Tensor, index: Tensor, count: Tensor | None, layout: torch.memory_format) -> Tensor:
     """``[N, ...]`` to ``[K, ...]``, both in ``layout``; samples past the count are zero."""
     out = empty_map(x, (index.shape[0], *x.shape[1:]), layout)
-    _cpu_gather(x.contiguous(memory_format=layout), index, count, out)
+    CPP.gather_samples(x.contiguous(memory_format=layout), index, count, out)
     return out
 
 
@@ -26,5 +22,5 @@ def scatter(
     """``[K, ...]`` to ``[N, ...]``, both in ``layout``; elsewhere ``base``, or zero."""
     out = empty_map(rows, (batch, *rows.shape[1:]), layout)
     base = None if base is None else base.contiguous(memory_format=layout)
-    _cpu_scatter(rows.contiguous(memory_format=layout), index, count, base, out)
+    CPP.scatter_samples(rows.contiguous(memory_format=layout), index, count, base, out)
     return out

@@ -11,6 +11,7 @@ from ...modes import autocast_dtype
 from ...ops import checks, dense_fallback
 from ...ops.pixels.rows import in_format_of
 from ...plans import BlockPlan, as_block_plan, check_mask
+from ...plans.masks import check_shape
 from ...stack.run_rows import checked_base
 from ...stack.run_tiles import run_tiles
 from ...stack.traced import Macs, Traced
@@ -33,7 +34,7 @@ class SparseBlocks(nn.Module):
     Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
     (nearest and bilinear, integer factors), PixelShuffle, ZeroPad2d, elementwise activations, Dropout in eval mode, their
     functional forms, sums, differences and products of maps, parameters of one value for each channel,
-    and cat of channels. It is traced at construction, and anew where a module inside was replaced.
+    cat of channels, and LayerNorm, RMSNorm and Linear between two permutes (ConvNeXt's blocks). It is traced at construction, and anew where a module inside was replaced.
 
     Args:
         module: the stack; its parameters are found under ``module.`` in the ``state_dict``.
@@ -115,11 +116,12 @@ class SparseBlocks(nn.Module):
 
     def output_shape(self, in_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """``(N, H, W)`` of the output for an input of ``in_shape = (N, H, W)``."""
-        return self._stack().output_shape(tuple(in_shape))
+        return self._stack().output_shape(check_shape(in_shape, "in_shape"))
 
     def macs(self, x: Tensor, mask_or_plan: Tensor | BlockPlan | None = None) -> Macs:
         """The multiply-accumulates of ``layer(x, mask_or_plan)``, by the path that it takes: on rows the pixels that
         each convolution computes, on tiles whole tiles."""
+        checks.tensor(x, "x", 4, "[N, C, H, W]")
         bound, in_shape = self._stack(), (x.shape[0], x.shape[2], x.shape[3])
         if mask_or_plan is None:
             return bound.macs(x, None)

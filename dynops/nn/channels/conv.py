@@ -9,7 +9,7 @@ from ... import modes
 from ...ops import channel_conv2d, channel_linear, packed_channel_conv2d
 from ...plans import ChannelPlan, as_channel_plan
 from ...stack.norm import fold, uses_batch_statistics
-from ..from_dense import FromDense, with_batch
+from ..from_dense import FromDense, conv_options, with_batch
 from .norm import norm_channels
 
 
@@ -87,11 +87,7 @@ class ChannelConv2d(FromDense, nn.Conv2d):
             bias,
             in_plan,
             out_plan,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            **conv_options(self),
             activation=activation,
             scale=scale,
             **rest,

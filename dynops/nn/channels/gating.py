@@ -15,6 +15,7 @@ from ...ops.pixels.rows import memory_format_of
 from ...plans import ChannelPlan
 from ...stack.norm import fold, uses_batch_statistics
 from ..exact import ExactBuffers
+from ..from_dense import conv_options
 
 
 class SaliencyHead(nn.Module):
@@ -328,11 +329,7 @@ class ChannelGatedConv2d(nn.Conv2d):
             weight,
             gate,
             partial,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            **conv_options(self),
             in_channels=channels,
         )
 

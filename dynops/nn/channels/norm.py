@@ -9,7 +9,7 @@ from ...ops import gather_channels, scatter_channels
 from ...ops.channels import checks as channel_checks
 from ...ops.epilogue import ACTIVATIONS
 from ...plans import ChannelPlan, as_channel_plan
-from ...stack.norm import fold, uses_batch_statistics
+from ...stack.norm import fold, fold_batch, uses_batch_statistics
 from ..from_dense import FromDense
 
 
@@ -105,33 +105,13 @@ def _batch_fold(norm: nn.BatchNorm2d, x: Tensor, plan: ChannelPlan, packed: bool
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     live = plan.mask().expand(len(x), -1)
     n = live.sum(0).to(values.dtype) * x.shape[2:].numel()
-    enough = n > 1
     mean = _live_sum(values, plan, live, packed) / n.clamp(min=1)
     at = gather_channels(mean.expand(len(x), -1).contiguous(), plan) if packed else mean
     var = _live_sum((values - _as_map(at)) ** 2, plan, live, packed) / n.clamp(min=1)
-    if norm.running_mean is not None:
-        if norm.training and norm.track_running_stats:
-            _track(norm, mean.detach(), (var * (n / (n - 1).clamp(min=1))).detach(), enough)
-        mean = torch.where(enough, mean, norm.running_mean)
-        var = torch.where(enough, var, norm.running_var)
-    factor = (var + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight
-    shift = -mean * factor
-    return factor, (shift if norm.bias is None else shift + norm.bias)
+    return fold_batch(norm, mean, var, n, n > 1)
 
 
 def _live_sum(values: Tensor, plan: ChannelPlan, live: Tensor, packed: bool) -> Tensor:
     """``[C]``: the sum of each channel where it is live."""
     sums = values.sum((2, 3))
     return (scatter_channels(sums, plan) if packed else sums.masked_fill(~live, 0)).sum(0)
-
-
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, enough: Tensor) -> None:
-    """Moves the running statistics of the channels with enough values towards those of the batch."""
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
-    if momentum is None:
-        momentum = 1.0 / norm.num_batches_tracked.to(norm.running_mean.dtype)
-    momentum = enough.to(norm.running_mean.dtype) * momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...geometry import pair
 from ...ops import mixed_conv2d
+from ..from_dense import conv_options
 
 
 class CondConv2d(nn.Module):
@@ -36,6 +37,8 @@ class CondConv2d(nn.Module):
 
     Paper: Yang et al., CondConv (NeurIPS 2019).
     """
+
+    padding_mode = "zeros"
 
     def __init__(
         self,
@@ -104,10 +107,7 @@ class CondConv2d(nn.Module):
             self.weight.view(-1, *self.weight_shape),
             routing_weights,
             self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            **conv_options(self),
         )
 
     def _pad_same(self, x: Tensor) -> Tensor:
@@ -219,11 +219,7 @@ class DynamicConv2d(nn.Module):
             self.weight,
             self.attention(x),
             self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            **conv_options(self),
         )
 
     def extra_repr(self) -> str:

@@ -56,11 +56,7 @@ class SwitchableBatchNorm2d(Slimmable, nn.Module):
         features = self._features.of(width)
         if not isinstance(width, Tensor):
             return self.bn[width](input)
-        if input.dim() != 4 or tuple(input.shape[:2]) != (len(width), self.num_features):
-            raise ValueError(
-                f"input: expected {len(width)} samples, one for each width, of {self.num_features} channels, "
-                f"[N, C, H, W], got shape {tuple(input.shape)}"
-            )
+        _check_samples(input, width, self.num_features)
         if any(uses_batch_statistics(norm) for norm in self.bn):
             return self._by_switch(input, width)
         return self._by_sample(input, width, features)
@@ -133,11 +129,7 @@ class UniversalBatchNorm2d(Slimmable, nn.BatchNorm2d):
         width = self.width if width is None else width
         if not isinstance(width, Tensor):
             return self._norm(input, 1.0 if width is None else width)
-        if input.dim() != 4 or tuple(input.shape[:2]) != (len(width), self.num_features):
-            raise ValueError(
-                f"input: expected {len(width)} samples, one for each width, of {self.num_features} channels, "
-                f"[N, C, H, W], got shape {tuple(input.shape)}"
-            )
+        _check_samples(input, width, self.num_features)
         out = torch.zeros_like(input)
         for one in width.unique().tolist():
             samples = (width == one).nonzero()[:, 0]
@@ -161,3 +153,11 @@ class UniversalBatchNorm2d(Slimmable, nn.BatchNorm2d):
             raise ValueError(f"width: expected one of {self.width_mult_list} in eval mode, got {width}")
         weight, bias = self.weight[:channels], self.bias[:channels]
         return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
+
+
+def _check_samples(input: Tensor, width: Tensor, channels: int) -> None:
+    if input.dim() != 4 or tuple(input.shape[:2]) != (len(width), channels):
+        raise ValueError(
+            f"input: expected {len(width)} samples, one for each width, of {channels} channels, "
+            f"[N, C, H, W], got shape {tuple(input.shape)}"
+        )

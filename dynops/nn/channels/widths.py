@@ -10,6 +10,7 @@ from ... import modes
 from ...geometry import is_int
 from ...ops import channel_conv2d, channel_linear
 from ...plans import ChannelPlan
+from ..from_dense import conv_options
 
 Width = int | float | Tensor
 
@@ -26,10 +27,15 @@ def set_width(module: nn.Module, width: Width | None) -> nn.Module:
     Args:
         width: what the layers take: the index of a switch, for universally slimmable layers a multiplier, a
             tensor ``[N]`` of either; None: the widest. A layer that cannot have it raises when it is called.
+
+    Raises:
+        ValueError: a module without slimmable layers.
     """
-    for layer in module.modules():
-        if isinstance(layer, Slimmable):
-            layer.width = width
+    layers = [layer for layer in module.modules() if isinstance(layer, Slimmable)]
+    if not layers:
+        raise ValueError(f"module: expected one with slimmable layers, got a {type(module).__name__} without")
+    for layer in layers:
+        layer.width = width
     return module
 
 
@@ -216,11 +222,7 @@ class SlimmableConv2d(Slimmable, nn.Conv2d):
             self.bias,
             _prefix(inputs, self.in_channels),
             _prefix(outputs, self.out_channels),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            **conv_options(self),
         )
 
     def extra_repr(self) -> str:

@@ -9,7 +9,6 @@ from .masked import (
     MaskedInstanceNorm2d,
     MaskedMaxPool2d,
     MaskedPixelShuffle,
-    MaskedSyncBatchNorm,
     MaskedUpsample,
     MaskedZeroPad2d,
 )
@@ -22,7 +21,6 @@ __all__ = [
     "MaskedInstanceNorm2d",
     "MaskedMaxPool2d",
     "MaskedPixelShuffle",
-    "MaskedSyncBatchNorm",
     "MaskedUpsample",
     "MaskedZeroPad2d",
     "SparseConv2d",

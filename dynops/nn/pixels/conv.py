@@ -9,7 +9,7 @@ from ... import context
 from ...ops import sparse_conv2d, sparse_conv_transpose2d
 from ...plans import PixelPlan, as_pixel_plan, named
 from ...stack.module_geometry import conv_geometry, conv_transpose_geometry
-from ..from_dense import FromDense, with_batch
+from ..from_dense import FromDense, conv_options, with_batch
 
 
 class _SparseConv(FromDense):
@@ -94,11 +94,7 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
             self.weight,
             self.bias,
             self._plan(x, mask_or_plan),
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
+            **conv_options(self),
             **_epilogue(batched, gate, residual, base),
         )
         return out if batched else out[0]

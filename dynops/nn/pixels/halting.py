@@ -42,8 +42,7 @@ class SpatialHalting(nn.Module):
             score is computed everywhere and read at the pixels that run.
             :class:`dynops.gates.SpatialHaltingHead` is the paper's.
         first: a module ``x -> x_1`` that runs everywhere, before ``units``, and may change channels and
-            resolution; it counts as a unit and has a halt. None: ``units[0]`` is the first, and runs
-            everywhere.
+            resolution; it counts as a unit and has a halt. None: ``units[0]`` is it, and runs everywhere.
         epsilon: lets a pixel halt after one unit.
         weighted: False: the output is the last value, and the score a decision, as in :class:`Halting`. With
             scores that are 1 where a classifier is confident, confident pixels leave the stage (deep layer

@@ -27,8 +27,7 @@ class SparseSequential(nn.Sequential):
     Called as ``chain(x, mask_or_plan, base=None)``, with the mask at the output's resolution; without
     a mask it is ``nn.Sequential``. Every inner layer is computed wherever a later one reads it, so in
     eval mode ``chain(x, mask)[mask] == dense_chain(x)[mask]`` up to rounding. Between the layers only
-    packed rows ``[P, C]`` exist; a norm in eval mode and the activation after it are part of the
-    convolution.
+    packed rows ``[P, C]`` exist; a convolution takes the norm in eval mode and the activation after it.
 
     In training mode a norm takes its statistics from the rows that are computed, not from the whole map.
     These are the active pixels and the halo that later layers read. It updates its running statistics with
@@ -84,9 +83,8 @@ class SparseSequential(nn.Sequential):
             if base is not None:
                 raise ValueError("base: expected a mask with it (without one the chain is nn.Sequential)")
             return super().forward(input)
-        if torch.compiler.is_compiling() and not self._stack().holds(
-            self
-        ):  # a graph cannot make a stack anew
+        # a graph cannot make a stack anew
+        if torch.compiler.is_compiling() and not self._stack().holds(self):
             return self._dense(input, as_pixel_plan(mask_or_plan, batch=input.shape[0]), base)
         traced, plan = self._bound_to(input, mask_or_plan)
         if any(traced.inner_hooks):  # they may make the weights, as pruning does

@@ -1,8 +1,8 @@
 """Layers that skip, stop or halt for each sample."""
 
-from .criteria import Criterion, Entropy, IDKClass, LearnedExit, Margin, MaxSoftmax, Patience, Verdict
-from .exits import Cascade, EarlyExit, ExitOutput, ExitScores, Visit
-from .halting import Halting, HaltingOutput, pad_positions
+from .criteria import Criterion, Entropy, IDKClass, LearnedExit, Margin, MaxSoftmax, Patience
+from .exits import Cascade, EarlyExit, ExitOutput, ExitScores
+from .halting import Halting, HaltingOutput
 from .losses import (
     GradientRescale,
     distillation_loss,
@@ -33,8 +33,6 @@ __all__ = [
     "MaxSoftmax",
     "Patience",
     "Skip",
-    "Verdict",
-    "Visit",
     "distillation_loss",
     "exit_cost",
     "exit_probabilities",
@@ -42,7 +40,6 @@ __all__ = [
     "fit_thresholds",
     "gradient_rescale",
     "learned_exit_loss",
-    "pad_positions",
     "self_distillation_loss",
     "weighted_exit_loss",
 ]

@@ -88,7 +88,8 @@ class _Exits(nn.Module):
             return self._every(x, confidence)
         if modes.sizes_stay(x):
             return self._chosen(x)
-        return _outside_graph(self, x) if torch.compiler.is_compiling() else self._compacted(x)
+        compiling = torch.compiler.is_compiling()
+        return modes.outside_graph(self._compacted, x) if compiling else self._compacted(x)
 
     def _every(self, x: Any, confidence: bool) -> list[Tensor] | ExitScores:
         state, memory, logits, sure = x, None, [], []
@@ -359,11 +360,6 @@ class Cascade(_Exits):
         logits = logits.logits if isinstance(logits, ExitOutput) else logits
         _check_logits(logits, f"models[{exit}]")
         return logits, state, state
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
-def _outside_graph(layer: _Exits, x: Any) -> ExitOutput:
-    return layer._compacted(x)
 
 
 def at_most(keep: Tensor, confidence: Tensor, most: int) -> Tensor:

@@ -112,7 +112,7 @@ class Skip(nn.Module):
         if self.dense:
             return self._dense(x, gate)
         if self.max_fraction is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _outside_graph(self, x, gate)
+            return modes.outside_graph(self._compacted, x, gate)
         return self._compacted(x, gate)
 
     def plan(self, gate: Tensor | SamplePlan) -> SamplePlan:
@@ -204,11 +204,6 @@ class Skip(nn.Module):
     def extra_repr(self) -> str:
         text = f"mode={self.mode!r}, dense={self.dense}"
         return text if self.max_fraction is None else f"{text}, max_fraction={self.max_fraction}"
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
-def _outside_graph(layer: Skip, x: Any, gate: Tensor | SamplePlan) -> Any:
-    return layer._compacted(x, gate)
 
 
 def _is_hard(gate: Tensor) -> bool:

@@ -62,8 +62,7 @@ def fit_thresholds(
     Raises:
         TypeError, ValueError: an argument that does not fit, or a budget below the first exit's cost.
 
-    A sample with a NaN confidence leaves nowhere before the last exit. Everything is read back to the host
-    once.
+    A sample of NaN confidence leaves nowhere before the last exit. All is read back to the host once.
 
     Paper: Huang et al., Multi-scale dense networks (ICLR 2018); the authors' code.
     """

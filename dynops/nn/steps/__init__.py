@@ -1,7 +1,6 @@
 """Recurrent layers that skip steps in time, and parts of them."""
 
-from .cells import compacted_cell
-from .frames import StepSelection, encode_steps, gather_steps
+from .frames import StepSelection
 from .reading import Jump, JumpOutput, JumpPolicy, JumpReader, LocationPolicy
 from .rnn import SkipOutput, SkipRNN, SkipState
 from .widths import SkimOutput, SkimRNN, partial_update, prefix_mask
@@ -18,9 +17,6 @@ __all__ = [
     "SkipRNN",
     "SkipState",
     "StepSelection",
-    "compacted_cell",
-    "encode_steps",
-    "gather_steps",
     "partial_update",
     "prefix_mask",
 ]

@@ -1,5 +1,4 @@
-"""Shared parts of recurrent layers that skip: arguments, cells on rows of states, packed sequences of ragged
-runs."""
+"""Shared parts of recurrent layers that skip: arguments, cells on rows, packed sequences of ragged runs."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ class StepSelection:
     """S slots for each of B sequences of T steps; a slot holds a step, or nothing.
 
     Attributes:
-        index: int64 ``[B, S]``, the step in each slot, -1 where there is none. A step may appear more than
-            once.
+        index: int64 ``[B, S]``, the step in each slot, -1 where there is none. A step may repeat.
         steps: T.
 
     ``rows`` of a selection are its P filled slots, sequence by sequence. An encoder that runs on selected
@@ -62,9 +61,8 @@ class StepSelection:
         batch, steps = keep.shape
         most = int(keep.sum(1).max()) if keep.numel() else 0
         index = torch.full((batch, most + 1), -1, device=mask.device)
-        slot = torch.where(
-            keep, keep.cumsum(1) - 1, most
-        )  # what is not selected goes to a slot that is cut off
+        # what is not selected goes to a slot that is cut off
+        slot = torch.where(keep, keep.cumsum(1) - 1, most)
         index.scatter_(1, slot, torch.arange(steps, device=mask.device).expand(batch, steps))
         return cls(index[:, :most], steps)
 

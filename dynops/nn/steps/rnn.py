@@ -156,7 +156,7 @@ class SkipRNN(nn.RNNBase):
                 updates = step_cells.check_decisions(updates, "updates", shape, x.device, self.batch_first)
             if self.dense:
                 return self._by_time(run, updates)
-            return _outside_graph(self, run, updates)
+            return modes.outside_graph(self._compacted, run, updates)
 
     def _prepare(self, x: Tensor, state, lengths) -> _Run:
         batch, steps = x.shape[:2]
@@ -383,11 +383,6 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
-def _outside_graph(layer: SkipRNN, run: _Run, updates) -> SkipOutput:
-    return layer._compacted(run, updates)
 
 
 def _count_to(room: Tensor | float, rate: Tensor) -> Tensor:

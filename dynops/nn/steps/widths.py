@@ -35,8 +35,7 @@ def prefix_mask(
         epsilon: in [0, 0.5).
 
     Returns:
-        The mask ``[N, D]``, with the gradient of its soft values, and the widths int64 ``[N]``: rows that are
-        not 0.
+        The mask ``[N, D]``, with the gradient of its soft values, and the widths int64 ``[N]``: nonzero rows.
 
     Paper: Jernite et al., Variable Computation in Recurrent Neural Networks (ICLR 2017).
     """
@@ -64,8 +63,7 @@ def partial_update(
     input_width: Tensor | int | None = None,
     dense: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step in which each sample reads and updates only the first rows of its state, and copies the
-    others.
+    """One step in which each sample reads and updates the first rows of its state, and copies the others.
 
     With e the mask of the first ``width`` rows and e' that of the first ``input_width`` features::
 
@@ -209,8 +207,7 @@ class SkimOutput(NamedTuple):
 
 
 class SkimRNN(nn.Module):
-    """At each step a sequence runs the big cell, or the small one, which updates the first rows of the
-    state::
+    """Runs at each step the big cell, or the small one, which updates the first rows of the state::
 
         h_t = big(x_t, h)                                     where the gate reads
         h_t = [small(x_t, h[:S]), h[S:]]                      where it skims         (c of an LSTM like h)
@@ -293,12 +290,8 @@ class SkimRNN(nn.Module):
             skim = (skim if skim.is_floating_point() else skim != 0).to(x.dtype)
         both = self.dense or (self.soft and self.training and skim is None)
         with modes.without_autocast(x):
-            run = self._steps if both else self._steps_outside_graph
-            return run(x, state, skim, step_cells.alive_steps(lengths, steps), both)
-
-    @torch._disable_dynamo
-    def _steps_outside_graph(self, *arguments) -> SkimOutput:
-        return self._steps(*arguments)
+            arguments = x, state, skim, step_cells.alive_steps(lengths, steps), both
+            return self._steps(*arguments) if both else modes.outside_graph(self._steps, *arguments)
 
     def _steps(
         self, x: Tensor, state: State, skim: Tensor | None, alive: Tensor | None, both: bool
@@ -354,9 +347,8 @@ class SkimRNN(nn.Module):
         return tuple(torch.where(alive[:, None], a, b) for a, b in zip(new, state, strict=True))
 
     def _chosen(self, big, small, x: Tensor, state: State, skim: Tensor, alive: Tensor | None) -> State:
-        keep = (
-            skim == 0 if alive is None else (skim == 0) & alive
-        )  # a skim that is NaN goes to the small plan, which raises
+        # a skim that is NaN goes to the small plan, which raises
+        keep = skim == 0 if alive is None else (skim == 0) & alive
         plans = (named("skim", "keep", SamplePlan.from_mask, skim), SamplePlan.from_mask(keep))
         trains = modes.differentiated(skim)
         new = state

@@ -38,8 +38,7 @@ class TokenExit(nn.Module):
     and where all have left the later stages do not run.
 
     In training mode, or with ``all_exits=True``, every exit sees every token (aligned training). With
-    ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with ``exits`` drawn at
-    random).
+    ``all_exits=False`` tokens leave in training too, with gradients (mixed training, with random ``exits``).
 
     Args:
         stages: E modules ``(hidden [B, T, C], plan, **context) -> rows [P, C]``, plan a
@@ -113,8 +112,9 @@ class TokenExit(nn.Module):
         if self.criterion is None and exits is None:
             raise ValueError("exits: expected [B, T], as the layer has no criterion, got None")
         modes.refuse_fixed_sizes(hidden, "TokenExit: without all_exits=True")
-        run = _outside_graph if torch.compiler.is_compiling() else TokenExit._compacted
-        return run(self, hidden, exits, context)
+        if torch.compiler.is_compiling():
+            return modes.outside_graph(self._compacted, hidden, exits, context)
+        return self._compacted(hidden, exits, context)
 
     def _every(self, hidden: Tensor, context: dict) -> list[Tensor]:
         shape, logits = hidden.shape, []
@@ -337,11 +337,6 @@ def _collected(gone: list[tuple[Tensor, SamplePlan, int]], hidden: Tensor) -> To
     logits = rows.new_zeros(shape.numel(), *rows.shape[1:]).index_copy(0, index, rows)
     left_at = exits.new_full((shape.numel(),), -1).index_copy(0, index, exits)
     return TokenExitOutput(logits.unflatten(0, shape), hidden, left_at.view(shape))
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the whole compiler here
-def _outside_graph(layer: TokenExit, hidden: Tensor, exits: Tensor | None, context: dict) -> TokenExitOutput:
-    return layer._compacted(hidden, exits, context)
 
 
 def _check_hidden(hidden: Tensor) -> None:

@@ -162,6 +162,3 @@ def expert_activation(
     if gated and z.shape[1] % 2:
         raise ValueError(f"z: expected an even number of columns, gate and up, got shape {tuple(z.shape)}")
     return _apply(z, activation, gated, interleaved, float(alpha), float(limit), backend or "")
-
-
-__all__ = ["expert_activation"]

@@ -272,6 +272,3 @@ def grouped_linear(
     if topk_weight is None:
         return y
     return weighted_rows(y, topk_weight, plan.order, plan.offsets)
-
-
-__all__ = ["grouped_linear"]

@@ -149,6 +149,3 @@ def experts_mlp(
     flips = ups.transposed, downs.transposed
     options = activation, gated, interleaved, *flips, float(alpha), float(limit)
     return _whole_mlp(x, *tensors, *indices, *options, name)
-
-
-__all__ = ["experts_mlp"]

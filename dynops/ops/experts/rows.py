@@ -197,6 +197,3 @@ def combine_pairs(
     checks.plan_rows(rows, "rows", checks.plan_of(plan, rows), packed=True)
     checks.topk_weight_of(topk_weight, plan)
     return combine(rows, topk_weight, plan.order, plan.offsets, plan.position, backend or "")
-
-
-__all__ = ["combine_pairs", "gather_pairs"]

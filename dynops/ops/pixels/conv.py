@@ -407,6 +407,3 @@ def sparse_conv_transpose2d(
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, options, transposed=True)
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, base)  # fmt: skip
     return _dense_or_sparse(x, weight, bias, plan, g, epilogue, base, backend)
-
-
-__all__ = ["sparse_conv2d", "sparse_conv_transpose2d"]

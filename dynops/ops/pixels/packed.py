@@ -72,6 +72,3 @@ def packed_conv_transpose2d(
     x, weight, bias, g = checks.conv_arguments(x, weight, bias, plan, options, in_plan, transposed=True)
     epilogue = checks.epilogue(plan, x, weight.shape[1] * groups, activation, scale, shift, gate, residual, None)  # fmt: skip
     return _pixel_conv(x, weight, bias, plan, in_plan, g, epilogue, None, True, backend)
-
-
-__all__ = ["packed_conv2d", "packed_conv_transpose2d"]

@@ -124,6 +124,30 @@ class Call(Layer):
         return function(*args, **kwargs)
 
 
+class PerPixel(Call):
+    """A call over the channels of each pixel: a Linear, a LayerNorm or a product of a map ``[N, H, W, C]``."""
+
+    def __init__(self, step: Step, module: nn.Module, parameters: dict[int, str]):
+        kind = "function" if ":" in step.target else "module"
+        super().__init__(step._replace(kind=kind), module, parameters)
+        self.packs, self.refusal = True, ""
+
+    def _refuses_parameters(self) -> str:
+        return ""
+
+    def macs(self, in_shape: tuple[int, int, int]) -> float:
+        inner = self.module.get_submodule(self.target) if self.kind == "module" else None
+        return inner.in_features * inner.out_features if type(inner) is nn.Linear else 0.0
+
+    def rows(self, run):
+        x = self.inputs[0]
+        plan = run.plan_like(x, self.out)
+        return Rows(self._call({x: run.at(x, plan)}), plan)
+
+    def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
+        return self._call({self.inputs[0]: inputs[0].permute(0, 2, 3, 1)}).permute(0, 3, 1, 2)
+
+
 def _of_rows(parameter):
     """A parameter ``[C, 1, 1]`` or of one value, for rows ``[P, C]``."""
     return parameter.reshape(-1) if isinstance(parameter, Tensor) and parameter.dim() > 1 else parameter

@@ -10,7 +10,7 @@ from ...geometry import BlockGeometry
 from ...ops.epilogue import ACTIVATIONS, apply_epilogue
 from ...ops.pixels.rows import scatter_pixels
 from ...plans import PixelPlan
-from ..norm import norm_rows, uses_batch_statistics
+from ..norm import check_features, norm_rows, uses_batch_statistics
 from ..trace import Step, dense_type
 from .base import Layer, Rows, finish, place
 
@@ -87,6 +87,7 @@ def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:
 
     Accumulates in float32 at least. With one value in a group the variance is 0.
     """
+    check_features(norm, rows.shape[1])
     n, h, w = plan.shape
     groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else rows.shape[1]
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]

@@ -20,23 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ... import context
-from ..staleness import METHOD, Opaque, changed, frozen, hooked, own_class
+from ..staleness import DATA, METHOD, Opaque, changed, frozen, hooked, own_class
 from .outside import Outside
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
-_DATA = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
 # of a tensor, but no tensors
 _NUMBERS = {"size", "dim", "ndimension", "numel", "stride", "item", "tolist", "element_size", "get_device", "is_contiguous"}  # fmt: skip
 _VIEWS = {"T", "mT", "H", "mH", "data", "real", "imag"}
@@ -108,9 +96,8 @@ class _StandIn:
         value, state = super().__getattr__(name), self.__dict__.get(_STATE)
         return value if state is None or not isinstance(value, Tensor) else state.read(name, value)
 
-    def named_parameters(
-        self, *args, **kwargs
-    ):  # their dtype, device and sizes would be constants of the graph
+    # their dtype, device and sizes would be constants of the graph
+    def named_parameters(self, *args, **kwargs):
         self.__dict__[_STATE].fail("its forward goes through its parameters")
 
     named_buffers = state_dict = named_parameters
@@ -319,7 +306,7 @@ class Recorder(fx.Tracer):
     def create_arg(self, a):
         if isinstance(type(a), type) and issubclass(type(a), fx.Proxy):
             return a.node
-        if isinstance(a, _DATA) or a is Ellipsis:
+        if isinstance(a, DATA) or a is Ellipsis:
             return a
         if type(a) in (tuple, list, torch.Size):
             items = [self.create_arg(item) for item in a]

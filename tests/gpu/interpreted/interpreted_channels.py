@@ -5,42 +5,21 @@ from dataclasses import replace
 import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
-from channel_launches import CASES, DEVICE, DTYPES, Case, Inputs, check, of_cases
+from channel_launches import CASES, DEVICE, Case, Inputs, of_cases
+from launch_checks import DTYPES, check, check_all, check_named_backends
 
 from dynops import ChannelPlan, ops
 from dynops.kernels.triton import channel_lists, channels, channels_weight_grad, gemm, tiling
-from dynops.kernels.triton.channel_lists import channel_index
-from dynops.ops import index as index_reference
 from dynops.ops.channels import conv as reference
 from dynops.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def check_all(inputs: Inputs):
-    check(inputs.conv, channels.conv, reference._conv)
-    check(inputs.input_grad, channels.conv_input_grad, reference._conv_input_grad)
-    check(inputs.weight_grad, channels.conv_weight_grad, reference._conv_weight_grad)
-
-
 @of_cases
-def test_forward(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(
-        inputs.conv, channels.conv, reference._conv, bias=random_tensor(CASES[name].o, dtype=dtype).to(DEVICE)
-    )
-
-
-@of_cases
-def test_input_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.input_grad, channels.conv_input_grad, reference._conv_input_grad)
-
-
-@of_cases
-def test_weight_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.weight_grad, channels.conv_weight_grad, reference._conv_weight_grad)
+def test_values_and_gradients(name, dtype):
+    bias = random_tensor(CASES[name].o, dtype=dtype).to(DEVICE)
+    check_all(Inputs(CASES[name], dtype), channels, reference, bias=bias)
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "depthwise", "packed", "shared", "3x3-all"])
@@ -69,7 +48,7 @@ def test_other_configurations(name, limit, monkeypatch):
         monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
     else:
         monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
-    check_all(Inputs(CASES[name], torch.float32))
+    check_all(Inputs(CASES[name], torch.float32), channels, reference)
 
 
 @pytest.mark.parametrize("name", ["3x3", "heads", "shared", "depthwise"])
@@ -114,27 +93,9 @@ def test_gather_and_scatter(kind, dtype, nchw):
 def test_named_backend_runs_the_kernels():
     tensors = random_tensor(2, 20, 7, 6), random_tensor(24, 20, 3, 3), random_tensor(24), random_tensor(2, 24)
     plans = [ChannelPlan.from_mask(torch.rand(2, size, device=DEVICE) < 0.5) for size in (20, 24)]
-    results = {}
-    for backend in ("triton", "reference"):
-        x, weight, bias, scale = leaves = [t.to(DEVICE).requires_grad_() for t in tensors]
-        out = ops.channel_conv2d(
-            x, weight, bias, *plans, padding=1, activation="silu", scale=scale, backend=backend
-        )
-        results[backend] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
-    for got, expected in zip(results["triton"], results["reference"], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
+    def call(x, weight, bias, scale, backend):
+        options = {"padding": 1, "activation": "silu", "scale": scale, "backend": backend}
+        return ops.channel_conv2d(x, weight, bias, *plans, **options)
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16, torch.float64], ids=str)  # fmt: skip
-@pytest.mark.parametrize("rows,size", [(0, 5), (1, 1), (3, 17), (2, 1025), (4, 0)])
-def test_channel_index(rows, size, dtype):
-    """Lists shorter than the mask's rows, as long, and longer than a program takes at once."""
-    mask = (torch.rand(rows, size) < 0.5).to(dtype)
-    if rows > 1 and size:
-        mask[0], mask[1] = 0, 1
-        if dtype.is_floating_point and dtype != torch.bfloat16:  # which the interpreter keeps as an integer
-            mask[0] = -0.0
-    for width in {0, min(1, size), size // 2, size}:
-        got = channel_index(mask.to(DEVICE), width)
-        for value, expected in zip(got, index_reference._channel_index(mask, width), strict=True):
-            assert value.dtype == expected.dtype and torch.equal(value.cpu(), expected)
+    check_named_backends(call, [t.to(DEVICE) for t in tensors])

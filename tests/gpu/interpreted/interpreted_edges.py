@@ -18,6 +18,7 @@ import pixel_launches as pixel_cases
 import pytest
 import torch
 import weight_launches as weight_cases
+from launch_checks import check, check_all
 
 from dynops import PixelPlan, SamplePlan
 from dynops.kernels import triton as kernels
@@ -93,17 +94,8 @@ WIDE_PIXELS = ("one-of-all", "33-17-15", "last", "last-packed", "last-transposed
 
 
 def check_pixels(case: Pixels, dtype: torch.dtype, epilogue: bool) -> None:
-    inputs, g = pixel_cases.Inputs(case, dtype), case.geometry
-    changes = {}
-    if epilogue:
-        changes = {name: random_tensor(case.o, dtype=dtype) for name in ("bias", "scale", "shift")}
-        changes["gate"] = random_tensor(inputs.plan.num_rows, dtype=dtype)
-        changes["residual"] = random_tensor(inputs.plan.num_rows, case.o, dtype=dtype)
-        if not case.packed_out:
-            changes["base"] = random_tensor(g.batch, case.o, g.out_h, g.out_w, dtype=dtype)
-    pixel_cases.check(inputs.conv, pixels.conv, pixel_reference._conv, **changes)
-    pixel_cases.check(inputs.input_grad, pixels.conv_input_grad, pixel_reference._conv_input_grad)
-    pixel_cases.check(inputs.weight_grad, pixels.conv_weight_grad, pixel_reference._conv_weight_grad)
+    inputs = pixel_cases.Inputs(case, dtype)
+    check_all(inputs, pixels, pixel_reference, **(inputs.epilogue() if epilogue else {}))
 
 
 @named(PIXELS)
@@ -230,10 +222,7 @@ WIDE_CHANNELS = ("one-of-all", "33-17-15", "ends-packed", "ends-groups", "large"
 
 
 def check_channels(case: Channels) -> None:
-    inputs, conv = channel_cases.Inputs(case, FLOAT), channel_reference._conv
-    channel_cases.check(inputs.conv, channels.conv, conv, bias=random_tensor(case.o))
-    channel_cases.check(inputs.input_grad, channels.conv_input_grad, channel_reference._conv_input_grad)
-    channel_cases.check(inputs.weight_grad, channels.conv_weight_grad, channel_reference._conv_weight_grad)
+    check_all(channel_cases.Inputs(case, FLOAT), channels, channel_reference, bias=random_tensor(case.o))
 
 
 @named(CHANNELS)
@@ -263,13 +252,19 @@ def test_channel_lists(r, size, kind):
             assert channels.scatter(*arguments).equal(channel_reference._scatter(*arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, FLOAT, BFLOAT, torch.float64], ids=str)  # fmt: skip
 @pytest.mark.parametrize(
-    "rows,size", [(0, 5), (1, 1), (2, 15), (1, 16), (3, 17), (2, 1024), (1, 1025), (4, 0)]
+    "rows,size", [(0, 5), (1, 1), (2, 15), (1, 16), (3, 17), (2, 1024), (2, 1025), (4, 0)]
 )
-def test_channel_plans(rows, size):
-    mask = random_tensor(rows, size) * (torch.rand(rows, size) < 0.5)
+def test_channel_plans(rows, size, dtype):
+    """Lists shorter than the mask's rows, as long, and longer than a program takes at once."""
+    mask = torch.where(torch.rand(rows, size) < 0.5, random_tensor(rows, size) + 9, 0).to(dtype)
+    if rows > 1:
+        mask[0], mask[1] = 0, 1
+        if dtype.is_floating_point and dtype != BFLOAT:  # which the interpreter keeps as an integer
+            mask[0] = -0.0
     mask[:, size - 1 :] = 1  # the last of the buffer
-    for width in {0, min(1, size), size}:
+    for width in {0, min(1, size), size // 2, size}:
         for got, expected in zip(channel_index(mask, width), index_reference._channel_index(mask, width), strict=True):  # fmt: skip
             assert got.dtype == expected.dtype and got.equal(expected)
 
@@ -338,7 +333,7 @@ WIDE_EXPERTS = ("one-of-all", "33-17-15", "last-expert-summed", "transposed", "s
 
 
 def check_experts(case: Experts, dtype: torch.dtype = FLOAT) -> None:
-    inputs, check = expert_cases.Inputs(case, dtype), expert_cases.check
+    inputs = expert_cases.Inputs(case, dtype)
     check(inputs.linear, experts.linear, expert_reference._linear, activation="silu")
     check(inputs.weight_grad, experts.weight_grad, expert_reference._weight_grad)
 
@@ -361,14 +356,14 @@ def test_experts_with_weights_by_tma(o, i, transposed):
     check_experts(case, BFLOAT)
     for gated, interleaved in ((True, False), (True, True), (False, False)):
         method = expert_cases.mlp(replace(case, packed_out=False), BFLOAT, "silu", gated, interleaved, True)
-        expert_cases.check(method, experts.mlp, mlp_reference._mlp)
+        check(method, experts.mlp, mlp_reference._mlp)
 
 
 @of_offsets
 @pytest.mark.parametrize("r,size", [(0, 3), (3, 0), (1, 1), (M - 1, 63), (M, 64), (M + 1, 65)])
 def test_expert_activations_and_rows(r, size, limit, monkeypatch):
     monkeypatch.setattr(gemm, "INT32_LIMIT", limit)
-    check, calling = expert_cases.check, expert_cases.calling
+    calling = expert_cases.calling
     for gated, interleaved in ((True, False), (True, True), (False, False)):
         z, grad = random_tensor(r, size * (2 if gated else 1)), random_tensor(r, size)
         options = ("silu", gated, interleaved, 1.702, 2.1)

@@ -1,11 +1,14 @@
 """Values of the pixel kernels in Triton's interpreter. Run by ``test_triton_interpreter.py``."""
 
 from dataclasses import replace
+from functools import partial
 
 import interpreter  # noqa: F401 (mends the interpreter)
 import pytest
 import torch
-from pixel_launches import CASES, DTYPES, Inputs, check, of_cases
+from expert_launches import PLAIN
+from launch_checks import DTYPES, check, check_all, check_named_backends
+from pixel_launches import CASES, Inputs, of_cases
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
@@ -18,62 +21,26 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @of_cases
-def test_forward(name, dtype):
+def test_values_and_gradients(name, dtype):
     inputs = Inputs(CASES[name], dtype)
-    check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(CASES[name].o, dtype=dtype))
+    check_all(inputs, pixels, reference, bias=random_tensor(CASES[name].o, dtype=dtype))
     if not CASES[name].packed_out and not CASES[name].packed_in:
         assert memory_format_of(inputs.conv(pixels.conv)) == memory_format_of(inputs.x)
 
 
-@of_cases
-def test_input_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
-
-
-@of_cases
-def test_weight_grad(name, dtype):
-    inputs = Inputs(CASES[name], dtype)
-    check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
-
-
-@pytest.mark.parametrize(
-    "activation", ["", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"]
-)
+@pytest.mark.parametrize("activation", PLAIN)
 @pytest.mark.parametrize("name", ["3x3", "depthwise", "packed", "transposed-stride"])
 def test_epilogue(name, activation):
     for dtype in DTYPES if name == "3x3" else DTYPES[:1]:
-        inputs, channels = Inputs(CASES[name], dtype), CASES[name].o
-        rows, g = inputs.plan.num_rows, inputs.g
-        changes = {k: random_tensor(channels, dtype=dtype) for k in ("bias", "scale", "shift")}
-        changes |= {
-            "gate": random_tensor(rows, dtype=dtype),
-            "residual": random_tensor(rows, channels, dtype=dtype),
-        }
-        if not CASES[name].packed_out:
-            changes["base"] = random_tensor(g.batch, channels, g.out_h, g.out_w, dtype=dtype)
-        check(inputs.conv, pixels.conv, reference._conv, activation=activation, **changes)
+        inputs = Inputs(CASES[name], dtype)
+        check(inputs.conv, pixels.conv, reference._conv, activation=activation, **inputs.epilogue())
 
 
 def test_nan_passes_through_every_activation():
     inputs = Inputs(replace(CASES["1x1"], mask="full"), torch.float32)
     inputs.x[0, 0, 0, 0] = float("nan")
-    for activation in ("", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2"):
+    for activation in PLAIN:
         assert inputs.conv(pixels.conv, activation=activation)[0, :, 0, 0].isnan().all(), activation
-
-
-@pytest.mark.parametrize("name", ["3x3", "packed", "depthwise", "transposed-stride", "capacity"])
-@pytest.mark.parametrize("limit", ["int64-offsets", "small-tiles"])
-def test_other_configurations(name, limit, monkeypatch):
-    """The 64-bit offsets that tensors past 2**31 elements take, and the tiles of small problems."""
-    if limit == "int64-offsets":
-        monkeypatch.setattr(gemm, "INT32_LIMIT", 1)
-    else:
-        monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
-    inputs = Inputs(CASES[name], torch.float32)
-    check(inputs.conv, pixels.conv, reference._conv)
-    check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
-    check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "transposed-stride", "packed", "capacity", "wide"])
@@ -101,17 +68,8 @@ def test_split_reductions(name, dtype, monkeypatch):
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
     split, choose = [], tiling.parts
     monkeypatch.setattr(tiling, "parts", lambda *given: split.append(choose(*given)) or split[-1])
-    case, packed = replace(CASES[name], c=72, o=36 if name == "groups" else 20), CASES[name].packed_out
-    inputs = Inputs(case, dtype)
-    rows, g = inputs.plan.num_rows, inputs.g
-    changes = {key: random_tensor(case.o, dtype=dtype) for key in ("bias", "scale", "shift")}
-    changes |= {
-        "gate": random_tensor(rows, dtype=dtype),
-        "residual": random_tensor(rows, case.o, dtype=dtype),
-    }
-    if not packed:
-        changes["base"] = random_tensor(g.batch, case.o, g.out_h, g.out_w, dtype=dtype)
-    check(inputs.conv, pixels.conv, reference._conv, activation="relu", **changes)
+    inputs = Inputs(replace(CASES[name], c=72, o=36 if name == "groups" else 20), dtype)
+    check(inputs.conv, pixels.conv, reference._conv, activation="relu", **inputs.epilogue())
     assert name == "empty" or max(split) > 1
 
 
@@ -183,15 +141,6 @@ def test_gather_and_scatter(dtype, nchw, capacity):
 
 
 def test_named_backend_runs_the_kernels():
-    x, weight, bias = random_tensor(2, 20, 7, 6), random_tensor(24, 20, 3, 3), random_tensor(24)
+    tensors = random_tensor(2, 20, 7, 6), random_tensor(24, 20, 3, 3), random_tensor(24)
     plan = PixelPlan.from_mask(random_mask((2, 7, 6), 0.4))
-    grads = {}
-    for backend in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        out = ops.sparse_conv2d(
-            leaves[0], leaves[1], leaves[2], plan, padding=1, activation="silu", backend=backend
-        )
-        out.square().sum().backward()
-        grads[backend] = [out, *(t.grad for t in leaves)]
-    for got, expected in zip(grads["triton"], grads["reference"], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    check_named_backends(partial(ops.sparse_conv2d, plan=plan, padding=1, activation="silu"), tensors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from channel_layers import OUT, C, N, double, grouped_trick
-from comparison import close
+from comparison import close, close_gradients
 
 from dynops.nn import (
     CondConv2d,
@@ -41,11 +41,7 @@ def test_condconv(arguments):
     expected = grouped_trick(x, weight, bias, **options)
     out = layer(x, routing)
     close(out, expected)
-    wanted = [x, routing, *layer.parameters()]
-    weights = torch.randn_like(expected)
-    gradients = [torch.autograd.grad((y * weights).sum(), wanted) for y in (out, expected)]
-    for a, b in zip(*gradients, strict=True):
-        close(a, b, 1e-10)
+    close_gradients(out, expected, [x, routing, *layer.parameters()], 1e-10)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from exit_cases import Calls
 from torch import nn
 
 from dynops.nn import (
@@ -28,16 +29,14 @@ def conv(channels: int = 4) -> nn.Module:
     return nn.Conv2d(channels, channels, 3, padding=1)
 
 
-class Wide(nn.Module):
+def wide() -> nn.Module:
     """What ends in a norm under a GPU's autocast."""
-
-    def forward(self, x):
-        return x.float()
+    return Calls(torch.Tensor.float)
 
 
 BRANCHES = {
     "conv": conv,
-    "conv, wide": lambda: nn.Sequential(conv(), Wide()),
+    "conv, wide": lambda: nn.Sequential(conv(), wide()),
     "pool": lambda: nn.AvgPool2d(3, 1, 1),
 }
 
@@ -92,16 +91,16 @@ def test_autocast_in_layers_with_exits_and_experts(dtype):
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             return {call().dtype for call in calls}
 
-    wide = BRANCHES["conv, wide"]
-    for heads in ([head(), head(Wide())], [head(Wide()), head()]):
-        exits = [EarlyExit([conv(), wide()], heads, MaxSoftmax(t)).eval() for t in (0.0, 0.26, 2.0)]
+    widened = BRANCHES["conv, wide"]
+    for heads in ([head(), head(wide())], [head(wide()), head()]):
+        exits = [EarlyExit([conv(), widened()], heads, MaxSoftmax(t)).eval() for t in (0.0, 0.26, 2.0)]
         cascades = [
             Cascade([nn.Sequential(conv(), h) for h in heads], MaxSoftmax(t)).eval() for t in (0.0, 0.26, 2.0)
         ]
         for models in (exits, cascades):
             assert len(dtypes([lambda m=m: m(x).logits for m in models])) == 1
 
-    one, other = conv(), wide()
+    one, other = conv(), widened()
     for weighted in (True, False):
         layers = [
             Halting(lambda s, n: one(s) if n == 1 else other(s), score, 3, weighted=weighted, dense=dense)
@@ -110,7 +109,7 @@ def test_autocast_in_layers_with_exits_and_experts(dtype):
         ]
         assert len(dtypes([lambda m=m: m(x).output for m in layers])) == 1
     choices = (torch.full((N,), 3), torch.zeros(N).long(), torch.arange(N) % 4)
-    branches = [conv(), wide(), conv()]
+    branches = [conv(), widened(), conv()]
     made = dtypes([lambda i=i: ConvExperts(branches)(x, i) for i in choices])
     assert made == {torch.float32}  # the widest of the branches
     tokens = random_tensor(7, 8).to(dtype)
@@ -120,10 +119,10 @@ def test_autocast_in_layers_with_exits_and_experts(dtype):
     hidden = random_tensor(3, 5, 8).to(dtype)
     stages = [
         TokenSequential(nn.Linear(8, 8)),
-        TokenSequential(nn.Linear(8, 8), Wide()),
+        TokenSequential(nn.Linear(8, 8), wide()),
     ]
     models = [
-        TokenExit(stages, [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 4), Wide())], MaxSoftmax(t)).eval()
+        TokenExit(stages, [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 4), wide())], MaxSoftmax(t)).eval()
         for t in (0.0, 0.4, 2.0)
     ]
     assert len(dtypes([lambda m=m: m(hidden).logits for m in models])) == 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from exit_cases import (
     CLASSES,
+    Calls,
     First,
     Pick,
     Scale,
@@ -93,15 +94,6 @@ def tree_stage(state: dict, e: int) -> dict:
     }
 
 
-class TreeStage(nn.Module):
-    def __init__(self, e: int):
-        super().__init__()
-        self.e = e
-
-    def forward(self, state):
-        return tree_stage(state, self.e)
-
-
 class TreeHead(nn.Module):
     def forward(self, state):
         assert state["name"] == "msdnet"
@@ -128,7 +120,7 @@ def test_any_exit_pattern_of_a_tree_of_maps(data, n, exits):
     at = data.draw(st.lists(st.integers(0, exits), min_size=n, max_size=n))
     at = torch.tensor(at, dtype=torch.int64)
     model = EarlyExit(
-        [TreeStage(e) for e in range(exits)],
+        [Calls(lambda state, e=e: tree_stage(state, e)) for e in range(exits)],
         [TreeHead() for _ in range(exits)],
         lambda logits, e, state: state["at"] <= e,
     ).eval()
@@ -348,7 +340,7 @@ def test_bad_verdicts_and_states_are_named():
     with pytest.raises(TypeError, match=r"^criterion: expected leave as a bool tensor \[4\], got bool"):
         pick_model(lambda z, e, s: True)(x)
     with pytest.raises(TypeError, match=r"^heads\[0\]: expected logits \[n, ...\], got dict"):
-        EarlyExit([Scale(3)], [Dict()], MaxSoftmax(0.5))(x)
+        EarlyExit([Scale(3)], [Calls(lambda x: {})], MaxSoftmax(0.5))(x)
     named = EarlyExit(
         [nn.Identity()] * 2, [First()] * 2, lambda z, e, s: z[:, 0] > 0, shared={1: False}
     ).eval()
@@ -357,11 +349,6 @@ def test_bad_verdicts_and_states_are_named():
         match=r"^state\[1\]: expected \[4, ...\], as shared=\{1: False\} says, got shape \(\)",
     ):
         named((random_tensor(4, 3), torch.tensor(1.0)))
-
-
-class Dict(nn.Module):
-    def forward(self, x):
-        return {}
 
 
 def test_stages_of_convolutions_run_on_rows(monkeypatch):

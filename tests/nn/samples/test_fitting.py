@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from exit_cases import replay_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynops.nn.samples.criteria import Entropy, IDKClass, LearnedExit, Margin, MaxSoftmax, Patience
-from dynops.nn.samples.exits import EarlyExit
 from dynops.nn.samples.losses import (
     GradientRescale,
     distillation_loss,
@@ -38,22 +38,9 @@ def validation(dtype=torch.float32, exits: int = E, samples: int = N) -> tuple[T
     return skill * right + torch.randn(exits, samples, C, dtype=dtype), labels
 
 
-class Replay(nn.Module):
-    """The logits of exit e, from a state ``[n, E, C]`` that holds those of all exits."""
-
-    def __init__(self, e: int):
-        super().__init__()
-        self.e = e
-
-    def forward(self, state: Tensor) -> Tensor:
-        return state[:, self.e]
-
-
 def deployed(criterion, logits: Tensor, labels: Tensor, costs=COSTS) -> tuple[float, float, Tensor]:
     """Accuracy, cost and exits of an EarlyExit with this criterion on these logits."""
-    exits = len(logits)
-    model = EarlyExit([nn.Identity()] * exits, [Replay(e) for e in range(exits)], criterion).eval()
-    out = model(logits.transpose(0, 1))
+    out = replay_model(criterion, len(logits))(logits.transpose(0, 1))
     accuracy = (out.logits.argmax(1) == labels).double().mean()
     return float(accuracy), float(torch.tensor(costs).double()[out.exits].mean()), out.exits
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from exit_cases import Calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -193,17 +194,6 @@ class Head(nn.Module):
         return rows[..., :CLASSES] * 4
 
 
-class Pair(nn.Module):
-    """The logits of two classes at exit e: values 2e and 2e + 1 of a token."""
-
-    def __init__(self, e: int):
-        super().__init__()
-        self.e = e
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows[:, 2 * self.e : 2 * self.e + 2]
-
-
 def affine_model(criterion=None, exits: int = 3, **options) -> TokenExit:
     torch.manual_seed(8)
     stages = [TokenSequential(Affine(), Affine()) for _ in range(exits)]
@@ -233,7 +223,8 @@ def test_any_pattern_of_given_exits_bit_for_bit(data, b, t):
 @torch.no_grad()
 @pytest.mark.parametrize("criterion", [Entropy(0.5), Patience(1)], ids=repr)
 def test_criteria_and_their_memory_over_tokens(criterion):
-    model = TokenExit([TokenSequential()] * 4, [Pair(e) for e in range(4)], criterion).eval()
+    heads = [Calls(lambda rows, e=e: rows[:, 2 * e : 2 * e + 2]) for e in range(4)]  # two classes each
+    model = TokenExit([TokenSequential()] * 4, heads, criterion).eval()
     x = random_tensor(5, 6, WIDTH) * 2
     every = torch.stack(model(x, all_exits=True)).flatten(1, 2)  # [E, B T, K]
     if isinstance(criterion, Entropy):
@@ -362,7 +353,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"^max_fraction: expected a number in"):
         affine_model(max_fraction=2)
     with pytest.raises(ValueError, match=r"^stages\[0\]: expected rows \[6, 8\], got \(2, 3, 8\)"):
-        TokenExit([Dense()], [Head()], MaxSoftmax(0.5)).eval()(x)
+        TokenExit([Calls(lambda hidden, plan: hidden)], [Head()], MaxSoftmax(0.5)).eval()(x)
     layer, plan = encoder(), SamplePlan.full(6)
     with pytest.raises(ValueError, match=r"^src_mask: expected \[T, T\] with T 3, got \(2, 2\)"):
         layer(x.double(), plan, src_mask=torch.zeros(2, 2))
@@ -370,8 +361,3 @@ def test_bad_arguments_are_named():
         TokenEncoderLayer(WIDTH, 2)(x, plan)
     with pytest.raises(TypeError, match=r"^layer: expected nn.TransformerEncoderLayer, got Linear"):
         TokenEncoderLayer.from_dense(nn.Linear(2, 2))
-
-
-class Dense(nn.Module):
-    def forward(self, hidden, plan):
-        return hidden

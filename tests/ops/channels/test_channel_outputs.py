@@ -5,27 +5,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from processes import torch_threads
+from pixel_cases import BACKENDS, DTYPES, compare
+from processes import assert_same_on_any_threads
 
 from dynops import ops
 from dynops.geometry import ConvGeometry
 from dynops.kernels.cpu import channel_outputs
-from dynops.testing import (
-    LAYOUTS,
-    assert_within_budget,
-    available_backends,
-    in_both_formats,
-    in_layout,
-    random_tensor,
-)
+from dynops.testing import LAYOUTS, assert_within_budget, in_layout, random_tensor
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),  # torch's, about its own copy
 ]
 
-BACKENDS = available_backends()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, C, O, H, W), weight's kernel, arguments
 CASES = {
     "3x3": ((2, 24, 20, 9, 11), (3, 3), {"padding": 1}),
@@ -60,34 +52,27 @@ def make(case, dtype=torch.float32, density=0.3):
     return x, weight, torch.rand(shape) < density, partial, bias, arguments
 
 
-def gradients(run, dy, *leaves):
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    out = run(*leaves)
-    return out, *torch.autograd.grad(out, leaves, dy.to(out.dtype))
-
-
-def compare(run, dense, *leaves):
-    """Values and the gradients of all leaves, within the budget."""
-    with torch.no_grad():
-        dy = random_tensor(*dense(*leaves).shape, dtype=leaves[0].dtype)
-    exact = gradients(dense, dy, *(leaf.double() for leaf in leaves))
-    names = ("output", *(f"gradient {i}" for i in range(len(leaves))))
-    both = [gradients(dense, dy, *t.values()) for t in in_both_formats(dict(enumerate(leaves)))]
-    rows = (gradients(run, dy, *leaves), exact, list(zip(*both, strict=True)), names)
-    for actual, e, d, name in zip(*rows, strict=True):
-        assert_within_budget(actual, e, d, name)
+def check(x, weight, mask, partial, bias, arguments, backend, span=None):
+    """Values and the gradients of all tensors; ``span``: the range of input channels that is read."""
+    begin, end = span or (0, x.shape[1])
+    tensors = {"x": x, "weight": weight, "partial": partial, "bias": bias}
+    compare(
+        lambda x, weight, **t: ops.masked_output_conv2d(
+            x, weight, mask, **t, **arguments, in_channels=span, backend=backend
+        ),
+        lambda x, weight, **t: oracle(x[:, begin:end], weight, mask, **t, **arguments),
+        tensors,
+        tuple(tensors),
+        backend,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, dtype, backend):
-    x, weight, mask, partial, bias, arguments = make(case, dtype)
-    compare(
-        lambda x, w, p, b: ops.masked_output_conv2d(x, w, mask, p, b, **arguments, backend=backend),
-        lambda x, w, p, b: oracle(x, w, mask, p, b, **arguments),
-        *(x, weight, partial, bias),
-    )
+    x, weight, mask, *_, arguments = given = make(case, dtype)
+    check(*given, backend)
     actual = ops.masked_output_conv2d(x, weight, mask, **arguments, backend=backend)
     expected = [
         oracle(*(t.to(d) for t in (x, weight)), mask, None, None, **arguments) for d in (torch.double, dtype)
@@ -102,13 +87,7 @@ def test_only_a_range_of_channels_is_read(span, backend):
     begin, end = span
     x, weight, mask, partial, bias, arguments = make("3x3")
     weight = weight[:, : end - begin].contiguous()
-    compare(
-        lambda x, w, p, b: ops.masked_output_conv2d(
-            x, w, mask, p, b, **arguments, in_channels=span, backend=backend
-        ),
-        lambda x, w, p, b: oracle(x[:, begin:end], w, mask, p, b, **arguments),
-        *(x, weight, partial, bias),
-    )
+    check(x, weight, mask, partial, bias, arguments, backend, span)
     unread = torch.ones(24, dtype=torch.bool)
     unread[begin:end] = False
     poisoned_x = in_layout(x.masked_fill(unread[:, None, None], float("nan")), "channels_last")
@@ -143,11 +122,7 @@ def test_extreme_masks(kind, backend):
         mask[:, 3] = True
     elif kind == "one pixel":
         mask[:, :, 8, 10] = True
-    compare(
-        lambda x, w, p, b: ops.masked_output_conv2d(x, w, mask, p, b, **arguments, backend=backend),
-        lambda x, w, p, b: oracle(x, w, mask, p, b, **arguments),
-        *(x, weight, partial, bias),
-    )
+    check(x, weight, mask, partial, bias, arguments, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,13 +183,8 @@ def test_half_precision_leaves_the_kernel_earlier():
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")
 def test_the_result_does_not_depend_on_the_threads():
-    x, weight, mask, partial, bias, arguments = make("1x1, several panels and blocks")
-    results = []
-    for threads in (1, 2, 3):
-        with torch_threads(threads):
-            out = ops.masked_output_conv2d(x, weight, mask, partial, bias, **arguments, backend="cpp")
-        results.append(out)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    *tensors, arguments = make("1x1, several panels and blocks")
+    assert_same_on_any_threads(lambda: ops.masked_output_conv2d(*tensors, **arguments, backend="cpp"))
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the binary is not built")

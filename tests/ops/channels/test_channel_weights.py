@@ -8,23 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from pixel_cases import BACKENDS, DTYPES, assert_format, each, run
 from processes import torch_threads
 from torch import Tensor
 
 from dynops import ops
-from dynops.testing import (
-    LAYOUTS,
-    assert_within_budget,
-    available_backends,
-    in_both_formats,
-    in_layout,
-    random_tensor,
-)
+from dynops.testing import LAYOUTS, in_layout, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-BACKENDS = available_backends()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -122,53 +113,18 @@ FEW = {
 }
 
 
-def each(cases: dict):
-    return pytest.mark.parametrize("conv", list(cases.values()), ids=list(cases))
-
-
 backends = pytest.mark.parametrize("backend", BACKENDS)
 ignore_even_same = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
-def run(function, tensors: dict, grads, dy, dtype=None):
-    leaves = {k: v.to(dtype or v.dtype).detach() for k, v in tensors.items()}
-    for name in grads:
-        leaves[name].requires_grad_()
-    out = function(**leaves)
-    if not grads:
-        return out, ()
-    if not dy:  # the same upstream gradient in all three runs
-        dy.append(random_tensor(*out.shape, dtype=tensors["x"].dtype))
-    # the oracle of no sample reads no weight
-    found = torch.autograd.grad(
-        out, [leaves[name] for name in grads], dy[0].to(out.dtype), materialize_grads=True
-    )
-    return out, found
-
-
 def compare(ours, oracle, tensors: dict, grads=None, backend="cpp") -> Tensor:
-    """Checks the value of ``ours`` and the gradients of all tensors against ``oracle``.
-
-    The reference is torch's own convolution, which has no other memory format than that of ``tensors``.
-    """
-    grads, dy = tuple(tensors) if grads is None else grads, []
-    exact, exact_grads = run(oracle, tensors, grads, dy, torch.float64)
-    formats = [tensors] if backend == "reference" else in_both_formats(tensors)
-    both = [run(oracle, given, grads, dy) for given in formats]
-    dense, dense_grads = [d for d, _ in both], zip(*(found for _, found in both), strict=True)
-    actual, actual_grads = run(ours, tensors, grads, dy)
-    if exact.dtype == actual.dtype:
-        torch.testing.assert_close((actual, *actual_grads), (exact, *exact_grads), rtol=1e-10, atol=1e-10)
-        return actual
-    assert_within_budget(actual, exact, dense, "output")
-    for name, a, e, d in zip(grads, actual_grads, exact_grads, dense_grads, strict=True):
-        assert_within_budget(a, e, d, f"gradient of {name}")
-    return actual
+    """Also the gradients of all tensors, if no other names are given."""
+    return pixel_cases.compare(ours, oracle, tensors, tuple(tensors) if grads is None else grads, backend)
 
 
-def check_sample(conv: Conv, backend, tensors, grads=None, **rest) -> Tensor:
+def check_sample(conv: Conv, backend, tensors, grads=None) -> Tensor:
     return compare(
-        lambda **t: ops.sample_conv2d(**t, **conv.arguments, backend=backend, **rest),
+        lambda **t: ops.sample_conv2d(**t, **conv.arguments, backend=backend),
         conv.sample_oracle,
         tensors,
         grads,
@@ -220,9 +176,7 @@ def mixed_tensors(conv: Conv, experts=4, dtype=torch.float32) -> dict[str, Tenso
 @ignore_even_same
 @each(CONVS)
 def test_sample(conv, backend):
-    tensors = sample_tensors(conv)
-    check_sample(conv, backend, tensors, ())
-    check_sample(conv, backend, tensors)
+    check_sample(conv, backend, sample_tensors(conv))
 
 
 @backends
@@ -250,14 +204,12 @@ def test_sample_activation(activation, backend):
         "relu6": F.relu6, "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
         "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     }[activation]  # fmt: skip
-    for grads in ((), None):
-        compare(
-            lambda **t: ops.sample_conv2d(**t, **conv.arguments, activation=activation, backend=backend),
-            lambda **t: conv.sample_oracle(**t, act=act),
-            sample_tensors(conv),
-            grads,
-            backend,
-        )
+    compare(
+        lambda **t: ops.sample_conv2d(**t, **conv.arguments, activation=activation, backend=backend),
+        lambda **t: conv.sample_oracle(**t, act=act),
+        sample_tensors(conv),
+        backend=backend,
+    )
 
 
 @backends
@@ -266,10 +218,7 @@ def test_sample_activation(activation, backend):
 def test_sample_layouts(conv, layout, backend):
     tensors = sample_tensors(conv)
     tensors["x"] = in_layout(tensors["x"], layout)
-    out = check_sample(conv, backend, tensors)
-    if layout in ("nchw", "channels_last"):
-        same = torch.contiguous_format if layout == "nchw" else torch.channels_last
-        assert out.is_contiguous(memory_format=same)
+    assert_format(check_sample(conv, backend, tensors), layout)
 
 
 @backends
@@ -277,10 +226,7 @@ def test_sample_layouts(conv, layout, backend):
 @pytest.mark.parametrize("shared", [False, True])
 @each({k: v for k, v in CONVS.items() if v.n})
 def test_region(conv, shared, backend):
-    tensors = region_tensors(conv, shared=shared)
-    region = conv.region(3)
-    check_region(conv, backend, tensors, region, ())
-    check_region(conv, backend, tensors, region)
+    check_region(conv, backend, region_tensors(conv, shared=shared), conv.region(3))
 
 
 @backends
@@ -314,9 +260,8 @@ def test_region_of_no_sample_and_no_bias(backend):
 @ignore_even_same
 @each({k: v for k, v in CONVS.items() if v.n})
 def test_mixed(conv, backend):
-    tensors = mixed_tensors(conv, 4 if conv.n > 1 else 12)  # the error of a gradient of 4 numbers is luck
-    check_mixed(conv, backend, tensors, ())
-    check_mixed(conv, backend, tensors)
+    experts = 4 if conv.n > 1 else 12  # the error of a gradient of 4 numbers is luck
+    check_mixed(conv, backend, mixed_tensors(conv, experts))
 
 
 @backends
@@ -334,7 +279,6 @@ def test_mixed_bias(backend):
     conv = Conv(c=20, o=35, padding=1)
     tensors = mixed_tensors(conv)
     tensors["bias"] = random_tensor(35)
-    check_mixed(conv, backend, tensors, ())
     check_mixed(conv, backend, tensors)
     del tensors["bias"]
     check_mixed(conv, backend, tensors)
@@ -390,8 +334,8 @@ def test_properties(backend, n, c, o, kernel, stride, padding, dilation, groups,
         ),
         (lambda **t: ops.mixed_conv2d(**t, **arguments), conv.mixed_oracle, mixed_tensors(conv, regions)),
     ):
-        dy = []
-        exact, exact_grads = run(oracle, tensors, tuple(tensors), dy, torch.float64)
-        actual, grads = run(ours, tensors, tuple(tensors), dy)
-        for a, e in zip((actual, *grads), (exact, *exact_grads), strict=True):
+        dy = random_tensor(n, conv.o, *conv.out_shape()[1:])
+        exact, exact_grads = run(oracle, tensors, tuple(tensors), dy.to, torch.float64)
+        actual, grads = run(ours, tensors, tuple(tensors), dy.to)
+        for a, e in zip((actual, *grads.values()), (exact, *exact_grads.values()), strict=True):
             assert (a.double() - e).norm() <= 1e-5 * max(e.norm(), 1)

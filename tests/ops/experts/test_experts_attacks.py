@@ -3,7 +3,7 @@
 import pytest
 import torch
 from expert_cases import CASES, Case, assert_close, linear_oracle
-from processes import torch_threads
+from processes import assert_same_on_any_threads
 
 from dynops import ExpertPlan, ops
 from dynops.ops.experts.quantized import QuantizedExperts
@@ -117,12 +117,7 @@ def test_experts_without_rows_get_a_gradient_of_zero(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_changes_nothing(dtype, name):
     plan, _, tensors = layer(CASES[name], dtype)
-    results = []
-    for threads in (1, 2, 3, 1):
-        with torch_threads(threads):
-            results.append(all_results(plan, tensors, "cpp"))
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert_same_on_any_threads(lambda: all_results(plan, tensors, "cpp"), (1, 2, 3, 1))
 
 
 @needs_binary

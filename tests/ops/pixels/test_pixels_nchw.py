@@ -7,7 +7,8 @@ import pixel_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import torch_threads
+from pixel_cases import DTYPES, check
+from processes import assert_same_on_any_threads
 from torch import Tensor
 
 from dynops import PixelPlan, backends, ops
@@ -27,8 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(not backends.has_binary(), reason="the binary is not built"),
 ]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -67,26 +66,14 @@ CASES = PLANES + ROWS
 
 
 def _inputs(conv: Conv, dtype: torch.dtype, density: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = random_tensor(conv.n, conv.c, conv.h, conv.w, dtype=dtype)
-    weight = random_tensor(conv.o, conv.c // conv.groups, conv.kernel, conv.kernel, dtype=dtype)
-    return x, weight, random_tensor(conv.o, dtype=dtype), random_mask((conv.n, *conv.out_size), density)
+    x, tensors = random_tensor(conv.n, conv.c, conv.h, conv.w, dtype=dtype), conv.tensors(dtype)
+    return x, tensors["weight"], tensors["bias"], random_mask((conv.n, *conv.out_size), density)
 
 
-def _check(conv: Conv, x, weight, bias, plan, mask, epilogue=None, what="") -> Tensor:
-    epilogue = epilogue or {}
-    dense_epilogue = dict(epilogue)
-
-    def reference(dtype=None):
-        cast = [t if dtype is None else t.to(dtype) for t in (x, weight, bias)]
-        extra = {
-            k: v if dtype is None or k == "activation" else v.to(dtype) for k, v in dense_epilogue.items()
-        }
-        return dense_masked_conv2d(*cast, mask, **conv.arguments, **extra)
-
-    out = ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, **epilogue, backend="cpp")
-    assert out.is_contiguous(), f"{what}: expected NCHW, got strides {out.stride()}"
-    assert_within_budget(out, reference(torch.float64), reference(), what)
-    return out
+def _check(conv: Conv, x, weight, bias, mask, capacity=None, activation=None, **epilogue) -> None:
+    tensors, plan = {"x": x, "weight": weight, "bias": bias, **epilogue}, PixelPlan.from_mask(mask, capacity)
+    out = check(conv, "cpp", mask, tensors, plan=plan, activation=activation)
+    assert out.is_contiguous(), f"expected NCHW, got strides {out.stride()}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,9 +82,7 @@ def test_values(conv, dtype):
     for density in (0.0, 0.03, 0.4, 1.0):
         x, weight, bias, mask = _inputs(conv, dtype, density)
         for capacity in (None, mask.numel() + 3):
-            _check(
-                conv, x, weight, bias, PixelPlan.from_mask(mask, capacity), mask, what=f"{density} {capacity}"
-            )
+            _check(conv, x, weight, bias, mask, capacity)
 
 
 @pytest.mark.parametrize("conv", [PLANES[1], PLANES[4], PLANES[6], ROWS[0], ROWS[2]], ids=str)
@@ -116,7 +101,7 @@ def test_epilogues(conv, density):
             {**norm, "gate": gate, "residual": residual, "base": base},
             {"residual": residual.contiguous(memory_format=torch.channels_last), "activation": "relu6"},
         ):
-            _check(conv, x, weight, bias, PixelPlan.from_mask(mask), mask, epilogue, str(sorted(epilogue)))
+            _check(conv, x, weight, bias, mask, **epilogue)
 
 
 def test_a_slice_of_channels_last_gives_nchw():
@@ -137,7 +122,7 @@ def test_batch_0_and_one_pixel(conv):
     for y, z in ((0, 0), (-1, -1), (0, -1)):
         mask = torch.zeros(conv.n, *conv.out_size, dtype=torch.bool)
         mask[-1, y, z] = True
-        _check(conv, x, weight, bias, PixelPlan.from_mask(mask), mask)
+        _check(conv, x, weight, bias, mask)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -205,18 +190,17 @@ def calls(monkeypatch):
     from dynops.kernels.cpu import engine, pixels, planes, rows
 
     for module in (engine, pixels, planes, rows):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, torch._ops.OpOverload):
-                monkeypatch.setattr(module, name, _noting(value, seen))
+        monkeypatch.setattr(module, "CPP", _Noting(seen))
     return seen
 
 
-def _noting(op, seen):
-    def call(*arguments):
-        seen.append(op._schema.name.split("::")[1])
-        return op(*arguments)
+class _Noting:
+    def __init__(self, seen):
+        self.seen = seen
 
-    return call
+    def __getattr__(self, name):
+        self.seen.append(f"cpu_{name}")
+        return getattr(torch.ops.dynops, f"cpu_{name}").default
 
 
 @pytest.mark.parametrize("conv", [PLANES[1], PLANES[6], ROWS[0], ROWS[2]], ids=str)
@@ -302,11 +286,8 @@ def test_dense_and_a_mask_is_the_same(conv, monkeypatch):
 def test_threads_do_not_matter(conv):
     conv = dataclasses.replace(conv, h=3 * conv.h)
     x, weight, bias, mask = _inputs(conv, torch.float32, 0.3)
-    plan, results = PixelPlan.from_mask(mask), []
-    for threads in (1, 2, 5):
-        with torch_threads(threads):
-            results.append(ops.sparse_conv2d(x, weight, bias, plan, **conv.arguments, backend="cpp"))
-    assert all(torch.equal(results[0], out) for out in results[1:])
+    plan = PixelPlan.from_mask(mask)
+    assert_same_on_any_threads(lambda: conv.op(x, weight, bias, plan, backend="cpp"), (1, 2, 5))
 
 
 def test_gradient_of_packed_rows_to_a_map():

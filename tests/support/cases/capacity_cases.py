@@ -31,7 +31,6 @@ class Case:
     tensors: tuple = ()
     library: bool = False
     hostless: tuple[str, ...] = ("reference", "triton")
-    grads: bool = False
     modules: tuple[nn.Module, ...] = field(default=())
 
 
@@ -144,7 +143,7 @@ def pixel_cases() -> dict[str, Case]:
         "pixel chain",
     ):
         case = cases[name]
-        cases[f"{name}, trained"] = Case(trained(case.function), case.masks, case.tensors, grads=True)
+        cases[f"{name}, trained"] = Case(trained(case.function), case.masks, case.tensors)
     return cases
 
 
@@ -177,8 +176,8 @@ def block_cases() -> dict[str, Case]:
     return {
         "block plan": Case(block_plan, masks),
         "block tiles": Case(block_tiles, masks, (maps(),)),
-        "block tiles, trained": Case(trained(block_tiles), masks, (maps(),), grads=True),
-        "block sums, trained": Case(trained(block_sums), masks, (maps(),), grads=True),
+        "block tiles, trained": Case(trained(block_tiles), masks, (maps(),)),
+        "block sums, trained": Case(trained(block_sums), masks, (maps(),)),
         "SparseBlocks": Case(run, masks, (maps(),), library=True, modules=(layer,)),
     }
 
@@ -235,9 +234,9 @@ def channel_cases() -> dict[str, Case]:
     return {
         "channel plan": Case(channel_plan, channel_masks(N, C)),
         "channel conv": Case(channel_conv, channel_masks(N, C), tensors),
-        "channel conv, trained": Case(trained(channel_conv), channel_masks(N, C), tensors, grads=True),
+        "channel conv, trained": Case(trained(channel_conv), channel_masks(N, C), tensors),
         "channel chain": Case(channel_chain, channel_masks(N, C), tensors),
-        "channel chain, trained": Case(trained(channel_chain), channel_masks(N, C), tensors, grads=True),
+        "channel chain, trained": Case(trained(channel_chain), channel_masks(N, C), tensors),
         "channel heads": Case(channel_heads, channel_masks(N, 4, C), (maps(), random_tensor(64, C, 3, 3))),
         "channel linear": Case(channel_linear, channel_masks(N, C), linear),
         "mixed weights conv, trained": Case(
@@ -285,8 +284,8 @@ def expert_cases() -> dict[str, Case]:
         "expert linear": Case(expert_linear, choices(), linear),
         "expert MLP": Case(expert_mlp, choices(), mlp),
         "expert MLP with a capacity": Case(expert_mlp_capacity, choices(), mlp),
-        "expert linear, trained": Case(trained(expert_linear), choices(), linear, grads=True),
-        "expert MLP, trained": Case(trained(expert_mlp), choices(), mlp, grads=True),
+        "expert linear, trained": Case(trained(expert_linear), choices(), linear),
+        "expert MLP, trained": Case(trained(expert_mlp), choices(), mlp),
     }
     for case in cases.values():  # the reference asks the host where each expert's rows end
         case.hostless = ("triton",)
@@ -313,8 +312,8 @@ def sample_cases() -> dict[str, Case]:
     return {
         "sample plan": Case(sample_plan, keeps()),
         "sample rows": Case(sample_rows, keeps(), (x,)),
-        "sample rows, trained": Case(trained(sample_rows), keeps(), (x,), grads=True),
-        "sample sums, trained": Case(trained(sample_sums), keeps(), (x, share), grads=True),
+        "sample rows, trained": Case(trained(sample_rows), keeps(), (x,)),
+        "sample sums, trained": Case(trained(sample_sums), keeps(), (x, share)),
     }
 
 

@@ -37,19 +37,21 @@ def pick_model(criterion, seen: list | None = None, exits: int = EXITS, **option
     ).eval()
 
 
-class Replay(nn.Module):
-    """The logits of exit e, from a state ``[n, E, ...]`` that holds those of all exits."""
+class Calls(nn.Module):
+    """A function without parameters as a module."""
 
-    def __init__(self, e: int):
+    def __init__(self, function):
         super().__init__()
-        self.e = e
+        self.function = function
 
-    def forward(self, state: Tensor) -> Tensor:
-        return state[:, self.e]
+    def forward(self, *inputs):
+        return self.function(*inputs)
 
 
 def replay_model(criterion, exits: int, **options) -> EarlyExit:
-    return EarlyExit([nn.Identity()] * exits, [Replay(e) for e in range(exits)], criterion, **options).eval()
+    """On a state ``[n, E, ...]`` that holds the logits of all exits."""
+    heads = [Calls(lambda state, e=e: state[:, e]) for e in range(exits)]
+    return EarlyExit([nn.Identity()] * exits, heads, criterion, **options).eval()
 
 
 def conv_model(criterion, exits: int = EXITS, norm: bool = False, **options) -> EarlyExit:

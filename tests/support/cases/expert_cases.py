@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from pixel_cases import run, upstream
 from torch import Tensor
 
 from dynops import ExpertPlan
@@ -118,20 +119,6 @@ def mlp_oracle(
     return from_pairs(weighted(y, topk_weight), index, False)
 
 
-def run(function, tensors: dict[str, Tensor], grads, dy: list, dtype=None):
-    """The result, and the gradients of ``grads`` under one upstream gradient for all runs."""
-    leaves = {k: v.to(dtype or v.dtype).detach() for k, v in tensors.items()}
-    for name in grads:
-        leaves[name].requires_grad_()
-    out = function(**leaves)
-    if not grads:
-        return [out]
-    if not dy:
-        dy.append(random_tensor(*out.shape, dtype=tensors["x"].dtype))
-    wanted = [leaves[name] for name in grads]
-    return [out, *torch.autograd.grad(out, wanted, dy[0].to(out.dtype), materialize_grads=True)]
-
-
 def assert_close(
     actual: Tensor, exact: Tensor, dense: Tensor, what: str, dtype=torch.float32, few: bool = False
 ) -> None:
@@ -150,14 +137,20 @@ def assert_close(
 
 
 def compare(ours, oracle, tensors: dict[str, Tensor], grads=None, few: bool = False) -> Tensor:
-    """Checks the value of ``ours`` and its gradients, of all tensors or of ``grads``, against ``oracle``."""
-    grads, dy = tuple(tensors) if grads is None else grads, []
-    exact = run(oracle, tensors, grads, dy, torch.float64)
-    dense, actual = run(oracle, tensors, grads, dy), run(ours, tensors, grads, dy)
-    for name, a, e, d in zip(("output", *grads), actual, exact, dense, strict=True):
-        what = name if name == "output" else f"gradient of {name}"
-        assert_close(a, e, d, what, tensors["x"].dtype, few)
-    return actual[0]
+    """Checks the value of ``ours``, with and without gradients, and those of all tensors or of ``grads``."""
+    grads, dtype = tuple(tensors) if grads is None else grads, tensors["x"].dtype
+    dy_of = upstream(dtype)
+    exact, exact_grads = run(oracle, tensors, grads, dy_of, torch.float64)
+    dense, dense_grads = run(oracle, tensors, grads, dy_of)
+    actual, actual_grads = run(ours, tensors, grads, dy_of)
+    assert_close(actual, exact, dense, "output", dtype, few)
+    for name in grads:
+        found = (actual_grads[name], exact_grads[name], dense_grads[name])
+        assert_close(*found, f"gradient of {name}", dtype, few)
+    if grads:  # the fused way
+        fused = run(ours, tensors, (), dy_of)[0]
+        assert_close(fused, exact, dense, "output without gradients", dtype, few)
+    return actual
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,16 @@ from dynops.testing import random_mask, random_tensor
 N, C, H, W = 4, 16, 12, 10
 
 
+CONV_ARGUMENTS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": (2, 5), "padding": "same"},
+    {"kernel_size": 3, "padding": "valid", "dilation": 2},
+    {"kernel_size": (5, 3), "stride": (2, 1), "padding": (2, 0), "groups": 2},
+    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "reflect"},
+]
+
+
 class Layer(NamedTuple):
     """``module(*inputs)``; ``whole``: torch.compile takes it without a graph break."""
 

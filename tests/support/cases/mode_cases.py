@@ -7,7 +7,6 @@ from dynops.geometry import ConvGeometry
 
 # ops that must raise rather than give a tensor without its derivative, and those without floating results
 REFUSING = {"experts_mlp", "expert_activation_grad"}
-_CPU = torch.device("cpu")
 
 
 class Maker:

@@ -20,6 +20,7 @@ from dynops.testing import (
 
 BACKENDS = available_backends()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2")
 MASKS = {"random": 0.3, "square": 0.25, "one": 0, "empty": 0, "full": 1}
 
 
@@ -151,6 +152,13 @@ ALL = CONVS | TRANSPOSED
 FEW = {k: ALL[k] for k in ("3x3", "1x1", "7x7 stride 2, 3 channels", "depthwise", "group width 3", "odd wide", "winograd", "T 3x3 stride 2")}  # fmt: skip
 
 
+def assert_format(out: Tensor, layout: str) -> None:
+    """NCHW and channels_last come back as they went in; what other layouts become is free."""
+    if layout in ("nchw", "channels_last"):
+        same = torch.contiguous_format if layout == "nchw" else torch.channels_last
+        assert out.is_contiguous(memory_format=same)
+
+
 def each(cases: dict):
     return pytest.mark.parametrize("conv", list(cases.values()), ids=list(cases))
 
@@ -169,17 +177,24 @@ def run(function, tensors: dict, grads, dy_of, dtype=None) -> tuple[Tensor, dict
     return out, dict(zip(grads, found, strict=True))
 
 
+def upstream(dtype: torch.dtype):
+    """What gives the same upstream gradient to all runs that are compared."""
+    made = []
+
+    def dy_of(out: Tensor) -> Tensor:
+        if not made:
+            made.append(random_tensor(*out.shape, dtype=dtype))
+        return made[0].to(out.dtype)
+
+    return dy_of
+
+
 def compare(ours, oracle, tensors: dict, grads=(), backend=None) -> Tensor:
-    """Checks the value and gradients of ``ours`` against ``oracle``. Returns the value of ours.
+    """Checks the value of ``ours``, with and without gradients, and these against ``oracle``. Returns the value.
 
     The reference is torch's own convolution: its yardstick is that in the memory format of ``tensors`` alone.
     """
-    kept = {}
-
-    def dy_of(out: Tensor) -> Tensor:  # the same upstream gradient in all three runs
-        dy = kept.setdefault("dy", random_tensor(*out.shape, dtype=tensors["x"].dtype))
-        return dy.to(out.dtype)
-
+    dy_of = upstream(tensors["x"].dtype)
     exact, exact_grads = run(oracle, tensors, grads, dy_of, torch.float64)
     formats = [tensors] if backend == "reference" else in_both_formats(tensors)
     dense, dense_grads = zip(*(run(oracle, t, grads, dy_of) for t in formats), strict=True)
@@ -189,6 +204,8 @@ def compare(ours, oracle, tensors: dict, grads=(), backend=None) -> Tensor:
         assert actual_grads[name].shape == tensors[name].shape
         both = [found[name] for found in dense_grads]
         assert_close(actual_grads[name], exact_grads[name], both, f"gradient of {name}")
+    if grads:  # the fused way
+        assert_close(run(ours, tensors, (), dy_of)[0], exact, dense, "output without gradients")
     return actual
 
 

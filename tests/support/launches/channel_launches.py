@@ -3,17 +3,15 @@
 import os
 from dataclasses import dataclass
 
-import pytest
+import launch_checks
 import torch
-from yardstick import torch_weight_grads
 
 from dynops import ChannelPlan
-from dynops.geometry import ConvGeometry
+from dynops.geometry import ConvGeometry, conv_geometry
 from dynops.kernels.lists import Lists
-from dynops.testing import assert_within_budget, random_tensor
+from dynops.testing import random_tensor
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,8 @@ class Case:
 
     @property
     def geometry(self) -> ConvGeometry:
-        sizes = zip((self.h, self.w), self.kernel, self.stride, self.pad, self.dil, strict=True)
-        out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
-        steps = (*self.kernel, *self.stride, *self.pad, *self.dil, self.groups, 0)
-        return ConvGeometry(self.n, self.h, self.w, *out, *steps)
+        size = (self.n, self.h, self.w)
+        return conv_geometry(size, self.kernel, self.stride, self.pad, self.dil, self.groups)
 
     def plan(self, kind: str | None, size: int, heads: int = 1) -> ChannelPlan | None:
         shape = (self.n, size) if heads == 1 else (self.n, heads, size)
@@ -130,14 +126,7 @@ CASES = {
     "no-samples": Case(n=0),
 }
 HALF = ("3x3", "1x1", "aligned", "groups", "depthwise", "heads", "packed")
-EXAMPLES = [(name, dtype) for dtype in DTYPES for name in (CASES if dtype == torch.float32 else HALF)]
-of_cases = pytest.mark.parametrize(
-    "name,dtype",
-    [
-        pytest.param(n, d, id=f"{n}-{str(d)[6:]}", marks=[pytest.mark.slow] if d == torch.float16 else [])
-        for n, d in EXAMPLES
-    ],
-)
+of_cases = launch_checks.of_cases(CASES, HALF, slow=(torch.float16,))
 
 
 class Inputs:
@@ -184,12 +173,3 @@ class Inputs:
             grad, x, self.lists, list(self.weight.shape), list(self.g), self.case.heads, self.case.packed_in,
             self.case.packed_out, True,
         )  # fmt: skip
-
-
-def check(method, kernel, plain, **changes):
-    """``method`` with the kernel, against the reference in float64 and in the same dtype."""
-    with torch_weight_grads():
-        dense = method(plain, **changes)
-    results = method(kernel, **changes), method(plain, True, **changes), dense
-    for value in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
-        assert_within_budget(*value)

@@ -3,14 +3,13 @@
 import os
 from dataclasses import dataclass
 
-import pytest
+import launch_checks
 import torch
 
 from dynops import ExpertPlan, ops
-from dynops.testing import assert_within_budget, random_tensor
+from dynops.testing import random_tensor
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = ("", "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish", "relu2")
 NAN = float("nan")
 
@@ -76,8 +75,7 @@ CASES = {
     "no-outputs": Case(o=0),
 }
 HALF = ("weighted", "summed-weighted", "int8", "int8-transposed", "aligned", "one-choice")
-EXAMPLES = [(name, dtype) for dtype in DTYPES for name in (CASES if dtype == torch.float32 else HALF)]
-of_cases = pytest.mark.parametrize("name,dtype", EXAMPLES, ids=[f"{n}-{str(d)[6:]}" for n, d in EXAMPLES])
+of_cases = launch_checks.of_cases(CASES, HALF)
 
 
 def weight_of(case: Case, outputs: int, inputs: int, dtype) -> tuple:
@@ -127,13 +125,6 @@ def wide(tensors, double: bool) -> list:
 def calling(tensors, *others):
     """A method for :func:`check`: the kernel or the reference called with these."""
     return lambda run, double=False: run(*wide(tensors, double), *others)
-
-
-def check(method, kernel, plain, **changes):
-    """``method`` with the kernel, against the reference in float64 and in the same dtype."""
-    results = method(kernel, **changes), method(plain, True, **changes), method(plain, **changes)
-    for value in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
-        assert_within_budget(*value)
 
 
 def mlp(case: Case, dtype, activation, gated, interleaved, bias: bool):

@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass
 
-import pytest
+import launch_checks
 import torch
-from yardstick import torch_weight_grads
 
 from dynops import PixelPlan
-from dynops.geometry import ConvGeometry
+from dynops.geometry import ConvGeometry, conv_geometry, conv_transpose_geometry
 from dynops.kernels.epilogue import Epilogue
 from dynops.kernels.triton import pixels
-from dynops.testing import assert_within_budget, random_mask, random_tensor
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from dynops.testing import random_mask, random_tensor
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,10 @@ class Case:
 
     @property
     def geometry(self) -> ConvGeometry:
-        sizes = zip((self.h, self.w), self.kernel, self.stride, self.pad, self.dil, strict=True)
+        steps = ((self.n, self.h, self.w), self.kernel, self.stride, self.pad, self.dil, self.groups)
         if self.extra is None:
-            out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
-        else:
-            out = [(size - 1) * s - 2 * p + d * (k - 1) + self.extra + 1 for size, k, s, p, d in sizes]
-        steps = (*self.kernel, *self.stride, *self.pad, *self.dil, self.groups, int(self.extra is not None))
-        return ConvGeometry(self.n, self.h, self.w, *out, *steps)
+            return conv_geometry(*steps)
+        return conv_transpose_geometry(*steps, (self.extra, self.extra))
 
 
 CASES = {
@@ -87,14 +81,7 @@ CASES = {
     "no-images": Case(n=0),
 }
 HALF = ("3x3", "stride", "groups", "depthwise", "transposed-stride", "packed", "capacity")
-EXAMPLES = [(name, dtype) for dtype in DTYPES for name in (CASES if dtype == torch.float32 else HALF)]
-of_cases = pytest.mark.parametrize(
-    "name,dtype",
-    [
-        pytest.param(n, d, id=f"{n}-{str(d)[6:]}", marks=[pytest.mark.slow] if d == torch.float16 else [])
-        for n, d in EXAMPLES
-    ],
-)
+of_cases = launch_checks.of_cases(CASES, HALF, slow=(torch.float16,))
 
 
 def mask_of(shape, density: float, kind: str) -> torch.Tensor:
@@ -129,6 +116,15 @@ class Inputs:
             return torch.where((plan.index >= 0)[:, None], rows, float("nan"))
         x = random_tensor(shape[0], channels, *shape[1:], dtype=self.dtype)
         return x if self.case.nchw else x.to(memory_format=torch.channels_last)
+
+    def epilogue(self) -> dict[str, torch.Tensor]:
+        """A bias and all that may follow it, in the form that the case takes."""
+        case, rows, g = self.case, self.plan.num_rows, self.g
+        shapes = dict.fromkeys(("bias", "scale", "shift"), (case.o,))
+        shapes |= {"gate": (rows,), "residual": (rows, case.o)}
+        if not case.packed_out:
+            shapes["base"] = (g.batch, case.o, g.out_h, g.out_w)
+        return {name: random_tensor(*shape, dtype=self.dtype) for name, shape in shapes.items()}
 
     def conv(self, run, double: bool = False, **changes):
         x, weight = (t.double() if double else t for t in (self.x, self.weight))
@@ -165,12 +161,3 @@ class Inputs:
     def clean(self, run, value):
         """The reference multiplies unused rows by zero and needs them finite; the kernels skip them."""
         return value if run.__module__.startswith("dynops.kernels") else value.nan_to_num(0)
-
-
-def check(method, kernel, plain, **changes):
-    """``method`` with the kernel, against the reference in float64 and in the same dtype."""
-    with torch_weight_grads():
-        dense = method(plain, **changes)
-    results = method(kernel, **changes), method(plain, True, **changes), dense
-    for value in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
-        assert_within_budget(*value)

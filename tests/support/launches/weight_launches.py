@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from channel_launches import DEVICE, check
+from channel_launches import DEVICE
+from launch_checks import check
 
 from dynops.geometry import ConvGeometry, conv_geometry
 from dynops.kernels.triton import channel_filters, sample_conv
