@@ -157,28 +157,40 @@ class _Slot(dict):
         self.storage = weakref.ref(storage, lambda dead: slots.pop(key, None))
 
 
-class _Entry:
-    """The value made of one content. Threads may make the same twice; either is right."""
+class Made:
+    """Something that is kept, and on a GPU the moment from which streams other than the one that made it may read it."""
 
-    __slots__ = ("event", "made", "mark", "stream")
+    __slots__ = ("event", "made", "stream")
 
-    def __init__(self, mark: Mark, made):
-        self.mark, self.made = mark, made
+    def __init__(self, made):
+        self.made = made
         self.event = self.stream = None
-        first = next((m for m in _tensors(made) if m.is_cuda), None)
-        if first is not None:  # the moment from which other streams may read it
+        first = next((t for t in _tensors(made) if t.is_cuda), None)
+        if first is not None:
             self.stream = torch.cuda.current_stream(first.device)
             self.event = torch.cuda.Event()
             self.event.record(self.stream)
 
     def on_this_stream(self):
-        """``made``, which the current stream of its device may read from here on."""
+        """What was made, which the current stream of its device may read from here on."""
+        if self.event is None:
+            return self.made
         stream = torch.cuda.current_stream(self.stream.device)
         if stream != self.stream:
             stream.wait_event(self.event)
-            for made in _tensors(self.made):
-                made.record_stream(stream)
+            for tensor in _tensors(self.made):
+                tensor.record_stream(stream)
         return self.made
+
+
+class _Entry(Made):
+    """The value made of one content. Threads may make the same twice; either is right."""
+
+    __slots__ = ("mark",)
+
+    def __init__(self, mark: Mark, made):
+        super().__init__(made)
+        self.mark = mark
 
 
 def can_keep(*tensors: Tensor | None) -> bool:
@@ -244,7 +256,12 @@ def _unnoticed(tensors: list) -> str:
 
 
 def _tensors(made) -> tuple:
-    return (made,) if isinstance(made, Tensor) else tuple(m for m in made if m is not None)
+    """The tensors of a tensor, a tuple of them or a plan; a number has none."""
+    if isinstance(made, Tensor):
+        return (made,)
+    indices = getattr(made, "_indices", None)
+    several = made if isinstance(made, tuple) else () if indices is None else indices()
+    return tuple(m for m in several if isinstance(m, Tensor))
 
 
 def _shares_memory(made, tensors: tuple) -> bool:

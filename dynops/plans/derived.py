@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import modes
 from ..geometry import is_int
-from ..kept import Mark, can_keep, made_plain
+from ..kept import Made, Mark, can_keep, made_plain
 from .collect import moved, pinned
 from .masks import raising
 
@@ -42,7 +42,7 @@ class Derived:
             found = self._derived.get(key)
             if found is None:
                 found = self._derived[key] = make()
-            return found
+            return found.made if type(found) is Made else found
         made, mark = self._derived, self._mark
         if mark is None or not mark.holds(*indices):
             if not can_keep(*indices):
@@ -51,7 +51,10 @@ class Derived:
             self._derived = made  # not cleared: another thread may be looking into the old one
         found = made.get(key)
         if found is None:
-            found = made[key] = made_plain(make)
+            found = made_plain(make)
+            made[key] = Made(found) if indices[0].is_cuda else found
+        elif type(found) is Made:
+            return found.on_this_stream()
         return found
 
     def __getstate__(self) -> dict:  # copies and pickles derive anew

@@ -139,7 +139,8 @@ def _fill_gaussian(
 ) -> tuple[Tensor, Tensor]:
     """The weighted means, and where there was a weight at all ``[N, 1, H, W]``."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    sigma = torch.as_tensor(sigma, dtype=dtype, device=rows.device)
+    if isinstance(sigma, Tensor):  # a number stays one: its copy could not be captured in a CUDA graph
+        sigma = sigma.to(rows.device, dtype)
     offset = torch.arange(size, dtype=dtype, device=rows.device) - size // 2
     kernel = torch.exp(-(offset**2) / (2 * sigma**2))
     weight = _blur(selected.to(dtype), kernel)

@@ -1,0 +1,70 @@
+"""What is kept between calls, and work beside the current stream, come in order on every stream."""
+
+from unittest import mock
+
+import pytest
+import torch
+from driver.order import Race
+from driver.streams import Stream
+from driver.watch import watch
+from gpu_calls import CALLS
+
+from dynops import kept
+
+QUICK = ("sparse_conv2d", "channel_conv2d", "experts_mlp, 16 tokens")
+
+
+def on_another_stream(name: str) -> None:
+    """A call on the default stream, and again on another one, which waits for the arguments alone."""
+    call, side = CALLS[name], torch.cuda.Stream()
+    with watch.fresh():
+        plan, tensors = call.plan("cuda", True), call.tensors("cuda", torch.bfloat16)
+        made = torch.cuda.current_stream().record_event()
+        results = [both_ways(call, plan, tensors)]
+        side.wait_event(made)
+        with torch.cuda.stream(side):
+            results.append(both_ways(call, plan, tensors))
+        torch.cuda.synchronize()
+
+
+def both_ways(call, plan, tensors) -> tuple:
+    out = call.run(plan, *tensors)
+    return out * 1, torch.autograd.grad(out, tensors, torch.empty_like(out), allow_unused=True)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+)
+def test_a_second_stream_waits_for_what_the_first_one_keeps(name):
+    on_another_stream(name)
+
+
+def test_a_packed_weight_that_another_stream_does_not_wait_for():
+    with (
+        mock.patch.object(kept._Entry, "on_this_stream", lambda entry: entry.made),
+        pytest.raises(Race, match="copy_"),
+    ):
+        on_another_stream("sparse_conv2d")
+
+
+def test_what_a_plan_keeps_is_waited_for():
+    side, plan = torch.cuda.Stream(), CALLS["gather_pixels, scatter_pixels"].plan("cuda", True)
+    plan.inverse()
+    with torch.cuda.stream(side):
+        with (
+            mock.patch.object(kept.Made, "on_this_stream", lambda made: made.made),
+            pytest.raises(Race, match="copy_"),
+        ):
+            plan.inverse() + 1
+        plan.inverse() + 1
+
+
+def test_a_fill_that_the_convolution_does_not_wait_for():
+    wait = Stream.wait_stream
+
+    def forgotten(self, other):
+        if other == torch.cuda.default_stream():
+            wait(self, other)
+
+    with mock.patch.object(Stream, "wait_stream", forgotten), pytest.raises(Race, match="fill_kernel"):
+        on_another_stream("sparse_conv2d")
