@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .experts.layers import ONE_GEMM
 from .harness.machine import machine_line
+from .harness.plots import pyplot
 from .harness.report import Report
 from .harness.rows import Row
 from .harness.text import markdown
@@ -72,24 +73,19 @@ def _model_rows(report: Report) -> list[Row]:
 def draw(reports: list[Report], path: Path) -> bool:
     """Writes the photograph, its mask and the times as a PNG; False without rows or matplotlib."""
     found = [report for report in reports if _model_rows(report)]
-    try:
-        import matplotlib
+    plot = pyplot()
+    if not found or plot is None:
+        return False
+    from PIL import Image  # which comes with matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        from PIL import Image
-    except ImportError:
-        return False
-    if not found:
-        return False
-    figure, (left, middle, right) = pyplot.subplots(
+    figure, (left, middle, right) = plot.subplots(
         1, 3, figsize=(10.5, 3.6), width_ratios=(1, 1, 1.75), layout="constrained"
     )
     _draw_photograph(left, middle)
     _draw_times(right, _model_rows(found[-1]), found[-1].machine)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
+    plot.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
     return True

@@ -1,10 +1,10 @@
 """dynops: layers that compute only what an input needs."""
 
 from . import budget, gates, integrations, nn, ops
-from .backends import build_info
 from .context import active, use_mask
 from .convert import convert_, revert_
 from .kept import refresh
+from .ops.what_runs import build_info
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
 from .tune import suggest_block_size
 

@@ -165,7 +165,6 @@ def measure(case: Case, setting: Setting) -> list[Row]:
             case=case.name,
             mask=f"{case.kind}, {case.sides}",
             density=live,
-            variant="plain",
             gmacs=case.conv.dense_macs / 1e9,
             computed_gmacs=work.macs / 1e9,
         )

@@ -250,7 +250,6 @@ def measure(case: Case, setting: Setting) -> list[Row]:
             case=case.name,
             mask=case.mask,
             density=density,
-            variant="plain",
             gmacs=problem.macs / 1e9,
             computed_gmacs=problem.computed[density] / 1e9,
         )

@@ -184,7 +184,6 @@ def _row(
         case=layer.name,
         mask="random routing",
         density=layer.topk / layer.experts,
-        variant="plain",
         gmacs=gmacs,
         computed_gmacs=gmacs,
         tokens=tokens,

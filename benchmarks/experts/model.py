@@ -102,7 +102,6 @@ def _row(model: nn.Module, name: str, case: str, tokens: int, setting: Setting) 
         case=f"{name}, {case}",
         mask="its own routing",
         density=model.config.num_experts_per_tok / model.config.num_experts,
-        variant="plain",
         gmacs=macs,
         computed_gmacs=macs,
         tokens=tokens,

@@ -58,6 +58,7 @@ class Comparison:
             "ours_p99_ms": percentile(self.times[contender, ours_name], 0.99),
         }
         found = {
+            "variant": "plain",
             "mode": self.setting.mode,
             "dtype": self.setting.dtype_name,
             "dense_ms": dense[dense_name],

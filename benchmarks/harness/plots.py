@@ -8,25 +8,31 @@ from .rows import Row
 from .tables import NO_THEORY
 
 
-def draw(rows: list[Row], title: str, path: Path) -> bool:
-    """Draws the speed-up against the share computed; False without matplotlib, or without a row that has one."""
+def pyplot():
+    """matplotlib's pyplot, without a display; None where matplotlib is not installed."""
     try:
         import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
     except ImportError:
-        return False
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def draw(rows: list[Row], title: str, path: Path) -> bool:
+    """Draws the speed-up against the share computed; False without matplotlib, or without a row that has one."""
     timed = [row for row in rows if row.ours_ms and row.theory < NO_THEORY]
     plain = [row for row in timed if row.variant == "plain" and row.suite not in ("experts", "copies")]
-    if not plain:
+    plot = pyplot()
+    if not plain or plot is None:
         return False
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    figure, axes = plot.subplots(figsize=(8, 5.5))
     _shares(axes, plain)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
+    plot.close(figure)
     return True
 
 

@@ -106,7 +106,6 @@ def measure(
             case=f"{name}, {size[0]}x{size[1]}" + (f", batch {n}" if n > 1 else ""),
             mask=kind,
             density=density,
-            variant="plain",
             gmacs=macs.dense / 1e9,
             computed_gmacs=computed[kind, density] / 1e9,
         )

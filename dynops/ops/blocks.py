@@ -22,7 +22,7 @@ from ..kernels import cpu, cuda
 from ..kernels.layout import empty_map, memory_format_of
 from ..plans import BlockPlan
 from . import batching, checks
-from .dispatch import triton_module
+from .dispatch import Kernels, triton_module
 from .registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -97,6 +97,9 @@ def _scatter_tiles(
 
 
 # ---------------------------------------------------------------------- backends, fakes, schema
+
+
+_KERNELS = Kernels(cpu.blocks, "blocks")
 
 
 def _kernels(x: Tensor, sums: bool = False):
@@ -183,7 +186,7 @@ def _scatter_backward(ctx, grad):
 
 _gather = define(
     "gather_tiles(Tensor x, Tensor index, Tensor? count, SymInt[] geometry) -> Tensor",
-    _run_gather_tiles,
+    _KERNELS.serve(_run_gather_tiles),
     _fake_gather_tiles,
     _gather_setup,
     _gather_backward,
@@ -192,7 +195,7 @@ _gather = define(
 )
 _scatter = define(
     "scatter_tiles(Tensor tiles, Tensor index, Tensor? count, SymInt[] geometry, Tensor? base, bool add) -> Tensor",
-    _run_scatter_tiles,
+    _KERNELS.serve(_run_scatter_tiles),
     _fake_scatter_tiles,
     _scatter_setup,
     _scatter_backward,

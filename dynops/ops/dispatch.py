@@ -17,28 +17,25 @@ class Kernels:
     """The modules that hold the kernels of some ops, by backend.
 
     Args:
-        cpu: the module of C++ kernels.
-        triton: the name of the module of Triton kernels, imported when it is used; "": there is none.
-        named: the public function without Triton kernels, for the error of ``backend="triton"``.
+        cpu: the module of C++ kernels; None: the binary registers them under the ops' own names.
+        triton: the name of the module of Triton kernels, imported when it is used.
         copies: the kernels move bits of any dtype.
     """
 
-    def __init__(self, cpu: ModuleType, triton: str = "", *, named: str = "", copies: bool = False):
-        self.cpu, self.triton, self.named, self.copies = cpu, triton, named, copies
+    def __init__(self, cpu: ModuleType | None, triton: str, *, copies: bool = False):
+        self.cpu, self.triton, self.copies = cpu, triton, copies
 
     def of(self, backend: str | None, x: Tensor) -> ModuleType | None:
         """The module for ``x``, or None for the reference.
 
         Raises:
-            RuntimeError: the named backend cannot run here, or has no kernel of this op.
+            RuntimeError: the named backend cannot run here.
         """
-        if backend == "triton" and not self.triton:
-            raise RuntimeError(f"backend='triton': {self.named} has no Triton kernel")
         dtype = torch.float32 if self.copies and x.element_size() <= 8 else x.dtype
         name = backends.choose(backend, x.device, dtype)
         if name == "cpp":
             return self.cpu
-        return triton_module(self.triton) if name == "triton" and self.triton else None
+        return triton_module(self.triton) if name == "triton" else None
 
     def run(
         self,
@@ -70,6 +67,11 @@ class Kernels:
             out = run(*arguments)
             return out.contiguous(memory_format=memory_format_of(x)) if like_first else out
 
+        return self.serve(implementation)
+
+    def serve(self, implementation: Callable) -> Callable:
+        """``implementation``, known to run these kernels (``ops.what_runs``)."""
+        implementation.kernels = self
         return implementation
 
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
 from ..geometry import ConvGeometry
-from .dispatch import triton_module
+from .dispatch import Kernels
 from .registry import define
 
 
@@ -76,10 +75,12 @@ def _channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.where(position < count[:, None], first, -1), count
 
 
+_LISTS = Kernels(None, "channel_lists", copies=True)
+
+
 def _run_channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    if mask.is_cuda and backends.has_triton() and not mask.is_complex():
-        return triton_module("channel_index").channel_index(mask, size)
-    return _channel_index(mask, size)
+    kernels = None if mask.is_complex() else _LISTS.of("", mask)
+    return (_channel_index if kernels is None else kernels.channel_index)(mask, size)
 
 
 def _channel_mask(index: Tensor, count: Tensor, channels: int) -> Tensor:
@@ -139,7 +140,7 @@ define(
 )
 define(
     "channel_index(Tensor mask, SymInt size) -> (Tensor, Tensor)",
-    _run_channel_index,
+    _LISTS.serve(_run_channel_index),
     lambda mask, size: _int32(mask, (mask.shape[0], size), mask.shape[:1]),
 )
 define(

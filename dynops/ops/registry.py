@@ -6,6 +6,7 @@ The rules are those of reverse-mode AD (``backward``), of forward-mode AD (``ter
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from .batching import vmap_rules
 from .flops import register_formulas
 
 library = torch.library.Library("dynops", "FRAGMENT")
+OPS: dict[str, Op] = {}  # by their names
 
 
 class Op:
@@ -33,6 +35,7 @@ class Op:
     def __init__(self, name: str, implementation: Callable, function: type[torch.autograd.Function] | None):
         self.overload = getattr(torch.ops.dynops, name).default
         self.implementation, self.function = implementation, function
+        OPS[name] = self
 
     def __call__(self, *arguments):
         route = modes.route(*arguments)
@@ -112,6 +115,7 @@ def _untraced(name: str) -> Callable:
 def _or_binary(overload, implementation: Callable) -> Callable:
     """``implementation``, or on a GPU the kernel that the binary registers under this op's name."""
 
+    @functools.wraps(implementation)
     def run(*arguments):
         if any(isinstance(value, Tensor) and value.is_cuda for value in arguments):
             with torch._C._AutoDispatchBelowAutograd():

@@ -10,9 +10,9 @@ from torch import nn
 
 from .activations import fused_name
 from .layers import Layer, layer_of
-from .simplify import without_copies, without_permutes
 from .staleness import Watch, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
+from .tracing.simplify import without_copies, without_permutes
 
 KINDS = {
     nn.Conv2d: "conv",

@@ -197,11 +197,9 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
 
 def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
     """The paths of the modules that are neither leaves nor inside of one."""
-    inside, outer = tuple(path + "." for path in leaves), []
-    for path, _ in module.named_modules():
-        if path not in leaves and not path.startswith(inside):
-            outer.append(path)
-    return outer
+    inside = tuple(path + "." for path in leaves)
+    paths = (path for path, _ in module.named_modules())
+    return [path for path in paths if path not in leaves and not path.startswith(inside)]
 
 
 def _layers_of(step: Step) -> tuple[str, ...]:

@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from channel_cases import channels_of, masked_channel_conv2d, packed, unpacked
-from on_gpu import BACKENDS, DEVICE, DTYPES, FAST, KINDS, ON_GPU, assert_same, compare, moved, sized
+from on_gpu import BACKENDS, DEVICE, DTYPES, FAST, KINDS, assert_same, compare, moved, sized
 
 from dynops import ChannelPlan, ops
 from dynops.testing import random_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
-UNNAMED = None if ON_GPU else FAST  # ops without a Triton kernel
 
 
 def of_plan(plan: ChannelPlan) -> list:
@@ -222,7 +221,7 @@ def each(x, weight, bias):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_each_sample(kind):
     def ours(x, weight, bias):
-        return ops.sample_conv2d(x, weight, bias, padding=1, groups=2, backend=UNNAMED)
+        return ops.sample_conv2d(x, weight, bias, padding=1, groups=2, backend=FAST)
 
     compare(ours, each, weighted(kind, 3), kind=kind)
 
@@ -232,7 +231,7 @@ def test_mixed_weights(kind):
     tensors = weighted(kind, 4) | {"mix": torch.rand(3, 4).softmax(1).to(DTYPES[kind])}
 
     def ours(x, weight, bias, mix):
-        return ops.mixed_conv2d(x, weight, mix, bias, padding=1, groups=2, backend=UNNAMED)
+        return ops.mixed_conv2d(x, weight, mix, bias, padding=1, groups=2, backend=FAST)
 
     def oracle(x, weight, bias, mix):
         return each(x, torch.einsum("ne,eoikl->noikl", mix, weight), mix @ bias)
@@ -245,7 +244,7 @@ def test_weights_of_regions(kind):
     tensors = weighted(kind, 4) | {"region": torch.randint(0, 4, (3, 9, 8))}
 
     def ours(x, weight, bias, region):
-        return ops.region_conv2d(x, weight, region, bias, padding=1, groups=2, backend=UNNAMED)
+        return ops.region_conv2d(x, weight, region, bias, padding=1, groups=2, backend=FAST)
 
     def oracle(x, weight, bias, region):
         outs = [F.conv2d(x, w, b, padding=1, groups=2) for w, b in zip(weight, bias, strict=True)]
@@ -260,7 +259,7 @@ def test_dynamic_filters(kind):
     kernels = random_tensor(2, 3 * 9, 9, 8, dtype=DTYPES[kind])
 
     def ours(x, kernels):
-        return ops.local_conv2d(x, kernels, 3, padding=1, groups=3, backend=UNNAMED)
+        return ops.local_conv2d(x, kernels, 3, padding=1, groups=3, backend=FAST)
 
     def oracle(x, kernels):
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -280,7 +279,7 @@ def test_masked_outputs(kind):
     }
 
     def ours(x, weight, partial, mask):
-        return ops.masked_output_conv2d(x, weight, mask, partial, padding=1, backend=UNNAMED)
+        return ops.masked_output_conv2d(x, weight, mask, partial, padding=1, backend=FAST)
 
     def oracle(x, weight, partial, mask):
         return torch.where(mask, F.conv2d(x, weight, padding=1) + partial, partial)

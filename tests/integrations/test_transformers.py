@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.7")
 
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers_cases import initialise, relative_error
+from transformers_cases import experts_classes, initialise, relative_error
 
 from dynops.integrations import transformers_experts
 
@@ -78,6 +78,8 @@ TOKENS = torch.arange(18).view(2, 9) * 5 % VOCABULARY
 
 
 def make_model(name: str, dtype=torch.float32) -> nn.Module:
+    if name == "AriaText" and "AriaExperts" not in experts_classes():
+        pytest.skip(f"transformers {transformers.__version__} computes Aria's experts its own way alone")
     options = {**COMMON, **MODELS[name][0], "moe_topk" if name == "AriaText" else TOPK: 3}
     if "layers_block_type" in options:
         del options["num_hidden_layers"]

@@ -17,7 +17,7 @@ pytest.importorskip("transformers", minversion="5.7")
 
 from transformers import activations
 from transformers.integrations.moe import use_experts_implementation
-from transformers_cases import Config, both, choices, experts_classes, initialise, relative_error
+from transformers_cases import Config, both, choices, experts_classes, initialise, relative_error, run
 
 from dynops.integrations import transformers_experts
 
@@ -51,6 +51,8 @@ def test_every_class_of_experts():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "AriaExperts", "NemotronHExperts"])
 def test_error_budget(name, dtype, poisoned):
+    if name not in experts_classes():
+        pytest.skip("this transformers computes them its own way alone")
     experts = initialise(experts_classes()[name](Config()), name in ("GptOssExperts", "AriaExperts"))
     experts.to(dtype)
     x, (index, weights) = random_tensor(33, 16, dtype=dtype), choices(33)
@@ -65,13 +67,15 @@ def test_an_index_of_the_number_of_experts_is_dropped(grad):
     experts = initialise(experts_classes()["MixtralExperts"](Config()))
     x, (index, weights) = random_tensor(9, 16).requires_grad_(grad), choices(9)
     index[::2, 0], index[3] = 5, 5
-    results = both(experts, x, index, weights)
+    # the eager experts of some versions raise for it: an index of weight 0 is the same
+    kept = index.clamp(max=4), weights * (index < 5)
+    results = run(experts, "eager", x, *kept), run(experts, "dynops", x, index, weights)
     assert relative_error(results[1], results[0]) < 1e-6 and not results[1][3].any()
     if grad:
         inputs, dy = (x, *experts.parameters()), random_tensor(9, 16)
         for right, actual in zip(*(torch.autograd.grad(y, inputs, dy) for y in results), strict=True):
             assert relative_error(actual, right) < 1e-5
-    assert not both(experts, x, torch.full_like(index, 5), weights)[1].any()
+    assert not run(experts, "dynops", x, torch.full_like(index, 5), weights).any()
 
 
 @pytest.mark.parametrize("topk", [1, 5])

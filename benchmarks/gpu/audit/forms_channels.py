@@ -9,8 +9,8 @@ import torch
 from dynops import ChannelPlan
 from dynops.geometry import ConvGeometry
 from dynops.kernels.lists import Lists
-from dynops.kernels.triton import channels, sample_conv
-from dynops.kernels.triton.channel_index import channel_index
+from dynops.kernels.triton import channel_filters, channels, sample_conv
+from dynops.kernels.triton.channel_lists import channel_index
 
 from .launches import Form, wide
 
@@ -63,6 +63,18 @@ def _own(dtype: torch.dtype, width: int = 256, groups: int = 1, regions: int = 0
     sample_conv.conv_weight_grad(x, x, region, list(weight.shape), g, True)
 
 
+def _local(dtype: torch.dtype, width: int = 64, groups: int = 4, upsample: int = 1) -> None:
+    """Filters of pixels, in both memory formats, and the gradients."""
+    g = list(ConvGeometry(2, 28, 28, 28, 28, 3, 3, 1, 1, 1, 1, 1, 1, groups, 0))
+    x, dy = (torch.zeros(2, width, s, s, dtype=dtype).contiguous(memory_format=torch.channels_last) for s in (28, 28 * upsample))  # fmt: skip
+    for layout in (torch.channels_last, torch.contiguous_format):
+        kernels = torch.zeros(2, groups * 9, 28 * upsample, 28 * upsample, dtype=dtype)
+        kernels = kernels.contiguous(memory_format=layout)
+        channel_filters.conv(x, kernels, g, upsample)
+        channel_filters.conv_input_grad(dy, kernels, g, upsample)
+        channel_filters.conv_kernel_grad(dy.contiguous(memory_format=layout), x, g, upsample)
+
+
 def _moved(dtype: torch.dtype) -> None:
     for layout in (torch.channels_last, torch.contiguous_format):
         x = torch.zeros(2, 64, 8, 8, dtype=dtype).contiguous(memory_format=layout)
@@ -100,6 +112,9 @@ FORMS = (
     Form("regions of samples", partial(_own, regions=40), HALF),
     Form("regions, ragged", partial(_own, width=261, regions=4)),
     Form("regions, depthwise", partial(_own, width=64, groups=64, regions=4)),
+    Form("filters of pixels", _local, vectors=("local_conv_kernel",)),
+    Form("filters of pixels, upsampled, ragged", partial(_local, width=63, groups=1, upsample=2), HALF),
+    Form("filters of pixels, 64-bit offsets", wide(_local), HALF),
     Form("plans", _plans, (torch.bool, torch.uint8, torch.float32)),
     Form("moved", _moved),
     Form("moved, 64-bit offsets", wide(_moved), HALF),

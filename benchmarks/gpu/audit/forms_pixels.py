@@ -79,6 +79,8 @@ def _rows(dtype: torch.dtype) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
         values = pixels.gather_rows(x.contiguous(memory_format=layout), plan.index, None)
     pixels.scatter_rows(values, plan.index, None, [2, 8, 8], None)
+    for base in (None, x):
+        rows.scatter_planes(values, plan.index, None, [2, 8, 8], base)
 
 
 MANY = 2048  # SMs, so that reductions are split

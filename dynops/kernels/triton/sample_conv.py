@@ -9,8 +9,8 @@ nothing uses atomics: every result is bitwise reproducible.
 take the products of one convolution. An input gradient is computed pixel by pixel: a tile walks over the regions of
 the pixels that it reads. Where regions are areas these are one or two; where every pixel has another, all.
 
-**Weights** are read with their input channels side by side. A weight in another order is copied, in every call: it is
-new in every call.
+**Weights** are read with their input channels side by side. One in another order is copied at every call: it is new at
+every call, but for those that are mixed, whose copies are kept.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ...kept import kept
 from ..layout import empty_map
 from . import experts_weight_grad, gemm
 from .channel_lists import Side
@@ -45,7 +46,7 @@ def conv(x, weight, bias, region, geometry, activation: str) -> Tensor:
 
 def mixed_conv(x, weight, mix, bias, geometry, activation: str) -> Tensor:
     """See ``ops.channels.mixed_conv._conv``: cuBLAS mixes the weights, which accumulates in float32."""
-    rows = weight.permute(0, 1, 3, 4, 2).contiguous()
+    rows = kept.get(("triton", "mixed"), lambda: weight.detach().permute(0, 1, 3, 4, 2).contiguous(), weight)
     mixed = mix.to(weight.dtype) @ rows.view(len(weight), rows[0].numel())
     mixed = mixed.view(-1, 1, *rows.shape[1:]).permute(0, 1, 2, 5, 3, 4)
     return conv(x, mixed, bias, None, geometry, activation)

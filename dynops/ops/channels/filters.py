@@ -215,7 +215,7 @@ def local_conv2d(
         groups: how many filters a pixel has; each is applied to C/groups adjacent channels.
         upsample: s makes the output s times as high and wide; output pixel ``(y, x)`` reads the input pixels of
             ``(y // s, x // s)`` in an output without it.
-        backend: "cpp" or "reference"; None takes the fastest.
+        backend: "cpp", "triton" or "reference"; None takes the fastest.
 
     Returns:
         ``[N, C, out_H, out_W]``, dtype of ``x``. ``x`` and ``kernels`` get their gradients.

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import modes
-from ...geometry import as_geometry, is_int
+from ...geometry import ConvGeometry, as_geometry, is_int
 from ...kernels import cpu
 from ...kernels.layout import empty_map, in_format_of, memory_format_of
 from ...plans.masks import check_mask_dtype
 from .. import batching, checks
 from ..dense_conv import dense_conv, dense_conv_grads
-from ..dispatch import Kernels
+from ..dense_fallback import break_even
+from ..dispatch import Kernels, triton_module
+from ..epilogue import NOTHING
 from ..registry import define
 
 # ---------------------------------------------------------------------------------- reference
@@ -44,6 +46,10 @@ def _conv(
     geometry: list[int],
 ) -> Tensor:  # [N, O, out_h, out_w]
     out = dense_conv(_inputs(x, begin, weight, geometry), weight, as_geometry(geometry), bias)
+    return _selected(out, mask, partial)
+
+
+def _selected(out: Tensor, mask: Tensor, partial: Tensor | None) -> Tensor:
     if partial is None:
         return torch.where(mask, out, 0)
     return torch.where(mask, out + partial, partial)
@@ -52,15 +58,55 @@ def _conv(
 # ---------------------------------------------------------------------- backends, fakes, schema
 
 
-_KERNELS = Kernels(cpu.channel_outputs, named="masked_output_conv2d")
+_KERNELS = Kernels(cpu.channel_outputs, "pixels")
+# On a GPU the pixels with a selected output are counted, which waits for it, from this many MACs of the dense
+# convolution on: 100 us at the peak of an H100's datasheet in half precision.
+_COUNTED_MACS = 5e10
+# MACs in the time of a byte, by datasheets of A100, H100 and B200 in half precision: 78 to 148.
+_BYTE_MACS = 150
 
 
 def _run_conv(x, weight, bias, mask, partial, begin, geometry, backend):
     run, kernels = _conv, _KERNELS.of(backend, x)
-    if kernels is not None and (backend or kernels.wins(weight, mask, as_geometry(geometry))):
-        run = kernels.conv  # unnamed, not where the dense convolution is faster
+    if kernels is cpu.channel_outputs:
+        if backend or kernels.wins(weight, mask, as_geometry(geometry)):
+            run = kernels.conv  # unnamed, not where the dense convolution is faster
+    elif kernels is not None and (backend or _few_pixels(x, weight, mask, as_geometry(geometry))):
+        run = _conv_at_pixels
     out = run(x, weight, bias, mask, partial, begin, geometry)
     return out.contiguous(memory_format=memory_format_of(x))
+
+
+def _conv_at_pixels(x, weight, bias, mask, partial, begin, geometry) -> Tensor:
+    """``_conv`` by the kernel of pixel-sparse convolutions, at the pixels with any selected output; waits for nothing."""
+    some = mask.any(1)
+    index, count = torch.ops.dynops.mask_to_index_capacity(some, some.numel())
+    read = _inputs(x, begin, weight, geometry)
+    kernels = triton_module("pixels")
+    out = kernels.conv(read, weight, bias, index, count, None, geometry, NOTHING, None, False)
+    return _selected(out, mask, partial)
+
+
+def _few_pixels(x: Tensor, weight: Tensor, mask: Tensor, g: ConvGeometry) -> bool:
+    """True if so few pixels have a selected output that a GPU should compute these alone.
+
+    By the break-even density of pixel-sparse convolutions where that was measured. Else by counting, as no GPU was
+    measured: at most half of the pixels for which the MACs saved outweigh the bytes more that move (the mask once more,
+    and the zeros of the map). Never while a CUDA graph is captured, nor in small layers: counting waits for the GPU.
+    """
+    channels, pixels = (weight.shape[1] * g.groups, weight.shape[0]), g.batch * g.out_h * g.out_w
+    macs = g.macs(pixels, *channels)
+    if not x.is_cuda or macs < _COUNTED_MACS or torch.cuda.is_current_stream_capturing():
+        return False
+    share = break_even("pixels", x.device, x.dtype, weight, g)
+    if share is None:
+        share = counted_share(macs, mask.numel() * (1 + x.element_size()))
+    return int(mask.any(1).sum()) < share * pixels
+
+
+def counted_share(macs: float, more_bytes: int) -> float:
+    """Half of the share of ``macs`` that may be computed before the bytes cost more than the rest."""
+    return max(0.0, 1 - more_bytes * _BYTE_MACS / macs) / 2
 
 
 def _fake_conv(x, weight, bias, mask, partial, begin, geometry, backend):
@@ -92,7 +138,7 @@ def _backward(ctx, grad):
 _convolution = define(
     "masked_output_conv(Tensor x, Tensor weight, Tensor? bias, Tensor mask, Tensor? partial, SymInt begin, "
     "SymInt[] geometry, str backend) -> Tensor",
-    _run_conv,
+    _KERNELS.serve(_run_conv),
     _fake_conv,
     _setup_context,
     _backward,
@@ -122,7 +168,9 @@ def masked_output_conv2d(
 
     Equals ``where(mask, conv2d(x, weight, bias, …) + (partial or 0), partial or 0)``. On a CPU each selected
     output is a dot product of its patch and its channel's weights; where so much of the mask is selected that
-    the dense convolution is faster, that runs.
+    the dense convolution is faster, that runs. On a GPU the dense convolution and a mask run. Named, "triton" computes
+    every output of the pixels with a selected one; so do layers of 5e10 MACs and more in which these are few. Such a
+    layer waits for the GPU to count them, but not while a CUDA graph is captured.
 
     Args:
         x: ``[N, C, H, W]``, either memory format (channels_last is the fast one: another is copied); the output
@@ -135,7 +183,7 @@ def masked_output_conv2d(
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
         in_channels: (begin, end): only these channels of ``x`` are read, in place; the weight is then
             ``[O, (end - begin)/groups, kh, kw]``.
-        backend: "cpp" or "reference"; None takes the fastest.
+        backend: "cpp", "triton" or "reference"; None takes the fastest.
 
     Returns:
         ``[N, O, out_H, out_W]``, dtype of ``x``. ``x``, ``weight``, ``bias`` and ``partial`` get their gradients.

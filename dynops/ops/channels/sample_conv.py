@@ -251,7 +251,7 @@ def sample_conv2d(
         bias: ``[N, O]``, ``[O]`` or None.
         stride, padding, dilation, groups, padding_mode: as in ``nn.Conv2d``.
         activation: None, "relu", "relu6", "silu", "gelu", "gelu_tanh", "hardswish" or "relu2".
-        backend: "cpp" or "reference"; None takes the fastest.
+        backend: "cpp", "triton" or "reference"; None takes the fastest.
 
     Returns:
         ``[N, O, out_H, out_W]``, dtype of ``x``. ``x``, ``weight`` and ``bias`` get their gradients.

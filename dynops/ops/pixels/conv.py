@@ -209,7 +209,7 @@ def _source_rows(x: Tensor, source: Tensor | None) -> int:
 _input_grad = define(
     "pixel_conv_input_grad(Tensor grad, Tensor weight, Tensor index, Tensor? count, Tensor? source, "
     "SymInt source_rows, SymInt[] geometry, bool rows, str backend) -> Tensor",
-    _run_input_grad,
+    _KERNELS.serve(_run_input_grad),
     _fake_input_grad,
     save_inputs,
     _input_grad_backward,
@@ -263,7 +263,7 @@ _convolution = define(
     "pixel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, "
     "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, "
     "Tensor? base, bool rows, str backend) -> Tensor",
-    _run_conv,
+    _KERNELS.serve(_run_conv),
     _fake_conv,
     _setup_context,
     _backward,

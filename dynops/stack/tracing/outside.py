@@ -86,9 +86,8 @@ class Outside:
     def _note(self, space, name: str, value) -> None:
         if isinstance(value, nn.Module) and any(id(m) in self.modules for m in value.modules()):
             raise Opaque(f"reaches a module by {name!r}, past its parent")
-        if hasattr(type(value), "__next__") or isinstance(value, (random.Random, torch.Generator)):
-            raise Opaque(f"reads {name!r}, a {type(value).__name__}")
-        if type(value).__module__.startswith("numpy.random"):
+        stateful = hasattr(type(value), "__next__") or type(value).__module__.startswith("numpy.random")
+        if stateful or isinstance(value, (random.Random, torch.Generator)):
             raise Opaque(f"reads {name!r}, a {type(value).__name__}")
         try:
             picture = frozen(value)

@@ -206,10 +206,7 @@ class Recorder(fx.Tracer):
 
     def _input(self, root: nn.Module) -> tuple[str, bool]:
         """The name of the forward's first argument, and whether it may be given by place."""
-        own = self.module.__dict__.get("forward")
-        if own is not None or (
-            type(self.module).__call__ is not nn.Module.__call__ and not _is_graph(self.module)
-        ):
+        if self.module.__dict__.get("forward") is not None or not _has_plain_call(self.module):
             raise Untraceable("a forward or __call__ of its own is set on it")
         parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
         needed = [
@@ -353,14 +350,13 @@ def _flat(stand: nn.Module) -> dict:
     return flat
 
 
-def _is_graph(module: nn.Module) -> bool:
-    return isinstance(module, fx.GraphModule)
+def _has_plain_call(module: nn.Module) -> bool:
+    return type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
 
 
 def opaque(module: nn.Module) -> bool:
     """True for a module that has to be called, as its forward is not all that runs."""
-    plain = type(module).__call__ is nn.Module.__call__ or _is_graph(module)
-    return hooked(module) or not plain or isinstance(module, torch.jit.ScriptModule)
+    return hooked(module) or not _has_plain_call(module) or isinstance(module, torch.jit.ScriptModule)
 
 
 # ------------------------------------------------------------------------------------- modes

@@ -207,7 +207,7 @@ WRONG = {
     "no range": ({"in_channels": 4}, ValueError, "in_channels"),
     "range of another width": ({"in_channels": (0, 20)}, ValueError, "24 channels"),
     "integers": ({"x": torch.ones(2, 24, 9, 11, dtype=torch.int32)}, TypeError, "x"),
-    "no Triton kernel": ({"backend": "triton"}, RuntimeError, "triton"),
+    "Triton on a CPU": ({"backend": "triton"}, RuntimeError, "triton"),
 }
 
 

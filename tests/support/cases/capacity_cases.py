@@ -215,6 +215,14 @@ def sample_weights(mask, x, weight):
     return ops.mixed_conv2d(x, weight, mask.to(x.dtype), padding=1)
 
 
+def region_weights(mask, x, weights):
+    return ops.region_conv2d(x, weights, mask.to(torch.int32), padding=1)
+
+
+def filters_of_pixels(mask, x, kernels):
+    return ops.local_conv2d(x, kernels * mask[:, None].to(x.dtype), 3, padding=1, groups=2)
+
+
 def masked_outputs(mask, x, weight):
     return ops.masked_output_conv2d(x, weight, mask[:, None].expand(N, O, H, W), padding=1)
 
@@ -231,8 +239,18 @@ def channel_cases() -> dict[str, Case]:
         "channel chain, trained": Case(trained(channel_chain), channel_masks(N, C), tensors),
         "channel heads": Case(channel_heads, channel_masks(N, 4, C), (maps(), random_tensor(64, C, 3, 3))),
         "channel linear": Case(channel_linear, channel_masks(N, C), linear),
-        "mixed weights": Case(
-            sample_weights, channel_masks(N, 4), (maps(), random_tensor(4, O, C, 3, 3)), library=True
+        "mixed weights conv, trained": Case(
+            trained(sample_weights),
+            channel_masks(N, 4),
+            (maps(), random_tensor(4, O, C, 3, 3)),
+            library=True,
+            grads=True,
+        ),
+        "region weights conv, trained": Case(
+            trained(region_weights), pixel_masks(), (maps(), random_tensor(2, O, C, 3, 3)), grads=True
+        ),
+        "local conv, trained": Case(
+            trained(filters_of_pixels), pixel_masks(), (maps(), random_tensor(N, 18, H, W)), grads=True
         ),
         "masked outputs": Case(
             masked_outputs, pixel_masks(), (maps(), random_tensor(O, C, 3, 3)), library=True

@@ -244,13 +244,12 @@ def expert_samples(backend: str):
 
 
 def samples(backends) -> list:
-    """(name, arguments) for every op, on the CPU; "triton" only where an op has such kernels."""
+    """(name, arguments) for every op, on the CPU."""
     torch.manual_seed(0)
     every = [*index_samples(), *row_samples(), *block_samples(), *channel_copy_samples()]
     for backend in backends:
         every += [*conv_samples(backend), *channel_samples(backend), *expert_samples(backend)]
-        if backend != "triton":
-            every += [*weighted_samples(backend), *output_mask_samples(backend), *local_samples(backend)]
+        every += [*weighted_samples(backend), *output_mask_samples(backend), *local_samples(backend)]
     return every
 
 

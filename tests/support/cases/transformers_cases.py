@@ -61,8 +61,9 @@ def choices(tokens: int, topk: int = 2, experts: int = 5) -> tuple[torch.Tensor,
 
 def both(experts: nn.Module, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """(eager, dynops)"""
-    results = []
-    for name in ("eager", "dynops"):
-        experts.config._experts_implementation = name
-        results.append(experts(*inputs))
-    return tuple(results)
+    return run(experts, "eager", *inputs), run(experts, "dynops", *inputs)
+
+
+def run(experts: nn.Module, implementation: str, *inputs) -> torch.Tensor:
+    experts.config._experts_implementation = implementation
+    return experts(*inputs)

@@ -26,9 +26,9 @@ class Case:
     kernel: int = 3
     stride: int = 1
     groups: int = 1
-    n: int = 3
-    h: int = 6
-    w: int = 5
+    n: int = 2
+    h: int = 5
+    w: int = 4
     regions: int = 0
     each: bool = True
     kind: str = "random"

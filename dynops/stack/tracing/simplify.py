@@ -6,8 +6,8 @@ from operator import attrgetter
 
 from torch import nn
 
-from .layers import COPIES, mapped
-from .trace import Ref, Step
+from ..layers import COPIES, mapped
+from ..trace import Ref, Step
 
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _PER_PIXEL = ("linear", "layer_norm", "rms_norm")  # functions of the last dimension
