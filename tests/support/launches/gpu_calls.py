@@ -210,7 +210,7 @@ def _weight_calls() -> dict[str, Call]:
         return torch.randint(0, 4, (32, 28, 28)).to(device)
 
     def outputs(device: str, capacity: bool) -> Tensor:
-        return (torch.rand(32, 128, 28, 28) < 0.3).to(device)
+        return (random_mask((32, 1, 28, 28), 0.1) & (torch.rand(128, 1, 1) < 0.5)).to(device)
 
     size = (32, 128, 28, 28)
     return {
