@@ -308,7 +308,7 @@ LAUNCHES = {
     "sparse_conv2d":                     {"exact": (2, 0, 4, 12), "capacity": (2, 1, 4, 13)},
     "sparse_conv2d, few pixels":         {"exact": (2, 1, 4, 11), "capacity": (2, 2, 4, 12)},
     "sparse_conv2d, fused":              {"exact": (3, 5, 6, 19), "capacity": (3, 5, 6, 22)},
-    "sparse_conv2d, depthwise":          {"exact": (1, 1, 2, 10), "capacity": (1, 1, 2, 10)},
+    "sparse_conv2d, depthwise":          {"exact": (2, 1, 2, 10), "capacity": (2, 1, 2, 10)},  # float32: large
     "sparse_conv2d, stem":               {"exact": (1, 1, 3, 11), "capacity": (1, 2, 3, 12)},
     "sparse_conv_transpose2d":           {"exact": (2, 2, 4, 12), "capacity": (2, 3, 4, 13)},
     "packed_conv2d":                     {"exact": (1, 0, 3, 15), "capacity": (1, 9, 3, 19)},
