@@ -244,13 +244,12 @@ def channel_cases() -> dict[str, Case]:
             channel_masks(N, 4),
             (maps(), random_tensor(4, O, C, 3, 3)),
             library=True,
-            grads=True,
         ),
         "region weights conv, trained": Case(
-            trained(region_weights), pixel_masks(), (maps(), random_tensor(2, O, C, 3, 3)), grads=True
+            trained(region_weights), pixel_masks(), (maps(), random_tensor(2, O, C, 3, 3))
         ),
         "local conv, trained": Case(
-            trained(filters_of_pixels), pixel_masks(), (maps(), random_tensor(N, 18, H, W)), grads=True
+            trained(filters_of_pixels), pixel_masks(), (maps(), random_tensor(N, 18, H, W))
         ),
         "masked outputs": Case(
             masked_outputs, pixel_masks(), (maps(), random_tensor(O, C, 3, 3)), library=True
