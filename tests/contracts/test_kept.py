@@ -9,6 +9,7 @@ from torch import nn
 
 import dynops
 from dynops.kept import Kept, Mark, kept, refresh
+from dynops.kernels.cpu import engine
 from dynops.testing import available_backends, random_mask, random_tensor
 
 needs_binary = pytest.mark.skipif(
@@ -220,8 +221,8 @@ def test_refresh():
 def test_under_autocast_a_weight_that_is_trained_is_packed_once(monkeypatch):
     layer = dynops.nn.SparseConv2d(32, 32, 3, padding=1)
     x, mask = random_tensor(1, 32, 12, 12), random_mask((1, 12, 12), 0.3)
-    pack, calls = torch.ops.dynops.cpu_pack_weight, []
-    monkeypatch.setattr(torch.ops.dynops, "cpu_pack_weight", lambda *a: calls.append(0) or pack(*a))
+    pack, calls = engine.CPP.pack_weight, []
+    monkeypatch.setattr(engine.CPP, "pack_weight", lambda *a: calls.append(0) or pack(*a))
     grads = []
     for _ in range(3):
         layer.zero_grad()

@@ -236,6 +236,12 @@ def test_a_capture_that_does_not_join_a_side_stream():
             floats()
 
 
+def test_a_capture_that_waits_for_work_outside_of_it():
+    outside = torch.cuda.Stream().record_event()
+    with pytest.raises(Race, match="outside of the graph"), watch.capture():
+        torch.cuda.current_stream().wait_event(outside)
+
+
 def test_the_backward_follows_the_streams_of_the_forward():
     side, x = torch.cuda.Stream(), torch.ones(8, device="cuda", requires_grad=True)
     with watch.fresh():

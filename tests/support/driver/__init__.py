@@ -20,7 +20,7 @@ shared memory over the device's                                      Triton's Ou
 an argument that is no multiple of 16 in code made for these         ``launches.Illegal``
 a tensor of the CPU or of another device in a launch                 the driver
 a wait of the host within ``watch.capture()``                        ``watch.HostWaits``
-a side stream that a capture does not join                           ``order.Race``
+a side stream that a capture does not join, work outside of it       ``order.Race``
 memory used on two streams without an event between                  ``order.Race``
 memory freed while another stream uses it                            ``order.Race``, at the end of ``watch.fresh()``
 ===================================================================  =====================================

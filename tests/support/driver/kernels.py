@@ -15,8 +15,11 @@ _POINTS_ON = {
     "arith.select", "scf.for", "scf.if", "scf.while", "tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims",
     "tt.join", "tt.make_tensor_descriptor", "tt.reshape", "tt.splat", "tt.trans",
 }  # fmt: skip
+# Their addresses are the only operands that point somewhere: the others are values and masks.
 _READS = {"tt.load", "tt.descriptor_load", "tt.descriptor_gather", "tt.atomic_rmw", "tt.atomic_cas"}
-_WRITES = {"tt.store", "tt.descriptor_store", "tt.descriptor_scatter", "tt.atomic_rmw", "tt.atomic_cas"}
+_WRITES = {
+    "tt.store", "tt.descriptor_store", "tt.descriptor_scatter", "tt.descriptor_reduce", "tt.atomic_rmw", "tt.atomic_cas",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -62,7 +65,8 @@ def _follow(line: str, points_to: dict, results: list, found: dict[str, Paramete
         points_to[results[-1]] |= values
     if line.split(" loc(")[0].endswith("{"):
         results.append(result)
-    # the first operand that points somewhere is the address: others are values and masks
-    for parameter in values if name in _READS | _WRITES else ():
-        found[parameter].read |= name in _READS
-        found[parameter].written |= name in _WRITES
+    if name in _READS | _WRITES:
+        assert values, f"an address of no parameter's memory: {line}"
+        for parameter in values:
+            found[parameter].read |= name in _READS
+            found[parameter].written |= name in _WRITES

@@ -43,9 +43,8 @@ class Launcher(CudaLauncher):
         watch.operation(self.kernel, watch.device(), reads, writes, kernel=True)
 
     def _check(self, programs: int, given: dict, known: dict[str, Parameter]) -> None:
-        if (
-            not 0 < programs < 2**31
-        ):  # Triton multiplies in 32 bits, and launches nothing where that is not positive
+        # Triton multiplies in 32 bits, and launches nothing where the product is not positive
+        if not 0 < programs < 2**31:
             raise Illegal(f"{self.kernel}: a grid of {programs} programs, which Triton skips")
         for name, parameter in known.items():
             value = given[name]

@@ -102,16 +102,13 @@ class Order:
         """Memory goes back to the stream that it was allocated on, whose next tensor may get it."""
         clock = {**self._clocks[memory.stream]}
         _merge(clock, self._host)
-        for access in memory.accesses:
-            if (
-                access.stream != memory.stream
-                and access.stream not in memory.also_used_on
-                and not _over(access, clock)
-            ):
-                self.late.append(
-                    f"{access.what} on stream {access.stream[1]} may still use memory of stream {memory.stream[1]} that "
-                    "was freed: neither record_stream nor an event keeps it"
-                )
+        known = {memory.stream, *memory.also_used_on}
+        self.late += [
+            f"{access.what} on stream {access.stream[1]} may still use memory of stream {memory.stream[1]} that was "
+            "freed: neither record_stream nor an event keeps it"
+            for access in memory.accesses
+            if access.stream not in known and not _over(access, clock)
+        ]
 
 
 def _merge(clock: Clock, other: Clock) -> None:

@@ -8,7 +8,7 @@ import types
 import torch
 
 from . import machine
-from .watch import watch
+from .watch import Moment, watch
 
 _numbers = itertools.count(1)  # 0: the default stream
 _CUDA = 1  # c10::DeviceType::CUDA
@@ -36,13 +36,15 @@ class Stream(torch.Stream):
         return event
 
     def wait_event(self, event: "Event") -> None:
-        watch.order.wait(self._place, event.clock)
+        if event.moment is not None:
+            watch.wait(self._place, event.moment)
 
     def wait_stream(self, stream: "Stream") -> None:
-        watch.order.wait(self._place, watch.order.record(stream._place))
+        watch.wait(self._place, watch.record(stream._place))
 
     def synchronize(self) -> None:
         watch.host_reads("Stream.synchronize", self.device_index)
+        watch.order.host_waits(watch.order.record(self._place))
 
     def query(self) -> bool:
         return True
@@ -52,17 +54,17 @@ class Event:
     """``torch.cuda.Event``."""
 
     def __init__(self, *arguments, **named):
-        self.clock: dict = {}
+        self.moment: Moment | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.clock = watch.order.record((stream or current_stream())._place)
+        self.moment = watch.record((stream or current_stream())._place)
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or current_stream()).wait_event(self)
 
     def synchronize(self) -> None:
         watch.host_reads("Event.synchronize", watch.device())
-        watch.order.host_waits(self.clock)
+        watch.order.host_waits(self.moment.clock)
 
     def query(self) -> bool:
         return True
@@ -140,7 +142,7 @@ def install() -> None:
         "set_stream": set_stream,
         "stream": stream,
         "synchronize": synchronize,
-        "is_current_stream_capturing": lambda: watch.capturing,
+        "is_current_stream_capturing": lambda: current_stream()._place in watch.captured,
     }
     for name, value in own.items():
         setattr(torch.cuda, name, value)
@@ -148,18 +150,18 @@ def install() -> None:
 
 
 # Backward passes record, wait and hold memory in C++.
-_clocks: dict[int, dict] = {}  # by event
+_moments: dict[int, Moment] = {}  # by event
 _call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int, ctypes.c_int64)
 
 
 @_call
 def _of_records(event: int, device: int, stream: int) -> None:
-    _clocks[event] = watch.order.record((device, stream))
+    _moments[event] = watch.record((device, stream))
 
 
 @_call
 def _of_waits(event: int, device: int, stream: int) -> None:
-    watch.order.wait((device, stream), _clocks[event])
+    watch.wait((device, stream), _moments[event])
 
 
 @_call

@@ -174,9 +174,7 @@ def _written(op, arguments, named) -> list[Tensor]:
 
 def _without_values(op, arguments, named, tensors, written, index: int):
     """The result where all of it is large and floating, without computing it; None elsewhere."""
-    if max((x.numel() for x in tensors), default=0) <= SMALL or not all(
-        x.is_floating_point() for x in written
-    ):
+    if all(x.numel() <= SMALL for x in tensors) or not all(x.is_floating_point() for x in written):
         return None
     if written and all(x.numel() for x in written):
         return written if len(written) > 1 else written[0]
@@ -187,6 +185,7 @@ def _without_values(op, arguments, named, tensors, written, index: int):
 
     with contextlib.suppress(NotImplementedError):  # some ops need values
         return _back(op, arguments, named, abstract, lambda x: allocate(x.shape, x.stride(), x.dtype, index))
+    return None
 
 
 def _on_the_host(op, arguments, named, index: int):

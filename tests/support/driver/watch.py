@@ -3,22 +3,31 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
 from . import machine
-from .order import Memory, Order, Race
+from .order import Clock, Memory, Order, Race, Stream
 
 
 class HostWaits(AssertionError):
     """The host waits for a device where a CUDA graph could be captured."""
 
 
+class Moment(NamedTuple):
+    """What is over once an event is, and whether it is part of a capture."""
+
+    clock: Clock
+    captured: bool
+
+
 class Watch:
     """What the process did since :meth:`fresh`."""
 
     def __init__(self):
-        self.order, self.capturing, self.counts = Order(), False, Counter()
+        self.order, self.counts = Order(), Counter()
+        self.captured: set[Stream] = set()  # the streams whose work goes to a CUDA graph
         self.memories: dict[int, Memory] = {}  # by first address
 
     # ------------------------------------------------------------------ where the process stands
@@ -44,29 +53,40 @@ class Watch:
 
     def host_reads(self, what: str, device: int) -> None:
         """The host waits for the current stream."""
-        if self.capturing:
+        if self.captured:
             raise HostWaits(f"{what}: the host waits for cuda:{device} while a CUDA graph is captured")
         self.counts["host"] += 1
         self.order.host_waits(self.order.record(self.stream(device)))
 
+    def record(self, stream: Stream) -> "Moment":
+        """An event."""
+        return Moment(self.order.record(stream), stream in self.captured)
+
+    def wait(self, stream: Stream, moment: "Moment") -> None:
+        """A stream waits for an event, and so becomes part of a capture that the event is of."""
+        if stream in self.captured and not moment.captured:
+            raise Race(f"stream {stream[1]}, which is captured, waits for work outside of the graph")
+        if moment.captured and self.captured:
+            self.captured.add(stream)
+        self.order.wait(stream, moment.clock)
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
         """As in ``torch.cuda.graph``: the host must not wait, and side streams must be joined at the end."""
-        device = self.device()
-        before = self.order.everything(device)
-        self._captures(True)
+        stream = self.stream(self.device())
+        self.captured.add(stream)
+        machine.driver().standin_set_capturing(True)
         try:
             yield
+            after = self.order.record(stream)
+            for other in self.captured:
+                if after.get(other, 0) < self.order.record(other)[other]:
+                    raise Race(
+                        f"the capture ends before the work of stream {other[1]}, which nothing waits for"
+                    )
         finally:
-            self._captures(False)
-        after = self.order.record(self.stream(device))
-        for stream, time in self.order.everything(device).items():
-            if time > before.get(stream, 0) and after.get(stream, 0) < time:
-                raise Race(f"the capture ends before the work of stream {stream[1]}, which nothing waits for")
-
-    def _captures(self, now: bool) -> None:
-        self.capturing = now
-        machine.driver().standin_set_capturing(now)
+            self.captured.clear()
+            machine.driver().standin_set_capturing(False)
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator["Watch"]:
