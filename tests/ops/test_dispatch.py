@@ -101,7 +101,7 @@ def test_a_cuda_tensor_takes_the_kernel_that_is_documented(name, launched, monke
     if name in DENSE_AS_A_RULE:
         monkeypatch.setattr(outputs, "_few_pixels", lambda *a: True)
         on_cuda(name, arguments)
-        assert "conv_kernel" in launched
+        assert any("conv_kernel" in kernel for kernel in launched)
 
 
 def test_the_public_ops_and_the_documentation_say_the_same():
@@ -118,7 +118,8 @@ def test_the_public_ops_and_the_documentation_say_the_same():
     words["CUDA C++ where it was built, else PyTorch"] = {"cuda", "reference", "cuda + reference"}
     words["Triton and PyTorch"] = {"triton + reference"}
     documented = set()
-    for line in (ROOT / "docs" / "backends.md").read_text().split("## What runs where")[1].splitlines():
+    page = (ROOT / "docs" / "backends.md").read_text()
+    for line in page.partition("## What runs where")[2].partition("\n## ")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         for name in re.findall(r"`(\w+)`", cells[0]) if line.startswith("| `") else []:
             documented.add(name)

@@ -67,17 +67,16 @@ void reduce_blocks(const T* mask, const BlockGeometry& g, Reduce reduce, uint8_t
   const int64_t threads = threads_for(double(g.pixels()) * sizeof(T), kMaskBytesPerThread);
   parallel(threads, [&](int64_t t) {
     std::vector<Partial> columns(g.width);
-    const Span mine = share_of(rows, t, threads);
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
+    for (const int64_t row : each(share_of(rows, t, threads))) {
       const Span ys = clipped(g.first_h + row % g.grid_h * g.step_h, g.tile_h, g.height);
       std::fill(columns.begin(), columns.end(), Partial(0));
-      for (int64_t y = ys.begin; y < ys.end; ++y) {
+      for (const int64_t y : each(ys)) {
         add_line(mask + (row / g.grid_h * g.height + y) * g.width, g.width, reduce, columns.data());
       }
       for (int64_t bx = 0; bx < g.grid_w; ++bx) {
         const Span xs = clipped(g.first_w + bx * g.step_w, g.tile_w, g.width);
         Partial total = 0;
-        for (int64_t x = xs.begin; x < xs.end; ++x) total = reduce.join(total, columns[x]);
+        for (const int64_t x : each(xs)) total = reduce.join(total, columns[x]);
         out[row * g.grid_w + bx] = reduce.active(total);
       }
     }
@@ -133,9 +132,8 @@ Tensor block_cover(const Tensor& index, const OptionalTensor& count, IntHeaderOn
 
 // The pixels of a row of blocks in one line of the map.
 int64_t line_pixels(const GridRows& grid, int64_t row) {
-  const Span blocks = grid.blocks_of(row);
   int64_t pixels = 0;
-  for (int64_t b = blocks.begin; b < blocks.end; ++b) pixels += grid.columns(row, b).size();
+  for (const int64_t b : each(grid.blocks_of(row))) pixels += grid.columns(row, b).size();
   return pixels;
 }
 
@@ -158,8 +156,7 @@ Tensor block_pixels(const Tensor& index, IntHeaderOnlyArrayRef geometry) {
     const int32_t* const first = out;
     const int64_t line = (row / g.grid_h * g.height + ys.begin) * g.width;
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-      const Span xs = grid.columns(row, b);
-      for (int64_t x = xs.begin; x < xs.end; ++x) *out++ = int32_t(line + x);
+      for (const int64_t x : each(grid.columns(row, b))) *out++ = int32_t(line + x);
     }
     // each further line is the one before it, moved down
     const int64_t further = (ys.size() - 1) * (out - first), width = out - first;

@@ -92,11 +92,9 @@ struct Scatter {
   // Calls f(run of a tile, its columns) for all tiles over a line, in the order of the plan.
   template <class F>
   void for_each_run(const Line& line, const F& f) const {
-    const Span rows = rows_over[line.y];
-    for (int64_t by = rows.begin; by < rows.end; ++by) {
+    for (const int64_t by : each(rows_over[line.y])) {
       const int64_t row = line.n * g.grid_h + by, i = line.y - (g.first_h + by * g.step_h);
-      const Span blocks = grid.blocks_of(row);
-      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      for (const int64_t b : each(grid.blocks_of(row))) {
         const Span xs = grid.columns(row, b);
         const int64_t j = xs.begin - grid.left(row, b);
         const int64_t pixel = ((b * layout.planes + line.plane) * g.tile_h + i) * g.tile_w + j;

@@ -90,8 +90,7 @@ void for_each_line(const LocalConv& c, int64_t height, const MakeTask& make) {
   const int64_t lines = c.g.batch * height, threads = threads_for(c.macs(), kMacsPerThread);
   parallel(threads, [&](int64_t t) {
     auto task = make();
-    const Span mine = share_of(lines, t, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) task(i / height, i % height);
+    for (const int64_t i : each(share_of(lines, t, threads))) task(i / height, i % height);
   });
 }
 

@@ -273,8 +273,7 @@ void masked_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   const int64_t blocks = cut.blocks(g), items = g.groups * cut.panels_of_group * blocks;
   parallel(threads, [&](int64_t t) {
     Worker worker(c, cut);
-    const Span mine = share_of(items, t, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) worker.run(i / blocks, i % blocks);
+    for (const int64_t i : each(share_of(items, t, threads))) worker.run(i / blocks, i % blocks);
   });
 }
 

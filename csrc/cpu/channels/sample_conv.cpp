@@ -166,7 +166,7 @@ void weighted_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     for (int64_t p = some.begin; g.groups == 1 && p < some.end; ++p) {
       packer.pack(from, f.dtype, p, scratch, to + (p - some.begin) * pieces.piece_bytes);
     }
-    if (g.groups > 1) packer.pack_groups(from, f.dtype, g.groups, scratch, to);
+    if (g.groups > 1) packer.pack_groups(from, f.dtype, {0, g.groups * packer.layout().panels}, scratch, to);
   };
   WeightedPass(f, pixels, pieces, pack, floats_of(bias), false).run();
 }

@@ -95,7 +95,7 @@ void weighted_input_grad(const Tensor& grad, const Tensor& weight, const Optiona
       const Span read{std::max(mine.begin, n * image), std::min(mine.end, (n + 1) * image)};
       if (read.begin >= read.end) continue;
       const char* at = weights + (shared ? one.weight % regions : one.weight) * weight_bytes;
-      packer.pack_groups(at, dtype, g.groups, scratch.get(), packed.get());
+      packer.pack_groups(at, dtype, {0, g.groups * packer.layout().panels}, scratch.get(), packed.get());
       add_input_grad(grad_of(g, grad, channels, pixels, one), packed.get(), read, data_of<float>(dx));
     }
   });

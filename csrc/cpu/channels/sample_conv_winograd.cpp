@@ -39,8 +39,7 @@ void run_winograd_samples(const Forward& shared, const std::vector<float>& bias,
     const std::unique_ptr<char[]> weight(new char[kPositions * position_bytes]);
     const std::unique_ptr<float[]> v(new float[kPositions * most * channels]);
     WinogradPass::Work work;
-    const Span mine = share_of(units, t, threads);
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
+    for (const int64_t u : each(share_of(units, t, threads))) {
       const int64_t n = u / shares;
       const Span panels = share_of(layout.panels, u % shares, shares);
       Forward f{shared};

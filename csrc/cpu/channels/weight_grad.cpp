@@ -83,12 +83,10 @@ class ChannelWeightGrad {
         double(samples) * double(x_.pixels() * x_.row_channels() + grad_.pixels() * outputs_) * 4;
     const int64_t packers = threads_for(bytes, 64e3), tasks = g_.taps() * slices_ * shares_;
     parallel(packers, [&](int64_t t) {
-      const Span maps = share_of(samples * heads_ * x_blocks, t, packers);
-      for (int64_t i = maps.begin; i < maps.end; ++i)
+      for (const int64_t i : each(share_of(samples * heads_ * x_blocks, t, packers)))
         pack_x(first, i / x_blocks / heads_, i / x_blocks % heads_, i % x_blocks * kRows);
       std::vector<float> rows(kRows * outputs_);
-      const Span grads = share_of(samples * blocks, t, packers);
-      for (int64_t i = grads.begin; i < grads.end; ++i)
+      for (const int64_t i : each(share_of(samples * blocks, t, packers)))
         pack_grad(first + i / blocks, i / blocks, i % blocks, rows.data());
     });
     const double macs =

@@ -35,6 +35,18 @@ struct Affine {
   }
 };
 
+// Some runs of `depth` elements, `offset` bytes past each pointer, as float32 in `memory`, and pointers
+// there.
+inline void to_floats(const char* const* from, int64_t runs, int64_t offset, Dtype dtype, int64_t depth,
+                      std::vector<float>& memory, const char** to) {
+  memory.resize(runs * depth);
+  for (int64_t i = 0; i < runs; ++i) {
+    float* run = memory.data() + i * depth;
+    kernels().to_float(from[i] + offset, dtype, depth, run);
+    to[i] = bytes_of(run);
+  }
+}
+
 struct Forward {
   Geometry g;
   int64_t in_channels, out_channels;

@@ -123,7 +123,9 @@ class ForwardPass {
                 .shift = f_.affine.shift.data() + group * group_out,
                 .activation = f_.activation};
       if (f_.converts()) {
-        convert(t, height, gemm.in_offset);
+        t.converted_in.resize(height * segments_);
+        to_floats(t.in.data(), height * segments_, gemm.in_offset, f_.dtype, depth_, t.converted,
+                  t.converted_in.data());
         rows.in = t.converted_in.data();
         gemm.in = Dtype::kFloat32;
         gemm.in_offset = 0;
@@ -154,18 +156,6 @@ class ForwardPass {
     t.at.resize(height);
     for (int32_t i = 0; i < height; ++i) t.at[i] = f_.index[class_.row(first + i)];
     return t.at.data();
-  }
-
-  // The group's channels of every row as float32, and a table of pointers to them.
-  void convert(RowTables& t, int32_t height, int64_t in_offset) const {
-    const int64_t runs = height * segments_;
-    t.converted.resize(runs * depth_);
-    t.converted_in.resize(runs);
-    for (int64_t i = 0; i < runs; ++i) {
-      float* to = t.converted.data() + i * depth_;
-      kernels().to_float(t.in[i] + in_offset, f_.dtype, depth_, to);
-      t.converted_in[i] = bytes_of(to);
-    }
   }
 
   const Forward& f_;

@@ -59,8 +59,8 @@ void Packer::pack(const char* weight, Dtype dtype, int64_t panel, float* scratch
   if (dot_) k.pack_pairs(out, layout_.depth / 2, width, to);
 }
 
-void Packer::pack_groups(const char* weight, Dtype dtype, int64_t groups, float* scratch, char* to) const {
-  for (int64_t i = 0; i < groups * layout_.panels; ++i) {
+void Packer::pack_groups(const char* weight, Dtype dtype, Span panels, float* scratch, char* to) const {
+  for (const int64_t i : each(panels)) {
     const int64_t group = i / layout_.panels, panel = i % layout_.panels;
     pack(weight + group * view_.group_stride * size_of(dtype), dtype, panel, scratch,
          to + group * layout_.group_bytes + panel * panel_bytes());
@@ -102,10 +102,8 @@ Tensor pack_weight(const Tensor& weight_in, int64_t groups, bool transposed, boo
   const char* from = data_of<const char>(weight);
   char* out = data_of<char>(packed);
   parallel(groups * layout.panels, [&](int64_t i) {
-    const int64_t group = i / layout.panels, panel = i % layout.panels;
     const std::unique_ptr<float[]> scratch(dot ? new float[packer.panel_bytes() / 2] : nullptr);
-    packer.pack(from + group * view.group_stride * size_of(dtype), dtype, panel, scratch.get(),
-                out + group * layout.group_bytes + panel * packer.panel_bytes());
+    packer.pack_groups(from, dtype, {i, i + 1}, scratch.get(), out);
   });
   return packed;
 }

@@ -43,8 +43,8 @@ class Packer {
   // `weight`: of the group, any dtype; `scratch`: a panel as float32, for pairs only; `to`: where this
   // panel begins.
   void pack(const char* weight, Dtype dtype, int64_t panel, float* scratch, char* to) const;
-  // All panels of all groups.
-  void pack_groups(const char* weight, Dtype dtype, int64_t groups, float* scratch, char* to) const;
+  // Some of the panels of all groups, of a weight that is packed to `to`.
+  void pack_groups(const char* weight, Dtype dtype, Span panels, float* scratch, char* to) const;
 
  private:
   WeightView view_;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <ranges>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -37,12 +38,14 @@ inline Span share_of(int64_t size, int64_t i, int64_t n, int64_t step = 1) {
   return {std::min(size, steps * i / n * step), std::min(size, steps * (i + 1) / n * step)};
 }
 
+// The numbers of a span, for a loop.
+inline auto each(Span span) { return std::views::iota(span.begin, std::max(span.begin, span.end)); }
+
 // Runs task(i) for i in [0, size), `threads` equal shares of them side by side.
 template <class Task>
 void parallel_shares(int64_t size, int64_t threads, const Task& task) {
   parallel(threads, [&](int64_t t) {
-    const Span mine = share_of(size, t, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) task(i);
+    for (const int64_t i : each(share_of(size, t, threads))) task(i);
   });
 }
 

@@ -31,8 +31,7 @@ void gather_pairs(const Tensor& x_in, const OptionalTensor& weight_in, const Ten
   parallel(threads, [&](int64_t t) {
     const std::vector<int64_t> first(1, 0);
     std::vector<float> one(1);
-    const Span mine = share_of(plan.pairs, t, threads);
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
+    for (const int64_t p : each(share_of(plan.pairs, t, threads))) {
       const char* from = p < plan.rows() ? x[plan.token(p)] : nullptr;
       char* to = data_of<char>(out) + p * x.bytes();
       if (!from || !weight) {
@@ -57,8 +56,7 @@ void combine_pairs(const Tensor& rows_in, const OptionalTensor& weight_in, const
   parallel(threads, [&](int64_t thread) {
     std::vector<int64_t> from, which;
     std::vector<float> share;
-    const Span mine = share_of(plan.tokens, thread, threads);
-    for (int64_t t = mine.begin; t < mine.end; ++t) {
+    for (const int64_t t : each(share_of(plan.tokens, thread, threads))) {
       from.clear(), which.clear(), share.clear();
       for (int64_t pair = t * plan.topk; pair < (t + 1) * plan.topk; ++pair) {
         if (plan.position[pair] < 0) continue;

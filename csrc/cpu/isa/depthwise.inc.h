@@ -2,11 +2,7 @@
 
 FORCE_INLINE void finish_depthwise(const Depthwise& d, const RowBlock& rows, int row, Vec acc, int64_t c,
                                    int n) {
-  Vec y = fma(acc, load(d.scale + c), load(d.shift + c));
-  if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
-  const int64_t byte = c * size_of(d.out);
-  if (rows.residual) y = add(y, load(rows.residual[row] + byte, d.out, n));
-  store(rows.out[row] + byte, activate(y, d.activation), d.out, n);
+  finish(d, acc, load(d.scale + c), load(d.shift + c), rows, row, c * size_of(d.out), n);
 }
 
 // A few rows: where they are read ([height][segment]) and written.

@@ -43,25 +43,18 @@ struct DotTile {
   int ahead_rows;
 };
 
-// acc[i][c] += the products of one vector of each row.
-template <class X, class W, int MR>
+// acc[i][c] += the products of one vector of each row: of all its elements, or of n.
+template <class X, class W, bool kWhole, int MR>
 FORCE_INLINE void multiply_depth(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
-                                 const char* const (&weight)[kDotColumns], int64_t k) {
+                                 const char* const (&weight)[kDotColumns], int64_t k, int n = X::kLanes) {
   X w[kDotColumns];
-  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::whole(weight[c] + k * W::kElement);
-  UNROLL for (int i = 0; i < MR; ++i) {
-    const X row = X::whole(x[i] + k * X::kElement);
-    UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
+  UNROLL for (int c = 0; c < kDotColumns; ++c) {
+    const char* at = weight[c] + k * W::kElement;
+    w[c] = kWhole ? W::whole(at) : W::tail(at, n);
   }
-}
-
-template <class X, class W, int MR>
-FORCE_INLINE void multiply_depth_end(Vec (&acc)[MR][kDotColumns], const char* const (&x)[MR],
-                                     const char* const (&weight)[kDotColumns], int64_t k, int n) {
-  X w[kDotColumns];
-  UNROLL for (int c = 0; c < kDotColumns; ++c) w[c] = W::tail(weight[c] + k * W::kElement, n);
   UNROLL for (int i = 0; i < MR; ++i) {
-    const X row = X::tail(x[i] + k * X::kElement, n);
+    const char* at = x[i] + k * X::kElement;
+    const X row = kWhole ? X::whole(at) : X::tail(at, n);
     UNROLL for (int c = 0; c < kDotColumns; ++c) acc[i][c] = X::multiply(row, w[c], acc[i][c]);
   }
 }
@@ -90,11 +83,11 @@ static __attribute__((noinline)) void row_dots_tile(const DotTile& t, float* sum
       UNROLL for (int u = 0; u < kUnroll * kStep; u += kLine)
           __builtin_prefetch(ahead + u * W::kElement, 0, 2);
     }
-    UNROLL for (int u = 0; u < kUnroll; ++u) multiply_depth<X, W, MR>(acc, x, weight, k + u * kStep);
+    UNROLL for (int u = 0; u < kUnroll; ++u) multiply_depth<X, W, true>(acc, x, weight, k + u * kStep);
   }
   for (; k < t.depth; k += kStep) {
     const int n = t.depth - k < kStep ? int(t.depth - k) : kStep;
-    multiply_depth_end<X, W, MR>(acc, x, weight, k, n);
+    multiply_depth<X, W, false>(acc, x, weight, k, n);
   }
   if (!kept.empty) kept.add_to(acc);
   UNROLL for (int i = 0; i < MR; i += 2) {

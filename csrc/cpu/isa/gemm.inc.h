@@ -71,15 +71,6 @@ FORCE_INLINE void multiply_segment_bf16(Vec (&acc)[MR][NV], const char* const* i
 }
 #endif
 
-// Finishes one vector of a row: activation(gate * (scale * acc + shift) + residual).
-FORCE_INLINE void finish(const Gemm& g, Vec acc, Vec scale, Vec shift, const RowBlock& rows, int row,
-                         int64_t byte, int n) {
-  Vec y = fma(acc, scale, shift);
-  if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
-  if (rows.residual) y = add(y, load(rows.residual[row] + byte, g.out, n));
-  store(rows.out[row] + byte, activate(y, g.activation), g.out, n);
-}
-
 template <int NV>
 FORCE_INLINE void load_affine(const Gemm& g, int64_t column, Vec (&scale)[NV], Vec (&shift)[NV]) {
   UNROLL for (int v = 0; v < NV; ++v) {

@@ -109,6 +109,16 @@ FORCE_INLINE int left_of(int64_t end, int64_t c) {
   return int(end - c < Vec::kLanes ? end - c : Vec::kLanes);
 }
 
+// Finishes one vector of a row: activation(gate * (scale * acc + shift) + residual).
+template <class Product>
+FORCE_INLINE void finish(const Product& p, Vec acc, Vec scale, Vec shift, const RowBlock& rows, int row,
+                         int64_t byte, int n) {
+  Vec y = fma(acc, scale, shift);
+  if (rows.gate) y = mul(y, broadcast(rows.gate[row]));
+  if (rows.residual) y = add(y, load(rows.residual[row] + byte, p.out, n));
+  store(rows.out[row] + byte, activate(y, p.activation), p.out, n);
+}
+
 // Plain vector stores: libc's memset turns to `rep stosb` at 2 KB, and then runs at 30 GB/s, not 160. The
 // last vector may lie over the one before it.
 static void fill(char* to, const char* from, int64_t bytes, bool stream) {

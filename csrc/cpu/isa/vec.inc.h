@@ -216,41 +216,25 @@ FORCE_INLINE Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 FORCE_INLINE Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 
 #if !defined(DYNOPS_ISA_AVX512)  // no masked access: the ragged end goes through a small buffer
-FORCE_INLINE Vec load(const float* p, int n) {
-  float buffer[Vec::kLanes] = {};
-  __builtin_memcpy(buffer, p, n * 4);
-  return load(buffer);
+template <class T, Vec (*kLoad)(const T*), int kSize = sizeof(T)>
+FORCE_INLINE Vec load_part(const T* p, int n) {
+  T buffer[Vec::kLanes * kSize / sizeof(T)] = {};
+  __builtin_memcpy(buffer, p, n * kSize);
+  return kLoad(buffer);
 }
-FORCE_INLINE void store(float* p, Vec a, int n) {
-  float buffer[Vec::kLanes];
-  store(buffer, a);
-  __builtin_memcpy(p, buffer, n * 4);
+template <class T, void (*kStore)(T*, Vec), int kSize = sizeof(T)>
+FORCE_INLINE void store_part(T* p, Vec a, int n) {
+  T buffer[Vec::kLanes * kSize / sizeof(T)];
+  kStore(buffer, a);
+  __builtin_memcpy(p, buffer, n * kSize);
 }
-FORCE_INLINE Vec load_bf16(const char* p, int n) {
-  char buffer[Vec::kLanes * 2] = {};
-  __builtin_memcpy(buffer, p, n * 2);
-  return load_bf16(buffer);
-}
-FORCE_INLINE Vec load_f16(const char* p, int n) {
-  char buffer[Vec::kLanes * 2] = {};
-  __builtin_memcpy(buffer, p, n * 2);
-  return load_f16(buffer);
-}
-FORCE_INLINE Vec load_i8(const char* p, int n) {
-  char buffer[Vec::kLanes] = {};
-  __builtin_memcpy(buffer, p, n);
-  return load_i8(buffer);
-}
-FORCE_INLINE void store_bf16(char* p, Vec a, int n) {
-  char buffer[Vec::kLanes * 2];
-  store_bf16(buffer, a);
-  __builtin_memcpy(p, buffer, n * 2);
-}
-FORCE_INLINE void store_f16(char* p, Vec a, int n) {
-  char buffer[Vec::kLanes * 2];
-  store_f16(buffer, a);
-  __builtin_memcpy(p, buffer, n * 2);
-}
+FORCE_INLINE Vec load(const float* p, int n) { return load_part<float, load>(p, n); }
+FORCE_INLINE Vec load_bf16(const char* p, int n) { return load_part<char, load_bf16, 2>(p, n); }
+FORCE_INLINE Vec load_f16(const char* p, int n) { return load_part<char, load_f16, 2>(p, n); }
+FORCE_INLINE Vec load_i8(const char* p, int n) { return load_part<char, load_i8>(p, n); }
+FORCE_INLINE void store(float* p, Vec a, int n) { store_part<float, store>(p, a, n); }
+FORCE_INLINE void store_bf16(char* p, Vec a, int n) { store_part<char, store_bf16, 2>(p, a, n); }
+FORCE_INLINE void store_f16(char* p, Vec a, int n) { store_part<char, store_f16, 2>(p, a, n); }
 #endif
 
 // ----------------------------------------------------------------------------------- shuffles

@@ -133,7 +133,10 @@ class InputGrad {
     const bool converts = c_.dtype != Dtype::kFloat32 && !dot_;
     for (int64_t group = 0; group < g_.groups; ++group) {
       const int64_t in_offset = group * c_.group_out() * size_of(c_.dtype);
-      if (converts) convert(pairs, in_offset, c_.group_out());
+      if (converts) {
+        to_floats(pairs.from, pairs.size, in_offset, c_.dtype, c_.group_out(), pairs.converted,
+                  pairs.converted_from);
+      }
       const Gemm gemm{.segments = 1,
                       .depth = int32_t(c_.group_out()),
                       .weight_start = &start,
@@ -151,15 +154,6 @@ class InputGrad {
                           .out = pairs.to,
                           .residual = g_.taps() == 1 ? nullptr : pairs.to};
       kernels().gemm(gemm, rows, panels.begin, panels.end);
-    }
-  }
-
-  void convert(Pairs& pairs, int64_t in_offset, int64_t depth) const {
-    pairs.converted.resize(kBlockRows * depth);
-    for (int32_t i = 0; i < pairs.size; ++i) {
-      float* to = pairs.converted.data() + i * depth;
-      kernels().to_float(pairs.from[i] + in_offset, c_.dtype, depth, to);
-      pairs.converted_from[i] = bytes_of(to);
     }
   }
 
@@ -202,8 +196,7 @@ class DepthwiseInputGrad {
     const int64_t threads = threads_for(work, kMacsPerThread / 8);
     parallel(threads, [&](int64_t t) {
       Line line(g_.in_w, g_.taps());
-      const Span mine = share_of(lines, t, threads);
-      for (int64_t l = mine.begin; l < mine.end; ++l) run_line(l, line);
+      for (const int64_t l : each(share_of(lines, t, threads))) run_line(l, line);
     });
   }
 

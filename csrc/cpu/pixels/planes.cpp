@@ -86,8 +86,7 @@ void gather_planes(const Tensor& x, const OptionalTensor& index, const OptionalT
   const int64_t blocks = ceil_div(rows, step), tasks = std::min(threads, blocks);
   parallel(tasks, [&](int64_t t) {
     std::vector<int64_t> place(step);
-    const Span mine = share_of(blocks, t, tasks);
-    for (int64_t b = mine.begin; b < mine.end; ++b) {
+    for (const int64_t b : each(share_of(blocks, t, tasks))) {
       const int64_t first = b * step, height = std::min(step, rows - first);
       places.of(at ? at + first : nullptr, first, height, place.data());
       char* row = to + first * row_bytes;
@@ -164,8 +163,7 @@ void scatter_to_planes(const PlaneMap& map, const PlaneSource& source) {
   const bool stream = map.bytes() >= kStreamBytes;
   parallel(threads, [&](int64_t t) {
     std::vector<int32_t> row;
-    const Span mine = share_of(units, t, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
+    for (const int64_t i : each(share_of(units, t, threads))) {
       const int64_t begin = i / channel_shares % pixel_shares * step;
       scatter_pixels(map, source, i / channel_shares / pixel_shares,
                      {begin, std::min(map.plane, begin + step)},

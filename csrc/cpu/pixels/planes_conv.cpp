@@ -209,8 +209,7 @@ void run_pointwise(const PlanesConv& c, int64_t threads) {
   parallel(tasks, [&](int64_t t) {
     Vectors vectors;
     int64_t found = -1;
-    const Span mine = share_of(units, t, tasks);
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
+    for (const int64_t u : each(share_of(units, t, tasks))) {
       const int64_t group = u % groups, n = u / groups / shares;
       const Span pixels = share_of(plane, u / groups % shares, shares, kVector);
       if (found != u / groups) {
@@ -234,8 +233,7 @@ void run_strips(const PlanesConv& c, int64_t threads) {
   const int64_t strips = ceil_div(g.out_h, lines), units = heads * strips, tasks = std::min(threads, units);
   parallel(tasks, [&](int64_t t) {
     Strip strip(c, lines);
-    const Span mine = share_of(units, t, tasks);
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
+    for (const int64_t u : each(share_of(units, t, tasks))) {
       strip.run(u / g.groups / strips, u % g.groups, u / g.groups % strips * lines);
     }
   });

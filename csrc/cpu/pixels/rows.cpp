@@ -143,8 +143,7 @@ void scatter(const Tensor& rows_in, const Tensor& index, const OptionalTensor& c
   const int64_t threads = threads_for(double(pixels) * bytes, kCopyBytesPerThread);
   parallel(threads, [&](int64_t t) {
     fill_inactive(to, below, bytes, at, rows, share_of(pixels, t, threads), false);
-    const Span mine = share_of(rows, t, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
+    for (const int64_t i : each(share_of(rows, t, threads))) {
       std::memcpy(to + at[i] * bytes, from + i * bytes, bytes);
     }
   });

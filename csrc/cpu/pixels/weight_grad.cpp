@@ -59,8 +59,7 @@ class WeightGrad {
     shares_ = std::min<int64_t>(ceil_div(threads, panels), split_.tiles);
     parallel(threads, [&](int64_t t) {
       std::vector<float> sums(c_.dtype == Dtype::kFloat32 ? 0 : group_out_ * width);
-      const Span mine = share_of(panels * shares_, t, threads);
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
+      for (const int64_t i : each(share_of(panels * shares_, t, threads))) {
         run_few_panel(i / shares_, i % shares_, w.grad.data(), x.get() + i / shares_ * c_.rows * width, sums,
                       out);
       }
@@ -259,8 +258,7 @@ void reorder_weight_grad(const float* dw, const Geometry& g, int64_t outputs, in
   parallel(threads, [&](int64_t t) {
     std::vector<float> line(inner * taps), column(inner * taps);
     std::vector<const float*> in(taps);
-    const Span mine = share_of(lines, t, threads);
-    for (int64_t l = mine.begin; l < mine.end; ++l) {
+    for (const int64_t l : each(share_of(lines, t, threads))) {
       for (int64_t tap = 0; tap < taps; ++tap) {
         const float* from = dw + tap * outputs * inputs;
         in[tap] = from + l * inputs;

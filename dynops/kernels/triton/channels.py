@@ -18,6 +18,8 @@ each job, if these take no more than twice the memory of the maps (a rule of thu
 exchanged. Each head has an input gradient of its own, and these are summed.
 
 Groups narrower than 16 channels (depthwise above all) use a kernel without a matrix product.
+
+Jobs may have weights of their own (``Own``): ``sample_conv.py`` is made of that.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from .channels_weight_grad import conv_weight_grad
 from .experts import expert_tile
 from .gemm import finish, lowest_tap, source_row, united
 
+_UNSPECIALIZED = [*gemm.UNSPECIALIZED, "jobs", "regions"]
 MOST_REGIONS = 62  # those that a tile meets are bits of one integer
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather", "scatter"]
 
@@ -87,7 +90,7 @@ def _regions_met(
     return united(met, REGIONS)
 
 
-@triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def conv_kernel(
     x, w, out, in_index, in_count, out_index, out_count, order, offsets, region, bias, scale, base,
     rows, jobs, regions, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, k_part, inner,
@@ -215,7 +218,7 @@ def conv_kernel(
             tl.store(out + at, tl.load(base + at, mask=other), mask=other)
 
 
-@triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def direct_conv_kernel(
     x, w, out, in_slots, out_slots, order, offsets, region, bias, scale, base,
     rows, jobs, regions, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, channels_in, channels_out,

@@ -67,7 +67,8 @@ def conv_input_grad(grad, weight, region, geometry) -> Tensor:
     for first in range(0, weight.shape[1], MOST_REGIONS):
         some = w[:, first : first + MOST_REGIONS]
         parts.append(torch.empty_like(dx, dtype=torch.float32) if some.shape[1] < weight.shape[1] else dx)
-        own = Own(g.batch, region=(region - first).contiguous(), regions=some.shape[1])
+        shifted = (region - first if first else region).contiguous()
+        own = Own(g.batch, region=shifted, regions=some.shape[1])
         product(grad, some, parts[-1], outs, ins, gemm.adjoint(g), own=own)
     return dx if len(parts) == 1 else sum(parts).to(grad.dtype)
 
