@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +20,7 @@ _LONG = 4096
 # Bytes of a map from which it is filled beside the kernels that compute it. Not measured: by an H200's datasheet 32 MB
 # take 7 us. Two events and a launch are expected to cost the host about as much.
 _LARGE = 1 << 25
+_threads = threading.local()
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -206,8 +207,9 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
     """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
-    by memory. A small map is filled whole beforehand. (Not measured. By an H200's datasheet 256 channels at 64x56x56
-    in bfloat16 take 21 us to fill, and the products of a 3x3 at a density of 10 % 24 us.)
+    by memory. It is launched after them: programs start in the order of their launches, and a fill of thousands would
+    keep the others waiting. A small map is filled whole beforehand. (Not measured. By an H200's datasheet 256 channels
+    at 64x56x56 in bfloat16 take 21 us to fill, and the products of a 3x3 at a density of 10 % 24 us.)
     """
     if out.numel() * out.element_size() < _LARGE:
         out.zero_() if base is None else out.copy_(base)
@@ -215,32 +217,32 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
         return
     base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
     pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
-    with _aside(out):
+    earlier = torch.cuda.current_stream(out.device).record_event() if out.is_cuda else None
+    yield
+    with _aside(out, earlier):
         fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
             words(out), base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
         )
-    try:
-        yield
-    finally:
-        if out.is_cuda:  # base lives till then
-            torch.cuda.current_stream(out.device).wait_stream(_side_stream(out.device))
 
 
 @contextlib.contextmanager
-def _aside(x: Tensor) -> Iterator[None]:
-    """Context: launches go to the side stream of the device of ``x``, after all earlier work of the current one."""
+def _aside(x: Tensor, earlier: torch.cuda.Event | None) -> Iterator[None]:
+    """Context: launches go to the side stream of the device of ``x``, after an event; the current one waits for them."""
     if not x.is_cuda:
         yield
         return
-    side = _side_stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
+    current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_event(earlier)
     with torch.cuda.stream(side):
         yield
 
 
-@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    """The stream of this thread: one of all threads would bring what one launches into what another one captures."""
+    streams = _threads.__dict__
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 def _tile(columns: int) -> dict:
@@ -252,3 +254,4 @@ def words(x: Tensor) -> Tensor:
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
     return x.view(_WORDS[x.element_size()])
+    current.wait_stream(side)
