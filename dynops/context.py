@@ -74,12 +74,13 @@ class use_mask:
     ):
         if not isinstance(ragged, bool):
             raise TypeError(f"ragged: expected a bool, got {ragged!r}")
-        self.ragged, self._used, self._capacity_form = ragged, False, False
+        self.ragged, self._used = ragged, False
+        self._given: PixelPlan | None = None  # of the capacity form, in which the others are then too
         self._plans: dict[tuple[int, int, int], PixelPlan] = {}
         if isinstance(mask_or_plan, BlockPlan):
             mask_or_plan = mask_or_plan.pixels()
         if isinstance(mask_or_plan, PixelPlan):
-            self._capacity_form = mask_or_plan.count is not None
+            self._given = None if mask_or_plan.count is None else mask_or_plan
             mask = mask_or_plan.mask()
             if block_size is None:
                 self._plans[mask_or_plan.shape] = mask_or_plan
@@ -187,7 +188,7 @@ class use_mask:
         if n == 0 or min(size) == 0:
             return PixelPlan.from_mask(mask.new_zeros(shape))
         mask = self._at(tuple(size), layer)
-        return PixelPlan.from_mask(mask, n * size[0] * size[1] if self._capacity_form else None)
+        return PixelPlan.from_mask(mask) if self._given is None else self._given._moved_to(mask)
 
     def _at(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
         """The mask at ``size``, which ``layer`` makes (kept)."""

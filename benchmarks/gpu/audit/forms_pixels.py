@@ -56,8 +56,9 @@ def _convolution(
         x, y = (map_.flatten(2).transpose(1, 2).flatten(0, 1) for map_ in (x, y))
     if epilogue:
         fused = [per_output, per_output, per_output[:1].expand(number), residual]
+    finish, zero_tail = Epilogue("silu", *fused), not capacity
     pixels.conv(
-        x, weight, per_output, plan.index, count, source, list(g), Epilogue("silu", *fused), None, packed
+        x, weight, per_output, plan.index, count, source, list(g), finish, None, packed, None, zero_tail
     )
     if grads:
         pixels.conv_input_grad(y, weight, plan.index, count, source, 2 * size * size, list(g), packed)

@@ -12,6 +12,7 @@ from pixel_launches import CASES, Inputs, of_cases
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
+from dynops.kernels.epilogue import NOTHING
 from dynops.kernels.layout import empty_map, memory_format_of
 from dynops.kernels.triton import gemm, pixels, rows, tiling
 from dynops.ops.pixels import conv as reference
@@ -98,6 +99,32 @@ def test_programs_walk_over_tiles(monkeypatch):
         case = replace(CASES[name], n=3, h=11, w=11, capacity=CASES[name].capacity * 5)
         inputs = Inputs(case, torch.float32)
         check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(case.o))
+
+
+@pytest.mark.parametrize("name", ["capacity", "capacity-packed", "capacity-exceeded", "capacity-transposed", "capacity-depthwise", "capacity-empty"])  # fmt: skip
+@pytest.mark.parametrize("expected", [1, 40])
+def test_expected_rows_change_the_launch_alone(name, expected, monkeypatch):
+    """Tile, split and grid follow what is expected, also where the count is more. Rows past it are not written."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
+    chosen, choose = [], tiling.choose
+    monkeypatch.setattr(
+        tiling, "choose", lambda x, rows, *a, **k: chosen.append(rows) or choose(x, rows, *a, **k)
+    )
+    case = CASES[name] if name == "capacity-depthwise" else replace(CASES[name], c=72)
+    inputs = Inputs(replace(case, n=3, h=11, w=11, capacity=case.capacity * 5), torch.float32)
+    run = partial(pixels.conv, expected=expected, zero_tail=False)
+    check(inputs.conv, run, reference._conv, activation="relu", **inputs.epilogue())
+    assert chosen == [] if name == "capacity-depthwise" else chosen == [expected]
+    if case.packed_out:
+        bare = run(inputs.x, inputs.weight, None, inputs.plan.index, inputs.plan.count, inputs.source, inputs.g, NOTHING, None, True)  # fmt: skip
+        assert bare[~inputs.live].isnan().all() and not bare[inputs.live].isnan().any()
+
+
+def test_sums_of_a_split_capacity_stay_small(monkeypatch):
+    """One expected row of a capacity of many: parts are as many as have room."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 128))
+    for outputs, most in ((1 << 12, 16), (1 << 23, 2), (1 << 25, 1)):
+        assert tiling.parts(torch.device("cpu"), 1, 1000, outputs) == most
 
 
 def test_many_slices_of_rows(monkeypatch):
