@@ -10,7 +10,7 @@ import torch
 from dynops import PixelPlan
 from dynops.geometry import ConvGeometry
 from dynops.kernels.epilogue import Epilogue
-from dynops.kernels.triton import pixels, rows
+from dynops.kernels.triton import gemm, pixels, rows
 
 from .launches import Form, wide
 
@@ -82,6 +82,7 @@ def _rows(dtype: torch.dtype) -> None:
     pixels.scatter_rows(values, plan.index, None, [2, 8, 8], None)
     for base in (None, x):
         rows.scatter_planes(values, plan.index, None, [2, 8, 8], base)
+    gemm.pack_rows(torch.zeros(8, 8, 3, 3), torch.float32, True)  # a weight for TF32
 
 
 MANY = 2048  # SMs, so that reductions are split

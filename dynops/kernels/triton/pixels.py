@@ -326,14 +326,14 @@ def _gather(
     rows = g.batch * g.out_h * g.out_w if index is None else index.shape[0]
     if rows == 0 or out.numel() == 0:
         return
-    x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype)
+    x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype, g.groups)
     sizes = gemm.product_sizes(x.shape[1], out.shape[1], w.shape, g)
     options = {"READS": reads, "WIDE": gemm.is_wide(x, w, out, source, target), **gemm.geometry_arguments(g)}
     if count is None or not writes_rows:
         zero_tail = True
     stored = {"WRITES_ROWS": writes_rows, "ZERO_TAIL": zero_tail, "ACTIVATION": activation}
     with gemm.on_device(x):
-        if gemm.is_narrow(sizes, g):
+        if gemm.is_narrow(sizes, g.groups):
             tile = tiling.direct_tile(out.shape[1])
             grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
             direct_conv_kernel[grid](x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip

@@ -127,6 +127,17 @@ def test_sums_of_a_split_capacity_stay_small(monkeypatch):
         assert tiling.parts(torch.device("cpu"), 1, 1000, outputs) == most
 
 
+def test_weights_are_rounded_for_tf32():
+    """Tensor cores cut off the low bits of what they get: of weights nothing is left to cut."""
+    weight = random_tensor(4, 5, 3, 3) * 1e3
+    weight[0, 0, 0] = torch.tensor([float("inf"), float("nan"), -0.0])
+    exact, rounded = (gemm.pack_rows(weight, torch.float32, tf32) for tf32 in (False, True))
+    assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(rounded.isnan(), exact.isnan()) and torch.equal(rounded.isinf(), exact.isinf())
+    error = ((rounded - exact) / exact)[exact.isfinite() & (exact != 0)]
+    assert 0 < error.abs().max() <= 2**-11 and error.min() < 0 < error.max()
+
+
 def test_many_slices_of_rows(monkeypatch):
     """A weight gradient whose rows are split among programs and added in a second pass."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
