@@ -82,6 +82,7 @@ def _rows(dtype: torch.dtype) -> None:
     pixels.scatter_rows(values, plan.index, None, [2, 8, 8], None)
     for base in (None, x):
         rows.scatter_planes(values, plan.index, None, [2, 8, 8], base)
+    rows.nearest_pixel(plan.index, None, [2, 8, 8])
     gemm.pack_rows(torch.zeros(8, 8, 3, 3), torch.float32, True)  # a weight for TF32
 
 

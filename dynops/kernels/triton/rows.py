@@ -134,6 +134,70 @@ def fill_kernel(
         tl.store(out + at, value, mask=mask)
 
 
+@triton.jit(do_not_specialize=["columns", "h", "w"])
+def nearest_row_kernel(row_of, nearest, columns, h, w, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """nearest[n, y, x] = the nearest row in column x of sample n that has a pixel, the upper of two; -1: none."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    n = column // w
+    first = (n.to(tl.int64) if WIDE else n) * h * w + column - n * w
+    above = tl.full([BLOCK], -1, tl.int32)
+    for y in range(h):
+        above = tl.where(tl.load(row_of + first + y * w, mask=inside, other=-1) >= 0, y, above)
+        tl.store(nearest + first + y * w, above, mask=inside)
+    tl.debug_barrier()
+    below = tl.full([BLOCK], -1, tl.int32)
+    for step in range(h):  # the row itself is where the last one was its own
+        y = h - 1 - step
+        above = tl.load(nearest + first + y * w, mask=inside, other=-1)
+        below = tl.where(above == y, y, below)
+        nearer = (above < 0) | ((below >= 0) & (below - y < y - above))
+        tl.store(nearest + first + y * w, tl.where(nearer, below, above), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "h", "w"])
+def nearest_pixel_kernel(nearest, out, pixels, h, w, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[n, y, x] = the nearest of the pixels (nearest[n, y, c], c), of several the first in row-major order.
+
+    Columns are looked at from x on outwards, until no nearer one can come for any pixel of the program.
+    """
+    pixel = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < pixels
+    n, y, x = split_pixel(pixel, h, w)
+    best = tl.where(inside, tl.full([BLOCK], 2**62, tl.int64), 0)
+    position = tl.full([BLOCK], -1, tl.int32)
+    offset = tl.program_id(0).to(tl.int64) * 0
+    while (offset < w) & (offset * offset <= tl.max(best, 0)):
+        for side in tl.static_range(2):
+            column = x - offset if side == 0 else x + offset
+            there = inside & (column >= 0) & (column < w)
+            row = tl.load(nearest + pixel - x + column, mask=there, other=-1)
+            distance = (row - y).to(tl.int64) * (row - y) + offset * offset
+            at = (row * w + column).to(tl.int32)
+            nearer = (row >= 0) & ((distance < best) | ((distance == best) & (at < position)))
+            best = tl.where(nearer, distance, best)
+            position = tl.where(nearer, at, position)
+        offset += 1
+    position = tl.where(position >= 0, (position + n * h * w).to(tl.int32), -1)
+    tl.store(out + pixel, position, mask=inside)
+
+
+def nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
+    """See ``ops.pixels.interpolate._nearest_pixel``: three launches, where the reference has about 16 a column."""
+    n, h, w = shape
+    row_of = torch.ops.dynops.inverse_index(index, count, shape)
+    nearest, out = torch.empty_like(row_of), torch.empty_like(row_of)
+    if out.numel() == 0:
+        return out
+    wide = gemm.is_wide(out)
+    with gemm.on_device(out):
+        nearest_row_kernel[(triton.cdiv(n * w, 32),)](
+            row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1
+        )
+        nearest_pixel_kernel[(triton.cdiv(n * h * w, 256),)](nearest, out, n * h * w, h, w, wide, BLOCK=256)
+    return out
+
+
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """See ``ops.pixels.rows._gather_rows``."""
     out = x.new_empty(index.shape[0], x.shape[1])
@@ -235,6 +299,7 @@ def _aside(x: Tensor, earlier: torch.cuda.Event | None) -> Iterator[None]:
     side.wait_event(earlier)
     with torch.cuda.stream(side):
         yield
+    current.wait_stream(side)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
@@ -254,4 +319,3 @@ def words(x: Tensor) -> Tensor:
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
     return x.view(_WORDS[x.element_size()])
-    current.wait_stream(side)

@@ -16,6 +16,7 @@ from dynops.kernels.epilogue import NOTHING
 from dynops.kernels.layout import empty_map, memory_format_of
 from dynops.kernels.triton import gemm, pixels, rows, tiling
 from dynops.ops.pixels import conv as reference
+from dynops.ops.pixels import interpolate
 from dynops.testing import random_mask, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -177,6 +178,16 @@ def test_gather_and_scatter(dtype, nchw, capacity):
         out = pixels.scatter_rows(rows + 1, plan.index, plan.count, list(plan.shape), base)
         expected = torch.ops.dynops.scatter_rows(rows + 1, plan.index, plan.count, list(plan.shape), base)
         assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("density,capacity", [(0.04, None), (0.4, 60), (1, None), (0, 4)])
+def test_nearest_pixel(density, capacity):
+    """Many ties, a sample without pixels, and more pixels than a program has."""
+    mask = random_mask((3, 9, 37), density)
+    mask[1] = False
+    plan = PixelPlan.from_mask(mask, capacity)
+    arguments = plan.index, plan.count, list(plan.shape)
+    assert torch.equal(rows.nearest_pixel(*arguments), interpolate._nearest_pixel(*arguments))
 
 
 def test_named_backend_runs_the_kernels():
