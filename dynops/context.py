@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from . import modes
 from .geometry import ConvGeometry
+from .kept import Made
 from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
 from .plans.cells import axes, mask_after
 from .recompute import travels
@@ -74,12 +75,13 @@ class use_mask:
     ):
         if not isinstance(ragged, bool):
             raise TypeError(f"ragged: expected a bool, got {ragged!r}")
-        self.ragged, self._used, self._capacity_form = ragged, False, False
+        self.ragged, self._used = ragged, False
+        self._given: PixelPlan | None = None  # of the capacity form, in which the others are then too
         self._plans: dict[tuple[int, int, int], PixelPlan] = {}
         if isinstance(mask_or_plan, BlockPlan):
             mask_or_plan = mask_or_plan.pixels()
         if isinstance(mask_or_plan, PixelPlan):
-            self._capacity_form = mask_or_plan.count is not None
+            self._given = None if mask_or_plan.count is None else mask_or_plan
             mask = mask_or_plan.mask()
             if block_size is None:
                 self._plans[mask_or_plan.shape] = mask_or_plan
@@ -88,13 +90,15 @@ class use_mask:
         if block_size is not None:
             mask = widen_mask(mask, block_size)
         self._mask = mask  # [N, H, W] bool, as passed
+        self._begun = _made(mask)
         self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
         self._zero: dict[int, tuple] = {}  # by the id of a tensor: a weak reference, its version, a plan
         # of a ragged batch: masks before and after layers
-        self._images: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._images: dict[tuple, tuple] = {}
 
     def __enter__(self) -> use_mask:
         _scope.enter(self)
+        _value(self._begun)  # maybe on another thread, whose stream waits for it here
         return self
 
     def __exit__(self, error, *rest) -> None:
@@ -157,8 +161,8 @@ class use_mask:
         key = (geometry, ceil, id(below))
         if key not in self._images:
             mask, known = mask_after(below, axes(geometry, ceil), True), self._masks.get(size)
-            same = known is not None and torch.equal(known, mask)
-            self._images[key] = below, known if same else mask  # with ``below``, so that its id stays its own
+            same = known is not None and torch.equal(_value(known), mask)
+            self._images[key] = below, known if same else _made(mask)  # with ``below``: its id stays its own
         mask = self._images[key][1]
         if self._masks.get(size) is not mask:
             self._masks[size] = mask
@@ -187,7 +191,7 @@ class use_mask:
         if n == 0 or min(size) == 0:
             return PixelPlan.from_mask(mask.new_zeros(shape))
         mask = self._at(tuple(size), layer)
-        return PixelPlan.from_mask(mask, n * size[0] * size[1] if self._capacity_form else None)
+        return PixelPlan.from_mask(mask) if self._given is None else self._given._moved_to(mask)
 
     def _at(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
         """The mask at ``size``, which ``layer`` makes (kept)."""
@@ -218,8 +222,27 @@ def _kept_in(table: dict, sizes: tuple, make: Callable):
     except TypeError:
         return make()
     if found is None:
-        found = table[sizes] = make()
-    return found
+        found = table[sizes] = _made(make())
+    return _value(found)
+
+
+def _made(value: Tensor | PixelPlan):
+    """What a table keeps of a mask or plan: on a GPU with the moment from which other streams may read it.
+
+    An event that is recorded in the capture of a CUDA graph means nothing outside of it, and the other way round.
+    """
+    return value if value.device.type != "cuda" or _records() else Made(value)
+
+
+def _value(kept):
+    if type(kept) is not Made:
+        return kept
+    return kept.made if _records() else kept.on_this_stream()
+
+
+def _records() -> bool:
+    """True if a compiler or a CUDA graph records what is called."""
+    return is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def _divides(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -17,7 +17,7 @@ class Kernels:
     """The modules that hold the kernels of some ops, by backend.
 
     Args:
-        cpu: the module of C++ kernels; None: the binary registers them under the ops' own names.
+        cpu: the module of C++ kernels; None: the binary registers those that there are under the ops' own names.
         triton: the name of the module of Triton kernels, imported when it is used.
         copies: the kernels move bits of any dtype.
     """

@@ -44,8 +44,9 @@ def kernel_of(op: Op, device: str) -> str:
     name = op.overload._opname
     if _binary_has(name, device) or (device == "cuda" and _binary_has(f"cuda_{name}", device)):
         return {"cpu": "cpp", "cuda": "cuda"}[device]
-    if getattr(op.implementation, "kernels", None) is not None:
-        if device == "cpu" and backends.has_binary():
+    kernels = getattr(op.implementation, "kernels", None)
+    if kernels is not None:
+        if device == "cpu" and kernels.cpu is not None and backends.has_binary():
             return "cpp"
         if device == "cuda" and backends.has_triton():
             return "triton"

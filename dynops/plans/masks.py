@@ -167,6 +167,11 @@ def check_expand(plan, batch: int, size: int) -> None:
         )
 
 
+def check_expected(expected: int | None) -> None:
+    if expected is not None and not is_int(expected, 0):
+        raise ValueError(f"expected: expected an int >= 0 or None, got {expected!r}")
+
+
 def repeat_index(index: Tensor, batch: int, size: int) -> Tensor:
     """The index of ``batch`` samples of ``size`` pixels, all with that of the one."""
     first = torch.arange(batch, dtype=torch.int32, device=index.device) * size

@@ -13,6 +13,7 @@ from .derived import IndexPlan
 from .masks import (
     as_plan,
     check_expand,
+    check_expected,
     check_index,
     check_mask,
     check_shape,
@@ -31,6 +32,8 @@ class PixelPlan(IndexPlan):
         shape: ``(N, H, W)``, the resolution that the plan is for.
         count: ``None`` in the compact form; in the capacity form an int32 ``[1]`` tensor on the
             plan's device, the number of valid entries.
+        expected: ``None``, or about how many entries of the capacity form will be valid. Kernels on a GPU choose
+            their tiles by it instead of by the capacity. No result depends on it.
 
     The compact form has exactly one entry for each active pixel; building it on a GPU reads the
     count back to the host. The capacity form has a fixed size and never synchronises, so it can be
@@ -38,18 +41,37 @@ class PixelPlan(IndexPlan):
     """
 
     _WHERE = "shape"
+    expected: int | None = None
 
-    def __init__(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None = None):
+    def __init__(
+        self,
+        index: Tensor,
+        shape: tuple[int, int, int],
+        count: Tensor | None = None,
+        expected: int | None = None,
+    ):
         check_index(index, count, shape[0] * shape[1] * shape[2], "[P]", "; from_coordinates takes any order")
+        check_expected(expected)
         self._set(index, shape, count)
+        self._expecting(expected)
 
     def _set(self, index: Tensor, shape: tuple[int, int, int], count: Tensor | None) -> None:
         super()._set(index, tuple(shape), count)
         self._pointwise: dict[int, ConvGeometry] = {}
         self._samples = None  # the SamplePlan whose pixels these are, where they are whole samples
 
+    def _expecting(self, expected: int | None) -> PixelPlan:
+        """This plan, which is new, with that many pixels to expect. The compact form knows how many it has."""
+        if expected is not None and self.count is not None:
+            self.expected = min(expected, self.num_rows)
+        return self
+
+    def _expected_of(self, pixels: int) -> int | None:
+        """The active pixels to expect of ``pixels`` at this plan's density."""
+        return None if self.expected is None else -(-self.expected * pixels // max(self.num_pixels, 1))
+
     @classmethod
-    def from_mask(cls, mask: Tensor, capacity: int | None = None) -> PixelPlan:
+    def from_mask(cls, mask: Tensor, capacity: int | None = None, expected: int | None = None) -> PixelPlan:
         """Builds the plan of a mask.
 
         Args:
@@ -58,14 +80,17 @@ class PixelPlan(IndexPlan):
             capacity: size of the capacity form; ``None`` builds the compact form (inside
                 ``torch.compile``, in a ``vmap`` over the mask and of a meta tensor, where sizes must
                 not depend on data: the capacity form with room for every pixel).
+            expected: about how many pixels will be active, where a capacity says less; see the class. Plans that
+                are made of this one (:meth:`needed`, :meth:`resized`) expect the same density.
 
         Raises:
             TypeError: ``mask`` is not a tensor, or is complex or quantised.
-            ValueError: wrong rank, more than 2**31 - 1 pixels, a negative capacity, or a NaN in
+            ValueError: wrong rank, more than 2**31 - 1 pixels, a negative capacity or expectation, or a NaN in
                 the mask (not checked where checking would synchronise: capacity form on a GPU).
         """
         mask = check_mask(mask)
-        return cls._of_mask(mask, tuple(mask.shape), capacity)
+        check_expected(expected)
+        return cls._of_mask(mask, tuple(mask.shape), capacity)._expecting(expected)
 
     @classmethod
     def from_coordinates(
@@ -123,7 +148,8 @@ class PixelPlan(IndexPlan):
         plans = of_one_kind(plans, PixelPlan, size=lambda plan: plan.shape[1:])
         shape = check_shape((sum(plan.shape[0] for plan in plans), *plans[0].shape[1:]), "plans")
         index, count = cat_index([(plan.index, plan.count, plan.num_pixels) for plan in plans])
-        return cls._made(index, shape, count)
+        expected = [plan.num_rows if plan.count is None else plan.expected for plan in plans]
+        return cls._made(index, shape, count)._expecting(None if None in expected else sum(expected))
 
     @classmethod
     def full(cls, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> PixelPlan:
@@ -157,7 +183,15 @@ class PixelPlan(IndexPlan):
     def _make_rows(self) -> PixelPlan:
         full = PixelPlan.full((1, 1, self.num_rows), self.device)
         index = full.index if self.count is None else torch.where(self.index < 0, self.index, full.index)
-        return PixelPlan._made(index, full.shape, self.count)
+        return PixelPlan._made(index, full.shape, self.count)._expecting(self.expected)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PixelPlan:
+        """The same plan on another device."""
+        return super().to(device, non_blocking)._expecting(self.expected)
+
+    def pin_memory(self) -> PixelPlan:
+        """The same plan in pinned memory. A DataLoader calls this."""
+        return super().pin_memory()._expecting(self.expected)
 
     def pointwise(self, groups: int) -> ConvGeometry:
         """The geometry of a 1x1 convolution from this resolution to itself (kept)."""
@@ -198,16 +232,20 @@ class PixelPlan(IndexPlan):
             return self
         if self._samples is not None and not geometry.leaves_gaps:
             return self._samples.pixels((geometry.in_h, geometry.in_w))
-        mask = torch.ops.dynops.needed_mask(self.index, self.count, list(geometry))
-        return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
+        return self._moved_to(torch.ops.dynops.needed_mask(self.index, self.count, list(geometry)))
 
     def resized(self, size: tuple[int, int]) -> PixelPlan:
         """This plan at another ``(H, W)``: an output pixel is active if any pixel under it is."""
         size = pair(size, "size", 1)
         if size == self.shape[1:]:
             return self
-        mask = resize_mask(self.mask(), size)
-        return PixelPlan.from_mask(mask, None if self.count is None else mask.numel())
+        return self._moved_to(resize_mask(self.mask(), size))
+
+    def _moved_to(self, mask: Tensor) -> PixelPlan:
+        """The plan, in this one's form, of a mask that follows from this one at another resolution."""
+        if self.count is None:
+            return PixelPlan.from_mask(mask)
+        return PixelPlan.from_mask(mask, mask.numel(), self._expected_of(mask.numel()))
 
     def expand(self, batch: int) -> PixelPlan:
         """This plan, of a batch of 1, for every sample of a batch (kept); a plan of that batch itself.
@@ -225,7 +263,8 @@ class PixelPlan(IndexPlan):
     def _expanded(self, batch: int) -> PixelPlan:
         shape = (batch, *self.shape[1:])
         if self.count is not None:
-            return PixelPlan.from_mask(self.mask().expand(shape), batch * self.num_rows)
+            expected = None if self.expected is None else batch * self.expected
+            return PixelPlan.from_mask(self.mask().expand(shape), batch * self.num_rows, expected)
         return PixelPlan._made(repeat_index(self.index, batch, self.num_pixels), shape)
 
     def _slots(self) -> Tensor:

@@ -116,4 +116,7 @@ def _union(plans: list[PixelPlan], inside: dict[int, PixelPlan]) -> PixelPlan:
     mask = plans[0].mask()
     for plan in plans[1:]:
         mask = mask | plan.mask()
-    return PixelPlan.from_mask(mask, None if plans[0].count is None else mask.numel())
+    if plans[0].count is None:
+        return PixelPlan.from_mask(mask)
+    expected = [plan.expected for plan in plans]
+    return PixelPlan.from_mask(mask, mask.numel(), None if None in expected else max(expected))

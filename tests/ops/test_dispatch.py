@@ -50,9 +50,8 @@ def test_every_named_kernel_exists_in_triton():
 
 # ------------------------------------------------------------------------------ on a pretended GPU
 
+# Plain PyTorch on a GPU where the binary has no CUDA, as the documentation says.
 PLANS = ("mask_to_index", "mask_to_index_capacity", "inverse_index", "needed_mask", "block_mask", "block_cover", "block_pixels", "expert_index", "channel_mask")  # fmt: skip
-# Plain PyTorch on a GPU, as the documentation says: plans where the binary has no CUDA, and the nearest pixels.
-WITHOUT_A_KERNEL = {*PLANS, "nearest_pixel"}
 # cuDNN and a mask, but where few pixels have an output: a layer of many MACs.
 DENSE_AS_A_RULE = {"masked_output_conv"}
 
@@ -89,7 +88,7 @@ def test_a_cuda_tensor_takes_the_kernel_that_is_documented(name, launched, monke
     expected = what_runs.kernel_of(OPS[name], "cuda")
     if expected == "cuda":
         pytest.skip("the binary has the CUDA kernel, which the dispatcher takes")
-    if name in WITHOUT_A_KERNEL:
+    if name in PLANS:
         assert expected == "reference"
         return
     assert expected == "triton"

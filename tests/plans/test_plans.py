@@ -1,11 +1,14 @@
 """PixelPlan: what it holds, what it derives, and what it refuses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynops import PixelPlan
+from dynops import PixelPlan, use_mask
 from dynops.ops import index as reference
 from dynops.plans import as_pixel_plan, resize_mask
 from dynops.testing import random_mask
@@ -118,6 +121,34 @@ def test_capacity_form(kind, extra):
     assert plan.count.tolist() == [len(kept)] and plan.num_rows == capacity
     assert positions(plan.mask()) == kept and plan.density == len(kept) / 84
     assert not plan.is_full and "capacity" in repr(plan)
+
+
+def test_what_a_plan_expects_travels():
+    mask = random_mask((2, 8, 8), 0.3)
+    plan = PixelPlan.from_mask(mask, 100, expected=40)
+    same = [plan.to("cpu"), plan.as_rows(), pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan)]
+    same += [
+        plan.needed(3, 1, 1),
+        plan.needed(1),
+        plan.resized((8, 8)),
+        PixelPlan(plan.index, (2, 8, 8), plan.count, 40),
+    ]
+    assert [p.expected for p in same] == [40] * len(same)
+    assert plan.needed(2, 2).expected == 160 and plan.resized((4, 4)).expected == 10
+    assert PixelPlan.cat([plan, PixelPlan.full((1, 8, 8)), plan]).expected == 40 + 64 + 40
+    one = PixelPlan.from_mask(mask[:1], 50, expected=20)
+    assert one.expand(3).expected == 60
+    context = use_mask(one)
+    sizes = ((1, 8, 8), 20), ((2, 8, 8), 40), ((4, 4, 4), 20)
+    assert [context.plan(shape, one.device).expected for shape, _ in sizes] == [n for _, n in sizes]
+    assert PixelPlan.from_mask(mask, 30, expected=40).expected == 30
+    for other in (PixelPlan.from_mask(mask, expected=40), PixelPlan.from_mask(mask, 100)):
+        assert (
+            other.expected is other.needed(3, 1, 1).expected is PixelPlan.cat([other, other]).expected is None
+        )
+    for wrong in (-1, True, 0.5):
+        with pytest.raises(ValueError, match="expected: expected an int"):
+            PixelPlan.from_mask(mask, 100, wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)

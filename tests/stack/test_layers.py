@@ -9,6 +9,7 @@ from torch import nn
 import dynops
 from dynops.nn import MaskedGroupNorm, MaskedInstanceNorm2d, Skip, SparseBlocks
 from dynops.stack.graph import stack_of
+from dynops.stack.layers import conv
 from dynops.stack.layers.base import Rows
 from dynops.stack.policy import Masked
 from dynops.stack.run_rows import Run
@@ -96,6 +97,30 @@ def test_a_masked_model_is_its_layers(name, form):
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a is b is None or (a - b).norm() <= 1e-12 * b.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_nothing_reads_rows_past_the_count(name, monkeypatch):
+    """Without gradients a kernel leaves them as they were."""
+    left = []
+
+    def poisoned(*given):
+        out, plan, rows, zero_tail = conv_layer(*given), given[3], given[8], given[10]
+        if rows and not zero_tail:
+            left.append(plan)
+            out[plan.index < 0] = float("nan")
+        return out
+
+    torch.manual_seed(0)
+    model, x = MASKED[name]().eval(), torch.randn(2, 4, 12, 8)
+    mask = random_mask((2, 12, 8), 0.3)
+    dynops.convert_(model)
+    with torch.no_grad(), dynops.active(dynops.PixelPlan.from_mask(mask, mask.numel())):
+        expected = model(x)
+        conv_layer = conv._pixel_conv
+        monkeypatch.setattr(conv, "_pixel_conv", poisoned)
+        out = model(x)
+    assert left and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", sorted(set(MASKED) - {"bilinear", "squeeze-excite"}))

@@ -10,7 +10,7 @@ import torch
 from dynops import PixelPlan
 from dynops.geometry import ConvGeometry
 from dynops.kernels.epilogue import Epilogue
-from dynops.kernels.triton import pixels, rows
+from dynops.kernels.triton import gemm, pixels, rows
 
 from .launches import Form, wide
 
@@ -56,8 +56,9 @@ def _convolution(
         x, y = (map_.flatten(2).transpose(1, 2).flatten(0, 1) for map_ in (x, y))
     if epilogue:
         fused = [per_output, per_output, per_output[:1].expand(number), residual]
+    finish, zero_tail = Epilogue("silu", *fused), not capacity
     pixels.conv(
-        x, weight, per_output, plan.index, count, source, list(g), Epilogue("silu", *fused), None, packed
+        x, weight, per_output, plan.index, count, source, list(g), finish, None, packed, None, zero_tail
     )
     if grads:
         pixels.conv_input_grad(y, weight, plan.index, count, source, 2 * size * size, list(g), packed)
@@ -81,6 +82,8 @@ def _rows(dtype: torch.dtype) -> None:
     pixels.scatter_rows(values, plan.index, None, [2, 8, 8], None)
     for base in (None, x):
         rows.scatter_planes(values, plan.index, None, [2, 8, 8], base)
+    rows.nearest_pixel(plan.index, None, [2, 8, 8])
+    gemm.pack_rows(torch.zeros(8, 8, 3, 3), torch.float32, True)  # a weight for TF32
 
 
 MANY = 2048  # SMs, so that reductions are split

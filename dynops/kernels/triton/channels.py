@@ -303,7 +303,7 @@ def conv(
     out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
     if out_width > weight.shape[0]:  # a list padded past all channels: no program covers the rest
         out.zero_()
-    w = gemm.weight_rows(weight, x.dtype)
+    w = gemm.weight_rows(weight, x.dtype, ins.groups)
     product(x, w, out, ins, outs, g._replace(groups=ins.groups), bias, activation, scale, base)
     return out
 
@@ -319,7 +319,7 @@ def conv_input_grad(
     dx = empty_map(grad, shape, torch.channels_last)
     if in_width > channels:
         dx.zero_()
-    w = gemm.weight_rows(weight, grad.dtype)
+    w = gemm.weight_rows(weight, grad.dtype, ins.groups)
     product(grad, w, dx, outs, ins, gemm.adjoint(g._replace(groups=ins.groups)))
     return dx if heads == 1 else dx.unflatten(1, (heads, -1)).sum(1)
 
@@ -374,7 +374,7 @@ def product(
     def tiles(m: int) -> int:
         return rows // m + own.jobs + 1 if listed else own.jobs * triton.cdiv(each, m)
 
-    if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g) and not (ins.heads or outs.heads):
+    if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g.groups) and not (ins.heads or outs.heads):
         _direct(x, w, out, ins, outs, arguments, tiles)
         return
     x, w, operands, constants, single = _operands(x, w, ins, outs, g, own.jobs, maps)

@@ -200,7 +200,7 @@ def conv_weight_grad(
     db = _bias_grad(grad, outs, weight_shape[0]) if bias else grad.new_empty(0)
     if grad.numel() == 0 or x.numel() == 0 or 0 in (ins.capacity, outs.capacity):
         return grad.new_zeros(weight_shape), db
-    narrow = heads == 1 and gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g)
+    narrow = heads == 1 and gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g.groups)
     jobs = g.batch if ins.per_sample or outs.per_sample else 1
     if narrow:
         dw = _direct(grad, x, ins, outs, g, jobs).sum((0, 1))
@@ -214,7 +214,7 @@ def own_weight_grads(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeom
 
     ``lists``: order and offsets of the jobs' pixels, as in ``channels.Own``.
     """
-    narrow = gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g)
+    narrow = gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g.groups)
     copies = (_direct if narrow else _own_products)(grad, x, ins, outs, g, jobs, *lists)
     return copies[:, 0] if copies.shape[1] == 1 else copies.sum(1)
 

@@ -50,8 +50,8 @@ def conv_kernel(
     rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
-    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The convolution at the pixels of ``index``: a tile a program, or, with a count on the device, as many
     programs as run at once, which walk over the tiles that have rows. (A capacity may hold ten times the count,
@@ -60,20 +60,20 @@ def conv_kernel(
         _conv_tile(
             tl.program_id(0), x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
             rows, rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
-            KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ACTIVATION, PRECISION,
-            WIDE, PARTS, M, N, K,
+            KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ZERO_TAIL,
+            ACTIVATION, PRECISION, WIDE, PARTS, M, N, K,
         )  # fmt: skip
     else:
         valid = tl.minimum(rows, tl.load(count))
-        covered = valid
-        if WRITES_ROWS or order is not None:  # zeros past the count, where rows without taps lie too
+        covered = valid  # further where zeros are stored past the count, and rows without taps lie
+        if (WRITES_ROWS and ZERO_TAIL and PARTS == 1) or order is not None:
             covered = rows
         for tile in range(tl.program_id(0), tl.cdiv(n_size, N) * tl.cdiv(covered, M), tl.num_programs(0)):
             _conv_tile(
                 tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
                 rows, valid, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
-                KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ACTIVATION, PRECISION,
-                WIDE, PARTS, M, N, K,
+                KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ZERO_TAIL,
+                ACTIVATION, PRECISION, WIDE, PARTS, M, N, K,
             )  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def _conv_tile(
     rows, valid_rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
-    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and output channels of one group.
 
@@ -167,17 +167,18 @@ def _conv_tile(
         tl.store(out + at, acc, mask=(slot < rows)[:, None] & channel_mask[None, :])
     else:
         z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-        _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+        _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
 
 
 @triton.jit
 def _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels,
-           WRITES_ROWS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Stores a tile at its rows (zero past the count), at its pixels, or where ``target`` says."""
+           WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Stores a tile at its rows, with zeros past the count where they are asked for, at its pixels, or where
+    ``target`` says."""
     if WRITES_ROWS:
         at = row
         z = tl.where(live[:, None], z, 0.0)
-        stored = row < rows
+        stored = row < rows if ZERO_TAIL else live
     elif target is not None:
         at = tl.load(target + pixel, mask=live, other=-1)
         stored = at >= 0
@@ -193,8 +194,8 @@ def _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_ch
 @triton.jit(do_not_specialize=["rows"])
 def finish_parts_kernel(
     sums, out, index, target, bias, scale, shift, gate, residual, rows, out_channels,
-    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The parts of a reduction added in their order, then finished and stored as _conv_tile does it."""
     row = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * M + tl.arange(0, M)
@@ -208,7 +209,7 @@ def finish_parts_kernel(
         part_at = part * rows.to(tl.int64) * out_channels
         z += tl.load(sums + part_at + at, mask=live[:, None] & channel_mask[None, :], other=0.0)
     z = finish(z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
@@ -217,7 +218,7 @@ def direct_conv_kernel(
     rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
-    WRITES_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """conv_kernel without a matrix product, for narrow groups; a tile spans groups."""
@@ -249,22 +250,28 @@ def direct_conv_kernel(
             b = tl.load(w + w_at, mask=channel_mask, other=0.0)
             acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
     z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, WIDE)
+    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- launchers
 
 
 def conv(
-    x, weight, bias, index, count, source, geometry, epilogue: Epilogue, base: Tensor | None, to_rows: bool
-) -> Tensor:
-    """See ``ops.pixels.conv._conv``. Rows past the count are zero."""
+    x, weight, bias, index, count, source, geometry, epilogue: Epilogue, base: Tensor | None, to_rows: bool,
+    expected: int | None = None, zero_tail: bool = True,
+) -> Tensor:  # fmt: skip
+    """See ``ops.pixels.conv._conv``.
+
+    Args:
+        expected: about how many rows the count is, where somebody knows.
+        zero_tail: rows past the count are zero; else they are left as they are.
+    """
     g = ConvGeometry(*geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     reads = "pixels" if source is None else "packed"
     ordered = bool(g.transposed) and g.stride_h * g.stride_w > 1
     operands = [contiguous(t) for t in (bias, *epilogue[1:])]
-    options = g, reads, to_rows, ordered, operands, epilogue.activation
+    options = g, reads, to_rows, ordered, operands, epilogue.activation, expected, zero_tail
     if to_rows:
         out = x.new_empty(index.shape[0], channels)
         _gather(x, weight, out, index, count, source, None, *options)
@@ -312,17 +319,21 @@ def _gather(
     ordered: bool = False,  # whether to sort the rows by their taps
     operands=(None,) * 5,  # bias, scale, shift, gate, residual
     activation: str = "",
+    expected: int | None = None,  # as in conv, and so on
+    zero_tail: bool = True,
 ) -> None:
     """Chooses the kernel and launches it: out = epilogue(sum over taps of weight x)."""
     rows = g.batch * g.out_h * g.out_w if index is None else index.shape[0]
     if rows == 0 or out.numel() == 0:
         return
-    x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype)
+    x, w = gemm.rows_of(x), gemm.weight_rows(weight, x.dtype, g.groups)
     sizes = gemm.product_sizes(x.shape[1], out.shape[1], w.shape, g)
     options = {"READS": reads, "WIDE": gemm.is_wide(x, w, out, source, target), **gemm.geometry_arguments(g)}
-    stored = {"WRITES_ROWS": writes_rows, "ACTIVATION": activation}
+    if count is None or not writes_rows:
+        zero_tail = True
+    stored = {"WRITES_ROWS": writes_rows, "ZERO_TAIL": zero_tail, "ACTIVATION": activation}
     with gemm.on_device(x):
-        if gemm.is_narrow(sizes, g):
+        if gemm.is_narrow(sizes, g.groups):
             tile = tiling.direct_tile(out.shape[1])
             grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
             direct_conv_kernel[grid](x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
@@ -330,17 +341,22 @@ def _gather(
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
+        likely = rows if count is None or expected is None else max(1, min(expected, rows))
         tile, precision = tiling.choose(
-            x, rows, sizes["n_size"], sizes["k_size"], g.groups,
+            x, likely, sizes["n_size"], sizes["k_size"], g.groups,
             family="pixels", indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=operands[4] is not None,
         )  # fmt: skip
-        blocks = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
+        blocks = triton.cdiv(likely, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
         steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])
-        parts = tiling.parts(x.device, blocks * g.groups, steps)
+        parts = tiling.parts(x.device, blocks * g.groups, steps, rows * out.shape[1])
         sums = out
         if parts > 1:
             sums = torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
-        programs = blocks if count is None else min(blocks, tiling.resident(x.device))
+        programs = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
+        if count is not None:
+            walks_on = (writes_rows and zero_tail) or order is not None  # past the count
+            # twice what is expected, as it may be more
+            programs = min(programs, tiling.resident(x.device), programs if walks_on else 2 * blocks)
         options["WIDE"] |= gemm.is_wide(sums)
         conv_kernel[programs, g.groups, parts](
             x, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *operands, rows,

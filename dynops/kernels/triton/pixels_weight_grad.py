@@ -163,7 +163,7 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
     sizes = gemm.product_sizes(x.shape[1], grad.shape[1], shape, g)
     reads = "pixels" if source is None else "packed"
     options = {"READS": reads, "WIDE": gemm.is_wide(x, grad, source), **gemm.geometry_arguments(g)}
-    narrow = gemm.is_narrow(sizes, g)
+    narrow = gemm.is_narrow(sizes, g.groups)
     if narrow:
         tile = tiling.direct_tile(grad.shape[1])
         grid = (triton.cdiv(grad.shape[1], tile["N"]), g.taps * sizes["k_size"])

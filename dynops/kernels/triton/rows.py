@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +20,7 @@ _LONG = 4096
 # Bytes of a map from which it is filled beside the kernels that compute it. Not measured: by an H200's datasheet 32 MB
 # take 7 us. Two events and a launch are expected to cost the host about as much.
 _LARGE = 1 << 25
+_threads = threading.local()
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -133,6 +134,70 @@ def fill_kernel(
         tl.store(out + at, value, mask=mask)
 
 
+@triton.jit(do_not_specialize=["columns", "h", "w"])
+def nearest_row_kernel(row_of, nearest, columns, h, w, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """nearest[n, y, x] = the nearest row in column x of sample n that has a pixel, the upper of two; -1: none."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    n = column // w
+    first = (n.to(tl.int64) if WIDE else n) * h * w + column - n * w
+    above = tl.full([BLOCK], -1, tl.int32)
+    for y in range(h):
+        above = tl.where(tl.load(row_of + first + y * w, mask=inside, other=-1) >= 0, y, above)
+        tl.store(nearest + first + y * w, above, mask=inside)
+    tl.debug_barrier()
+    below = tl.full([BLOCK], -1, tl.int32)
+    for step in range(h):  # the row itself is where the last one was its own
+        y = h - 1 - step
+        above = tl.load(nearest + first + y * w, mask=inside, other=-1)
+        below = tl.where(above == y, y, below)
+        nearer = (above < 0) | ((below >= 0) & (below - y < y - above))
+        tl.store(nearest + first + y * w, tl.where(nearer, below, above), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "h", "w"])
+def nearest_pixel_kernel(nearest, out, pixels, h, w, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[n, y, x] = the nearest of the pixels (nearest[n, y, c], c), of several the first in row-major order.
+
+    Columns are looked at from x on outwards, until no nearer one can come for any pixel of the program.
+    """
+    pixel = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < pixels
+    n, y, x = split_pixel(pixel, h, w)
+    best = tl.where(inside, tl.full([BLOCK], 2**62, tl.int64), 0)
+    position = tl.full([BLOCK], -1, tl.int32)
+    offset = tl.program_id(0).to(tl.int64) * 0
+    while (offset < w) & (offset * offset <= tl.max(best, 0)):
+        for side in tl.static_range(2):
+            column = x - offset if side == 0 else x + offset
+            there = inside & (column >= 0) & (column < w)
+            row = tl.load(nearest + pixel - x + column, mask=there, other=-1)
+            distance = (row - y).to(tl.int64) * (row - y) + offset * offset
+            at = (row * w + column).to(tl.int32)
+            nearer = (row >= 0) & ((distance < best) | ((distance == best) & (at < position)))
+            best = tl.where(nearer, distance, best)
+            position = tl.where(nearer, at, position)
+        offset += 1
+    position = tl.where(position >= 0, (position + n * h * w).to(tl.int32), -1)
+    tl.store(out + pixel, position, mask=inside)
+
+
+def nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tensor:
+    """See ``ops.pixels.interpolate._nearest_pixel``: three launches, where the reference has about 16 a column."""
+    n, h, w = shape
+    row_of = torch.ops.dynops.inverse_index(index, count, shape)
+    nearest, out = torch.empty_like(row_of), torch.empty_like(row_of)
+    if out.numel() == 0:
+        return out
+    wide = gemm.is_wide(out)
+    with gemm.on_device(out):
+        nearest_row_kernel[(triton.cdiv(n * w, 32),)](
+            row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1
+        )
+        nearest_pixel_kernel[(triton.cdiv(n * h * w, 256),)](nearest, out, n * h * w, h, w, wide, BLOCK=256)
+    return out
+
+
 def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     """See ``ops.pixels.rows._gather_rows``."""
     out = x.new_empty(index.shape[0], x.shape[1])
@@ -206,8 +271,9 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
     """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
-    by memory. A small map is filled whole beforehand. (Not measured. By an H200's datasheet 256 channels at 64x56x56
-    in bfloat16 take 21 us to fill, and the products of a 3x3 at a density of 10 % 24 us.)
+    by memory. It is launched after them: programs start in the order of their launches, and a fill of thousands would
+    keep the others waiting. A small map is filled whole beforehand. (Not measured. By an H200's datasheet 256 channels
+    at 64x56x56 in bfloat16 take 21 us to fill, and the products of a 3x3 at a density of 10 % 24 us.)
     """
     if out.numel() * out.element_size() < _LARGE:
         out.zero_() if base is None else out.copy_(base)
@@ -215,32 +281,33 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
         return
     base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
     pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
-    with _aside(out):
+    earlier = torch.cuda.current_stream(out.device).record_event() if out.is_cuda else None
+    yield
+    with _aside(out, earlier):
         fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
             words(out), base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
         )
-    try:
-        yield
-    finally:
-        if out.is_cuda:  # base lives till then
-            torch.cuda.current_stream(out.device).wait_stream(_side_stream(out.device))
 
 
 @contextlib.contextmanager
-def _aside(x: Tensor) -> Iterator[None]:
-    """Context: launches go to the side stream of the device of ``x``, after all earlier work of the current one."""
+def _aside(x: Tensor, earlier: torch.cuda.Event | None) -> Iterator[None]:
+    """Context: launches go to the side stream of the device of ``x``, after an event; the current one waits for them."""
     if not x.is_cuda:
         yield
         return
-    side = _side_stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
+    current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_event(earlier)
     with torch.cuda.stream(side):
         yield
+    current.wait_stream(side)
 
 
-@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    """The stream of this thread: one of all threads would bring what one launches into what another one captures."""
+    streams = _threads.__dict__
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 def _tile(columns: int) -> dict:

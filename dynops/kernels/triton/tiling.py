@@ -164,17 +164,24 @@ def grid(rows: Tensor, tile: dict) -> tuple[int, int]:
 
 
 _MOST_PARTS = 16
+_MOST_SUMS = (
+    1 << 26
+)  # bytes: a capacity may be far more rows than the expected ones that a split was chosen for
 _PART_STEPS = 4  # of a part's pipeline of three at least, or filling it costs more than the SMs gained
 
 
-def parts(device: torch.device, programs: int, steps: int) -> int:
+def parts(device: torch.device, programs: int, steps: int, outputs: int) -> int:
     """Into how many parts, a power of two, a reduction of ``steps`` steps is split (split-K) so that SMs without
     a program of their own get one; each part has sums of its own, added afterwards in a fixed order.
 
     Few pixels with large weights need it: 12 rows of 512 channels at 7x7 are 32 programs of 72 steps.
+
+    Args:
+        outputs: the sums of a part.
     """
     processors = device_facts(device)[1]
-    most = min(_MOST_PARTS, processors // max(programs, 1), steps // _PART_STEPS)
+    room = _MOST_SUMS // (4 * max(outputs, 1))
+    most = min(_MOST_PARTS, processors // max(programs, 1), steps // _PART_STEPS, room)
     return 1 << max(most.bit_length() - 1, 0)
 
 

@@ -130,10 +130,11 @@ _KERNELS = Kernels(cpu.pixels, "pixels")
 
 
 def _run_conv(x, weight, bias, index, count, source, geometry, *finish):
-    *epilogue, base, to_rows, backend = finish
+    *epilogue, base, to_rows, expected, zero_tail, backend = finish
     kernels = _KERNELS.of(backend, x)
     run = _conv if kernels is None else kernels.conv
-    out = run(x, weight, bias, index, count, source, geometry, Epilogue(*epilogue), base, to_rows)
+    hints = () if kernels is None or kernels is cpu.pixels else (expected, zero_tail)
+    out = run(x, weight, bias, index, count, source, geometry, Epilogue(*epilogue), base, to_rows, *hints)
     if to_rows or source is not None or kernels is cpu.pixels:
         return out
     return out.contiguous(memory_format=memory_format_of(x))
@@ -149,7 +150,7 @@ def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, f
 
 
 def _fake_conv(x, weight, bias, index, count, source, geometry, *finish):
-    g, to_rows = as_geometry(geometry), finish[-2]
+    g, to_rows = as_geometry(geometry), finish[-4]
     channels = _out_channels(weight.shape, g)
     if to_rows:
         return x.new_empty(index.shape[0], channels)
@@ -176,7 +177,7 @@ def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, fro
 
 def _bare_conv(x, weight, bias, plan: tuple, geometry, to_rows: bool, backend: str) -> Tensor:
     """The op without an epilogue, which has gradients; ``plan``: index, count and source."""
-    return _convolution(x, weight, bias, *plan, geometry, *NOTHING, None, to_rows, backend)
+    return _convolution(x, weight, bias, *plan, geometry, *NOTHING, None, to_rows, None, True, backend)
 
 
 def _input_grad_backward(ctx, dx):
@@ -231,7 +232,7 @@ _weight_grad = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, index, count, source, ctx.geometry, *epilogue, _, ctx.to_rows, ctx.backend = inputs
+    x, weight, _, index, count, source, ctx.geometry, *epilogue, _, ctx.to_rows, _, _, ctx.backend = inputs
     if not Epilogue(*epilogue).is_empty:
         raise RuntimeError(
             "dynops::pixel_conv: the fused activation, scale, shift, gate and residual have no gradient; "
@@ -256,13 +257,13 @@ def _backward(ctx, grad):
     if need_base:
         zeros = grad.new_zeros(index.shape[0], grad.shape[1])
         dbase = scatter_rows(zeros, index, count, ctx.geometry[:1] + ctx.geometry[3:5], grad)
-    return dx, dw, (db if need_b else None), *[None] * 9, dbase, None, None
+    return dx, dw, (db if need_b else None), *[None] * 9, dbase, *[None] * 4
 
 
 _convolution = define(
     "pixel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, "
     "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, "
-    "Tensor? base, bool rows, str backend) -> Tensor",
+    "Tensor? base, bool rows, SymInt? expected, bool zero_tail, str backend) -> Tensor",
     _KERNELS.serve(_run_conv),
     _fake_conv,
     _setup_context,
@@ -273,9 +274,15 @@ _convolution = define(
 
 
 def _pixel_conv(
-    x, weight, bias, plan: PixelPlan, in_plan: PixelPlan | None, g: ConvGeometry, epilogue: Epilogue, base, to_rows, backend
+    x, weight, bias, plan: PixelPlan, in_plan: PixelPlan | None, g: ConvGeometry, epilogue: Epilogue, base, to_rows, backend,
+    zero_tail: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Runs the op: with its gradient where one is needed, else straight to the kernel."""
+    """Runs the op: with its gradient where one is needed, else straight to the kernel.
+
+    Args:
+        zero_tail: whether rows past the count must be zero. Else, without gradients, a kernel may leave them as they
+            are, and nothing may read them: of a capacity of every pixel they are most of the rows that are written.
+    """
     # a transposed one has its weight the other way round
     same_rows = to_rows and in_plan is plan and g.is_pointwise and not g.transposed and len(plan) > 0
     if same_rows:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
@@ -304,8 +311,10 @@ def _pixel_conv(
     if same_rows:
         x = x.t()[None, :, None]
     where = index, count, source
-    if epilogue.is_empty or not modes.differentiated(*tensors):
-        return _convolution(x, weight, bias, *where, g, *epilogue, base, to_rows, backend)
+    differentiated = modes.differentiated(*tensors)
+    if epilogue.is_empty or not differentiated:
+        hints = plan.expected, zero_tail or differentiated or torch.is_grad_enabled()
+        return _convolution(x, weight, bias, *where, g, *epilogue, base, to_rows, *hints, backend)
     out = _bare_conv(x, weight.to(x.dtype), bias, where, g, True, backend)
     out = apply_epilogue(out, *epilogue)
     if to_rows:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import modes
 from ...plans import PixelPlan
 from .. import checks
+from ..dispatch import Kernels
 from ..observers import observers
 from ..registry import define
 from .rows import gather_pixels, in_format, memory_format_of, scatter_pixels
@@ -26,7 +27,7 @@ def _nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Ten
 
     Exact Euclidean distance; of several pixels the first in row-major order. Two passes: the nearest in each column,
     then over columns at growing offsets. A CPU stops when no nearer one can come: O(N*H*W) memory and O(N*H*W*D) time
-    for a largest distance D. A GPU goes over all of them, without synchronisation.
+    for a largest distance D. A GPU has a kernel for it.
     """
     n, h, w = shape
     if n * h * w == 0:
@@ -65,7 +66,7 @@ def _nearest_in_column(selected: Tensor) -> tuple[Tensor, Tensor]:
 
 define(
     "nearest_pixel(Tensor index, Tensor? count, SymInt[] shape) -> Tensor",
-    _nearest_pixel,
+    Kernels(None, "rows", copies=True).run("nearest_pixel", _nearest_pixel, backend=""),
     lambda index, count, shape: index.new_empty(shape),
 )
 

@@ -151,7 +151,8 @@ class Conv(Layer):
             return norm_rows(norm, out, plan, residual, activation)
         else:
             epilogue = Epilogue(activation, *fold(norm), None, residual)
-        return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None)
+        # other layers of the stack read rows by their pixels
+        return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None, False)
 
     def _then_broadcast(self, run, rows: Tensor, residual: Tensor | None, plan: PixelPlan):
         """The sum with a value of other channels, or with a map of another size, which is dense."""

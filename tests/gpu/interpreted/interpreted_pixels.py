@@ -12,9 +12,11 @@ from pixel_launches import CASES, Inputs, of_cases
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
+from dynops.kernels.epilogue import NOTHING
 from dynops.kernels.layout import empty_map, memory_format_of
 from dynops.kernels.triton import gemm, pixels, rows, tiling
 from dynops.ops.pixels import conv as reference
+from dynops.ops.pixels import interpolate
 from dynops.testing import random_mask, random_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -85,7 +87,8 @@ def test_filled_beside(name, monkeypatch):
     check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
     out = empty_map(base, base.shape, torch.channels_last)
     with rows.filled(out, base, inputs.plan.index, inputs.plan.count):
-        assert out.permute(0, 2, 3, 1)[inputs.plan.mask()].isnan().all(), "an active pixel was written"
+        assert out.isnan().all(), "the fill goes before what it is to run beside"
+    assert out.permute(0, 2, 3, 1)[inputs.plan.mask()].isnan().all(), "an active pixel was written"
 
 
 def test_programs_walk_over_tiles(monkeypatch):
@@ -97,6 +100,43 @@ def test_programs_walk_over_tiles(monkeypatch):
         case = replace(CASES[name], n=3, h=11, w=11, capacity=CASES[name].capacity * 5)
         inputs = Inputs(case, torch.float32)
         check(inputs.conv, pixels.conv, reference._conv, bias=random_tensor(case.o))
+
+
+@pytest.mark.parametrize("name", ["capacity", "capacity-packed", "capacity-exceeded", "capacity-transposed", "capacity-depthwise", "capacity-empty"])  # fmt: skip
+@pytest.mark.parametrize("expected", [1, 40])
+def test_expected_rows_change_the_launch_alone(name, expected, monkeypatch):
+    """Tile, split and grid follow what is expected, also where the count is more. Rows past it are not written."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
+    chosen, choose = [], tiling.choose
+    monkeypatch.setattr(
+        tiling, "choose", lambda x, rows, *a, **k: chosen.append(rows) or choose(x, rows, *a, **k)
+    )
+    case = CASES[name] if name == "capacity-depthwise" else replace(CASES[name], c=72)
+    inputs = Inputs(replace(case, n=3, h=11, w=11, capacity=case.capacity * 5), torch.float32)
+    run = partial(pixels.conv, expected=expected, zero_tail=False)
+    check(inputs.conv, run, reference._conv, activation="relu", **inputs.epilogue())
+    assert chosen == [] if name == "capacity-depthwise" else chosen == [expected]
+    if case.packed_out:
+        bare = run(inputs.x, inputs.weight, None, inputs.plan.index, inputs.plan.count, inputs.source, inputs.g, NOTHING, None, True)  # fmt: skip
+        assert bare[~inputs.live].isnan().all() and not bare[inputs.live].isnan().any()
+
+
+def test_sums_of_a_split_capacity_stay_small(monkeypatch):
+    """One expected row of a capacity of many: parts are as many as have room."""
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 128))
+    for outputs, most in ((1 << 12, 16), (1 << 23, 2), (1 << 25, 1)):
+        assert tiling.parts(torch.device("cpu"), 1, 1000, outputs) == most
+
+
+def test_weights_are_rounded_for_tf32():
+    """Tensor cores cut off the low bits of what they get: of weights nothing is left to cut."""
+    weight = random_tensor(4, 5, 3, 3) * 1e3
+    weight[0, 0, 0] = torch.tensor([float("inf"), float("nan"), -0.0])
+    exact, rounded = (gemm.pack_rows(weight, torch.float32, tf32) for tf32 in (False, True))
+    assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    assert torch.equal(rounded.isnan(), exact.isnan()) and torch.equal(rounded.isinf(), exact.isinf())
+    error = ((rounded - exact) / exact)[exact.isfinite() & (exact != 0)]
+    assert 0 < error.abs().max() <= 2**-11 and error.min() < 0 < error.max()
 
 
 def test_many_slices_of_rows(monkeypatch):
@@ -138,6 +178,16 @@ def test_gather_and_scatter(dtype, nchw, capacity):
         out = pixels.scatter_rows(rows + 1, plan.index, plan.count, list(plan.shape), base)
         expected = torch.ops.dynops.scatter_rows(rows + 1, plan.index, plan.count, list(plan.shape), base)
         assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("density,capacity", [(0.04, None), (0.4, 60), (1, None), (0, 4)])
+def test_nearest_pixel(density, capacity):
+    """Many ties, a sample without pixels, and more pixels than a program has."""
+    mask = random_mask((3, 9, 37), density)
+    mask[1] = False
+    plan = PixelPlan.from_mask(mask, capacity)
+    arguments = plan.index, plan.count, list(plan.shape)
+    assert torch.equal(rows.nearest_pixel(*arguments), interpolate._nearest_pixel(*arguments))
 
 
 def test_named_backend_runs_the_kernels():

@@ -1,5 +1,6 @@
 """What is kept between calls, and work beside the current stream, come in order on every stream."""
 
+import threading
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ from driver.watch import watch
 from gpu_calls import CALLS
 
 from dynops import kept
+from dynops.kernels.triton import rows
 
 QUICK = ("sparse_conv2d", "channel_conv2d", "experts_mlp, 16 tokens")
 
@@ -68,3 +70,12 @@ def test_a_fill_that_the_convolution_does_not_wait_for():
 
     with mock.patch.object(Stream, "wait_stream", forgotten), pytest.raises(Race, match="fill_kernel"):
         on_another_stream("sparse_conv2d")
+
+
+def test_each_thread_fills_on_a_stream_of_its_own():
+    device, found = torch.device("cuda", 0), []
+    threads = [threading.Thread(target=lambda: found.append(rows._side_stream(device))) for _ in range(2)]
+    for thread in threads:
+        thread.start(), thread.join()
+    assert len({stream.stream_id for stream in (*found, rows._side_stream(device))}) == 3
+    assert rows._side_stream(device) is rows._side_stream(device)

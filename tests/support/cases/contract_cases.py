@@ -67,9 +67,15 @@ def conv_samples(backend: str):
                 plain = ("", None, None, None, None)
                 base = None if packed else random_tensor(2, 6, 5, 6)
                 grads = [t.clone().requires_grad_() for t in (x, weight, bias)]
-                yield "pixel_conv", (*grads, index, count, inverse, g, *plain, base, packed, backend)
+                yield (
+                    "pixel_conv",
+                    (*grads, index, count, inverse, g, *plain, base, packed, None, True, backend),
+                )
                 full = ("silu", *norm.values(), random_tensor(rows), random_tensor(rows, 6))
-                yield "pixel_conv", (x, weight, None, index, count, inverse, g, *full, base, packed, backend)
+                yield (
+                    "pixel_conv",
+                    (x, weight, None, index, count, inverse, g, *full, base, packed, 7, True, backend),
+                )
                 dy = (
                     random_tensor(rows, 6)
                     if packed

@@ -277,6 +277,8 @@ def check(name: str, form: str, dtype: torch.dtype, gpu: int = 0) -> None:
         run(call, plan, tensors)
     with watch.capture() if form == "capacity" else contextlib.nullcontext():
         counts = run(call, plan, tensors)
+    for counted in counts:  # of weights, for TF32
+        counted["kernels"] -= counted["round_kernel"]
     found = [counted[kind] for counted in counts for kind in ("kernels", "torch")]
     most = LAUNCHES[name][form]
     assert all(f <= m for f, m in zip(found, most, strict=True)), f"{found}, documented are {most}: {counts}"
@@ -314,7 +316,7 @@ LAUNCHES = {
     "packed_conv2d":                     {"exact": (1, 0, 3, 15), "capacity": (1, 9, 3, 19)},
     "packed_conv_transpose2d":           {"exact": (2, 1, 4, 15), "capacity": (2, 10, 4, 16)},
     "gather_pixels, scatter_pixels":     {"exact": (2, 1, 2, 1), "capacity": (2, 1, 2, 1)},
-    "interpolate_pixels":                {"exact": (3, 23, 3, 11), "capacity": (3, 1408, 3, 18)},
+    "interpolate_pixels":                {"exact": (3, 23, 3, 11), "capacity": (5, 56, 3, 18)},
     "gather_blocks, scatter_blocks":     {"exact": (2, 8, 2, 41), "capacity": (2, 8, 2, 41)},
     "gather_blocks with a halo":         {"exact": (2, 9, 2, 12), "capacity": (2, 9, 2, 12)},
     "channel_conv2d":                    {"exact": (3, 0, 9, 15), "capacity": (3, 1, 9, 16)},
