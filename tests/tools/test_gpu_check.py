@@ -33,9 +33,8 @@ def finished(text: str = "", code: int = 0, timed_out: bool = False) -> Finished
 @needs_binary
 def test_dry_run_goes_through_every_stage_and_writes_no_measurement(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "check", "--dry-run", "--seconds", "240"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=check.ROOT, capture_output=True, text=True, timeout=240
-    )
+    command += ["--suite", "pixels", "models", "--out", str(tmp_path)]  # the contests of the others run below
+    done = subprocess.run(command, cwd=check.ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     report = Report.load(tmp_path / "dry-run-on-a-cpu.json")
     assert (
@@ -45,7 +44,7 @@ def test_dry_run_goes_through_every_stage_and_writes_no_measurement(tmp_path):
     assert {name: stage["outcome"] for name, stage in stages.items()} == dict.fromkeys(check.STAGES, PASSED)
     assert stages["values"]["values"]["passed"] > 0 and stages["training"]["values"]["passed"] > 0
     assert report.checks["failed"] == {} and report.checks["not run"] == []
-    assert {row.suite for row in report.rows} == {*contests.SUITES, "layers"} - {"pixels"}
+    assert {row.suite for row in report.rows} == {"layers", "models"}
     assert all(row.roofline_ms > 0 for row in report.rows if row.suite != "models")
     table = (tmp_path / "dry-run-on-a-cpu.txt").read_text()
     assert table in done.stdout and "roofline" in table and "realised: median" in table
@@ -57,6 +56,7 @@ def test_dry_run_goes_through_every_stage_and_writes_no_measurement(tmp_path):
 
 
 def test_refuses_to_measure_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "BEGUN", time.monotonic())
     monkeypatch.setattr(check, "run", lambda *_, **__: finished(code=facts.NO_GPU))
     with pytest.raises(SystemExit, match="there is no GPU"):
         check.main(["--out", str(tmp_path)])

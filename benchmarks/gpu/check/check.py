@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import contests, junit, outcome
+from . import BEGUN, contests, junit, outcome
 from .facts import NO_GPU
 from .stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
 
@@ -242,7 +242,7 @@ def main(arguments: list[str]) -> int:
         work = Path(folder, "work")
         for made in (work, args.out):
             made.mkdir(parents=True, exist_ok=True)
-        check = Check(args.dry_run, Clock(args.seconds), args.out, work, tuple(args.suite))
+        check = Check(args.dry_run, Clock(args.seconds, BEGUN), args.out, work, tuple(args.suite))
         perform(check, _names(args))
     print("", outcome.text(check.stages, check.measured, check.dry), sep="\n")
     print(f"wrote {args.out}")

@@ -33,10 +33,10 @@ class Stage:
 
 
 class Clock:
-    """The time that is left of a budget of seconds."""
+    """The time that is left of a budget of seconds from now on, or from the time ``begun``."""
 
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
+    def __init__(self, seconds: float, begun: float | None = None):
+        self.end = (time.monotonic() if begun is None else begun) + seconds
 
     @property
     def left(self) -> float:
