@@ -167,37 +167,33 @@ def contest(check: Check, name: str) -> tuple[str, str, dict]:
     """Runs a round in one process. Where a contest ends that process, a new one goes on after the contest."""
     clock, found = Clock(check.limit()), check.measured
     titles = [own.title for own in contests.of_round(name, check.suites, check.dry)]
-    tried, first, rows = set(), 0, len(found.rows)
-    while first < len(titles) and clock.left > LEAST:
-        file, limit = check.work / f"{name}-{first}.jsonl", clock.left
+    tried, rows = 0, len(found.rows)
+    while tried < len(titles) and clock.left > LEAST:
+        file, limit = check.work / f"{name}-{tried}.jsonl", clock.left
         file.unlink(missing_ok=True)
         arguments = ["-m", "benchmarks.gpu.check.contests", "--round", name, "--out", str(file)]
-        arguments += [f"--skip={first}", f"--seconds={limit - min(START, limit / 3):.0f}"]
+        arguments += [f"--skip={tried}", f"--seconds={limit - min(START, limit / 3):.0f}"]
         arguments += ["--suite", *check.suites, *(["--tiny"] if check.dry else [])]
-        written = 0
 
         def watch(file: Path = file) -> None:
-            nonlocal written
-            _, ended = found.read(file)
-            if len(ended) > written:
-                written = len(ended)
+            if found.read(file):
                 check.report()
 
-        done = check.python(arguments, limit, f"{name}-{first}", watch)
-        begun, ended = found.read(file)
-        tried |= set(begun)
-        found.failed |= {title: done.why(limit) for title in begun if title not in ended}
+        done = check.python(arguments, limit, f"{name}-{tried}", watch)
+        found.read(file)
+        for title in found.begun - found.ended:
+            found.failed.setdefault(title, done.why(limit))
+        before, tried = tried, sum(title in found.begun for title in titles)
         if done.ok or done.timed_out:
             break
-        if not begun:
+        if tried == before:
             found.failed[name] = done.why(limit)
             break
-        first = titles.index(begun[-1]) + 1
-    left = [title for title in titles if title not in tried]
+    left = titles[tried:]
     found.left += left
     failed = [title for title in (*titles, name) if title in found.failed]
     detail = f"{len(found.rows) - rows} new rows, {len(failed)} contests failed, {len(left)} not run"
-    result = FAILED if failed and len(failed) >= len(tried) else PASSED if tried else NOT_RUN
+    result = FAILED if failed and len(failed) >= tried else PASSED if tried else NOT_RUN
     return result, detail, {}
 
 

@@ -28,10 +28,12 @@ WHAT = ("suite", "group", "case", "mask", "density", "variant", "mode", "dtype",
 
 @dataclass
 class Measured:
-    """The rows that the contests wrote, ``failed``: {contest: why}, ``left``: those that had no time."""
+    """The rows of the contests, those ``begun`` and ``ended``, ``failed``: {contest: why}, ``left``: those that had no time."""
 
     found: dict[tuple, Row] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
+    ended: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
@@ -42,17 +44,16 @@ class Measured:
     def add(self, row: Row) -> None:
         self.found[tuple(getattr(row, name) for name in WHAT)] = row
 
-    def read(self, file: Path) -> tuple[list[str], set[str]]:
-        """Takes the rows that a worker wrote so far in ``file``; returns the contests that it began, and those that it ended."""
-        begun: list[str] = []
-        ended = set()
+    def read(self, file: Path) -> bool:
+        """Takes what a worker wrote so far in ``file``; True where a contest ended since."""
+        before = len(self.ended)
         for line in file.read_text().splitlines() if file.exists() else ():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut off with its process
             if "begun" in record:
-                begun.append(record["begun"])
+                self.begun.add(record["begun"])
             elif "row" in record:
                 self.add(Row.from_dict(record["row"]))
             elif "note" in record:
@@ -60,8 +61,8 @@ class Measured:
             elif "failed" in record:
                 self.failed[record["failed"]] = record["error"]
             else:
-                ended.add(record["done"])
-        return begun, ended
+                self.ended.add(record["done"])
+        return len(self.ended) > before
 
     def problems(self) -> dict:
         versions = {f"{row.case}: {name}": why for row in self.rows for name, why in row.failed.items()}
