@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-ready test test-all test-wheel test-versions lint docs build wheel asan cuda gpu-audit gpu-check clean FORCE
+.PHONY: help bench bench-ready test test-all test-wheel test-versions lint docs build wheel asan cuda gpu-audit gpu-bundle gpu-check clean FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -130,8 +130,19 @@ gpu-audit: build $(BENCH_READY)  ## compile the GPU kernels for three architectu
 
 # PYTHON, else .venv where there is one, else python3: nothing is made, downloaded or installed.
 GPU_PY = $(if $(PYTHON),$(PY),$(or $(wildcard $(CURDIR)/.venv/bin/python),python3))
-gpu-check:  ## on a machine with a GPU and nvcc: build for it, test and measure, in under 10 minutes
+gpu-check:  ## on a machine with a GPU: check values, measure, a report after every contest; 460 s
 	$(GPU_PY) -m benchmarks.gpu check $(ARGS)
+
+# For a machine that has a GPU and little time: gpu-check finds it beside the sources. That Python has torch 2.11 or newer, of any kind.
+BUNDLE_PYTHON ?= python3.12
+BUNDLE_ARCH ?= 9.0
+BUNDLE = dynops/_C$(shell $(BUNDLE_PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+gpu-bundle: build/sysroot.flags  ## dynops._C for BUNDLE_PYTHON (python3.12) and BUNDLE_ARCH (9.0), stripped (needs nvcc, no GPU)
+	@$(BUNDLE_PYTHON) -c 'import torch, pybind11, ninja' || { echo "BUNDLE_PYTHON=$(BUNDLE_PYTHON): expected torch, pybind11 and ninja in it"; exit 1; }
+	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(BUNDLE_ARCH) LDFLAGS="$$(cat build/sysroot.flags)" \
+	  .ci/quietly build/bundle.log "building $(BUNDLE)" \
+	  $(BUNDLE_PYTHON) setup.py -q build_ext --force --inplace --build-temp build/bundle
+	@strip --strip-unneeded $(BUNDLE) && du -h $(BUNDLE)
 
 clean:  ## remove what was built
 	rm -rf build dist dynops.egg-info dynops/_C*.so benchmarks/out .pytest_cache .hypothesis .ruff_cache

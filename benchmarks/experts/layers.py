@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -198,7 +198,7 @@ def _layer_row(layer: Layer, module: nn.Module, tokens: int, setting: Setting) -
     return _row(layer, routings, setting, contenders, layer.elements)
 
 
-def plain_rows(layer: Layer, tokens: tuple[int, ...], setting: Setting) -> list[Row]:
+def plain_rows(layer: Layer, tokens: tuple[int, ...], setting: Setting) -> Iterator[Row]:
     """The layer against PyTorch alone, without transformers: grouped_mm, and a loop over the experts."""
     generator = torch.Generator(setting.device).manual_seed(0)
 
@@ -215,8 +215,8 @@ def plain_rows(layer: Layer, tokens: tuple[int, ...], setting: Setting) -> list[
     contenders = {DYNOPS: ours}
     for name, function in (("torch grouped_mm", loops.grouped), ("loop", loops.loop)):
         contenders[name] = lambda r, function=function: function(r.x, r.index, r.weight, up, down)
-    each = (_routings(layer, count, layer.hidden, setting) for count in tokens)
-    return [_row(layer, routings, setting, contenders, layer.elements) for routings in each]
+    for count in tokens:
+        yield _row(layer, _routings(layer, count, layer.hidden, setting), setting, contenders, layer.elements)
 
 
 def _int8_row(layer: Layer, module: nn.Module, tokens: int, setting: Setting) -> Row:

@@ -130,11 +130,11 @@ def compare(
 def _with_graph(
     key, versions: dict[str, Callable], replays: dict, failed: dict[str, str]
 ) -> dict[str, Callable]:
-    """The call of a contender as "eager", and its replay as "graph" where it computes the same."""
-    versions = {EAGER: versions[ONLY]} if versions else {}
+    """The calls of a contender, a lone one as "eager", and its replay as "graph" where it computes the same."""
+    versions = {version or EAGER: call for version, call in versions.items()}
     name = f"ours {key}, graph"
     found = replay.captured_or(replays[key], name, failed) if key in replays else None
-    if found is not None and _agrees(found, versions.get(EAGER), name, failed):
+    if found is not None and _agrees(found, next(iter(versions.values()), None), name, failed):
         versions[GRAPH] = found
     return versions
 

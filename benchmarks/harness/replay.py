@@ -14,6 +14,9 @@ WARMUP = 3  # calls before the capture: kernels are compiled, cuDNN chooses, wei
 def captured(call: Callable) -> Callable:
     """A call that replays ``call`` from a CUDA graph and returns the outputs that the capture made.
 
+    A call that waits for the device is found before any capture: in torch 2.11 one that fails leaves the allocator unable to
+    free memory, and the generator of random numbers in the capture.
+
     Raises:
         RuntimeError: what ``call`` does cannot be captured (it waits for the device, say).
     """
@@ -23,6 +26,7 @@ def captured(call: Callable) -> Callable:
     with torch.cuda.stream(side):
         for _ in range(WARMUP):
             call()
+        _without_waiting(call)
         side.synchronize()
         # not torch.cuda.graph, which empties the allocator's cache first: gigabytes to map again for every contender
         graph.capture_begin()
@@ -39,6 +43,16 @@ def captured(call: Callable) -> Callable:
     replay()
     _settle()
     return replay
+
+
+def _without_waiting(call: Callable) -> None:
+    """Calls once; whatever waits for the device raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def captured_or(call: Callable, name: str, failed: dict[str, str]) -> Callable | None:

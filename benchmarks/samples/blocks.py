@@ -138,7 +138,15 @@ def _contest(case: Case, setting: Setting, layers, x, share: float, keep, gate, 
         gates={name: bound(gate, own) for name, (_, own) in layers.items()},
         saves=0 < share < 1,
         values=weights + 2 * x.numel(),  # every sample is read and written, kept or not
+        replay=_capturable(case, layers, keep) if setting.graph and variant == "plain" else None,
     )
+
+
+def _capturable(case: Case, layers: dict[str, tuple[Skip, Tensor]], keep: Tensor) -> Callable[[], Tensor]:
+    """The call in the last memory format, channels_last, with room for exactly the kept samples: nothing waits."""
+    layer, own = list(layers.values())[-1]
+    share = float(keep.double().mean())
+    return bound(Skip(layer.module, mode=case.mode, max_fraction=share).eval(), own, keep)
 
 
 def _gated(layer: Skip, gate: Callable, x: Tensor) -> Tensor:

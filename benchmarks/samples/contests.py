@@ -29,6 +29,7 @@ class Contest:
     gates: dict[str, Callable] | None = None  # {version: the gate by itself}, inside ``ours`` or not
     saves: bool = True  # False: measured to see what it costs; in no summary
     values: float = 0.0  # that must move: weights, inputs, outputs; 0 where they are not counted
+    replay: Callable | None = None  # the call that a CUDA graph can capture
 
 
 def contested(
@@ -47,10 +48,11 @@ def contested(
     """
     ours = {i: contest.ours for i, contest in enumerate(contests)}
     gates = {i: contest.gates for i, contest in enumerate(contests) if contest.gates}
+    replays = {i: contest.replay for i, contest in enumerate(contests) if contest.replay}
     # a network has more kinds of blocks, in two formats, than the eight versions of a function that are kept
     many = torch._dynamo.config.patch(recompile_limit=64)
     with many, torch.inference_mode(not setting.backward):
-        times = compare(dense, ours, setting, gates=gates, p99=p99)
+        times = compare(dense, ours, setting, replays=replays, gates=gates, p99=p99)
     return [
         times.row(
             i,

@@ -1,11 +1,13 @@
 """The check of a GPU: all of it on a CPU in a dry run, and what it makes of failures that a first day on a GPU may bring."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from benchmark_cases import CPU, SETTING, briefly, make_row  # noqa: F401
 from spread import part_of
 
-from benchmarks.gpu.check import check, contests, facts, junit, outcome, sanitizer
+from benchmarks.gpu.check import check, contests, facts, junit, outcome
 from benchmarks.gpu.check.stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
 from benchmarks.harness import compare as comparing
 from benchmarks.harness import replay
@@ -30,36 +32,37 @@ def finished(text: str = "", code: int = 0, timed_out: bool = False) -> Finished
 
 @needs_binary
 def test_dry_run_goes_through_every_stage_and_writes_no_measurement(tmp_path):
-    before = {path.name for path in check.RESULTS.iterdir()}
-    command = [sys.executable, "-m", "benchmarks.gpu", "check", "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=check.ROOT, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", "benchmarks.gpu", "check", "--dry-run", "--seconds", "240"]
+    command += ["--suite", "pixels", "models", "--out", str(tmp_path)]  # the contests of the others run below
+    done = subprocess.run(command, cwd=check.ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     report = Report.load(tmp_path / "dry-run-on-a-cpu.json")
     assert (
         outcome.DRY in report.machine["device"] and outcome.DRY in report.notes and outcome.DRY in done.stdout
     )
     stages = {stage["name"]: stage for stage in report.checks["stages"]}
-    assert list(stages) == ["facts", "build", "tests", "sanitizer", "benchmark"]
-    assert {name: s["outcome"] for name, s in stages.items() if name != "build"} == dict.fromkeys(
-        ("facts", "tests", "sanitizer", "benchmark"), PASSED
-    )
-    assert stages["tests"]["values"]["passed"] > 0
-    assert stages["benchmark"]["values"]["failed"] == {} and stages["benchmark"]["values"]["not run"] == []
-    assert {row.suite for row in report.rows} >= {"layers", "channels", "samples", "blocks", "experts"}
+    assert {name: stage["outcome"] for name, stage in stages.items()} == dict.fromkeys(check.STAGES, PASSED)
+    assert stages["values"]["values"]["passed"] > 0 and stages["training"]["values"]["passed"] > 0
+    assert report.checks["failed"] == {} and report.checks["not run"] == []
+    assert {row.suite for row in report.rows} == {"layers", "models"}
     assert all(row.roofline_ms > 0 for row in report.rows if row.suite != "models")
-    assert "roofline" in done.stdout and "realised: median" in done.stdout
-    assert {path.name for path in check.RESULTS.iterdir()} == before
+    table = (tmp_path / "dry-run-on-a-cpu.txt").read_text()
+    assert table in done.stdout and "roofline" in table and "realised: median" in table
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "dry-run-on-a-cpu.json",
+        "dry-run-on-a-cpu.txt",
+        "logs.zip",
+    ]
 
 
-def test_refuses_to_measure_without_a_gpu_and_to_write_a_dry_run_beside_measurements(monkeypatch):
-    monkeypatch.setattr(check, "_has_gpu", lambda: False)
+def test_refuses_to_measure_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "BEGUN", time.monotonic())
+    monkeypatch.setattr(check, "run", lambda *_, **__: finished(code=facts.NO_GPU))
     with pytest.raises(SystemExit, match="there is no GPU"):
-        check.main([])
-    with pytest.raises(SystemExit, match="another folder"):
-        check.main(["--dry-run", "--out", str(check.RESULTS)])
+        check.main(["--out", str(tmp_path)])
 
 
-def test_a_command_that_hangs_is_interrupted_and_then_killed_with_its_children(tmp_path):
+def test_a_command_that_hangs_is_killed_with_its_children_within_its_limit(tmp_path):
     (tmp_path / "stubborn.py").write_text(
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *_: print('interrupted', flush=True))\n"
@@ -67,10 +70,12 @@ def test_a_command_that_hangs_is_interrupted_and_then_killed_with_its_children(t
         "print(child.pid, flush=True)\n"
         "while True: time.sleep(0.1)\n"
     )
+    watched = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.gpu.check.stages.GRACE", 0.5)
-        done = run([sys.executable, "stubborn.py"], 3.0, tmp_path / "log", tmp_path)
-    assert done.timed_out and not done.ok and done.seconds < 20
+        command = [sys.executable, "stubborn.py"]
+        done = run(command, 3.0, tmp_path / "log", tmp_path, lambda: watched.append(1))
+    assert done.timed_out and not done.ok and 2.5 < done.seconds < 4 and len(watched) >= 2
     child, said = done.text.split()
     assert said == "interrupted" and "no end within 3 s: interrupted" in done.why(3.0)
     time.sleep(0.2)
@@ -83,27 +88,58 @@ def test_a_program_that_is_missing_is_no_exception(tmp_path):
     assert done.code == 127 and "/no/such/program" in done.why(1.0)
 
 
-def test_a_stage_that_raises_or_has_no_time_does_not_stop_the_next(monkeypatch, tmp_path, capsys):
+def a_check(
+    tmp_path, seconds: float = 500.0, coming: tuple[str, ...] = ("headline",), **values
+) -> check.Check:
+    (tmp_path / "work").mkdir()
+    return check.Check(False, Clock(seconds), tmp_path, tmp_path / "work", coming=list(coming), **values)
+
+
+def test_a_stage_that_raises_does_not_stop_the_next_and_none_begins_too_late(monkeypatch, tmp_path, capsys):
     def broken(_):
         raise ValueError("a bug")
 
-    stages = {"facts": broken, "build": lambda _: (PASSED, "", {}), "benchmark": lambda _: (PASSED, "", {})}
+    def late(some):
+        some.clock = Clock(0)
+        return PASSED, "", {}
+
+    stages = {"facts": broken, "build": late, "headline": lambda _: (PASSED, "", {})}
     monkeypatch.setattr(check, "STAGES", stages)
-    some = check.Check(False, Clock(check.FOR_THE_BENCHMARK - 1), tmp_path)
-    found = check.perform(some, ["facts", "build", "benchmark"])
-    assert [stage.outcome for stage in found] == [FAILED, NOT_RUN, PASSED]
-    assert found[0].detail == "ValueError: a bug" and found[1].detail == check.NO_TIME
+    some = a_check(tmp_path)
+    check.perform(some, list(stages))
+    assert [stage.outcome for stage in some.stages] == [FAILED, PASSED, NOT_RUN]
+    assert some.stages[0].detail == "ValueError: a bug" and some.stages[2].detail == check.NO_TIME
+    written = Report.load(tmp_path / "unknown-gpu.json").checks["stages"]
+    assert [stage["name"] for stage in written] == list(stages)
+
+
+def test_stages_share_the_time_that_is_left(tmp_path):
+    some = a_check(tmp_path, 460.0, tuple(check.STAGES))
+    plan = dict.fromkeys(some.coming, 0.0)
+    for name in list(plan):  # each takes all that it may
+        plan[name] = some.limit()
+        some.clock.end -= plan[name]
+        some.coming.pop(0)
+    assert (plan["facts"], plan["build"]) == (60, 90) and plan["headline"] > 90
+    assert 0 < some.clock.left <= check.REPORT and sum(plan.values()) <= 460
+
+
+def test_what_is_asked_for_keeps_the_facts_and_the_build():
+    def names(*arguments: str) -> list[str]:
+        return check._names(check._parser().parse_args(arguments))
+
+    assert names("--only", "headline") == ["facts", "build", "headline"]
+    assert names("--no-compile") == [name for name in check.STAGES if name != "compiled"]
 
 
 @pytest.mark.parametrize(
     ("outcomes", "code"),
     [
-        ({"build": PASSED, "tests": PASSED, "sanitizer": NOT_RUN, "benchmark": PASSED}, 0),
-        ({"build": PASSED, "tests": FAILED, "benchmark": PASSED}, 1),
-        ({"build": FAILED, "tests": PASSED}, 1),
-        ({"build": PASSED, "tests": NOT_RUN}, 1),  # what did not run proves nothing
-        ({"build": PASSED, "tests": PASSED, "sanitizer": FAILED}, 1),
-        ({"benchmark": PASSED}, 0),
+        ({"build": PASSED, "values": PASSED, "second": NOT_RUN}, 0),
+        ({"build": PASSED, "values": FAILED, "headline": PASSED}, 1),
+        ({"build": FAILED, "values": PASSED}, 1),
+        ({"build": PASSED, "values": NOT_RUN}, 1),  # what did not run proves nothing
+        ({"headline": PASSED}, 0),
     ],
 )
 def test_exit_code(outcomes, code):
@@ -135,70 +171,68 @@ def test_pytest_is_counted_with_its_failures_and_with_what_it_did_not_finish(tmp
 
 
 def test_rows_survive_a_process_that_dies_and_the_next_one_goes_on(tmp_path):
-    titles = [contest.title for contest in contests.in_order(tiny=True)]
-
-    starts = []
+    titles = [contest.title for contest in contests.of_round("headline")]
+    starts, reported = [], []
 
     class Fake(check.Check):
-        def python(self, arguments, seconds, log, **environment):
-            first = int(arguments[arguments.index("--skip") + 1])
+        def python(self, arguments, seconds, log, watch=int, **environment):
+            first = int(next(a for a in arguments if "--skip" in a).partition("=")[2])
             starts.append(first)
-            lines = [
-                {"begun": titles[first]},
-                {"row": make_row().as_dict()},
-                {"done": titles[first], "seconds": 1},
-            ]
+            lines = [{"begun": titles[first]}, {"row": make_row(case=log).as_dict()}, {"done": titles[first]}]
             if first == 0:
                 lines += [{"begun": titles[1]}, {"failed": titles[1], "error": "OutOfMemoryError: 9 GB"}]
-                lines += [{"done": titles[1], "seconds": 1}, {"begun": titles[2]}]
+                lines += [{"done": titles[1]}, {"begun": titles[2]}]
             text = "\n".join(map(json.dumps, lines)) + '\n{"row": {"cut of'
             Path(arguments[arguments.index("--out") + 1]).write_text(text)
+            watch()
+            watch()
+            reported.append(len(Report.load(tmp_path / "unknown-gpu.json").rows))
             return finished("CUDA error: an illegal memory access", -6) if first == 0 else finished()
 
-    some = Fake(True, Clock(500), tmp_path)
-    result, detail, problems = check.benchmark(some)
-    assert starts == [0, 3] and result == PASSED and len(some.measured.rows) == 2
+    (tmp_path / "work").mkdir()
+    some = Fake(False, Clock(500), tmp_path, tmp_path / "work", coming=["headline"])
+    result, detail, _ = check.contest(some, "headline")
+    problems = some.measured.problems()
+    assert starts == [0, 3] and result == PASSED and reported == [1, 2]  # in the report while they run
     assert problems["failed"][titles[1]] == "OutOfMemoryError: 9 GB"
     assert "illegal memory access" in problems["failed"][titles[2]]
-    assert problems["not run"] == titles[4:] and detail.startswith("2 rows, 2 contests failed")
+    assert problems["not run"] == titles[4:] and detail.startswith("2 new rows, 2 contests failed")
 
 
-def test_a_check_without_the_benchmark_keeps_what_was_measured(tmp_path, capsys):
-    (tmp_path / "nvidia-h200.json").write_text("measured")
-    found = {"gpu": "NVIDIA H200", "versions": {}, "ceilings": {}}
-    outcome.finish(found, [Stage("tests", PASSED, 1.0)], outcome.Measured(), tmp_path, dry=False)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["measured"]
-    assert "tests: passed" in capsys.readouterr().out
-
-
-def test_a_benchmark_that_never_begins_fails_once(tmp_path):
-    some = check.Check(True, Clock(500), tmp_path)
+def test_a_round_that_never_begins_fails_once_and_one_without_contests_is_not_run(tmp_path):
+    some = a_check(tmp_path)
     some.python = lambda *_, **__: finished("ImportError: libcudart", 1)
-    result, _, problems = check.benchmark(some)
-    assert result == FAILED and problems["failed"] == {"all": "exit code 1: ImportError: libcudart"}
+    assert check.contest(some, "headline")[0] == FAILED
+    assert some.measured.failed == {"headline": "exit code 1: ImportError: libcudart"}
+    some.suites = ("pixels",)
+    assert check.contest(some, "compiled")[0] == NOT_RUN
 
 
-def test_a_contest_that_fails_leaves_the_others_and_each_suite_has_its_share():
+def test_a_contest_that_fails_keeps_its_rows_and_leaves_the_others():
     lines = []
 
     def fails(_):
+        yield make_row()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     made = [contests.Contest("pixels", "a", fails), contests.Contest("pixels", "b", lambda _: [make_row()])]
-    made += [contests.Contest("models", "c", lambda _: [make_row(suite="experts")])]
     assert contests.measure(made, CPU, 60, lines.append) == 0
     kinds = [next(iter(line)) for line in lines]
-    assert kinds == ["begun", "failed", "done", "begun", "row", "done", "begun", "row", "done", "note"]
-    assert lines[1]["error"] == "OutOfMemoryError: CUDA out of memory"
+    assert kinds == ["begun", "row", "failed", "done", "begun", "row", "note", "done"]
+    assert lines[2]["error"] == "OutOfMemoryError: CUDA out of memory"
     lines.clear()
     assert contests.measure(made, CPU, -1, lines.append) == 0 and not lines
 
 
-def test_contests_have_names_of_their_own_and_every_suite_has_some():
-    for tiny in (False, True):
-        found = contests.in_order(tiny)
-        assert len({contest.title for contest in found}) == len(found)
-        assert list(dict.fromkeys(contest.suite for contest in found)) == list(contests.SUITES)
+def test_rounds_have_every_suite_in_turns_and_names_of_their_own():
+    headline, compiled, second = (contests.of_round(name) for name in contests.ROUNDS)
+    assert [contest.suite for contest in headline] == list(contests.SUITES)
+    assert [(contest.suite, contest.compiled) for contest in compiled] == [("models", True)]
+    turns = [contest.suite for contest in second]
+    assert turns[:5] == turns[5:10] == list(contests.SUITES[:5]) and turns[-1] == "channels"
+    titles = [contest.title for contest in (*headline, *compiled, *second)]
+    assert len(set(titles)) == len(titles)
+    assert {contest.suite for contest in contests.of_round("second", ("blocks",))} == {"blocks"}
 
 
 class Replays:
@@ -251,16 +285,54 @@ def test_replays_count_where_they_are_faster_and_compute_the_same(monkeypatch):
         compare({"NCHW": lacks}, ours, setting, replays=replays)
 
 
+class Graph:
+    """CUDA graphs on a CPU: ``begun`` counts the captures, in which and before which ``mode`` holds."""
+
+    begun, mode = 0, "default"
+
+    def capture_begin(self):
+        Graph.begun += 1
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        pass
+
+
+def test_what_waits_for_the_device_is_never_captured(monkeypatch):
+    stream = types.SimpleNamespace(wait_stream=id, synchronize=int)
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph}
+    fakes |= {"stream": lambda _: contextlib.nullcontext(), "get_sync_debug_mode": lambda: Graph.mode}
+    fakes["set_sync_debug_mode"] = lambda mode: setattr(Graph, "mode", mode)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def waits():
+        if Graph.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    failed = {}
+    assert replay.captured_or(waits, "loop", failed) is None and Graph.begun == 0
+    assert "synchronizing" in failed["loop"] and Graph.mode == "default"
+    assert replay.captured_or(lambda: "out", "ours", failed)() == "out" and Graph.begun == 1
+    assert list(failed) == ["loop"] and Graph.mode == "default"
+
+
 @needs_binary
-@pytest.mark.parametrize("suite", ["pixels", "experts", "channels", "blocks"])
+@pytest.mark.parametrize("suite", ["pixels", "experts", "channels", "samples", "blocks"])
 def test_contests_with_replays_of_both_sides(monkeypatch, suite):
     Replays(monkeypatch)
-    contest = next(contest for contest in contests.in_order(tiny=True) if contest.suite == suite)
-    rows = contest.run(dataclasses.replace(contests.setting_of(contest, CPU), graph=True))
+    (contest,) = contests.of_round("headline", (suite,), tiny=True)
+    rows = list(contest.run(dataclasses.replace(contests.setting_of(contest, CPU), graph=True)))
     assert rows
     for row in rows:
-        assert set(row.ours_all) == {comparing.EAGER, comparing.GRAPH} and row.failed == {}
-        assert row.ours_ms == row.ours_all[row.ours_name] == min(row.ours_all.values())
+        eager = {comparing.EAGER} if suite != "samples" else {"NCHW eager", "channels_last eager"}
+        assert set(row.ours_all) == {*eager, comparing.GRAPH} and row.failed == {}
+        assert row.ours_ms == row.ours_all[row.ours_name]
+        assert suite == "samples" or row.ours_ms == min(
+            row.ours_all.values()
+        )  # of three a first look leaves two
         assert suite != "experts" or set(row.dense_all) == {"torch grouped_mm", "loop"}
 
 
@@ -287,71 +359,42 @@ def test_facts_leave_out_what_a_driver_does_not_know(monkeypatch, tmp_path):
     assert facts.nvidia_smi() == {}
 
 
-@needs_binary
-def test_the_script_of_the_sanitizer_sees_a_kernel_that_is_wrong():
-    call = next(sanitizer.calls())
-    call.check(CPU)
-    spoiled = sanitizer.Call("spoiled", lambda *a: call.op(*a) + 1, call.reference, call.arguments)
-    with pytest.raises(AssertionError, match="spoiled, result 0"):
-        spoiled.check(CPU)
-
-
-def test_the_script_of_the_sanitizer_calls_every_cuda_kernel():
-    sources = "".join(path.read_text() for path in (check.ROOT / "csrc" / "cuda").glob("*.cu"))
-    registered = {line.split('"')[1] for line in sources.splitlines() if "impl(" in line and '"' in line}
-    registered = {name.removeprefix("cuda_") for name in registered}
-    called = {call.op._qualified_op_name.partition("::")[2] for call in sanitizer.calls()}
-    assert registered - called == set()
-
-
-def test_verdict_of_the_sanitizer():
-    done = f"9 calls: {sanitizer.DONE}\n"
-    assert sanitizer.verdict(finished(f"{done}== ERROR SUMMARY: 0 errors"), 9.0)[0] == PASSED
-    assert sanitizer.verdict(finished(f"{done}== RACECHECK SUMMARY: 0 hazards displayed"), 9.0)[0] == PASSED
-    found = sanitizer.verdict(finished(f"{done}== ERROR SUMMARY: 3 errors", 9), 9.0)
-    assert found == (FAILED, "3 found")
-    ended = "== Invalid __global__ write of size 4 bytes\nRuntimeError: unspecified launch failure\n"
-    assert sanitizer.verdict(finished(f"{ended}== ERROR SUMMARY: 2 errors", 9), 9.0) == (FAILED, "2 found")
-    refused = sanitizer.verdict(finished("== Error: Device not supported\n== ERROR SUMMARY: 1 error", 9), 9.0)
-    assert refused[0] == NOT_RUN and "could not run" in refused[1]
-
-
-def test_everything_measured_is_printed_and_written(tmp_path, capsys):
+def test_everything_measured_is_written_and_what_is_measured_again_takes_its_place(tmp_path):
     expert = make_row(suite="experts", case="H 8", tokens=128, weights="bfloat16", roofline_ms=0.5)
-    measured = outcome.Measured([make_row(roofline_ms=1.5), make_row(case="unknown"), expert])
+    measured = outcome.Measured()
+    for row in (make_row(roofline_ms=9.0), make_row(case="unknown"), expert, make_row(roofline_ms=1.5)):
+        measured.add(row)
     found = {"gpu": "NVIDIA H200", "versions": {"torch": "2.11"}, "ceilings": {"half": 1e15}}
-    outcome.finish(found, [Stage("benchmark", PASSED, 1.0)], measured, tmp_path, dry=False)
-    printed = capsys.readouterr().out
-    known, unknown = (line.split() for line in printed.splitlines() if line.startswith(("a ", "unknown ")))
+    outcome.write(found, [Stage("headline", PASSED, 1.0)], measured, tmp_path, dry=False)
+    written = (tmp_path / "nvidia-h200.txt").read_text()
+    known, unknown = (line.split() for line in written.splitlines() if line.startswith(("a ", "unknown ")))
     assert known[-3:] == ["0.75", "1000", "0.75"] and unknown[-1] == "1000"
-    assert (
-        "layers, 3x3, float32" in printed
-        and "H 8" in printed
-        and "128" in printed
-        and "benchmark: passed" in printed
-    )
+    assert all(part in written for part in ("layers, 3x3, float32", "H 8", "128", "headline: passed"))
     loaded = Report.load(tmp_path / "nvidia-h200.json")
     assert loaded.machine["device"] == "NVIDIA H200" and loaded.machine["ceilings"] == {"half": 1e15}
-    assert loaded.rows == measured.rows and loaded.checks["stages"][0]["outcome"] == PASSED
+    assert loaded.rows == measured.rows and len(loaded.rows) == 3
+    assert loaded.checks["stages"][0]["outcome"] == PASSED
 
 
-def test_the_gpus_tests_are_found_wherever_they_lie(tmp_path):
+@pytest.mark.parametrize("files", [check.VALUES, check.TRAINING], ids=["values", "training"])
+def test_the_tests_of_a_stage_exist_and_each_part_runs_once(files, tmp_path):
     calls = []
-    some = check.Check(False, Clock(500), tmp_path)
+    some = a_check(tmp_path)
     some.python = lambda arguments, *_, **__: (
         calls.append(arguments) or finished(code=junit.NOTHING_COLLECTED)
     )
-    check.tests(some)
-    files = {argument for arguments in calls for argument in arguments if argument.endswith(".py")}
-    assert "tests/gpu/test_pixels.py" in files and len(calls) == check.TEST_PARTS * len(files)
+    check.tests(some, files)
+    jobs = [(a[-4], a[-1]) for a in calls]
+    assert len(jobs) == len(set(jobs)) == check.TESTS_AT_A_TIME  # all at once
     logs = [a for arguments in calls for a in arguments if a.startswith("--junitxml")]
-    assert len(set(logs)) == len(logs)  # files of one name in two folders
+    assert len(set(logs)) == len(logs)
+    for file, (match, _) in files.items():
+        text = (check.ROOT / "tests" / "gpu" / f"test_{file}.py").read_text()
+        names = [line for line in text.splitlines() if line.startswith("def test_")]
+        assert all(any(part in name for name in names) for part in match.split(" or ")), file
 
 
-@pytest.mark.parametrize("tests", [0, 1, 2, 3, 7, 100])
-def test_parts_have_every_test_once(tests):
-    """The tests that ``--part`` leaves of a file, over all the parts that the check runs."""
-    found = []
-    for part in range(check.TEST_PARTS):
-        found += part_of(list(range(tests)), f"{part}/{check.TEST_PARTS}")
-    assert found == list(range(tests))
+def test_parts_have_every_test_once():
+    for tests in (0, 1, 2, 7, 100):
+        items = list(range(tests))
+        assert [item for part in range(3) for item in part_of(items, f"{part}/3")] == items

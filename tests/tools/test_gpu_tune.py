@@ -182,9 +182,8 @@ def problem(clock: Clock, spoil=lambda tile: None, **sizes) -> problems.Problem:
 
 def search(clock, found, seconds=10**6):
     log = []
-    return tiles.search_all(
-        [found] if not isinstance(found, list) else found, CPU, clock, seconds, log.append
-    ), log
+    found = found if isinstance(found, list) else [found]
+    return list(tiles.search_all(found, CPU, clock, seconds, log.append)), log
 
 
 def test_the_fastest_tile_wins():
@@ -289,6 +288,30 @@ def test_dry_run(tmp_path):
     assert all(0 < share <= 1.0 for row in config.break_even for share in row["shares"].values())
 
 
+def test_a_few_problems_have_all_the_time_and_each_is_written_at_once(monkeypatch, tmp_path):
+    """And none is lost with the process that finds the next."""
+    clock = Clock(lambda t: 1)
+    monkeypatch.setattr(
+        problems, "small_problems", lambda: [problem(clock, rows=4096 << i) for i in range(6)]
+    )
+    monkeypatch.setattr(tune, "Clock", lambda device: clock)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # main sets it
+    search, written = tiles.Search.run, []
+
+    def searched(self, until):
+        file = tmp_path / "cpu.json"
+        tiles_there = len(json.loads(file.read_text())["tiles"]) if file.exists() else None
+        written.append((tiles_there, until - clock.now()))
+        return search(self, until)
+
+    monkeypatch.setattr(tiles.Search, "run", searched)
+    tune.main(["--dry-run", "--problems", "3", "--seconds", "60", "--out", str(tmp_path)])
+    assert [count for count, _ in written] == [None, 1, 2] and written[0][1] == 2 * 60 / 3
+    assert json.loads((tmp_path / "cpu.json").read_text())["break_even"] == []
+    with pytest.raises(SystemExit):
+        tune.main(["--problems", "0"])
+
+
 def test_a_dry_run_is_not_shipped(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--dry-run"])
@@ -300,5 +323,5 @@ def test_a_dry_run_is_not_shipped(capsys):
 def test_a_problem_on_a_gpu():
     """One problem by the device's own clock."""
     device, log = torch.device("cuda", torch.cuda.current_device()), []
-    rows = tiles.search_all(problems.problems()[:1], device, tune.Clock(device), 20, log.append)
+    rows = list(tiles.search_all(problems.problems()[:1], device, tune.Clock(device), 20, log.append))
     assert len(rows) == 1 and rows[0]["ms"] > 0, log

@@ -1,11 +1,19 @@
-"""Builds, tests and measures dynops on the GPU that is there, in under ten minutes and with nothing to download.
+"""Checks and measures dynops on the GPU that is there, in so many seconds and with nothing to download.
 
-    python -m benchmarks.gpu check [--out DIR] [--tune [SECONDS]] [--only STAGE ...] [--dry-run]
+    python -m benchmarks.gpu check [--seconds 460] [--out DIR] [--only STAGE ...] [--suite NAME ...] [--no-compile] [--dry-run]
 
-Stages, each a process of its own with a time limit, so that neither a failure nor a hang in one stops the next: facts, build
-(in place, for this GPU alone), tests, sanitizer, tune (where asked for), benchmark. Then one table
-of all rows, and a summary of each group. Logs lie in build/gpu-check. ``--dry-run`` goes through all of it on a CPU, with sizes that
-measure nothing.
+Stages, each a process of its own with a limit, so that neither a failure nor a hang in one stops the next:
+
+    facts      the GPU, its clocks under load, versions, and if the binary that is there runs on it
+    build      where it does not: in place, for this GPU alone
+    values     of every op against float64 on the CPU
+    headline   one contest of each suite
+    compiled   the model against its compiled dense version
+    second     the other contests, the suites in turns
+    training   CUDA graphs, gradients and autocast of the layers
+
+DIR (build/gpu-check) has the report, JSON and a table, written again after every contest, and logs.zip, after every stage.
+``--dry-run`` goes through all of it on a CPU, with sizes that measure nothing.
 """
 
 from __future__ import annotations
@@ -13,223 +21,234 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import dynops
-
-from . import contests, junit, outcome, sanitizer
+from . import BEGUN, contests, junit, outcome
+from .facts import NO_GPU
 from .stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
 
 ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "benchmarks" / "results"
-SECONDS = 570.0  # of all stages but tune
-FOR_THE_BENCHMARK = 200.0  # that no stage before it may use
-LIMITS = {"facts": 60.0, "build": 150.0, "tests": 180.0, "sanitizer": 90.0}
+SECONDS = 460.0  # a start of a machine and 460 s fit into ten minutes
+LIMITS = {"facts": 60.0, "build": 90.0}
+# Of the time that is left, a stage has its share among those that are still to come.
+SHARES = {"values": 90.0, "headline": 150.0, "compiled": 75.0, "second": 90.0, "training": 80.0}
+START = 15.0  # seconds (or a third) that a process needs before its first contest, and that none begins before its end
+LEAST = 5.0  # seconds for which a process is worth its start
+REPORT = 2.0  # seconds for the last report
 TESTS_AT_A_TIME = 12  # processes: Triton compiles a form on the host for a second or two, others use the GPU
-TEST_PARTS = 3  # of each file
-DRY_TESTS = ("tests/plans/test_plans.py", "-k", "capacity")  # a handful
+# {file of tests/gpu: (-k, the parts of it that are processes)}
+VALUES = {
+    "ops": ("values", 3),
+    "pixels": ("convolutions", 2),
+    "channels": ("convolutions", 3),
+    "experts": ("grouped_linear or mlp", 2),
+    "blocks": ("tiles", 1),
+    "samples": ("scattered", 1),
+}
+TRAINING = {"graphs": ("replays or waits or training", 4), "layers": ("gradients or autocast", 8)}
+DRY_PARTS = 40  # of the first file, of which a dry run has one
 NO_TIME = "no time was left"
 
 
 @dataclass
 class Check:
-    """One run: the request, the time that is left, and the facts and rows so far."""
+    """One run: the request, the time that is left, and what was found so far."""
 
     dry: bool
     clock: Clock
-    work: Path  # logs and partial results
-    tune_seconds: float = 0.0
+    out: Path  # for the report
+    work: Path  # logs, and rows as they come
+    suites: tuple[str, ...] = contests.SUITES
     facts: dict = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    coming: list[str] = field(default_factory=list)  # the stages from the present one on
     measured: outcome.Measured = field(default_factory=outcome.Measured)
 
-    def limit(self, stage: str) -> float:
-        return min(LIMITS[stage], max(self.clock.left - FOR_THE_BENCHMARK, 0.0))
+    def limit(self) -> float:
+        """Seconds for the stage that begins."""
+        left = max(self.clock.left - REPORT, 0.0)
+        if self.coming[0] in LIMITS:
+            return min(LIMITS[self.coming[0]], left)
+        return left * SHARES[self.coming[0]] / sum(SHARES[name] for name in self.coming)
 
-    def python(self, arguments: list[str], seconds: float, log: str, **environment: str) -> Finished:
+    def python(
+        self, arguments: list[str], seconds: float, log: str, watch=int, **environment: str
+    ) -> Finished:
         """This interpreter from the root of the sources, whose programs (ninja) go before the system's."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        options = {"PATH": path, "PYTHONPATH": modules, **environment}
+        # what one stage compiles the next finds, and the run after it too
+        options = {"PATH": path, "PYTHONPATH": modules, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}
         if self.dry:
             options["OMP_NUM_THREADS"] = "1"  # tiny sizes, often beside other work
-        return run([sys.executable, *arguments], seconds, self.work / f"{log}.log", ROOT, **options)
+        command = [sys.executable, *arguments]
+        return run(command, seconds, self.work / f"{log}.log", ROOT, watch, **options, **environment)
+
+    def report(self) -> None:
+        """Writes what there is so far; a fault of the report stops nothing that is measured."""
+        try:
+            outcome.write(self.facts, self.stages, self.measured, self.out, self.dry)
+        except Exception:
+            traceback.print_exc()
+
+    def save_logs(self) -> None:
+        """Writes one file: from a machine that is lent, few may come back."""
+        shutil.move(
+            shutil.make_archive(str(self.work.with_name("logs")), "zip", self.work), self.out / "logs.zip"
+        )
 
 
 # ------------------------------------------------------------------------------------------- stages
 
 
 def facts(check: Check) -> tuple[str, str, dict]:
-    file = check.work / "facts.json"
+    file, limit = check.work / "facts.json", check.limit()
     arguments = ["-m", "benchmarks.gpu.check.facts", "--out", str(file), *(["--cpu"] if check.dry else [])]
-    done = check.python(arguments, LIMITS["facts"], "facts")
+    done = check.python(arguments, limit, "facts")
+    if done.code == NO_GPU:
+        raise SystemExit("there is no GPU that torch can use: --dry-run goes through the check on a CPU")
     if not done.ok:
-        return FAILED, done.why(LIMITS["facts"]), {}
+        return FAILED, done.why(limit), {}
     check.facts = json.loads(file.read_text())
     return PASSED, outcome.facts_line(check.facts), {}
 
 
 def build(check: Check) -> tuple[str, str, dict]:
+    """Builds where no binary was carried here."""
+    problem = check.facts.get("binary_problem", "the stage facts failed")
+    if not problem:
+        return PASSED, "the binary that is there", {}
     if check.dry:
-        what = "the binary is there" if dynops.backends.has_binary() else "there is no binary"
-        return NOT_RUN, f"dry run: {what}", {}
+        return NOT_RUN, f"dry run: {problem}", {}
     capability = check.facts.get("capability")
     if not capability:
         return FAILED, "the compute capability is not known: the stage facts failed", {}
-    limit = check.limit("build")
+    limit = check.limit()
     arguments = ["setup.py", "-q", "build_ext", "--force", "--inplace", "--build-temp", "build/gpu"]
     done = check.python(arguments, limit, "build", FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=capability)
-    return (PASSED, f"for {capability}", {}) if done.ok else (FAILED, done.why(limit), {})
+    return (
+        (PASSED if done.ok else FAILED),
+        f"{problem}; " + (f"built for {capability}" if done.ok else done.why(limit)),
+        {},
+    )
 
 
-def tests(check: Check) -> tuple[str, str, dict]:
-    """Runs every test that is marked ``gpu``, parts of the files side by side."""
+def tests(check: Check, files: dict[str, tuple[str, int]]) -> tuple[str, str, dict]:
+    """Runs tests of ``tests/gpu``, parts of the files side by side."""
+    jobs = [
+        (name, match, f"{part}/{parts}") for name, (match, parts) in files.items() for part in range(parts)
+    ]
     if check.dry:
-        jobs = {"dry": list(DRY_TESTS)}
-    else:
-        files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-        jobs = {
-            f"{path.parent.name}-{path.stem}-{part}": [
-                str(path.relative_to(ROOT)),
-                "-m",
-                "gpu",
-                f"--part={part}/{TEST_PARTS}",
-            ]
-            for path in files
-            for part in range(TEST_PARTS)
-        }
-    limit = check.limit("tests")
+        jobs = [(*jobs[0][:2], f"0/{DRY_PARTS}")]
+    limit = check.limit()
 
-    def one(job: tuple[str, list[str]]) -> junit.Counts:
-        name, arguments = job
-        file = check.work / f"{name}.xml"
-        file.unlink(missing_ok=True)
-        pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={file}", *arguments]
-        done = check.python(pytest, limit, f"tests-{name}")
-        return junit.read(file, name, done, limit)
+    def one(job: tuple[str, str, str]) -> junit.Counts:
+        file, match, part = job
+        name = f"{file}-{part.replace('/', '-of-')}"
+        results = check.work / f"{name}.xml"
+        results.unlink(missing_ok=True)
+        pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
+        pytest += [f"tests/gpu/test_{file}.py", "-k", match, f"--part={part}"]
+        return junit.read(results, name, check.python(pytest, limit, name), limit)
 
     with ThreadPoolExecutor(TESTS_AT_A_TIME) as pool:
-        counts = junit.total(list(pool.map(one, jobs.items())))
+        counts = junit.total(list(pool.map(one, jobs)))
     return PASSED if counts.passed and not counts.problems else FAILED, str(counts), counts.as_dict()
 
 
-def sanitize(check: Check) -> tuple[str, str, dict]:
-    limit, device = check.limit("sanitizer"), "cpu" if check.dry else "cuda"
-    begun = Clock(limit)
-    plain = check.python(
-        ["-m", "benchmarks.gpu.check.sanitizer", "--device", device], limit, "sanitizer-none"
-    )
-    if not plain.ok:
-        return FAILED, f"without a sanitizer: {plain.why(limit)}", {"none": plain.text[-2000:]}
-    alone = plain.text.strip().splitlines()[-1]
-    program = sanitizer.compute_sanitizer()
-    if check.dry or program is None:
-        why = "dry run" if check.dry else "compute-sanitizer is not installed"
-        return PASSED if check.dry else NOT_RUN, f"{alone}; {why}, without a sanitizer", {}
-    left = begun.left
-
-    def one(tool: str) -> tuple[str, str]:
-        command = sanitizer.command(program, tool, sys.executable)
-        environment = {**sanitizer.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        return sanitizer.verdict(
-            run(command, left, check.work / f"sanitizer-{tool}.log", ROOT, **environment), left
-        )
-
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(sanitizer.TOOLS, pool.map(one, sanitizer.TOOLS), strict=True))
-    outcomes = [result for result, _ in found.values()]
-    worst = FAILED if FAILED in outcomes else NOT_RUN if NOT_RUN in outcomes else PASSED
-    detail = "; ".join(f"{tool}: {text}" for tool, (_, text) in found.items())
-    return worst, f"{alone}; {detail}", {tool: result for tool, (result, _) in found.items()}
-
-
-def tune(check: Check) -> tuple[str, str, dict]:
-    seconds = check.tune_seconds
-    arguments = ["-m", "benchmarks.gpu", "tune", "--seconds", f"{seconds:.0f}"]
-    arguments += ["--dry-run", "--out", str(check.work / "configs")] if check.dry else []
-    done = check.python(arguments, seconds + 60, "tune")
-    check.clock.end += done.seconds  # beside the budget of the others
-    return (PASSED, f"{seconds:.0f} s", {}) if done.ok else (FAILED, done.why(seconds + 60), {})
-
-
-def benchmark(check: Check) -> tuple[str, str, dict]:
-    """Runs the contests in one process. Where a contest ends that process, a new one goes on after the contest."""
-    titles = [contest.title for contest in contests.in_order(check.dry)]
-    found, tried, first = check.measured, set(), 0
-    while first < len(titles) and check.clock.left > outcome.START:
-        file, limit = check.work / f"contests-{first}.jsonl", check.clock.left
+def contest(check: Check, name: str) -> tuple[str, str, dict]:
+    """Runs a round in one process. Where a contest ends that process, a new one goes on after the contest."""
+    clock, found = Clock(check.limit()), check.measured
+    titles = [own.title for own in contests.of_round(name, check.suites, check.dry)]
+    tried, rows = 0, len(found.rows)
+    while tried < len(titles) and clock.left > LEAST:
+        file, limit = check.work / f"{name}-{tried}.jsonl", clock.left
         file.unlink(missing_ok=True)
-        arguments = ["-m", "benchmarks.gpu.check.contests", "--out", str(file), "--skip", str(first)]
-        arguments += [f"--seconds={limit - outcome.START:.0f}", *(["--tiny"] if check.dry else [])]
-        done = check.python(arguments, limit, f"contests-{first}")
-        begun = found.read(file, done, limit)
-        tried |= set(begun)
+        arguments = ["-m", "benchmarks.gpu.check.contests", "--round", name, "--out", str(file)]
+        arguments += [f"--skip={tried}", f"--seconds={limit - min(START, limit / 3):.0f}"]
+        arguments += ["--suite", *check.suites, *(["--tiny"] if check.dry else [])]
+
+        def watch(file: Path = file) -> None:
+            if found.read(file):
+                check.report()
+
+        done = check.python(arguments, limit, f"{name}-{tried}", watch)
+        found.read(file)
+        for title in found.begun - found.ended:
+            found.failed.setdefault(title, done.why(limit))
+        before, tried = tried, sum(title in found.begun for title in titles)
         if done.ok or done.timed_out:
             break
-        if not begun:
-            found.failed["all"] = done.why(limit)
+        if tried == before:
+            found.failed[name] = done.why(limit)
             break
-        first = titles.index(begun[-1]) + 1
-    found.left = [title for title in titles if title not in tried]
-    rows = len(found.rows)
-    detail = f"{rows} rows, {len(found.failed)} contests failed, {len(found.left)} not run"
-    return PASSED if rows else FAILED, detail, found.problems()
+    left = titles[tried:]
+    found.left += left
+    failed = [title for title in (*titles, name) if title in found.failed]
+    detail = f"{len(found.rows) - rows} new rows, {len(failed)} contests failed, {len(left)} not run"
+    result = FAILED if failed and len(failed) >= tried else PASSED if tried else NOT_RUN
+    return result, detail, {}
 
 
 STAGES = {
     "facts": facts,
     "build": build,
-    "tests": tests,
-    "sanitizer": sanitize,
-    "tune": tune,
-    "benchmark": benchmark,
+    "values": lambda check: tests(check, VALUES),
+    **{name: lambda check, name=name: contest(check, name) for name in contests.ROUNDS},
+    "training": lambda check: tests(check, TRAINING),
 }
 
 
-def perform(check: Check, names: list[str]) -> list[Stage]:
-    """Runs the stages in order. An exception of a stage is its failure."""
-    found = []
-    for name in names:
+def perform(check: Check, names: list[str]) -> None:
+    """Runs the stages in order, and writes the report and the logs after each. An exception of a stage is its failure."""
+    for i, name in enumerate(names):
         print(f"-- {name}", flush=True)
-        begun = time.monotonic()
-        late = check.clock.left <= 0 or (name in LIMITS and name != "facts" and check.limit(name) <= 0)
+        begun, check.coming = time.monotonic(), names[i:]
         try:
-            result = (NOT_RUN, NO_TIME, {}) if late else STAGES[name](check)
-        except Exception as error:  # of the check itself: the report is still written
+            result = STAGES[name](check) if check.limit() > 1 else (NOT_RUN, NO_TIME, {})
+        except Exception as error:  # of the check itself: the others still run
             result = FAILED, f"{type(error).__name__}: {error}", {}
-        found.append(Stage(name, result[0], time.monotonic() - begun, *result[1:]))
-        print(found[-1], flush=True)
-    return found
+        check.stages.append(Stage(name, result[0], time.monotonic() - begun, *result[1:]))
+        print(check.stages[-1], flush=True)
+        check.report()
+        check.save_logs()
 
 
 def exit_code(stages: list[Stage], dry: bool) -> int:
-    """1 where a stage failed, or the build or the tests did not pass."""
-    needed = ("tests",) if dry else ("build", "tests")
+    """1 where a stage failed, or the build or the values did not pass."""
+    needed = ("values",) if dry else ("build", "values")
     bad = [s for s in stages if s.outcome == FAILED or (s.name in needed and s.outcome != PASSED)]
     return 1 if bad else 0
 
 
 def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
-    dry = args.dry_run
-    if not dry and not _has_gpu():
-        raise SystemExit("there is no GPU that torch can use: --dry-run goes through the check on a CPU")
-    if dry and args.out and args.out.resolve() == RESULTS:
-        raise SystemExit("--out: expected another folder than that of the measurements for a dry run")
-    out = args.out or (Path(tempfile.mkdtemp(prefix="dynops-dry-run-")) if dry else RESULTS)
-    work = out / "logs" if dry else ROOT / "build" / "gpu-check"
-    work.mkdir(parents=True, exist_ok=True)
-    check = Check(dry, Clock(args.seconds), work, args.tune or 0.0)
-    names = [name for name in args.only or STAGES if name != "tune" or args.tune]
-    if "facts" not in names:
-        names.insert(0, "facts")
-    stages = perform(check, names)
-    outcome.finish(check.facts, stages, check.measured, out, dry)
-    return exit_code(stages, dry)
+    if args.out is None:
+        args.out = (
+            Path(tempfile.mkdtemp(prefix="dynops-dry-run-")) if args.dry_run else ROOT / "build" / "gpu-check"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder, "work")
+        for made in (work, args.out):
+            made.mkdir(parents=True, exist_ok=True)
+        check = Check(args.dry_run, Clock(args.seconds, BEGUN), args.out, work, tuple(args.suite))
+        perform(check, _names(args))
+    print("", outcome.text(check.stages, check.measured, check.dry), sep="\n")
+    print(f"wrote {args.out}")
+    return exit_code(check.stages, check.dry)
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """The stages that are asked for; the first two always are."""
+    wanted = {"facts", "build", *(args.only or STAGES)} - ({"compiled"} if args.no_compile else set())
+    return [name for name in STAGES if name in wanted]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,23 +257,17 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="folder for JSON and CSV (benchmarks/results)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages but tune (570)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages together (460)")
+    parser.add_argument("--out", type=Path, help="folder for the report and the logs (build/gpu-check)")
     parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument(
-        "--tune",
-        type=float,
-        nargs="?",
-        const=240.0,
-        metavar="SECONDS",
-        help="first search tiles for this GPU (240 s), which are then built in: dynops/kernels/configs",
+        "--suite",
+        nargs="+",
+        choices=contests.SUITES,
+        default=contests.SUITES,
+        metavar="NAME",
+        help=f"contests of {', '.join(contests.SUITES)} (all)",
     )
+    parser.add_argument("--no-compile", action="store_true", help="without the stage compiled")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU; measures nothing")
     return parser
-
-
-def _has_gpu() -> bool:
-    """Asked in a process of its own: this one holds no memory of the GPU and outlives one that is lost."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-        return run([sys.executable, "-c", code], 60, Path(folder) / "log", ROOT).ok

@@ -1,4 +1,4 @@
-"""The GPU that is there: name, driver, clocks and versions: ``python -m benchmarks.gpu.check.facts``.
+"""The GPU that is there: name, driver, clocks, versions, and if the binary runs on it: ``python -m benchmarks.gpu.check.facts``.
 
 It only reads; no setting of the GPU is changed.
 """
@@ -16,6 +16,10 @@ from pathlib import Path
 
 import torch
 
+import dynops
+from dynops.testing import random_mask
+
+NO_GPU = 4  # exit code
 # The fields that nvidia-smi is asked for. A driver that does not know one leaves it out.
 FIELDS = (
     "name", "driver_version", "vbios_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
@@ -94,9 +98,25 @@ def under_load(device: torch.device) -> dict[str, str]:
     return found
 
 
+def binary_problem(device: torch.device) -> str:
+    """The reason why dynops._C has no kernels for the device; "" where one of them runs there."""
+    if not dynops.backends.has_binary():
+        return "there is no binary for this Python"
+    if device.type == "cuda" and not hasattr(torch.ops.dynops, "cuda_gather_tiles"):
+        return "the binary has no CUDA half"
+    mask = random_mask((2, 9, 7), 0.5)
+    try:
+        found = dynops.PixelPlan.from_mask(mask.to(device)).index.cpu()
+    except RuntimeError as error:  # no code for this architecture
+        return str(error).splitlines()[0]
+    right = mask.flatten().nonzero()[:, 0]
+    return "" if torch.equal(found.long(), right) else "the binary's plan of a mask is wrong"
+
+
 def gpu_facts() -> dict:
     device = torch.device("cuda", 0)
     return {
+        "binary_problem": binary_problem(device),
         "gpu": torch.cuda.get_device_name(device),
         **properties(device),
         "versions": versions(),
@@ -110,7 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--cpu", action="store_true", help="versions only, for a dry run without a GPU")
     args = parser.parse_args(arguments)
-    facts = {"gpu": "", "versions": versions()} if args.cpu else gpu_facts()
+    if not args.cpu and not torch.cuda.is_available():
+        return NO_GPU
+    cpu = {"gpu": "", "versions": versions(), "binary_problem": binary_problem(torch.device("cpu"))}
+    facts = cpu if args.cpu else gpu_facts()
     text = json.dumps(facts, indent=1)
     if args.out:
         args.out.write_text(text + "\n")

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-GRACE = 15.0  # seconds in which an interrupted command may write what it has (pytest: its XML)
+GRACE = 6.0  # seconds of its limit in which an interrupted command may write what it has (pytest: its XML)
 
 
 @dataclass
@@ -32,10 +33,10 @@ class Stage:
 
 
 class Clock:
-    """The time that is left of a budget of seconds."""
+    """The time that is left of a budget of seconds from now on, or from the time ``begun``."""
 
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
+    def __init__(self, seconds: float, begun: float | None = None):
+        self.end = (time.monotonic() if begun is None else begun) + seconds
 
     @property
     def left(self) -> float:
@@ -62,14 +63,22 @@ class Finished:
         return f"{reason}: {lines[-1][:300]}" if lines else reason
 
 
-def run(command: list[str], seconds: float, log: Path, folder: Path, **environment: str) -> Finished:
-    """Runs a command in ``folder`` with its output in ``log``.
+def run(
+    command: list[str],
+    seconds: float,
+    log: Path,
+    folder: Path,
+    watch: Callable[[], object] = int,
+    **environment: str,
+) -> Finished:
+    """Runs a command in ``folder`` with its output in ``log``, and calls ``watch`` every second.
 
-    After ``seconds`` it is interrupted, and later killed with its children. It is a process of its own, so that neither a
-    hang nor a device that was lost in it reaches the next one.
+    It is interrupted shortly before the end of ``seconds``, and killed at their end with its children. It is a process of
+    its own, so that neither a hang nor a device that was lost in it reaches the next one.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
+    end = begun + seconds
     with log.open("w") as file:
         try:
             process = subprocess.Popen(
@@ -83,29 +92,32 @@ def run(command: list[str], seconds: float, log: Path, folder: Path, **environme
             )
         except OSError as error:
             return Finished(127, False, 0.0, str(error))
-        timed_out = not _ended(process, seconds)
+        timed_out = not _ended(process, end - min(GRACE, seconds / 2), watch)
         if timed_out:
-            _stop(process)
+            _stop(process, end)
     text = log.read_text(errors="replace")
     return Finished(process.returncode, timed_out, time.monotonic() - begun, text)
 
 
-def _ended(process: subprocess.Popen, seconds: float) -> bool:
+def _ended(process: subprocess.Popen, end: float, watch: Callable[[], object] = int) -> bool:
+    """True where the process ends before the time ``end``."""
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
+        while (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(left, 1.0))
+                return True
+            watch()
     except BaseException:  # the check itself is interrupted
         _signal(process, signal.SIGKILL)
         raise
-    return True
+    return process.poll() is not None
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _stop(process: subprocess.Popen, end: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         # the command alone: its children would tell it of errors that are none
         process.send_signal(signal.SIGINT)
-    _ended(process, GRACE)
+    _ended(process, end)
     _signal(process, signal.SIGKILL)
     process.wait()
 

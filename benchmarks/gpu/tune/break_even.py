@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -127,9 +127,9 @@ def _paths(conv: nn.Conv2d, x: Tensor, density: float) -> dict[str, tuple[Callab
     return found
 
 
-def measure_all(found: list[Layer], device: torch.device, clock, seconds: float, log) -> list[dict]:
-    """The break-even table, as far as the time reaches."""
-    entries, end = [], clock.now() + seconds
+def measure_all(found: list[Layer], device: torch.device, clock, seconds: float, log) -> Iterator[dict]:
+    """The entries of the break-even table, each as soon as it is there, as far as the time reaches."""
+    end = clock.now() + seconds
     for i, layer in enumerate(found):
         if clock.now() > end:
             log(
@@ -137,10 +137,11 @@ def measure_all(found: list[Layer], device: torch.device, clock, seconds: float,
             )
             break
         try:
-            entries.append(measure(layer, device, clock))
+            entry = measure(layer, device, clock)
         except RuntimeError as error:  # out of memory, or no kernel for the dense layer
             log(f"{layer.name}: not measured, {first_line(error)}")
             continue
-        shares = ", ".join(f"{path} {share:.2f}" for path, share in entries[-1]["shares"].items())
-        log(f"{layer.name}: break-even {shares}")
-    return entries
+        log(
+            f"{layer.name}: break-even {', '.join(f'{path} {share:.2f}' for path, share in entry['shares'].items())}"
+        )
+        yield entry

@@ -40,8 +40,11 @@ def problems(dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
     """All problems of a dtype, the most important first."""
     layers = [(c, c, h, 3) for c, h in RESNET]
     narrow = [layer for c, h in RESNET for layer in ((4 * c, c, h, 1), (c, 4 * c, h, 1))]
-    found = [_pixels(64, *layer, 0.25, dtype) for layer in layers]
-    found += [_experts(8192, layer, dtype) for layer in EXPERTS]
+    # the first eight are those of the headline: a wide layer, half of the channels, two counts of tokens, ResNet-50
+    found = [_pixels(32, 256, 256, 56, 3, 0.25, dtype), _channels(32, 128, 128, 56, 3, dtype)]
+    found += [_experts(tokens, EXPERTS[0], dtype) for tokens in (8192, 512)]
+    found += [_pixels(64, *layer, 0.25, dtype) for layer in layers]
+    found += [_experts(8192, EXPERTS[1], dtype)]
     found += [_pixels(64, *layer, 0.25, dtype) for layer in narrow]
     found += [_pixels(1, *layer, 0.5, dtype) for layer in layers]
     found += [_experts(tokens, layer, dtype) for tokens in (1, 128) for layer in EXPERTS]

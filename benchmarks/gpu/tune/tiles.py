@@ -246,18 +246,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def search_all(found: list[Problem], device: torch.device, clock, seconds: float, log) -> list[dict]:
-    """The entries of a config's tiles; each problem gets at most twice an even share of the time that is left."""
-    entries, end = [], clock.now() + seconds
+def search_all(found: list[Problem], device: torch.device, clock, seconds: float, log) -> Iterator[dict]:
+    """The entries of a config's tiles, each as soon as it is there; a problem gets at most twice an even share of the time."""
+    end = clock.now() + seconds
     for i, problem in enumerate(found):
         left = end - clock.now()
         if left <= 0:
             log(f"not reached: {len(found) - i} of {len(found)} problems, {problem.name} the first")
             break
         try:
-            entries += Search(problem, device, clock, log).run(clock.now() + 2 * left / (len(found) - i))
+            yield from Search(problem, device, clock, log).run(clock.now() + 2 * left / (len(found) - i))
         except AssertionError as error:  # of the built-in choice: nothing is measured against a wrong result
             log(f"{problem.name}: WRONG RESULT of the built-in tile, {error}")
         except RuntimeError as error:  # out of memory, or no kernel for the reference
             log(f"{problem.name}: not measured, {first_line(error)}")
-    return entries

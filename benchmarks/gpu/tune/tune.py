@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu tune``: measures on a GPU the config that ships for its architecture.
 
 First the tiles (``tiles``) of the problems in ``problems``, then, with the tiles that won, the break-even
-densities (``break_even``), written to ``dynops/kernels/configs/<architecture>.json``.
+densities (``break_even``). ``dynops/kernels/configs/<architecture>.json`` is written again after each.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import datetime
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,31 +66,42 @@ def facts(device: torch.device) -> dict:
     }
 
 
-def tune(device: torch.device, clock, seconds: float, log, found: list, layers: list) -> configs.Config:
-    """The config for a device.
+def tune(
+    device: torch.device, clock, seconds: float, log, found: list, layers: list
+) -> Iterator[configs.Config]:
+    """The config for a device, again after every problem and layer.
 
     Args:
         clock: as :class:`Clock`.
-        found, layers: what ``problems`` and ``break_even`` list, or a part of it.
+        found, layers: what ``problems`` and ``break_even`` list, or a part of it. Without layers the tiles have all the time.
     """
     from . import break_even, tiles
 
-    name = configs.architecture(device)
-    found_tiles = tiles.search_all(found, device, clock, TILES_SHARE * seconds, log)
+    name, known = configs.architecture(device), facts(device)
+    found_tiles, shares = [], []
+    yield configs.Config(known, found_tiles, shares)
+    for entry in tiles.search_all(found, device, clock, seconds * (TILES_SHARE if layers else 1.0), log):
+        found_tiles.append(entry)
+        yield configs.Config(known, found_tiles, shares)
     with configs.use(name, configs.Config({}, found_tiles, [])):
-        left = (1 - TILES_SHARE) * seconds
-        shares = break_even.measure_all(layers, device, clock, left, log)
-    return configs.Config(facts(device), found_tiles, shares)
+        for entry in break_even.measure_all(layers, device, clock, (1 - TILES_SHARE) * seconds, log):
+            shares.append(entry)
+            yield configs.Config(known, found_tiles, shares)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu tune", description=__doc__)
     parser.add_argument("--seconds", type=float, default=240, help="the time to spend (default 240)")
+    parser.add_argument(
+        "--problems", type=int, metavar="N", help="the tiles of the first N problems, and no densities"
+    )
     parser.add_argument("--out", type=Path, help=f"the folder to write to (default {configs.FOLDER})")
     parser.add_argument(
         "--dry-run", action="store_true", help="a few small problems in Triton's interpreter; needs --out"
     )
     options = parser.parse_args(arguments)
+    if options.problems is not None and options.problems < 1:
+        parser.error(f"--problems: expected a number from 1 on, got {options.problems}")
     if options.dry_run and options.out is None:
         parser.error("--dry-run: expected --out, as what it writes is no measurement")
     if not options.dry_run and not torch.cuda.is_available():
@@ -110,9 +122,13 @@ def main(arguments: list[str]) -> None:
         found, layers = problems.small_problems(), break_even.small_layers()
     else:
         found, layers = problems.every_problem(), break_even.layers()
-    config = tune(device, clock, options.seconds, lambda line: print(line, flush=True), found, layers)
+    if options.problems is not None:
+        found, layers = found[: options.problems], []
     folder = options.out or configs.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{configs.architecture(device)}.json"
-    file.write_text(config.as_json())
+    log = partial(print, flush=True)
+    for config in tune(device, clock, options.seconds, log, found, layers):
+        if config.tiles or config.break_even:  # an empty one would take the place of the file that ships
+            file.write_text(config.as_json())
     print(f"{len(config.tiles)} tiles and {len(config.break_even)} break-even densities written to {file}")
