@@ -167,7 +167,7 @@ def contest(check: Check, name: str) -> tuple[str, str, dict]:
     """Runs a round in one process. Where a contest ends that process, a new one goes on after the contest."""
     clock, found = Clock(check.limit()), check.measured
     titles = [own.title for own in contests.of_round(name, check.suites, check.dry)]
-    tried, rows = 0, len(found.rows)
+    tried = 0
     while tried < len(titles) and clock.left > LEAST:
         file, limit = check.work / f"{name}-{tried}.jsonl", clock.left
         file.unlink(missing_ok=True)
@@ -192,7 +192,8 @@ def contest(check: Check, name: str) -> tuple[str, str, dict]:
     left = titles[tried:]
     found.left += left
     failed = [title for title in (*titles, name) if title in found.failed]
-    detail = f"{len(found.rows) - rows} new rows, {len(failed)} contests failed, {len(left)} not run"
+    measured = max(tried - len(failed), 0)
+    detail = f"{measured} of {len(titles)} contests measured, {len(failed)} failed, {len(left)} not run"
     result = FAILED if failed and len(failed) >= tried else PASSED if tried else NOT_RUN
     return result, detail, {}
 
