@@ -9,8 +9,10 @@ from driver.order import Race
 from driver.streams import Stream
 from driver.watch import watch
 from gpu_calls import CALLS
+from torch import nn
 
-from dynops import kept
+import dynops
+from dynops import context, kept
 from dynops.kernels.triton import rows
 
 QUICK = ("sparse_conv2d", "channel_conv2d", "experts_mlp, 16 tokens")
@@ -70,6 +72,40 @@ def test_a_fill_that_the_convolution_does_not_wait_for():
 
     with mock.patch.object(Stream, "wait_stream", forgotten), pytest.raises(Race, match="fill_kernel"):
         on_another_stream("sparse_conv2d")
+
+
+def under_one_mask_on_two_streams(size: int = 32) -> None:
+    """A model on two streams, which wait for the plan alone, under one context: maps of 32, then of ``size``.
+
+    Of the capacity form, as a compact plan reads its size back: the host then waits for the first stream.
+    """
+    last = {"memory_format": torch.channels_last}  # weights are not packed
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).to("cuda", torch.bfloat16, **last)
+    dynops.convert_(model)
+    maps = [torch.zeros(2, 64, n, n, dtype=torch.bfloat16, device="cuda").to(**last) for n in (32, size)]
+    plan = dynops.PixelPlan.from_mask(torch.zeros(1, 16, 16, device="cuda"), 256)
+    made, active = torch.cuda.current_stream().record_event(), None
+    for x in maps:
+        stream = torch.cuda.Stream()
+        stream.wait_event(made)
+        with torch.no_grad(), torch.cuda.stream(stream):
+            active = active or dynops.use_mask(plan)
+            with active:
+                model(x)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("kind,size", [(dynops.PixelPlan, 32), (torch.Tensor, 64)])
+def test_what_a_mask_keeps_is_waited_for(kind, size):
+    value = context._value
+
+    def forgotten(found):
+        return found.made if type(found) is kept.Made and isinstance(found.made, kind) else value(found)
+
+    with watch.fresh():
+        under_one_mask_on_two_streams(size)
+    with mock.patch.object(context, "_value", forgotten), pytest.raises(Race):
+        under_one_mask_on_two_streams(size)
 
 
 def test_each_thread_fills_on_a_stream_of_its_own():
