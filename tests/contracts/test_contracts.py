@@ -83,7 +83,9 @@ def test_the_fused_epilogue_refuses_to_be_differentiated():
     x, weight = random_tensor(1, 2, 3, 3).requires_grad_(), random_tensor(2, 2, 1, 1)
     for epilogue in (("relu", None, None), ("", random_tensor(2), None), ("", None, random_tensor(2))):
         with pytest.raises(RuntimeError, match=r"epilogue|no gradient"):
-            D.pixel_conv(x, weight, None, plan.index, None, None, g, *epilogue, None, None, None, False, "")
+            D.pixel_conv(
+                x, weight, None, plan.index, None, None, g, *epilogue, None, None, None, False, None, True, ""
+            )
 
 
 X, W, B = random_tensor(2, 6, 9, 8), random_tensor(4, 6, 3, 3), random_tensor(4)

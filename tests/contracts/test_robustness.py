@@ -232,7 +232,7 @@ FLOORS = {
     "plans": {"geometry", "modes", "kept", "plans"},
     "kernels": {"geometry", "modes", "backends", "kept", "kernels"},
     "ops": {"geometry", "modes", "scripting", "backends", "kept", "plans", "kernels", "scope", "ops"},
-    "context": {"geometry", "modes", "plans", "ops", "scope", "recompute"},
+    "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
     "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},

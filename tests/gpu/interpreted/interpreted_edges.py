@@ -32,6 +32,7 @@ from dynops.ops.experts import linear as expert_reference
 from dynops.ops.experts import mlp as mlp_reference
 from dynops.ops.experts import rows as expert_rows
 from dynops.ops.pixels import conv as pixel_reference
+from dynops.ops.pixels import interpolate
 from dynops.ops.pixels import rows as row_reference
 from dynops.testing import random_tensor
 
@@ -132,6 +133,15 @@ def test_pixel_rows(r, channels_, limit, monkeypatch):
             check_rows(x, plan, [1, h, w])
         base, channels_last = random_tensor(1, channels_, h, w), {"memory_format": torch.channels_last}
         check_fill(base.to(**channels_last), plan, monkeypatch)
+        arguments = plan.index, plan.count, [1, h, w]
+        assert rows.nearest_pixel(*arguments).equal(interpolate._nearest_pixel(*arguments))
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025])
+def test_weights_rounded_for_tf32(size):
+    weight = random_tensor(size, 1, 1, 1)
+    bits = weight.view(torch.int32) + 0x1000 & -0x2000
+    assert gemm.pack_rows(weight, FLOAT, True).flatten().equal(bits.view(FLOAT).flatten())
 
 
 def check_rows(x: torch.Tensor, plan, shape: list[int]) -> None:

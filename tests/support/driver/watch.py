@@ -1,6 +1,7 @@
 """The one who is told of everything: the order of operations, waits of the host, and what is captured."""
 
 import contextlib
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -91,6 +92,7 @@ class Watch:
     @contextlib.contextmanager
     def fresh(self) -> Iterator["Watch"]:
         """Counts from here on; raises at the end what nobody could be told of."""
+        gc.collect()  # what a caught error kept alive is freed here, and not told of later
         self.counts = Counter()
         self.order.late.clear()
         yield self
