@@ -1,6 +1,7 @@
 """The layers of a stack: on rows under a mask against the run layer by layer, on parts of a map against the dense module."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -228,21 +229,38 @@ def test_layer_norm_by_function():
 
 
 class Turned(nn.Module):
-    """Reads a map between two permutes in another way than pixel by pixel."""
+    """Reads a map of 4 channels and 4 rows between two permutes in another way than pixel by pixel."""
 
     def __init__(self, read):
         super().__init__()
-        self.conv, self.norm, self.read = nn.Conv2d(4, 4, 1), nn.LayerNorm((8, 4)), read
+        self.conv, self.read, self.scale = nn.Conv2d(4, 4, 1), read, nn.Parameter(torch.ones(4, 1, 4))
+        self.norm, self.slopes = nn.LayerNorm((8, 4)), nn.PReLU(4)
 
     def forward(self, x):
         x = self.conv(x).permute(0, 2, 3, 1)
-        return self.norm(x).permute(0, 3, 1, 2) if self.read == "norm" else x * x.permute(0, 3, 1, 2)[..., :4]
+        calls = {"norm": self.norm, "slopes": self.slopes, "scale": lambda x: x * self.scale}
+        calls["product"] = lambda x: x * x.permute(0, 3, 1, 2)[..., :4]
+        calls["computed"] = lambda x: x.permute(0, x.dim() - 1, 1, 2).permute(0, 2, 3, 1)
+        return calls[self.read](x).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("read", ["norm", "product"])
+@pytest.mark.parametrize("read", ["norm", "product", "slopes", "scale", "computed"])
 def test_other_readers_of_a_permuted_map_are_refused(read):
-    with pytest.raises(TypeError, match="permute: expected a call that blocks can make"):
-        SparseBlocks(Turned(read).eval(), 2)(torch.randn(1, 4, 4, 8), torch.ones(1, 4, 8))
+    message = (
+        "scale of shape [C] or one value"
+        if read == "scale"
+        else "permute: expected a call that blocks can make"
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SparseBlocks(Turned(read).eval(), 2)
+
+
+def test_a_parameter_of_channels_that_is_replaced():
+    layer = SparseBlocks(nn.Sequential(Permuted(4)).eval(), 2)
+    layer.module[0].gamma = nn.Parameter(torch.ones(4, 1, 4))
+    for layer.path in ("rows", "tiles"):
+        with pytest.raises(TypeError, match=r"gamma of shape \[C\] or one value, got \(4, 1, 4\)"):
+            layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
 
 
 @pytest.mark.parametrize("path", [None, "rows"])

@@ -7,7 +7,7 @@ from torch import nn
 from ..activations import ELEMENTWISE
 from ..trace import Ref, Step, dense_type
 from .base import Layer, mapped, place
-from .call import COPIES, Call, PerPixel
+from .call import COPIES, WITH_CHANNELS, Call, PerPixel
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
 from .norm import GroupNorm, Norm
@@ -75,4 +75,4 @@ def _of_call(recorded: Call, step: Step) -> Layer | None:
     return _OF_MODULE[type(module)](recorded.name, step, module)
 
 
-__all__ = ["COPIES", "Layer", "layer_of", "mapped"]
+__all__ = ["COPIES", "WITH_CHANNELS", "Layer", "layer_of", "mapped"]

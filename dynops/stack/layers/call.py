@@ -29,6 +29,7 @@ _DIVISIONS = ("operator:truediv", "torch:div", "div")
 # f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
 _SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square")
 _JOINS = ("add", "sub", "subtract", "maximum", "minimum")
+WITH_CHANNELS = ("operator:mul", "torch:mul", "operator:add", "torch:add")  # of [N, H, W, C] and [C]
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
 
 
@@ -130,9 +131,14 @@ class PerPixel(Call):
     def __init__(self, step: Step, module: nn.Module, parameters: dict[int, str]):
         kind = "function" if ":" in step.target else "module"
         super().__init__(step._replace(kind=kind), module, parameters)
-        self.packs, self.refusal = True, ""
+        self.refusal = self._refuses_parameters()
+        self.packs = self.refusal == ""
 
     def _refuses_parameters(self) -> str:
+        for path in self.paths if self.target in WITH_CHANNELS else ():
+            shape = tuple(attrgetter(path)(self.module).shape)
+            if len(shape) > 1:
+                return f"{self.name}: expected {place(path)} of shape [C] or one value, got {shape}"
         return ""
 
     def macs(self, in_shape: tuple[int, int, int]) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from torch import nn
 
-from ..layers import COPIES, mapped
+from ..layers import COPIES, WITH_CHANNELS, mapped
 from ..trace import Ref, Step
 
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _PER_PIXEL = ("linear", "layer_norm", "rms_norm")  # functions of the last dimension
-_PRODUCTS = ("operator:mul", "torch:mul", "operator:add", "torch:add")
 
 
 def without_copies(steps: tuple[Step, ...], output: int) -> tuple[list[Step], int]:
@@ -61,6 +58,8 @@ def _order(step: Step) -> tuple[int, ...] | None:
         return None
     dims = step.args[1:] or (dict(step.kwargs)["dims"],)
     dims = dims[0] if len(dims) == 1 else dims
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(dim, int) for dim in dims):
+        return None
     return tuple(dim % 4 for dim in dims)
 
 
@@ -69,17 +68,20 @@ def _is_per_pixel(step: Step, last: set[int], parameters: dict[int, str], module
     maps = [v for v in step.inputs if v not in parameters]
     if not last.issuperset(maps):
         return False
-    if step.kind in ("act", "add"):
-        return len(maps) == len(step.inputs)
+    inner = (
+        module.get_submodule(step.target)
+        if step.kind in ("act", "module") and ":" not in step.target
+        else None
+    )
+    if step.kind in ("act", "add"):  # a PReLU finds its channels in the second dimension
+        return len(maps) == len(step.inputs) and not isinstance(inner, nn.PReLU)
     if step.kind == "module":
-        inner = module.get_submodule(step.target)
         sizes = (1,) if type(inner) is nn.Linear else getattr(inner, "normalized_shape", ())
         return len(maps) == 1 and type(inner) in (nn.Linear, nn.LayerNorm, nn.RMSNorm) and len(sizes) == 1
     if len(maps) != 1 or step.kind != "function":
         return False
-    constants = [attrgetter(parameters[v])(module) for v in step.inputs if v in parameters]
-    if step.target in _PRODUCTS:
-        return all(c.dim() <= 1 for c in constants)
+    if step.target in WITH_CHANNELS:
+        return True
     size = step.args[1] if len(step.args) > 1 else dict(step.kwargs).get("normalized_shape")
     name = step.target.removeprefix("torch.nn.functional:")
     return name == "linear" or (name in _PER_PIXEL and isinstance(size, (tuple, list)) and len(size) == 1)
