@@ -31,6 +31,7 @@ def finished(text: str = "", code: int = 0, timed_out: bool = False) -> Finished
 
 
 @needs_binary
+@pytest.mark.slow  # 50 s: the stages by themselves are tested below
 def test_dry_run_goes_through_every_stage_and_writes_no_measurement(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "check", "--dry-run", "--seconds", "240"]
     command += ["--suite", "pixels", "models", "--out", str(tmp_path)]  # the contests of the others run below
