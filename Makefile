@@ -34,7 +34,8 @@ ARGS ?=
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-15s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "ARGS='...' goes to the command behind bench, test, gpu-audit and gpu-check."
+	@echo "ARGS='...' goes to the command behind bench, the test targets, gpu-audit and gpu-check."
+	@echo "PYTHON=/path/to/python uses that interpreter and installs nothing."
 
 bench: bench-ready  ## set up, build, measure the headline benchmark: under 4 minutes
 	$(PY) -m benchmarks headline --out benchmarks/out $(ARGS)

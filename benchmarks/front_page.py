@@ -35,9 +35,12 @@ def headline_block(reports: list[Report]) -> str:
         _line("layers and steps that half of a batch skips (limit: 2x)", half),
     ]
     used = [r for r in reports if r.of("experts", "layers", "samples")]
-    newest = max((report.machine for report in used), key=lambda info: info["date"], default=None)
+    machines = sorted((report.machine for report in used), key=lambda info: info["date"])
     parts = [markdown(HEADER, [line for line in lines if line])]
-    return "\n\n".join(parts if newest is None else [*parts, machine_line(newest)])
+    if machines:
+        dates = dict.fromkeys((machines[0]["date"], machines[-1]["date"]))
+        parts.append(machine_line({**machines[-1], "date": " to ".join(dates)}))
+    return "\n\n".join(parts)
 
 
 def _line(name: str, rows: list[Row]) -> list[str] | None:

@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = {
     "audit": "every kernel compiled for sm_80, sm_90 and sm_100, and what its machine code needs; no GPU is used",
-    "check": "builds, tests and measures on the GPU that is there",
+    "check": "checks values and measures on the GPU that is there; builds where no binary runs",
     "tune": "searches tiles on the GPU that is there",
 }
 

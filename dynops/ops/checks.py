@@ -265,7 +265,7 @@ def epilogue(plan, x, channels, name, scale, shift, gate, residual, base) -> Epi
         gate = _gate_rows(gate, plan)
     if residual is not None:
         residual = residual.to(x.dtype) if isinstance(residual, Tensor) else residual
-        if isinstance(residual, Tensor) and residual.dim() == 4:
+        if isinstance(residual, Tensor) and residual.dim() != 2:
             dense_map(residual, plan, "residual", channels=channels)
         else:
             packed_rows(residual, plan, "residual", channels=channels)

@@ -13,7 +13,7 @@ _WEIGHTS = ("weighted_conv", "weighted_conv_input_grad", "weighted_conv_weight_g
 _LINEAR = ("grouped_linear", "grouped_weight_grad", "pair_dots")
 _ROWS = ("gather_rows", "scatter_rows", "scatter_planes")
 _ACTIVATIONS = ("expert_activation", "expert_activation_grad")
-# What the public ops and the plans run, gradients included.
+# The registered ops with kernels that the public ops and the plans run, those of gradients included.
 PARTS = {
     **dict.fromkeys(("sparse_conv2d", "sparse_conv_transpose2d", "packed_conv2d", "packed_conv_transpose2d"), _PIXELS),
     **dict.fromkeys(("gather_pixels", "scatter_pixels"), _ROWS),

@@ -80,7 +80,8 @@ class PixelPlan(IndexPlan):
             capacity: size of the capacity form; ``None`` builds the compact form (inside
                 ``torch.compile``, in a ``vmap`` over the mask and of a meta tensor, where sizes must
                 not depend on data: the capacity form with room for every pixel).
-            expected: about how many pixels will be active, where a capacity says less; see the class. Plans that
+            expected: about how many pixels will be active, where a capacity says less; see the class. The compact
+                form ignores it, and more than the capacity is the capacity. Plans that
                 are made of this one (:meth:`needed`, :meth:`resized`) expect the same density.
 
         Raises:

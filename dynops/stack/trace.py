@@ -336,7 +336,7 @@ class _Steps:
             self.emit(node, "act", _name_of(function), (operands[0],), inplace, **fields)
         elif function in _INPLACE and operands[0] is not None and isinstance(args[1], (int, float)):
             self.emit_call(node, "function", _name_of(_INPLACE[function]), inplace=True)
-        elif inplace or "out" in node.kwargs or _works_in_place(function):
+        elif inplace or node.kwargs.get("out") is not None or _works_in_place(function):
             raise Untraceable(f"{function.__name__} works in place")
         else:
             self.emit_call(node, "function", _name_of(function))

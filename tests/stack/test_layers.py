@@ -263,6 +263,21 @@ def test_a_parameter_of_channels_that_is_replaced():
             layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
 
 
+def test_a_norm_by_function_is_not_in_place():
+    """torch.norm is recorded with out=None. ConvNeXt V2 has one: dense here, as it is over the whole map."""
+
+    class Scaled(Graph):
+        def forward(self, x):
+            y = self.conv(x)
+            return self.conv1(y / (1 + torch.norm(y, p=2, dim=(2, 3), keepdim=True)))
+
+    model, x = Scaled(), torch.randn(1, 4, 6, 6)
+    assert "" in dynops.convert_(model).fused
+    mask = torch.ones(1, 6, 6)
+    with dynops.use_mask(mask):
+        assert torch.allclose(model(x), layer_by_layer(model)(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("path", [None, "rows"])
 def test_skipped_samples_of_a_module_that_enlarges(path):
     module = nn.Sequential(

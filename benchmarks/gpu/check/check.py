@@ -35,7 +35,7 @@ from .facts import NO_GPU
 from .stages import FAILED, NOT_RUN, PASSED, Clock, Finished, Stage, run
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 460.0  # a start of a machine and 460 s fit into ten minutes
+SECONDS = 460.0  # with the start of a machine it ends within ten minutes
 LIMITS = {"facts": 60.0, "build": 90.0}
 # Of the time that is left, a stage has its share among those that are still to come.
 SHARES = {"values": 90.0, "headline": 150.0, "compiled": 75.0, "second": 90.0, "training": 80.0}
@@ -99,7 +99,7 @@ class Check:
             traceback.print_exc()
 
     def save_logs(self) -> None:
-        """Writes one file: from a machine that is lent, few may come back."""
+        """Writes one file, which is easy to copy from a remote machine."""
         shutil.move(
             shutil.make_archive(str(self.work.with_name("logs")), "zip", self.work), self.out / "logs.zip"
         )

@@ -95,7 +95,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--problems", type=int, metavar="N", help="the tiles of the first N problems, and no densities"
     )
-    parser.add_argument("--out", type=Path, help=f"the folder to write to (default {configs.FOLDER})")
+    parser.add_argument("--out", type=Path, help="the folder to write to (default dynops/kernels/configs)")
     parser.add_argument(
         "--dry-run", action="store_true", help="a few small problems in Triton's interpreter; needs --out"
     )

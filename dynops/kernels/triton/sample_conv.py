@@ -5,8 +5,8 @@ The signatures and the meaning are those of the references in ``dynops/ops/chann
 a sample; with regions it is a region, of each sample if its weights are. Nothing here reads a value on the host, and
 nothing uses atomics: every result is bitwise reproducible.
 
-**Regions.** Pixels are sorted by region on the device, and a tile has pixels of one region alone, so that all regions
-take the products of one convolution. An input gradient is computed pixel by pixel: a tile walks over the regions of
+**Regions.** Pixels are sorted by region on the device, and a tile has pixels of one region alone. All regions
+together then cost the products of one convolution. An input gradient is computed pixel by pixel: a tile walks over the regions of
 the pixels that it reads. Where regions are areas these are one or two; where every pixel has another, all.
 
 **Weights** are read with their input channels side by side. One in another order is copied at every call: it is new at

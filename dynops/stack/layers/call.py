@@ -65,7 +65,8 @@ class Call(Layer):
         if step.kind == "module":
             return (
                 f"{self.name}: expected a layer that reads a fixed neighbourhood (convolution with zero padding, "
-                f"BatchNorm2d, pooling, Upsample, activation), got {self.module.get_submodule(step.target)}"
+                f"BatchNorm2d, pooling, Upsample, activation; LayerNorm and Linear between a permute to channels last and "
+                f"the permute back), got {self.module.get_submodule(step.target)}"
             )
         cats = step.target in _CATS and _cats_channels(step) and len(self.inputs) == len(step.inputs)
         known = step.target in (_METHODS if step.kind == "method" else _FUNCTIONS)

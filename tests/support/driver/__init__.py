@@ -1,13 +1,13 @@
 """A stand-in for NVIDIA GPUs and their driver: it checks and records every launch, and runs nothing.
 
-``python -m driver FILE…`` runs pytest in a process where ``torch.device("cuda", i)`` is one of
-``machine.GPUS`` (:mod:`tests.gpu.test_driver` does so). It needs PyTorch without CUDA, Triton and a C++ compiler, and
-no GPU. There
+``pytest tests/gpu/test_driver.py`` runs tests in a process where ``torch.device("cuda", i)`` is one of
+``machine.GPUS``. By hand: ``PYTHONPATH=.:tests/support:tests/support/launches DYNOPS_STAND_IN=FOLDER python -m driver
+FILE…``. It needs PyTorch without CUDA, Triton and a C++ compiler, and no GPU. There
 
 - tensors have the sizes of a real GPU's, and memory of zeros that takes no room until it is touched (``tensors.py``);
 - PyTorch's own ops run on the host, large floating ones not at all;
-- Triton binds, compiles, makes descriptors and launches as on a GPU (``launches.py``), and the driver below it
-  (``libcuda.c``) refuses what a real one would, and what a kernel would not survive;
+- Triton binds, compiles, makes descriptors and launches as on a GPU (``launches.py``);
+- the driver below it (``libcuda.c``) refuses what a real one would, and what a kernel would not survive;
 - streams, events and captures keep an order, in which races are found (``order.py``).
 
 What fails, and who says so:
