@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -18,7 +17,6 @@ from .plans.cells import axes, mask_after
 from .recompute import travels
 from .scope import Scope
 
-_MOST_NOTES = 64
 _scope = Scope("dynops.active")
 travels(_scope)
 
@@ -92,7 +90,6 @@ class use_mask:
         self._mask = mask  # [N, H, W] bool, as passed
         self._begun = _made(mask)
         self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
-        self._zero: dict[int, tuple] = {}  # by the id of a tensor: a weak reference, its version, a plan
         # of a ragged batch: masks before and after layers
         self._images: dict[tuple, tuple] = {}
 
@@ -134,26 +131,6 @@ class use_mask:
             self._choose(geometry, ceil)
         elif min(self._mask.shape[1:]) > 0:
             self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
-
-    def note(self, x: Tensor, plan: PixelPlan) -> Tensor:
-        """``x``, of which is known from now on that it is zero outside of ``plan``."""
-        if not is_compiling() and not x.is_inference():
-            if len(self._zero) >= _MOST_NOTES:
-                self._zero = {key: note for key, note in self._zero.items() if note[0]() is not None}
-            self._zero[id(x)] = weakref.ref(x), x._version, plan
-        return x
-
-    def note_like(self, copy: Tensor, x: Tensor) -> None:
-        """Notes of a copy what is known of ``x``."""
-        if not is_compiling() and id(x) in self._zero and self.knows(x, plan := self._zero[id(x)][2]):
-            self.note(copy, plan)
-
-    def knows(self, x: Tensor, plan: PixelPlan) -> bool:
-        """True for an ``x`` that was noted as zero outside of ``plan``, and was not written since."""
-        if is_compiling() or id(x) not in self._zero:
-            return False
-        noted, version, own = self._zero[id(x)]
-        return noted() is x and version == x._version and own is plan
 
     def _choose(self, geometry: ConvGeometry, ceil: bool) -> None:
         """In a ragged batch two layers may make one size from images of different sizes: the last layer holds."""

@@ -10,11 +10,13 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from .. import context
+from .maps import as_map, follow, may_follow
 from .program import Program
 from .trace import Trace
 
@@ -74,11 +76,14 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer whose output inside the context is zero outside of the mask."""
 
     def forward(self, *args, **kwargs):
-        out, active = base.forward(self, *args, **kwargs), context.current()
+        active = context.current()
+        if active is not None and may_follow():  # its functions are those of maps
+            return follow(lambda *a, **k: as_map(base.forward(self, *a, **k), active), args, kwargs, active)
+        out = base.forward(self, *args, **kwargs)
         if active is None or not isinstance(out, Tensor) or out.dim() != 4:
             return out
         plan = active.plan((out.shape[0], *out.shape[2:]), out.device)
-        return active.note(out.masked_fill((plan.inverse() < 0)[:, None], 0), plan)
+        return out.masked_fill((plan.inverse() < 0)[:, None], 0)
 
     return type(f"Masked{base.__name__}", (base,), _members(base, forward, _new_masked))
 
@@ -134,6 +139,8 @@ def _forward_of(base: type[nn.Module]) -> Callable:
             x = _only_tensor(self, args, kwargs) if holds else None
             if x is not None:
                 return program.run(x, active)
+            if may_follow():
+                return follow(partial(base.forward, self), args, kwargs, active)
         return base.forward(self, *args, **kwargs)
 
     return forward

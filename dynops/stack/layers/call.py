@@ -26,9 +26,6 @@ _FUNCTIONS = {
 COPIES = ("contiguous", "clone")  # methods that return the value: no layer writes into rows
 _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
-# f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
-_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square")
-_JOINS = ("add", "sub", "subtract", "maximum", "minimum")
 WITH_CHANNELS = ("operator:mul", "torch:mul", "operator:add", "torch:add")  # of [N, H, W, C] and [C]
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
 
@@ -50,16 +47,9 @@ class Call(Layer):
         self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
         self.paths = [parameters[value] for value in step.inputs if value in parameters]
         self.refusal = self._refuses(step)
-        self.packs, name = self.refusal == "", step.target.rpartition(":")[2]
+        self.packs = self.refusal == ""
         self.cats = step.target in _CATS
-        self.scales = name in _SCALES
-        refers_only = (
-            all(type(a) is Ref for a in step.args) and not step.kwargs and len(maps) == len(step.inputs)
-        )
         self.copies = step.kind == "method" and step.target in COPIES
-        divides = step.target in _DIVISIONS and len(maps) > 1  # 0 / 0 is not zero
-        joins = name in _JOINS and refers_only
-        self.keeps_zero = self.packs and not divides and (self.cats or self.scales or joins)
 
     def _refuses(self, step: Step) -> str:
         if step.kind == "module":
@@ -93,12 +83,13 @@ class Call(Layer):
         if self.copies and (rows := run.rows_of(self.inputs[0])) is not None:
             return rows
         plan = None
-        fits = not (self.paths and self._refuses_parameters())
-        if fits and (self.keeps_zero or (self.packs and not run.policy.zero_outside)):
-            plan, values = run.together(self, "any" if self.scales else "rows")
+        if run.maps and not (self.packs and run.share_rows(self.inputs)):
+            return run.taken(self._call({v: run.map(v) for v in self.inputs}))
+        if self.packs and not (self.paths and self._refuses_parameters()):
+            plan, values = run.together(self)
         if plan is None:
             run.recorded.add(self.out)
-            return self._call({v: run.as_called(v) for v in self.inputs})
+            return run.masked_as(self, self._call({v: run.as_called(v) for v in self.inputs}))
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)

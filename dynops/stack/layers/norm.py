@@ -39,7 +39,7 @@ class Norm(Layer):
         x = run.at(self.x, plan)
         if self.residual is None:
             return Rows(norm_rows(self.norm, x, plan, None, self.activation), plan)
-        residual = run.at(self.residual, plan, x.shape[1])
+        residual = run.at(self.residual, plan)
         if residual is not None:
             return Rows(norm_rows(self.norm, x, plan, residual, self.activation), plan)
         out = scatter_pixels(norm_rows(self.norm, x, plan), plan) + run.dense(self.residual)
@@ -88,8 +88,13 @@ def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:
     Accumulates in float32 at least. With one value in a group the variance is 0.
     """
     check_features(norm, rows.shape[1])
-    n, h, w = plan.shape
     groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else rows.shape[1]
+    return group_norm_of_rows(rows, plan, groups, norm.weight, norm.bias, norm.eps)
+
+
+def group_norm_of_rows(rows: Tensor, plan: PixelPlan, groups: int, weight, bias, eps: float) -> Tensor:
+    """As :func:`group_norm_rows`, of a norm's parameters."""
+    n, h, w = plan.shape
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]
     live = plan.index >= 0
     owner = torch.where(live, plan.index.long() // max(h * w, 1), n)
@@ -99,6 +104,6 @@ def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:
         return (values.new_zeros(n + 1, groups).index_add(0, owner, values) / pixels)[owner][:, :, None]
 
     centred = wide - mean(wide.mean(2))
-    out = centred * (mean(centred.square().mean(2)) + norm.eps).rsqrt()
-    out = apply_epilogue(out.flatten(1).to(rows.dtype), "", norm.weight, norm.bias, None, None)
+    out = centred * (mean(centred.square().mean(2)) + eps).rsqrt()
+    out = apply_epilogue(out.flatten(1).to(rows.dtype), "", weight, bias, None, None)
     return out if plan.count is None else torch.where(live[:, None], out, 0)
