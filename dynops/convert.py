@@ -159,7 +159,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     report.unfused = dict(sorted(report.unfused.items(), key=lambda entry: order.get(entry[0], len(order))))
     if model not in kinds and _CONVERTED not in model.__dict__ and not converted.is_whole(model):
         traces.setdefault(model, None)
-    converted.make_whole(model, traces, _converts, _notice(report))
+    dense = [model.get_submodule(name) for name, reason in report.skipped.items() if reason == "filter_fn"]
+    converted.make_whole(model, traces, _converts, _notice(report), dense)
     report.sparse_share = _share(model)
     return report
 

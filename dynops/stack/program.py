@@ -27,12 +27,16 @@ class Program:
         """True where the stack is still what the module does."""
         return self.watch.holds()
 
-    def run(self, x: Tensor, active: use_mask) -> Tensor:
-        """``module.forward(x)`` under the mask of ``active``: a map inside of a module that runs on maps, else dense."""
+    def run(self, x: Tensor, active: use_mask, dense=()) -> Tensor:
+        """``module.forward(x)`` under the mask of ``active``: a map inside of a module that runs on maps, else dense.
+
+        Args:
+            dense: modules that stay dense.
+        """
         if not may_follow():
             return run_rows(self.stack, x, Masked(active))
         as_map = inside()
-        with entered():
+        with entered(dense):
             return run_rows(self.stack, x, Masked(active), maps=True, as_map=as_map)
 
 

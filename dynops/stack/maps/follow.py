@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 
 from torch import Tensor
@@ -13,14 +12,8 @@ from torch.utils import _pytree as pytree
 from ... import modes
 from . import functions  # noqa: F401  (names the functions of maps)
 from .pointwise import masked_input
+from .scope import scope
 from .value import SparseMap
-
-
-class _Depth(threading.local):
-    now = 0
-
-
-_depth = _Depth()
 
 
 def may_follow() -> bool:
@@ -30,11 +23,15 @@ def may_follow() -> bool:
 
 def inside() -> bool:
     """True while a module runs on maps in this thread."""
-    return _depth.now > 0
+    return scope.depth > 0
 
 
-def follow(forward: Callable, args: tuple, kwargs: dict, active):
-    """``forward(*args, **kwargs)`` on maps: of the outermost module the maps among the arguments and results are dense."""
+def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=()):
+    """``forward(*args, **kwargs)`` on maps: of the outermost module the maps among the arguments and results are dense.
+
+    Args:
+        dense: modules that stay dense.
+    """
     if inside():
         return forward(*args, **kwargs)
 
@@ -42,19 +39,21 @@ def follow(forward: Callable, args: tuple, kwargs: dict, active):
         return SparseMap.of_input(x, active) if _is_map(x) else x
 
     args, kwargs = pytree.tree_map_only(Tensor, taken, (args, kwargs))
-    with entered():
+    with entered(dense):
         out = forward(*args, **kwargs)
     return pytree.tree_map_only(SparseMap, SparseMap.dense, out)
 
 
 @contextlib.contextmanager
-def entered():
-    """Inside it, converted layers return maps."""
-    _depth.now += 1
+def entered(dense=()):
+    """Inside it, converted layers return maps, and the modules of ``dense`` do not."""
+    before = scope.keep_dense(dense) if dense else scope.dense
+    scope.depth += 1
     try:
         yield
     finally:
-        _depth.now -= 1
+        scope.depth -= 1
+        scope.dense = before
 
 
 def layer_input(x, active) -> SparseMap | None:

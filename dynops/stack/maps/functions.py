@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..layers.norm import group_norm_of_rows
 from . import convolution, layout, pointwise, spatial
+from .scope import scope
 from .layout import NCHW
 from .value import SparseMap, dense_tree, handled_by, masked
 
@@ -34,7 +35,7 @@ def compute(func, args: tuple, kwargs: dict):
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(func, name, args, kwargs)
     handler = _TABLE.get(name)
-    if handler is not None:
+    if handler is not None and not (scope.dense and scope.is_dense(args, kwargs)):
         out = handler(func, name, args, kwargs)
         if out is not NotImplemented:
             return out
@@ -74,7 +75,10 @@ def _on_dense(func, name: str, args: tuple, kwargs: dict):
     maps = [x for x in pytree.tree_leaves((args, kwargs)) if type(x) is SparseMap]
     if name.endswith("_") and not name.endswith("__") and args and type(args[0]) is SparseMap:
         return _into_map(func, args, kwargs)
+    func = Tensor.reshape if name == "view" else func  # memory has another order than the module's own
     out = func(*dense_tree(args), **dense_tree(kwargs))
+    if scope.dense and scope.is_dense(args, kwargs):
+        return out
     base = next((x for x in maps if not x.is_input and x.axes == NCHW), None)
     if base is not None:
         return pytree.tree_map_only(Tensor, lambda y: _masked_like(y, base), out) if _is_tree(out) else out
@@ -215,8 +219,8 @@ _TABLE = {
     "conv2d": _plainly(convolution.conv2d),
     "conv_transpose2d": _plainly(convolution.conv_transpose2d),
     "pad": _plainly(convolution.pad),
-    "max_pool2d": spatial.max_pool,
-    "avg_pool2d": spatial.avg_pool,
+    "max_pool2d": spatial.max_pools,
+    "avg_pool2d": spatial.avg_pools,
     "adaptive_avg_pool2d": spatial.adaptive_pool,
     "adaptive_max_pool2d": spatial.adaptive_pool,
     "interpolate": _interpolate,

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ...geometry import ConvGeometry, pair
 from ...plans import PixelPlan
+from ..layers.pool import avg_pool, max_pool
+from ..masked_output import pooled_images
 from . import layout
 from .layout import NCHW
 from .pointwise import reduced
@@ -32,7 +34,10 @@ def resized_by(geometry_of):
         x = args[0] if args else kwargs.get("input")
         if type(x) is not SparseMap or x.axes != NCHW or kwargs.get("return_indices"):
             return NotImplemented
-        out = func(x.dense(), *args[1:], **kwargs) if args else func(**{**kwargs, "input": x.dense()})
+        if x.active.ragged and name in ("max_pool2d", "avg_pool2d"):
+            out = _of_images(func, name, x, args[1:], kwargs)
+        else:
+            out = func(x.dense(), *args[1:], **kwargs) if args else func(**{**kwargs, "input": x.dense()})
         if not isinstance(out, Tensor) or out.dim() != 4:
             return out
         shapes = (x.shape[0], *x.shape[2:]), (out.shape[0], *out.shape[2:])
@@ -51,6 +56,14 @@ def resized_by(geometry_of):
         return at_pixels(out, x.active.after(geometry, out.device, ceil), x.active)
 
     return run
+
+
+def _of_images(func, name: str, x: SparseMap, args: tuple, kwargs: dict) -> Tensor:
+    """A pool of a ragged batch."""
+    settings = (max_pool if name == "max_pool2d" else avg_pool)(*args, **kwargs)
+    plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
+    outside = ~layout.mask_at(plan, NCHW)
+    return pooled_images(settings, lambda dense: func(dense, *args, **kwargs), x.dense(), outside)
 
 
 def _named(args: tuple, kwargs: dict, *names: str) -> dict:
@@ -81,8 +94,8 @@ def _enlarged(in_shape, out_shape, args, kwargs):
     return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1), False
 
 
-max_pool = resized_by(_max_window)
-avg_pool = resized_by(_mean_window)
+max_pools = resized_by(_max_window)
+avg_pools = resized_by(_mean_window)
 enlarged = resized_by(_enlarged)
 resampled = resized_by(lambda *_: None)
 
