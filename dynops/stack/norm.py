@@ -46,7 +46,9 @@ def fold_of(
     """
     if not modes.plain(var, mean, weight, bias):
         return _fold(eps, weight, bias, mean, var)
-    return kept.get(("fold", eps), lambda: _fold(eps, weight, bias, mean, var), var, mean, weight, bias, batches)
+    return kept.get(
+        ("fold", eps), lambda: _fold(eps, weight, bias, mean, var), var, mean, weight, bias, batches
+    )
 
 
 def _fold(eps: float, weight, bias, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,10 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
         if mask_or_plan is None and context.current() is None:
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.Conv2d.forward(self, input)
-        if _is_plain(mask_or_plan, gate, residual, base) and (x := layer_input(input, context.current())) is not None:
+        if (
+            _is_plain(mask_or_plan, gate, residual, base)
+            and (x := layer_input(input, context.current())) is not None
+        ):
             return nn.Conv2d.forward(self, x)
         x, batched = with_batch(input)
         out = named(
@@ -128,7 +131,10 @@ class SparseConvTranspose2d(_SparseConv, nn.ConvTranspose2d):
         if mask_or_plan is None and context.current() is None:
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.ConvTranspose2d.forward(self, input, output_size)
-        if _is_plain(mask_or_plan, gate, residual, base) and (x := layer_input(input, context.current())) is not None:
+        if (
+            _is_plain(mask_or_plan, gate, residual, base)
+            and (x := layer_input(input, context.current())) is not None
+        ):
             return nn.ConvTranspose2d.forward(self, x, output_size)
         x, batched = with_batch(input)
         output_padding = tuple(

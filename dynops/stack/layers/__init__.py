@@ -11,7 +11,7 @@ from .call import COPIES, WITH_CHANNELS, Call, PerPixel
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
 from .norm import GroupNorm, Norm
-from .pool import AvgPool, MaxPool, avg_pool, max_pool
+from .pool import AvgPool, MaxPool, avg_pool, global_pool, max_pool
 from .resample import PixelShuffle, Upsample, ZeroPad, interpolate, pad
 
 _OF_KIND = {"conv": Conv, "norm": Norm, "act": Activation, "add": Add, "dropout": Dropout}
@@ -58,6 +58,7 @@ def layer_of(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer
             layer = _OF_MODULE[type(inner)](recorded.name, step, inner)
         elif step.kind == "function" and step.target in _AS_MODULE:
             layer = _of_call(recorded, step)
+        layer = layer or global_pool(recorded, step, inner)
     if layer is None:
         return recorded
     layer.recorded = recorded

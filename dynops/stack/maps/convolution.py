@@ -27,8 +27,17 @@ class Convolution:
 
     follows = False
 
-    def __init__(self, values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry):
-        self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry = values, in_plan, weight, bias, plan, g
+    def __init__(
+        self, values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry
+    ):
+        self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry = (
+            values,
+            in_plan,
+            weight,
+            bias,
+            plan,
+            g,
+        )
         self.dtype = values.dtype
         self.scale = self.shift = self.residual = None
         self.activation = ""
@@ -47,7 +56,11 @@ class Convolution:
 
     def takes(self, what: str) -> bool:
         """True if "norm", "residual" or "activation" may be added to the epilogue."""
-        if self.grad != torch.is_grad_enabled() or self.inference != torch.is_inference_mode_enabled() or self.activation:
+        if (
+            self.grad != torch.is_grad_enabled()
+            or self.inference != torch.is_inference_mode_enabled()
+            or self.activation
+        ):
             return False
         if what == "norm":
             return self.scale is None and self.residual is None
@@ -56,7 +69,12 @@ class Convolution:
     def grown(self, source: SparseMap, **epilogue) -> SparseMap:
         """The map of this convolution with more of an epilogue."""
         made = Convolution(self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry)
-        made.scale, made.shift, made.residual, made.activation = self.scale, self.shift, self.residual, self.activation
+        made.scale, made.shift, made.residual, made.activation = (
+            self.scale,
+            self.shift,
+            self.residual,
+            self.activation,
+        )
         made.grown_from = [*self.grown_from, weakref.ref(source)]
         for name, value in epilogue.items():
             setattr(made, name, value)
@@ -107,7 +125,9 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     at = g
     if margins is not None:  # the padding is in the map already
         left, right, top, bottom = margins
-        at = g._replace(in_h=h - top - bottom, in_w=w - left - right, pad_h=top + before[0], pad_w=left + before[1])
+        at = g._replace(
+            in_h=h - top - bottom, in_w=w - left - right, pad_h=top + before[0], pad_w=left + before[1]
+        )
     return _convolved(x, weight, bias, g, x.active.after(at, x.device))
 
 
@@ -116,7 +136,12 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
     if _unfit(input, weight):
         return NotImplemented
     n, _, h, w = input.shape
-    sizes = (tuple(weight.shape[2:]), pair(stride, "stride", 1), pair(padding, "padding", 0), pair(dilation, "dilation", 1))
+    sizes = (
+        tuple(weight.shape[2:]),
+        pair(stride, "stride", 1),
+        pair(padding, "padding", 0),
+        pair(dilation, "dilation", 1),
+    )
     g = geometry.conv_transpose_geometry((n, h, w), *sizes, groups, pair(output_padding, "output_padding", 0))
     return _convolved(input, weight, bias, g, input.active.after(g, input.device))
 
@@ -140,7 +165,9 @@ def _paddings(padding, kernel, dilation, pads) -> tuple[tuple[int, int], tuple[i
     return (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
 
 
-def _convolved(x: SparseMap, weight: Tensor, bias: Tensor | None, g: ConvGeometry, plan: PixelPlan) -> SparseMap:
+def _convolved(
+    x: SparseMap, weight: Tensor, bias: Tensor | None, g: ConvGeometry, plan: PixelPlan
+) -> SparseMap:
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     if x.shape[1] != channels:
         raise ValueError(f"input: expected {channels} channels, got {x.shape[1]}")

@@ -94,7 +94,12 @@ def _is_tree(out) -> bool:
 
 def _masked_like(y: Tensor, base: SparseMap):
     n, h, w = base.plan.shape
-    if type(y) is SparseMap or y.dim() != 4 or (y.shape[0], *y.shape[2:]) != (n, h, w) or not y.is_floating_point():
+    if (
+        type(y) is SparseMap
+        or y.dim() != 4
+        or (y.shape[0], *y.shape[2:]) != (n, h, w)
+        or not y.is_floating_point()
+    ):
         return y
     return SparseMap.of_rows(layout.gathered(y, base.plan, NCHW), base.plan, base.active)
 
@@ -135,7 +140,11 @@ def _of_map(function):
 
 
 def _sizes(shape) -> tuple:
-    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else tuple(shape)
+    return (
+        tuple(shape[0])
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size))
+        else tuple(shape)
+    )
 
 
 def _transpose(x, dim0: int, dim1: int):
@@ -190,7 +199,14 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def _instance_norm(
-    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
 ):
     if not use_input_stats or running_mean is not None or type(input) is not SparseMap:
         return NotImplemented

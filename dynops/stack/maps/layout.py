@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ...ops.pixels.rows import gather_rows, scatter_rows
 from ...plans import PixelPlan
+from ..layers.pool import sample_of
 
 NCHW = ("n", "c", "h", "w")
 _PIXELS = ("n", "h", "w", "s")
@@ -80,7 +80,12 @@ def reshaped(
         elif i < len(axes) and j < len(new) and new[j] == old[i]:
             made.append(axes[i])
             i, j = i + 1, j + 1
-        elif i + 1 < len(axes) and j < len(new) and axes[i : i + 2] == ("h", "w") and new[j] == old[i] * old[i + 1]:
+        elif (
+            i + 1 < len(axes)
+            and j < len(new)
+            and axes[i : i + 2] == ("h", "w")
+            and new[j] == old[i] * old[i + 1]
+        ):
             made.append("s")
             i, j = i + 2, j + 1
         elif j < len(new) and new[j] == 1:  # a new axis of one channel
@@ -109,10 +114,14 @@ def _split(product: int, sizes: tuple[int, ...], following: int | None) -> int |
 def scattered(rows: Tensor, plan: PixelPlan, axes: tuple[str, ...]) -> Tensor:
     """The dense tensor of rows ``[P, *channels]``: zero where no row is."""
     channels = tuple(rows.shape[1:])
-    dense = scatter_rows(rows.flatten(1) if channels else rows[:, None], plan.index, plan.count, list(plan.shape), None)
+    dense = scatter_rows(
+        rows.flatten(1) if channels else rows[:, None], plan.index, plan.count, list(plan.shape), None
+    )
     if axes == NCHW:
         return dense
-    dense = dense.permute(0, 2, 3, 1).unflatten(3, channels) if len(channels) > 1 else dense.permute(0, 2, 3, 1)
+    dense = (
+        dense.permute(0, 2, 3, 1).unflatten(3, channels) if len(channels) > 1 else dense.permute(0, 2, 3, 1)
+    )
     dense = dense if channels else dense[..., 0]
     return _in_order(dense, axes, plan)
 
@@ -162,30 +171,8 @@ def gathered(x: Tensor, plan: PixelPlan, axes: tuple[str, ...]) -> Tensor | None
     return x[plan.derived("rows of pixels", lambda: plan.index.long().clamp(min=0))]
 
 
-def sample_of(plan: PixelPlan) -> Tensor:
-    """int64 ``[P]``: the sample of each row; 0 past the count."""
-    n, h, w = plan.shape
-    return plan.derived("samples", lambda: plan.index.long().clamp(min=0) // max(h * w, 1))
-
-
-def live(plan: PixelPlan) -> Tensor | None:
-    """bool ``[P]``: the rows that are pixels, or None where all are."""
-    return None if plan.count is None else plan.index >= 0
-
-
 def mask_at(plan: PixelPlan, axes: tuple[str, ...]) -> Tensor:
     """The plan as a bool tensor that broadcasts with one of these axes."""
     mask = plan.inverse() >= 0
     mask = mask[(...,) + (None,) * axes.count("c")]
     return _in_order(mask, axes, plan)
-
-
-def weights(plan: PixelPlan, dtype: torch.dtype) -> Tensor:
-    """``[N]``: the pixels of each sample, at least 1."""
-
-    def make() -> Tensor:
-        alive = live(plan)
-        one = torch.ones(plan.num_rows, device=plan.device) if alive is None else alive.float()
-        return one.new_zeros(plan.shape[0]).index_add_(0, sample_of(plan), one).clamp_(min=1)
-
-    return plan.derived("pixels of samples", make).to(dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...ops.epilogue import apply_epilogue
 from ..layers.norm import group_norm_rows
+from ..layers.pool import over_pixels
 from ..norm import check_features, fold, fold_of, norm_rows, uses_batch_statistics
 from . import layout
 from .convolution import Convolution
@@ -57,7 +58,11 @@ def _largest(operands) -> SparseMap | None:
     """The map whose pixels the result has: one of [N, C, 1, 1] is spread over another."""
     base = None
     for x in operands:
-        if type(x) is SparseMap and x.plan is not None and (base is None or x.plan.num_pixels > base.plan.num_pixels):
+        if (
+            type(x) is SparseMap
+            and x.plan is not None
+            and (base is None or x.plan.num_pixels > base.plan.num_pixels)
+        ):
             base = x
     return base
 
@@ -126,7 +131,9 @@ def _sum(a, b) -> SparseMap | None:
     return None
 
 
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
     """``F.batch_norm`` of a map: in training with the statistics of its pixels."""
     if type(input) is not SparseMap or input.axes != NCHW:
         return NotImplemented
@@ -231,42 +238,13 @@ def _over_channels(func, name: str, x: SparseMap, dims: tuple[int, ...], keepdim
 
 
 def _over_pixels(name: str, x: SparseMap, dims: tuple[int, ...], keepdim: bool) -> Tensor:
-    plan, rows, alive = x.plan, x.rows(), layout.live(x.plan)
+    rows = x.rows()
     channels = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-    if name in ("amax", "amin"):
-        made = _extreme(name, channels, plan, alive)
-    else:
-        wide = channels.to(torch.promote_types(channels.dtype, torch.float32))
-        wide = wide.square() if name in ("norm", "vector_norm") else wide
-        made = sums_of_samples(wide, plan, alive)
-        if name == "mean":
-            made = made / layout.weights(plan, made.dtype)[:, None]
-        made = (made.sqrt() if name in ("norm", "vector_norm") else made).to(rows.dtype)
-    made = made.reshape(plan.shape[0], *rows.shape[1:])
+    made = over_pixels("norm" if name == "vector_norm" else name, channels, x.plan)
+    made = made.reshape(x.plan.shape[0], *rows.shape[1:])
     if not keepdim:
         return made
     sizes, left = [], iter(made.shape[1:])
     for i, axis in enumerate(x.axes):
         sizes.append(made.shape[0] if axis == "n" else 1 if i in dims else next(left))
     return made.reshape(sizes)
-
-
-def sums_of_samples(rows: Tensor, plan, alive: Tensor | None) -> Tensor:
-    """``[N, C]``: the sums of each sample's rows."""
-    if alive is not None:
-        rows = torch.where(alive[:, None], rows, 0)
-    if plan.shape[0] == 1:
-        return rows.sum(0, keepdim=True)
-    return rows.new_zeros(plan.shape[0], rows.shape[1]).index_add(0, layout.sample_of(plan), rows)
-
-
-def _extreme(name: str, rows: Tensor, plan, alive: Tensor | None) -> Tensor:
-    """``[N, C]``: the largest or smallest value of each sample's rows; 0 where it has none."""
-    worst = float("-inf") if name == "amax" else float("inf")
-    if alive is not None:
-        rows = torch.where(alive[:, None], rows, worst)
-    owner = layout.sample_of(plan)[:, None].expand_as(rows)
-    made = rows.new_full((plan.shape[0], rows.shape[1]), worst).scatter_reduce(0, owner, rows, name)
-    return torch.where(made == worst, 0, made)
-
-

@@ -80,7 +80,9 @@ def _window(in_shape, out_shape, given: dict):
 
 
 def _max_window(in_shape, out_shape, args, kwargs):
-    return _window(in_shape, out_shape, _named(args, kwargs, "kernel_size", "stride", "padding", "dilation", "ceil_mode"))
+    return _window(
+        in_shape, out_shape, _named(args, kwargs, "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    )
 
 
 def _mean_window(in_shape, out_shape, args, kwargs):
@@ -139,7 +141,9 @@ def permute(x: SparseMap, dims) -> SparseMap:
         return NotImplemented
     axes, order = layout.permuted(x.axes, dims)
     back = [order.index(i) for i in range(len(order))]
-    channels = layout.shape_of(("c",) * axes.count("c"), x.plan, tuple(x.shape[d] for d in dims if x.axes[d] == "c"))
+    channels = layout.shape_of(
+        ("c",) * axes.count("c"), x.plan, tuple(x.shape[d] for d in dims if x.axes[d] == "c")
+    )
     return view_of(x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back))
 
 
@@ -181,7 +185,10 @@ def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
 def index(x: SparseMap, where):
     """``x[:, a:b]`` and the like: whole axes, and slices of channels."""
     where = where if isinstance(where, tuple) else (where,)
-    if any(not (w is Ellipsis or w is None or isinstance(w, slice)) for w in where) or where.count(Ellipsis) > 1:
+    if (
+        any(not (w is Ellipsis or w is None or isinstance(w, slice)) for w in where)
+        or where.count(Ellipsis) > 1
+    ):
         return NotImplemented
     if None in where:
         return NotImplemented
@@ -206,12 +213,19 @@ def cat(tensors, dim: int = 0):
         return NotImplemented
     dim %= base.dim()
     axis = layout.channel_axis(base.axes, dim)
-    shapes = [x.shape[:dim] + x.shape[dim + 1 :] for x in tensors if isinstance(x, Tensor) and x.dim() == base.dim()]
+    shapes = [
+        x.shape[:dim] + x.shape[dim + 1 :] for x in tensors if isinstance(x, Tensor) and x.dim() == base.dim()
+    ]
     if axis is None or len(shapes) != len(tensors) or any(shape != shapes[0] for shape in shapes):
         return NotImplemented
-    rows = [x.at(base.plan, base.axes) if type(x) is SparseMap else layout.gathered(x, base.plan, base.axes) for x in tensors]
+    rows = [
+        x.at(base.plan, base.axes) if type(x) is SparseMap else layout.gathered(x, base.plan, base.axes)
+        for x in tensors
+    ]
     sizes = [x.shape[dim] for x in tensors]
-    rows = [r if r.shape[0] == base.plan.num_rows and r.dim() == 1 + base.axes.count("c") else None for r in rows]
+    rows = [
+        r if r.shape[0] == base.plan.num_rows and r.dim() == 1 + base.axes.count("c") else None for r in rows
+    ]
     if any(r is None for r in rows) or any(r.shape[axis] != s for r, s in zip(rows, sizes, strict=True)):
         return NotImplemented
     return base.like(torch.cat(rows, axis))
