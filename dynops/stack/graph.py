@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Layer, layer_of
+from .layers import Call, Layer, layer_of
 from .staleness import Watch, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 from .tracing.simplify import without_copies, without_permutes
@@ -106,11 +106,15 @@ def _layers(steps, module: nn.Module) -> list[Layer]:
 
 
 def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
-    """Notes at each layer which values nobody reads after it."""
+    """Notes at each layer which values nobody reads after it, and which convolutions a call alone follows."""
     seen = {output}
     for layer in reversed(layers):
         layer.free = tuple({v for v in (*layer.inputs, layer.out) if v not in seen})
         seen.update(layer.free)
+    for layer in layers:
+        if layer.conv is not None and layer.is_bare and layer.out != output:
+            readers = [reader for reader in layers if layer.out in reader.inputs]
+            layer.waits = len(readers) == 1 and type(readers[0]) is Call
     return Stack(tuple(layers), values, output, *rest)
 
 

@@ -15,7 +15,7 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
-from .maps import SparseMap
+from .maps import Convolution, SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
 
@@ -47,7 +47,7 @@ class Run:
         self.maps, self.as_map = maps, as_map
         self.env: list = [None] * stack.values
         self._x = x
-        self.env[0] = self.taken(x)
+        self.env[0] = x
         self.ended: PixelPlan | None = None  # the output's plan, where a layer wrote the dense map itself
         self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
         self._originals: dict[int, Tensor] = {}  # of values that were put in another format
@@ -55,14 +55,35 @@ class Run:
 
     # -------------------------------------------------------------------------------------- inputs
 
+    def found(self, value: int):
+        """A value: rows, a dense tensor, or a map of other axes. A map that waits is computed."""
+        found = self.env[value]
+        if type(found) is SparseMap and found.axes == NCHW and found.margins is None:
+            found = found.dense() if found.is_input else Rows(found.rows(), found.plan)
+            self.env[value] = found
+        return found
+
+    def waiting(self, value: int) -> SparseMap | None:
+        """A value that is a convolution which was not computed yet: what follows may be computed with it."""
+        found = self.env[value]
+        return found if type(found) is SparseMap and type(found.pending) is Convolution else None
+
+    def bare(self, *arguments) -> SparseMap:
+        """A convolution that waits; see :func:`maps.convolution.bare`."""
+        return bare(*arguments, self.policy.active)
+
+    def normed(self, norm: nn.Module, waiting: SparseMap) -> SparseMap:
+        """A norm of a convolution that waits, computed with it."""
+        return normed(norm, waiting)
+
     def rows_of(self, value: int) -> Rows | None:
         """A value that exists as rows, or None."""
-        found = self.env[value]
+        found = self.found(value)
         return found if type(found) is Rows else None
 
     def dense(self, value: int):
         """A value as a dense tensor."""
-        found = self.env[value]
+        found = self.found(value)
         if type(found) is SparseMap:
             return found.dense()
         return scatter_pixels(found.values, found.plan) if type(found) is Rows else found
@@ -76,12 +97,6 @@ class Run:
             return SparseMap.of_input(found, self.policy.active)
         return found
 
-    def taken(self, out):
-        """A map as a layer takes it: rows, or the dense input; of other axes as it is."""
-        if type(out) is not SparseMap or out.axes != NCHW or out.margins is not None:
-            return out
-        return out.dense() if out.is_input else Rows(out.rows(), out.plan)
-
     def as_called(self, value: int):
         """As :meth:`dense`, in the memory format that the value has where each layer runs alone."""
         found = self._originals[value] if value in self._originals else self.dense(value)
@@ -92,16 +107,16 @@ class Run:
 
     def shape(self, value: int) -> tuple[int, int, int]:
         """``(N, H, W)`` of a value."""
-        found = self.env[value]
+        found = self.found(value)
         return found.plan.shape if type(found) is Rows else (found.shape[0], found.shape[2], found.shape[3])
 
     def device(self, value: int) -> torch.device:
-        found = self.env[value]
+        found = self.found(value)
         return found.plan.device if type(found) is Rows else found.device
 
     def read_at(self, value: int, index: Tensor) -> Tensor:
         """The rows of a value at flat positions, int64 ``[P]``; zero at -1 and where it does not exist."""
-        found = self.env[value]
+        found = self.found(value)
         if type(found) is Rows:
             rows, at = found.values, found.plan.inverse().reshape(-1)[index.clamp(min=0)].long()
             at = torch.where(index < 0, -1, at)
@@ -113,7 +128,7 @@ class Run:
 
     def at(self, value: int, plan: PixelPlan) -> Tensor | None:
         """The rows of a value at a plan, or None where it has another size. One row for all of ``[N, C, 1, 1]``, N = 1."""
-        found = self.env[value]
+        found = self.found(value)
         if type(found) is Rows:
             return found.values if found.plan is plan else _within(found, plan)
         if not isinstance(found, Tensor) or found.dim() != 4:
@@ -129,7 +144,7 @@ class Run:
 
     def added(self, value: int, plan: PixelPlan, channels: int) -> Tensor | None:
         """As :meth:`at`, or a dense map of the plan's size itself, which a convolution reads where it lies."""
-        found = self.env[value]
+        found = self.found(value)
         n, h, w = plan.shape
         if type(found) is not Rows and isinstance(found, Tensor) and found.shape == (n, channels, h, w):
             return self.dense(value)
@@ -146,7 +161,7 @@ class Run:
 
     def share_rows(self, values) -> bool:
         """True for values that are all rows of one plan."""
-        plans = {id(found.plan) if type(found := self.env[v]) is Rows else None for v in values}
+        plans = {id(found.plan) if type(found := self.found(v)) is Rows else None for v in values}
         return len(plans) == 1 and None not in plans
 
     def masked_as(self, layer, out):
@@ -162,7 +177,7 @@ class Run:
 
     def shared_plan(self, layer) -> PixelPlan | None:
         """The plan of a layer's output, which is made pixel by pixel. None: its inputs are dense, and so is the output."""
-        return self.policy.shared(layer.out, [self.env[v] for v in layer.inputs])
+        return self.policy.shared(layer.out, [self.found(v) for v in layer.inputs])
 
     def plan_like(self, value: int, out: int) -> PixelPlan:
         """The plan of a value ``out`` that has the size of another."""
@@ -175,7 +190,7 @@ class Run:
 
     def put(self, value: int, copy: Tensor) -> Tensor:
         """Takes a copy of a dense map, in another format, in its place."""
-        found = self.env[value]
+        found = self.found(value)
         if copy is not found and isinstance(found, Tensor):
             self._originals.setdefault(value, found)
         self.env[value] = copy

@@ -44,7 +44,7 @@ class Call(Layer):
         super().__init__(place(step.target) if step.kind == "module" else called(step), maps, step.out)
         self.kind, self.target, self.module = step.kind, step.target, module
         self.function = find(step.target) if step.kind == "function" else None
-        self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
+        self.args, self.kwargs = _with_parameters((step.args, dict(step.kwargs)), parameters)
         self.paths = [parameters[value] for value in step.inputs if value in parameters]
         self.refusal = self._refuses(step)
         self.packs = self.refusal == ""
@@ -84,7 +84,7 @@ class Call(Layer):
             return rows
         plan = None
         if run.maps and not (self.packs and run.share_rows(self.inputs)):
-            return run.taken(self._call({v: run.map(v) for v in self.inputs}))
+            return self._call({v: run.map(v) for v in self.inputs})
         if self.packs and not (self.paths and self._refuses_parameters()):
             plan, values = run.together(self)
         if plan is None:
@@ -93,7 +93,7 @@ class Call(Layer):
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)
-        order = self.args[0][0] if self.args[0] else self.args[1]["tensors"]
+        order = self.args[0] if self.args else self.kwargs["tensors"]
         return Rows(torch.cat([values[ref.value] for ref in order], 1), plan)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
@@ -102,19 +102,24 @@ class Call(Layer):
     def _call(self, values: dict, parameter: Callable | None = None):
         """The call with the values in their places; ``parameter`` is applied to each parameter."""
 
-        def filled(value):
-            if type(value) is Ref:
-                return values[value.value]
-            if type(value) is _Parameter:
-                found = attrgetter(value.path)(self.module)
-                return found if parameter is None else parameter(found)
-            return mapped(value, filled)
-
-        args, kwargs = filled(self.args)
+        args, kwargs = _filled((self.args, self.kwargs), values, self.module, parameter)
         if self.kind == "method":
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         function = self.function or self.module.get_submodule(self.target)
         return function(*args, **kwargs)
+
+
+def _filled(value, values: dict, module: nn.Module, parameter: Callable | None):
+    """Recorded arguments with values and parameters in their places.
+
+    A function of its own: one that is nested and calls itself is a cycle, which keeps ``values`` until it is collected.
+    """
+    if type(value) is Ref:
+        return values[value.value]
+    if type(value) is _Parameter:
+        found = attrgetter(value.path)(module)
+        return found if parameter is None else parameter(found)
+    return mapped(value, lambda inner: _filled(inner, values, module, parameter))
 
 
 class PerPixel(Call):

@@ -29,6 +29,8 @@ class Activation(Layer):
             self.copies = getattr(self.function, "inplace", False)  # the value may have other readers
 
     def rows(self, run):
+        if (waiting := run.waiting(self.x)) is not None:
+            return self._apply(waiting)
         plan = run.shared_plan(self)
         if plan is None:
             return self._apply(run.dense(self.x))
@@ -50,11 +52,13 @@ class Add(Layer):
         super().__init__(called(step), step.inputs, step.out)
 
     def rows(self, run):
+        if any(run.waiting(v) is not None for v in self.inputs):
+            return run.map(self.inputs[0]) + run.map(self.inputs[1])
         plan, (a, b) = run.together(self)
         if plan is not None:
             return Rows(a + b, plan)
         if run.maps:
-            return run.taken(run.map(self.inputs[0]) + run.map(self.inputs[1]))
+            return run.map(self.inputs[0]) + run.map(self.inputs[1])
         return run.masked_as(self, a + b)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:

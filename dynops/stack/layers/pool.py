@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import modes
 from ...geometry import BlockGeometry, pair
 from ...plans import PixelPlan
 from ..receptive_field import Span, Window
@@ -131,15 +132,28 @@ def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:
         return _extreme(kind, rows, plan, alive)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     wide = wide.square() if kind == "norm" else wide
-    if alive is not None:
-        wide = torch.where(alive, wide, 0)
-    if plan.shape[0] == 1:
-        made = wide.sum(0, keepdim=True)
-    else:
-        made = wide.new_zeros(plan.shape[0], wide.shape[1]).index_add(0, sample_of(plan), wide)
+    made = sums_of_samples(wide if alive is None else torch.where(alive, wide, 0), plan)
     if kind == "mean":
         made = made / pixels_of_samples(plan)[:, None].to(made.dtype)
     return (made.sqrt() if kind == "norm" else made).to(rows.dtype)
+
+
+_MOST_SLICES = 64  # sums over slices of rows are pairwise and vectors; index_add is neither
+
+
+def sums_of_samples(rows: Tensor, plan: PixelPlan) -> Tensor:
+    """``[N, C]``: the sum of each sample's rows, which are zero past the count."""
+    samples = plan.shape[0]
+    if samples == 1:
+        return rows.sum(0, keepdim=True)
+    if not 0 < samples <= _MOST_SLICES or plan.count is not None or not modes.may_look(plan.index):
+        return rows.new_zeros(samples, rows.shape[1]).index_add(0, sample_of(plan), rows)
+    return torch.stack([part.sum(0) for part in rows.split(_lengths(plan))])
+
+
+def _lengths(plan: PixelPlan) -> list[int]:
+    """The pixels of each sample (kept)."""
+    return plan.derived("lengths", lambda: (plan.inverse() >= 0).flatten(1).sum(1).tolist())
 
 
 def _extreme(kind: str, rows: Tensor, plan: PixelPlan, alive: Tensor | None) -> Tensor:

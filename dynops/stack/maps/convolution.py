@@ -179,11 +179,16 @@ def _convolved(
         values, bias = values.to(autocast), None if bias is None else bias.to(autocast)
     elif values.dtype != weight.dtype:
         raise TypeError(f"input: expected the weight's dtype {weight.dtype}, got {values.dtype}")
-    made = Convolution(values, in_plan, weight, bias, plan, g)
-    out = SparseMap.of_pending(made, plan, x.active, (made.channels,))
+    out = bare(values, in_plan, weight, bias, plan, g, x.active)
     if in_plan is None:
         out.rows()  # at once: the model may write into its input
     return out
+
+
+def bare(values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry, active) -> SparseMap:
+    """The map of a convolution of rows, or of a dense map where ``in_plan`` is None, that waits for what follows."""
+    made = Convolution(values, in_plan, weight, bias, plan, g)
+    return SparseMap.of_pending(made, plan, active, (made.channels,))
 
 
 class Padding:

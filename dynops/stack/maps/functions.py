@@ -13,17 +13,51 @@ from torch.utils import _pytree as pytree
 
 from ..layers.norm import group_norm_of_rows
 from . import convolution, layout, pointwise, spatial
-from .scope import scope
 from .layout import NCHW
+from .scope import scope
 from .value import SparseMap, dense_tree, handled_by, masked
 
 _METADATA = frozenset(
-    "shape dtype device ndim layout is_cuda is_cpu is_meta is_quantized is_sparse is_mps is_xpu is_mkldnn itemsize nbytes "
-    "is_nested is_leaf names".split()
+    [
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_quantized",
+        "is_sparse",
+        "is_mps",
+        "is_xpu",
+        "is_mkldnn",
+        "itemsize",
+        "nbytes",
+        "is_nested",
+        "is_leaf",
+        "names",
+    ]
 )
 _QUESTIONS = frozenset(
-    "size dim ndimension numel nelement __len__ is_floating_point is_complex get_device element_size stride is_contiguous "
-    "is_inference is_same_size is_signed __hash__".split()
+    [
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "__len__",
+        "is_floating_point",
+        "is_complex",
+        "get_device",
+        "element_size",
+        "stride",
+        "is_contiguous",
+        "is_inference",
+        "is_same_size",
+        "is_signed",
+        "__hash__",
+    ]
 )
 
 

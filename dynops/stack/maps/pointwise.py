@@ -16,14 +16,16 @@ from .layout import NCHW
 from .value import SparseMap, masked
 
 # by the names of functions: each makes an output pixel of the input's at its own place
-ELEMENTWISE = frozenset(
-    "relu relu6 hardtanh silu hardswish hardsigmoid gelu mish elu selu celu leaky_relu rrelu sigmoid tanh softplus softsign "
-    "logsigmoid threshold hardshrink softshrink tanhshrink abs neg exp expm1 log log1p log2 sqrt rsqrt square reciprocal sin cos "
-    "erf floor ceil round trunc frac sign clamp clamp_min clamp_max clip nan_to_num pow add sub subtract rsub __rsub__ mul multiply "
-    "div divide true_divide __rdiv__ __rtruediv__ __rpow__ maximum minimum fmod remainder lerp addcmul addcdiv atan2 eq ne lt le gt ge "
-    "logical_and logical_or logical_not logical_xor where isnan isfinite isinf type_as float half bfloat16 double to detach clone "
-    "dropout alpha_dropout masked_fill".split()
-)
+_NAMES = """
+relu relu6 hardtanh silu hardswish hardsigmoid gelu mish elu selu celu leaky_relu rrelu sigmoid tanh
+softplus softsign logsigmoid threshold hardshrink softshrink tanhshrink abs neg exp expm1 log log1p
+log2 sqrt rsqrt square reciprocal sin cos erf floor ceil round trunc frac sign clamp clamp_min
+clamp_max clip nan_to_num pow add sub subtract rsub __rsub__ mul multiply div divide true_divide
+__rdiv__ __rtruediv__ __rpow__ maximum minimum fmod remainder lerp addcmul addcdiv atan2 eq ne lt le
+gt ge logical_and logical_or logical_not logical_xor where isnan isfinite isinf type_as float half
+bfloat16 double to detach clone dropout alpha_dropout masked_fill
+"""
+ELEMENTWISE = frozenset(_NAMES.split())
 _ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
 
 
@@ -192,7 +194,7 @@ def softmax(func, input, dim=None, *args, **kwargs):
     if type(input) is not SparseMap or input.is_input or not isinstance(dim, int):
         return NotImplemented
     axis = layout.channel_axis(input.axes, dim % input.dim())
-    return NotImplemented if axis is None else input.like(func(input.rows(), dim=axis, *args, **kwargs))
+    return NotImplemented if axis is None else input.like(func(input.rows(), axis, *args, **kwargs))
 
 
 def prelu(input, weight):
