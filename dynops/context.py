@@ -29,7 +29,8 @@ class use_mask:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
-            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch. Where a model makes
+            a batch of k N, as classifier-free guidance does by ``torch.cat([x, x])``, the mask repeats.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
         ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
@@ -158,10 +159,13 @@ class use_mask:
         if mask.shape[0] == 1 and n > 1:
             one = (1, *size)
             return _kept_in(self._plans, one, lambda: self._make(one, layer)).expand(n)
+        if mask.shape[0] != n and n > mask.shape[0] > 0 and n % mask.shape[0] == 0:
+            repeated = self._at(tuple(size), layer).repeat(n // mask.shape[0], 1, 1)
+            return PixelPlan.from_mask(repeated) if self._given is None else self._given._moved_to(repeated)
         if mask.shape[0] not in (1, n):
             raise ValueError(
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
-                f"(shape {tuple(mask.shape)})"
+                f"(shape {tuple(mask.shape)}), which no whole number of times is the batch"
             )
         if min(mask.shape[1:]) == 0 and n > 0:
             raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")

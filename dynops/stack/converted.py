@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from .. import context
-from .maps import as_map, follow, may_follow
+from .maps import as_map, constant_conv, follow, layer_input, may_follow
 from .program import Program
 from .trace import Trace
 
@@ -82,7 +82,7 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         active = context.current()
         if active is not None and may_follow():  # its functions are those of maps
-            return follow(lambda *a, **k: as_map(base.forward(self, *a, **k), active), args, kwargs, active)
+            return follow(partial(_layer_of_maps, base, self, active), args, kwargs, active)
         out = base.forward(self, *args, **kwargs)
         if active is None or not isinstance(out, Tensor) or out.dim() != 4:
             return out
@@ -90,6 +90,19 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
         return out.masked_fill((plan.inverse() < 0)[:, None], 0)
 
     return type(f"Masked{base.__name__}", (base,), _members(base, forward, _new_masked))
+
+
+def _layer_of_maps(base: type[nn.Module], module: nn.Module, active, *args, **kwargs):
+    if (
+        issubclass(base, nn.Conv2d)
+        and len(args) == 1
+        and not kwargs
+        and (x := layer_input(args[0], active)) is not None
+    ):
+        out = constant_conv(module, base.forward, x)
+        if out is not NotImplemented:
+            return out
+    return as_map(base.forward(module, *args, **kwargs), active)
 
 
 def _places(module: nn.Module) -> list[list]:

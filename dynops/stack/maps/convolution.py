@@ -185,7 +185,9 @@ def _convolved(
     return out
 
 
-def bare(values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry, active) -> SparseMap:
+def bare(
+    values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry, active
+) -> SparseMap:
     """The map of a convolution of rows, or of a dense map where ``in_plan`` is None, that waits for what follows."""
     made = Convolution(values, in_plan, weight, bias, plan, g)
     return SparseMap.of_pending(made, plan, active, (made.channels,))
