@@ -53,6 +53,15 @@ class Arithmetic(Graph):
         return torch.maximum(z, -y).square() / 3
 
 
+class Weighted(Graph):
+    """Maps weighted as EfficientDet does: what is made of parameters is no map."""
+
+    def forward(self, x):
+        y, weight = self.conv(x), torch.relu(self.scale).contiguous()
+        weight = weight / (weight.sum() + 1e-4) + self.scale.relu()
+        return self.conv1(y * weight) * self.gate[2](self.scale)
+
+
 def chain(*layers):
     return lambda: copy.deepcopy(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), *layers))
 
@@ -62,6 +71,7 @@ MASKED = {
     "times a map": TimesMap,
     "squeeze-excite": SqueezeExcite,
     "arithmetic": Arithmetic,
+    "weights of parameters": Weighted,
     "group norm": chain(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
     "instance norm": chain(nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 4, 3)),
     "nearest": chain(nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3, padding=1)),
@@ -124,7 +134,7 @@ def test_nothing_reads_rows_past_the_count(name, monkeypatch):
     assert left and torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("name", sorted(set(MASKED) - {"bilinear", "squeeze-excite"}))
+@pytest.mark.parametrize("name", sorted(set(MASKED) - {"bilinear", "squeeze-excite", "weights of parameters"}))
 def test_no_dense_map_is_made_between(name, monkeypatch):
     """Every value but the input and the output of a traced model stays rows."""
     model = MASKED[name]().eval()
