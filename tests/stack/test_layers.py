@@ -134,7 +134,9 @@ def test_nothing_reads_rows_past_the_count(name, monkeypatch):
     assert left and torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("name", sorted(set(MASKED) - {"bilinear", "squeeze-excite", "weights of parameters"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MASKED) - {"bilinear", "squeeze-excite", "weights of parameters"})
+)
 def test_no_dense_map_is_made_between(name, monkeypatch):
     """Every value but the input and the output of a traced model stays rows."""
     model = MASKED[name]().eval()
