@@ -1,6 +1,7 @@
 """The layers of a stack: on rows under a mask against the run layer by layer, on parts of a map against the dense module."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -272,6 +273,20 @@ def test_a_parameter_of_channels_that_is_replaced():
     layer.module[0].gamma = nn.Parameter(torch.ones(4, 1, 4))
     for layer.path in ("rows", "tiles"):
         with pytest.raises(TypeError, match=r"gamma of shape \[C\] or one value, got \(4, 1, 4\)"):
+            layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
+
+
+def test_a_norm_of_channels_that_is_changed():
+    """What runs pixel by pixel is watched as any layer is."""
+    changes = {
+        "forward": (lambda x: x - x.mean((1, 2), keepdim=True), "forward of its own"),
+        "normalized_shape": ((4, 4), "permute: expected a call that blocks can make"),
+    }
+    for (name, (value, message)), path in itertools.product(changes.items(), ("rows", "tiles")):
+        layer = SparseBlocks(nn.Sequential(Permuted(4)).eval(), 4, path=path)
+        layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
+        setattr(layer.module[0].norm, name, value)
+        with pytest.raises(TypeError, match=message):
             layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
 
 
