@@ -10,7 +10,7 @@ from torch import nn
 
 from .activations import fused_name
 from .layers import Call, Layer, layer_of
-from .staleness import Watch, signatures
+from .staleness import Watch, signature, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 from .tracing.simplify import without_copies, without_permutes
 
@@ -79,7 +79,9 @@ def local_stack_of(module: nn.Module) -> Stack:
         if layer.refusal:
             raise TypeError(layer.refusal)
     layers = _that_count(layers, output)
-    watch = Watch(whole, steps, hooks=False)
+    of_pixels = [step.target for step in kept if step.kind == "per_pixel" and ":" not in step.target]
+    modules = (*steps.modules, *(signature(whole, path) for path in dict.fromkeys(of_pixels)))
+    watch = Watch(whole, steps._replace(modules=modules), hooks=False)
     return _made(layers, steps.values, output, tuple(dropouts), _multiple(layers, output), watch)
 
 

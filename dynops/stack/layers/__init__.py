@@ -51,7 +51,7 @@ def layer_of(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer
     if step.kind in ("pool", "layer"):
         return _OF_CONVERTED[dense_type(inner)](place(step.target), step, inner)
     recorded, layer = Call(step, module, parameters), None
-    if len(step.inputs) == 1:
+    if recorded.inputs and len(step.inputs) == 1:
         if type(inner) in ELEMENTWISE:
             return Activation(step, module)
         if type(inner) in _OF_MODULE:

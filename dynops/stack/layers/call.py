@@ -49,9 +49,11 @@ class Call(Layer):
         self.refusal = self._refuses(step)
         self.packs = self.refusal == ""
         self.cats = step.target in _CATS
-        self.copies = step.kind == "method" and step.target in COPIES
+        self.copies = step.kind == "method" and step.target in COPIES and bool(maps)
 
     def _refuses(self, step: Step) -> str:
+        if not self.inputs:
+            return f"{self.name}: expected a call that reads a map, got one of parameters"
         if step.kind == "module":
             return (
                 f"{self.name}: expected a layer that reads a fixed neighbourhood (convolution with zero padding, "
@@ -61,7 +63,7 @@ class Call(Layer):
         cats = step.target in _CATS and _cats_channels(step) and len(self.inputs) == len(step.inputs)
         known = step.target in (_METHODS if step.kind == "method" else _FUNCTIONS)
         divides = step.target in _DIVISIONS and self.inputs == (getattr(step.args[0], "value", None),)
-        if not (cats or (self.inputs and (known or divides))):
+        if not (cats or known or divides):
             return f"{self.name}: expected a call that blocks can make, got {step.target}"
         return self._refuses_parameters()
 
