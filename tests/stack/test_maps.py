@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_policy import MaskedPolicy
 from torch import nn
 
 import dynops
 from dynops.stack.maps import SparseMap, entered
+from dynops.testing import MaskedPolicy
 
 SIZE, CELLS = (8, 12), (4, 6)
 
