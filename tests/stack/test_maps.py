@@ -44,6 +44,12 @@ def channels_last(x):
     return (F.linear(y, WIDE[:, :C, 0, 0], SHIFT) * SCALE).permute(0, 3, 1, 2)
 
 
+def convnext(x):
+    y = F.conv2d(x, DEPTHWISE, padding=1, groups=C).permute(0, 2, 3, 1)
+    y = F.linear(F.gelu(F.linear(F.layer_norm(y, (C,)), WIDE[:, :C, 0, 0])), WIDE[:, C:, 0, 0], SHIFT)
+    return SCALE[:, None, None] * y.permute(0, 3, 1, 2) + x
+
+
 def tokens(x):
     y = x.flatten(2).transpose(1, 2)
     return F.layer_norm(F.gelu(y), (C,)).transpose(1, 2).reshape(x.shape)
@@ -108,6 +114,7 @@ UNARY = {
     "space": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
     "last": channels_last,
     "tokens": tokens,
+    "convnext": convnext,
     "parts": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
     "split": lambda x: torch.cat([y * (i + 1) for i, y in enumerate(x.split([1, 2, 3], 1))], 1),
     "part in place": part_in_place,

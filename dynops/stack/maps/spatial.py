@@ -117,9 +117,9 @@ def adaptive_pool(func, name: str, args: tuple, kwargs: dict):
 # ------------------------------------------------------------------------------- views of channels
 
 
-def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put) -> SparseMap:
+def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put, same: bool = False) -> SparseMap:
     """A map that shows another's rows."""
-    return SparseMap.of_pending(View(x, read, put), x.plan, x.active, channels, axes)
+    return SparseMap.of_pending(View(x, read, put, same), x.plan, x.active, channels, axes)
 
 
 def reshape(x: SparseMap, shape: tuple) -> SparseMap:
@@ -132,6 +132,7 @@ def reshape(x: SparseMap, shape: tuple) -> SparseMap:
         x, axes, channels,
         lambda rows: rows.reshape(rows.shape[0], *channels),
         lambda old, rows: rows.reshape(old.shape),
+        axes.count("c") == x.axes.count("c") == 1,
     )  # fmt: skip
 
 
@@ -144,7 +145,10 @@ def permute(x: SparseMap, dims) -> SparseMap:
     channels = layout.shape_of(
         ("c",) * axes.count("c"), x.plan, tuple(x.shape[d] for d in dims if x.axes[d] == "c")
     )
-    return view_of(x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back))
+    same = order == sorted(order)
+    return view_of(
+        x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back), same
+    )
 
 
 def narrowed(x: SparseMap, dim: int, part: slice) -> SparseMap:

@@ -98,6 +98,18 @@ class SparseMap(Tensor):
             self._dense = scattered(self.rows(), self.plan, self.axes)
         return self._dense
 
+    def shown(self) -> list[SparseMap]:
+        """This map and those that it shows as they are, in other axes."""
+        found = [self]
+        while type(found[-1].pending) is View and found[-1].pending.same:
+            found.append(found[-1].pending.base)
+        return found
+
+    def convolution(self):
+        """The convolution that the map waits for, or None."""
+        pending = self.shown()[-1].pending
+        return None if pending is None or pending.follows or not hasattr(pending, "takes") else pending
+
     def like(self, rows: Tensor) -> SparseMap:
         """A map of the same pixels."""
         return SparseMap.of_rows(rows, self.plan, self.active, self.axes)
@@ -147,12 +159,13 @@ class View:
     Args:
         read: rows of the base to rows of the view.
         put: (rows of the base, rows of the view) to new rows of the base.
+        same: whether both have the same rows.
     """
 
     follows = True
 
-    def __init__(self, base: SparseMap, read: Callable, put: Callable):
-        self.base, self.read, self.put = base, read, put
+    def __init__(self, base: SparseMap, read: Callable, put: Callable, same: bool):
+        self.base, self.read, self.put, self.same = base, read, put, same
         self.dtype = base.dtype
 
     def rows(self) -> Tensor:
