@@ -319,3 +319,70 @@ def test_errors_come_with_the_call():
             F.conv2d(first, WEIGHT.float())
         with pytest.raises(RuntimeError):
             first + rand(2, C, 3, 5)
+
+
+class Parts(Model):
+    def forward_features(self, x):
+        return self.body(F.relu(self.bn(self.stem(x))))
+
+    def forward_head(self, x):
+        return x.mean((2, 3)) + self.gate(x)[:, :, 0, 0]
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def test_parts_have_the_answer_of_the_whole():
+    torch.manual_seed(0)
+    model, x, mask = Parts().double().eval(), rand(2, 3, *SIZE), masks()
+    dynops.convert_(model)
+    with dynops.use_mask(mask):
+        whole = model(x)
+        features = model.forward_features(x)
+        parts = model.forward_head(features)
+    close(parts if type(parts) is torch.Tensor else parts.dense(), whole)
+    close(model.forward_head(model.forward_features(x)), model(x))
+
+
+def test_a_weight_that_a_layer_computes_is_never_stale():
+    class Standardised(nn.Conv2d):
+        eps = 1e-6
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gain, self.extra = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)), 1.0
+
+        def forward(self, x):
+            var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+            weight = (self.weight - mean) * (var + self.eps).rsqrt() * self.gain * self.extra
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, C, 3, 1, 1), Standardised(C, C, 3, 1, 1), nn.ReLU()).double().eval()
+    dense, x, mask = copy.deepcopy(model), rand(2, 3, *SIZE), masks()
+    dynops.convert_(model)
+
+    def scale_by_data(m):
+        m[1].weight.data.mul_(1.7)
+        m[1].gain.data.add_(0.1)
+
+    changes = (
+        lambda m: None,
+        lambda m: nn.init.normal_(m[1].weight),
+        scale_by_data,
+        lambda m: m[1].gain.data.mul_(2),
+        lambda m: setattr(m[1], "extra", 3.0),
+        lambda m: setattr(m[1], "eps", 0.5),
+        lambda m: setattr(m[1], "stride", (2, 2)),
+        lambda m: setattr(m[1], "bias", None),
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    )
+    for change in changes:
+        for m in (model, dense):
+            torch.manual_seed(1)
+            change(m)
+        with torch.no_grad(), dynops.use_mask(mask):
+            out = model(x)
+        with torch.no_grad(), MaskedPolicy(mask):
+            expected = dense(x)
+        close(out, expected)
