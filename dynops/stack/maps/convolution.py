@@ -15,7 +15,7 @@ from ...ops.epilogue import Epilogue, apply_epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...plans import PixelPlan
 from .layout import NCHW, gathered
-from .value import SparseMap
+from .value import SparseMap, each_image
 
 
 class Convolution:
@@ -242,7 +242,12 @@ def pad(input, pad, mode="constant", value=None):
     left, right, top, bottom = pads
     n, c, h, w = x.shape
     if not zeros or x.is_input or min(pads) < 0:
-        made = SparseMap.of_input(F.pad(x.dense(), pads, mode, value), x.active)
+        if x.active.ragged and not zeros and x.margins is None:  # the edge of an image is its own
+            size = (x.shape[2] + pads[2] + pads[3], x.shape[3] + pads[0] + pads[1])
+            padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
+        else:
+            padded = F.pad(x.dense(), pads, mode, value)
+        made = SparseMap.of_input(padded, x.active)
         inner = x.margins or (0, 0, 0, 0)
         made.margins = tuple(a + b for a, b in zip(inner, pads, strict=True))
         return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import ConvGeometry, pair
@@ -14,7 +15,7 @@ from ..masked_output import pooled_images
 from . import layout
 from .layout import NCHW
 from .pointwise import reduced
-from .value import SparseMap, View, masked
+from .value import SparseMap, View, each_image, masked
 
 
 def at_pixels(out: Tensor, plan: PixelPlan, active) -> SparseMap:
@@ -36,6 +37,9 @@ def resized_by(geometry_of):
             return NotImplemented
         if x.active.ragged and name in ("max_pool2d", "avg_pool2d"):
             out = _of_images(func, name, x, args[1:], kwargs)
+        elif x.active.ragged and kwargs.get("mode") in ("bilinear", "bicubic") and "scale_factor" in kwargs:
+            size = F.interpolate(torch.empty(1, 1, *x.shape[2:], device="meta"), **kwargs).shape[2:]
+            out = each_image(x, lambda image: func(image, **kwargs), size)
         else:
             out = func(x.dense(), *args[1:], **kwargs) if args else func(**{**kwargs, "input": x.dense()})
         if not isinstance(out, Tensor) or out.dim() != 4:
