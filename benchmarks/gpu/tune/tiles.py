@@ -71,8 +71,8 @@ def shared_limit(device: torch.device) -> int:
 def limits_of(request: Request) -> tiling.Limits:
     """The limits within which a launcher takes a tile for this product."""
     tallest = max(32, 1 << configs.bucket(request.rows)) if request.family == "experts" else 256
-    light = request.family == "pixels"  # as its problems are
-    return tiling.Limits(request.most, max(16, 1 << configs.bucket(request.n)), tallest, light)
+    widest = max(16, 1 << configs.bucket(request.n))
+    return tiling.Limits(request.most, widest, tallest, request.family == "pixels")
 
 
 def may_fit(tile: Tile, kind: str, shared: int) -> bool:

@@ -23,7 +23,7 @@ from . import tiling
 # Sizes that change from input to input: not specialised on, so a new one compiles nothing.
 UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
 MAX_ORDERED_TAPS = 62  # a tap set is one integer; larger kernels walk over every tap
-_MAX_TAPS = tl.constexpr(MAX_ORDERED_TAPS)
+MAX_SET = tl.constexpr(MAX_ORDERED_TAPS)
 INT32_LIMIT = 2**31 - 2**16  # room for the lanes past the end of the last tile
 
 # --------------------------------------------------------------------------- device functions
@@ -154,6 +154,64 @@ def finish(z, bias, scale, shift, gate, residual, row, channel, row_mask, channe
         mask = row_mask[:, None] & channel_mask[None, :]
         z += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     return activate(z, ACTIVATION)
+
+
+@triton.jit
+def finish_tile(
+    acc, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+    rows, n_size, out_channels, WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile and its store, one piece of the columns after another.
+
+    What a whole one loads takes so many registers that one program fits an SM: 194 with a norm and a residual, in pieces
+    120 (sm_90, 128x128, a capacity).
+    """
+    PIECE: tl.constexpr = 64 if residual is None else 32
+    if N > PIECE:
+        low, high = acc.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        finish_tile(
+            low, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N // 2,
+        )  # fmt: skip
+        finish_tile(
+            high, out, row, pixel, live, first_channel + N // 2, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N // 2,
+        )  # fmt: skip
+    else:
+        channel = first_channel + tl.arange(0, N)
+        channel_mask = channel < n_size
+        channel += group * n_size
+        finish_rows(
+            acc, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+            rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_rows(
+    z, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual, rows, channels,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile, stored at its rows, with zeros past the count where they are asked for, at its pixels, or
+    where ``target`` says."""
+    z = finish(
+        z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, channels, ACTIVATION, WIDE
+    )
+    if WRITES_ROWS:
+        at = row
+        z = tl.where(live[:, None], z, 0.0)
+        stored = row < rows if ZERO_TAIL else live
+    elif target is not None:
+        at = tl.load(target + pixel, mask=live, other=-1)
+        stored = at >= 0
+    else:
+        at = pixel
+        stored = live
+    if WIDE:
+        at = at.to(tl.int64)
+    at = at[:, None] * channels + channel[None, :]
+    tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
 
 
 # ----------------------------------------------------------------- rows in the order of their taps

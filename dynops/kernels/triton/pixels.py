@@ -36,8 +36,9 @@ from ..epilogue import Epilogue
 from ..layout import contiguous, empty_map, memory_format_of
 from . import gemm, tiling
 from .gemm import (
-    _MAX_TAPS,
-    finish,
+    MAX_SET,
+    finish_rows,
+    finish_tile,
     load_pixels,
     lowest_tap,
     source_row,
@@ -124,7 +125,7 @@ def _conv_tile(
         tap = lowest_tap(taps)
     else:
         sets = pixel
-        if TAPS <= _MAX_TAPS:
+        if TAPS <= MAX_SET:
             sets = tap_sets(
                 pixel, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
                 KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
@@ -185,13 +186,15 @@ def _conv_tile(
             done = tap == TAPS
             tap = tl.where(done, 0, tap)
             start += tl.where(done, K, 0)
-    channel += group * n_size
     if PARTS > 1:
+        channel += group * n_size
         at = (tl.program_id(2).to(tl.int64) * rows + slot)[:, None] * out_channels + channel[None, :]
         tl.store(out + at, acc, mask=(slot < rows)[:, None] & channel_mask[None, :])
     else:
-        z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-        _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
+        finish_tile(
+            acc, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -210,7 +213,7 @@ def _gathered(
     WHOLE: blocks of the reduction are whole. (Of rows that are looked up a step has 150 instructions with the mask of k
     all the same, and 194 without.)
     """
-    if TAPS > _MAX_TAPS:
+    if TAPS > MAX_SET:
         at, valid = source_row(
             pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
             KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
@@ -235,27 +238,6 @@ def _gathered(
     return tl.load(x + x_at, mask=mask, other=0.0)
 
 
-@triton.jit
-def _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels,
-           WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Stores a tile at its rows, with zeros past the count where they are asked for, at its pixels, or where
-    ``target`` says."""
-    if WRITES_ROWS:
-        at = row
-        z = tl.where(live[:, None], z, 0.0)
-        stored = row < rows if ZERO_TAIL else live
-    elif target is not None:
-        at = tl.load(target + pixel, mask=live, other=-1)
-        stored = at >= 0
-    else:
-        at = pixel
-        stored = live
-    if WIDE:
-        at = at.to(tl.int64)
-    at = at[:, None] * out_channels + channel[None, :]
-    tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
-
-
 @triton.jit(do_not_specialize=["rows"])
 def finish_parts_kernel(
     sums, out, index, target, bias, scale, shift, gate, residual, rows, out_channels,
@@ -273,8 +255,10 @@ def finish_parts_kernel(
     for part in range(PARTS):
         part_at = part * rows.to(tl.int64) * out_channels
         z += tl.load(sums + part_at + at, mask=live[:, None] & channel_mask[None, :], other=0.0)
-    z = finish(z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
+    finish_rows(
+        z, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+        rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
@@ -314,8 +298,10 @@ def direct_conv_kernel(
                 w_at = channel * lead + tap * k_size + k
             b = tl.load(w + w_at, mask=channel_mask, other=0.0)
             acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
-    z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
+    finish_rows(
+        acc, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+        rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- launchers
@@ -408,13 +394,12 @@ def _gather(
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
         likely = rows if count is None or expected is None else max(1, min(expected, rows))
-        light = activation != "gelu" and operands[3] is None and operands[4] is None
         # in a step: the rows of a single tap are looked up before, and an order knows which taps read something
         looks_up = source is not None and g.taps > 1 and (reads == "packed" or order is None)
         tile, precision = tiling.choose(
             x, likely, sizes["n_size"], sizes["k_size"], g.groups,
             family="pixels", indirect=looks_up, ragged=tiling.is_ragged(sizes), residual=operands[4] is not None,
-            short=g.taps * sizes["k_size"] <= tiling.SHORT, light=light,
+            short=g.taps * sizes["k_size"] <= tiling.SHORT,
         )  # fmt: skip
         blocks = triton.cdiv(likely, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
         steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])

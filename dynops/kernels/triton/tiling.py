@@ -44,10 +44,10 @@ TILES = {
 }
 
 
-# With 128 registers two programs of this tile fit an SM of sm_90, and an epilogue without tensors but the bias does not
-# spill: left alone it takes 129, from a capacity plan 179. With scale, shift, gate and residual 160 bytes spill. There
-# 128x64 takes 168, which are three programs; of 1x1 layers the loads and stores around a reduction of SHORT are the most.
+# With 128 registers two programs of this tile fit an SM of sm_90, and no epilogue of a pixels' convolution spills. Left
+# alone it takes 129, or up to 179 where programs walk over tiles, and then one fits.
 _PAIRED = Tile(128, 128, 64, 8, 3)
+# Of a reduction of so few channels in all (1x1 layers) the loads and stores around it are the most, and programs overlap.
 SHORT = 512
 # Multiply-adds of an SM in a clock, dense, by the datasheets of A100, H100 and B200; without tensor cores for "ieee".
 _RATE = {"half": {80: 1024, 90: 2048, 100: 4096}, "tf32": {80: 512, 90: 1024, 100: 2048}, "ieee": {80: 64, 90: 128, 100: 128}}  # fmt: skip
@@ -60,7 +60,7 @@ _L2 = {80: 47, 90: 27, 100: 32}
 def choose(
     x: Tensor, rows: int, n: int, k: int, batch: int, *,
     family: str, indirect: bool, ragged: bool = False, residual: bool = False, short: bool = False,
-    light: bool | None = None, largest: dict | None = None, tallest: int = 256, product: str = "conv",
+    largest: dict | None = None, tallest: int = 256, product: str = "conv",
 ) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
@@ -73,38 +73,36 @@ def choose(
         ragged: channels are not a multiple of 16, so that loads are not vectors.
         residual: the epilogue reads one.
         short: the whole reduction is so few steps that programs have to overlap on an SM, :data:`SHORT` at most.
-        light: the epilogue needs few registers; see :data:`_PAIRED`. None: every launch of the family has the same.
         largest: the elements of the largest tile of each kind, where they do not follow from these two.
         tallest: the rows of the tallest tile.
         product: see :func:`precision`.
     """
     kind = precision(x.dtype, product)
     most = _largest(kind, ragged, residual, short) if largest is None else largest[kind]
-    limits = Limits(most, max(16, 1 << bucket(n)), tallest, bool(light))  # triton.next_power_of_2 costs 2 us
+    widest = max(16, 1 << bucket(n))  # triton.next_power_of_2 costs 2 us
+    limits = Limits(most, widest, tallest, family == "pixels")
     config = configs.of(x.device)
     tuned = None if config is None else config.tile(family, kind, most, indirect, rows, n, k, batch)
     tile = None if tuned is None else Tile(**tuned)
     if tile is None or not limits.allow(tile):
         tile = built_in(x.device, family, kind, limits, rows, n, k, batch)
-    elif light is False:  # measured with an epilogue that is
-        tile = tile._replace(maxnreg=None)
     return tile_arguments(tile, k, indirect), "ieee" if kind == "half" else kind
 
 
 class Limits(NamedTuple):
-    """The most elements, columns and rows of a tile, and whether the epilogue needs few registers."""
+    """The most elements, columns and rows of a tile, and whether two of :data:`_PAIRED` fit an SM."""
 
     most: int
     widest: int
     tallest: int
-    light: bool = False
+    paired: bool = False
 
     def allow(self, tile: Tile) -> bool:
         return tile.n <= self.widest and tile.m <= self.tallest and tile.m * tile.n <= self.most
 
     def registers(self, tile: Tile, arch: int) -> Tile:
         """A tile of the table with so few registers that two programs fit an SM, where nothing spills."""
-        return tile._replace(maxnreg=128) if self.light and arch == 90 and tile == _PAIRED else tile
+        return tile._replace(maxnreg=128) if self.paired and arch == 90 and tile == _PAIRED else tile
 
 
 def built_in(
@@ -153,12 +151,11 @@ def _work(
 
 def _largest(kind: str, ragged: bool, residual: bool, short: bool) -> int:
     """The elements of the largest tile that has registers for the addresses of single elements."""
-    if residual and short and kind == "half" and not ragged:
-        return 128 * 64
-    if ragged or residual:
-        largest = {"half": 128 * 128, "tf32": 64 * 64, "ieee": 32 * 32}[kind]
-        return min(largest, 32 * 32) if ragged else largest
-    return 128 * 256
+    if ragged:
+        return 32 * 32
+    if kind == "half":  # a residual is read in pieces
+        return 128 * 128 if short else 128 * 256
+    return {"tf32": 64 * 64, "ieee": 32 * 32}[kind] if residual else 128 * 256
 
 
 def is_ragged(sizes: dict) -> bool:
