@@ -103,7 +103,8 @@ def tiles(arch: int) -> list[tuple[str, Tile]]:
     """The kinds of product and the tiles that a launch may take: those of the tables, and those that were measured."""
     config = configs.shipped(f"sm_{arch}")
     measured = [(e["kind"], Tile(**e["tile"])) for e in config.tiles] if config is not None else []
-    table = [(kind, tile) for (owner, kind), some in tiling.TILES.items() if owner == arch for tile in some]
+    kinds = [kind for owner, kind in tiling.TILES if owner == arch]
+    table = [(kind, tile) for kind in kinds for tile in tiling.table(arch, kind, "experts")]
     return list(dict.fromkeys(table + measured))
 
 
@@ -128,9 +129,11 @@ def recorded(
         return float32 if dtype == torch.float32 else "half"
 
     def built_in(device, family: str, kind: str, limits: tiling.Limits, *problem: int) -> Tile:
-        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]):
+        others = () if family == "experts" else tiling.EXPERT_TILES[arch, kind]
+        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]) and wanted[1] not in others:
             return wanted[1]
-        return next(filter(limits.allow, tiling.TILES[arch, kind]))  # large first
+        some = filter(limits.allow, tiling.table(arch, kind, family))
+        return max(some, key=lambda tile: tile.m * tile.n)
 
     with (
         mock.patch.object(JITFunction, "run", run),
