@@ -72,7 +72,7 @@ FORMS = (
     Form("gated gelu, ragged, one choice, gradients", partial(_mlp, hidden=261, inner=261, activation="gelu", topk=1, grads=True), HALF),
     Form("interleaved, transposed", partial(_mlp, activation="clamped_swiglu", interleaved=True, transposed=True), HALF),
     Form("gated gelu, one choice", partial(_mlp, activation="gelu", topk=1), HALF),
-    Form("few rows", partial(_mlp, each=4)),
+    Form("few rows", partial(_mlp, each=16), every_tile=(torch.float32,)),
     Form("few rows, int8", partial(_mlp, each=4, int8=True)),
     Form("few rows, ragged, gelu, one choice", partial(_mlp, each=4, hidden=261, inner=261, activation="gelu", topk=1)),
     Form("gated, split", partial(_mlp, grads=True), processors=2048),

@@ -229,7 +229,7 @@ def _linear(
             x, weight, _weight_box(x, weight, tile, transposed, gated and not interleaved), out, scale, bias,
             row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size, out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
             ACTIVATION=activation, GATED=gated, INTERLEAVED=interleaved, PRECISION=precision, WIDE=wide,
-            EXPERTS=min(1024, triton.next_power_of_2(experts)), GROUP=_GROUP, **tile,
+            EXPERTS=min(1024, max(32, triton.next_power_of_2(experts))), GROUP=_GROUP, **tile,
         )  # fmt: skip
     return out
 
