@@ -129,7 +129,7 @@ def recorded(
         return float32 if dtype == torch.float32 else "half"
 
     def built_in(device, family: str, kind: str, limits: tiling.Limits, *problem: int) -> Tile:
-        others = () if family == "experts" else tiling.EXPERT_TILES[arch, kind]
+        others = () if family == "experts" else tiling.EXPERT_TILES[kind]
         if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]) and wanted[1] not in others:
             return wanted[1]
         some = filter(limits.allow, tiling.table(arch, kind, family))

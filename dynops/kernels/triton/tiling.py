@@ -41,15 +41,11 @@ TILES = {
 # Of experts too. Where they have few rows each, the time is that of reading their weights: blocks of 16 KB, of which
 # three are on their way while a fourth is multiplied. The four warps of 16x64 issue 128 instructions for one (sm_90,
 # ptxas 12.8), 15 % of an H200's clocks in which its memory delivers it; those of 32x32x64 issue 130 for 4 KB.
-_FEW = (Tile(64, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 4), Tile(16, 16, 256, 2, 4))  # fmt: skip
-_FEW_TF32 = (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4), Tile(16, 32, 64, 4, 4), Tile(16, 16, 128, 2, 4))
-_FEW_IEEE = (Tile(16, 64, 32, 4, 4), Tile(16, 32, 32, 4, 4), Tile(16, 16, 64, 2, 4))
-_DEEP = Tile(128, 256, 64, 8, 4)
 EXPERT_TILES = {
-    **{(arch, "half"): _FEW if arch == 80 else (_DEEP, *_FEW) for arch in (80, 90, 100)},
-    **{(arch, "tf32"): _FEW_TF32 for arch in (80, 90, 100)},
-    **{(arch, "ieee"): _FEW_IEEE for arch in (80, 90, 100)},
-}
+    "half": (Tile(64, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 4), Tile(16, 16, 256, 2, 4)),
+    "tf32": (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4), Tile(16, 32, 64, 4, 4), Tile(16, 16, 128, 2, 4)),
+    "ieee": (Tile(16, 64, 32, 4, 4), Tile(16, 32, 32, 4, 4), Tile(16, 16, 64, 2, 4)),
+}  # fmt: skip
 
 
 # Multiply-adds that the tensor cores of an SM do in the time in which L2 gives it one element: 1024, 2048 and 4096
@@ -112,7 +108,7 @@ def built_in(
 
 def table(arch: int, kind: str, family: str) -> tuple[Tile, ...]:
     """The tiles that a kernel may take on an architecture."""
-    return (*EXPERT_TILES[arch, kind], *TILES[arch, kind]) if family == "experts" else TILES[arch, kind]
+    return TILES[arch, kind] + (EXPERT_TILES[kind] if family == "experts" else ())
 
 
 def _work(

@@ -163,7 +163,7 @@ def test_nan_of_dropped_pairs_is_not_read():
     assert all(result.isfinite().all() for result in results)
 
 
-MANY = (*[0] * 1000, *[1] * 30, *[0] * 500, 40)  # more than are searched at a time
+MANY = (*[0] * 1000, *[1] * 20, *[0] * 500, 40)  # more than are searched at a time
 
 
 @pytest.mark.parametrize(
