@@ -10,9 +10,9 @@ tile alone: as many tiles as P pairs may need, whatever the counts. Programs num
 gaps, so that those that are not needed come last and return at once. The dropped pairs are an expert without a
 weight, whose rows are written as zeros.
 
-**Few rows.** Where experts have a few rows each, the time is that of reading their weights. Tiles of 16 rows then
-read each of them once, with much of it on its way (``tiling.EXPERT_TILES``). Splitting the reduction as well would not
-pay: 64 programs keep 1.5 MB on its way, and what is too narrow for more has 4 MB to read.
+**Few rows.** Where experts have a few rows each, the time is that of reading their weights. Tiles of 16 rows read each
+weight once, and keep three blocks of it on their way (``tiling.EXPERT_TILES``). The reduction is not split among
+programs. A product of so few outputs that this leaves SMs idle is a few MB, and adding up parts is one more launch.
 
 **linear.** Rows are gathered by their token as they are loaded, so that x is not permuted; scale, bias, activation
 and row weight are applied in registers. With one choice for each token its row is stored where it belongs; with
