@@ -75,7 +75,8 @@ def build_info() -> dict:
     Returns:
         Versions, instruction sets (``cpu_isas``, the one in use ``cpu_isa``), CUDA architectures (``cuda_archs``), and
         ``ops``: by the name of a public op or plan, then "cpu" or "cuda", what it runs on in float32 and half
-        precision: "cpp", "cuda" (CUDA C++), "triton" or "reference" (plain PyTorch).
+        precision: "cpp", "cuda" (CUDA C++), "triton" or "reference" (plain PyTorch). On a GPU a convolution of pixels
+        from fewer than 16 channels in one group takes the reference instead, unless "triton" is named.
 
     Raises:
         RuntimeError: the package was not built.

@@ -52,7 +52,7 @@ def test_a_measured_tile_is_taken_where_it_is_near():
         assert chosen(rows=2049) == chosen(rows=4096 * 8, n=64) == chosen(rows=8000, n=128, k=32) == FOUND
         for far in ({"rows": 4096 * 16}, {"rows": 200}, {"rows": 1000, "n": 256}, {"batch": 64}):
             assert chosen(**far) == _built_in(**far), far
-        for other in ({"family": "experts"}, {"indirect": True}, {"residual": True}):
+        for other in ({"family": "experts"}, {"indirect": True}, {"short": True}):
             assert chosen(**other) == _built_in(**other), other
     assert chosen() == _built_in() != FOUND
 
@@ -99,6 +99,26 @@ def test_a_config_survives_its_file(tmp_path, monkeypatch):
     assert configs.shipped.__wrapped__("empty").tiles == []
 
 
+def test_a_limit_of_registers(tmp_path, monkeypatch):
+    """It is a part of a launch; files of before there was one load; no compiler takes any number."""
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    old = entry(TUNED)
+    del old["tile"]["maxnreg"]
+    for written, found in ((old, FOUND), (entry(TUNED._replace(maxnreg=128)), {**FOUND, "maxnreg": 128})):
+        (tmp_path / "sm_93.json").write_text(Config({}, [written], []).as_json())
+        with configs.use("cpu", configs.shipped.__wrapped__("sm_93")):
+            assert chosen() == found
+    for bad in (0, 23, 256, "128", 128.0, True):
+        text = json.dumps(
+            {"measured_on": {}, "tiles": [entry(TUNED._replace(maxnreg=bad))], "break_even": []}
+        )
+        (tmp_path / "sm_93.json").write_text(text)
+        with pytest.raises(
+            ValueError, match="maxnreg: expected None or a number of registers from 24 to 255"
+        ):
+            configs.shipped.__wrapped__("sm_93")
+
+
 def test_use_ends_with_its_block():
     one, two = Config({}, [], []), Config({}, [], [])
     with configs.use("cpu", one):
@@ -138,6 +158,13 @@ def test_the_built_in_choice_counts_waves(monkeypatch):
     assert sizes(chosen(rows=12, n=512, k=512)) == (32, 16)
     # 12544 rows of 128: 98 tiles of 128x128 in one wave, 196 of 128x64 in two
     assert sizes(chosen(rows=12544, n=128, k=128)) == (128, 128)
+    # 25088 rows of 256: 196 tiles of 128x256 in two waves, 392 of 128x128 in three, which load a third more from L2
+    assert sizes(chosen(rows=25088, n=256, k=256)) == (128, 256)
+    # programs of a short reduction overlap: two fit an SM
+    assert chosen(rows=50176, n=256, k=64) == {"M": 128, "N": 256, "K": 64, "num_warps": 8, "num_stages": 4}
+    short = chosen(rows=50176, n=256, k=64, short=True)
+    assert short == {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    assert "maxnreg" not in chosen(rows=50176, n=256, k=64, short=True, family="channels")
     # a weight gradient cuts its rows into slices: few tiles need not be small
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9, family="pixels_weight")) == (64, 64)
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9)) == (32, 16)

@@ -71,7 +71,8 @@ def shared_limit(device: torch.device) -> int:
 def limits_of(request: Request) -> tiling.Limits:
     """The limits within which a launcher takes a tile for this product."""
     tallest = max(16, 1 << configs.bucket(request.rows)) if request.family == "experts" else 256
-    return tiling.Limits(request.most, max(16, 1 << configs.bucket(request.n)), tallest)
+    widest = max(16, 1 << configs.bucket(request.n))
+    return tiling.Limits(request.most, widest, tallest, request.family == "pixels")
 
 
 def may_fit(tile: Tile, kind: str, shared: int) -> bool:
@@ -81,7 +82,10 @@ def may_fit(tile: Tile, kind: str, shared: int) -> bool:
     """
     accumulators = tile.m * tile.n / (32 * tile.warps)  # for each thread
     blocks = (tile.m + tile.n) * tile.k * tile.stages * (2 if kind == "half" else 4)
-    return 4 <= accumulators <= 128 and blocks <= shared * 7 / 8
+    registers = (
+        tile.maxnreg is None or accumulators + 48 <= tile.maxnreg
+    )  # fewest for all else that was compiled
+    return 4 <= accumulators <= 128 and blocks <= shared * 7 / 8 and registers
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
@@ -99,6 +103,10 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
         m, n = int(tile.m * m), int(tile.n * n)
         if min(32, tile.m) <= m <= 256 and 16 <= n <= 256:
             yield tile._replace(m=m, n=n)
+    for programs in (1, 2, 3):  # of an SM, which has 64 K registers
+        maxnreg = None if programs == 1 else 65536 // (32 * tile.warps * programs) // 8 * 8
+        if maxnreg != tile.maxnreg and (maxnreg or 0) <= 255:
+            yield tile._replace(maxnreg=maxnreg)
 
 
 # ------------------------------------------------------------------------------------- search
@@ -239,7 +247,8 @@ class Search:
 
 
 def describe(tile: Tile) -> str:
-    return f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
+    most = "" if tile.maxnreg is None else f", {tile.maxnreg} registers"
+    return f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages{most}"
 
 
 def first_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from . import tiling
 # Sizes that change from input to input: not specialised on, so a new one compiles nothing.
 UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
 MAX_ORDERED_TAPS = 62  # a tap set is one integer; larger kernels walk over every tap
+MAX_SET = tl.constexpr(MAX_ORDERED_TAPS)
 INT32_LIMIT = 2**31 - 2**16  # room for the lanes past the end of the last tile
 
 # --------------------------------------------------------------------------- device functions
@@ -155,6 +156,64 @@ def finish(z, bias, scale, shift, gate, residual, row, channel, row_mask, channe
     return activate(z, ACTIVATION)
 
 
+@triton.jit
+def finish_tile(
+    acc, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+    rows, n_size, out_channels, WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile and its store, one piece of the columns after another.
+
+    What a whole one loads takes so many registers that one program fits an SM: 194 with a norm and a residual, in pieces
+    120 (sm_90, 128x128, a capacity).
+    """
+    PIECE: tl.constexpr = 64 if residual is None else 32
+    if N > PIECE:
+        low, high = acc.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        finish_tile(
+            low, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N // 2,
+        )  # fmt: skip
+        finish_tile(
+            high, out, row, pixel, live, first_channel + N // 2, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N // 2,
+        )  # fmt: skip
+    else:
+        channel = first_channel + tl.arange(0, N)
+        channel_mask = channel < n_size
+        channel += group * n_size
+        finish_rows(
+            acc, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+            rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_rows(
+    z, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual, rows, channels,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile, stored at its rows, with zeros past the count where they are asked for, at its pixels, or
+    where ``target`` says."""
+    z = finish(
+        z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, channels, ACTIVATION, WIDE
+    )
+    if WRITES_ROWS:
+        at = row
+        z = tl.where(live[:, None], z, 0.0)
+        stored = row < rows if ZERO_TAIL else live
+    elif target is not None:
+        at = tl.load(target + pixel, mask=live, other=-1)
+        stored = at >= 0
+    else:
+        at = pixel
+        stored = live
+    if WIDE:
+        at = at.to(tl.int64)
+    at = at[:, None] * channels + channel[None, :]
+    tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
+
+
 # ----------------------------------------------------------------- rows in the order of their taps
 
 
@@ -173,9 +232,63 @@ def united(sets, SIZE: tl.constexpr):
 
 
 @triton.jit
-def tap_set(key, TAPS: tl.constexpr):
-    """The union of the rows' tap sets. A key is the Gray rank of its set."""
-    return united(key ^ (key >> 1), TAPS)
+def tap_sets(
+    pixel, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The taps of each output pixel that read something, as bits of one integer; see source_row. None of pixel -1."""
+    _, y, x = split_pixel(pixel, out_h, out_w)
+    columns = tl.zeros(pixel.shape, tl.int32 if TAPS <= 31 else tl.int64)
+    for tap in tl.static_range(KERNEL_W):
+        _, inside = _coordinate(x, tap, in_w, STRIDE_W, pad_w, DIL_W, TRANSPOSED)
+        columns |= inside.to(columns.dtype) << tap
+    taps = tl.zeros_like(columns)
+    for tap in tl.static_range(TAPS // KERNEL_W):
+        _, inside = _coordinate(y, tap, in_h, STRIDE_H, pad_h, DIL_H, TRANSPOSED)
+        taps |= tl.where(inside & (pixel >= 0), columns << (tap * KERNEL_W), 0)
+    if READS == "active" or READS == "packed":
+        origin = tap_origin(
+            pixel, in_h, in_w, out_h, out_w, pad_h, pad_w, STRIDE_H, STRIDE_W, TRANSPOSED, WIDE
+        )
+        for tap in range(TAPS):
+            at = origin + tap_offset(tap, in_w, KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED)
+            bit = tl.full(taps.shape, 1, taps.dtype) << tap
+            mapped = tl.load(source + at, mask=(taps & bit) != 0, other=-1)
+            taps = tl.where(mapped >= 0, taps, taps & ~bit)
+    return taps
+
+
+@triton.jit
+def tap_origin(
+    pixel, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A position such that a tap of an output pixel reads it plus tap_offset, which is the same for all pixels.
+
+    Transposed, tap t reads (y + pad - t) / stride, if that is whole: then it is (y + pad) // stride - t // stride.
+    """
+    n, y, x = split_pixel(pixel, out_h, out_w)
+    if TRANSPOSED:
+        y, x = (y + pad_h) // STRIDE_H, (x + pad_w) // STRIDE_W
+    else:
+        y, x = y * STRIDE_H - pad_h, x * STRIDE_W - pad_w
+    if WIDE:
+        n = n.to(tl.int64)
+    return (n * in_h + y) * in_w + x
+
+
+@triton.jit
+def tap_offset(
+    tap, in_w, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """See tap_origin."""
+    tap_y = tap // KERNEL_W
+    y, x = tap_y * DIL_H, (tap - tap_y * KERNEL_W) * DIL_W
+    if TRANSPOSED:
+        y, x = -(y // STRIDE_H), -(x // STRIDE_W)
+    return y * in_w + x
 
 
 @triton.jit
@@ -196,13 +309,10 @@ def tap_key_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK if WIDE else tl.program_id(0) * BLOCK
     row = first + tl.arange(0, BLOCK)
     pixel = load_pixels(index, row, rows)
-    taps = tl.zeros([BLOCK], tl.int32 if TAPS <= 31 else tl.int64)
-    for tap in range(TAPS):
-        _, valid = source_row(
-            pixel, pixel >= 0, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
-            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
-        )  # fmt: skip
-        taps |= valid.to(taps.dtype) << tap
+    taps = tap_sets(
+        pixel, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+        KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+    )  # fmt: skip
     for shift in tl.static_range(6 if TAPS > 31 else 5):  # Gray decoding: a prefix xor from the top
         taps ^= taps >> (1 << shift)
     tl.store(keys + row, taps.to(keys.dtype.element_ty), mask=row < rows)
@@ -279,6 +389,14 @@ def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDes
         return None
     box = [tile["K"], tile["N"]] if g.transposed else [tile["N"], tile["K"]]
     return TensorDescriptor.from_tensor(matrix, box)
+
+
+def row_box(x: Tensor, sizes: dict, tile: dict) -> TensorDescriptor | None:
+    """Rows of channels, or a channels_last map, as a matrix that TMA reads in boxes of a tile; see :func:`weight_box`."""
+    matrix = x if x.dim() == 2 else x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+    if sizes["k_size"] % tile["K"] or not takes_boxes(matrix):
+        return None
+    return TensorDescriptor.from_tensor(matrix, [tile["M"], tile["K"]])
 
 
 def takes_boxes(matrix: Tensor) -> bool:

@@ -19,11 +19,15 @@ from .gemm import load_pixels, source_row
 
 
 @triton.jit
-def _chunk(count, rows, chunk):
-    """The rows [first, last) of this program's slice, of those before the count."""
+def _chunk(count, rows, chunk, BLOCK: tl.constexpr):
+    """The rows [first, last) of this program's slice, of those before the count, in whole blocks.
+
+    A capacity says little of the count: slices of it would leave a program in four with work at a density of 25 %.
+    """
     last = rows
     if count is not None:
         last = tl.minimum(rows, tl.load(count))
+        chunk = tl.cdiv(tl.cdiv(last, tl.num_programs(2)), BLOCK) * BLOCK
     first = tl.program_id(2) * chunk
     return first, tl.minimum(first + chunk, last)
 
@@ -59,7 +63,7 @@ def weight_grad_kernel(
     k = (tile % k_tiles) * N + tl.arange(0, N)
     n_mask = n < n_size
     k_mask = k < k_size
-    first, last = _chunk(count, rows, chunk)
+    first, last = _chunk(count, rows, chunk, K)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(first, last, K):
         row = start + tl.arange(0, K)
@@ -109,7 +113,7 @@ def direct_weight_grad_kernel(
     channel = tl.program_id(0) * N + tl.arange(0, N)
     channel_mask = channel < out_channels
     group = channel // n_size
-    first, last = _chunk(count, rows, chunk)
+    first, last = _chunk(count, rows, chunk, M)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(first, last, M):
         row = start + tl.arange(0, M)

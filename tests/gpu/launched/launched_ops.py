@@ -25,6 +25,8 @@ ROUNDS = (("capacity", "bfloat16"), ("exact", "float16"), ("capacity", "tf32"), 
 QUICK = {
     ("sparse_conv2d", "capacity", "bfloat16", H200),
     ("sparse_conv2d, depthwise", "exact", "float16", A100),
+    ("sparse_conv2d, stem", "capacity", "bfloat16", H200),
+    ("packed_conv2d, same rows", "capacity", "bfloat16", H200),
     ("packed_conv_transpose2d", "exact", "tf32", A100),
     ("gather_pixels, scatter_pixels", "capacity", "float16", B200),
     ("gather_blocks, scatter_blocks", "exact", "bfloat16", H200),

@@ -69,12 +69,12 @@ def conv_samples(backend: str):
                 grads = [t.clone().requires_grad_() for t in (x, weight, bias)]
                 yield (
                     "pixel_conv",
-                    (*grads, index, count, inverse, g, *plain, base, packed, None, True, backend),
+                    (*grads, index, count, inverse, g, *plain, base, packed, None, True, False, backend),
                 )
                 full = ("silu", *norm.values(), random_tensor(rows), random_tensor(rows, 6))
                 yield (
                     "pixel_conv",
-                    (x, weight, None, index, count, inverse, g, *full, base, packed, 7, True, backend),
+                    (x, weight, None, index, count, inverse, g, *full, base, packed, 7, True, False, backend),
                 )
                 dy = (
                     random_tensor(rows, 6)
