@@ -167,7 +167,7 @@ def finish_tile(
     What a whole one loads takes so many registers that one program fits an SM: 194 with a norm and a residual, in pieces
     120 (sm_90, 128x128, a capacity).
     """
-    PIECE: tl.constexpr = 64 if residual is None else 32
+    PIECE: tl.constexpr = 32 if residual is not None and out.dtype.element_ty.primitive_bitwidth == 16 else 64
     if N > PIECE:
         low, high = acc.reshape(M, 2, N // 2).permute(0, 2, 1).split()
         finish_tile(

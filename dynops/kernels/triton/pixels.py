@@ -210,8 +210,8 @@ def _gathered(
     A row's place and the set of its taps are known, and a tap moves all rows by as much: 120 instructions a step, where
     it takes 186 to come from coordinates (sm_90, 3x3, tiles of 128x256x64, Triton 3.6).
 
-    WHOLE: blocks of the reduction are whole. (Of rows that are looked up a step has 150 instructions with the mask of k
-    all the same, and 194 without.)
+    WHOLE: blocks of the reduction are whole. (Of rows that are looked up a step has 155 instructions with the mask of k
+    all the same, and 194 without it.)
     """
     if TAPS > MAX_SET:
         at, valid = source_row(
