@@ -74,6 +74,7 @@ FAULTS = {
     "dropped shift": Fault(TRITON, "z += tl.load(shift + channel", "z += 0 * tl.load(shift + channel", INTERPRETED + "pixels"),
     "six that is eight": Fault(TRITON + "/gemm.py", "tl.where(z > 6, 6.0, z)", "tl.where(z > 8, 8.0, z)", INTERPRETED + "pixels"),
     "sum over choices": Fault(TRITON, "acc += value", "acc = value", INTERPRETED + "experts"),
+    "experts of a later block": Fault(TRITON, "<= tile) & (expert == start)", "<= tile)", INTERPRETED + "experts"),
     "packed for not": Fault(TRITON, "x_row = row if PACKED else pair // topk", "x_row = pair // topk", INTERPRETED + "experts"),
     # kernels in C++
     "height for width": Fault("csrc", "+ g.pad_h - r * g.dil_h", "+ g.pad_w - r * g.dil_h", "ops/pixels/test_pixels"),

@@ -13,9 +13,10 @@ triton = pytest.importorskip("triton")
 
 from benchmarks.gpu.audit import forms_channels, forms_experts, forms_pixels  # noqa: E402
 from benchmarks.gpu.tune import break_even, problems, tiles, tune  # noqa: E402
+from dynops import ExpertPlan  # noqa: E402
 from dynops.kernels import configs  # noqa: E402
 from dynops.kernels.configs import Config  # noqa: E402
-from dynops.kernels.triton import tiling  # noqa: E402
+from dynops.kernels.triton import experts, tiling  # noqa: E402
 from dynops.kernels.triton.tiling import Tile  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -169,6 +170,26 @@ def test_the_built_in_choice_counts_waves(monkeypatch):
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9)) == (32, 16)
 
 
+@pytest.mark.parametrize(
+    "tokens,tile,programs",
+    [(1, (16, 64), 8 * 32), (16, (16, 64), 68 * 32), (128, (32, 64), 94 * 32), (256, (64, 128), 95 * 16), (8192, (128, 256), 576 * 8)],
+)  # fmt: skip
+def test_experts_take_tiles_of_their_rows(tokens, tile, programs, monkeypatch):
+    """No taller than the rows that an expert rarely has more of, and no more programs than the pairs may need."""
+    launched = []
+
+    def run(self, *args, grid, warmup, **options):
+        launched.append(((options["M"], options["N"]), *grid))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 132))
+    plan = ExpertPlan.from_topk(torch.rand(tokens, 64).topk(8).indices, 64)
+    x, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((tokens, 2048), (64, 2048, 2048)))
+    plan = (plan.order, plan.offsets, plan.position)
+    experts.linear(x, weight, None, None, None, *plan, False, True, False, "")
+    assert launched == [(tile, programs)]
+
+
 class Clock:
     """Time by a formula of the tile that a call takes; each call takes a second of :meth:`now`."""
 
@@ -275,7 +296,7 @@ def test_the_time_is_kept_and_shared():
 
 @pytest.mark.parametrize("arch, kind", tiling.TILES)
 def test_candidates_are_tiles_that_a_launcher_takes(arch, kind):
-    for tile in tiling.TILES[arch, kind]:
+    for tile in tiling.table(arch, kind, "experts"):
         assert tiles.may_fit(tile, kind, 227 * 1024), "a tile that ships is no candidate"
         for near in tiles.neighbours(tile):
             changed = [a != b for a, b in zip(tile, near, strict=True)]

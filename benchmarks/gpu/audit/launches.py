@@ -107,7 +107,8 @@ def tiles(arch: int) -> list[tuple[str, Tile]]:
     measured = (
         [(e["kind"], Tile(**e["tile"])) for e in config.tiles if e["tile"]] if config is not None else []
     )
-    table = [(kind, tile) for (owner, kind), some in tiling.TILES.items() if owner == arch for tile in some]
+    kinds = [kind for owner, kind in tiling.TILES if owner == arch]
+    table = [(kind, tile) for kind in kinds for tile in tiling.table(arch, kind, "experts")]
     return list(dict.fromkeys(table + measured))
 
 
@@ -132,8 +133,10 @@ def recorded(
         return float32 if dtype == torch.float32 else "half"
 
     def built_in(device, family: str, kind: str, limits: tiling.Limits, *problem: int) -> Tile:
-        tile = next(filter(limits.allow, tiling.TILES[arch, kind]))  # large first
-        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]):
+        some = filter(limits.allow, tiling.table(arch, kind, family))
+        tile = max(some, key=lambda tile: tile.m * tile.n)
+        others = () if family == "experts" else tiling.EXPERT_TILES[kind]
+        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]) and wanted[1] not in others:
             tile = wanted[1]
         return limits.registers(tile, arch)
 

@@ -50,7 +50,7 @@ def combine_pairs_kernel(
     inside = token < tokens
     present = (channel < channels)[None, :]
     acc = tl.zeros([M, N], tl.float32)
-    for k in range(topk):
+    for k in tl.range(topk, loop_unroll_factor=4):
         row = tl.load(position + token * topk + k, mask=inside, other=-1)
         live = row >= 0
         if WIDE:
