@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ TILES = {
 # in a clock by the datasheets of A100, H100 and B200, over 64 bytes; in float32 half as many over elements twice as
 # long. Without tensor cores 64 or 128 over 16 elements.
 _TENSOR_CORES = {80: 32, 90: 64, 100: 128}
+_PER_US = {
+    80: 1024 * 1410,
+    90: 2048 * 1755,
+    100: 4096 * 1850,
+}  # by an SM, at the boost clocks of those datasheets
 _LOAD = {"half": _TENSOR_CORES, "tf32": _TENSOR_CORES, "ieee": {80: 4, 90: 8, 100: 8}}
 
 
@@ -95,6 +101,13 @@ def built_in(
     arch, processors = device_facts(device)
     problem, load = (rows, n, k, batch, family.endswith("_weight")), _LOAD[kind][arch]
     return min(filter(limits.allow, TILES[arch, kind]), key=lambda t: _work(t, *problem, processors, load))
+
+
+def expected_us(device: torch.device, tile: Tile, rows: int, n: int, k: int) -> float:
+    """The time of a product ``[rows, k] @ [k, n]`` of half precision by :func:`_work`, if nothing else takes longer."""
+    arch, processors = device_facts(device)
+    work = _work(tile, rows, n, k, 1, False, processors, _TENSOR_CORES[arch])
+    return k * work / _PER_US[arch]
 
 
 def _work(
@@ -188,3 +201,26 @@ def parts(device: torch.device, programs: int, steps: int, outputs: int) -> int:
 def resident(device: torch.device) -> int:
     """About how many programs run at once: four on each SM, where registers and shared memory allow it."""
     return 4 * device_facts(device)[1]
+
+
+_BOXES = (128, 64)  # pixels, as many as tiles for wgmma have rows
+
+
+@functools.cache
+def box_of(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """The box of so many pixels, a power of two, of which the fewest cover a block; of several the squarest."""
+    shapes = [(1 << i, pixels >> i) for i in range(pixels.bit_length())]
+    return min(shapes, key=lambda box: (boxes_in(size, box), abs(math.log2(box[0] / box[1])), box[0]))
+
+
+def boxes_in(size: tuple[int, int], box: tuple[int, int]) -> int:
+    """The boxes that cover a block."""
+    return -(-size[0] // box[0]) * -(-size[1] // box[1])
+
+
+@functools.cache
+def tallest_box(size: tuple[int, int]) -> int:
+    """The pixels of the largest box of which a quarter at most lies outside of the block; else of the best one."""
+    computed = {m: boxes_in(size, box_of(size, m)) * m for m in _BOXES}
+    least = max(4 / 3 * size[0] * size[1], min(computed.values()))
+    return next(m for m, pixels in computed.items() if pixels <= least)

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry, ConvGeometry
 from ...kept import kept
+from ...modes import autocast_dtype, differentiated
+from ...ops import block_conv
 from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
-from ...plans import PixelPlan
+from ...plans import BlockPlan, PixelPlan
 from ..module_geometry import geometry_of, two
 from ..norm import check_features, fold, norm_rows, uses_batch_statistics
 from ..receptive_field import KeptSizes, Transposed, Window
@@ -105,6 +107,25 @@ class Conv(Layer):
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
 
+    def takes_blocks(self, x: Tensor, plan: BlockPlan) -> bool:
+        """True where the layer by itself makes a map at the plan's blocks by the kernel of blocks, and this is faster."""
+        weight, bias = self.parameters["weight"], self.parameters["bias"]
+        if self.transposed or self.pads is not None or x.dim() != 4 or x.shape[1] != self.in_channels:
+            return False
+        if (
+            not x.is_cuda
+            or weight.device != x.device
+            or (self.norm is not None and uses_batch_statistics(self.norm))
+        ):
+            return False
+        fused = self.norm is not None or self.residual is not None or self.activation
+        if fused and differentiated(
+            x, weight, bias, *(self.norm.parameters() if self.norm is not None else ())
+        ):
+            return False
+        dtype = autocast_dtype(x) or x.dtype
+        return block_conv.takes(x, dtype, weight, plan, self.geometry((x.shape[0], *x.shape[2:])))
+
     def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
         if self.pads is None and (rows := run.rows_of(self.x)) is not None:
@@ -151,6 +172,8 @@ class Conv(Layer):
             return norm_rows(norm, out, plan, residual, activation)
         else:
             epilogue = Epilogue(activation, *fold(norm), None, residual)
+        if type(plan) is BlockPlan:
+            return block_conv.block_conv(values, weight, bias, plan, geometry, epilogue, base)
         # other layers of the stack read rows by their pixels
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None, False)
 

@@ -2,12 +2,13 @@
 
 import os
 
+import block_conv_launches
 import interpreter  # noqa: F401 (mends and checks the interpreter)
 import pytest
 import torch
 from block_cases import CASES, Inputs, check_gather, check_scatter, of_cases
 
-from dynops.kernels.triton import blocks, gemm
+from dynops.kernels.triton import blocks, gemm, rows, tiling
 from dynops.ops import blocks as reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,3 +57,19 @@ def test_units_are_as_wide_as_edges_allow():
     ):
         units, got = blocks.in_units(g, elements, size)
         assert got == unit and units.width * unit == g.width * elements
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_blocks.py has the layers")
+@pytest.mark.parametrize("name", block_conv_launches.CASES)
+def test_conv(name, monkeypatch):
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 1))
+    for dtype in (torch.float16, torch.bfloat16)[: 2 if name == "3x3" else 1]:
+        block_conv_launches.check(block_conv_launches.CASES[name], dtype)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_blocks.py has the layers")
+@pytest.mark.parametrize("name", ["3x3", "offset", "capacity-exceeded", "ragged-blocks"])
+def test_large_maps_are_filled_around_the_blocks(name, monkeypatch):
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 1))
+    monkeypatch.setattr(rows, "_LARGE", 1)
+    block_conv_launches.check(block_conv_launches.CASES[name], torch.float16)
