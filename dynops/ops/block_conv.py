@@ -45,7 +45,7 @@ def _run(
     if not g.stride_h == g.stride_w == 1:
         raise RuntimeError(f"geometry: expected strides of 1, got {g.stride_h}, {g.stride_w}")
     kernels = _KERNELS.of(None, x)
-    if kernels is not None and kernels is not cpu.pixels and kernels.fits(x.device, x.dtype, weight, g):
+    if kernels not in (None, cpu.pixels) and x.numel() > 0 and kernels.fits(x.device, x.dtype, weight, g):
         finish = activation, scale, shift, residual, base
         return kernels.conv(x, weight, bias, index, count, blocks, g, *finish)
     covered = torch.ops.dynops.block_cover(index, count, blocks)

@@ -109,10 +109,10 @@ class Traced:
 
     def on_blocks(self, x: Tensor, plan: BlockPlan, base: Tensor | None = None) -> Tensor:
         """As :meth:`on_rows` at the pixels of these blocks; one convolution may read and write the maps in boxes."""
-        first, *others = self.stack.layers
-        if others or first.conv is None or not first.takes_blocks(x, plan):
-            return self.on_rows(x, plan.pixels(), base)
-        return self.on_rows(x, plan, base)
+        layers = self.stack.layers
+        alone = len(layers) == 1 and layers[0].conv is not None and layers[0].out == self.stack.output
+        boxes = alone and layers[0].takes_blocks(x, plan, base)
+        return self.on_rows(x, plan if boxes else plan.pixels(), base)
 
     def convs(self, in_shape: tuple[int, int, int]):
         """Each layer that is a convolution, with its geometry on this input."""

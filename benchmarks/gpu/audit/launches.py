@@ -60,7 +60,9 @@ class Launch:
         """``128x256x64 w8 s3``: what a program computes, its warps, and the stages of its pipeline."""
         values = dict(self.constants) | dict(self.options)
         sizes = "x".join(
-            str(values[name]) for name in ("M", "N", "K", "P", "UNIT", "BLOCK") if name in values
+            str(values[name])
+            for name in ("M", "BOX_H", "BOX_W", "N", "K", "P", "UNIT", "BLOCK")
+            if name in values
         )
         return f"{sizes} w{values.get('num_warps', 4)} s{values.get('num_stages', '-')}"
 

@@ -31,7 +31,7 @@ from ..configs import bucket
 from ..layout import contiguous, empty_map, memory_format_of
 from . import gemm, tiling
 from .gemm import activate, finish, rank, split_pixel
-from .rows import filled_by, words
+from .rows import fill_rows, filled_by, words
 
 _SIZES = [
     "total", "planes", "height", "width", "grid_h", "grid_w", "step_h", "step_w", "first_h", "first_w",
@@ -211,14 +211,7 @@ def fill_blocks_kernel(
     row = rank(index, last, block, 31, False) - 1
     entry = tl.load(index + row, mask=row >= 0, other=-2)
     bare = (entry != block) & (pixel < pixels)
-    for start in range(0, channels, N):
-        channel = start + tl.arange(0, N)
-        mask = bare[:, None] & (channel < channels)[None, :]
-        at = pixel[:, None] * channels + channel[None, :]
-        value = tl.zeros([M, N], out.dtype.element_ty)
-        if base is not None:
-            value = tl.load(base + at, mask=mask)
-        tl.store(out + at, value, mask=mask)
+    fill_rows(out, base, pixel, bare, channels, M, N)
 
 
 # ----------------------------------------------------------------------------------- launchers
@@ -272,13 +265,10 @@ def conv(
     g, b = ConvGeometry(*geometry), as_block_geometry(blocks)
     channels = weight.shape[1] if g.transposed else weight.shape[0]
     out = empty_map(x, (g.batch, channels, g.out_h, g.out_w), torch.channels_last)
-    if out.numel() == 0:
-        return out.contiguous(memory_format=memory_format_of(x))
     operands = [contiguous(t) for t in (bias, scale, shift)]
-    with _filled(out, base, index, count, b):
-        if index.shape[0] > 0:
-            with gemm.on_device(x):
-                _conv(x, weight, residual, out, index, count, *operands, b, g, activation)
+    with _filled(out, base, index, count, b), gemm.on_device(x):
+        if index.shape[0] > 0 and out.numel() > 0:
+            _conv(x, weight, residual, out, index, count, *operands, b, g, activation)
     return out.contiguous(memory_format=memory_format_of(x))
 
 
@@ -292,9 +282,8 @@ def _conv(x, weight, residual, out, index, count, bias, scale, shift, b: BlockGe
     box = tiling.box_of(size, tile.pop("M"))
     tile["K"] = min(tile["K"], c & -c)  # a box of weights ends with the tap
     w = _aligned(gemm.weight_rows(weight, x.dtype, 1)).flatten(1)
-    w_box = TensorDescriptor.from_tensor(
-        w, [tile["K"], tile["N"]] if g.transposed else [tile["N"], tile["K"]]
-    )
+    sides = ("K", "N") if g.transposed else ("N", "K")
+    w_box = TensorDescriptor.from_tensor(w, [tile[side] for side in sides])
     x_box = _map_box(x, box, tile["K"])
     residual_box = None if residual is None else _map_box(residual, box, tile["N"])
     programs = index.shape[0] * tiling.boxes_in(size, box) * triton.cdiv(o, tile["N"])
@@ -352,7 +341,8 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None, b: BlockGeometry):
     """As ``rows.filled``, where ``index`` has no block."""
-    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], tiling.direct_tile(out.shape[1])
+    channels, tile = out.shape[1], tiling.direct_tile(out.shape[1])
+    pixels = b.batch * b.height * b.width
 
     def fill(values: Tensor, base: Tensor | None) -> None:
         fill_blocks_kernel[(triton.cdiv(pixels, tile["M"]),)](

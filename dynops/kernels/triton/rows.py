@@ -112,6 +112,19 @@ def merge_rows_kernel(
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def fill_rows(out, base, pixel, bare, channels, M: tl.constexpr, N: tl.constexpr):
+    """out = base, or zero, at those of a program's pixels that are bare."""
+    for start in range(0, channels, N):
+        channel = start + tl.arange(0, N)
+        mask = bare[:, None] & (channel < channels)[None, :]
+        at = pixel[:, None] * channels + channel[None, :]
+        value = tl.zeros([M, N], out.dtype.element_ty)
+        if base is not None:
+            value = tl.load(base + at, mask=mask)
+        tl.store(out + at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "pixels"])
 def fill_kernel(
     out, base, index, count, rows, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
@@ -124,14 +137,7 @@ def fill_kernel(
     row = rank(index, last, pixel, 31, False) - 1
     entry = tl.load(index + row, mask=row >= 0, other=-1)
     bare = (entry != pixel) & (pixel < pixels)
-    for start in range(0, channels, N):
-        channel = start + tl.arange(0, N)
-        mask = bare[:, None] & (channel < channels)[None, :]
-        at = pixel[:, None] * channels + channel[None, :]
-        value = tl.zeros([M, N], out.dtype.element_ty)
-        if base is not None:
-            value = tl.load(base + at, mask=mask)
-        tl.store(out + at, value, mask=mask)
+    fill_rows(out, base, pixel, bare, channels, M, N)
 
 
 @triton.jit(do_not_specialize=["columns", "h", "w"])

@@ -107,24 +107,21 @@ class Conv(Layer):
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
 
-    def takes_blocks(self, x: Tensor, plan: BlockPlan) -> bool:
-        """True where the layer by itself makes a map at the plan's blocks by the kernel of blocks, and this is faster."""
-        weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if self.transposed or self.pads is not None or x.dim() != 4 or x.shape[1] != self.in_channels:
+    def takes_blocks(self, x: Tensor, plan: BlockPlan, base: Tensor | None) -> bool:
+        """True where the layer, alone in its stack, is expected to be faster by the kernel of blocks."""
+        weight, norm = self.parameters["weight"], self.norm
+        if not x.is_cuda or x.dim() != 4 or self.transposed or self.pads is not None:
             return False
-        if (
-            not x.is_cuda
-            or weight.device != x.device
-            or (self.norm is not None and uses_batch_statistics(self.norm))
-        ):
+        self.check_input(x)
+        g = self.geometry((x.shape[0], *x.shape[2:]))
+        if self.residual is not None and (g.in_shape != g.out_shape or self.in_channels != self.out_channels):
             return False
-        fused = self.norm is not None or self.residual is not None or self.activation
-        if fused and differentiated(
-            x, weight, bias, *(self.norm.parameters() if self.norm is not None else ())
-        ):
-            return False
-        dtype = autocast_dtype(x) or x.dtype
-        return block_conv.takes(x, dtype, weight, plan, self.geometry((x.shape[0], *x.shape[2:])))
+        if norm is not None or self.residual is not None or self.activation:  # fused, which has no gradient
+            if norm is not None and uses_batch_statistics(norm):
+                return False
+            if differentiated(x, base, *self.conv.parameters(), *(() if norm is None else norm.parameters())):
+                return False
+        return block_conv.takes(x, autocast_dtype(x) or x.dtype, weight, plan, g)
 
     def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
