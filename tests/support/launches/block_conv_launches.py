@@ -61,7 +61,7 @@ CASES = {
     "transposed": Case(transposed=True, o=32),
     "transposed-dilation": Case(transposed=True, kernel=(2, 3), dil=(3, 1), pad=(1, 0), n=1, kind="full"),
     "blocks-of-boxes": Case(block=(16, 16), n=1, kind="full"),
-    "ragged-blocks": Case(block=(12, 9), n=1, kind="full"),
+    "ragged-blocks": Case(block=(12, 9)),
     "blocks-over-the-map": Case(h=5, w=6, block=(16, 8), kind="full"),
     "offset": Case(offset=(-3, 2), n=1, kind="full"),
     "lines": Case(block=(1, 64), n=1, h=7, kind="full"),
