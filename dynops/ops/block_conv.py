@@ -1,8 +1,8 @@
 """The convolution of stride 1 at the blocks of a plan, from a map to a map, for ``nn.SparseBlocks``.
 
 The mathematics are those of ``ops/pixels/conv.py`` at the pixels that the blocks cover. The plan gives the blocks and
-no pixels: a kernel that reads boxes of a map needs no list of them. ``_block_conv`` is the reference in plain PyTorch,
-and the kernel has the same signature. There is none for a CPU, whose ``nn.SparseBlocks`` computes pixels.
+no pixels: a kernel that reads boxes of a map needs no list of them. Where there is no such kernel, that of pixels
+computes the same, and its reference is that of both.
 
 The gradient of the input is such a convolution too: of the output's gradient, zero outside of the plan, at the blocks
 of the input that a block of the plan reads.
@@ -20,7 +20,7 @@ from ..kernels.layout import empty_map, memory_format_of
 from ..plans import BlockPlan
 from .dispatch import Kernels, triton_module
 from .epilogue import Epilogue
-from .pixels import conv as pixels
+from .pixels import conv as pixel_ops
 from .registry import define
 
 _KERNELS = Kernels(cpu.pixels, "blocks")
@@ -32,6 +32,8 @@ def _run(
     bias: Tensor | None,  # [O]
     index: Tensor,  # [B]
     count: Tensor | None,  # [1]
+    pixels: Tensor | None,  # [P], those of the blocks; None: they are made where a gradient needs them
+    num_pixels: Tensor | None,  # [1]
     blocks: list[int],
     geometry: list[int],
     activation: str,
@@ -48,46 +50,50 @@ def _run(
     if kernels not in (None, cpu.pixels) and x.numel() > 0 and kernels.fits(x.device, x.dtype, weight, g):
         finish = activation, scale, shift, residual, base
         return kernels.conv(x, weight, bias, index, count, blocks, g, *finish)
-    covered = torch.ops.dynops.block_cover(index, count, blocks)
-    at, valid = torch.ops.dynops.mask_to_index_capacity(covered, covered.numel())
+    at, valid = pixels, num_pixels
+    if at is None:
+        at, valid = _pixels_of(torch.ops.dynops.block_cover(index, count, blocks))
     rows = None if residual is None else torch.ops.dynops.gather_rows(residual, at, valid)
     finish = activation, scale, shift, None, rows, base, False, None, True, ""
-    return pixels._run_conv(x, weight, bias, at, valid, None, list(g), *finish)
+    return pixel_ops._run_conv(x, weight, bias, at, valid, None, list(g), *finish)
 
 
-def _fake(x, weight, bias, index, count, blocks, geometry, *finish) -> Tensor:
+def _pixels_of(covered: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels of a mask and their number, with a capacity of all: nothing waits for a GPU."""
+    return torch.ops.dynops.mask_to_index_capacity(covered, covered.numel())
+
+
+def _fake(x, weight, bias, index, count, pixels, num_pixels, blocks, geometry, *finish) -> Tensor:
     g = as_geometry(geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
     return empty_map(x, (g.batch, channels, g.out_h, g.out_w), memory_format_of(x))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, index, count, ctx.blocks, ctx.geometry, activation, *rest, _ = inputs
-    if activation or any(value is not None for value in rest):
+    x, weight, _, *where, ctx.blocks, ctx.geometry, activation, scale, shift, residual, _ = inputs
+    if activation or any(value is not None for value in (scale, shift, residual)):
         raise RuntimeError(
             "dynops::block_conv: the fused activation, scale, shift and residual have no gradient"
         )
-    ctx.save_for_backward(x, weight, index, count)
+    ctx.save_for_backward(x, weight, *where)
 
 
 def _backward(ctx, grad):
-    x, weight, index, count = ctx.saved_tensors
+    x, weight, index, count, *pixels = ctx.saved_tensors
     g, blocks = as_geometry(ctx.geometry), as_block_geometry(ctx.blocks)
-    need_x, need_w, need_b, need_base = (ctx.needs_input_grad[i] for i in (0, 1, 2, 11))
+    need_x, need_w, need_b, need_base = (ctx.needs_input_grad[i] for i in (0, 1, 2, 13))
     covered = torch.ops.dynops.block_cover(index, count, list(blocks))
-    dx = dw = db = None
+    live = grad.masked_fill(~covered[:, None], 0) if need_x or need_b else None
+    dx = _input_grad(live, weight, covered, blocks, g) if need_x else None
     dbase = grad.masked_fill(covered[:, None], 0) if need_base else None
-    if need_x or (need_b and not need_w):
-        live = grad.masked_fill(~covered[:, None], 0)
-        if need_x:
-            dx = _input_grad(live, weight, covered, blocks, g)
-        if not need_w:
-            db = live.sum((0, 2, 3)) if need_b else None
+    dw = db = None
     if need_w:
-        plan = BlockPlan._made(index, blocks, count).pixels()
-        at = plan.index, plan.count, None
-        dw, db = pixels._weight_grad(grad, x, *at, list(weight.shape), list(g), False, need_b, "")
-    return dx, dw, (db if need_b else None), *[None] * 8, dbase
+        where = pixels if pixels[0] is not None else _pixels_of(covered)
+        sizes = list(weight.shape), list(g)
+        dw, db = pixel_ops._weight_grad(grad, x, *where, None, *sizes, False, need_b, "")
+    elif need_b:
+        db = live.sum((0, 2, 3))
+    return dx, dw, (db if need_b else None), *[None] * 10, dbase
 
 
 def _input_grad(
@@ -104,12 +110,14 @@ def _input_grad(
     index, count = torch.ops.dynops.mask_to_index_capacity(reached, reached.numel())
     own = BlockGeometry(*g.in_shape, *grid, *sizes, 0, 0, *sizes)
     adjoint = g._replace(in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w, transposed=1 - g.transposed)
-    return _op(live, weight, None, index, count, list(own), list(adjoint), "", *[None] * 4)
+    where = index, count, None, None, list(own), list(adjoint)
+    return _op(live, weight, None, *where, "", *[None] * 4)
 
 
 _op = define(
-    "block_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, SymInt[] blocks, "
-    "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? residual, Tensor? base) -> Tensor",
+    "block_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? pixels, "
+    "Tensor? num_pixels, SymInt[] blocks, SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, "
+    "Tensor? residual, Tensor? base) -> Tensor",
     _KERNELS.serve(_run),
     _fake,
     _setup_context,
@@ -137,6 +145,8 @@ def takes(x: Tensor, dtype: torch.dtype, weight: Tensor, plan: BlockPlan, g: Con
 def block_conv(x, weight, bias, plan: BlockPlan, g: ConvGeometry, epilogue: Epilogue, base) -> Tensor:
     """The convolution at the plan's blocks, ``base`` (or zero) elsewhere. An epilogue has no gradient, and no gate."""
     activation, scale, shift, _, residual = epilogue
-    where = plan.index, plan.count, list(plan.geometry), list(g)
     base = None if base is None else base.to(x.dtype)
+    pixels = plan.pixels() if modes.differentiated(weight) else None  # kept, as a capture may come
+    at = (None, None) if pixels is None else (pixels.index, pixels.count)
+    where = plan.index, plan.count, *at, list(plan.geometry), list(g)
     return _op(x, weight, bias, *where, activation, scale, shift, residual, base)

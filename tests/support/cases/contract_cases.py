@@ -124,7 +124,9 @@ def block_conv_samples():
         plan = BlockPlan.from_mask(mask, 2, capacity=capacity)
         x, base = (in_layout(random_tensor(2, *size), layout) for size in ((c, 6, 7), (o, 5, 6)))
         weight, vector = random_tensor(o, c, 2, 2), random_tensor(o)
-        where = plan.index, plan.count, list(plan.geometry), g
+        pixels = plan.pixels()
+        at = (pixels.index, pixels.count) if capacity is None else (None, None)
+        where = plan.index, plan.count, *at, list(plan.geometry), g
         leaves = [t.detach().requires_grad_() for t in (x, weight, vector, base)]
         yield "block_conv", (*leaves[:3], *where, "", None, None, None, leaves[3])
         yield "block_conv", (x, weight, None, *where, "silu", vector, vector, base, None)
