@@ -125,7 +125,7 @@ class Conv(Layer):
         g = self.geometry((x.shape[0], *x.shape[2:]))
         if self.residual is not None and (g.in_shape != g.out_shape or self.in_channels != self.out_channels):
             return False
-        if norm is not None or self.residual is not None or self.activation:  # fused, which has no gradient
+        if not self.is_bare:  # what is fused has no gradient
             if norm is not None and uses_batch_statistics(norm):
                 return False
             if differentiated(x, base, *self.conv.parameters(), *(() if norm is None else norm.parameters())):
