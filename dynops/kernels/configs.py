@@ -47,7 +47,7 @@ class Config:
         """The fields of the tile that won nearest to this problem, or None where nothing near was measured.
 
         Args:
-            family: the kernel: "pixels", "channels" or "experts", with "_weight" for its weight gradient.
+            family: the kernel: "pixels", "blocks", "channels" or "experts", with "_weight" for its weight gradient.
             kind: the kind of product, as :func:`precision` names it.
             most: the elements of the largest tile that has registers for this form of the kernel.
             indirect: whether the addresses of a step are loaded in the step.

@@ -32,6 +32,7 @@ PARTS = {
     "gather_samples": _ROWS,
     "scatter_samples": (*_ROWS, "merge_rows"),
     "interpolate_pixels": ("nearest_pixel",),
+    "SparseBlocks": ("block_conv",),  # of one convolution
     "PixelPlan": ("mask_to_index", "mask_to_index_capacity", "inverse_index", "needed_mask"),
     "BlockPlan": ("block_mask", "block_cover", "block_pixels"),
     "ChannelPlan": ("channel_index", "channel_mask"),

@@ -61,7 +61,9 @@ class Launch:
         so many registers."""
         values = dict(self.constants) | dict(self.options)
         sizes = "x".join(
-            str(values[name]) for name in ("M", "N", "K", "P", "UNIT", "BLOCK") if name in values
+            str(values[name])
+            for name in ("M", "BOX_H", "BOX_W", "N", "K", "P", "UNIT", "BLOCK")
+            if name in values
         )
         most = f" r{values['maxnreg']}" if "maxnreg" in values else ""
         return f"{sizes} w{values.get('num_warps', 4)} s{values.get('num_stages', '-')}{most}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -112,6 +112,19 @@ def merge_rows_kernel(
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def fill_rows(out, base, pixel, bare, channels, M: tl.constexpr, N: tl.constexpr):
+    """out = base, or zero, at those of a program's pixels that are bare."""
+    for start in range(0, channels, N):
+        channel = start + tl.arange(0, N)
+        mask = bare[:, None] & (channel < channels)[None, :]
+        at = pixel[:, None] * channels + channel[None, :]
+        value = tl.zeros([M, N], out.dtype.element_ty)
+        if base is not None:
+            value = tl.load(base + at, mask=mask)
+        tl.store(out + at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "pixels"])
 def fill_kernel(
     out, base, index, count, rows, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
@@ -124,14 +137,7 @@ def fill_kernel(
     row = rank(index, last, pixel, 31, False) - 1
     entry = tl.load(index + row, mask=row >= 0, other=-1)
     bare = (entry != pixel) & (pixel < pixels)
-    for start in range(0, channels, N):
-        channel = start + tl.arange(0, N)
-        mask = bare[:, None] & (channel < channels)[None, :]
-        at = pixel[:, None] * channels + channel[None, :]
-        value = tl.zeros([M, N], out.dtype.element_ty)
-        if base is not None:
-            value = tl.load(base + at, mask=mask)
-        tl.store(out + at, value, mask=mask)
+    fill_rows(out, base, pixel, bare, channels, M, N)
 
 
 @triton.jit(do_not_specialize=["columns", "h", "w"])
@@ -266,9 +272,23 @@ def merge_rows(
     return out
 
 
+def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None):
+    """As :func:`filled_by`, where the ascending ``index`` has no pixel."""
+    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
+
+    def fill(values: Tensor, base: Tensor | None) -> None:
+        fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
+            values, base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
+        )
+
+    return filled_by(out, base, fill)
+
+
 @contextlib.contextmanager
-def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None) -> Iterator[None]:
-    """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
+def filled_by(
+    out: Tensor, base: Tensor | None, fill: Callable[[Tensor, Tensor | None], None]
+) -> Iterator[None]:
+    """Makes a channels_last map ``base``, or zero, where ``fill`` does so; the block writes the other pixels.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
     by memory. It is launched after them: programs start in the order of their launches, and a fill of thousands would
@@ -280,13 +300,10 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
         yield
         return
     base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
-    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
     earlier = torch.cuda.current_stream(out.device).record_event() if out.is_cuda else None
     yield
     with _aside(out, earlier):
-        fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
-            words(out), base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
-        )
+        fill(words(out), base)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ _RATE = {"half": {80: 1024, 90: 2048, 100: 4096}, "tf32": {80: 512, 90: 1024, 10
 # take: an A100's datasheet has 5120 for 108 SMs; the others are guesses, on sm_90 from 6 TB/s for 132 SMs at 1.7 GHz.
 _PORT = 64
 _L2 = {80: 47, 90: 27, 100: 32}
+_CLOCK = {80: 1410, 90: 1755, 100: 1850}  # MHz, the boost clocks of those datasheets
 
 
 def choose(
@@ -118,9 +120,7 @@ def built_in(
 ) -> Tile:
     """The tile of the table that is expected to be the fastest for a problem; see :func:`choose`."""
     arch, processors = device_facts(device)
-    problem = (rows, n, k, batch, family.endswith("_weight"))
-    width = 2 if kind == "half" else 4  # bytes
-    costs = (processors, *(_RATE[kind][arch] * width / speed for speed in (_PORT, _L2[arch])))
+    problem, costs = (rows, n, k, batch, family.endswith("_weight")), (processors, *_loads(kind, arch))
     some = filter(limits.allow, table(arch, kind, family))
     return limits.registers(min(some, key=lambda t: _work(t, *problem, *costs)), arch)
 
@@ -128,6 +128,19 @@ def built_in(
 def table(arch: int, kind: str, family: str) -> tuple[Tile, ...]:
     """The tiles that a kernel may take on an architecture."""
     return TILES[arch, kind] + (EXPERT_TILES[kind] if family == "experts" else ())
+
+
+def expected_us(device: torch.device, tile: Tile, rows: int, n: int, k: int) -> float:
+    """The time of a product ``[rows, k] @ [k, n]`` of half precision by :func:`_work`, if nothing else takes longer."""
+    arch, processors = device_facts(device)
+    work = _work(tile, rows, n, k, 1, False, processors, *_loads("half", arch))
+    return k * work / (_RATE["half"][arch] * _CLOCK[arch])
+
+
+def _loads(kind: str, arch: int) -> tuple[float, float]:
+    """The multiply-adds of an SM that take as long as one element through its port, and from the L2 of all."""
+    width = 2 if kind == "half" else 4  # bytes
+    return _RATE[kind][arch] * width / _PORT, _RATE[kind][arch] * width / _L2[arch]
 
 
 def _work(
@@ -235,3 +248,26 @@ def parts(device: torch.device, programs: int, steps: int, outputs: int) -> int:
 def resident(device: torch.device) -> int:
     """About how many programs run at once: four on each SM, where registers and shared memory allow it."""
     return 4 * device_facts(device)[1]
+
+
+_BOXES = (128, 64)  # pixels, as many as tiles for wgmma have rows
+
+
+@functools.cache
+def box_of(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """The box of so many pixels, a power of two, of which the fewest cover a block; of several the squarest."""
+    shapes = [(1 << i, pixels >> i) for i in range(pixels.bit_length())]
+    return min(shapes, key=lambda box: (boxes_in(size, box), abs(math.log2(box[0] / box[1])), box[0]))
+
+
+def boxes_in(size: tuple[int, int], box: tuple[int, int]) -> int:
+    """The boxes that cover a block."""
+    return -(-size[0] // box[0]) * -(-size[1] // box[1])
+
+
+@functools.cache
+def tallest_box(size: tuple[int, int]) -> int:
+    """The pixels of the largest box of which a quarter at most lies outside of the block; else of the best one."""
+    computed = {m: boxes_in(size, box_of(size, m)) * m for m in _BOXES}
+    least = max(4 / 3 * size[0] * size[1], min(computed.values()))
+    return next(m for m, pixels in computed.items() if pixels <= least)

@@ -86,6 +86,7 @@ def cases(t: Maker) -> dict[str, list]:
         "pixel_conv_input_grad/rows": [t(20, 6), t(6, 4, 3, 3), full, valid, source, rows, g, True, b],
         "pixel_conv_weight_grad": [t(2, 6, 4, 3), t(2, 4, 4, 3), index, count, None, [6, 4, 3, 3], g, False, True, b],
         "pixel_conv_weight_grad/rows": [t(len(index), 6), t(rows, 4), index, count, source, [6, 2, 3, 3], _geometry(2), True, False, b],
+        "block_conv": [t(2, 4, 3, 4), t(6, 4, 3, 3), t(6), blocks, no_count, None, None, narrow, list(ConvGeometry(2, 3, 4, 3, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0)), "", None, None, None, t(2, 6, 3, 4)],
         "gather_tiles": [t(2, 3, 3, 4), blocks, no_count, wide],
         "scatter_tiles": [t(len(blocks), 3, 2, 2), blocks, no_count, narrow, t(2, 3, 3, 4), False],
         "scatter_tiles/add": [t(len(blocks), 3, 4, 4), blocks, no_count, wide, t(2, 3, 3, 4), True],

@@ -10,6 +10,9 @@ from driver.watch import watch
 from torch import Tensor
 
 from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, ops
+from dynops.geometry import conv_geometry
+from dynops.ops.block_conv import block_conv
+from dynops.ops.epilogue import NOTHING
 from dynops.testing import random_mask
 
 
@@ -160,9 +163,16 @@ def _block_calls() -> dict[str, Call]:
     def overlapping(plan, x):
         return ops.scatter_blocks(ops.gather_blocks(x, plan, halo=1)[:, :, 1:-1, 1:-1], plan, add=True)
 
+    def conv(plan, x, base, weight, bias):
+        g = conv_geometry((1, 400, 704), (3, 3), before=(1, 1))
+        return block_conv(x, weight, bias, plan, g, NOTHING, base)
+
     size = (1, 64, 400, 704)
     return {
         "gather_blocks, scatter_blocks": Call(tiles, _blocks(1, 400, 704, 8), (size, size)),
+        "SparseBlocks of a convolution": Call(
+            conv, _blocks(1, 400, 704, 16), (size, size), ((64, 64, 3, 3), (64,))
+        ),
         "gather_blocks with a halo": Call(overlapping, _blocks(1, 400, 704, 16), (size,)),
     }
 
@@ -327,6 +337,7 @@ LAUNCHES = {
     "gather_pixels, scatter_pixels":     {"exact": (2, 1, 2, 1), "capacity": (2, 1, 2, 1)},
     "interpolate_pixels":                {"exact": (3, 23, 3, 11), "capacity": (5, 56, 3, 18)},
     "gather_blocks, scatter_blocks":     {"exact": (2, 8, 2, 41), "capacity": (2, 8, 2, 41)},
+    "SparseBlocks of a convolution":     {"exact": (2, 0, 4, 140), "capacity": (2, 48, 4, 141)},  # float32, A100: by pixels
     "gather_blocks with a halo":         {"exact": (2, 9, 2, 12), "capacity": (2, 9, 2, 12)},
     "channel_conv2d":                    {"exact": (3, 0, 9, 15), "capacity": (3, 1, 9, 16)},
     "channel_conv2d, few pixels":        {"exact": (2, 0, 10, 15), "capacity": (2, 1, 8, 16)},
