@@ -135,6 +135,11 @@ class use_mask:
         elif min(self._mask.shape[1:]) > 0:
             self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
 
+    def for_graph(self) -> tuple[Tensor, int | None]:
+        """The mask ``[N, H, W]`` as the input of a CUDA graph whose layers run under it, and the pixels that are expected."""
+        self._used = True
+        return self._mask, None if self._given is None else self._given._expected_of(self._mask.numel())
+
     def note(self, x: Tensor, plan: PixelPlan) -> Tensor:
         """``x``, of which is known from now on that it is zero outside of ``plan``."""
         if not is_compiling() and not x.is_inference():

@@ -25,6 +25,7 @@ from torch import Tensor
 from ...geometry import BlockGeometry, as_block_geometry
 from ..layout import empty_map, memory_format_of
 from . import gemm
+from .launch import cdiv, launch
 from .rows import words
 
 _SIZES = [
@@ -125,7 +126,7 @@ def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Te
     x = x.contiguous(memory_format=layout)
     with gemm.on_device(x):
         arguments, grid = _arguments(x, out, g, layout, out)
-        gather_tiles_kernel[grid](words(x), words(out), index, **arguments)
+        launch(gather_tiles_kernel, *grid)(words(x), words(out), index, **arguments)
     return out
 
 
@@ -150,7 +151,7 @@ def scatter_tiles(
         values = [None if t is None else words(t) for t in values]
     with gemm.on_device(tiles):
         arguments, grid = _arguments(out, tiles, g, layout, out)
-        scatter_tiles_kernel[grid](*values, inverse, **over, ADD=add, **arguments)
+        launch(scatter_tiles_kernel, *grid)(*values, inverse, **over, ADD=add, **arguments)
     return out
 
 
@@ -174,7 +175,7 @@ def _arguments(x: Tensor, tiles: Tensor, g: BlockGeometry, layout, out: Tensor) 
     total = out.numel() // unit
     wide = gemm.is_wide(x, tiles) or _reach(units) >= gemm.INT32_LIMIT
     arguments = {"total": total, "planes": 1 if last else x.shape[1], **sizes}
-    return {**arguments, "WIDE": wide, "UNIT": unit, "P": _UNITS}, (triton.cdiv(total, _UNITS),)
+    return {**arguments, "WIDE": wide, "UNIT": unit, "P": _UNITS}, (cdiv(total, _UNITS),)
 
 
 def _reach(g: BlockGeometry) -> int:
@@ -187,4 +188,4 @@ def _reach(g: BlockGeometry) -> int:
 
 def _most_over(tile: int, step: int, grid: int) -> int:
     """The most tiles of one axis that lie over a coordinate."""
-    return min(triton.cdiv(tile, step), max(grid, 1))
+    return min(cdiv(tile, step), max(grid, 1))

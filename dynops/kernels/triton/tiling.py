@@ -92,8 +92,14 @@ def built_in(
     device: torch.device, family: str, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int
 ) -> Tile:
     """The tile of the table that is expected to be the fastest for a problem; see :func:`choose`."""
-    arch, processors = device_facts(device)
-    problem, load = (rows, n, k, batch, family.endswith("_weight")), _LOAD[kind][arch]
+    return _fastest(*device_facts(device), kind, limits, rows, n, k, batch, family.endswith("_weight"))
+
+
+@functools.lru_cache(4096)
+def _fastest(
+    arch: int, processors: int, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int, slices: bool
+) -> Tile:
+    problem, load = (rows, n, k, batch, slices), _LOAD[kind][arch]
     return min(filter(limits.allow, TILES[arch, kind]), key=lambda t: _work(t, *problem, processors, load))
 
 
