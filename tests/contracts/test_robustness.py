@@ -119,7 +119,7 @@ def test_memory_does_not_grow(backend):
             *leaves, None, plan, padding=1, gate=torch.rand(2, 28, 28), backend=backend
         ).sum().backward()
 
-    for _ in range(10):
+    for _ in range(40):  # the allocator's own arenas grow by 8 MiB under torch 2.14, and then no more
         step()
     before = resident_mib()
     for _ in range(60):  # rows that are not freed would be 0.2 MiB a step, a map 0.4

@@ -40,6 +40,7 @@ class Conv(Layer):
             self.refusal = f"{self.name}: expected padding_mode='zeros', got {conv.padding_mode!r}"
         elif self.norm is not None:
             self.refusal = statistics_refusal(self.norm_name, self.norm)
+        self.waits = False  # for what follows: a call of a module that may be computed with it
         self.parameters = conv._parameters  # nn.Module.__getattr__ costs half a microsecond
         self._geometries = KeptSizes()
 
@@ -53,6 +54,11 @@ class Conv(Layer):
         else:
             pads = (two(c.padding)[i],) * 2
         return Window(two(c.kernel_size)[i], two(c.stride)[i], *pads, two(c.dilation)[i])
+
+    @property
+    def is_bare(self) -> bool:
+        """True for a convolution with nothing fused to it."""
+        return self.norm is None and self.residual is None and not self.activation
 
     def check(self) -> None:
         if self.norm is not None:
@@ -99,6 +105,9 @@ class Conv(Layer):
             if residual is None or residual.shape[1] != self.out_channels or apart:
                 rows = self._product(run, values, in_plan, plan, g, "")
                 return self._then_broadcast(run, rows, residual, plan)
+        if self.waits and run.maps and run.autocast is None:
+            self._check_values(values)
+            return run.bare(values, in_plan, self.parameters["weight"], self.parameters["bias"], plan, g)
         if run.ends_with(self) and not (self.norm is not None and uses_batch_statistics(self.norm)):
             run.ended = plan
             base = run.base(self.out_channels, values.dtype if wide else run.autocast)
@@ -131,12 +140,10 @@ class Conv(Layer):
         rows: bool = True,
     ) -> Tensor:  # [P, O], or [N, O, H, W] without ``rows``
         weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if values.shape[1] != self.in_channels:
-            self.check_input(values)
         if run.autocast is not None and values.dtype != torch.float64:
             values, bias = values.to(run.autocast), None if bias is None else bias.to(run.autocast)
-        elif values.dtype is not weight.dtype:
-            raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {values.dtype}")
+        else:
+            self._check_values(values)
         if residual is not None and residual.dtype is not values.dtype:
             residual = residual.to(values.dtype)
         norm = self.norm
@@ -153,6 +160,12 @@ class Conv(Layer):
             epilogue = Epilogue(activation, *fold(norm), None, residual)
         # other layers of the stack read rows by their pixels
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None, False)
+
+    def _check_values(self, values: Tensor) -> None:
+        if values.shape[1] != self.in_channels:
+            self.check_input(values)
+        if values.dtype is not (expected := self.parameters["weight"].dtype):
+            raise TypeError(f"x: expected the weight's dtype {expected}, got {values.dtype}")
 
     def _then_broadcast(self, run, rows: Tensor, residual: Tensor | None, plan: PixelPlan):
         """The sum with a value of other channels, or with a map of another size, which is dense."""
