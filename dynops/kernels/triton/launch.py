@@ -77,7 +77,9 @@ class _Form:
     def _key(self, values: tuple) -> tuple:
         """All that Triton specialises a kernel on; what is no pointer, and is specialised, by its value."""
         pointers = self.pointers(values)
-        key = [pointers[0].device, max(self.numbers(values), default=0) < _INT32_LIMIT]
+        first = pointers[0]
+        device = (first.base if type(first) is TensorDescriptor else first).device
+        key = [device, max(self.numbers(values), default=0) < _INT32_LIMIT]
         for value in pointers:
             if value is None:
                 key.append(None)

@@ -9,6 +9,7 @@ import triton.language as tl
 from driver.machine import GPUS
 from driver.watch import watch
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dynops.kernels.triton import launch as module
 from dynops.kernels.triton.launch import launch
@@ -23,12 +24,18 @@ def copying_kernel(x, out, extra, rows, columns, scale, N: tl.constexpr):
     tl.store(out + at, value, mask=at < rows)
 
 
+@triton.jit
+def boxed_kernel(box, out, N: tl.constexpr):
+    at = tl.arange(0, 16)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out + at, box.load([0, 0]))
+
+
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     monkeypatch.setattr(module, "_forms", {})
 
 
-def bound(*arguments, grid=(3,), **named) -> tuple[int, int]:
+def bound(*arguments, kernel=copying_kernel, grid=(3,), **named) -> tuple[int, int]:
     """How often Triton's own way was gone, and how often the kernel was launched."""
     seen, run = [], JITFunction.run
 
@@ -36,10 +43,10 @@ def bound(*arguments, grid=(3,), **named) -> tuple[int, int]:
         seen.append(self)
         return run(self, *given, **options)
 
-    before = watch.counts["copying_kernel"]
+    before = watch.counts["kernels"]
     with mock.patch.object(JITFunction, "run", noted), mock.patch.object(module, "_run", noted):
-        launch(copying_kernel, *grid)(*arguments, **named)
-    return len(seen), watch.counts["copying_kernel"] - before
+        launch(kernel, *grid)(*arguments, **named)
+    return len(seen), watch.counts["kernels"] - before
 
 
 def floats(size: int = 64, dtype=torch.float32, device: str = "cuda") -> torch.Tensor:
@@ -81,6 +88,19 @@ def test_what_triton_tells_apart_is_told_apart(change):
     bound(**arguments)
     changed = arguments | CHANGES[change](arguments)
     assert bound(**changed) == (1, 1) and bound(**changed) == (0, 1) and bound(**arguments) == (0, 1)
+
+
+def test_a_descriptor_is_known_by_its_box():
+    out, matrices = (
+        floats(1024, torch.bfloat16),
+        [floats(4096, torch.bfloat16).view(64, 64) for _ in range(2)],
+    )
+    found = [
+        bound(TensorDescriptor.from_tensor(matrix, [16, n]), out, n, kernel=boxed_kernel)
+        for n in (16, 32)
+        for matrix in matrices
+    ]
+    assert found == [(1, 1), (0, 1)] * 2
 
 
 def test_a_device_has_kernels_of_its_own():
