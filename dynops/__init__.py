@@ -7,6 +7,7 @@ from .graphs import graphed
 from .kept import refresh
 from .ops.what_runs import build_info
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
+from .ragged import ragged
 from .tune import suggest_block_size
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "integrations",
     "nn",
     "ops",
+    "ragged",
     "refresh",
     "revert_",
     "suggest_block_size",

@@ -223,6 +223,7 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
 # What a floor may import from dynops, by the first part of the name (docs/architecture.md: imports run one way).
 FLOORS = {
     "geometry": set(),
+    "ragged": {"geometry"},
     "modes": {"scripting"},
     "backends": {"_C", "modes"},
     "kept": {"modes", "backends"},

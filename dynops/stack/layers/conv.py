@@ -89,6 +89,8 @@ class Conv(Layer):
     # ------------------------------------------------------------------------------------ rows
 
     def rows(self, run):
+        if self.pads is not None and run.maps and run.policy.active.ragged:
+            return self._as_called(run)
         values, in_plan, shape = self._input(run)
         g = self.geometry(shape)
         plan = run.policy.plan(self.out, g.out_shape, values.device, self._unpadded(g))
@@ -113,6 +115,13 @@ class Conv(Layer):
             base = run.base(self.out_channels, values.dtype if wide else run.autocast)
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
+
+    def _as_called(self, run):
+        """Runs the functions of maps, which know the edges of each image."""
+        out = type(self.conv).pixels_of.forward(self.conv, run.map(self.x))
+        out = out if self.norm is None else run.normed(self.norm, out)
+        out = out if self.residual is None else out + run.map(self.residual)
+        return ACTIVATIONS[self.activation](out)
 
     def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
