@@ -1,6 +1,7 @@
 """``graphed(module)``: a module for inference in CUDA graphs, replayed under changing inputs and masks.
 
-An eager call of an op costs the host 50 to 160 us, more than the GPU needs for most; a replay launches everything at once.
+An eager call of an op costs the host 50 to 160 us, more than the GPU needs for most. A replay launches all of a model
+at once.
 """
 
 from __future__ import annotations
@@ -40,34 +41,35 @@ def graphed(
     copy_outputs: bool = True,
     max_graphs: int = 8,
 ) -> Graphed:
-    """``module`` for inference on a GPU: each signature of inputs is captured once in a CUDA graph, and then replayed.
+    """``module`` for inference on a GPU: captured in a CUDA graph for each signature of inputs, and then replayed.
 
     The result is called as ``module`` is::
 
         dynops.convert_(model)
         fast = dynops.graphed(model.eval(), expected=2000)
-        with torch.inference_mode(), dynops.active(mask):
+        with torch.inference_mode(), dynops.use_mask(mask):
             y = fast(x)
 
-    A call copies the inputs to static buffers and replays. The mask of ``dynops.active`` is such an input: the graph builds
-    its plans, of the capacity form, from what the mask then holds. A first call of new shapes, dtypes or strides
-    runs ``module`` five times: to warm up, once to find whatever waits for the device, and to capture. Weights that are
-    updated in place are seen: copies of them in another layout or dtype are made in each replay. A channels_last
-    model in the inputs' dtype needs none. Where parameters, buffers or children are replaced, the next call captures anew.
-    Settings that are no inputs (TF32, attributes of modules) are those of the capture.
+    A call copies the inputs to static buffers and replays. The mask of ``dynops.use_mask`` is such an input: the graph
+    builds its plans, of the capacity form, from what the mask then holds. A first call of new shapes, dtypes or
+    strides runs ``module`` five times: to warm up, once to find whatever waits for the device, and to capture. Weights
+    that are updated in place are seen: copies of them in another layout or dtype are made in each replay. A
+    channels_last model in the inputs' dtype needs none. Where parameters, buffers or children are replaced, the next
+    call captures anew. Settings that are no inputs (TF32, attributes of modules) are those of the capture.
 
     On inputs of a CPU, which has no graphs, ``module`` runs as it is.
 
     Args:
         module: an ``nn.Module`` in eval mode, or a function of tensors. It may read no value of the device.
         example: inputs to capture at once, under the mask that holds. Without them the first call captures.
-        capacity: the size of the plan of the mask, at its own resolution; pixels past it are dropped. None: every pixel.
+        capacity: the size of the plan of the mask, at its own resolution; pixels past it are dropped. None: room for
+            every pixel.
         expected: about how many pixels of the mask are active. Kernels choose tiles by it, see :class:`PixelPlan`.
         copy_outputs: False returns the graph's own tensors, which the next call overwrites.
         max_graphs: signatures that are kept; the least recently used graph is freed.
 
-    Inputs are tensors of one CUDA device, plans of the capacity form (``PixelPlan``, ``BlockPlan``, ``SamplePlan``), and
-    hashable values, in trees of lists, tuples and dicts. A plan is built faster inside the graph:
+    Inputs are tensors of one CUDA device, plans of the capacity form (``PixelPlan``, ``BlockPlan``, ``SamplePlan``),
+    and hashable values, in trees of lists, tuples and dicts. A plan is built faster inside the graph:
     ``graphed(lambda x, mask: layer(x, PixelPlan.from_mask(mask, n)))``.
 
     Calls take turns, from whatever thread or stream. While one captures, no other thread may wait for the device.
