@@ -97,20 +97,10 @@ def _inputs(x, weight, bias, plan, in_plan: PixelPlan | None) -> tuple[Tensor, T
     try:
         if torch.compiler.is_compiling() or modes.autocast_dtype(x) is not None:
             return _checked_inputs(x, weight, bias, plan, in_plan)
-        known = (
-            *(
-                x.shape,
-                x.dtype,
-                x.device,
-                weight.shape,
-                weight.dtype,
-                weight.device,
-                type(plan),
-                plan.index.device,
-            ),
-            None if bias is None else (bias.shape, bias.dtype, bias.device),
-            None if in_plan is None else (type(in_plan), in_plan.index.shape, in_plan.index.device),
-        )
+        own = (type(x), x.shape, x.dtype, x.device, type(weight), weight.shape, weight.dtype, weight.device)
+        third = None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device)
+        inputs = None if in_plan is None else (type(in_plan), in_plan.index.shape, in_plan.index.device)
+        known = own, third, type(plan), plan.index.device, inputs
         if known in _passed:
             return x, weight, bias
     except (AttributeError, TypeError):  # something that is no tensor; sizes that are symbols
