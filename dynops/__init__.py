@@ -3,6 +3,7 @@
 from . import budget, gates, integrations, nn, ops
 from .context import active, use_mask
 from .convert import convert_, revert_
+from .graphs import graphed
 from .kept import refresh
 from .ops.what_runs import build_info
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
@@ -23,6 +24,7 @@ __all__ = [
     "changed_blocks",
     "convert_",
     "gates",
+    "graphed",
     "integrations",
     "nn",
     "ops",

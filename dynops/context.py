@@ -132,6 +132,11 @@ class use_mask:
         elif min(self._mask.shape[1:]) > 0:
             self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
 
+    def for_graph(self) -> tuple[Tensor, int | None]:
+        """The mask ``[N, H, W]`` as the input of a CUDA graph whose layers run under it, and the pixels that are expected."""
+        self._used = True
+        return self._mask, None if self._given is None else self._given._expected_of(self._mask.numel())
+
     def _choose(self, geometry: ConvGeometry, ceil: bool) -> None:
         """In a ragged batch two layers may make one size from images of different sizes: the last layer holds."""
         below, size = self._at((geometry.in_h, geometry.in_w), None), (geometry.out_h, geometry.out_w)

@@ -234,6 +234,7 @@ FLOORS = {
     "kernels": {"geometry", "modes", "backends", "kept", "kernels"},
     "ops": {"geometry", "modes", "scripting", "backends", "kept", "plans", "kernels", "scope", "ops"},
     "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
+    "graphs": {"geometry", "plans", "context"},
     "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},

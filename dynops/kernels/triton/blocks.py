@@ -31,6 +31,7 @@ from ..configs import bucket
 from ..layout import contiguous, empty_map, memory_format_of
 from . import gemm, tiling
 from .gemm import activate, finish, rank, split_pixel
+from .launch import cdiv, launch
 from .rows import fill_rows, filled_by, words
 
 _SIZES = [
@@ -228,7 +229,7 @@ def gather_tiles(x: Tensor, index: Tensor, count: Tensor | None, geometry) -> Te
     x = x.contiguous(memory_format=layout)
     with gemm.on_device(x):
         arguments, grid = _arguments(x, out, g, layout, out)
-        gather_tiles_kernel[grid](words(x), words(out), index, **arguments)
+        launch(gather_tiles_kernel, *grid)(words(x), words(out), index, **arguments)
     return out
 
 
@@ -253,7 +254,7 @@ def scatter_tiles(
         values = [None if t is None else words(t) for t in values]
     with gemm.on_device(tiles):
         arguments, grid = _arguments(out, tiles, g, layout, out)
-        scatter_tiles_kernel[grid](*values, inverse, **over, ADD=add, **arguments)
+        launch(scatter_tiles_kernel, *grid)(*values, inverse, **over, ADD=add, **arguments)
     return out
 
 
@@ -286,12 +287,12 @@ def _conv(x, weight, residual, out, index, count, bias, scale, shift, b: BlockGe
     w_box = TensorDescriptor.from_tensor(w, [tile[side] for side in sides])
     x_box = _map_box(x, box, tile["K"])
     residual_box = None if residual is None else _map_box(residual, box, tile["N"])
-    programs = index.shape[0] * tiling.boxes_in(size, box) * triton.cdiv(o, tile["N"])
+    programs = index.shape[0] * tiling.boxes_in(size, box) * cdiv(o, tile["N"])
     if count is not None:
         programs = min(programs, tiling.resident(x.device))
     arguments = gemm.geometry_arguments(g)
     sizes = {name: arguments[name] for name in ("pad_h", "pad_w", "KERNEL_W", "TAPS", "DIL_H", "DIL_W", "TRANSPOSED")}  # fmt: skip
-    block_conv_kernel[(programs,)](
+    launch(block_conv_kernel, programs)(
         x_box, w_box, residual_box, out, index, count, bias, scale, shift, **_grid_of(index, b), **sizes,
         k_size=c, n_size=o, ACTIVATION=activation, WIDE=gemm.is_wide(out), BOX_H=box[0], BOX_W=box[1], **tile,
     )  # fmt: skip
@@ -314,8 +315,8 @@ def takes(device: torch.device, dtype: torch.dtype, weight: Tensor, blocks: int,
         device, "blocks", "half", limits._replace(tallest=tiling.tallest_box(size)), *problem
     )
     padded = blocks * tiling.boxes_in(size, tiling.box_of(size, ours.m)) * ours.m
-    programs = triton.cdiv(problem[0], theirs.m) * triton.cdiv(o, theirs.n)
-    parts = tiling.parts(device, programs, g.taps * triton.cdiv(c, theirs.k), problem[0] * o)
+    programs = cdiv(problem[0], theirs.m) * cdiv(o, theirs.n)
+    parts = tiling.parts(device, programs, g.taps * cdiv(c, theirs.k), problem[0] * o)
     pixels_us = tiling.expected_us(device, theirs, problem[0], o, c * g.taps) / parts + _PIXEL_PLAN_US
     return tiling.expected_us(device, ours, padded, o, c * g.taps) <= pixels_us
 
@@ -345,7 +346,7 @@ def _filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | Non
     pixels = b.batch * b.height * b.width
 
     def fill(values: Tensor, base: Tensor | None) -> None:
-        fill_blocks_kernel[(triton.cdiv(pixels, tile["M"]),)](
+        launch(fill_blocks_kernel, cdiv(pixels, tile["M"]))(
             values, base, index, count, pixels, channels, **_grid_of(index, b), WIDE=gemm.is_wide(out), **tile
         )
 
@@ -377,7 +378,7 @@ def _arguments(x: Tensor, tiles: Tensor, g: BlockGeometry, layout, out: Tensor) 
     total = out.numel() // unit
     wide = gemm.is_wide(x, tiles) or _reach(units) >= gemm.INT32_LIMIT
     arguments = {"total": total, "planes": 1 if last else x.shape[1], **sizes}
-    return {**arguments, "WIDE": wide, "UNIT": unit, "P": _UNITS}, (triton.cdiv(total, _UNITS),)
+    return {**arguments, "WIDE": wide, "UNIT": unit, "P": _UNITS}, (cdiv(total, _UNITS),)
 
 
 def _reach(g: BlockGeometry) -> int:
@@ -390,4 +391,4 @@ def _reach(g: BlockGeometry) -> int:
 
 def _most_over(tile: int, step: int, grid: int) -> int:
     """The most tiles of one axis that lie over a coordinate."""
-    return min(triton.cdiv(tile, step), max(grid, 1))
+    return min(cdiv(tile, step), max(grid, 1))

@@ -18,6 +18,7 @@ from ..layout import empty_map, memory_format_of
 from ..lists import Lists
 from . import gemm, tiling
 from .gemm import rank
+from .launch import cdiv, launch, power_of_2
 from .rows import words
 
 PAD = 16  # channels of a compact tensor's group are a multiple: loads are vectors, cut at a multiple of 16
@@ -289,9 +290,9 @@ def channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     index = torch.empty((rows, size), dtype=torch.int32, device=mask.device)
     count = torch.empty(rows, dtype=torch.int32, device=mask.device)
     if rows:
-        block = min(1024, max(16, triton.next_power_of_2(channels)))
+        block = min(1024, max(16, power_of_2(channels)))
         with gemm.on_device(mask):
-            channel_index_kernel[(rows,)](mask.contiguous(), index, count, channels, size, BLOCK=block)
+            launch(channel_index_kernel, rows)(mask.contiguous(), index, count, channels, size, BLOCK=block)
     return index, count
 
 
@@ -323,14 +324,14 @@ def compact(x: Tensor, lists: Side) -> Tensor:
 
 def padded(channels: int) -> int:
     """The channels rounded up to a multiple of 16."""
-    return triton.cdiv(channels, PAD) * PAD
+    return cdiv(channels, PAD) * PAD
 
 
 def _launch_gather(x: Tensor, out: Tensor, lists: Side, width: int, part: int, strides, layout) -> None:
     rows, tile = x.shape[2] * x.shape[3], _tile(width, layout)
-    grid = (x.shape[0] * triton.cdiv(rows, tile["M"]), triton.cdiv(width, tile["N"]), lists.groups)
+    grid = (x.shape[0] * cdiv(rows, tile["M"]), cdiv(width, tile["N"]), lists.groups)
     with gemm.on_device(x):
-        gather_channels_kernel[grid](
+        launch(gather_channels_kernel, *grid)(
             words(x), words(out), rows=rows, size=lists.size, width=width, part=part,
             **_named("x", map_strides(x, layout)), **_named("out", strides), **lists.arguments("in"),
             PACKED=lists.packed, ALL=part == 0, WIDE=gemm.is_wide(x, out), **tile,
@@ -349,9 +350,9 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
     base = None if base is None else words(base.contiguous(memory_format=layout))
     lists, tile = Side(index, count, n, 1, channels).arguments("in"), _tile(channels, layout)
     del lists["IN_PARTS"]
-    grid = (n * triton.cdiv(h * w, tile["M"]), triton.cdiv(channels, tile["N"]))
+    grid = (n * cdiv(h * w, tile["M"]), cdiv(channels, tile["N"]))
     with gemm.on_device(packed):
-        scatter_channels_kernel[grid](
+        launch(scatter_channels_kernel, *grid)(
             words(packed), words(out), base, rows=h * w, channels=channels,
             **_named("x", map_strides(packed, layout)), **_named("out", map_strides(out, layout)), **lists,
             WIDE=gemm.is_wide(packed, out), **tile,
@@ -363,10 +364,10 @@ def pack_weight(w: Tensor, ins: Side, outs: Side, jobs: int) -> Tensor:
     """The live part of ``w`` [O, taps, C/groups] for each job: ``[jobs, groups, out part, taps, in part]``."""
     parts = padded(ins.capacity), padded(outs.capacity)
     packed = torch.empty((jobs, ins.groups, parts[1], w.shape[1], parts[0]), dtype=w.dtype, device=w.device)
-    tile = {"M": 16, "N": min(64, max(16, triton.next_power_of_2(parts[0])))}
-    grid = (jobs * triton.cdiv(parts[1], tile["M"]) * triton.cdiv(parts[0], tile["N"]), ins.groups)
+    tile = {"M": 16, "N": min(64, max(16, power_of_2(parts[0])))}
+    grid = (jobs * cdiv(parts[1], tile["M"]) * cdiv(parts[0], tile["N"]), ins.groups)
     with gemm.on_device(w):
-        pack_weight_kernel[grid](
+        launch(pack_weight_kernel, *grid)(
             words(w), words(packed), **ins.arguments("in"), **outs.arguments("out"), in_size=ins.size,
             out_size=outs.size, in_part=parts[0], out_part=parts[1], TAPS=w.shape[1], **tile,
         )  # fmt: skip
@@ -383,9 +384,9 @@ def slots(lists: Side) -> Tensor | None:
     out = torch.empty((index.shape[0], groups, lists.size), dtype=torch.int32, device=index.device)
     arguments = lists.arguments("in") | {"IN_PARTS": "groups" if groups > 1 else "one"}
     del arguments["in_lists"]
-    n = min(256, max(16, triton.next_power_of_2(lists.size)))
+    n = min(256, max(16, power_of_2(lists.size)))
     with gemm.on_device(out):
-        slots_kernel[index.shape[0], triton.cdiv(lists.size, n), groups](out, groups=groups, size=lists.size, N=n, **arguments)  # fmt: skip
+        launch(slots_kernel, index.shape[0], cdiv(lists.size, n), groups)(out, groups=groups, size=lists.size, N=n, **arguments)  # fmt: skip
     return out
 
 

@@ -38,6 +38,7 @@ from .expert_activations import activation, activation_grad, glu, pair_columns, 
 from .expert_rows import combine, dots, gather
 from .experts_weight_grad import weight_grad
 from .gemm import TensorDescriptor, activate
+from .launch import cdiv, launch, power_of_2
 
 __all__ = ["activation", "activation_grad", "combine", "dots", "gather", "linear", "mlp", "weight_grad"]
 
@@ -223,13 +224,13 @@ def _linear(
     tile, precision = choose(x, rows, experts, n_size, k_size, ragged, scale is not None, heavy)
     wide = gemm.is_wide(x, out) or weight.shape[1] * strides[1] >= gemm.INT32_LIMIT
     groups = min(experts + 1, rows)  # that have rows: each has a last tile, of one row at least
-    grid = (rows + groups * (tile["M"] - 1)) // tile["M"] * triton.cdiv(n_size, tile["N"])
+    grid = (rows + groups * (tile["M"] - 1)) // tile["M"] * cdiv(n_size, tile["N"])
     with gemm.on_device(x):
-        linear_kernel[(grid,)](
+        launch(linear_kernel, grid)(
             x, weight, _weight_box(x, weight, tile, transposed, gated and not interleaved), out, scale, bias,
             row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size, out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
             ACTIVATION=activation, GATED=gated, INTERLEAVED=interleaved, PRECISION=precision, WIDE=wide,
-            EXPERTS=min(1024, max(32, triton.next_power_of_2(experts))), GROUP=_GROUP, **tile,
+            EXPERTS=min(1024, max(32, power_of_2(experts))), GROUP=_GROUP, **tile,
         )  # fmt: skip
     return out
 
@@ -243,11 +244,11 @@ def _weight_box(
     stored, but transposed a part of the reduction, which then must end with a box.
     """
     n = tile["N"] // 2 if halves else tile["N"]
-    matrix = weight.flatten(0, 1) if weight.is_contiguous() else None
-    usable = matrix is not None and x.dtype == weight.dtype and n >= 16 and gemm.takes_boxes(matrix)
-    if not usable or (transposed and weight.shape[1] % tile["K"]):
+    experts, rows, columns = weight.shape
+    usable = weight.is_contiguous() and x.dtype == weight.dtype and n >= 16 and columns % 8 == 0
+    if not usable or not gemm.takes_boxes(weight) or (transposed and rows % tile["K"]):
         return None
-    return TensorDescriptor.from_tensor(matrix, [tile["K"], n] if transposed else [n, tile["K"]])
+    return gemm.matrix_box(weight, experts * rows, columns, (tile["K"], n) if transposed else (n, tile["K"]))
 
 
 def choose(
@@ -260,14 +261,14 @@ def choose(
     elements (``ragged``), of int8 weights, with an epilogue of many (``heavy``: the error function, or weights of rows).
     """
     active = min(experts, rows)
-    each = triton.cdiv(rows, active)
+    each = cdiv(rows, active)
     each += math.ceil(2 * math.sqrt(each))
     most = {
         "half": 64 * 64 if ragged else 128 * 128 if quantized or heavy else 128 * 256,
         "tf32": 64 * 64 if ragged else 128 * 128,
         "ieee": 32 * 32 if ragged else 64 * 32 if quantized else 64 * 64,
     }
-    tallest = max(16, triton.next_power_of_2(each))
+    tallest = max(16, power_of_2(each))
     depth = min(k, 32) if ragged else k
     options = {"indirect": False, "largest": most, "tallest": tallest, "product": "matmul"}
     return tiling.choose(x, each, n, depth, active, family="experts", **options)

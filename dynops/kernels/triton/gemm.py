@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...geometry import ConvGeometry
 from ...kept import kept
 from . import tiling
+from .launch import cdiv, launch
 
 # Sizes that change from input to input: not specialised on, so a new one compiles nothing.
 UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
@@ -324,7 +325,7 @@ def tap_order(
     """The rows' tap sets (as Gray ranks), descending, and the rows in that order."""
     dtype = torch.int16 if options["TAPS"] <= 15 else torch.int32 if options["TAPS"] <= 31 else torch.int64
     keys = torch.empty(rows, dtype=dtype, device=device)
-    tap_key_kernel[(triton.cdiv(rows, 256),)](keys, index, source, rows, **options, BLOCK=256)
+    launch(tap_key_kernel, cdiv(rows, 256))(keys, index, source, rows, **options, BLOCK=256)
     return torch.sort(keys, descending=True)
 
 
@@ -350,11 +351,12 @@ def weight_rows(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     A copy is kept for the next call (``dynops.kept``). Under CUDA graph capture it becomes part of the graph, so
     that a replay sees the weight as it is then.
     """
-    multiplies = not is_narrow({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups)
-    tf32 = weight.is_cuda and multiplies and tiling.precision(dtype) == "tf32"
-    make = functools.partial(pack_rows, weight, dtype, tf32)
+    tf32 = weight.is_cuda and tiling.precision(dtype) == "tf32"
+    tf32 = tf32 and not is_narrow({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups)
     if not tf32 and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
-        return make()
+        lead, inner, kh, kw = weight.shape  # one view, where pack_rows takes six steps and 10 us
+        return weight.detach().as_strided((lead, kh * kw, inner), (kh * kw * inner, inner, 1))
+    make = functools.partial(pack_rows, weight, dtype, tf32)
     return kept.get(("triton", dtype, tf32), make, weight)
 
 
@@ -366,7 +368,7 @@ def pack_rows(weight: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
         return rows
     rounded = torch.empty_like(rows)
     with on_device(rows):
-        round_kernel[(triton.cdiv(rows.numel(), 1024),)](rows, rounded, rows.numel(), BLOCK=1024)
+        launch(round_kernel, cdiv(rows.numel(), 1024))(rows, rounded, rows.numel(), BLOCK=1024)
     return rounded
 
 
@@ -384,11 +386,10 @@ def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDes
     held their addresses: 206 registers became 194 on sm_90 with tiles of 128x256x64). A box must not run into the
     next tap's or group's part of the reduction: values there are multiplied by zero, and may be NaN.
     """
-    matrix = w.view(w.shape[0], -1)
-    if sizes["k_size"] % tile["K"] or not takes_boxes(matrix):
+    if sizes["k_size"] % tile["K"] or not takes_boxes(w):
         return None
-    box = [tile["K"], tile["N"]] if g.transposed else [tile["N"], tile["K"]]
-    return TensorDescriptor.from_tensor(matrix, box)
+    box = (tile["K"], tile["N"]) if g.transposed else (tile["N"], tile["K"])
+    return matrix_box(w, w.shape[0], w.stride(0), box)
 
 
 def row_box(x: Tensor, sizes: dict, tile: dict) -> TensorDescriptor | None:
@@ -406,13 +407,30 @@ def takes_boxes(matrix: Tensor) -> bool:
     return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
 
 
+def matrix_box(w: Tensor, rows: int, columns: int, box: tuple[int, int]) -> TensorDescriptor:
+    """The descriptor of contiguous memory, which :func:`takes_boxes`, as a matrix ``[rows, columns]``.
+
+    What was checked for these sizes before is not checked again: that takes 4 us with the view that would be its base.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_box_fields(rows, columns, box), base=w)
+    return made
+
+
+@functools.lru_cache(4096)
+def _box_fields(rows: int, columns: int, box: tuple[int, int]) -> dict:
+    nothing = torch.empty(8, dtype=torch.float16)
+    return vars(TensorDescriptor(nothing, [rows, columns], [columns, 1], list(box)))
+
+
 def adjoint(g: ConvGeometry) -> ConvGeometry:
     """The geometry with input and output exchanged: tap t of q reads p where tap t of p read q."""
     return g._replace(in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w, transposed=1 - g.transposed)
 
 
+@functools.lru_cache(4096)
 def geometry_arguments(g: ConvGeometry) -> dict:
-    """The kernels' geometry arguments."""
+    """The kernels' geometry arguments, which no caller may write to."""
     sizes = {name: getattr(g, name) for name in UNSPECIALIZED[1:]}
     steps = {"STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w, "DIL_H": g.dil_h, "DIL_W": g.dil_w}
     return {**sizes, **steps, "KERNEL_W": g.kernel_w, "TAPS": g.taps, "TRANSPOSED": bool(g.transposed)}
@@ -439,9 +457,17 @@ def is_narrow(sizes: dict, groups: int) -> bool:
 
 def is_wide(*tensors: Tensor | None) -> bool:
     """True if an element offset in one of these may pass 2**31."""
-    return any(t is not None and t.numel() >= INT32_LIMIT for t in tensors)
+    for t in tensors:  # any() takes twice as long
+        if t is not None and t.numel() >= INT32_LIMIT:
+            return True
+    return False
+
+
+_HERE = contextlib.nullcontext()
 
 
 def on_device(x: Tensor):
     """Launches go to the current CUDA device: makes it that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)

@@ -47,6 +47,7 @@ from .gemm import (
     tap_sets,
     united,
 )
+from .launch import cdiv, launch
 from .pixels_weight_grad import conv_weight_grad
 from .rows import filled, gather_rows, scatter_rows
 
@@ -387,8 +388,8 @@ def _gather(
     with gemm.on_device(x):
         if gemm.is_narrow(sizes, g.groups):
             tile = tiling.direct_tile(out.shape[1])
-            grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
-            direct_conv_kernel[grid](x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
+            grid = (cdiv(rows, tile["M"]) * cdiv(out.shape[1], tile["N"]),)
+            launch(direct_conv_kernel, *grid)(x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
             return
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
@@ -401,20 +402,20 @@ def _gather(
             family="pixels", indirect=looks_up, ragged=tiling.is_ragged(sizes), residual=operands[4] is not None,
             short=g.taps * sizes["k_size"] <= tiling.SHORT,
         )  # fmt: skip
-        blocks = triton.cdiv(likely, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
-        steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])
+        blocks = cdiv(likely, tile["M"]) * cdiv(sizes["n_size"], tile["N"])
+        steps = 1 if order is not None else g.taps * cdiv(sizes["k_size"], tile["K"])
         parts = tiling.parts(x.device, blocks * g.groups, steps, rows * out.shape[1])
         sums = out
         if parts > 1:
             sums = torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
-        programs = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
+        programs = cdiv(rows, tile["M"]) * cdiv(sizes["n_size"], tile["N"])
         if count is not None:
             walks_on = (writes_rows and zero_tail) or order is not None  # past the count
             # twice what is expected, as it may be more
             programs = min(programs, tiling.resident(x.device), programs if walks_on else 2 * blocks)
         options["WIDE"] |= gemm.is_wide(sums)
         x_box = gemm.row_box(x, sizes, tile) if reads == "aligned" else None
-        conv_kernel[programs, g.groups, parts](
+        launch(conv_kernel, programs, g.groups, parts)(
             x, x_box, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *operands, rows,
             **sizes, **options, **stored, PRECISION=precision, PARTS=parts, **tile,
         )  # fmt: skip
@@ -425,6 +426,6 @@ def _gather(
 def _finish_parts(sums: Tensor, out: Tensor, index, target, operands, rows: int, wide: bool, stored: dict, parts: int) -> None:  # fmt: skip
     channels = out.shape[1]
     tile = tiling.direct_tile(channels)
-    finish_parts_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
+    launch(finish_parts_kernel, cdiv(rows, tile["M"]), cdiv(channels, tile["N"]))(
         sums, out, index, target, *operands, rows, channels, **stored, WIDE=wide, PARTS=parts, **tile
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..layout import contiguous, empty_map
 from . import gemm, tiling
 from .gemm import rank, split_pixel
+from .launch import cdiv, launch
 
 # Columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535.
 _LONG = 4096
@@ -197,10 +198,8 @@ def nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tens
         return out
     wide = gemm.is_wide(out)
     with gemm.on_device(out):
-        nearest_row_kernel[(triton.cdiv(n * w, 32),)](
-            row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1
-        )
-        nearest_pixel_kernel[(triton.cdiv(n * h * w, 256),)](nearest, out, n * h * w, h, w, wide, BLOCK=256)
+        launch(nearest_row_kernel, cdiv(n * w, 32))(row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1)
+        launch(nearest_pixel_kernel, cdiv(n * h * w, 256))(nearest, out, n * h * w, h, w, wide, BLOCK=256)
     return out
 
 
@@ -213,7 +212,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     wide = gemm.is_wide(out) or reach >= gemm.INT32_LIMIT
     with gemm.on_device(x):
-        gather_rows_kernel[tiling.grid(out, tile)](
+        launch(gather_rows_kernel, *tiling.grid(out, tile))(
             words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
         )  # fmt: skip
     return out
@@ -229,7 +228,7 @@ def scatter_rows(
         return out
     rows, tile = rows.contiguous(), _tile(rows.shape[1])
     with gemm.on_device(rows):
-        scatter_rows_kernel[tiling.grid(rows, tile)](
+        launch(scatter_rows_kernel, *tiling.grid(rows, tile))(
             words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -248,7 +247,7 @@ def scatter_planes(
     row_of, tile = torch.ops.dynops.inverse_index(index, count, shape), {"M": 64, "N": 32, "num_warps": 4}
     base = None if base is None else words(base.contiguous())
     with gemm.on_device(rows):
-        scatter_planes_kernel[triton.cdiv(n * h * w, tile["M"]), triton.cdiv(rows.shape[1], tile["N"])](
+        launch(scatter_planes_kernel, cdiv(n * h * w, tile["M"]), cdiv(rows.shape[1], tile["N"]))(
             words(rows.contiguous()), words(out), row_of, base, n * h * w, h * w, rows.shape[1],
             gemm.is_wide(rows, out), **tile,
         )  # fmt: skip
@@ -266,7 +265,7 @@ def merge_rows(
     rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
     scale = contiguous(scale)
     with gemm.on_device(rows):
-        merge_rows_kernel[tiling.grid(out, tile)](
+        launch(merge_rows_kernel, *tiling.grid(out, tile))(
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -277,7 +276,7 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
     pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
 
     def fill(values: Tensor, base: Tensor | None) -> None:
-        fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
+        launch(fill_kernel, cdiv(pixels, tile["M"]))(
             values, base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
         )
 

@@ -119,7 +119,13 @@ def built_in(
     device: torch.device, family: str, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int
 ) -> Tile:
     """The tile of the table that is expected to be the fastest for a problem; see :func:`choose`."""
-    arch, processors = device_facts(device)
+    return _fastest(*device_facts(device), kind, limits, rows, n, k, batch, family)
+
+
+@functools.lru_cache(4096)
+def _fastest(
+    arch: int, processors: int, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int, family: str
+) -> Tile:
     problem, costs = (rows, n, k, batch, family.endswith("_weight")), (processors, *_loads(kind, arch))
     some = filter(limits.allow, table(arch, kind, family))
     return limits.registers(min(some, key=lambda t: _work(t, *problem, *costs)), arch)

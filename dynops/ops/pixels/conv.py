@@ -321,7 +321,7 @@ def _pixel_conv(
     activation, scale, shift, gate, residual = epilogue
     tensors = (x, weight, bias, scale, shift, gate, residual, base)
     # the C++ kernel takes rows [P, C] for a map [1, C, 1, P] too
-    direct = modes.route(*tensors) == modes.DIRECT and _KERNELS.of(backend, x) is cpu.pixels
+    direct = x.is_cpu and modes.route(*tensors) == modes.DIRECT and _KERNELS.of(backend, x) is cpu.pixels
     if residual is not None and residual.dim() == 4:
         # read where it lies: SBNet's bottleneck of 400 x 700 x 256 takes 58.6 ms at 50 % instead of 62.9
         in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
