@@ -54,7 +54,7 @@ def _run(
     if at is None:
         at, valid = _pixels_of(torch.ops.dynops.block_cover(index, count, blocks))
     rows = None if residual is None else torch.ops.dynops.gather_rows(residual, at, valid)
-    finish = activation, scale, shift, None, rows, base, False, None, True, ""
+    finish = activation, scale, shift, None, rows, base, False, None, True, False, ""
     return pixel_ops._run_conv(x, weight, bias, at, valid, None, list(g), *finish)
 
 

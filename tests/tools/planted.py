@@ -67,7 +67,7 @@ FAULTS = {
     "gate without gradient": Fault("dynops/gates", "is_open.to(soft.dtype) + (soft - soft.detach())", "is_open.to(soft.dtype) + 0 * soft", "gates/test_gates"),
     # kernels in Triton
     "skipped tail": Fault(TRITON, "steps = walked * tl.cdiv(k_size, K)", "steps = walked * (k_size // K)", INTERPRETED + "pixels"),
-    "rows that are not live": Fault(TRITON + "/pixels.py", "z = tl.where(live[:, None], z, 0.0)", "z = z + 0.0", INTERPRETED + "pixels"),
+    "rows that are not live": Fault(TRITON + "/gemm.py", "z = tl.where(live[:, None], z, 0.0)", "z = z + 0.0", INTERPRETED + "pixels"),
     "a row too many": Fault(TRITON, "stored = row < rows", "stored = row <= rows", INTERPRETED + "pixels"),
     "the last part alone": Fault(TRITON, "z += tl.load(sums + part_at + at,", "z = tl.load(sums + part_at + at,", INTERPRETED + "pixels"),
     "group of a channel": Fault(TRITON + "/pixels.py", "group = channel // n_size", "group = channel // k_size", INTERPRETED + "pixels"),

@@ -187,7 +187,7 @@ def test_experts_take_tiles_of_their_rows(tokens, tile, programs, monkeypatch):
     x, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((tokens, 2048), (64, 2048, 2048)))
     plan = (plan.order, plan.offsets, plan.position)
     experts.linear(x, weight, None, None, None, *plan, False, True, False, "")
-    assert launched == [(tile, programs)]
+    assert launched == [(tile, programs, 1, 1)]
 
 
 class Clock:
