@@ -1,6 +1,6 @@
 """``graphed(module)``: a module for inference in CUDA graphs, replayed under changing inputs and masks.
 
-An eager call of an op costs the host 50 to 160 us, more than the GPU needs for most. A replay launches all of a model
+An eager call of an op costs the host 45 to 180 us, more than the GPU needs for most. A replay launches all of a model
 at once.
 """
 
