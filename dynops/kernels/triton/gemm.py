@@ -173,6 +173,25 @@ def united(sets, SIZE: tl.constexpr):
 
 
 @triton.jit
+def regions_met(
+    region, pixel, inside, row, regions, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, REGIONS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The regions of all pixels that a tile reads: as bits, and how many."""
+    met = (row * 0).to(tl.int32 if REGIONS <= 31 else tl.int64)
+    for tap in range(TAPS):
+        at, valid = source_row(
+            pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
+        )  # fmt: skip
+        place = tl.load(region + at, mask=valid, other=-1)
+        known = (place >= 0) & (place < regions)
+        met |= known.to(met.dtype) << tl.where(known, place, 0)
+    return united(met, REGIONS)
+
+
+@triton.jit
 def tap_set(key, TAPS: tl.constexpr):
     """The union of the rows' tap sets. A key is the Gray rank of its set."""
     return united(key ^ (key >> 1), TAPS)
@@ -222,10 +241,13 @@ def tap_order(
 
 
 @triton.jit
-def round_kernel(x, out, size, BLOCK: tl.constexpr):
-    """out = x rounded to TF32: to 10 bits of mantissa, halves away from zero. NaN stays NaN."""
+def round_kernel(x, out, size, taps, inner, BLOCK: tl.constexpr):
+    """out [.., taps, inner] = x [.., inner, taps] rounded to TF32: to 10 bits of mantissa, halves away from zero. NaN stays NaN."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < size)
+    lead = at // (taps * inner)
+    left = (at - lead * (taps * inner)).to(tl.int32)
+    tap = left // inner
+    value = tl.load(x + lead * (taps * inner) + (left - tap * inner) * taps + tap, mask=at < size)
     bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     tl.store(out + at, rounded, mask=at < size)
@@ -240,8 +262,7 @@ def weight_rows(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     A copy is kept for the next call (``dynops.kept``). Under CUDA graph capture it becomes part of the graph, so
     that a replay sees the weight as it is then.
     """
-    multiplies = not is_narrow({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups)
-    tf32 = weight.is_cuda and multiplies and tiling.precision(dtype) == "tf32"
+    tf32 = cuts_off({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups, weight, dtype)
     make = functools.partial(pack_rows, weight, dtype, tf32)
     if not tf32 and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         return make()
@@ -251,13 +272,28 @@ def weight_rows(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
 def pack_rows(weight: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
     """See :func:`weight_rows`."""
     lead, inner, kh, kw = weight.shape
-    rows = weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
-    if not tf32 or rows.numel() == 0:
-        return rows
-    rounded = torch.empty_like(rows)
-    with on_device(rows):
-        round_kernel[(triton.cdiv(rows.numel(), 1024),)](rows, rounded, rows.numel(), BLOCK=1024)
-    return rounded
+    weight = weight.detach().to(dtype)
+    if tf32:
+        return rounded_rows(weight)
+    return weight.permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def cuts_off(sizes: dict, groups: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """True if the product with this weight is one in TF32, in which tensor cores cut off low bits."""
+    return weight.is_cuda and not is_narrow(sizes, groups) and tiling.precision(dtype) == "tf32"
+
+
+def rounded_rows(weight: Tensor) -> Tensor:
+    """A float32 ``[..., B, kh, kw]`` as ``[..., kh*kw, B]``, rounded to TF32 in the same pass."""
+    rows = weight.movedim(-3, -1)
+    shape, in_order = rows.flatten(-3, -2).shape, rows.is_contiguous()
+    source, out = (rows if in_order else weight.contiguous()), weight.new_empty(shape)
+    if out.numel():
+        with on_device(out):
+            round_kernel[(triton.cdiv(out.numel(), 1024),)](
+                source, out, out.numel(), 1 if in_order else shape[-2], shape[-1], BLOCK=1024
+            )
+    return out
 
 
 def as_weight(dw: Tensor, weight_shape, dtype: torch.dtype) -> Tensor:
