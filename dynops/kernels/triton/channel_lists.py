@@ -1,7 +1,8 @@
 """Lists of channels in Triton: made of a mask, walked through, and channels moved by them (gather, scatter, pack).
 
 Nothing here reads a count on the host: grids cover the longest list that there may be, and a program past
-the count has nothing to do but to write zeros, or ``base``.
+the count has nothing to do but to write zeros, or ``base``. Rows of channels_last maps and of weights are loaded
+whole where that pays (``rows.whole_rows``).
 """
 
 from __future__ import annotations

@@ -15,8 +15,6 @@ every call, but for those that are mixed, whose copies are kept.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -138,23 +136,16 @@ def _rows(weight: Tensor, groups: int) -> Tensor:
 
 
 def _jobs(region: Tensor | None, weight_shape, g: ConvGeometry) -> Own:
-    """The pixels that share a weight, sorted on the device and kept for the backward; a region outside of [0, R) has none."""
+    """The pixels that share a weight, sorted on the device; a region outside of [0, R) has none."""
     if region is None:
         return Own(g.batch)
     samples, regions = weight_shape[:2]
-    jobs = samples * regions
-    make = functools.partial(_sorted, region, jobs, regions, samples > 1)
-    return Own(jobs, *kept.get(("triton", "jobs", samples, regions), make, region))
-
-
-def _sorted(region: Tensor, jobs: int, regions: int, each: bool) -> tuple[Tensor, Tensor]:
-    """Order and offsets of the pixels by job."""
-    region = region.contiguous()
+    region, jobs = region.contiguous(), samples * regions
     key, plane = torch.empty_like(region), region.shape[1] * region.shape[2]
     if key.numel():
         with gemm.on_device(key):
             region_key_kernel[(triton.cdiv(key.numel(), 1024),)](
-                region, key, key.numel(), plane, jobs, regions, EACH=each, BLOCK=1024
+                region, key, key.numel(), plane, jobs, regions, EACH=samples > 1, BLOCK=1024
             )
     order, offsets, _ = torch.ops.dynops.expert_index(key.view(-1, 1), jobs, -1)
-    return order, offsets
+    return Own(jobs, order, offsets)
