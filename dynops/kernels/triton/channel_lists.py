@@ -139,14 +139,17 @@ def tiles_of(n_size, EXPANDS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def boundary(entries, slot, live, group, size, PARTS: tl.constexpr):
-    """The first channel of a tile that begins at about ``slot``, a multiple of a vector, and that channel's slot: (slot, channel)."""
+    """The first channel of the tile of the channels that begins at ``slot`` or up to a vector later, and its first slot.
+
+    The channel is a multiple of a vector; ``slot`` is a multiple of it too.
+    """
     near = slot + tl.arange(0, VECTOR)
     channel = listed(entries, near, near < live, group, size, PARTS)
     first = tl.sum(tl.where(near == slot, channel, 0), 0)
     begin = tl.cdiv(first, VECTOR) * VECTOR
     begin = tl.where(slot == 0, 0, tl.where(slot < live, tl.minimum(begin, size), size))
     passed = tl.sum(((channel < begin) & (near < live)).to(tl.int32), 0)
-    return tl.minimum(slot, live) + passed, begin
+    return begin, tl.minimum(slot, live) + passed
 
 
 # -------------------------------------------------------------------------------------- kernels

@@ -81,7 +81,7 @@ def _expand(z, out, base, channel, at, inside, begin, end, M: tl.constexpr, N: t
         words = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
     else:
         words = z.to(tl.int32, bitcast=True)
-    passed = begin * 0
+    passed = tl.sum(((channel >= 0) & (channel < begin)).to(tl.int32), 0)  # slots of the tile before
     for start in range(begin, end, 32):
         target = start + tl.arange(0, 32)
         inner = channel - start
@@ -148,8 +148,9 @@ def conv_kernel(
         n_list, n_before, n_live = list_part(out_index, out_count, job, group, out_lists, out_length, n_size, OUT_PARTS, OUT_STEPS)  # fmt: skip
         if EXPANDS:
             step = tl.where(n_live <= N, N, N - VECTOR)
-            first, begin = boundary(n_list, (tile % n_tiles) * step, n_live, group, n_size, OUT_PARTS)
-            n_live, end = boundary(n_list, (tile % n_tiles + 1) * step, n_live, group, n_size, OUT_PARTS)
+            first = (tile % n_tiles) * step  # its own slots begin up to a vector later: weights are vectors
+            begin, _ = boundary(n_list, first, n_live, group, n_size, OUT_PARTS)
+            end, n_live = boundary(n_list, first + step, n_live, group, n_size, OUT_PARTS)
             slot = first + tl.arange(0, N)
         channel = listed(n_list, slot, slot < n_live, group, n_size, OUT_PARTS)
         n_at = slot if W_PACKED else channel

@@ -222,13 +222,12 @@ def own_weight_grads(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeom
 
 
 def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
-    sums = grad.sum((2, 3), dtype=torch.float32)
-    if outs.packed:
-        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)
-        sums = sums[:, :, 0, 0]
-    elif outs.index is not None:
-        sums = sums.masked_fill(~torch.ops.dynops.channel_mask(outs.index, outs.count, outputs), 0)
-    return sums.sum(0).to(grad.dtype)
+    sums = grad.sum((2, 3), dtype=torch.float32)[:, :, None, None]
+    if outs.index is not None:  # zero at channels that are not live
+        if not outs.packed:
+            sums = channel_lists.gather(sums, outs.index, outs.count, outs.index.shape[1])
+        sums = channel_lists.scatter(sums, outs.index, outs.count, outputs, None)
+    return sums[:, :, 0, 0].sum(0).to(grad.dtype)
 
 
 def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
