@@ -95,7 +95,7 @@ def choose(
     most = {
         "half": 64 * 64 if base or wide else 128 * 128,
         "tf32": 64 * 64 if base or single else 128 * 64,
-        "ieee": 64 * 32 if base or single else 64 * 64,
+        "ieee": 32 * 32 if base and single else 64 * 32 if base or single else 64 * 64,
     }
     tile, kind = tiling.choose(x, rows, n, k, batch, family=family, indirect=single, largest=most)
     return (tile | {"K": min(tile["K"], 32)} if single else tile), kind  # a deeper block spills
