@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -18,7 +17,6 @@ from .plans.cells import axes, mask_after
 from .recompute import travels
 from .scope import Scope
 
-_MOST_NOTES = 64
 _scope = Scope("dynops.active")
 travels(_scope)
 
@@ -31,7 +29,8 @@ class use_mask:
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
             :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
-            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch.
+            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch. Where a model makes
+            a batch of k N, as classifier-free guidance does by ``torch.cat([x, x])``, the mask repeats.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
         ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
@@ -46,9 +45,8 @@ class use_mask:
 
     With ``ragged`` an output pixel is active if the layer makes it of the image alone. So unpadded layers and odd
     sizes drop the same rows and columns as for one image. Pools read nothing outside of an image. So each image
-    gives what it gives alone. Exceptions are global pooling, which reads the padding too, and BatchNorm in training
-    mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros read zeros at an
-    image's edge.
+    gives what it gives alone. Global pools are over the image. An exception is BatchNorm in training mode, whose
+    statistics are those of the batch. :func:`dynops.ragged` makes such a batch and its mask.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and
     is left when an exception passes through. Where no converted layer ran inside, leaving it warns. Entered inside a
@@ -92,7 +90,6 @@ class use_mask:
         self._mask = mask  # [N, H, W] bool, as passed
         self._begun = _made(mask)
         self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
-        self._zero: dict[int, tuple] = {}  # by the id of a tensor: a weak reference, its version, a plan
         # of a ragged batch: masks before and after layers
         self._images: dict[tuple, tuple] = {}
 
@@ -135,25 +132,10 @@ class use_mask:
         elif min(self._mask.shape[1:]) > 0:
             self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
 
-    def note(self, x: Tensor, plan: PixelPlan) -> Tensor:
-        """``x``, of which is known from now on that it is zero outside of ``plan``."""
-        if not is_compiling() and not x.is_inference():
-            if len(self._zero) >= _MOST_NOTES:
-                self._zero = {key: note for key, note in self._zero.items() if note[0]() is not None}
-            self._zero[id(x)] = weakref.ref(x), x._version, plan
-        return x
-
-    def note_like(self, copy: Tensor, x: Tensor) -> None:
-        """Notes of a copy what is known of ``x``."""
-        if not is_compiling() and id(x) in self._zero and self.knows(x, plan := self._zero[id(x)][2]):
-            self.note(copy, plan)
-
-    def knows(self, x: Tensor, plan: PixelPlan) -> bool:
-        """True for an ``x`` that was noted as zero outside of ``plan``, and was not written since."""
-        if is_compiling() or id(x) not in self._zero:
-            return False
-        noted, version, own = self._zero[id(x)]
-        return noted() is x and version == x._version and own is plan
+    def for_graph(self) -> tuple[Tensor, int | None]:
+        """The mask ``[N, H, W]`` as the input of a CUDA graph whose layers run under it, and the pixels that are expected."""
+        self._used = True
+        return self._mask, None if self._given is None else self._given._expected_of(self._mask.numel())
 
     def _choose(self, geometry: ConvGeometry, ceil: bool) -> None:
         """In a ragged batch two layers may make one size from images of different sizes: the last layer holds."""
@@ -181,10 +163,13 @@ class use_mask:
         if mask.shape[0] == 1 and n > 1:
             one = (1, *size)
             return _kept_in(self._plans, one, lambda: self._make(one, layer)).expand(n)
+        if mask.shape[0] != n and n > mask.shape[0] > 0 and n % mask.shape[0] == 0:
+            repeated = self._at(tuple(size), layer).repeat(n // mask.shape[0], 1, 1)
+            return PixelPlan.from_mask(repeated) if self._given is None else self._given._moved_to(repeated)
         if mask.shape[0] not in (1, n):
             raise ValueError(
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
-                f"(shape {tuple(mask.shape)})"
+                f"(shape {tuple(mask.shape)}), which no whole number of times is the batch"
             )
         if min(mask.shape[1:]) == 0 and n > 0:
             raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")

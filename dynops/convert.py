@@ -49,14 +49,24 @@ _RELATIVES = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
     nn.GroupNorm,
-    nn.LayerNorm,
     nn.Upsample,
     nn.PixelShuffle,
     nn.ZeroPad2d,
 )
 _NOT_ON_MAPS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d)
-_MASKABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
-_MASKED = "a {}, which runs dense; its output is masked"
+_MASKABLE = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.ZeroPad2d,
+)
 _ELSEWHERE = "it does not work on [N, C, H, W]"
 _CHOSEN = ("already sparse", "filter_fn", _ELSEWHERE)  # reasons that need no warning
 _CONVERTED = "_dynops_converted"
@@ -96,26 +106,26 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
     (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
-    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d; exact types, or a parametrisation of one). A
-    FrozenBatchNorm2d, and a subclass of one of these convolutions, BatchNorm2d or pools, runs dense and has its output
-    masked; in training mode such a norm takes its statistics from whole maps. Outside the context the model is the dense
-    one, bit for bit.
+    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d, subclasses and parametrisations of these, and any
+    FrozenBatchNorm2d). Outside the context the model is the dense one, bit for bit.
 
-    Inside the context every converted layer's output exists at the active pixels of its own
-    resolution and is zero elsewhere, after every layer. Convolutions read what the layer before
-    them left; the model's input is read whole. Norms take their statistics from active pixels only
-    (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
-    Layers that were not converted run dense on those maps. Convolutions and norms among them are in the
-    report, and the first masked call warns of them. An activation that is not 0 at 0 (Sigmoid, Softplus, Softmax)
-    writes its value at 0 at inactive pixels, and no report names it.
+    Inside the context a map exists at the active pixels of its own resolution and is zero elsewhere, after every layer
+    and every function: a sum, product, cat or activation of a map is masked too, whatever it is at zero. Convolutions
+    read what the layer before them left; the model's input, and what functions make of it alone, is read whole. A mean
+    over all pixels, as squeeze-excite and classifiers take it, is over the mask. Norms take their statistics from active
+    pixels only (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
+    Attention and other functions that mix pixels run dense on maps that are zero outside the mask.
 
     A module whose forward torch.fx can trace runs as a whole: convolution, norm, residual sum and
-    activation are one call on packed rows, and dense maps are made only for layers that need them.
-    This changes the speed and not the result. What a trace cannot hold runs layer by layer, with the reason in the
-    report: ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers, attributes or lists
-    that it writes, a forward set on an instance, hooks, parametrisations. The same holds from the moment on that a
-    trace no longer says what the module does: an inner module is replaced or hooked, or an attribute is changed
-    that a forward read. A new layer in the place of a converted one is converted at the next masked call.
+    activation are one call on packed rows. What a trace cannot hold runs its own forward, on tensors whose functions
+    compute rows; the report has the reason: ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers,
+    attributes or lists that it writes, a forward set on an instance, hooks, parametrisations, control flow that depends
+    on data. The same holds from the moment on that a trace no longer says what the module does: an inner module is
+    replaced or hooked, or an attribute is changed that a forward read. Either way has the same result. A new layer in the
+    place of a converted one is converted at the next masked call.
+
+    Under ``torch.compile``, ``torch.export`` and transforms of ``torch.func``, functions that a forward without a trace
+    calls itself run on dense tensors: there a sum of a map and a tensor that nothing masked is not masked.
 
     Args:
         model: any module; a convolution itself too.
@@ -159,7 +169,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     report.unfused = dict(sorted(report.unfused.items(), key=lambda entry: order.get(entry[0], len(order))))
     if model not in kinds and _CONVERTED not in model.__dict__ and not converted.is_whole(model):
         traces.setdefault(model, None)
-    converted.make_whole(model, traces, _converts, _notice(report))
+    dense = [model.get_submodule(name) for name, reason in report.skipped.items() if reason == "filter_fn"]
+    converted.make_whole(model, traces, _converts, _notice(report), dense)
     report.sparse_share = _share(model)
     return report
 
@@ -202,10 +213,7 @@ def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> N
     sparse = _SPARSE[own] if own in _SPARSE else converted.masked_class(own)
     module.__class__ = converted.rebased(kind, own, sparse)
     module.__dict__[_CONVERTED] = True
-    if own in _SPARSE or _is_frozen_norm(module):
-        report.replaced[name] = type(module).__name__
-    else:
-        report.skipped[name] = _MASKED.format(kind.__name__)
+    report.replaced[name] = type(module).__name__
 
 
 def _is_maskable(module: nn.Module) -> bool:
@@ -229,17 +237,17 @@ def _is_frozen_norm(module: nn.Module) -> bool:
 
 def _notice(report: Report) -> dict[str, str]:
     """The layers that stayed dense though nobody asked for it, with the reasons."""
-    quiet = (
-        *_CHOSEN,
-        *[reason for reason in report.skipped.values() if reason.endswith("its output is masked")],
-    )
-    return {name: reason for name, reason in report.skipped.items() if reason not in quiet}
+    return {name: reason for name, reason in report.skipped.items() if reason not in _CHOSEN}
 
 
 def _share(model: nn.Module) -> float:
     """The share of the convolutions' weights that is converted."""
     convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-    sizes = [(0 if is_lazy(w := m.weight) else w.numel(), isinstance(m, tuple(_DENSE))) for m in convs]
+    made = tuple(_DENSE)
+    sizes = [
+        (0 if is_lazy(w := m.weight) else w.numel(), isinstance(m, made) or _CONVERTED in vars(m))
+        for m in convs
+    ]
     whole = sum(size for size, _ in sizes)
     return sum(size for size, sparse in sizes if sparse) / whole if whole else 0.0
 

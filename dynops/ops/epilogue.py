@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import modes
 from ..kernels.epilogue import NOTHING as NOTHING
 from ..kernels.epilogue import Epilogue as Epilogue
 
@@ -50,7 +51,10 @@ def apply_epilogue(
     residual: Tensor | None,  # [P, O]
 ) -> Tensor:
     """An :class:`Epilogue` of rows in plain PyTorch, with gradients."""
-    if scale is not None:
+    if scale is not None and shift is not None:  # one pass over the rows instead of two
+        rows = torch.addcmul(shift.to(rows.dtype), rows, scale.to(rows.dtype))
+        shift = None
+    elif scale is not None:
         rows = rows * scale.to(rows.dtype)
     if shift is not None:
         rows = rows + shift.to(rows.dtype)
@@ -58,4 +62,5 @@ def apply_epilogue(
         rows = rows * gate.to(rows.dtype)[:, None]
     if residual is not None:
         rows = rows + residual
-    return ACTIVATIONS[activation](rows)
+    own = scale is not None and activation == "relu" and not modes.differentiated(rows)
+    return rows.relu_() if own else ACTIVATIONS[activation](rows)

@@ -10,22 +10,25 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from .. import context
+from .maps import as_map, constant_conv, follow, layer_input, may_follow
 from .program import Program
 from .trace import Trace
 
-_TRACE, _PROGRAM, _PLACES, _NOTICE, _CONVERTS = (
+_TRACE, _PROGRAM, _PLACES, _NOTICE, _CONVERTS, _DENSE = (
     "_dynops_trace",
     "_dynops_program",
     "_dynops_places",  # of the converted layers: their parents' children, their names, the layers
     "_dynops_notice",  # what stayed dense, until a warning was given
     "_dynops_converts",
+    "_dynops_dense",  # the layers that filter_fn left dense
 )
-_KEYS = (_TRACE, _PROGRAM, _PLACES, _NOTICE, _CONVERTS)
+_KEYS = (_TRACE, _PROGRAM, _PLACES, _NOTICE, _CONVERTS, _DENSE)
 
 
 def is_whole(module: nn.Module) -> bool:
@@ -33,20 +36,23 @@ def is_whole(module: nn.Module) -> bool:
 
 
 def make_whole(
-    model: nn.Module, traces: dict[nn.Module, Trace | None], converts: Callable, notice: dict
+    model: nn.Module, traces: dict[nn.Module, Trace | None], converts: Callable, notice: dict, dense: list
 ) -> None:
     """Gives each module of ``traces`` its class, and its trace where it has one.
 
     Args:
         converts: converts a layer that has taken the place of one of ``model``'s converted layers.
-        notice: the layers that stayed dense, and why.
+        notice: the layers that stayed dense though nobody asked for it, and why.
+        dense: the layers that were to stay dense.
     """
     for module, steps in traces.items():
         module.__dict__[_TRACE] = steps
         module.__class__ = _whole_class(type(module))
     for module in traces:
         _bind(module)
-        module.__dict__.update({_PLACES: _places(module), _CONVERTS: converts, _NOTICE: notice})
+        inner = set(module.modules())
+        own = [layer for layer in dense if layer in inner]
+        module.__dict__.update({_PLACES: _places(module), _CONVERTS: converts, _NOTICE: notice, _DENSE: own})
     if traces == {} and is_whole(model):  # converted before; one notice for all that is inside
         model.__dict__[_NOTICE] = notice
 
@@ -74,13 +80,29 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a layer whose output inside the context is zero outside of the mask."""
 
     def forward(self, *args, **kwargs):
-        out, active = base.forward(self, *args, **kwargs), context.current()
+        active = context.current()
+        if active is not None and may_follow():  # its functions are those of maps
+            return follow(partial(_layer_of_maps, base, self, active), args, kwargs, active)
+        out = base.forward(self, *args, **kwargs)
         if active is None or not isinstance(out, Tensor) or out.dim() != 4:
             return out
         plan = active.plan((out.shape[0], *out.shape[2:]), out.device)
-        return active.note(out.masked_fill((plan.inverse() < 0)[:, None], 0), plan)
+        return out.masked_fill((plan.inverse() < 0)[:, None], 0)
 
     return type(f"Masked{base.__name__}", (base,), _members(base, forward, _new_masked))
+
+
+def _layer_of_maps(base: type[nn.Module], module: nn.Module, active, *args, **kwargs):
+    if (
+        issubclass(base, nn.Conv2d)
+        and len(args) == 1
+        and not kwargs
+        and (x := layer_input(args[0], active)) is not None
+    ):
+        out = constant_conv(module, base.forward, x)
+        if out is not NotImplemented:
+            return out
+    return as_map(base.forward(module, *args, **kwargs), active)
 
 
 def _places(module: nn.Module) -> list[list]:
@@ -118,7 +140,24 @@ def _whole_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @functools.cache
 def _plain_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Sparse{base.__name__}", (base,), _members(base, _forward_of(base), _new))
+    return type(f"Sparse{base.__name__}", (base,), _members(base, _forward_of(base), _new) | _parts(base))
+
+
+def _parts(base: type[nn.Module]) -> dict:
+    """The methods that are called as parts of a forward: forward_features, forward_head and the like."""
+
+    def part_of(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def part(self, *args, **kwargs):
+            active = context.current()
+            if active is None or _TRACE not in self.__dict__ or not may_follow():
+                return method(self, *args, **kwargs)
+            return follow(partial(method, self), args, kwargs, active, self.__dict__[_DENSE], part=True)
+
+        return part
+
+    names = {name for kind in base.__mro__ for name in vars(kind) if name.startswith("forward_")}
+    return {name: part_of(method) for name in names if callable(method := getattr(base, name))}
 
 
 def _forward_of(base: type[nn.Module]) -> Callable:
@@ -133,7 +172,9 @@ def _forward_of(base: type[nn.Module]) -> Callable:
                 _look(self)
             x = _only_tensor(self, args, kwargs) if holds else None
             if x is not None:
-                return program.run(x, active)
+                return program.run(x, active, self.__dict__[_DENSE])
+            if may_follow():
+                return follow(partial(base.forward, self), args, kwargs, active, self.__dict__[_DENSE])
         return base.forward(self, *args, **kwargs)
 
     return forward

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Layer, layer_of
-from .staleness import Watch, signatures
+from .layers import Call, Layer, layer_of
+from .staleness import Watch, signature, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 from .tracing.simplify import without_copies, without_permutes
 
@@ -79,7 +79,9 @@ def local_stack_of(module: nn.Module) -> Stack:
         if layer.refusal:
             raise TypeError(layer.refusal)
     layers = _that_count(layers, output)
-    watch = Watch(whole, steps, hooks=False)
+    of_pixels = [step.target for step in kept if step.kind == "per_pixel" and ":" not in step.target]
+    modules = (*steps.modules, *(signature(whole, path) for path in dict.fromkeys(of_pixels)))
+    watch = Watch(whole, steps._replace(modules=modules), hooks=False)
     return _made(layers, steps.values, output, tuple(dropouts), _multiple(layers, output), watch)
 
 
@@ -106,11 +108,15 @@ def _layers(steps, module: nn.Module) -> list[Layer]:
 
 
 def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
-    """Notes at each layer which values nobody reads after it."""
+    """Notes at each layer which values nobody reads after it, and which convolutions a call alone follows."""
     seen = {output}
     for layer in reversed(layers):
         layer.free = tuple({v for v in (*layer.inputs, layer.out) if v not in seen})
         seen.update(layer.free)
+    for layer in layers:
+        if layer.conv is not None and layer.is_bare and layer.out != output:
+            readers = [reader for reader in layers if layer.out in reader.inputs]
+            layer.waits = len(readers) == 1 and type(readers[0]) is Call
     return Stack(tuple(layers), values, output, *rest)
 
 

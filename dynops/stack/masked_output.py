@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +22,8 @@ def under_mask(layer: nn.Module, x: Tensor, active: use_mask) -> tuple[Tensor, P
     """
     in_shape, forward = _map_shape(x), getattr(type(layer), "pixels_of", type(layer)).forward
     if active.ragged and isinstance(layer, _POOLS):
-        out = _pooled_images(layer, forward, x, active.plan(in_shape, x.device).inverse() < 0)
+        outside = active.plan(in_shape, x.device).inverse() < 0
+        out = pooled_images(layer, partial(forward, layer), x, outside[:, None] if x.dim() == 4 else outside)
     else:
         out = forward(layer, x)
     out_shape = _map_shape(out)
@@ -44,11 +48,16 @@ def _geometry(layer: nn.Module, in_shape: tuple, out_shape: tuple) -> ConvGeomet
     return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1)
 
 
-def _pooled_images(pool: nn.Module, forward, x: Tensor, outside: Tensor) -> Tensor:
-    outside = outside[:, None] if x.dim() == 4 else outside
-    if isinstance(pool, nn.MaxPool2d):
-        return forward(pool, x.masked_fill(outside, float("-inf")))
-    out = forward(pool, x.masked_fill(outside, 0))
+def pooled_images(pool, run: Callable, x: Tensor, outside: Tensor) -> Tensor:
+    """A pool of images of different sizes, to which what lies ``outside`` of them is padding.
+
+    Args:
+        pool: its settings, as attributes; a mean if it has no ``dilation``.
+        run: the pool.
+    """
+    if hasattr(pool, "dilation"):
+        return run(x.masked_fill(outside, float("-inf")))
+    out = run(x.masked_fill(outside, 0))
     if pool.divisor_override is not None or pool.count_include_pad:
         return out
     inside = (~outside).to(x.dtype)  # the mean is over these

@@ -30,14 +30,25 @@ def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     Kept until a parameter or a statistic changes (``dynops.kept``), except where a gradient flows through them.
     """
     parameters, buffers = norm._parameters, norm._buffers  # nn.Module.__getattr__ costs half a microsecond
-    weight, bias = parameters["weight"], parameters["bias"]
     mean, var = buffers["running_mean"], buffers["running_var"]
-    if not modes.plain(var, mean, weight, bias):
-        return _fold(norm.eps, weight, bias, mean, var)
-    # The statistics' own versions do not move; that of the number of batches does, which is what shows on a GPU.
     batches = buffers.get("num_batches_tracked")
-    tensors = var, mean, weight, bias, batches
-    return kept.get(("fold", norm.eps), lambda: _fold(norm.eps, weight, bias, mean, var), *tensors)
+    return fold_of(norm.eps, parameters["weight"], parameters["bias"], mean, var, batches)
+
+
+def fold_of(
+    eps: float, weight, bias, mean: Tensor, var: Tensor, batches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fold`, of a norm's tensors.
+
+    Args:
+        batches: the number of batches. The statistics' own versions do not move; this one's does, which is what shows
+            on a GPU.
+    """
+    if not modes.plain(var, mean, weight, bias):
+        return _fold(eps, weight, bias, mean, var)
+    return kept.get(
+        ("fold", eps), lambda: _fold(eps, weight, bias, mean, var), var, mean, weight, bias, batches
+    )
 
 
 def _fold(eps: float, weight, bias, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ A policy has:
 - ``plan(value, shape, device, geometry)``: the plan of a value of ``shape = (N, H, W)``, which a layer of this geometry
   makes (None: one that keeps the size).
 - ``shared(value, inputs)``: the plan of a value that is made of others pixel by pixel; None where these are dense.
-- ``reads(x, plan)``: whether the rows of a dense map stand for all of it in a sum.
 - ``output``: the plan of the stack's output, where the caller gave it, and ``base``: the output outside of it; None
   for zero.
 
@@ -39,10 +38,6 @@ class Masked:
     def plan(self, value: int, shape: tuple[int, int, int], device: torch.device, geometry=None) -> PixelPlan:
         return self.active.plan(shape, device) if geometry is None else self.active.after(geometry, device)
 
-    def reads(self, x: Tensor, plan: PixelPlan) -> bool:
-        """True for a dense map that is known to be zero outside of a plan: a sum may take its rows."""
-        return self.active.knows(x, plan)
-
     def shared(self, value: int, inputs: list) -> PixelPlan | None:
         for x in inputs:
             if type(x) is Rows:
@@ -69,9 +64,6 @@ class Needed:
 
     def shared(self, value: int, inputs: list) -> PixelPlan:
         return self.plans[value]
-
-    def reads(self, x: Tensor, plan: PixelPlan) -> bool:
-        return True
 
 
 def needed_plans(stack: Stack, sizes: dict, plan: PixelPlan) -> dict[int, PixelPlan]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..context import use_mask
 from .graph import stack_of
+from .maps import entered, inside, may_follow
 from .policy import Masked
 from .run_rows import run_rows
 from .staleness import Watch
@@ -26,9 +27,17 @@ class Program:
         """True where the stack is still what the module does."""
         return self.watch.holds()
 
-    def run(self, x: Tensor, active: use_mask) -> Tensor:
-        """``module.forward(x)`` under the mask of ``active``."""
-        return run_rows(self.stack, x, Masked(active))
+    def run(self, x: Tensor, active: use_mask, dense=()) -> Tensor:
+        """``module.forward(x)`` under the mask of ``active``: a map inside of a module that runs on maps, else dense.
+
+        Args:
+            dense: modules that stay dense.
+        """
+        if not may_follow():
+            return run_rows(self.stack, x, Masked(active))
+        as_map = inside()
+        with entered(dense):
+            return run_rows(self.stack, x, Masked(active), maps=True, as_map=as_map)
 
 
 def _unbound() -> None:

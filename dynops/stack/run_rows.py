@@ -15,30 +15,39 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
+from .maps import SparseMap, bare, normed
+from .maps.layout import NCHW
 from .masked_output import under_mask
 
 
-def run_rows(stack: Stack, x: Tensor, policy) -> Tensor:
-    """The stack's output for ``x`` ``[N, C, H, W]``, as the policy has it: a dense tensor, in the format of ``x``."""
-    run = Run(stack, x, policy)
+def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False) -> Tensor:
+    """The stack's output for ``x`` ``[N, C, H, W]``, as the policy has it: a dense tensor, in the format of ``x``.
+
+    Args:
+        maps: calls that no layer knows run on maps (:mod:`dynops.stack.maps`).
+        as_map: the output is a map too.
+    """
+    run = Run(stack, x, policy, maps, as_map)
     env = run.env
     for layer in stack.layers:
         env[layer.out] = layer.rows(run)
         for value in layer.free:
             env[value] = None
+    if as_map:
+        return run.map(stack.output)
     out = run.result()
-    if not isinstance(out, Tensor) or out.dim() != 4:
-        return out
-    return run.noted(in_format_of(out, x))
+    return in_format_of(out, x) if isinstance(out, Tensor) and out.dim() == 4 else out
 
 
 class Run:
     """The values of one run of a stack."""
 
-    def __init__(self, stack: Stack, x: Tensor, policy):
+    def __init__(self, stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False):
         self.stack, self.policy, self.autocast = stack, policy, autocast_dtype(x)
+        self.maps, self.as_map = maps, as_map
         self.env: list = [None] * stack.values
-        self.env[0] = self._x = x
+        self._x = x
+        self.env[0] = x
         self.ended: PixelPlan | None = None  # the output's plan, where a layer wrote the dense map itself
         self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
         self._originals: dict[int, Tensor] = {}  # of values that were put in another format
@@ -46,15 +55,47 @@ class Run:
 
     # -------------------------------------------------------------------------------------- inputs
 
+    def found(self, value: int):
+        """A value: rows, a dense tensor, or a map of other axes. A map that waits is computed."""
+        found = self.env[value]
+        if type(found) is SparseMap and found.axes == NCHW and found.margins is None:
+            found = found.dense() if found.is_input else Rows(found.rows(), found.plan)
+            self.env[value] = found
+        return found
+
+    def waiting(self, value: int) -> SparseMap | None:
+        """A value that is a convolution which was not computed yet: what follows may be computed with it."""
+        found = self.env[value]
+        return found if type(found) is SparseMap and found.convolution() is not None else None
+
+    def bare(self, *arguments) -> SparseMap:
+        """A convolution that waits; see :func:`maps.convolution.bare`."""
+        return bare(*arguments, self.policy.active)
+
+    def normed(self, norm: nn.Module, waiting: SparseMap) -> SparseMap:
+        """A norm of a convolution that waits, computed with it."""
+        return normed(norm, waiting)
+
     def rows_of(self, value: int) -> Rows | None:
         """A value that exists as rows, or None."""
-        found = self.env[value]
+        found = self.found(value)
         return found if type(found) is Rows else None
 
     def dense(self, value: int):
         """A value as a dense tensor."""
-        found = self.env[value]
+        found = self.found(value)
+        if type(found) is SparseMap:
+            return found.dense()
         return scatter_pixels(found.values, found.plan) if type(found) is Rows else found
+
+    def map(self, value: int):
+        """A value as the functions of maps take it."""
+        found = self.env[value]
+        if type(found) is Rows:
+            return SparseMap.of_rows(found.values, found.plan, self.policy.active)
+        if value == 0 and type(found) is not SparseMap and isinstance(found, Tensor) and found.dim() == 4:
+            return SparseMap.of_input(found, self.policy.active)
+        return found
 
     def as_called(self, value: int):
         """As :meth:`dense`, in the memory format that the value has where each layer runs alone."""
@@ -66,16 +107,16 @@ class Run:
 
     def shape(self, value: int) -> tuple[int, int, int]:
         """``(N, H, W)`` of a value."""
-        found = self.env[value]
+        found = self.found(value)
         return found.plan.shape if type(found) is Rows else (found.shape[0], found.shape[2], found.shape[3])
 
     def device(self, value: int) -> torch.device:
-        found = self.env[value]
+        found = self.found(value)
         return found.plan.device if type(found) is Rows else found.device
 
     def read_at(self, value: int, index: Tensor) -> Tensor:
         """The rows of a value at flat positions, int64 ``[P]``; zero at -1 and where it does not exist."""
-        found = self.env[value]
+        found = self.found(value)
         if type(found) is Rows:
             rows, at = found.values, found.plan.inverse().reshape(-1)[index.clamp(min=0)].long()
             at = torch.where(index < 0, -1, at)
@@ -85,21 +126,15 @@ class Run:
             return F.pad(rows, (0, 0, 0, index.shape[0]))  # zeros that keep the gradient's way
         return torch.where((at >= 0)[:, None], rows[at.clamp(min=0)], 0)
 
-    def at(self, value: int, plan: PixelPlan, channels: int | None = None) -> Tensor | None:
-        """The rows of a value at a plan, or None where it has another size.
-
-        Args:
-            channels: those that a dense map must have to be added so by a policy that masks. It must be known
-                to be zero outside of the plan too.
-        """
-        found = self.env[value]
+    def at(self, value: int, plan: PixelPlan) -> Tensor | None:
+        """The rows of a value at a plan, or None where it has another size. One row for all of ``[N, C, 1, 1]``, N = 1."""
+        found = self.found(value)
         if type(found) is Rows:
             return found.values if found.plan is plan else _within(found, plan)
-        if not isinstance(found, Tensor) or found.dim() != 4 or self.shape(value) != plan.shape:
+        if not isinstance(found, Tensor) or found.dim() != 4:
             return None
-        added = channels is not None and self.policy.zero_outside
-        if added and (found.shape[1] != channels or not self.policy.reads(found, plan)):
-            return None
+        if self.shape(value) != plan.shape:
+            return _spread(found, plan)
         if value != 0:
             return gather_rows(found, plan.index, plan.count)
         rows = self._gathered.get(id(plan))
@@ -109,39 +144,40 @@ class Run:
 
     def added(self, value: int, plan: PixelPlan, channels: int) -> Tensor | None:
         """As :meth:`at`, or a dense map of the plan's size itself, which a convolution reads where it lies."""
-        found = self.env[value]
+        found = self.found(value)
         n, h, w = plan.shape
         if type(found) is not Rows and isinstance(found, Tensor) and found.shape == (n, channels, h, w):
-            return found if self.policy.reads(found, plan) else None
-        return self.at(value, plan, channels)
+            return self.dense(value)
+        return self.at(value, plan)
 
-    def together(self, layer, joins: str) -> tuple[PixelPlan | None, list]:
-        """The inputs of a layer that works pixel by pixel: rows of one plan; or None and dense tensors.
-
-        Args:
-            joins: the dense maps that a policy that masks reads at the mask of the others: "rows", none; "same", those
-                of the same shape; "any", those of the same size, and ``[N, C, 1, 1]``.
-        """
+    def together(self, layer) -> tuple[PixelPlan | None, list]:
+        """The inputs of a layer that works pixel by pixel: rows of one plan; or None and dense tensors."""
         plan = self.shared_plan(layer)
         if plan is not None:
-            rows = [self.env[v] for v in layer.inputs if type(self.env[v]) is Rows]
-            channels = rows[0].values.shape[1] if rows and joins != "any" else None
-            if joins != "rows" or not self.policy.zero_outside or len(rows) == len(layer.inputs):
-                values = [self.at(v, plan, channels) for v in layer.inputs]
-                if joins == "any":
-                    values = [
-                        _spread(self.env[v], plan) if r is None else r
-                        for v, r in zip(layer.inputs, values, strict=True)
-                    ]
-                if all(v is not None for v in values):
-                    return plan, values
+            values = [self.at(v, plan) for v in layer.inputs]
+            if all(v is not None for v in values):
+                return plan, values
         return None, [self.dense(v) for v in layer.inputs]
+
+    def share_rows(self, values) -> bool:
+        """True for values that are all rows of one plan."""
+        plans = {id(found.plan) if type(found := self.found(v)) is Rows else None for v in values}
+        return len(plans) == 1 and None not in plans
+
+    def masked_as(self, layer, out):
+        """What a call made of dense tensors, as rows where it is a map of the size of an input that is one."""
+        if self.policy.zero_outside and isinstance(out, Tensor) and out.dim() == 4:
+            for value in layer.inputs:
+                rows = self.rows_of(value)
+                if rows is not None and rows.plan.shape == (out.shape[0], *out.shape[2:]):
+                    return Rows(gather_rows(out, rows.plan.index, rows.plan.count), rows.plan)
+        return out
 
     # ------------------------------------------------------------------------------------- outputs
 
     def shared_plan(self, layer) -> PixelPlan | None:
         """The plan of a layer's output, which is made pixel by pixel. None: its inputs are dense, and so is the output."""
-        return self.policy.shared(layer.out, [self.env[v] for v in layer.inputs])
+        return self.policy.shared(layer.out, [self.found(v) for v in layer.inputs])
 
     def plan_like(self, value: int, out: int) -> PixelPlan:
         """The plan of a value ``out`` that has the size of another."""
@@ -154,17 +190,15 @@ class Run:
 
     def put(self, value: int, copy: Tensor) -> Tensor:
         """Takes a copy of a dense map, in another format, in its place."""
-        found = self.env[value]
+        found = self.found(value)
         if copy is not found and isinstance(found, Tensor):
             self._originals.setdefault(value, found)
-            if self.policy.zero_outside:
-                self.policy.active.note_like(copy, found)
         self.env[value] = copy
         return copy
 
     def ends_with(self, layer) -> bool:
         """True for the layer that makes the output: it may write the dense map itself."""
-        return layer is self.stack.layers[-1] and layer.out == self.stack.output
+        return layer is self.stack.layers[-1] and layer.out == self.stack.output and not self.as_map
 
     def base(self, channels: int, dtype: torch.dtype) -> Tensor | None:
         """The output outside of its plan, ``[N, O, H, W]`` in its dtype; None for zero."""
@@ -178,14 +212,6 @@ class Run:
             return self.dense(output)
         rows = self.at(output, plan)
         return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))
-
-    def noted(self, out: Tensor) -> Tensor:
-        """The output, after a note of where it is zero, for the next stack that gets it."""
-        found = self.env[self.stack.output]
-        plan = found.plan if type(found) is Rows else self.ended
-        if plan is not None and self.policy.zero_outside:
-            self.policy.active.note(out, plan)
-        return out
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:

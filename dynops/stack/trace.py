@@ -245,6 +245,11 @@ class _Steps:
     def operand(self, argument) -> int | None:
         return self.number[argument] if isinstance(argument, fx.Node) else None
 
+    def map_of(self, argument) -> int | None:
+        """As :meth:`operand`; None for a parameter too, which no layer reads as its map."""
+        of_parameter = isinstance(argument, fx.Node) and argument.op == "get_attr"
+        return None if of_parameter else self.operand(argument)
+
     def emit(self, node: fx.Node, kind: str, target: str, inputs: tuple, inplace=False, **fields) -> None:
         out = self.new()
         self.steps.append(Step(kind, target, inputs, out, scope=node.meta["scope"], **fields))
@@ -301,7 +306,7 @@ class _Steps:
     def _call_module(self, node: fx.Node) -> None:
         module = self.module.get_submodule(node.target)
         arguments = (*node.args, *node.kwargs.values())
-        x = self.operand(arguments[0]) if len(arguments) == 1 else None
+        x = self.map_of(arguments[0]) if len(arguments) == 1 else None
         inplace = getattr(module, "inplace", False)
         if node.target in self.called:
             self.emit_call(node, "module", node.target)
@@ -327,7 +332,7 @@ class _Steps:
         inplace = bool(arguments.pop("inplace", False))
         if function in _ADDS and len(args) == 2 and not node.kwargs and None not in operands:
             self.emit(node, "add", "", tuple(operands), function is operator.iadd)
-        elif function in _FUNCTIONS and operands[:1] != [None] and len(operands) >= 1:
+        elif function in _FUNCTIONS and args and self.map_of(args[0]) is not None:
             extra = dict(list(arguments.items())[1:]) if arguments else dict(node.kwargs)
             name = _FUNCTIONS[function]
             if function is F.gelu and extra.pop("approximate", "none") == "tanh":
@@ -345,7 +350,7 @@ class _Steps:
         name, operands = node.target, [self.operand(a) for a in node.args]
         if name in _ADD_METHODS and len(operands) == 2 and not node.kwargs and None not in operands:
             self.emit(node, "add", "", tuple(operands), name == "add_")
-        elif name in _METHODS and len(operands) == 1:
+        elif name in _METHODS and len(operands) == 1 and self.map_of(node.args[0]) is not None:
             function, inplace = _METHODS[name]
             fields = {"activation": _FUNCTIONS[function], "args": ("function",)}
             self.emit(node, "act", _name_of(function), (operands[0],), inplace, **fields)

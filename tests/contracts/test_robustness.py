@@ -119,7 +119,7 @@ def test_memory_does_not_grow(backend):
             *leaves, None, plan, padding=1, gate=torch.rand(2, 28, 28), backend=backend
         ).sum().backward()
 
-    for _ in range(10):
+    for _ in range(40):  # the allocator's own arenas grow by 8 MiB under torch 2.14, and then no more
         step()
     before = resident_mib()
     for _ in range(60):  # rows that are not freed would be 0.2 MiB a step, a map 0.4
@@ -223,6 +223,7 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
 # What a floor may import from dynops, by the first part of the name (docs/architecture.md: imports run one way).
 FLOORS = {
     "geometry": set(),
+    "ragged": {"geometry"},
     "modes": {"scripting"},
     "backends": {"_C", "modes"},
     "kept": {"modes", "backends"},
@@ -233,6 +234,7 @@ FLOORS = {
     "kernels": {"geometry", "modes", "backends", "kept", "kernels"},
     "ops": {"geometry", "modes", "scripting", "backends", "kept", "plans", "kernels", "scope", "ops"},
     "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
+    "graphs": {"geometry", "plans", "context"},
     "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},

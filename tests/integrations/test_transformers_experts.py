@@ -30,7 +30,14 @@ def registered():
 
 
 # Gates of their own that no op of dynops has the formula of.
-CALLED = {"DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "Inkling2Experts"}
+CALLED = {
+    "DeepseekV4Experts",
+    "Glm5NextTextExperts",
+    "HYV4Experts",
+    "HYV4VLExperts",
+    "Inkling2Experts",
+    "Inkling2LoopExperts",
+}
 
 
 def test_every_class_of_experts():

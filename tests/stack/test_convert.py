@@ -11,6 +11,7 @@ from masked_models import (
     hold,
     layer_by_layer,
     masked_resnet,
+    mean,
     norm,
     random_mask,
     randomised,
@@ -172,8 +173,8 @@ class SqueezeExcite(Block):
 
     def oracle(self, x, mask):
         x = F.gelu(norm(self.bn, hold(self.conv1(x), mask), mask), approximate="tanh")
-        gate = torch.sigmoid(hold(self.gate(x.mean((2, 3), keepdim=True)), mask))
-        return hold(self.conv2(x * gate), mask) + x.mean((2, 3), keepdim=True)
+        gate = hold(torch.sigmoid(self.gate(mean(x, mask))), mask)
+        return hold(hold(self.conv2(x * gate), mask) + mean(x, mask), mask)
 
 
 class UpAndDown(Block):

@@ -122,7 +122,7 @@ def test_filtered_layers_run_dense(inputs):
     z = norm(
         first.bn2, hold(first.conv2(F.relu(norm(first.bn1, hold(first.conv1(y), mask), mask))), mask), mask
     )
-    y = block(dense.layer1[1], F.relu(z + y), mask)  # what nothing masked is added as it is
+    y = block(dense.layer1[1], F.relu(hold(z + y, mask)), mask)
     b = dense.layer2[0]
     z = b.bn2(b.conv2(F.relu(b.bn1(hold(b.conv1(y), mask)))))
     y = F.relu(z + b.downsample(y))

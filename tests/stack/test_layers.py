@@ -1,6 +1,7 @@
 """The layers of a stack: on rows under a mask against the run layer by layer, on parts of a map against the dense module."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import dynops
 from dynops.nn import MaskedGroupNorm, MaskedInstanceNorm2d, Skip, SparseBlocks
+from dynops.stack import maps
 from dynops.stack.graph import stack_of
 from dynops.stack.layers import conv
 from dynops.stack.layers.base import Rows
@@ -53,6 +55,15 @@ class Arithmetic(Graph):
         return torch.maximum(z, -y).square() / 3
 
 
+class Weighted(Graph):
+    """Maps weighted as EfficientDet does: what is made of parameters is no map."""
+
+    def forward(self, x):
+        y, weight = self.conv(x), torch.relu(self.scale).contiguous()
+        weight = weight / (weight.sum() + 1e-4) + self.scale.relu()
+        return self.conv1(y * weight) * self.gate[2](self.scale)
+
+
 def chain(*layers):
     return lambda: copy.deepcopy(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), *layers))
 
@@ -62,6 +73,7 @@ MASKED = {
     "times a map": TimesMap,
     "squeeze-excite": SqueezeExcite,
     "arithmetic": Arithmetic,
+    "weights of parameters": Weighted,
     "group norm": chain(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
     "instance norm": chain(nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 4, 3)),
     "nearest": chain(nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 3, padding=1)),
@@ -119,12 +131,15 @@ def test_nothing_reads_rows_past_the_count(name, monkeypatch):
     with torch.no_grad(), dynops.active(dynops.PixelPlan.from_mask(mask, mask.numel())):
         expected = model(x)
         conv_layer = conv._pixel_conv
-        monkeypatch.setattr(conv, "_pixel_conv", poisoned)
+        for room in (conv, maps.convolution):
+            monkeypatch.setattr(room, "_pixel_conv", poisoned)
         out = model(x)
     assert left and torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("name", sorted(set(MASKED) - {"bilinear", "squeeze-excite"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MASKED) - {"bilinear", "squeeze-excite", "weights of parameters"})
+)
 def test_no_dense_map_is_made_between(name, monkeypatch):
     """Every value but the input and the output of a traced model stays rows."""
     model = MASKED[name]().eval()
@@ -260,6 +275,20 @@ def test_a_parameter_of_channels_that_is_replaced():
     layer.module[0].gamma = nn.Parameter(torch.ones(4, 1, 4))
     for layer.path in ("rows", "tiles"):
         with pytest.raises(TypeError, match=r"gamma of shape \[C\] or one value, got \(4, 1, 4\)"):
+            layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
+
+
+def test_a_norm_of_channels_that_is_changed():
+    """What runs pixel by pixel is watched as any layer is."""
+    changes = {
+        "forward": (lambda x: x - x.mean((1, 2), keepdim=True), "forward of its own"),
+        "normalized_shape": ((4, 4), "permute: expected a call that blocks can make"),
+    }
+    for (name, (value, message)), path in itertools.product(changes.items(), ("rows", "tiles")):
+        layer = SparseBlocks(nn.Sequential(Permuted(4)).eval(), 4, path=path)
+        layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
+        setattr(layer.module[0].norm, name, value)
+        with pytest.raises(TypeError, match=message):
             layer(torch.randn(1, 4, 4, 4), torch.ones(1, 4, 4))
 
 

@@ -40,7 +40,7 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         y = self.conv(x) * self.scale * self.more[0]
-        return y - x if self.flag else y
+        return y - self.conv(x + 1) if self.flag else y
 
 
 CHANGES = {

@@ -18,6 +18,7 @@ from ..layout import empty_map, memory_format_of
 from . import gemm, tiling
 from .channel_lists import map_strides
 from .gemm import source_row, split_pixel
+from .launch import cdiv, launch
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -131,7 +132,7 @@ def conv_kernel_grad(grad, x, geometry, upsample: int) -> Tensor:
     tile = _tile(size)
     rows = grad.shape[0] * grad.shape[2] * grad.shape[3]
     with gemm.on_device(x):
-        local_kernel_grad_kernel[triton.cdiv(rows, tile["M"]), g.groups](
+        launch(local_kernel_grad_kernel, cdiv(rows, tile["M"]), g.groups)(
             grad, x, dk, rows=rows, **_arguments(dk, x.shape[1], size, g, upsample), WIDE=gemm.is_wide(grad, x, dk), **tile
         )  # fmt: skip
     return dk
@@ -144,7 +145,7 @@ def _conv(x: Tensor, kernels: Tensor, out: Tensor, g: ConvGeometry, groups: int,
     channels, tile = out.shape[1], _tile(out.shape[1])
     rows = out.numel() // channels
     with gemm.on_device(x):
-        local_conv_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
+        launch(local_conv_kernel, cdiv(rows, tile["M"]), cdiv(channels, tile["N"]))(
             x, kernels, out, rows=rows, **_arguments(kernels, channels, channels // groups, g, upsample),
             WIDE=gemm.is_wide(x, kernels, out), **tile,
         )  # fmt: skip

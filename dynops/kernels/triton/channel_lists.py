@@ -19,6 +19,7 @@ from ..layout import empty_map, memory_format_of
 from ..lists import Lists
 from . import gemm, tiling
 from .gemm import rank
+from .launch import cdiv, launch, power_of_2
 from .rows import row_values, whole_rows, words
 
 _SINGLE = {"ROW": 0, "HALF": False}  # channels are loaded one by one
@@ -314,9 +315,9 @@ def channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     index = torch.empty((rows, size), dtype=torch.int32, device=mask.device)
     count = torch.empty(rows, dtype=torch.int32, device=mask.device)
     if rows:
-        block = min(1024, max(16, triton.next_power_of_2(channels)))
+        block = min(1024, max(16, power_of_2(channels)))
         with gemm.on_device(mask):
-            channel_index_kernel[(rows,)](mask.contiguous(), index, count, channels, size, BLOCK=block)
+            launch(channel_index_kernel, rows)(mask.contiguous(), index, count, channels, size, BLOCK=block)
     return index, count
 
 
@@ -348,7 +349,7 @@ def compact(x: Tensor, lists: Side) -> Tensor:
 
 def padded(channels: int) -> int:
     """The channels rounded up to a multiple of 16."""
-    return triton.cdiv(channels, PAD) * PAD
+    return cdiv(channels, PAD) * PAD
 
 
 def _launch_gather(x: Tensor, out: Tensor, lists: Side, width: int, part: int, strides, layout) -> None:
@@ -356,9 +357,9 @@ def _launch_gather(x: Tensor, out: Tensor, lists: Side, width: int, part: int, s
     x_strides, wide = map_strides(x, layout), gemm.is_wide(x, out)
     whole = layout == torch.channels_last and not lists.packed
     x, tile = whole_rows(x, lists.size if whole else 0) or (words(x), _tile(width, layout) | _SINGLE)
-    grid = (lists.batch * triton.cdiv(rows, tile["M"]), triton.cdiv(width, tile["N"]), lists.groups)
+    grid = (lists.batch * cdiv(rows, tile["M"]), cdiv(width, tile["N"]), lists.groups)
     with gemm.on_device(x):
-        gather_channels_kernel[grid](
+        launch(gather_channels_kernel, *grid)(
             x, words(out), rows=rows, size=lists.size, width=width, part=part,
             **_named("x", x_strides), **_named("out", strides), **lists.arguments("in"),
             PACKED=lists.packed, ALL=part == 0, WIDE=wide, **tile,
@@ -379,9 +380,9 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
     del lists["IN_PARTS"]
     wide, whole = gemm.is_wide(packed, out), width if layout == torch.channels_last else 0
     packed, tile = whole_rows(packed, whole) or (words(packed), _tile(channels, layout) | _SINGLE)
-    grid = (n * triton.cdiv(h * w, tile["M"]), triton.cdiv(channels, tile["N"]))
+    grid = (n * cdiv(h * w, tile["M"]), cdiv(channels, tile["N"]))
     with gemm.on_device(packed):
-        scatter_channels_kernel[grid](
+        launch(scatter_channels_kernel, *grid)(
             packed, words(out), base, rows=h * w, channels=channels, width=width,
             **_named("x", strides), **_named("out", map_strides(out, layout)), **lists, WIDE=wide, **tile,
         )  # fmt: skip
@@ -391,7 +392,7 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
 def output_tiles(outs: Side, n: int) -> int:
     """See :func:`tiles_of`."""
     expands = outs.index is not None and not outs.packed and outs.size > n
-    return triton.cdiv(outs.size, n - VECTOR.value if expands else n)
+    return cdiv(outs.size, n - VECTOR.value if expands else n)
 
 
 def is_read_often(taps: int, others: Side) -> bool:
@@ -405,9 +406,9 @@ def pack_weight(w: Tensor, ins: Side, outs: Side, jobs: int) -> Tensor:
     packed = torch.empty((jobs, ins.groups, parts[1], w.shape[1], parts[0]), dtype=w.dtype, device=w.device)
     taps = w.shape[1]
     w, tile = whole_rows(w, ins.size) or (words(w), tiling.direct_tile(parts[0]) | _SINGLE)
-    grid = (jobs * triton.cdiv(parts[1], tile["M"]) * triton.cdiv(parts[0], tile["N"]), ins.groups * taps)
+    grid = (jobs * cdiv(parts[1], tile["M"]) * cdiv(parts[0], tile["N"]), ins.groups * taps)
     with gemm.on_device(w):
-        pack_weight_kernel[grid](
+        launch(pack_weight_kernel, *grid)(
             w, words(packed), **ins.arguments("in"), **outs.arguments("out"), in_size=ins.size,
             out_size=outs.size, in_part=parts[0], out_part=parts[1], TAPS=taps, **tile,
         )  # fmt: skip
@@ -424,9 +425,9 @@ def slots(lists: Side) -> Tensor | None:
     out = torch.empty((index.shape[0], groups, lists.size), dtype=torch.int32, device=index.device)
     arguments = lists.arguments("in") | {"IN_PARTS": "groups" if groups > 1 else "one"}
     del arguments["in_lists"]
-    n = min(256, max(16, triton.next_power_of_2(lists.size)))
+    n = min(256, max(16, power_of_2(lists.size)))
     with gemm.on_device(out):
-        slots_kernel[index.shape[0], triton.cdiv(lists.size, n), groups](out, groups=groups, size=lists.size, N=n, **arguments)  # fmt: skip
+        launch(slots_kernel, index.shape[0], cdiv(lists.size, n), groups)(out, groups=groups, size=lists.size, N=n, **arguments)  # fmt: skip
     return out
 
 

@@ -40,6 +40,7 @@ from .channel_lists import VECTOR, Side, boundary, choose, gather, list_part, li
 from .channels_weight_grad import conv_weight_grad
 from .experts import expert_tile
 from .gemm import finish, lowest_tap, regions_met, source_row
+from .launch import cdiv, launch, power_of_2
 from .rows import picked
 
 _UNSPECIALIZED = [*gemm.UNSPECIALIZED, "jobs", "regions"]
@@ -384,7 +385,7 @@ def product(
     if own is None:
         own = Own(g.batch if scale is not None or ins.per_sample or outs.per_sample else 1)
     rows, maps = g.batch * g.out_h * g.out_w, x.numel() + out.numel()
-    each, listed = triton.cdiv(rows, own.jobs), own.order is not None
+    each, listed = cdiv(rows, own.jobs), own.order is not None
     x, bias, scale, wide = gemm.rows_of(x), contiguous(bias), contiguous(scale), gemm.is_wide(x, out)
     arguments = own._asdict() | {
         "bias": bias, "scale": scale, "base": None if base is None else gemm.rows_of(base),
@@ -392,11 +393,11 @@ def product(
         "w_region": w.stride(1) if w.dim() == 5 else 0, "w_job": 0 if w.dim() == 3 or w.shape[0] == 1 else w.stride(0),
         "bias_job": 0 if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else bias.stride(0),
         **gemm.geometry_arguments(g), "PACKED_OUT": outs.packed, "ACTIVATION": activation, "WIDE": wide,
-        "JOBS": min(1024, triton.next_power_of_2(own.jobs)) if listed else 1,
+        "JOBS": min(1024, power_of_2(own.jobs)) if listed else 1,
     }  # fmt: skip
 
     def tiles(m: int) -> int:
-        return rows // m + own.jobs + 1 if listed else own.jobs * triton.cdiv(each, m)
+        return rows // m + own.jobs + 1 if listed else own.jobs * cdiv(each, m)
 
     if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g.groups) and not (ins.heads or outs.heads):
         _direct(x, w, out, ins, outs, arguments, tiles)
@@ -410,7 +411,7 @@ def product(
         x, each, n, ins.capacity, own.jobs * g.groups, single, base is not None, heavy, family="channels"
     )
     with gemm.on_device(x):
-        conv_kernel[tiles(tile["M"]) * channel_lists.output_tiles(outs, tile["N"]), g.groups](
+        launch(conv_kernel, tiles(tile["M"]) * channel_lists.output_tiles(outs, tile["N"]), g.groups)(
             x, w, out, **ins.arguments("in"), **outs.arguments("out"), **(arguments | operands), **constants,
             PRECISION=precision, REGIONS=31 if own.regions <= 31 else MOST_REGIONS, **tile,
         )  # fmt: skip
@@ -443,7 +444,7 @@ def _direct(x, w, out, ins: Side, outs: Side, arguments: dict, tiles: Callable) 
     tile = tiling.direct_tile(whole[1].size)
     slots = dict(zip(("in_slots", "out_slots"), map(channel_lists.slots, whole), strict=True))
     with gemm.on_device(x):
-        direct_conv_kernel[(tiles(tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)](
+        launch(direct_conv_kernel, tiles(tile["M"]) * cdiv(whole[1].size, tile["N"]))(
             x, w, out, **slots, channels_in=whole[0].size, channels_out=whole[1].size, in_channels=x.shape[1],
             in_lists=ins.per_sample, out_lists=outs.per_sample, PACKED_IN=ins.packed, **arguments, **tile,
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..layout import contiguous, empty_map
 from . import gemm, tiling
 from .gemm import rank, split_pixel
+from .launch import cdiv, launch
 
 # Columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535.
 _LONG = 4096
@@ -146,6 +147,19 @@ def merge_rows_kernel(
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def fill_rows(out, base, pixel, bare, channels, M: tl.constexpr, N: tl.constexpr):
+    """out = base, or zero, at those of a program's pixels that are bare."""
+    for start in range(0, channels, N):
+        channel = start + tl.arange(0, N)
+        mask = bare[:, None] & (channel < channels)[None, :]
+        at = pixel[:, None] * channels + channel[None, :]
+        value = tl.zeros([M, N], out.dtype.element_ty)
+        if base is not None:
+            value = tl.load(base + at, mask=mask)
+        tl.store(out + at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "pixels"])
 def fill_kernel(
     out, base, index, count, rows, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
@@ -158,14 +172,7 @@ def fill_kernel(
     row = rank(index, last, pixel, 31, False) - 1
     entry = tl.load(index + row, mask=row >= 0, other=-1)
     bare = (entry != pixel) & (pixel < pixels)
-    for start in range(0, channels, N):
-        channel = start + tl.arange(0, N)
-        mask = bare[:, None] & (channel < channels)[None, :]
-        at = pixel[:, None] * channels + channel[None, :]
-        value = tl.zeros([M, N], out.dtype.element_ty)
-        if base is not None:
-            value = tl.load(base + at, mask=mask)
-        tl.store(out + at, value, mask=mask)
+    fill_rows(out, base, pixel, bare, channels, M, N)
 
 
 @triton.jit(do_not_specialize=["columns", "h", "w"])
@@ -225,10 +232,8 @@ def nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tens
         return out
     wide = gemm.is_wide(out)
     with gemm.on_device(out):
-        nearest_row_kernel[(triton.cdiv(n * w, 32),)](
-            row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1
-        )
-        nearest_pixel_kernel[(triton.cdiv(n * h * w, 256),)](nearest, out, n * h * w, h, w, wide, BLOCK=256)
+        launch(nearest_row_kernel, cdiv(n * w, 32))(row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1)
+        launch(nearest_pixel_kernel, cdiv(n * h * w, 256))(nearest, out, n * h * w, h, w, wide, BLOCK=256)
     return out
 
 
@@ -241,7 +246,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     wide = gemm.is_wide(out) or reach >= gemm.INT32_LIMIT
     with gemm.on_device(x):
-        gather_rows_kernel[tiling.grid(out, tile)](
+        launch(gather_rows_kernel, *tiling.grid(out, tile))(
             words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
         )  # fmt: skip
     return out
@@ -261,7 +266,7 @@ def scatter_into(out: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         return out
     rows, tile = rows.contiguous(), _tile(rows.shape[1])
     with gemm.on_device(rows):
-        scatter_rows_kernel[tiling.grid(rows, tile)](
+        launch(scatter_rows_kernel, *tiling.grid(rows, tile))(
             words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -280,7 +285,7 @@ def scatter_planes(
     row_of, tile = torch.ops.dynops.inverse_index(index, count, shape), {"M": 64, "N": 32, "num_warps": 4}
     base = None if base is None else words(base.contiguous())
     with gemm.on_device(rows):
-        scatter_planes_kernel[triton.cdiv(n * h * w, tile["M"]), triton.cdiv(rows.shape[1], tile["N"])](
+        launch(scatter_planes_kernel, cdiv(n * h * w, tile["M"]), cdiv(rows.shape[1], tile["N"]))(
             words(rows.contiguous()), words(out), row_of, base, n * h * w, h * w, rows.shape[1],
             gemm.is_wide(rows, out), **tile,
         )  # fmt: skip
@@ -298,15 +303,29 @@ def merge_rows(
     rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
     scale = contiguous(scale)
     with gemm.on_device(rows):
-        merge_rows_kernel[tiling.grid(out, tile)](
+        launch(merge_rows_kernel, *tiling.grid(out, tile))(
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
 
 
+def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None):
+    """As :func:`filled_by`, where the ascending ``index`` has no pixel."""
+    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
+
+    def fill(values: Tensor, base: Tensor | None) -> None:
+        launch(fill_kernel, cdiv(pixels, tile["M"]))(
+            values, base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
+        )
+
+    return filled_by(out, base, fill)
+
+
 @contextlib.contextmanager
-def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None) -> Iterator[None]:
-    """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
+def filled_by(
+    out: Tensor, base: Tensor | None, fill: Callable[[Tensor, Tensor | None], None]
+) -> Iterator[None]:
+    """Makes a channels_last map ``base``, or zero, where ``fill`` does so; the block writes the other pixels.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
     by memory. It is launched after them: programs start in the order of their launches, and a fill of thousands would
@@ -318,13 +337,10 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
         yield
         return
     base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
-    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
     earlier = torch.cuda.current_stream(out.device).record_event() if out.is_cuda else None
     yield
     with _aside(out, earlier):
-        fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
-            words(out), base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
-        )
+        fill(words(out), base)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from . import experts_weight_grad, gemm
 from .channel_lists import Side
 from .channels import MOST_REGIONS, Own, product
 from .channels_weight_grad import own_weight_grads
+from .launch import cdiv, launch
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "mixed_conv"]
 
@@ -144,7 +145,7 @@ def _jobs(region: Tensor | None, weight_shape, g: ConvGeometry) -> Own:
     key, plane = torch.empty_like(region), region.shape[1] * region.shape[2]
     if key.numel():
         with gemm.on_device(key):
-            region_key_kernel[(triton.cdiv(key.numel(), 1024),)](
+            launch(region_key_kernel, cdiv(key.numel(), 1024))(
                 region, key, key.numel(), plane, jobs, regions, EACH=samples > 1, BLOCK=1024
             )
     order, offsets, _ = torch.ops.dynops.expert_index(key.view(-1, 1), jobs, -1)

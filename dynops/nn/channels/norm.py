@@ -21,7 +21,8 @@ class ChannelBatchNorm2d(FromDense, nn.BatchNorm2d):
 
     In eval mode ``where(mask, activation(scale * batch_norm(input)), 0)``. In training mode a channel's statistics
     are those of the samples where it is live, and the running ones follow them as ``nn.BatchNorm2d`` has it; a
-    channel with fewer than two live values takes its running statistics and does not change them.
+    channel with fewer than two live values takes its running statistics and does not change them. With ``momentum=None``
+    a batch weighs one over the number of batches so far, also for a channel that earlier ones did not have.
 
     Shape:
         - input: ``[N, C, H, W]``; with ``packed=True`` ``[N, plan.width, H, W]``, what a packed

@@ -113,7 +113,7 @@ class UniversalBatchNorm2d(Slimmable, nn.BatchNorm2d):
         width_mult_list: list[float] = (1.0,),
         ratio: int = 1,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         device=None,
         dtype=None,
     ):
@@ -131,11 +131,10 @@ class UniversalBatchNorm2d(Slimmable, nn.BatchNorm2d):
             return self._norm(input, 1.0 if width is None else width)
         _check_samples(input, width, self.num_features)
         out = torch.zeros_like(input)
-        for one in width.unique().tolist():
+        for one in width.unique():
             samples = (width == one).nonzero()[:, 0]
-            multiplier = round(one, 6)
-            channels = self._features.of(multiplier)
-            normed = self._norm(input[samples, :channels], multiplier)
+            channels = int(self._features.of(one[None]))
+            normed = self._normed(input[samples, :channels], float(one), channels)
             out = out.index_copy(0, samples, F.pad(normed, (0, 0, 0, 0, 0, self.num_features - channels)))
         return out
 
@@ -145,14 +144,24 @@ class UniversalBatchNorm2d(Slimmable, nn.BatchNorm2d):
             raise ValueError(
                 f"input: expected {channels} channels at this width, got shape {tuple(input.shape)}"
             )
-        mean = var = None
-        if width in self.width_mult_list:
-            norm = self.bn[self.width_mult_list.index(width)]
-            mean, var = norm.running_mean, norm.running_var
+        return self._normed(input, width, channels)
+
+    def _normed(self, input: Tensor, width: float, channels: int) -> Tensor:
+        mean, var, momentum = None, None, 0.0
+        # float32 has 1/3 as 0.33333334
+        norm = next(
+            (n for w, n in zip(self.width_mult_list, self.bn, strict=True) if abs(w - width) < 1e-6), None
+        )
+        if norm is not None:
+            mean, var, momentum = norm.running_mean, norm.running_var, self.momentum
+            if self.training:
+                norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / max(float(norm.num_batches_tracked), 1.0)
         elif not self.training:
             raise ValueError(f"width: expected one of {self.width_mult_list} in eval mode, got {width}")
         weight, bias = self.weight[:channels], self.bias[:channels]
-        return F.batch_norm(input, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        return F.batch_norm(input, mean, var, weight, bias, self.training, momentum, self.eps)
 
 
 def _check_samples(input: Tensor, width: Tensor, channels: int) -> None:

@@ -72,10 +72,9 @@ class Side:
     def _scaled(self, width: Width) -> int | Tensor:
         if isinstance(width, Tensor):
             _of_samples(width, torch.float32, "a multiplier in (0, 1]")
-            # float32 has 0.9 as 0.89999998: rounded, so that it is the width that 0.9 is
-            return _divisible(
-                width.double().round(decimals=6) * self.most / self.ratio, self.ratio, self.most
-            )
+            # float32 has 0.9 as 0.89999998: rounded, so that it has the channels that 0.9 has
+            channels = (width.double() * self.most / self.ratio).round(decimals=3)
+            return _divisible(channels, self.ratio, self.most)
         if isinstance(width, bool) or not isinstance(width, (int, float)):
             raise TypeError(f"width: expected a multiplier in (0, 1], got {width!r}")
         if not 0 < width <= 1:

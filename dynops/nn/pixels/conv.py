@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ... import context
 from ...ops import sparse_conv2d, sparse_conv_transpose2d
 from ...plans import PixelPlan, as_pixel_plan, named
+from ...stack.maps import layer_input
 from ...stack.module_geometry import conv_geometry, conv_transpose_geometry
 from ..from_dense import FromDense, conv_options, with_batch
 
@@ -85,6 +86,11 @@ class SparseConv2d(_SparseConv, nn.Conv2d):
         if mask_or_plan is None and context.current() is None:
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.Conv2d.forward(self, input)
+        if (
+            _is_plain(mask_or_plan, gate, residual, base)
+            and (x := layer_input(input, context.current())) is not None
+        ):
+            return nn.Conv2d.forward(self, x)
         x, batched = with_batch(input)
         out = named(
             "mask_or_plan",
@@ -125,6 +131,11 @@ class SparseConvTranspose2d(_SparseConv, nn.ConvTranspose2d):
         if mask_or_plan is None and context.current() is None:
             _need_no_mask(gate=gate, residual=residual, base=base)
             return nn.ConvTranspose2d.forward(self, input, output_size)
+        if (
+            _is_plain(mask_or_plan, gate, residual, base)
+            and (x := layer_input(input, context.current())) is not None
+        ):
+            return nn.ConvTranspose2d.forward(self, x, output_size)
         x, batched = with_batch(input)
         output_padding = tuple(
             self._output_padding(
@@ -147,3 +158,8 @@ class SparseConvTranspose2d(_SparseConv, nn.ConvTranspose2d):
             **_epilogue(batched, gate, residual, base),
         )
         return out if batched else out[0]
+
+
+def _is_plain(*arguments) -> bool:
+    """True for a call with nothing but the input."""
+    return all(argument is None for argument in arguments)

@@ -9,12 +9,15 @@ from ...ops import gather_pixels, scatter_pixels
 from ...ops.pixels.rows import in_format_of
 from ...plans import PixelPlan, as_pixel_plan
 from ...stack.layers.norm import group_norm_rows
+from ...stack.maps import layer_input, normed
 from ...stack.masked_output import under_mask
 from ...stack.norm import norm_rows
 
 
 class _MaskedNorm:
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
+        if mask_or_plan is None and (x := layer_input(input, context.current())) is not None:
+            return normed(self, x)
         plan = _plan(input, mask_or_plan) if input.dim() == 4 else None
         if plan is None:  # a norm of batches refuses any other rank
             return self.pixels_of.forward(self, input)
@@ -81,9 +84,11 @@ class MaskedInstanceNorm2d(_MaskedNorm, nn.InstanceNorm2d):
 class _MaskedOutput:
     def forward(self, input: Tensor, mask_or_plan: Tensor | PixelPlan | None = None) -> Tensor:
         active = context.current()
+        if mask_or_plan is None and (x := layer_input(input, active)) is not None:
+            return self.pixels_of.forward(self, x)
         if mask_or_plan is None and active is not None:
             out, plan = under_mask(self, input, active)
-            return active.note(mask_pixels(out, plan), plan)
+            return mask_pixels(out, plan)
         out = self.pixels_of.forward(self, input)
         plan = _plan(out, mask_or_plan)
         return out if plan is None else mask_pixels(out, plan)

@@ -11,7 +11,7 @@ from .call import COPIES, WITH_CHANNELS, Call, PerPixel
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
 from .norm import GroupNorm, Norm
-from .pool import AvgPool, MaxPool, avg_pool, max_pool
+from .pool import AvgPool, MaxPool, avg_pool, global_pool, max_pool
 from .resample import PixelShuffle, Upsample, ZeroPad, interpolate, pad
 
 _OF_KIND = {"conv": Conv, "norm": Norm, "act": Activation, "add": Add, "dropout": Dropout}
@@ -51,13 +51,14 @@ def layer_of(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer
     if step.kind in ("pool", "layer"):
         return _OF_CONVERTED[dense_type(inner)](place(step.target), step, inner)
     recorded, layer = Call(step, module, parameters), None
-    if len(step.inputs) == 1:
+    if recorded.inputs and len(step.inputs) == 1:
         if type(inner) in ELEMENTWISE:
             return Activation(step, module)
         if type(inner) in _OF_MODULE:
             layer = _OF_MODULE[type(inner)](recorded.name, step, inner)
         elif step.kind == "function" and step.target in _AS_MODULE:
             layer = _of_call(recorded, step)
+        layer = layer or global_pool(recorded, step, inner)
     if layer is None:
         return recorded
     layer.recorded = recorded
@@ -75,4 +76,4 @@ def _of_call(recorded: Call, step: Step) -> Layer | None:
     return _OF_MODULE[type(module)](recorded.name, step, module)
 
 
-__all__ = ["COPIES", "WITH_CHANNELS", "Layer", "layer_of", "mapped"]
+__all__ = ["COPIES", "WITH_CHANNELS", "Call", "Layer", "layer_of", "mapped"]

@@ -26,9 +26,6 @@ _FUNCTIONS = {
 COPIES = ("contiguous", "clone")  # methods that return the value: no layer writes into rows
 _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
-# f(0) = 0: on rows of a map that is zero outside a mask. The second need all their operands so.
-_SCALES = ("mul", "multiply", "truediv", "div", "neg", "abs", "square")
-_JOINS = ("add", "sub", "subtract", "maximum", "minimum")
 WITH_CHANNELS = ("operator:mul", "torch:mul", "operator:add", "torch:add")  # of [N, H, W, C] and [C]
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
 
@@ -47,21 +44,16 @@ class Call(Layer):
         super().__init__(place(step.target) if step.kind == "module" else called(step), maps, step.out)
         self.kind, self.target, self.module = step.kind, step.target, module
         self.function = find(step.target) if step.kind == "function" else None
-        self.args = _with_parameters((step.args, dict(step.kwargs)), parameters)
+        self.args, self.kwargs = _with_parameters((step.args, dict(step.kwargs)), parameters)
         self.paths = [parameters[value] for value in step.inputs if value in parameters]
         self.refusal = self._refuses(step)
-        self.packs, name = self.refusal == "", step.target.rpartition(":")[2]
+        self.packs = self.refusal == ""
         self.cats = step.target in _CATS
-        self.scales = name in _SCALES
-        refers_only = (
-            all(type(a) is Ref for a in step.args) and not step.kwargs and len(maps) == len(step.inputs)
-        )
-        self.copies = step.kind == "method" and step.target in COPIES
-        divides = step.target in _DIVISIONS and len(maps) > 1  # 0 / 0 is not zero
-        joins = name in _JOINS and refers_only
-        self.keeps_zero = self.packs and not divides and (self.cats or self.scales or joins)
+        self.copies = step.kind == "method" and step.target in COPIES and bool(maps)
 
     def _refuses(self, step: Step) -> str:
+        if not self.inputs:
+            return f"{self.name}: expected a call that reads a map, got one of parameters"
         if step.kind == "module":
             return (
                 f"{self.name}: expected a layer that reads a fixed neighbourhood (convolution with zero padding, "
@@ -71,7 +63,7 @@ class Call(Layer):
         cats = step.target in _CATS and _cats_channels(step) and len(self.inputs) == len(step.inputs)
         known = step.target in (_METHODS if step.kind == "method" else _FUNCTIONS)
         divides = step.target in _DIVISIONS and self.inputs == (getattr(step.args[0], "value", None),)
-        if not (cats or (self.inputs and (known or divides))):
+        if not (cats or known or divides):
             return f"{self.name}: expected a call that blocks can make, got {step.target}"
         return self._refuses_parameters()
 
@@ -93,16 +85,17 @@ class Call(Layer):
         if self.copies and (rows := run.rows_of(self.inputs[0])) is not None:
             return rows
         plan = None
-        fits = not (self.paths and self._refuses_parameters())
-        if fits and (self.keeps_zero or (self.packs and not run.policy.zero_outside)):
-            plan, values = run.together(self, "any" if self.scales else "rows")
+        if run.maps and not (self.packs and run.share_rows(self.inputs)):
+            return self._call({v: run.map(v) for v in self.inputs})
+        if self.packs and not (self.paths and self._refuses_parameters()):
+            plan, values = run.together(self)
         if plan is None:
             run.recorded.add(self.out)
-            return self._call({v: run.as_called(v) for v in self.inputs})
+            return run.masked_as(self, self._call({v: run.as_called(v) for v in self.inputs}))
         values = dict(zip(self.inputs, values, strict=True))
         if not self.cats:
             return Rows(self._call(values, _of_rows), plan)
-        order = self.args[0][0] if self.args[0] else self.args[1]["tensors"]
+        order = self.args[0] if self.args else self.kwargs["tensors"]
         return Rows(torch.cat([values[ref.value] for ref in order], 1), plan)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
@@ -111,19 +104,24 @@ class Call(Layer):
     def _call(self, values: dict, parameter: Callable | None = None):
         """The call with the values in their places; ``parameter`` is applied to each parameter."""
 
-        def filled(value):
-            if type(value) is Ref:
-                return values[value.value]
-            if type(value) is _Parameter:
-                found = attrgetter(value.path)(self.module)
-                return found if parameter is None else parameter(found)
-            return mapped(value, filled)
-
-        args, kwargs = filled(self.args)
+        args, kwargs = _filled((self.args, self.kwargs), values, self.module, parameter)
         if self.kind == "method":
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         function = self.function or self.module.get_submodule(self.target)
         return function(*args, **kwargs)
+
+
+def _filled(value, values: dict, module: nn.Module, parameter: Callable | None):
+    """Recorded arguments with values and parameters in their places.
+
+    A function of its own: one that is nested and calls itself is a cycle, which keeps ``values`` until it is collected.
+    """
+    if type(value) is Ref:
+        return values[value.value]
+    if type(value) is _Parameter:
+        found = attrgetter(value.path)(module)
+        return found if parameter is None else parameter(found)
+    return mapped(value, lambda inner: _filled(inner, values, module, parameter))
 
 
 class PerPixel(Call):

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry, ConvGeometry
 from ...kept import kept
+from ...modes import autocast_dtype, differentiated
+from ...ops import block_conv
 from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
-from ...plans import PixelPlan
+from ...plans import BlockPlan, PixelPlan
 from ..module_geometry import geometry_of, two
 from ..norm import check_features, fold, norm_rows, uses_batch_statistics
 from ..receptive_field import KeptSizes, Transposed, Window
@@ -40,6 +42,7 @@ class Conv(Layer):
             self.refusal = f"{self.name}: expected padding_mode='zeros', got {conv.padding_mode!r}"
         elif self.norm is not None:
             self.refusal = statistics_refusal(self.norm_name, self.norm)
+        self.waits = False  # for what follows: a call of a module that may be computed with it
         self.parameters = conv._parameters  # nn.Module.__getattr__ costs half a microsecond
         self._geometries = KeptSizes()
 
@@ -53,6 +56,11 @@ class Conv(Layer):
         else:
             pads = (two(c.padding)[i],) * 2
         return Window(two(c.kernel_size)[i], two(c.stride)[i], *pads, two(c.dilation)[i])
+
+    @property
+    def is_bare(self) -> bool:
+        """True for a convolution with nothing fused to it."""
+        return self.norm is None and self.residual is None and not self.activation
 
     def check(self) -> None:
         if self.norm is not None:
@@ -83,6 +91,8 @@ class Conv(Layer):
     # ------------------------------------------------------------------------------------ rows
 
     def rows(self, run):
+        if self.pads is not None and run.maps and run.policy.active.ragged:
+            return self._as_called(run)
         values, in_plan, shape = self._input(run)
         g = self.geometry(shape)
         plan = run.policy.plan(self.out, g.out_shape, values.device, self._unpadded(g))
@@ -99,11 +109,37 @@ class Conv(Layer):
             if residual is None or residual.shape[1] != self.out_channels or apart:
                 rows = self._product(run, values, in_plan, plan, g, "")
                 return self._then_broadcast(run, rows, residual, plan)
+        if self.waits and run.maps and run.autocast is None:
+            self._check_values(values)
+            return run.bare(values, in_plan, self.parameters["weight"], self.parameters["bias"], plan, g)
         if run.ends_with(self) and not (self.norm is not None and uses_batch_statistics(self.norm)):
             run.ended = plan
             base = run.base(self.out_channels, values.dtype if wide else run.autocast)
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
+
+    def _as_called(self, run):
+        """Runs the functions of maps, which know the edges of each image."""
+        out = type(self.conv).pixels_of.forward(self.conv, run.map(self.x))
+        out = out if self.norm is None else run.normed(self.norm, out)
+        out = out if self.residual is None else out + run.map(self.residual)
+        return ACTIVATIONS[self.activation](out)
+
+    def takes_blocks(self, x: Tensor, plan: BlockPlan, base: Tensor | None) -> bool:
+        """True where the layer, alone in its stack, is expected to be faster by the kernel of blocks."""
+        weight, norm = self.parameters["weight"], self.norm
+        if not x.is_cuda or x.dim() != 4 or self.transposed or self.pads is not None:
+            return False
+        self.check_input(x)
+        g = self.geometry((x.shape[0], *x.shape[2:]))
+        if self.residual is not None and (g.in_shape != g.out_shape or self.in_channels != self.out_channels):
+            return False
+        if not self.is_bare:  # what is fused has no gradient
+            if norm is not None and uses_batch_statistics(norm):
+                return False
+            if differentiated(x, base, *self.conv.parameters(), *(() if norm is None else norm.parameters())):
+                return False
+        return block_conv.takes(x, autocast_dtype(x) or x.dtype, weight, plan, g)
 
     def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
@@ -131,12 +167,10 @@ class Conv(Layer):
         rows: bool = True,
     ) -> Tensor:  # [P, O], or [N, O, H, W] without ``rows``
         weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if values.shape[1] != self.in_channels:
-            self.check_input(values)
         if run.autocast is not None and values.dtype != torch.float64:
             values, bias = values.to(run.autocast), None if bias is None else bias.to(run.autocast)
-        elif values.dtype is not weight.dtype:
-            raise TypeError(f"x: expected the weight's dtype {weight.dtype}, got {values.dtype}")
+        else:
+            self._check_values(values)
         if residual is not None and residual.dtype is not values.dtype:
             residual = residual.to(values.dtype)
         norm = self.norm
@@ -151,8 +185,16 @@ class Conv(Layer):
             return norm_rows(norm, out, plan, residual, activation)
         else:
             epilogue = Epilogue(activation, *fold(norm), None, residual)
+        if type(plan) is BlockPlan:
+            return block_conv.block_conv(values, weight, bias, plan, geometry, epilogue, base)
         # other layers of the stack read rows by their pixels
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None, False)
+
+    def _check_values(self, values: Tensor) -> None:
+        if values.shape[1] != self.in_channels:
+            self.check_input(values)
+        if values.dtype is not (expected := self.parameters["weight"].dtype):
+            raise TypeError(f"x: expected the weight's dtype {expected}, got {values.dtype}")
 
     def _then_broadcast(self, run, rows: Tensor, residual: Tensor | None, plan: PixelPlan):
         """The sum with a value of other channels, or with a map of another size, which is dense."""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
 from ...ops.epilogue import ACTIVATIONS
-from ..activations import ZERO_PRESERVING
 from ..trace import Step, find
 from .base import Layer, Rows, called, place
 
@@ -20,18 +19,19 @@ class Activation(Layer):
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(place(step.target), step.inputs, step.out)
         self.x, self.kwargs = step.inputs[0], dict(step.kwargs)
-        self.keeps_zero, self.copies = True, False
+        self.copies = False
         if step.kind == "act" and step.activation:
             self.function, self.kwargs = ACTIVATIONS[step.activation], {}
         elif step.args == ("function",):
             self.function = find(step.target)
         else:
             self.function, self.kwargs = module.get_submodule(step.target), {}
-            self.keeps_zero = isinstance(self.function, ZERO_PRESERVING)
             self.copies = getattr(self.function, "inplace", False)  # the value may have other readers
 
     def rows(self, run):
-        plan = run.shared_plan(self) if self.keeps_zero or not run.policy.zero_outside else None
+        if (waiting := run.waiting(self.x)) is not None:
+            return self._apply(waiting)
+        plan = run.shared_plan(self)
         if plan is None:
             return self._apply(run.dense(self.x))
         return Rows(self._apply(run.at(self.x, plan)), plan)
@@ -52,8 +52,14 @@ class Add(Layer):
         super().__init__(called(step), step.inputs, step.out)
 
     def rows(self, run):
-        plan, (a, b) = run.together(self, "same")
-        return a + b if plan is None else Rows(a + b, plan)
+        if any(run.waiting(v) is not None for v in self.inputs):
+            return run.map(self.inputs[0]) + run.map(self.inputs[1])
+        plan, (a, b) = run.together(self)
+        if plan is not None:
+            return Rows(a + b, plan)
+        if run.maps:
+            return run.map(self.inputs[0]) + run.map(self.inputs[1])
+        return run.masked_as(self, a + b)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return inputs[0] + inputs[1]

@@ -13,6 +13,7 @@ from ...plans import PixelPlan
 from ..norm import check_features, norm_rows, uses_batch_statistics
 from ..trace import Step, dense_type
 from .base import Layer, Rows, finish, place
+from .pool import pixels_of_samples, sample_of, sums_of_samples
 
 
 class Norm(Layer):
@@ -33,13 +34,17 @@ class Norm(Layer):
         check_norm(self.name, self.norm)
 
     def rows(self, run):
+        if (waiting := run.waiting(self.x)) is not None:
+            out = run.normed(self.norm, waiting)
+            out = out if self.residual is None else out + run.map(self.residual)
+            return ACTIVATIONS[self.activation](out)
         if run.rows_of(self.x) is None:
             self.norm._check_input_dim(run.dense(self.x))
         plan = run.plan_like(self.x, self.out)
         x = run.at(self.x, plan)
         if self.residual is None:
             return Rows(norm_rows(self.norm, x, plan, None, self.activation), plan)
-        residual = run.at(self.residual, plan, x.shape[1])
+        residual = run.at(self.residual, plan)
         if residual is not None:
             return Rows(norm_rows(self.norm, x, plan, residual, self.activation), plan)
         out = scatter_pixels(norm_rows(self.norm, x, plan), plan) + run.dense(self.residual)
@@ -88,17 +93,22 @@ def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:
     Accumulates in float32 at least. With one value in a group the variance is 0.
     """
     check_features(norm, rows.shape[1])
-    n, h, w = plan.shape
     groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else rows.shape[1]
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]
-    live = plan.index >= 0
-    owner = torch.where(live, plan.index.long() // max(h * w, 1), n)
-    pixels = wide.new_zeros(n + 1).index_add(0, owner, live.to(wide.dtype)).clamp(min=1)[:, None]
+    return group_norm_of_rows(rows, plan, groups, norm.weight, norm.bias, norm.eps)
 
-    def mean(values: Tensor) -> Tensor:  # [P, G] to [P, G, 1]
-        return (values.new_zeros(n + 1, groups).index_add(0, owner, values) / pixels)[owner][:, :, None]
+
+def group_norm_of_rows(rows: Tensor, plan: PixelPlan, groups: int, weight, bias, eps: float) -> Tensor:
+    """As :func:`group_norm_rows`, of a norm's parameters."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]
+    live = None if plan.count is None else (plan.index >= 0)[:, None]
+    pixels, owner = pixels_of_samples(plan)[:, None].to(wide.dtype), sample_of(plan)
+
+    def mean(values: Tensor) -> Tensor:  # [P, G] to [P, G, 1], or [1, G, 1] of one sample
+        values = values if live is None else torch.where(live, values, 0)
+        means = sums_of_samples(values, plan) / pixels
+        return (means if plan.shape[0] == 1 else means[owner])[:, :, None]
 
     centred = wide - mean(wide.mean(2))
-    out = centred * (mean(centred.square().mean(2)) + norm.eps).rsqrt()
-    out = apply_epilogue(out.flatten(1).to(rows.dtype), "", norm.weight, norm.bias, None, None)
-    return out if plan.count is None else torch.where(live[:, None], out, 0)
+    out = centred * (mean(centred.square().mean(2)) + eps).rsqrt()
+    out = apply_epilogue(out.flatten(1).to(rows.dtype), "", weight, bias, None, None)
+    return out if live is None else torch.where(live, out, 0)

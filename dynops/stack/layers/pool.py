@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import modes
 from ...geometry import BlockGeometry, pair
+from ...plans import PixelPlan
 from ..receptive_field import Span, Window
 from ..trace import Step, dense_type
 from .base import Layer, spans_of
@@ -80,3 +82,98 @@ def avg_pool(
 ):
     """The module of a call of ``F.avg_pool2d``."""
     return nn.AvgPool2d(kernel_size, stride or None, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+class GlobalPool(Layer):
+    """The mean or the largest value of all pixels: of a map under a mask over the mask, 0 where it has no pixel."""
+
+    def __init__(self, recorded: Layer, step: Step, kind: str, keepdim: bool):
+        super().__init__(recorded.name, step.inputs, step.out)
+        self.recorded, self.refusal, self.kind, self.keepdim = recorded, recorded.refusal, kind, keepdim
+
+    def rows(self, run):
+        rows = run.rows_of(self.inputs[0]) if run.policy.zero_outside else None
+        if rows is None:
+            return self.recorded.rows(run)
+        out = over_pixels(self.kind, rows.values, rows.plan)
+        return out[:, :, None, None] if self.keepdim else out
+
+
+_GLOBAL = {"mean": "mean", "amax": "amax", "adaptive_avg_pool2d": "mean", "adaptive_max_pool2d": "amax"}
+_GLOBAL_MODULES = {nn.AdaptiveAvgPool2d: "mean", nn.AdaptiveMaxPool2d: "amax"}
+
+
+def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalPool | None:
+    """The layer of a recorded call that pools all pixels, or None."""
+    if type(inner) in _GLOBAL_MODULES:
+        one = inner.output_size in (1, (1, 1), [1, 1]) and not getattr(inner, "return_indices", False)
+        return GlobalPool(recorded, step, _GLOBAL_MODULES[type(inner)], True) if one else None
+    name, given = step.target.rpartition(":")[2], dict(step.kwargs)
+    if step.kind not in ("function", "method") or name not in _GLOBAL:
+        return None
+    args = list(step.args[1:])
+    if name.startswith("adaptive"):
+        size = args[0] if args else given.get("output_size")
+        return GlobalPool(recorded, step, _GLOBAL[name], True) if size in (1, (1, 1), [1, 1]) else None
+    dims, keepdim = (
+        args[0] if args else given.pop("dim", None),
+        args[1] if len(args) > 1 else given.pop("keepdim", False),
+    )
+    if len(args) > 2 or given or not isinstance(dims, (tuple, list)) or not isinstance(keepdim, bool):
+        return None
+    is_global = sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3] and len(dims) == 2
+    return GlobalPool(recorded, step, _GLOBAL[name], keepdim) if is_global else None
+
+
+def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:
+    """``[N, C]``: the "mean", "sum", "amax", "amin" or 2-"norm" of each sample's rows ``[P, C]``, in float32 at least."""
+    alive = None if plan.count is None else (plan.index >= 0)[:, None]
+    if kind in ("amax", "amin"):
+        return _extreme(kind, rows, plan, alive)
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    wide = wide.square() if kind == "norm" else wide
+    made = sums_of_samples(wide if alive is None else torch.where(alive, wide, 0), plan)
+    if kind == "mean":
+        made = made / pixels_of_samples(plan)[:, None].to(made.dtype)
+    return (made.sqrt() if kind == "norm" else made).to(rows.dtype)
+
+
+_MOST_SLICES = 64  # sums over slices of rows are pairwise and vectors; index_add is neither
+
+
+def sums_of_samples(rows: Tensor, plan: PixelPlan) -> Tensor:
+    """``[N, C]``: the sum of each sample's rows, which are zero past the count."""
+    samples = plan.shape[0]
+    if samples == 1:
+        return rows.sum(0, keepdim=True)
+    if not 0 < samples <= _MOST_SLICES or plan.count is not None or not modes.may_look(plan.index):
+        return rows.new_zeros(samples, rows.shape[1]).index_add(0, sample_of(plan), rows)
+    return torch.stack([part.sum(0) for part in rows.split(_lengths(plan))])
+
+
+def _lengths(plan: PixelPlan) -> list[int]:
+    """The pixels of each sample (kept)."""
+    return plan.derived("lengths", lambda: (plan.inverse() >= 0).flatten(1).sum(1).tolist())
+
+
+def _extreme(kind: str, rows: Tensor, plan: PixelPlan, alive: Tensor | None) -> Tensor:
+    worst = float("-inf") if kind == "amax" else float("inf")
+    if alive is not None:
+        rows = torch.where(alive, rows, worst)
+    owner = sample_of(plan)[:, None].expand_as(rows)
+    made = rows.new_full((plan.shape[0], rows.shape[1]), worst).scatter_reduce(0, owner, rows, kind)
+    empty = (plan.inverse() < 0).flatten(1).all(1)
+    return torch.where(empty[:, None], 0, made)
+
+
+def sample_of(plan: PixelPlan) -> Tensor:
+    """int64 ``[P]``: the sample of each row; 0 past the count (kept)."""
+    _, h, w = plan.shape
+    return plan.derived("samples", lambda: plan.index.long().clamp(min=0) // max(h * w, 1))
+
+
+def pixels_of_samples(plan: PixelPlan) -> Tensor:
+    """float32 ``[N]``: the pixels of each sample, at least 1 (kept)."""
+    return plan.derived(
+        "pixels of samples", lambda: (plan.inverse() >= 0).flatten(1).sum(1).clamp(min=1).float()
+    )

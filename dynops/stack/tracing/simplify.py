@@ -43,7 +43,8 @@ def without_permutes(steps: list[Step], output: int, module: nn.Module) -> tuple
                 last.add(found.out)
             continue
         if permuted:
-            if not _is_per_pixel(found, last, parameters, module):
+            of_parameters = parameters.keys() >= set(step.inputs)
+            if of_parameters or not _is_per_pixel(found, last, parameters, module):
                 return steps, output
             last.add(found.out)
             if found.kind not in ("act", "add"):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import block_cases
+import block_conv_launches as block_conv_cases
 import channel_launches as channel_cases
 import expert_launches as expert_cases
 import interpreter
@@ -204,6 +205,29 @@ def test_blocks(case, limit, monkeypatch):
     for nchw in (False, True):
         block_cases.check_gather(blocks, case, FLOAT, nchw)
         block_cases.check_scatter(blocks, case, FLOAT, nchw)
+
+
+BlockConv = block_conv_cases.Case
+ALL = BlockConv(n=1, h=4, w=8, block=(4, 8), kind="full")  # one box
+BLOCK_CONVS = {
+    "one-of-all": replace(ALL, h=1, w=1, block=(1, 1), kernel=(1, 1), pad=(0, 0)),
+    "one-box": replace(ALL, o=32),
+    "box-and-pixel": replace(ALL, h=5, w=9, block=(5, 9)),
+    "box-less-a-pixel": replace(ALL, h=3, w=7, block=(3, 7)),
+    "two-blocks": replace(ALL, h=8, w=16, capacity=4),
+    "no-rows": replace(ALL, kind="empty"),
+    "count-0": replace(ALL, kind="empty", capacity=1),
+    "count-over": replace(ALL, w=17, capacity=2),
+    "no-images": replace(ALL, n=0),
+}
+
+
+@of_offsets
+@named(BLOCK_CONVS)
+def test_block_convs(case, limit, monkeypatch):
+    monkeypatch.setattr(gemm, "INT32_LIMIT", limit)
+    monkeypatch.setattr(rows, "_LARGE", 1)
+    block_conv_cases.check(case, torch.float16)
 
 
 Channels = channel_cases.Case

@@ -169,6 +169,20 @@ def test_a_width_in_float32_is_that_of_the_float():
     close(layer(x, torch.tensor([0.9])), layer(x, 0.9))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_third_in_float32_is_that_of_the_float(momentum):
+    """132 / 3 = 44 is rounded up to 48, 43.99996 down to 40. A norm has the statistics of the width in either form."""
+    conv = SlimmableConv2d(3, 132, 1, us=(False, True)).double()
+    norm, x = UniversalBatchNorm2d(132, [1 / 3, 1.0], momentum=momentum).double(), double(2, 3, 3, 3)
+    dense, width = nn.BatchNorm2d(48, momentum=momentum).double(), torch.tensor([1 / 3, 1 / 3])
+    for training in (True, True, False):
+        expected = dense.train(training)(conv(x, 1 / 3))
+        close(norm.train(training)(conv(x, width), width)[:, :48], expected)
+        x = x * 2 + 1
+    close(norm.bn[0].running_var, dense.running_var)
+    close(norm(conv(x, 1 / 3), 1 / 3), dense(conv(x, 1 / 3)))
+
+
 def test_slimmable_model_of_the_published_layout():
     model = nn.Sequential(
         SlimmableConv2d([3, 3], [8, 16], 3, bias=False),

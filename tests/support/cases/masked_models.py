@@ -64,13 +64,19 @@ def block(b, x, mask):
     return F.relu(out + x)
 
 
+def mean(x, mask):
+    """``[N, C, 1, 1]``: over the pixels of a mask; of a map that is zero elsewhere."""
+    pixels = hold(torch.ones_like(x[:, :1]), mask).sum((2, 3), keepdim=True)
+    return x.sum((2, 3), keepdim=True) / pixels.clamp(min=1)
+
+
 def masked_resnet(m, x, mask):
     x = F.relu(norm(m.bn1, hold(m.conv1(x), mask), mask))
     x = hold(F.max_pool2d(x, 3, 2, 1), mask)
     for stage in (m.layer1, m.layer2, m.layer3, m.layer4):
         for b in stage:
             x = block(b, x, mask)
-    return m.fc(x.mean((2, 3)))
+    return m.fc(mean(x, mask).flatten(1))
 
 
 def close(a, b, tolerance=1e-11):

@@ -1,0 +1,257 @@
+"""Convolutions of maps. The norm, the sum and the activation that follow one are computed with it."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import geometry, modes
+from ...geometry import ConvGeometry, pair
+from ...ops.epilogue import Epilogue, apply_epilogue
+from ...ops.pixels.conv import _pixel_conv
+from ...plans import PixelPlan
+from .layout import NCHW, gathered
+from .value import SparseMap, each_image
+
+
+class Convolution:
+    """A convolution that was not computed yet.
+
+    Its epilogue grows with the functions that follow: a scale and shift, then a residual, then an activation.
+    Where the map that it grew from is still in use when it is computed, that one's rows are made first.
+    """
+
+    follows = False
+
+    def __init__(
+        self, values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry
+    ):
+        self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry = (
+            values,
+            in_plan,
+            weight,
+            bias,
+            plan,
+            g,
+        )
+        self.dtype = values.dtype
+        self.scale = self.shift = self.residual = None
+        self.activation = ""
+        self.grown_from: list[weakref.ref] = []
+        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    @property
+    def channels(self) -> int:
+        g = self.geometry
+        return self.weight.shape[1] * g.groups if g.transposed else self.weight.shape[0]
+
+    @property
+    def requires_grad(self) -> bool:
+        tensors = (self.values, self.weight, self.bias, self.scale, self.shift, self.residual)
+        return self.grad and any(t is not None and t.requires_grad for t in tensors)
+
+    def takes(self, what: str) -> bool:
+        """True if "norm", "residual" or "activation" may be added to the epilogue."""
+        if (
+            self.grad != torch.is_grad_enabled()
+            or self.inference != torch.is_inference_mode_enabled()
+            or self.activation
+        ):
+            return False
+        if what == "norm":
+            return self.scale is None and self.residual is None
+        return self.residual is None if what == "residual" else True
+
+    def grown(self, source: SparseMap, **epilogue) -> SparseMap:
+        """The map of this convolution with more of an epilogue."""
+        made = Convolution(self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry)
+        made.scale, made.shift, made.residual, made.activation = (
+            self.scale,
+            self.shift,
+            self.residual,
+            self.activation,
+        )
+        made.grown_from = [*self.grown_from, *map(weakref.ref, source.shown())]
+        for name, value in epilogue.items():
+            setattr(made, name, value)
+        return SparseMap.of_pending(made, self.plan, source.active, (self.channels,), source.axes)
+
+    def moved_to(self, owner: SparseMap) -> None:
+        """Notes that a map took this content in the place of its own: it is no source any more."""
+        self.grown_from = [source for source in self.grown_from if source() is not owner]
+
+    def rows(self) -> Tensor:
+        if self.grad == torch.is_grad_enabled() and self.inference == torch.is_inference_mode_enabled():
+            return self._computed()
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+            return self._computed()
+
+    def _computed(self) -> Tensor:
+        for reference in reversed(self.grown_from):
+            source = reference()
+            if source is not None and (source.pending is None or source.convolution() is not None):
+                return self._rest(source)
+        epilogue = Epilogue(self.activation, self.scale, self.shift, None, self.residual)
+        rest = (epilogue, None, True, None, False)
+        return _pixel_conv(self.values, self.weight, self.bias, self.plan, self.in_plan, self.geometry, *rest)
+
+    def _rest(self, source: SparseMap) -> Tensor:
+        """The rows, from those of a map that this one grew from, which its model still holds."""
+        before, rows = source.convolution(), source.rows()
+        scale, shift, residual = self.scale, self.shift, self.residual
+        if before is not None:
+            scale, shift = (None, None) if before.scale is not None else (scale, shift)
+            residual = None if before.residual is not None else residual
+        return apply_epilogue(rows, self.activation, scale, shift, None, residual)
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """``F.conv2d`` of a map."""
+    if _unfit(input, weight):
+        return NotImplemented
+    x, pads = input, (0, 0, 0, 0)  # left, right, top, bottom
+    if type(x.pending) is Padding:
+        pads, x = x.pending.pads, x.pending.base
+    margins = x.margins
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    before, after = _paddings(padding, kernel, dilation, pads)
+    n, h, w = x.shape[0], x.shape[2], x.shape[3]
+    g = _conv_geometry((n, h, w), kernel, stride, before, dilation, groups, after)
+    at = g
+    if margins is not None:  # the padding is in the map already
+        left, right, top, bottom = margins
+        at = g._replace(
+            in_h=h - top - bottom, in_w=w - left - right, pad_h=top + before[0], pad_w=left + before[1]
+        )
+    return _convolved(x, weight, bias, g, x.active.after(at, x.device))
+
+
+def linear(input, weight, bias=None):
+    """``F.linear`` of a map whose last dimension is its channels: a 1x1 convolution of its rows."""
+    fits = (
+        type(input) is SparseMap
+        and not input.is_input
+        and type(weight) is not SparseMap
+        and weight.dim() == 2
+    )
+    if not fits or input.axes[-1] != "c" or input.axes.count("c") != 1 or input.device.type == "meta":
+        return NotImplemented
+    if input.shape[-1] != weight.shape[1]:
+        return NotImplemented  # torch has the error
+    plan, values, bias = input.plan, *_operands(input.rows(), weight, bias)
+    made = Convolution(values, plan, weight[:, :, None, None], bias, plan, plan.pointwise(1))
+    return SparseMap.of_pending(made, plan, input.active, (made.channels,), input.axes)
+
+
+def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
+    """``F.conv_transpose2d`` of a map."""
+    if _unfit(input, weight):
+        return NotImplemented
+    n, _, h, w = input.shape
+    sizes = (
+        tuple(weight.shape[2:]),
+        pair(stride, "stride", 1),
+        pair(padding, "padding", 0),
+        pair(dilation, "dilation", 1),
+    )
+    g = geometry.conv_transpose_geometry((n, h, w), *sizes, groups, pair(output_padding, "output_padding", 0))
+    return _convolved(input, weight, bias, g, input.active.after(g, input.device))
+
+
+def _unfit(x, weight) -> bool:
+    return type(x) is not SparseMap or x.dim() != 4 or x.axes != NCHW or type(weight) is SparseMap
+
+
+_conv_geometry = functools.lru_cache(maxsize=512)(geometry.conv_geometry)
+
+
+def _paddings(padding, kernel, dilation, pads) -> tuple[tuple[int, int], tuple[int, int]]:
+    left, right, top, bottom = pads
+    if padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        before, after = tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    elif padding == "valid":
+        before = after = (0, 0)
+    else:
+        before = after = pair(padding, "padding", 0)
+    return (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
+
+
+def _operands(values: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The input and the bias in the dtype that autocast makes of them."""
+    autocast = modes.autocast_dtype(values)
+    if autocast is not None and values.dtype != torch.float64:
+        return values.to(autocast), None if bias is None else bias.to(autocast)
+    if values.dtype != weight.dtype:
+        raise TypeError(f"input: expected the weight's dtype {weight.dtype}, got {values.dtype}")
+    return values, bias
+
+
+def _convolved(
+    x: SparseMap, weight: Tensor, bias: Tensor | None, g: ConvGeometry, plan: PixelPlan
+) -> SparseMap:
+    channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+    if x.shape[1] != channels:
+        raise ValueError(f"input: expected {channels} channels, got {x.shape[1]}")
+    values, in_plan = (x.dense(), None) if x.is_input else (x.rows(), x.plan)
+    if in_plan is None:
+        values = values.contiguous(memory_format=torch.channels_last)
+    values, bias = _operands(values, weight, bias)
+    out = bare(values, in_plan, weight, bias, plan, g, x.active)
+    if in_plan is None:
+        out.rows()  # at once: the model may write into its input
+    return out
+
+
+def bare(
+    values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry, active
+) -> SparseMap:
+    """The map of a convolution of rows, or of a dense map where ``in_plan`` is None, that waits for what follows."""
+    made = Convolution(values, in_plan, weight, bias, plan, g)
+    return SparseMap.of_pending(made, plan, active, (made.channels,))
+
+
+class Padding:
+    """A padding that was not computed yet: a convolution reads through it."""
+
+    follows = False
+
+    def __init__(self, base: SparseMap, pads: tuple[int, int, int, int], plan: PixelPlan):
+        self.base, self.pads, self.plan, self.dtype = base.like(base.rows()), pads, plan, base.dtype
+
+    def rows(self) -> Tensor:
+        return gathered(F.pad(self.base.dense(), self.pads), self.plan, NCHW)
+
+    def moved_to(self, owner: SparseMap) -> None:
+        pass
+
+
+def pad(input, pad, mode="constant", value=None):
+    """``F.pad`` of a map: zeros are read through by a convolution; other borders are made on the dense map."""
+    if type(input) is not SparseMap or input.axes != NCHW or len(pad) not in (2, 4) or input.dim() != 4:
+        return NotImplemented
+    pads = tuple(pad) if len(pad) == 4 else (*pad, 0, 0)
+    if not any(pads):
+        return input
+    x, zeros = input, mode == "constant" and not value
+    left, right, top, bottom = pads
+    n, c, h, w = x.shape
+    if not zeros or x.is_input or min(pads) < 0:
+        if x.active.ragged and not zeros and x.margins is None:  # the edge of an image is its own
+            size = (x.shape[2] + pads[2] + pads[3], x.shape[3] + pads[0] + pads[1])
+            padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
+        else:
+            padded = F.pad(x.dense(), pads, mode, value)
+        made = SparseMap.of_input(padded, x.active)
+        inner = x.margins or (0, 0, 0, 0)
+        made.margins = tuple(a + b for a, b in zip(inner, pads, strict=True))
+        return made
+    out = (n, h + top + bottom, w + left + right)
+    g = ConvGeometry(n, h, w, *out[1:], 1, 1, 1, 1, top, left, 1, 1, 1, 0)
+    plan = x.active.after(g, x.device)
+    return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))

@@ -1,0 +1,263 @@
+"""Functions of maps that move pixels: pools, resizing, shuffling, views, slices and joins of channels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...geometry import ConvGeometry, pair
+from ...plans import PixelPlan
+from ..layers.pool import avg_pool, max_pool
+from ..masked_output import pooled_images
+from . import layout
+from .layout import NCHW
+from .pointwise import reduced
+from .value import SparseMap, View, each_image, masked
+
+
+def at_pixels(out: Tensor, plan: PixelPlan, active) -> SparseMap:
+    """The map of a dense tensor at the pixels of a plan."""
+    return SparseMap.of_rows(layout.gathered(out, plan, NCHW), plan, active)
+
+
+def resized_by(geometry_of):
+    """A function that makes a map of another size, dense: what it makes is a map at the mask of that size.
+
+    Args:
+        geometry_of: called with the input's and the output's shape and the arguments: the input pixels that an output pixel
+            stands for, and whether sizes are rounded up; None for a ratio of sizes.
+    """
+
+    def run(func, name: str, args: tuple, kwargs: dict):
+        x = args[0] if args else kwargs.get("input")
+        if type(x) is not SparseMap or x.axes != NCHW or kwargs.get("return_indices"):
+            return NotImplemented
+        if x.active.ragged and name in ("max_pool2d", "avg_pool2d"):
+            out = _of_images(func, name, x, args[1:], kwargs)
+        elif x.active.ragged and kwargs.get("mode") in ("bilinear", "bicubic") and "scale_factor" in kwargs:
+            size = F.interpolate(torch.empty(1, 1, *x.shape[2:], device="meta"), **kwargs).shape[2:]
+            out = each_image(x, lambda image: func(image, **kwargs), size)
+        else:
+            out = func(x.dense(), *args[1:], **kwargs) if args else func(**{**kwargs, "input": x.dense()})
+        if not isinstance(out, Tensor) or out.dim() != 4:
+            return out
+        shapes = (x.shape[0], *x.shape[2:]), (out.shape[0], *out.shape[2:])
+        if out.shape == x.shape and name.startswith("adaptive"):
+            return x
+        found = geometry_of(*shapes, args[1:], kwargs)
+        if found is None:
+            return at_pixels(out, x.active.plan(shapes[1], out.device), x.active)
+        geometry, ceil = found
+        if x.margins is not None:
+            left, right, top, bottom = x.margins
+            geometry = geometry._replace(
+                in_h=geometry.in_h - top - bottom, in_w=geometry.in_w - left - right,
+                pad_h=geometry.pad_h + top, pad_w=geometry.pad_w + left,
+            )  # fmt: skip
+        return at_pixels(out, x.active.after(geometry, out.device, ceil), x.active)
+
+    return run
+
+
+def _of_images(func, name: str, x: SparseMap, args: tuple, kwargs: dict) -> Tensor:
+    """A pool of a ragged batch."""
+    settings = (max_pool if name == "max_pool2d" else avg_pool)(*args, **kwargs)
+    plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
+    outside = ~layout.mask_at(plan, NCHW)
+    return pooled_images(settings, lambda dense: func(dense, *args, **kwargs), x.dense(), outside)
+
+
+def _named(args: tuple, kwargs: dict, *names: str) -> dict:
+    return {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
+
+
+def _window(in_shape, out_shape, given: dict):
+    kernel = pair(given["kernel_size"], "kernel_size")
+    stride = given.get("stride")
+    stride = kernel if stride is None or stride == [] else pair(stride, "stride")
+    padding, dilation = pair(given.get("padding", 0), "padding"), pair(given.get("dilation", 1), "dilation")
+    g = ConvGeometry(*in_shape, *out_shape[1:], *kernel, *stride, *padding, *dilation, 1, 0)
+    return g, bool(given.get("ceil_mode", False))
+
+
+def _max_window(in_shape, out_shape, args, kwargs):
+    return _window(
+        in_shape, out_shape, _named(args, kwargs, "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    )
+
+
+def _mean_window(in_shape, out_shape, args, kwargs):
+    return _window(in_shape, out_shape, _named(args, kwargs, "kernel_size", "stride", "padding", "ceil_mode"))
+
+
+def _enlarged(in_shape, out_shape, args, kwargs):
+    if min(in_shape) < 1 or out_shape[1] % in_shape[1] or out_shape[2] % in_shape[2]:
+        return None
+    factors = out_shape[1] // in_shape[1], out_shape[2] // in_shape[2]
+    return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1), False
+
+
+max_pools = resized_by(_max_window)
+avg_pools = resized_by(_mean_window)
+enlarged = resized_by(_enlarged)
+resampled = resized_by(lambda *_: None)
+
+
+def adaptive_pool(func, name: str, args: tuple, kwargs: dict):
+    """Adaptive pools: to one pixel over the mask, else dense."""
+    given = _named(args, kwargs, "input", "output_size")
+    size = given["output_size"]
+    if size in (1, (1, 1), [1, 1]) and type(given["input"]) is SparseMap and given["input"].axes == NCHW:
+        kind = "mean" if "avg" in name else "amax"
+        found = reduced(getattr(torch, kind), kind, (given["input"], (2, 3), True), {})
+        if found is not NotImplemented:
+            return found
+    return resampled(func, name, args, kwargs)
+
+
+# ------------------------------------------------------------------------------- views of channels
+
+
+def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put, same: bool = False) -> SparseMap:
+    """A map that shows another's rows."""
+    return SparseMap.of_pending(View(x, read, put, same), x.plan, x.active, channels, axes)
+
+
+def reshape(x: SparseMap, shape: tuple) -> SparseMap:
+    """view, reshape, flatten, unflatten, squeeze and unsqueeze: channels parted or joined, height and width joined."""
+    found = layout.reshaped(x.axes, tuple(x.shape), tuple(shape))
+    if found is None:
+        return NotImplemented
+    axes, channels = found
+    return view_of(
+        x, axes, channels,
+        lambda rows: rows.reshape(rows.shape[0], *channels),
+        lambda old, rows: rows.reshape(old.shape),
+        axes.count("c") == x.axes.count("c") == 1,
+    )  # fmt: skip
+
+
+def permute(x: SparseMap, dims) -> SparseMap:
+    dims = layout.normalized(dims, x.dim())
+    if dims is None or sorted(dims) != list(range(x.dim())):
+        return NotImplemented
+    axes, order = layout.permuted(x.axes, dims)
+    back = [order.index(i) for i in range(len(order))]
+    channels = layout.shape_of(
+        ("c",) * axes.count("c"), x.plan, tuple(x.shape[d] for d in dims if x.axes[d] == "c")
+    )
+    same = order == sorted(order)
+    return view_of(
+        x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back), same
+    )
+
+
+def narrowed(x: SparseMap, dim: int, part: slice) -> SparseMap:
+    """Some channels of a map."""
+    axis = layout.channel_axis(x.axes, dim)
+    if axis is None:
+        return NotImplemented
+    where = (slice(None),) * axis + (part,)
+    channels = [size for size, letter in zip(x.shape, x.axes, strict=True) if letter == "c"]
+    channels[axis - 1] = len(range(*part.indices(channels[axis - 1])))
+
+    def put(old: Tensor, rows: Tensor) -> Tensor:
+        new = old.clone()
+        new[where] = rows
+        return new
+
+    return view_of(x, x.axes, tuple(channels), lambda rows: rows[where], put)
+
+
+def split(x: SparseMap, sizes, dim: int) -> tuple[SparseMap, ...]:
+    dim = dim % x.dim()
+    if x.axes[dim] != "c":
+        return NotImplemented
+    if isinstance(sizes, int):
+        total = x.shape[dim]
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(narrowed(x, dim, slice(start, start + size)))
+        start += size
+    return tuple(parts) if start == x.shape[dim] else NotImplemented
+
+
+def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
+    return split(x, max(1, -(-x.shape[dim] // chunks)), dim)
+
+
+def index(x: SparseMap, where):
+    """``x[:, a:b]`` and the like: whole axes, and slices of channels."""
+    where = where if isinstance(where, tuple) else (where,)
+    if (
+        any(not (w is Ellipsis or w is None or isinstance(w, slice)) for w in where)
+        or where.count(Ellipsis) > 1
+    ):
+        return NotImplemented
+    if None in where:
+        return NotImplemented
+    if Ellipsis in where:
+        at = where.index(Ellipsis)
+        where = (*where[:at], *(slice(None),) * (x.dim() - len(where) + 1), *where[at + 1 :])
+    if len(where) > x.dim():
+        return NotImplemented
+    for dim, part in enumerate(where):
+        if part.indices(x.shape[dim]) == (0, x.shape[dim], 1):
+            continue
+        if x.axes[dim] != "c" or (part.step or 1) < 1:
+            return NotImplemented
+        x = narrowed(x, dim, part)
+    return x
+
+
+def cat(tensors, dim: int = 0):
+    """Maps joined along channels: those of the same pixels, and dense tensors at them."""
+    base = next((x for x in tensors if type(x) is SparseMap and not x.is_input), None)
+    if base is None or dim >= base.dim() or dim < -base.dim():
+        return NotImplemented
+    dim %= base.dim()
+    axis = layout.channel_axis(base.axes, dim)
+    shapes = [
+        x.shape[:dim] + x.shape[dim + 1 :] for x in tensors if isinstance(x, Tensor) and x.dim() == base.dim()
+    ]
+    if axis is None or len(shapes) != len(tensors) or any(shape != shapes[0] for shape in shapes):
+        return NotImplemented
+    rows = [
+        x.at(base.plan, base.axes) if type(x) is SparseMap else layout.gathered(x, base.plan, base.axes)
+        for x in tensors
+    ]
+    sizes = [x.shape[dim] for x in tensors]
+    rows = [
+        r if r.shape[0] == base.plan.num_rows and r.dim() == 1 + base.axes.count("c") else None for r in rows
+    ]
+    if any(r is None for r in rows) or any(r.shape[axis] != s for r, s in zip(rows, sizes, strict=True)):
+        return NotImplemented
+    return base.like(torch.cat(rows, axis))
+
+
+def set_item(x: SparseMap, where, value) -> None:
+    """``x[where] = value``; outside of the mask it stays zero."""
+    value = value.dense() if type(value) is SparseMap else value
+    if x.is_input:
+        x.dense()[where] = value
+        return
+    dense = x.dense().clone()
+    dense[where] = value
+    x.exchange(x.like(layout.gathered(masked(dense, x.plan, x.axes), x.plan, x.axes)))
+
+
+def flattened(shape, start: int, end: int) -> tuple[int, ...]:
+    start, end = start % len(shape), end % len(shape)
+    return (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
+
+
+def pixel_unshuffle_geometry(in_shape, out_shape, args, kwargs):
+    f = in_shape[1] // max(out_shape[1], 1)
+    return ConvGeometry(*in_shape, *out_shape[1:], f, f, f, f, 0, 0, 1, 1, 1, 0), False
+
+
+unshuffled = resized_by(pixel_unshuffle_geometry)

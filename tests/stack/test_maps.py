@@ -1,0 +1,388 @@
+"""Maps as tensors: any Python of a model gives what the mask in plain PyTorch gives, however the model runs."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dynops
+from dynops.stack.maps import SparseMap, entered
+from dynops.testing import MaskedPolicy
+
+SIZE, CELLS = (8, 12), (4, 6)
+
+
+def close(a, b, tolerance=1e-11):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert (a - b).norm() <= tolerance * max(b.norm().item(), 1e-12)
+
+
+def masks(n=2, share=0.4, seed=0):
+    return torch.rand(n, *CELLS, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+C = 6
+WEIGHT, WIDE, DEPTHWISE = rand(C, C, 3, 3), rand(C, 2 * C, 1, 1), rand(C, 1, 3, 3)
+SCALE, SHIFT = rand(C), rand(C, seed=1)
+
+
+def shuffled(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def channels_last(x):
+    y = F.layer_norm(x.permute(0, 2, 3, 1), (C,), SCALE, SHIFT)
+    return (F.linear(y, WIDE[:, :C, 0, 0], SHIFT) * SCALE).permute(0, 3, 1, 2)
+
+
+def convnext(x):
+    y = F.conv2d(x, DEPTHWISE, padding=1, groups=C).permute(0, 2, 3, 1)
+    y = F.linear(F.gelu(F.linear(F.layer_norm(y, (C,)), WIDE[:, :C, 0, 0])), WIDE[:, C:, 0, 0], SHIFT)
+    return SCALE[:, None, None] * y.permute(0, 3, 1, 2) + x
+
+
+def tokens(x):
+    y = x.flatten(2).transpose(1, 2)
+    return F.layer_norm(F.gelu(y), (C,)).transpose(1, 2).reshape(x.shape)
+
+
+def in_place(x, function):
+    y = x.clone()
+    function(y)
+    return y
+
+
+def part_in_place(x):
+    y = x.clone()
+    a, b = y.chunk(2, 1)
+    a.relu_()
+    b.mul_(2)
+    return y + torch.cat([b, a], 1)
+
+
+def whole_in_place(x):
+    y = x.clone()
+    part = y[:, 1:4]
+    y.add_(1)
+    return torch.cat([part, y[:, :3]], 1)
+
+
+def set_part(x):
+    y = x.clone()
+    y[:, :2] = 1.5
+    return y
+
+
+UNARY = {
+    "relu": F.relu,
+    "relu_": lambda x: in_place(x, lambda y: F.relu(y, inplace=True)),
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "plus one": lambda x: 1 + x,
+    "minus": lambda x: 2 - x,
+    "power": lambda x: (x.abs() + 1) ** 0.5,
+    "clamp": lambda x: x.clamp(-0.5, 1.0),
+    "channels": lambda x: x * SCALE[:, None, None] + SHIFT.view(1, -1, 1, 1),
+    "samples": lambda x: x * rand(x.shape[0], C, 1, 1),
+    "position": lambda x: x + rand(1, C, *x.shape[2:]),
+    "conv": lambda x: F.conv2d(x, WEIGHT, SHIFT, padding=1),
+    "same": lambda x: F.conv2d(x, WEIGHT, padding="same", dilation=2),
+    "depthwise": lambda x: F.conv2d(x, DEPTHWISE, SHIFT, padding=1, groups=C),
+    "padded": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1)), WEIGHT),
+    "reflected": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), WEIGHT),
+    "norm": lambda x: F.batch_norm(x, SHIFT, SCALE.abs() + 1, SCALE, SHIFT),
+    "norm, relu": lambda x: F.relu(F.batch_norm(F.conv2d(x, WEIGHT, padding=1), SHIFT, SCALE.abs() + 1, SCALE, SHIFT)),
+    "group norm": lambda x: F.group_norm(x, 3, SCALE, SHIFT, 1e-5),
+    "squeeze": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True) @ torch.ones(1, 1, dtype=x.dtype)),
+    "pooled": lambda x: x + F.adaptive_avg_pool2d(x, 1),
+    "attention": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
+    "softmax": lambda x: F.softmax(x, 1),
+    "max pool": lambda x: F.max_pool2d(x, 3, 1, 1),
+    "mean pool": lambda x: F.avg_pool2d(x, 3, 1, 1),
+    "down, up": lambda x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2),
+    "bilinear": lambda x: F.interpolate(F.avg_pool2d(x, 2), size=x.shape[2:], mode="bilinear"),
+    "shuffle": shuffled,
+    "space": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
+    "last": channels_last,
+    "tokens": tokens,
+    "convnext": convnext,
+    "parts": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    "split": lambda x: torch.cat([y * (i + 1) for i, y in enumerate(x.split([1, 2, 3], 1))], 1),
+    "part in place": part_in_place,
+    "whole in place": whole_in_place,
+    "set": set_part,
+    "unknown": lambda x: torch.cumsum(x, 1),
+    "flip": lambda x: x.flip(1),
+    "detached": lambda x: x.detach() + x.data,
+    "norm of pixels": lambda x: x / (torch.norm(x, p=2, dim=(2, 3), keepdim=True) + 1),
+    "prelu": lambda x: F.prelu(x, SCALE),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+}  # fmt: skip
+BINARY = {
+    "sum": lambda x, y: x + y,
+    "sum_": lambda x, y: in_place(x, lambda z: z.add_(y)),
+    "iadd": lambda x, y: in_place(x, lambda z: z.__iadd__(y)),
+    "product": lambda x, y: x * y,
+    "difference": lambda x, y: torch.sub(x, y, alpha=2),
+    "maximum": torch.maximum,
+    "join": lambda x, y: F.conv2d(torch.cat([x, y], 1), WIDE),
+    "residual": lambda x, y: F.relu(F.conv2d(x, WEIGHT, padding=1) + y),
+    "lerp": lambda x, y: torch.lerp(x, y, 0.3),
+}  # fmt: skip
+
+
+def both(function, x, mask):
+    """The result of a function of a first map: with maps, and in plain PyTorch."""
+    with MaskedPolicy(mask):
+        expected = function(F.conv2d(x, WEIGHT, padding=1))
+    with dynops.use_mask(mask) as active, entered():
+        out = function(F.conv2d(SparseMap.of_input(x, active), WEIGHT, padding=1))
+        active._used = True
+        return (out.dense() if type(out) is SparseMap else out), expected
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_each_function(name):
+    for seed in range(3):
+        out, expected = both(UNARY[name], rand(2, C, *SIZE, seed=seed), masks(seed=seed))
+        close(out, expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*UNARY, *BINARY]), st.integers(0, 9), st.integers(0, 9)),
+        min_size=2,
+        max_size=7,
+    ),
+    st.integers(0, 4),
+)
+def test_any_sequence_of_functions(program, seed):
+    def run(x):
+        values = [x]
+        for name, i, j in program:
+            a, b = values[i % len(values)], values[j % len(values)]
+            y = UNARY[name](a) if name in UNARY else BINARY[name](a, b)
+            values.append(y / (1 + y.abs().amax((1, 2, 3), keepdim=True)))
+        return sum(values[1:], values[0])
+
+    out, expected = both(
+        run, rand(2, C, *SIZE, seed=seed), masks(share=(0.1, 0.4, 0.9, 1.0, 0.0)[seed], seed=seed)
+    )
+    close(out, expected, 1e-10)
+
+
+class Model(nn.Module):
+    """A model that no trace holds: data in its control flow, several outputs, functions of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C)
+        self.body = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.SiLU())
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, 2, 1), nn.ReLU(), nn.Conv2d(2, C, 1), nn.Sigmoid()
+        )
+        self.norm, self.mlp, self.last = nn.LayerNorm(C), nn.Linear(C, C), nn.Conv2d(2 * C, 4, 1)
+        self.gamma = nn.Parameter(torch.full((C,), 0.7))
+
+    def forward(self, x, scale: float = 1.0, extra=None):
+        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        y = self.body(x) * scale
+        if extra is not None and float(extra.sum()) > 0:
+            y = y + extra
+        y = y + x
+        z = (self.gamma * self.mlp(self.norm(y.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + y
+        out = self.last(torch.cat([z * self.gate(z), x.sigmoid()], 1))
+        return {"map": out, "pooled": z.mean((2, 3)), "parts": [x, y[:, :2]]}
+
+
+def model_of(training=False):
+    torch.manual_seed(0)
+    model = Model().double().train(training)
+    nn.init.normal_(model.bn.bias)
+    return model
+
+
+def leaves(out):
+    return [out["map"], out["pooled"], *out["parts"]]
+
+
+@pytest.mark.parametrize("how", ["as it is", "hooks"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_model_that_no_trace_holds(how, extra):
+    model, x, mask = model_of(), rand(2, 3, *SIZE), masks()
+    extra = rand(2, C, *SIZE).abs() if extra else None
+    with MaskedPolicy(mask):
+        expected = copy.deepcopy(model)(x, 1.5, extra=extra)
+    report = dynops.convert_(model)
+    assert "" in report.unfused
+    if how == "hooks":
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: None)
+    before = x.clone()
+    with dynops.use_mask(mask):
+        out = model(x, 1.5, extra=extra)
+    for a, b in zip(leaves(out), leaves(expected), strict=True):
+        assert type(a) is torch.Tensor
+        close(a, b)
+    assert torch.equal(x, before)
+
+
+def test_gradients_of_a_model_that_no_trace_holds():
+    x, mask = rand(2, 3, *SIZE), masks()
+    grads = []
+    for converted in (False, True):
+        model, inputs = model_of(), x.clone().requires_grad_()
+        if converted:
+            dynops.convert_(model)
+        with dynops.use_mask(mask) if converted else MaskedPolicy(mask):
+            out = model(inputs)
+        (out["map"].square().sum() + out["pooled"].sin().sum() + out["parts"][1].sum()).backward()
+        grads.append([inputs.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        close(b, a, 1e-10)
+
+
+def test_a_map_is_used_twice_and_computed_once(monkeypatch):
+    from dynops.stack.maps import convolution
+
+    calls = []
+    real = convolution._pixel_conv
+    monkeypatch.setattr(convolution, "_pixel_conv", lambda *args: calls.append(1) or real(*args))
+    x, mask = rand(2, C, *SIZE), masks()
+
+    def before_its_norm(x):  # as a pre-activation network has it
+        y = F.conv2d(x, WEIGHT, padding=1)
+        z = F.relu(F.batch_norm(y, SHIFT, SCALE.abs() + 1, SCALE, SHIFT))
+        return F.conv2d(z, WEIGHT, padding=1) + y
+
+    out, expected = both(before_its_norm, x, mask)
+    close(out, expected)
+    assert len(calls) == 3
+
+
+def test_gradient_modes_are_those_of_the_call():
+    x, mask = rand(1, C, *SIZE), masks(1)
+    weight = WEIGHT.clone().requires_grad_()
+    with dynops.use_mask(mask) as active, entered():
+        active._used = True
+        first = F.conv2d(SparseMap.of_input(x, active), weight, padding=1)
+        with torch.no_grad():
+            frozen = F.conv2d(first, weight, padding=1)
+        assert first.requires_grad and not frozen.requires_grad
+        assert not frozen.dense().requires_grad and first.dense().requires_grad
+
+
+def test_what_a_user_does_with_a_map():
+    x, mask = rand(2, 3, *SIZE), masks()
+    model, seen = model_of(), []
+    dynops.convert_(model)
+    model.body[0].register_forward_hook(lambda m, i, out: seen.append(out))
+    with dynops.use_mask(mask), torch.no_grad():
+        model(x)
+    kept = seen[0]
+    plain = kept.dense()
+    assert isinstance(kept, torch.Tensor) and kept.shape == plain.shape and "tensor(" in repr(kept)
+    assert kept.numpy().shape == tuple(plain.shape) and torch.equal(kept.cpu(), plain)
+    assert torch.equal(copy.deepcopy(kept), plain) and kept.sum().item() == pytest.approx(plain.sum().item())
+    assert (
+        torch.equal(torch.stack([kept, kept])[1], plain)
+        and len(kept) == 2
+        and kept.is_contiguous(memory_format=torch.channels_last)
+    )
+    assert torch.equal(torch.ops.aten.relu(kept), plain.relu())
+    out = torch.empty_like(plain)
+    out.copy_(kept)
+    assert torch.equal(out, plain)
+    dense = torch.ones_like(plain)
+    dense += kept
+    assert torch.equal(dense, torch.where(plain != 0, plain + 1, 0))
+
+
+def test_errors_come_with_the_call():
+    x, mask = rand(2, C, *SIZE), masks()
+    with dynops.use_mask(mask) as active, entered():
+        active._used = True
+        first = F.conv2d(SparseMap.of_input(x, active), WEIGHT, padding=1)
+        with pytest.raises(ValueError, match="channels"):
+            F.conv2d(first[:, :2], WEIGHT)
+        with pytest.raises(TypeError, match="dtype"):
+            F.conv2d(first, WEIGHT.float())
+        with pytest.raises(RuntimeError):
+            first + rand(2, C, 3, 5)
+
+
+class Parts(Model):
+    def forward_features(self, x):
+        return self.body(F.relu(self.bn(self.stem(x))))
+
+    def forward_head(self, x):
+        return x.mean((2, 3)) + self.gate(x)[:, :, 0, 0]
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def test_parts_have_the_answer_of_the_whole():
+    torch.manual_seed(0)
+    model, x, mask = Parts().double().eval(), rand(2, 3, *SIZE), masks()
+    dynops.convert_(model)
+    with dynops.use_mask(mask):
+        whole = model(x)
+        features = model.forward_features(x)
+        parts = model.forward_head(features)
+    close(parts if type(parts) is torch.Tensor else parts.dense(), whole)
+    close(model.forward_head(model.forward_features(x)), model(x))
+
+
+def test_a_weight_that_a_layer_computes_is_never_stale():
+    class Standardised(nn.Conv2d):
+        eps = 1e-6
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gain, self.extra = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)), 1.0
+
+        def forward(self, x):
+            var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+            weight = (self.weight - mean) * (var + self.eps).rsqrt() * self.gain * self.extra
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, C, 3, 1, 1), Standardised(C, C, 3, 1, 1), nn.ReLU()).double().eval()
+    dense, x, mask = copy.deepcopy(model), rand(2, 3, *SIZE), masks()
+    dynops.convert_(model)
+
+    def scale_by_data(m):
+        m[1].weight.data.mul_(1.7)
+        m[1].gain.data.add_(0.1)
+
+    changes = (
+        lambda m: None,
+        lambda m: nn.init.normal_(m[1].weight),
+        scale_by_data,
+        lambda m: m[1].gain.data.mul_(2),
+        lambda m: setattr(m[1], "extra", 3.0),
+        lambda m: setattr(m[1], "eps", 0.5),
+        lambda m: setattr(m[1], "stride", (2, 2)),
+        lambda m: setattr(m[1], "bias", None),
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    )
+    for change in changes:
+        for m in (model, dense):
+            torch.manual_seed(1)
+            change(m)
+        with torch.no_grad(), dynops.use_mask(mask):
+            out = model(x)
+        with torch.no_grad(), MaskedPolicy(mask):
+            expected = dense(x)
+        close(out, expected)
