@@ -18,7 +18,6 @@ weight. It gets a copy for each job, if these take no more than twice the memory
 exchanged. Each head has an input gradient of its own, and these are summed.
 
 Groups narrower than 16 channels (depthwise above all) use a kernel without a matrix product.
-
 Jobs may have weights of their own (``Own``): ``sample_conv.py`` is made of that.
 """
 
@@ -36,10 +35,11 @@ from ...geometry import ConvGeometry
 from ..layout import contiguous, empty_map
 from ..lists import Lists
 from . import channel_lists, gemm, tiling
+from .channel_filters import regions_met
 from .channel_lists import VECTOR, Side, boundary, choose, gather, list_part, listed, scatter, sides, tiles_of
 from .channels_weight_grad import conv_weight_grad
 from .experts import expert_tile
-from .gemm import finish, lowest_tap, regions_met, source_row
+from .gemm import finish, lowest_tap, source_row
 from .launch import cdiv, launch, power_of_2
 from .rows import picked
 
