@@ -2,7 +2,7 @@
 
 A program owns one slice of a sample's pixels, one tap, and one tile of live outputs and inputs. It multiplies their
 live channels into the slice's own float32 copy of the live part of the gradient. A second pass adds the copies: each element of the gradient looks up its place in every sample's copy. No atomics: the result is
-bitwise reproducible. The copies of a chunk of samples are kept at a time, 64 MiB at most where one fits.
+bitwise reproducible. The copies of a chunk of samples are kept at a time, 256 MiB at most where one fits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 from ...geometry import ConvGeometry
 from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Side, choose, list_part, listed, sides
+from .channel_lists import Side, choose, is_read_often, list_part, listed, sides
 from .experts_weight_grad import slice_of
 from .gemm import source_row
 from .launch import cdiv, launch, power_of_2
 from .pixels_weight_grad import chunk_rows
 
-_COPIES = 2**24  # elements of the copies of a chunk of samples
+_COPIES = (
+    2**26
+)  # elements of the copies of a chunk of samples; with 2**24 a linear layer of 1024 to 4096 took 32 launches
 
 
 @triton.jit
@@ -221,13 +223,12 @@ def own_weight_grads(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeom
 
 
 def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
-    sums = grad.sum((2, 3), dtype=torch.float32)
-    if outs.packed:
-        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)
-        sums = sums[:, :, 0, 0]
-    elif outs.index is not None:
-        sums = sums.masked_fill(~torch.ops.dynops.channel_mask(outs.index, outs.count, outputs), 0)
-    return sums.sum(0).to(grad.dtype)
+    sums = grad.sum((2, 3), dtype=torch.float32)[:, :, None, None]
+    if outs.index is not None:  # zero at channels that are not live
+        if not outs.packed:
+            sums = channel_lists.gather(sums, outs.index, outs.count, outs.index.shape[1])
+        sums = channel_lists.scatter(sums, outs.index, outs.count, outputs, None)
+    return sums[:, :, 0, 0].sum(0).to(grad.dtype)
 
 
 def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
@@ -258,8 +259,8 @@ def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, j
 def _prepared(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> tuple[dict, int, int]:  # fmt: skip
     """The arguments of ``weight_grad_kernel``, its tiles of a weight, and the slices of a job."""
     rows = cdiv(g.batch * g.out_h * g.out_w, jobs)
-    x, k_part, x_reads = _readable(x, ins, g.taps)
-    grad, n_part, grad_reads = _readable(grad, outs, g.taps)
+    x, k_part, x_reads = _readable(x, ins, is_read_often(g.taps, outs))
+    grad, n_part, grad_reads = _readable(grad, outs, is_read_often(g.taps, ins))
     sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "n_part": n_part, "in_channels": x.shape[1], "out_channels": grad.shape[1]}  # fmt: skip
     listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
     ragged, batch = tiling.is_ragged(sizes), jobs * g.groups * g.taps
@@ -294,9 +295,9 @@ def _own_products(
     return copies
 
 
-def _readable(x: Tensor, lists: Side, taps: int) -> tuple[Tensor, int, str]:
+def _readable(x: Tensor, lists: Side, often: bool) -> tuple[Tensor, int, str]:
     """The map as the product reads it, the channels that each group has there, and how it is read."""
-    if lists.index is not None and taps > 1:  # read once for each tap: worth a copy that is read in vectors
+    if lists.index is not None and often:  # worth a copy that is read in vectors
         return channel_lists.compact(x, lists), channel_lists.padded(lists.capacity), "compact"
     return gemm.rows_of(x), 0 if lists.heads else lists.size, "packed" if lists.packed else "dense"
 

@@ -333,10 +333,13 @@ def tap_order(
 
 
 @triton.jit
-def round_kernel(x, out, size, BLOCK: tl.constexpr):
-    """out = x rounded to TF32: to 10 bits of mantissa, halves away from zero. NaN stays NaN."""
+def round_kernel(x, out, size, taps, inner, BLOCK: tl.constexpr):
+    """out [.., taps, inner] = x [.., inner, taps] rounded to TF32: to 10 bits of mantissa, halves away from zero. NaN stays NaN."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < size)
+    lead = at // (taps * inner)
+    left = (at - lead * (taps * inner)).to(tl.int32)
+    tap = left // inner
+    value = tl.load(x + lead * (taps * inner) + (left - tap * inner) * taps + tap, mask=at < size)
     bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     tl.store(out + at, rounded, mask=at < size)
@@ -351,8 +354,7 @@ def weight_rows(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     A copy is kept for the next call (``dynops.kept``). Under CUDA graph capture it becomes part of the graph, so
     that a replay sees the weight as it is then.
     """
-    tf32 = weight.is_cuda and tiling.precision(dtype) == "tf32"
-    tf32 = tf32 and not is_narrow({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups)
+    tf32 = cuts_off({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups, weight, dtype)
     if not tf32 and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
         lead, inner, kh, kw = weight.shape  # one view, where pack_rows takes six steps and 10 us
         return weight.detach().as_strided((lead, kh * kw, inner), (kh * kw * inner, inner, 1))
@@ -363,13 +365,28 @@ def weight_rows(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
 def pack_rows(weight: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
     """See :func:`weight_rows`."""
     lead, inner, kh, kw = weight.shape
-    rows = weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
-    if not tf32 or rows.numel() == 0:
-        return rows
-    rounded = torch.empty_like(rows)
-    with on_device(rows):
-        launch(round_kernel, cdiv(rows.numel(), 1024))(rows, rounded, rows.numel(), BLOCK=1024)
-    return rounded
+    weight = weight.detach().to(dtype)
+    if tf32:
+        return rounded_rows(weight)
+    return weight.permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def cuts_off(sizes: dict, groups: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """True if the product with this weight is one in TF32, in which tensor cores cut off low bits."""
+    return weight.is_cuda and not is_narrow(sizes, groups) and tiling.precision(dtype) == "tf32"
+
+
+def rounded_rows(weight: Tensor) -> Tensor:
+    """A float32 ``[..., B, kh, kw]`` as ``[..., kh*kw, B]``, rounded to TF32 in the same pass."""
+    rows = weight.movedim(-3, -1)
+    shape, in_order = rows.flatten(-3, -2).shape, rows.is_contiguous()
+    source, out = (rows if in_order else weight.contiguous()), weight.new_empty(shape)
+    if out.numel():
+        with on_device(out):
+            launch(round_kernel, cdiv(out.numel(), 1024))(
+                source, out, out.numel(), 1 if in_order else shape[-2], shape[-1], BLOCK=1024
+            )
+    return out
 
 
 def as_weight(dw: Tensor, weight_shape, dtype: torch.dtype) -> Tensor:

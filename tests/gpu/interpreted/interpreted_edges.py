@@ -143,6 +143,11 @@ def test_weights_rounded_for_tf32(size):
     weight = random_tensor(size, 1, 1, 1)
     bits = weight.view(torch.int32) + 0x1000 & -0x2000
     assert gemm.pack_rows(weight, FLOAT, True).flatten().equal(bits.view(FLOAT).flatten())
+    for layout in (torch.contiguous_format, torch.channels_last):  # and put in order
+        weight = random_tensor(size, 3, 2, 1).contiguous(memory_format=layout)
+        bits = weight.view(torch.int32) + 0x1000 & -0x2000
+        expected = bits.view(FLOAT).permute(0, 2, 3, 1).reshape(size, 2, 3)
+        assert gemm.rounded_rows(weight).equal(expected)
 
 
 def check_rows(x: torch.Tensor, plan, shape: list[int]) -> None:

@@ -65,7 +65,8 @@ def quick_of(names, quick) -> list:
 
 
 @pytest.mark.parametrize(
-    "name", quick_of(capacity_cases.cases(), ("Skip", "SparseConv2d", "expert plan", "block plan"))
+    "name",
+    quick_of(capacity_cases.cases(), ("Skip", "Skip, replaced", "SparseConv2d", "expert plan", "block plan")),
 )
 def test_capacity_plans_can_be_captured(name):
     """From the mask to the gradients, no step asks the host."""
