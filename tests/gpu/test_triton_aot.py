@@ -99,7 +99,7 @@ def test_the_forms_launch_every_kernel_and_every_tile():
 def test_a_few_kernels_pass(arch):
     """The heaviest tile of the products over pixels, and a kernel that moves memory."""
     some = [c for c in forms.configurations(arch, {"pixels": forms.FORMS["pixels"][:1]}) if c.type == "bf16"]
-    for name in ("pixels.conv_kernel", "pixels_weight_grad.weight_grad_kernel", "gemm.tap_key_kernel"):
+    for name in ("pixels.conv_kernel", "pixels_weight_grad.weight_grad_kernel", "taps.tap_key_kernel"):
         configuration = next(c for c in some if c.launch.title == name)
         (row,) = audit.triton_rows(configuration)
         assert row.problems == (), row.title

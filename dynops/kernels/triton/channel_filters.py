@@ -17,8 +17,9 @@ from ...geometry import ConvGeometry
 from ..layout import empty_map, memory_format_of
 from . import gemm, tiling
 from .channel_lists import map_strides
-from .gemm import source_row, split_pixel, united
+from .gemm import source_row, split_pixel
 from .launch import cdiv, launch
+from .taps import united
 
 # ------------------------------------------------------------------------------------- kernels
 

@@ -39,9 +39,10 @@ from .channel_filters import regions_met
 from .channel_lists import VECTOR, Side, boundary, choose, gather, list_part, listed, scatter, sides, tiles_of
 from .channels_weight_grad import conv_weight_grad
 from .experts import expert_tile
-from .gemm import finish, lowest_tap, source_row
+from .gemm import finish, source_row
 from .launch import cdiv, launch, power_of_2
 from .rows import picked
+from .taps import lowest_tap
 
 _UNSPECIALIZED = [*gemm.UNSPECIALIZED, "jobs", "regions"]
 MOST_REGIONS = 62  # those that a tile meets are bits of one integer

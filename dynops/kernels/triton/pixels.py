@@ -34,22 +34,12 @@ from torch import Tensor
 from ...geometry import ConvGeometry
 from ..epilogue import Epilogue
 from ..layout import contiguous, empty_map, memory_format_of
-from . import gemm, tiling
-from .gemm import (
-    MAX_SET,
-    finish_rows,
-    finish_tile,
-    load_pixels,
-    lowest_tap,
-    source_row,
-    tap_offset,
-    tap_origin,
-    tap_sets,
-    united,
-)
+from . import gemm, taps, tiling
+from .gemm import finish_rows, finish_tile, load_pixels, source_row
 from .launch import cdiv, launch
 from .pixels_weight_grad import conv_weight_grad
 from .rows import filled, gather_rows, scatter_rows
+from .taps import MAX_SET, lowest_tap, tap_offset, tap_origin, tap_sets, united
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatter_rows"]
 
@@ -392,8 +382,8 @@ def _gather(
             launch(direct_conv_kernel, *grid)(x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
             return
         order = keys = None
-        if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
-            keys, order = gemm.tap_order(index, source, rows, options, x.device)
+        if ordered and g.taps <= taps.MAX_ORDERED_TAPS:
+            keys, order = taps.tap_order(index, source, rows, options, x.device)
         likely = rows if count is None or expected is None else max(1, min(expected, rows))
         # in a step: the rows of a single tap are looked up before, and an order knows which taps read something
         looks_up = source is not None and g.taps > 1 and (reads == "packed" or order is None)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from . import gemm, tiling
+from . import gemm, taps, tiling
 from .gemm import load_pixels, source_row
 from .launch import cdiv, launch
 
@@ -187,8 +187,8 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
             launch(direct_weight_grad_kernel, *grid)(grad, x, dw, index, count, source, rows, chunk, **sizes, **options, GRAD_ROWS=grad_rows, **tile)  # fmt: skip
             return dw
         order = keys = None
-        if g.transposed and g.stride_h * g.stride_w > 1 and g.taps <= gemm.MAX_ORDERED_TAPS:
-            keys, order = gemm.tap_order(index, source, rows, options, x.device)
+        if g.transposed and g.stride_h * g.stride_w > 1 and g.taps <= taps.MAX_ORDERED_TAPS:
+            keys, order = taps.tap_order(index, source, rows, options, x.device)
         launch(weight_grad_kernel, *grid)(
             grad, x, dw, index, count, order, keys, source, rows, chunk, **sizes, **options,
             GRAD_ROWS=grad_rows, PRECISION=precision, **tile,

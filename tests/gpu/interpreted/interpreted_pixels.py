@@ -14,7 +14,7 @@ from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
 from dynops.kernels.epilogue import NOTHING
 from dynops.kernels.layout import empty_map, memory_format_of
-from dynops.kernels.triton import gemm, pixels, rows, tiling
+from dynops.kernels.triton import gemm, pixels, rows, taps, tiling
 from dynops.ops.pixels import conv as reference
 from dynops.ops.pixels import interpolate
 from dynops.testing import random_mask, random_tensor
@@ -184,7 +184,7 @@ def test_input_gradient_walks_over_the_taps_of_active_outputs():
     plan = PixelPlan.from_mask(random_mask(g.out_shape, 0.5))
     active = plan.inverse()
     options = {"READS": "active", "WIDE": False, **gemm.geometry_arguments(gemm.adjoint(g))}
-    keys, order = gemm.tap_order(None, active, plan.num_pixels, options, active.device)
+    keys, order = taps.tap_order(None, active, plan.num_pixels, options, active.device)
     sets = keys.int() ^ (keys.int() >> 1)
     read = torch.nn.functional.unfold((active >= 0).float()[:, None], 3, padding=1)  # [N, 9, H*W]
     bits = (read.flip(1).long() << torch.arange(9).view(1, 9, 1)).sum(1).reshape(-1)
