@@ -14,11 +14,10 @@ Single channels, taken through a list, are loads of 2 or 4 bytes. Tensors that a
 first and then read in vectors: the input where the kernel has several taps or the outputs several tiles, and the
 weight. It gets a copy for each job, if these take no more than twice the memory of the maps (a rule of thumb, not measured).
 
-**Input gradient.** The same kernel on the adjoint geometry, with the lists and the roles of the weight
-exchanged. Each head has an input gradient of its own, and these are summed.
+**Input gradient.** The same kernel on the adjoint geometry, with the lists and the roles of the weight exchanged. Each
+head has an input gradient of its own, and these are summed.
 
-Groups narrower than 16 channels (depthwise above all) use a kernel without a matrix product.
-Jobs may have weights of their own (``Own``): ``sample_conv.py`` is made of that.
+Groups of fewer than 16 channels use a kernel without a matrix product. In ``sample_conv.py`` jobs have weights (``Own``).
 """
 
 from __future__ import annotations
