@@ -39,6 +39,7 @@ _METADATA = frozenset(
         "names",
     ]
 )
+_FIRST = ("input", "tensor", "self")  # names of the first argument
 _QUESTIONS = frozenset(
     [
         "size",
@@ -64,6 +65,10 @@ _QUESTIONS = frozenset(
 def compute(func, args: tuple, kwargs: dict):
     """A function of torch, of which an argument is a map."""
     name = getattr(func, "__name__", "")
+    if not args and (first := next((key for key in _FIRST if key in kwargs), None)) is not None:
+        args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
+    if kwargs.get("out") is not None:
+        return _into_out(func, args, kwargs)
     if name in _QUESTIONS:
         return _question(func, name, args, kwargs)
     if name in ("__get__", "__set__", "__delete__"):
@@ -77,6 +82,19 @@ def compute(func, args: tuple, kwargs: dict):
 
 
 handled_by(compute)
+
+
+def _into_out(func, args: tuple, kwargs: dict):
+    """A function with ``out=``."""
+    out = kwargs["out"]
+    made = func(*args, **{k: v for k, v in kwargs.items() if k != "out"})
+    if not isinstance(out, Tensor):  # of several results
+        for into, one in zip(out, made, strict=True):
+            into.copy_(one)
+        return out
+    if out.shape != made.shape:
+        out.resize_(made.shape)
+    return out.copy_(made)
 
 
 def _question(func, name: str, args: tuple, kwargs: dict):
@@ -94,7 +112,7 @@ def _attribute(func, kind: str, args: tuple, kwargs: dict):
     if kind == "__get__" and name == "requires_grad":
         return _requires_grad(x)
     if kind == "__get__" and name == "data":
-        return compute(Tensor.detach, (x,), {})
+        return x.detach() if x.is_input else spatial.data_of(x)
     return func(*dense_tree(args), **dense_tree(kwargs))
 
 
@@ -281,8 +299,8 @@ _TABLE = {
     "feature_dropout": _dropout_of_channels,
     "to": _to,
     "view": _of_map(_as_view),
-    "reshape": _of_map(_as_view),
-    "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshape(x, spatial.flattened(x.shape, start_dim, end_dim))),
+    "reshape": _of_map(lambda x, *shape, **named: spatial.reshaped(x, _sizes(shape) or named["shape"])),
+    "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshaped(x, spatial.flattened(x.shape, start_dim, end_dim))),
     "unflatten": _of_map(_unflatten),
     "unsqueeze": _of_map(_unsqueeze),
     "permute": _of_map(lambda x, *dims, **named: spatial.permute(x, named.get("dims") or _sizes(dims))),

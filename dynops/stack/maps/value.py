@@ -37,7 +37,7 @@ class SparseMap(Tensor):
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.active, made.plan, made.axes = active, plan, NCHW
         made._shape, made._dtype, made._device = torch.Size(shape), dtype, device
-        made._rows = made._dense = made.pending = made.margins = None
+        made._rows = made._dense = made._written = made.pending = made.margins = None
         return made
 
     @classmethod
@@ -82,6 +82,8 @@ class SparseMap(Tensor):
         """The rows ``[P, *channels]`` of a map that is no input."""
         pending = self.pending
         if pending is None:
+            if self._written is not None and self._dense._version != self._written:
+                self._take_back()
             return self._rows
         rows = pending.rows()
         if not pending.follows:
@@ -94,9 +96,19 @@ class SparseMap(Tensor):
             return self._dense
         if self.pending is not None and self.pending.follows:
             return scattered(self.rows(), self.plan, self.axes)
-        if self._dense is None:
-            self._dense = scattered(self.rows(), self.plan, self.axes)
-        return self._dense
+        rows = self.rows()
+        if self._dense is not None:
+            return self._dense
+        dense = scattered(rows, self.plan, self.axes)
+        if saved_hooks() is None:  # a recomputation would find it, and save less than the first computation
+            self._dense = dense
+            self._written = None if dense.is_inference() else dense._version
+        return dense
+
+    def _take_back(self) -> None:
+        """Takes the rows from the dense tensor: a model wrote into a view of it."""
+        dense = self._dense.masked_fill_(~mask_at(self.plan, self.axes), 0)
+        self._rows, self._written = gathered(dense, self.plan, self.axes), dense._version
 
     def like(self, rows: Tensor) -> SparseMap:
         """A map of the same pixels."""
@@ -114,6 +126,7 @@ class SparseMap(Tensor):
             self.pending.write(made.rows())
             return
         self._rows, self._dense, self.pending = made._rows, made._dense, made.pending
+        self._written = made._written
         if self.pending is not None:
             self.pending.moved_to(self)
         if self.plan is None:
@@ -130,6 +143,11 @@ class SparseMap(Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.dense().__reduce_ex__(protocol)
+
+
+def saved_hooks() -> tuple | None:
+    """The innermost hooks of saved tensors."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 _functions: Callable
@@ -150,6 +168,7 @@ class View:
     """
 
     follows = True
+    strides: tuple[int, ...] | None = None  # of a permuted map, were it dense
 
     def __init__(self, base: SparseMap, read: Callable, put: Callable):
         self.base, self.read, self.put = base, read, put
