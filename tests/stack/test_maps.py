@@ -1,5 +1,6 @@
 """Maps as tensors: any Python of a model gives what the mask in plain PyTorch gives, however the model runs."""
 
+import contextlib
 import copy
 
 import pytest
@@ -342,3 +343,38 @@ def test_errors_come_with_the_call():
             F.conv2d(first, WEIGHT.float())
         with pytest.raises(RuntimeError):
             first + rand(2, C, 3, 5)
+
+
+class Nested(nn.Module):
+    """A model that no trace holds and that gives a part of itself another mask."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask, self.stem, self.inner, self.last = (
+            mask,
+            nn.Conv2d(3, 3, 3, padding=1),
+            model_of(),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    def forward(self, x):
+        x = self.stem(x) + float(x.sum() > 0)
+        with dynops.use_mask(self.mask):
+            y = self.inner(x)["map"]
+        return self.last(y) + 1
+
+
+def test_a_part_has_a_mask_of_its_own():
+    model, x, outer = Nested(masks()).double().eval(), rand(2, 3, *SIZE), masks(seed=1)
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    for mask in (outer, None):
+        with dynops.use_mask(mask) if mask is not None else contextlib.nullcontext():
+            out = model(x)
+        with MaskedPolicy(mask) if mask is not None else contextlib.nullcontext():
+            y = dense.stem(x) + float(x.sum() > 0)
+        with MaskedPolicy(dense.mask):
+            y = dense.inner(y.clone())["map"].clone()
+        with MaskedPolicy(mask) if mask is not None else contextlib.nullcontext():
+            expected = dense.last(y) + 1
+        close(out, expected)

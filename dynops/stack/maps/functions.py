@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ... import context
 from ..layers.norm import group_norm_of_rows
 from . import convolution, layout, pointwise, spatial
 from .layout import NCHW
@@ -67,6 +68,9 @@ def compute(func, args: tuple, kwargs: dict):
     name = getattr(func, "__name__", "")
     if not args and (first := next((key for key in _FIRST if key in kwargs), None)) is not None:
         args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
+    active = context.current()
+    if active is not None and any(type(x) is SparseMap and x.active is not active for x in args):
+        args = tuple([x.under(active) if type(x) is SparseMap else x for x in args])
     if kwargs.get("out") is not None:
         return _into_out(func, args, kwargs)
     if name in _QUESTIONS:

@@ -120,6 +120,10 @@ class SparseMap(Tensor):
             return self.rows()
         return gathered(self.dense(), plan, axes)
 
+    def under(self, active) -> SparseMap:
+        """The map in another ``use_mask`` context: there it is an input, which is read whole."""
+        return self if active is None or active is self.active else SparseMap.of_input(self.dense(), active)
+
     def exchange(self, made: SparseMap) -> None:
         """Takes the content of another map of the same shape: what a function that works in place does."""
         if self.pending is not None and self.pending.follows:
