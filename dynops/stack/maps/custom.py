@@ -1,14 +1,14 @@
 """Functions of ``torch.autograd.Function`` on maps: they run on dense tensors, and their gradient flows on.
 
-``Function.apply`` asks no tensor subclass. It would see a map as a leaf without a gradient, and cut the graph. Up to torch
-2.13 it ends in ``_SingleLevelFunction.apply``, which is replaced here. In 2.14 it is itself of C++ and replaced: there an
-``apply`` that was read from its class before dynops was imported (``swish = Swish.apply``) stays the old one.
+``Function.apply`` asks no tensor subclass. It would see a map as a leaf without a gradient, and cut the graph. So it is
+replaced here. An ``apply`` that was read from its class before dynops was imported (``swish = Swish.apply``) stays the
+old one.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.autograd import function
+from torch.autograd import Function
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
@@ -17,18 +17,17 @@ from .follow import entered
 from .functions import compute
 from .value import SparseMap, dense_tree
 
-_python = isinstance(vars(function.Function)["apply"], classmethod)
-_Base = function._SingleLevelFunction if _python else function.Function
+_own = Function.__dict__["apply"]
 _MARK = "_dynops_maps"
 _SAVERS = ("_NoopSaveInputs",)  # keeps the arguments of a checkpoint as they are
 
 
 def _apply(cls, *args, **kwargs):
     if not any(type(x) is SparseMap for x in (*args, *kwargs.values())) or cls.__name__ in _SAVERS:
-        return super(_Base, cls).apply(*args, **kwargs)
+        return _own.__get__(None, cls)(*args, **kwargs)
     if cls is checkpoint.CheckpointFunction:
         return _checkpointed(cls, *args)
-    return compute(super(_Base, cls).apply, args, kwargs)
+    return compute(_own.__get__(None, cls), args, kwargs)
 
 
 def _checkpointed(cls, run, preserve, *args):
@@ -47,7 +46,7 @@ def _checkpointed(cls, run, preserve, *args):
             return dense_tree(run(*map(as_given, args, dense)))
 
     first = next(x for x in args if type(x) is SparseMap)
-    out = super(_Base, cls).apply(on_maps, preserve, *dense_tree(args))
+    out = _own.__get__(None, cls)(on_maps, preserve, *dense_tree(args))
     return pytree.tree_map_only(Tensor, lambda y: _map_of(y, first), out)
 
 
@@ -60,6 +59,6 @@ def _map_of(y: Tensor, first: SparseMap):
     return SparseMap.of_rows(layout.gathered(y, plan, layout.NCHW), plan, first.active)
 
 
-if not hasattr(_Base, _MARK):  # by this module before it was loaded anew
-    setattr(_Base, _MARK, True)
-    _Base.apply = classmethod(_apply)
+if not hasattr(Function, _MARK):  # by this module before it was loaded anew
+    setattr(Function, _MARK, True)
+    Function.apply = classmethod(_apply)
