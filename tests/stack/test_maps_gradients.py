@@ -62,3 +62,18 @@ def test_a_checkpoint_changes_nothing(name, reentrant):
 def test_gradients_flow_through_functions_of_autograd():
     for a, b in zip(run(lambda x: Swish.apply(x) + 1), run(lambda x: F.silu(x) + 1), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_hooks_of_gradients_are_called():
+    seen, maps = [], []
+
+    def part(x):
+        y = F.conv2d(x, WEIGHT, padding=1)
+        y.register_hook(seen.append)
+        y.retain_grad()
+        maps.append(y)
+        return y * 3
+
+    for a, b in zip(run(part), run(lambda x: F.conv2d(x, WEIGHT, padding=1) * 3), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert len(seen) == 1 and torch.equal(maps[0].grad, seen[0]) and seen[0].norm() > 0

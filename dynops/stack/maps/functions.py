@@ -77,6 +77,8 @@ def compute(func, args: tuple, kwargs: dict):
         return _question(func, name, args, kwargs)
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(func, name, args, kwargs)
+    if name in ("register_hook", "retain_grad"):
+        args[0].through_dense()
     handler = _TABLE.get(name)
     if handler is not None and not (scope.dense and scope.is_dense(args, kwargs)):
         out = handler(func, name, args, kwargs)

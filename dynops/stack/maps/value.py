@@ -105,6 +105,11 @@ class SparseMap(Tensor):
             self._written = None if dense.is_inference() else dense._version
         return dense
 
+    def through_dense(self) -> None:
+        """Lets the gradient pass through the dense tensor, of which a hook or ``retain_grad`` asks for it."""
+        if self.plan is not None and not (self.pending is not None and self.pending.follows):
+            self._rows = gathered(self.dense(), self.plan, self.axes)
+
     def _take_back(self) -> None:
         """Takes the rows from the dense tensor: a model wrote into a view of it."""
         dense = self._dense.masked_fill_(~mask_at(self.plan, self.axes), 0)
