@@ -119,7 +119,8 @@ def _probed(module: nn.Module, forward: Callable, i: int) -> _Call | None:
     copied = object.__new__(type(module))  # takes what the forward writes
     copied.__dict__.update(vars(module))
     before, weight = dict(copied.__dict__), module.weight
-    sizes = [(d * (k - 1) + 1) * 16**i for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    grown = (1, 2, 5)[i]  # small: a forward may pad, and so copy, it
+    sizes = [(d * (k - 1) + 1) * grown for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     value = torch.randn((), generator=torch.Generator().manual_seed(i)).to(weight.device, weight.dtype)
     probe = value.expand(1 + i, module.in_channels, *sizes)
     with _Recorder() as recorder:
