@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help bench bench-ready test test-all test-wheel test-versions lint docs build wheel asan cuda gpu-audit gpu-bundle gpu-check clean FORCE
+.PHONY: help bench bench-ready test test-all test-wheel test-versions test-models lint docs build wheel asan cuda gpu-audit gpu-bundle gpu-check clean FORCE
 
 ifdef PYTHON
 PY := $(shell command -v "$(PYTHON)" || echo "$(PYTHON)")
@@ -55,6 +55,8 @@ test-wheel: build $(DEV_READY)  ## the wheel in fresh environments with torch 2.
 test-wheel: LEFT_OUT := -m release
 test-versions: build  ## a part of the tests beside the oldest and newest torch promised (8 GB once; ARGS=oldest)
 	@PY=$(PY) .ci/versions $(ARGS)
+test-models: build  ## 25 models of real libraries under a mask (8 GB once; ARGS=--all for more, --only resnet)
+	@PY=$(PY) .ci/models $(ARGS)
 test test-all test-wheel:
 	@$(PY) -c 'import pytest, hypothesis' || { echo "make $@ needs pytest and hypothesis in $(PY)"; exit 1; }
 	$(PY) -m pytest $(or $(ARGS),$(SPREAD) $(LEFT_OUT))

@@ -3,9 +3,11 @@
 from . import budget, gates, integrations, nn, ops
 from .context import active, use_mask
 from .convert import convert_, revert_
+from .graphs import graphed
 from .kept import refresh
 from .ops.what_runs import build_info
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
+from .ragged import ragged
 from .tune import suggest_block_size
 
 __version__ = "0.1.0"
@@ -22,9 +24,11 @@ __all__ = [
     "changed_blocks",
     "convert_",
     "gates",
+    "graphed",
     "integrations",
     "nn",
     "ops",
+    "ragged",
     "refresh",
     "revert_",
     "suggest_block_size",

@@ -45,9 +45,8 @@ class use_mask:
 
     With ``ragged`` an output pixel is active if the layer makes it of the image alone. So unpadded layers and odd
     sizes drop the same rows and columns as for one image. Pools read nothing outside of an image. So each image
-    gives what it gives alone. Exceptions are global pooling, which reads the padding too, and BatchNorm in training
-    mode, whose statistics are those of the batch. Convolutions with another padding mode than zeros read zeros at an
-    image's edge.
+    gives what it gives alone. Global pools are over the image. An exception is BatchNorm in training mode, whose
+    statistics are those of the batch. :func:`dynops.ragged` makes such a batch and its mask.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and
     is left when an exception passes through. Where no converted layer ran inside, leaving it warns. Entered inside a
@@ -132,6 +131,11 @@ class use_mask:
             self._choose(geometry, ceil)
         elif min(self._mask.shape[1:]) > 0:
             self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
+
+    def for_graph(self) -> tuple[Tensor, int | None]:
+        """The mask ``[N, H, W]`` as the input of a CUDA graph whose layers run under it, and the pixels that are expected."""
+        self._used = True
+        return self._mask, None if self._given is None else self._given._expected_of(self._mask.numel())
 
     def _choose(self, geometry: ConvGeometry, ceil: bool) -> None:
         """In a ragged batch two layers may make one size from images of different sizes: the last layer holds."""

@@ -173,7 +173,7 @@ def contenders(
 
 
 def _capturable(layer: SparseBlocks, x: Tensor, mask: Tensor, plan: BlockPlan) -> Callable[[], Tensor]:
-    return lambda: layer(x, BlockPlan.from_mask(mask, plan.block_size, capacity=plan.num_all))
+    return lambda: layer(x, BlockPlan.from_mask(mask, plan.block_size, capacity=plan.num_rows))
 
 
 def _on_pixels(stack: nn.Module) -> nn.Module:

@@ -14,10 +14,10 @@ _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 def random(n: int, h: int, w: int, density: float, generator: torch.Generator) -> Tensor:
     """``[N, H, W]`` bool with exactly ``round(density * H * W)`` pixels, at least one, in each sample."""
-    active = _active(h, w, density)
+    count = active(h, w, density)
     order = torch.rand(n, h * w, generator=generator).argsort(1)
     mask = torch.zeros(n, h * w, dtype=torch.bool)
-    return mask.scatter_(1, order[:, :active], True).view(n, h, w)
+    return mask.scatter_(1, order[:, :count], True).view(n, h, w)
 
 
 CELL = 16
@@ -67,7 +67,8 @@ MASKS = {
 }
 
 
-def _active(h: int, w: int, density: float) -> int:
+def active(h: int, w: int, density: float) -> int:
+    """The pixels of a sample that are active at a density, at least one."""
     return min(h * w, max(1, round(density * h * w)))
 
 
@@ -109,5 +110,5 @@ def densest(energy: Tensor, density: float) -> Tensor:
     """Bool ``[N, H, W]``: the ``round(density * H * W)`` cells of highest energy in each sample."""
     n, h, w = energy.shape
     flat = energy.reshape(n, h * w)
-    top = flat.topk(_active(h, w, density), dim=1, sorted=False).indices
+    top = flat.topk(active(h, w, density), dim=1, sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, top, True).view(n, h, w)

@@ -8,33 +8,16 @@ from collections.abc import Callable
 import torch
 from torch.utils import _pytree as pytree
 
-WARMUP = 3  # calls before the capture: kernels are compiled, cuDNN chooses, weights are packed
+from dynops import graphs
 
 
 def captured(call: Callable) -> Callable:
     """A call that replays ``call`` from a CUDA graph and returns the outputs that the capture made.
 
-    A call that waits for the device is found before any capture: in torch 2.11 one that fails leaves the allocator unable to
-    free memory, and the generator of random numbers in the capture.
-
     Raises:
         RuntimeError: what ``call`` does cannot be captured (it waits for the device, say).
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
-            call()
-        _without_waiting(call)
-        side.synchronize()
-        # not torch.cuda.graph, which empties the allocator's cache first: gigabytes to map again for every contender
-        graph.capture_begin()
-        try:
-            outputs = call()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(side)
+    graph, outputs = graphs.capture(call)
 
     def replay():
         graph.replay()
@@ -45,22 +28,12 @@ def captured(call: Callable) -> Callable:
     return replay
 
 
-def _without_waiting(call: Callable) -> None:
-    """Calls once; whatever waits for the device raises."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 def captured_or(call: Callable, name: str, failed: dict[str, str]) -> Callable | None:
     """:func:`captured`, or None where that fails, with the reason in ``failed``."""
     try:
         return captured(call)
     except RuntimeError as error:  # of the end of the capture; what went wrong in it came before
-        failed[name] = first_line(error.__context__ or error)
+        failed[name] = first_line(error if error.__cause__ else error.__context__ or error)
         _settle()
         return None
 

@@ -234,11 +234,11 @@ def our_versions(
 
 
 def _capturable(case: Case, tensors, mask: Tensor) -> Callable:
-    """The call "plain" in the form that a CUDA graph can capture: the plan has room for every pixel."""
+    """The call "plain" in the form that a CUDA graph can capture: the plan has room for every pixel, and expects as many as
+    masks of this kind have."""
     x, weight, _ = tensors
-    return lambda: ops.sparse_conv2d(
-        x, weight, None, PixelPlan.from_mask(mask, capacity=mask.numel()), **case.arguments
-    )
+    sizes = mask.numel(), int(mask.sum())
+    return lambda: ops.sparse_conv2d(x, weight, None, PixelPlan.from_mask(mask, *sizes), **case.arguments)
 
 
 def _row(case: Case, setting: Setting, key, plan: PixelPlan, times: Comparison) -> Row:

@@ -128,13 +128,15 @@ def _convert(model: nn.Module) -> tuple[nn.Module, set[str]]:
 def _ours(converted: nn.Module, image: Tensor, x: Tensor, density: float, cell: int, room: bool) -> Callable:
     """From the photograph to the logits: gate, mask resizing, plans and the model.
 
-    ``room``: the plan has room for every cell, so that a CUDA graph can capture the call.
+    ``room``: the plan has room for every cell and expects those that the gate keeps; a CUDA graph can capture the call.
     """
     x = x.contiguous(memory_format=torch.channels_last)
+    n, h, w = len(image), image.shape[2] // cell, image.shape[3] // cell
+    sizes = n * h * w, n * masks.active(h, w, density)
 
     def call():
         mask = gate(image, density, cell)
-        with dynops.active(PixelPlan.from_mask(mask, capacity=mask.numel()) if room else mask):
+        with dynops.active(PixelPlan.from_mask(mask, *sizes) if room else mask):
             return converted(x)
 
     return call

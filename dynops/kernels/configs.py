@@ -26,9 +26,14 @@ class Config:
         measured_on: the gpu, driver, versions and date, for the reader of the file.
         tiles: the arguments of :meth:`tile` by name and "tile", the one that won; more is for the reader.
         break_even: the arguments of :meth:`shares` by name and "shares", its result.
+
+    Raises:
+        ValueError: a tile's limit of registers that no compiler takes.
     """
 
     def __init__(self, measured_on: dict, tiles: list[dict], break_even: list[dict]):
+        for entry in tiles:
+            _check_registers((entry["tile"] or {}).get("maxnreg"))
         self.measured_on, self.tiles, self.break_even = measured_on, tiles, break_even
         forms, sizes = ("family", "kind", "most", "indirect"), ("rows", "n", "k", "batch")
         self._tiles = _Nearest(tiles, forms, sizes, "tile")
@@ -42,7 +47,7 @@ class Config:
         """The fields of the tile that won nearest to this problem, or None where nothing near was measured.
 
         Args:
-            family: the kernel: "pixels", "channels" or "experts", with "_weight" for its weight gradient.
+            family: the kernel: "pixels", "blocks", "channels" or "experts", with "_weight" for its weight gradient.
             kind: the kind of product, as :func:`precision` names it.
             most: the elements of the largest tile that has registers for this form of the kernel.
             indirect: whether the addresses of a step are loaded in the step.
@@ -66,6 +71,11 @@ class Config:
             lines = ",".join(f"\n    {json.dumps(entry)}" for entry in entries)
             parts.append(f'"{name}": [{lines}\n  ]')
         return "{\n  " + ",\n  ".join(parts) + "\n}\n"
+
+
+def _check_registers(maxnreg: int | None) -> None:
+    if maxnreg is not None and not (type(maxnreg) is int and 24 <= maxnreg <= 255):
+        raise ValueError(f"maxnreg: expected None or a number of registers from 24 to 255, got {maxnreg!r}")
 
 
 class _Nearest:

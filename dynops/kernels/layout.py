@@ -49,4 +49,8 @@ def empty_map(like: Tensor, shape: tuple, memory_format: torch.memory_format | N
 
 def contiguous(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """An optional tensor, contiguous and of a dtype."""
-    return None if t is None else t.to(dtype or t.dtype).contiguous()
+    if t is None:
+        return None
+    return (
+        t if dtype is None or t.dtype == dtype else t.to(dtype)
+    ).contiguous()  # asking takes 0.1 us, to() 0.8

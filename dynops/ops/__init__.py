@@ -1,6 +1,7 @@
 """The ops: functions with gradients, dense tensors (or packed rows) and a plan in, tensors out."""
 
 from ..scripting import unscriptable as _unscriptable
+from . import block_conv as _block_conv  # noqa: F401  registers the op of nn.SparseBlocks
 from . import index  # noqa: F401  registers the plan-building ops
 from .blocks import gather_blocks, scatter_blocks
 from .channels.conv import channel_conv2d, channel_linear, packed_channel_conv2d

@@ -24,6 +24,8 @@ from .pixels.rows import scatter_pixels
 # From this many pixels on, the dense layer is the faster way to compute all of them. Below, it spends as much
 # time on bringing its weight into the order of its kernel, in every call, as ours on some 50 pixels.
 _DENSE_PIXELS = 1024
+# Input channels from which on a GPU gathers pixels: what a product of its tensor cores takes at least.
+_LEAST_CHANNELS = 16
 
 
 def dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epilogue: Epilogue) -> bool:
@@ -41,6 +43,16 @@ def dense_wins(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry, epil
         return not (on_cpu and planes and may_take_planes(weight.shape, g))
     # with a gradient the plan's own pixels are computed: backward they save more than the dense layer does
     return on_cpu and not planes and not g.transposed and cpu_dense_is_faster(plan.num_rows, weight, g)
+
+
+def is_thin(x: Tensor, weight_shape, g: ConvGeometry) -> bool:
+    """True if a GPU convolves every pixel by cuDNN, and picks the plan's, faster than it gathers them.
+
+    A ResNet's stem has 3 channels. Tensor cores take 16, and of 3 no load is a vector. By the instructions of sm_90,
+    at batch 64 and 25 % of the pixels, 250 us against 90 are predicted; neither was measured.
+    """
+    inputs = weight_shape[0] if g.transposed else weight_shape[1]
+    return x.is_cuda and g.groups == 1 and inputs < _LEAST_CHANNELS
 
 
 def beats_dense(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -75,6 +76,7 @@ class Kernels:
         return implementation
 
 
+@functools.cache
 def triton_module(name: str) -> ModuleType:
     """A module of Triton kernels: importing one imports Triton."""
     return importlib.import_module(f"dynops.kernels.triton.{name}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..geometry import as_geometry
+from ..geometry import as_block_geometry, as_geometry
 
 
 def _known(value: Tensor) -> bool:
@@ -30,6 +30,15 @@ def _pixel_conv(a: dict) -> float:
     # of its taps an output of a transposed convolution meets a share, as torch counts them
     share = g.in_h * g.in_w / max(g.out_h * g.out_w, 1) if g.transposed else 1
     return rows * share * g.taps * outputs * inputs
+
+
+def _block_conv(a: dict) -> float:
+    g, (outputs, inputs, *_), index = as_geometry(a["geometry"]), a["weight"].shape, a["index"]
+    b = as_block_geometry(a["blocks"])
+    pixels = index.shape[0] * b.tile_h * b.tile_w
+    if _known(index):
+        pixels = int(torch.ops.dynops.block_cover(index, a["count"], a["blocks"]).sum())
+    return pixels * g.taps * outputs * inputs
 
 
 def _live(index: Tensor | None, count: Tensor | None, channels: int, heads: int) -> Tensor:
@@ -99,6 +108,7 @@ def _experts_mlp(a: dict) -> float:
 
 # The products of an op's arguments, by name.
 _FORMULAS = {
+    "block_conv": _block_conv,
     "pixel_conv": _pixel_conv,
     "pixel_conv_input_grad": _pixel_conv,
     "pixel_conv_weight_grad": _pixel_conv,

@@ -22,6 +22,7 @@ from .. import backends, modes
 from ..kernels import cpu
 from ..plans import SamplePlan
 from . import checks
+from .dispatch import triton_module
 from .observers import observers
 from .pixels.rows import gather_rows, memory_format_of, merge_rows, scatter_rows
 
@@ -116,6 +117,29 @@ def scatter_samples(
         for leaf, under in zip(leaves, below, strict=True)
     ]
     return pytree.tree_unflatten(done, tree)
+
+
+def scatter_over(rows: Any, plan: SamplePlan, made: Any) -> Any:
+    """``scatter_samples(rows, plan, made)``, where ``made`` is new and nobody else reads it.
+
+    On a GPU it is written in place where no gradient is needed, and the copy of the whole batch is saved. Works in a
+    CUDA graph.
+    """
+    if not isinstance(rows, Tensor) or not _in_place(rows, made):
+        return scatter_samples(rows, plan, made)
+    layout = SampleLayout.of(made)
+    triton_module("rows").scatter_into(layout.rows(made), layout.rows(rows), plan.index)
+    return made
+
+
+def _in_place(rows: Tensor, made: Tensor) -> bool:
+    """True if a kernel may write ``rows`` into ``made``, in the memory format that ``scatter_samples`` would return."""
+    if backends.choose(None, rows.device, rows.dtype) != "triton" or not modes.plain(rows, made):
+        return False
+    same = rows.dtype == made.dtype and SampleLayout.of(rows) == SampleLayout.of(made)
+    return (
+        same and not modes.differentiated(rows, made) and made.is_contiguous(memory_format=_format_of(made))
+    )
 
 
 def _gather(x: Tensor, plan: SamplePlan, name: str) -> Tensor:

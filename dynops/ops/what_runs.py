@@ -32,6 +32,7 @@ PARTS = {
     "gather_samples": _ROWS,
     "scatter_samples": (*_ROWS, "merge_rows"),
     "interpolate_pixels": ("nearest_pixel",),
+    "SparseBlocks": ("block_conv",),  # of one convolution
     "PixelPlan": ("mask_to_index", "mask_to_index_capacity", "inverse_index", "needed_mask"),
     "BlockPlan": ("block_mask", "block_cover", "block_pixels"),
     "ChannelPlan": ("channel_index", "channel_mask"),
@@ -75,7 +76,8 @@ def build_info() -> dict:
     Returns:
         Versions, instruction sets (``cpu_isas``, the one in use ``cpu_isa``), CUDA architectures (``cuda_archs``), and
         ``ops``: by the name of a public op or plan, then "cpu" or "cuda", what it runs on in float32 and half
-        precision: "cpp", "cuda" (CUDA C++), "triton" or "reference" (plain PyTorch).
+        precision: "cpp", "cuda" (CUDA C++), "triton" or "reference" (plain PyTorch). On a GPU a convolution of pixels
+        from fewer than 16 channels in one group takes the reference instead, unless "triton" is named.
 
     Raises:
         RuntimeError: the package was not built.

@@ -146,8 +146,8 @@ class BlockPlan(IndexPlan):
 
     def _make_pixels(self) -> PixelPlan:
         if self.count is not None or modes.sizes_are_fixed(self.index):
-            mask = self.mask()
-            return PixelPlan.from_mask(mask, mask.numel())
+            mask, area = self.mask(), self.block_size[0] * self.block_size[1]
+            return PixelPlan.from_mask(mask, mask.numel())._expecting(self.index.shape[0] * area)
         return PixelPlan._made(torch.ops.dynops.block_pixels.default(self.index, self.geometry), self.shape)
 
     def through(self, kernel_size, stride=1, padding=0, dilation=1) -> BlockPlan:

@@ -140,7 +140,24 @@ def _whole_class(base: type[nn.Module]) -> type[nn.Module]:
 
 @functools.cache
 def _plain_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Sparse{base.__name__}", (base,), _members(base, _forward_of(base), _new))
+    return type(f"Sparse{base.__name__}", (base,), _members(base, _forward_of(base), _new) | _parts(base))
+
+
+def _parts(base: type[nn.Module]) -> dict:
+    """The methods that are called as parts of a forward: forward_features, forward_head and the like."""
+
+    def part_of(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def part(self, *args, **kwargs):
+            active = context.current()
+            if active is None or _TRACE not in self.__dict__ or not may_follow():
+                return method(self, *args, **kwargs)
+            return follow(partial(method, self), args, kwargs, active, self.__dict__[_DENSE], part=True)
+
+        return part
+
+    names = {name for kind in base.__mro__ for name in vars(kind) if name.startswith("forward_")}
+    return {name: part_of(method) for name in names if callable(method := getattr(base, name))}
 
 
 def _forward_of(base: type[nn.Module]) -> Callable:

@@ -15,7 +15,7 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
-from .maps import Convolution, SparseMap, bare, normed
+from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
 
@@ -67,7 +67,7 @@ class Run:
     def waiting(self, value: int) -> SparseMap | None:
         """A value that is a convolution which was not computed yet: what follows may be computed with it."""
         found = self.env[value]
-        return found if type(found) is SparseMap and type(found.pending) is Convolution else None
+        return found if type(found) is SparseMap and found.convolution() is not None else None
 
     def bare(self, *arguments) -> SparseMap:
         """A convolution that waits; see :func:`maps.convolution.bare`."""

@@ -102,10 +102,17 @@ class Traced:
 
     # ----------------------------------------------------------------------------------------- runs
 
-    def on_rows(self, x: Tensor, plan: PixelPlan, base: Tensor | None = None) -> Tensor:
+    def on_rows(self, x: Tensor, plan: PixelPlan | BlockPlan, base: Tensor | None = None) -> Tensor:
         """The output ``[N, O, H, W]`` at the pixels of ``plan``, ``base`` (or zero) elsewhere."""
         sizes = self.sizes((x.shape[0], x.shape[2], x.shape[3]))
         return run_rows(self.stack, x, Needed(self.stack, sizes, plan, base))
+
+    def on_blocks(self, x: Tensor, plan: BlockPlan, base: Tensor | None = None) -> Tensor:
+        """As :meth:`on_rows` at the pixels of these blocks; one convolution may read and write the maps in boxes."""
+        layers = self.stack.layers
+        alone = len(layers) == 1 and layers[0].conv is not None and layers[0].out == self.stack.output
+        boxes = alone and layers[0].takes_blocks(x, plan, base)
+        return self.on_rows(x, plan if boxes else plan.pixels(), base)
 
     def convs(self, in_shape: tuple[int, int, int]):
         """Each layer that is a convolution, with its geometry on this input."""

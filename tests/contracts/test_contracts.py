@@ -84,7 +84,22 @@ def test_the_fused_epilogue_refuses_to_be_differentiated():
     for epilogue in (("relu", None, None), ("", random_tensor(2), None), ("", None, random_tensor(2))):
         with pytest.raises(RuntimeError, match=r"epilogue|no gradient"):
             D.pixel_conv(
-                x, weight, None, plan.index, None, None, g, *epilogue, None, None, None, False, None, True, ""
+                x,
+                weight,
+                None,
+                plan.index,
+                None,
+                None,
+                g,
+                *epilogue,
+                None,
+                None,
+                None,
+                False,
+                None,
+                True,
+                False,
+                "",
             )
 
 

@@ -223,6 +223,7 @@ def test_activations_take_nan_and_extremes_as_torch_does(activation, backend):
 # What a floor may import from dynops, by the first part of the name (docs/architecture.md: imports run one way).
 FLOORS = {
     "geometry": set(),
+    "ragged": {"geometry"},
     "modes": {"scripting"},
     "backends": {"_C", "modes"},
     "kept": {"modes", "backends"},
@@ -233,6 +234,7 @@ FLOORS = {
     "kernels": {"geometry", "modes", "backends", "kept", "kernels"},
     "ops": {"geometry", "modes", "scripting", "backends", "kept", "plans", "kernels", "scope", "ops"},
     "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
+    "graphs": {"geometry", "plans", "context"},
     "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},

@@ -6,7 +6,10 @@ from block_cases import CASES, check_gather, check_scatter
 from on_gpu import DEVICE, DTYPES, KINDS, ON_GPU, assert_same, compare, moved, sized
 
 from dynops import BlockPlan, backends, changed_blocks, ops
+from dynops.geometry import conv_geometry
 from dynops.kernels import cuda
+from dynops.ops.block_conv import block_conv
+from dynops.ops.epilogue import NOTHING
 from dynops.testing import random_mask, random_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
@@ -115,6 +118,30 @@ def tiles_of(x, mask, size: int, halo, capacity: int | None) -> torch.Tensor:
     shape = (x.shape[1], size + top + bottom, size + left + right)
     missing = 0 if capacity is None else capacity - len(cut)
     return torch.stack([*cut, *[padded.new_zeros(shape)] * missing])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "block,capacity,dilation", [(8, None, 1), (16, 30, 2), ((12, 10), 9, 1)], ids=("8", "16", "12x10")
+)
+def test_convolutions_and_their_gradients(block, capacity, dilation, kind):
+    """Of nn.SparseBlocks: by boxes of the map in half precision, where the GPU has them."""
+    n, c, h, w = LARGE
+    shapes = {"x": (n, c, h, w), "weight": (2 * c, c, 3, 3), "bias": (2 * c,), "base": (n, 2 * c, h, w)}
+    tensors = {name: random_tensor(*shape, dtype=DTYPES[kind]) for name, shape in shapes.items()}
+    tensors = {k: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for k, t in tensors.items()}
+    g = conv_geometry((n, h, w), (3, 3), before=(dilation,) * 2, dilation=(dilation,) * 2)
+
+    def ours(x, weight, bias, base, mask):
+        return block_conv(
+            x, weight, bias, BlockPlan.from_mask(mask, block, capacity=capacity), g, NOTHING, base
+        )
+
+    def oracle(x, weight, bias, base, mask):
+        dense = torch.nn.functional.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
+        return torch.where(BlockPlan.from_mask(mask, block, capacity=capacity).mask()[:, None], dense, base)
+
+    compare(ours, oracle, tensors | {"mask": random_mask((n, h, w), 0.01)}, kind=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from dynops.testing import random_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
-# On a GPU enough rows for the largest tiles.
+# On a GPU enough rows for the largest tiles, and few rows of enough channels for those of 16.
 CASES = {
     "many rows": Case(sized(8192, 90), topk=2, experts=4, inputs=sized(128, 40), outputs=sized(256, 50)),
     "few rows": Case(tokens=33, topk=2, experts=8, inputs=64, outputs=96, kind="skewed"),
@@ -22,9 +22,10 @@ CASES = {
     "capacity": Case(tokens=30, topk=3, experts=3, kind="skewed", capacity=9),
     "more experts than rows": Case(tokens=3, topk=2, experts=200, inputs=16, outputs=16),
     "no token": Case(tokens=0),
+    "few wide rows": Case(tokens=9, topk=3, experts=8, inputs=sized(512, 48), outputs=sized(256, 32)),
 }
-IN_EVERY_KIND = ("many rows",)
-OF_THE_MLP = ("many rows", "few rows", "capacity", "no token")
+IN_EVERY_KIND = ("many rows", "few wide rows")
+OF_THE_MLP = ("many rows", "few rows", "few wide rows", "capacity", "no token")
 KIND_OF = {name: ("bfloat16", "ieee", "float16")[i % 3] for i, name in enumerate(CASES)}
 EXAMPLES = [
     (name, kind, FAST) for name in CASES for kind in (KINDS if name in IN_EVERY_KIND else (KIND_OF[name],))

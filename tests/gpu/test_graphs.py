@@ -10,9 +10,10 @@ import types
 
 import pytest
 import torch
-from capacity_cases import cases
+from capacity_cases import cases, maps, pixel_masks
 from on_gpu import DEVICE, ON_GPU, assert_near, assert_same, captured, moved, no_synchronisation, products
 
+import dynops
 from dynops import backends
 from dynops.ops.registry import Op
 
@@ -140,3 +141,47 @@ def test_a_training_step_in_a_graph():
             loss.backward()
             optimizer.step()
         assert_same([p.detach() for p in net.parameters()], [p.detach() for p in twin.parameters()])
+
+
+def converted() -> torch.nn.Module:
+    layers = torch.nn.Conv2d(32, 48, 3, padding=1), torch.nn.BatchNorm2d(48), torch.nn.ReLU()
+    net = torch.nn.Sequential(*layers, torch.nn.Conv2d(48, 32, 1)).to(DEVICE).eval()
+    dynops.convert_(net)
+    return net
+
+
+@torch.no_grad()
+def test_graphed_follows_masks_weights_and_shapes():
+    """On a CPU it is the module itself."""
+    net = converted()
+    fast = dynops.graphed(net, expected=70)
+    for size in (12, 10):
+        for mask in pixel_masks():
+            x = maps(h=size).to(DEVICE)
+            mask = mask[:, :size].to(DEVICE)
+            with products("ieee"), dynops.active(mask):
+                assert_same(fast(x), net(x))
+            net[0].weight.mul_(0.9)
+            net.load_state_dict({name: value * 0.99 for name, value in net.state_dict().items()})
+
+
+@torch.no_grad()
+def test_graphed_takes_plans_and_gives_copies():
+    layer = dynops.nn.SparseConv2d(32, 48, 3, padding=1).to(DEVICE).eval()
+    fast, x = dynops.graphed(layer), maps().to(DEVICE)
+    plans = [dynops.PixelPlan.from_mask(mask.to(DEVICE), 240, 70) for mask in pixel_masks()]
+    with products("ieee"):
+        results = [fast(x, plan) for plan in plans]
+        for result, plan in zip(results, plans, strict=True):
+            assert_same(result, layer(x, plan))
+
+
+def test_graphed_refuses_what_does_not_fit():
+    for what, error, options in (
+        (3, "module: expected an nn.Module or a function, got int", {}),
+        (len, "capacity: expected an int >= 0, got -1", {"capacity": -1}),
+        (len, "max_graphs: expected an int >= 1, got 0", {"max_graphs": 0}),
+        (len, "expected: expected an int >= 0 or None", {"expected": 0.5}),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            dynops.graphed(what, **options)

@@ -113,7 +113,7 @@ def test_the_command_fails_and_says_why(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert status == 1
     spilled = (
-        "FAILED planted_kernels.softmax_kernel | planted: softmax | fp32 | 2048 w1 s- | sm_90 | spills: "
+        "FAILED planted_kernels.softmax_kernel | planted: softmax | fp32 | 2048 w1 s- r32 | sm_90 | spills: "
     )
     assert spilled in said and "FAILED dynops.kernels.triton.pixels.conv_kernel | no form launches it" in said
     assert "sm_90: 2 binaries of 2 kernels; 1 with a problem" in said

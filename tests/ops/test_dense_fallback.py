@@ -1,6 +1,7 @@
 """The dense layer where a plan is denser than a measured break-even, by the same values and gradients."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,43 @@ def test_infinities_elsewhere_stay_there():
         run = lambda *args, **kw: ops.sparse_conv2d(*args, PixelPlan.from_mask(mask), padding=1, activation="silu", **kw)  # noqa: E731  # fmt: skip
         for value in gradients(run, (x, weight, bias), fused, random_tensor(2, 24, 12, 12)):
             assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("capacity", [None, 200])
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_channels_on_a_gpu_take_the_reference(packed, capacity, monkeypatch):
+    """Without a name neither the convolution nor a gradient of it is a kernel of ours."""
+    tensors, mask, fused = case(c=3, names=("scale", "residual"))
+    plan = PixelPlan.from_mask(mask, capacity)
+
+    def ours(x, weight, bias, backend=None):
+        given = {"padding": 1, "backend": backend, **fused}
+        if packed:
+            return ops.scatter_pixels(ops.packed_conv2d(x, weight, bias, None, plan, **given), plan)
+        return ops.sparse_conv2d(x, weight, bias, plan, **given)
+
+    def dense(x, weight, bias):
+        scale, residual = (t.to(x.dtype) for t in fused.values())
+        out = nn.functional.conv2d(x, weight, bias, padding=1) * scale[:, None, None] + residual
+        return torch.where(plan.mask()[:, None], out, 0)
+
+    def run(call, tensors, *options):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = call(*leaves, *options)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    rule = dense_fallback.is_thin
+    monkeypatch.setattr(
+        dense_fallback, "is_thin", lambda x, *given: rule(SimpleNamespace(is_cuda=True), *given)
+    )
+    monkeypatch.setattr(pixels._KERNELS, "of", lambda backend, x: SimpleNamespace())  # without any kernel
+    exact = run(dense, [t.double() for t in tensors])
+    for value in zip(run(ours, tensors), exact, run(dense, tensors), strict=True):
+        assert_within_budget(*value)
+    with pytest.raises(AttributeError, match="conv"):
+        run(ours, tensors, "triton")
+    with pytest.raises(AttributeError, match="conv"):
+        run(ours, case()[0])
 
 
 def test_who_decides(ran):

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_policy import MaskedPolicy
 from torch import nn
 
 import dynops
 from dynops.stack.maps import constant
+from dynops.testing import MaskedPolicy
 
 FACTORS = [1.0]
 

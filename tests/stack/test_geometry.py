@@ -77,6 +77,9 @@ STACKS = {
     "halves": lambda: [conv(3, 1, 1), nn.MaxPool2d(2), conv(3, 1, 1), nn.AvgPool2d(2), conv(3, 1, 1)],
     "unpadded": lambda: [conv(3), conv(5), nn.MaxPool2d(2), conv(3, 2), conv(2)],
     "ceil": lambda: [conv(3, 2), nn.MaxPool2d(3, 2, ceil_mode=True), conv(3, 1, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False), conv(3, 1, 1)],
+    "reflect": lambda: [conv(3, 1, 1), conv(5, 1, 2, padding_mode="reflect"), nn.ReLU(), conv(3, 2, 1, padding_mode="replicate")],
+    "bilinear": lambda: [conv(3, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear"), conv(3, 1, 1)],
+    "pooled": lambda: [conv(3, 2, 1), nn.AdaptiveAvgPool2d(1)],
     "patches": lambda: [conv(4, 4), conv(3, 1, 1), conv(2, 2), conv(5, 3, 1), conv(3, 1, 2, dilation=2)],
     "up": lambda: [conv(3, 2, 1), up(2, 2), conv(3, 1, 1), up(4, 2, 1), up(3, 2, 1, 1), conv(3, 1, 1), up(3, 3), conv(3)],
 }  # fmt: skip

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_policy import MaskedPolicy
 from torch import nn
 
 import dynops
 from dynops.stack.maps import SparseMap, entered
+from dynops.testing import MaskedPolicy
 
 SIZE, CELLS = (8, 12), (4, 6)
 
@@ -43,6 +43,12 @@ def shuffled(x):
 def channels_last(x):
     y = F.layer_norm(x.permute(0, 2, 3, 1), (C,), SCALE, SHIFT)
     return (F.linear(y, WIDE[:, :C, 0, 0], SHIFT) * SCALE).permute(0, 3, 1, 2)
+
+
+def convnext(x):
+    y = F.conv2d(x, DEPTHWISE, padding=1, groups=C).permute(0, 2, 3, 1)
+    y = F.linear(F.gelu(F.linear(F.layer_norm(y, (C,)), WIDE[:, :C, 0, 0])), WIDE[:, C:, 0, 0], SHIFT)
+    return SCALE[:, None, None] * y.permute(0, 3, 1, 2) + x
 
 
 def tokens(x):
@@ -139,6 +145,7 @@ UNARY = {
     "space": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
     "last": channels_last,
     "tokens": tokens,
+    "convnext": convnext,
     "parts": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
     "split": lambda x: torch.cat([y * (i + 1) for i, y in enumerate(x.split([1, 2, 3], 1))], 1),
     "part in place": part_in_place,
@@ -423,3 +430,70 @@ def test_a_trace_gives_what_its_layers_give(name):
         model.load_state_dict(alone.state_dict())
         with MaskedPolicy(mask):
             close(outs[0], model(x))
+
+
+class Parts(Model):
+    def forward_features(self, x):
+        return self.body(F.relu(self.bn(self.stem(x))))
+
+    def forward_head(self, x):
+        return x.mean((2, 3)) + self.gate(x)[:, :, 0, 0]
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def test_parts_have_the_answer_of_the_whole():
+    torch.manual_seed(0)
+    model, x, mask = Parts().double().eval(), rand(2, 3, *SIZE), masks()
+    dynops.convert_(model)
+    with dynops.use_mask(mask):
+        whole = model(x)
+        features = model.forward_features(x)
+        parts = model.forward_head(features)
+    close(parts if type(parts) is torch.Tensor else parts.dense(), whole)
+    close(model.forward_head(model.forward_features(x)), model(x))
+
+
+def test_a_weight_that_a_layer_computes_is_never_stale():
+    class Standardised(nn.Conv2d):
+        eps = 1e-6
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gain, self.extra = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)), 1.0
+
+        def forward(self, x):
+            var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+            weight = (self.weight - mean) * (var + self.eps).rsqrt() * self.gain * self.extra
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, C, 3, 1, 1), Standardised(C, C, 3, 1, 1), nn.ReLU()).double().eval()
+    dense, x, mask = copy.deepcopy(model), rand(2, 3, *SIZE), masks()
+    dynops.convert_(model)
+
+    def scale_by_data(m):
+        m[1].weight.data.mul_(1.7)
+        m[1].gain.data.add_(0.1)
+
+    changes = (
+        lambda m: None,
+        lambda m: nn.init.normal_(m[1].weight),
+        scale_by_data,
+        lambda m: m[1].gain.data.mul_(2),
+        lambda m: setattr(m[1], "extra", 3.0),
+        lambda m: setattr(m[1], "eps", 0.5),
+        lambda m: setattr(m[1], "stride", (2, 2)),
+        lambda m: setattr(m[1], "bias", None),
+        lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    )
+    for change in changes:
+        for m in (model, dense):
+            torch.manual_seed(1)
+            change(m)
+        with torch.no_grad(), dynops.use_mask(mask):
+            out = model(x)
+        with torch.no_grad(), MaskedPolicy(mask):
+            expected = dense(x)
+        close(out, expected)

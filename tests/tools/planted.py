@@ -67,13 +67,15 @@ FAULTS = {
     "gate without gradient": Fault("dynops/gates", "is_open.to(soft.dtype) + (soft - soft.detach())", "is_open.to(soft.dtype) + 0 * soft", "gates/test_gates"),
     # kernels in Triton
     "skipped tail": Fault(TRITON, "steps = walked * tl.cdiv(k_size, K)", "steps = walked * (k_size // K)", INTERPRETED + "pixels"),
-    "rows that are not live": Fault(TRITON + "/pixels.py", "z = tl.where(live[:, None], z, 0.0)", "z = z + 0.0", INTERPRETED + "pixels"),
+    "rows that are not live": Fault(TRITON + "/gemm.py", "z = tl.where(live[:, None], z, 0.0)", "z = z + 0.0", INTERPRETED + "pixels"),
     "a row too many": Fault(TRITON, "stored = row < rows", "stored = row <= rows", INTERPRETED + "pixels"),
     "the last part alone": Fault(TRITON, "z += tl.load(sums + part_at + at,", "z = tl.load(sums + part_at + at,", INTERPRETED + "pixels"),
     "group of a channel": Fault(TRITON + "/pixels.py", "group = channel // n_size", "group = channel // k_size", INTERPRETED + "pixels"),
     "dropped shift": Fault(TRITON, "z += tl.load(shift + channel", "z += 0 * tl.load(shift + channel", INTERPRETED + "pixels"),
     "six that is eight": Fault(TRITON + "/gemm.py", "tl.where(z > 6, 6.0, z)", "tl.where(z > 8, 8.0, z)", INTERPRETED + "pixels"),
+    "a box past its block": Fault(TRITON, "live = (i + y < tile_h) & (j + x < tile_w)", "live = (i + y >= 0) & (j + x < tile_w)", INTERPRETED + "blocks"),
     "sum over choices": Fault(TRITON, "acc += value", "acc = value", INTERPRETED + "experts"),
+    "experts of a later block": Fault(TRITON, "<= tile) & (expert == start)", "<= tile)", INTERPRETED + "experts"),
     "packed for not": Fault(TRITON, "x_row = row if PACKED else pair // topk", "x_row = pair // topk", INTERPRETED + "experts"),
     # kernels in C++
     "height for width": Fault("csrc", "+ g.pad_h - r * g.dil_h", "+ g.pad_w - r * g.dil_h", "ops/pixels/test_pixels"),

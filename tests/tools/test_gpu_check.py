@@ -291,7 +291,7 @@ class Graph:
 
     begun, mode = 0, "default"
 
-    def capture_begin(self):
+    def capture_begin(self, pool, capture_error_mode):
         Graph.begun += 1
 
     def capture_end(self):
@@ -315,7 +315,7 @@ def test_what_waits_for_the_device_is_never_captured(monkeypatch):
 
     failed = {}
     assert replay.captured_or(waits, "loop", failed) is None and Graph.begun == 0
-    assert "synchronizing" in failed["loop"] and Graph.mode == "default"
+    assert "waits for the device" in failed["loop"] and Graph.mode == "default"
     assert replay.captured_or(lambda: "out", "ours", failed)() == "out" and Graph.begun == 1
     assert list(failed) == ["loop"] and Graph.mode == "default"
 

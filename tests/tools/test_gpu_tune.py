@@ -13,9 +13,10 @@ triton = pytest.importorskip("triton")
 
 from benchmarks.gpu.audit import forms_channels, forms_experts, forms_pixels  # noqa: E402
 from benchmarks.gpu.tune import break_even, problems, tiles, tune  # noqa: E402
+from dynops import ExpertPlan  # noqa: E402
 from dynops.kernels import configs  # noqa: E402
 from dynops.kernels.configs import Config  # noqa: E402
-from dynops.kernels.triton import tiling  # noqa: E402
+from dynops.kernels.triton import experts, tiling  # noqa: E402
 from dynops.kernels.triton.tiling import Tile  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def test_a_measured_tile_is_taken_where_it_is_near():
         assert chosen(rows=2049) == chosen(rows=4096 * 8, n=64) == chosen(rows=8000, n=128, k=32) == FOUND
         for far in ({"rows": 4096 * 16}, {"rows": 200}, {"rows": 1000, "n": 256}, {"batch": 64}):
             assert chosen(**far) == _built_in(**far), far
-        for other in ({"family": "experts"}, {"indirect": True}, {"residual": True}):
+        for other in ({"family": "experts"}, {"indirect": True}, {"short": True}):
             assert chosen(**other) == _built_in(**other), other
     assert chosen() == _built_in() != FOUND
 
@@ -98,6 +99,26 @@ def test_a_config_survives_its_file(tmp_path, monkeypatch):
     assert configs.shipped.__wrapped__("empty").tiles == []
 
 
+def test_a_limit_of_registers(tmp_path, monkeypatch):
+    """It is a part of a launch; files of before there was one load; no compiler takes any number."""
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    old = entry(TUNED)
+    del old["tile"]["maxnreg"]
+    for written, found in ((old, FOUND), (entry(TUNED._replace(maxnreg=128)), {**FOUND, "maxnreg": 128})):
+        (tmp_path / "sm_93.json").write_text(Config({}, [written], []).as_json())
+        with configs.use("cpu", configs.shipped.__wrapped__("sm_93")):
+            assert chosen() == found
+    for bad in (0, 23, 256, "128", 128.0, True):
+        text = json.dumps(
+            {"measured_on": {}, "tiles": [entry(TUNED._replace(maxnreg=bad))], "break_even": []}
+        )
+        (tmp_path / "sm_93.json").write_text(text)
+        with pytest.raises(
+            ValueError, match="maxnreg: expected None or a number of registers from 24 to 255"
+        ):
+            configs.shipped.__wrapped__("sm_93")
+
+
 def test_use_ends_with_its_block():
     one, two = Config({}, [], []), Config({}, [], [])
     with configs.use("cpu", one):
@@ -137,9 +158,36 @@ def test_the_built_in_choice_counts_waves(monkeypatch):
     assert sizes(chosen(rows=12, n=512, k=512)) == (32, 16)
     # 12544 rows of 128: 98 tiles of 128x128 in one wave, 196 of 128x64 in two
     assert sizes(chosen(rows=12544, n=128, k=128)) == (128, 128)
+    # 25088 rows of 256: 196 tiles of 128x256 in two waves, 392 of 128x128 in three, which load a third more from L2
+    assert sizes(chosen(rows=25088, n=256, k=256)) == (128, 256)
+    # programs of a short reduction overlap: two fit an SM
+    assert chosen(rows=50176, n=256, k=64) == {"M": 128, "N": 256, "K": 64, "num_warps": 8, "num_stages": 4}
+    short = chosen(rows=50176, n=256, k=64, short=True)
+    assert short == {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    assert "maxnreg" not in chosen(rows=50176, n=256, k=64, short=True, family="channels")
     # a weight gradient cuts its rows into slices: few tiles need not be small
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9, family="pixels_weight")) == (64, 64)
     assert sizes(chosen(rows=64, n=64, k=50176, batch=9)) == (32, 16)
+
+
+@pytest.mark.parametrize(
+    "tokens,tile,programs",
+    [(1, (16, 64), 8 * 32), (16, (16, 64), 68 * 32), (128, (32, 64), 94 * 32), (256, (64, 128), 95 * 16), (8192, (128, 256), 576 * 8)],
+)  # fmt: skip
+def test_experts_take_tiles_of_their_rows(tokens, tile, programs, monkeypatch):
+    """No taller than the rows that an expert rarely has more of, and no more programs than the pairs may need."""
+    launched = []
+
+    def run(self, *args, grid, warmup, **options):
+        launched.append(((options["M"], options["N"]), *grid))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 132))
+    plan = ExpertPlan.from_topk(torch.rand(tokens, 64).topk(8).indices, 64)
+    x, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((tokens, 2048), (64, 2048, 2048)))
+    plan = (plan.order, plan.offsets, plan.position)
+    experts.linear(x, weight, None, None, None, *plan, False, True, False, "")
+    assert launched == [(tile, programs, 1, 1)]
 
 
 class Clock:
@@ -248,7 +296,7 @@ def test_the_time_is_kept_and_shared():
 
 @pytest.mark.parametrize("arch, kind", tiling.TILES)
 def test_candidates_are_tiles_that_a_launcher_takes(arch, kind):
-    for tile in tiling.TILES[arch, kind]:
+    for tile in tiling.table(arch, kind, "experts"):
         assert tiles.may_fit(tile, kind, 227 * 1024), "a tile that ships is no candidate"
         for near in tiles.neighbours(tile):
             changed = [a != b for a, b in zip(tile, near, strict=True)]

@@ -22,10 +22,11 @@ def _mlp(
     int8: bool = False,
     topk: int = 2,
     grads: bool = False,
+    each: int = 512,
 ) -> None:
-    """The MLP of 512 rows for each of two experts, and with ``grads`` the weight gradient, packed and gathered."""
-    tokens, count = 1024 // topk, 2
-    plan = ExpertPlan.from_topk(torch.arange(1024).view(tokens, topk) % count, count)
+    """The MLP of ``each`` rows for two experts, and with ``grads`` the weight gradient, packed and gathered."""
+    tokens, count = 2 * each // topk, 2
+    plan = ExpertPlan.from_topk(torch.arange(2 * each).view(tokens, topk) % count, count)
     indices = (plan.order, plan.offsets, plan.position)
     x, weights = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(tokens, topk)
     shapes = ((2 * inner, hidden), (hidden, inner))
@@ -71,6 +72,9 @@ FORMS = (
     Form("gated gelu, ragged, one choice, gradients", partial(_mlp, hidden=261, inner=261, activation="gelu", topk=1, grads=True), HALF),
     Form("interleaved, transposed", partial(_mlp, activation="clamped_swiglu", interleaved=True, transposed=True), HALF),
     Form("gated gelu, one choice", partial(_mlp, activation="gelu", topk=1), HALF),
+    Form("few rows", partial(_mlp, each=16), every_tile=(torch.float32,)),
+    Form("few rows, int8", partial(_mlp, each=4, int8=True)),
+    Form("few rows, ragged, gelu, one choice", partial(_mlp, each=4, hidden=261, inner=261, activation="gelu", topk=1)),
     Form("gated, split", partial(_mlp, grads=True), processors=2048),
     Form("gated, float16", partial(_mlp, grads=True), (torch.float16,)),
     Form("gated, 64-bit offsets", wide(partial(_mlp, grads=True)), HALF),

@@ -28,12 +28,13 @@ def _convolution(
     packed: bool = False,
     capacity: bool = False,
     epilogue: bool = False,
+    norm: bool = False,
     grads: bool = True,
 ) -> None:
     """A convolution and its gradients over every pixel of a small map.
 
     ``packed``: rows in, rows out. ``capacity``: the count is on the device. ``epilogue``: everything that can be
-    fused.
+    fused; with ``norm`` no gate. ``norm`` alone: scale and shift.
     """
     outputs, size = outputs or channels, 8
     out = size * stride if transposed else size // stride
@@ -54,7 +55,9 @@ def _convolution(
         inputs = PixelPlan.full((2, size, size))
         source = inputs.index.view(2, size, size)
         x, y = (map_.flatten(2).transpose(1, 2).flatten(0, 1) for map_ in (x, y))
-    if epilogue:
+    if norm:
+        fused = [per_output, per_output, None, residual if epilogue else None]
+    elif epilogue:
         fused = [per_output, per_output, per_output[:1].expand(number), residual]
     finish, zero_tail = Epilogue("silu", *fused), not capacity
     pixels.conv(
@@ -63,6 +66,19 @@ def _convolution(
     if grads:
         pixels.conv_input_grad(y, weight, plan.index, count, source, 2 * size * size, list(g), packed)
         pixels.conv_weight_grad(y, x, plan.index, count, source, list(weight.shape), list(g), packed)
+
+
+def _same_rows(
+    dtype: torch.dtype, channels: int = 256, residual: bool = True, capacity: bool = False
+) -> None:
+    """A 1x1 convolution from a plan's rows to the same rows, and its input gradient."""
+    plan, rows = PixelPlan.full((1, 1, 512)), torch.zeros(512, channels, dtype=dtype)
+    count = torch.tensor([512], dtype=torch.int32) if capacity else None
+    g, weight = list(plan.pointwise(1)), torch.zeros(channels, channels, 1, 1, dtype=dtype)
+    finish = Epilogue("silu", *[rows[0]] * 2, None, rows if residual else None)
+    x = rows.t()[None, :, None]
+    pixels.conv(x, weight, rows[0], plan.index, count, None, g, finish, None, True, None, not capacity, True)
+    pixels.conv_input_grad(rows, weight, plan.index, count, None, 0, g, True)
 
 
 def _filled(dtype: torch.dtype) -> None:
@@ -91,6 +107,9 @@ HALF = (torch.bfloat16,)
 FORMS = (
     Form("3x3", _convolution, every_tile=TYPES, vectors=("conv_kernel",)),
     Form("3x3, epilogue", partial(_convolution, epilogue=True)),
+    Form("3x3, norm", partial(_convolution, norm=True, grads=False)),
+    Form("1x1, norm, residual", partial(_convolution, kernel=1, norm=True, epilogue=True, grads=False)),
+    Form("3x3, capacity, packed, norm", partial(_convolution, capacity=True, packed=True, norm=True, grads=False)),
     Form("3x3, ragged, epilogue", partial(_convolution, channels=261, epilogue=True)),
     Form("3x3, packed", partial(_convolution, packed=True)),
     Form("3x3, split, epilogue", partial(_convolution, epilogue=True), processors=MANY),
@@ -102,6 +121,10 @@ FORMS = (
     Form("3x3, 64-bit offsets", wide(_convolution), HALF),
     Form("1x1", partial(_convolution, kernel=1)),
     Form("1x1, packed, epilogue", partial(_convolution, kernel=1, packed=True, epilogue=True)),
+    Form("1x1, same rows, epilogue", _same_rows, (torch.bfloat16, torch.float16, torch.float32), vectors=("conv_kernel",)),
+    Form("1x1, same rows, capacity", partial(_same_rows, residual=False, capacity=True)),
+    Form("1x1, same rows, ragged", partial(_same_rows, channels=261)),
+    Form("1x1, same rows, 64-bit offsets", wide(_same_rows), HALF),
     Form("7x7 stride 2 of 3 channels", partial(_convolution, channels=3, outputs=64, kernel=7, stride=2)),
     Form("4x4 stride 2, transposed", partial(_convolution, kernel=4, stride=2, transposed=True, epilogue=True)),
     Form("3x3, float16", _convolution, (torch.float16,)),

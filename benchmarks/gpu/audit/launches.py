@@ -57,12 +57,16 @@ class Launch:
 
     @property
     def tile(self) -> str:
-        """``128x256x64 w8 s3``: what a program computes, its warps, and the stages of its pipeline."""
+        """``128x256x64 w8 s3``: what a program computes, its warps, and the stages of its pipeline; ``r128``: at most
+        so many registers."""
         values = dict(self.constants) | dict(self.options)
         sizes = "x".join(
-            str(values[name]) for name in ("M", "N", "K", "P", "UNIT", "BLOCK") if name in values
+            str(values[name])
+            for name in ("M", "BOX_H", "BOX_W", "N", "K", "P", "UNIT", "BLOCK")
+            if name in values
         )
-        return f"{sizes} w{values.get('num_warps', 4)} s{values.get('num_stages', '-')}"
+        most = f" r{values['maxnreg']}" if "maxnreg" in values else ""
+        return f"{sizes} w{values.get('num_warps', 4)} s{values.get('num_stages', '-')}{most}"
 
 
 def describe(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
@@ -102,8 +106,11 @@ def _type(value) -> str:
 def tiles(arch: int) -> list[tuple[str, Tile]]:
     """The kinds of product and the tiles that a launch may take: those of the tables, and those that were measured."""
     config = configs.shipped(f"sm_{arch}")
-    measured = [(e["kind"], Tile(**e["tile"])) for e in config.tiles] if config is not None else []
-    table = [(kind, tile) for (owner, kind), some in tiling.TILES.items() if owner == arch for tile in some]
+    measured = (
+        [(e["kind"], Tile(**e["tile"])) for e in config.tiles if e["tile"]] if config is not None else []
+    )
+    kinds = [kind for owner, kind in tiling.TILES if owner == arch]
+    table = [(kind, tile) for kind in kinds for tile in tiling.table(arch, kind, "experts")]
     return list(dict.fromkeys(table + measured))
 
 
@@ -128,9 +135,12 @@ def recorded(
         return float32 if dtype == torch.float32 else "half"
 
     def built_in(device, family: str, kind: str, limits: tiling.Limits, *problem: int) -> Tile:
-        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]):
-            return wanted[1]
-        return next(filter(limits.allow, tiling.TILES[arch, kind]))  # large first
+        some = filter(limits.allow, tiling.table(arch, kind, family))
+        tile = max(some, key=lambda tile: tile.m * tile.n)
+        others = () if family == "experts" else tiling.EXPERT_TILES[kind]
+        if wanted is not None and wanted[0] == kind and limits.allow(wanted[1]) and wanted[1] not in others:
+            tile = wanted[1]
+        return limits.registers(tile, arch)
 
     with (
         mock.patch.object(JITFunction, "run", run),

@@ -13,7 +13,7 @@ Stages, each a process of its own with a limit, so that neither a failure nor a 
     training   CUDA graphs, gradients and autocast of the layers
 
 DIR (build/gpu-check) has the report, JSON and a table, written again after every contest, and logs.zip, after every stage.
-``--dry-run`` goes through all of it on a CPU, with sizes that measure nothing.
+``--dry-run`` goes through all of it on a CPU, with sizes that measure nothing. Where torch has a GPU, contests run there.
 """
 
 from __future__ import annotations

@@ -228,10 +228,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="no contest begins after these")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first ones")
     parser.add_argument(
-        "--tiny", action="store_true", help="tiny sizes on a CPU: a dry run, not a measurement"
+        "--tiny", action="store_true", help="tiny sizes, without a GPU on a CPU: a dry run, not a measurement"
     )
     args = parser.parse_args(arguments)
-    device = torch.device("cpu") if args.tiny else torch.device("cuda", 0)
+    on_cpu = args.tiny and not torch.cuda.device_count()
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # the best dense is cuDNN's fastest algorithm, not its first guess
     contests = of_round(args.round, args.suite, args.tiny)[args.skip :]

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynops import ChannelPlan, ExpertPlan, PixelPlan, ops
+from dynops import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, ops
+from dynops.geometry import conv_geometry
+from dynops.ops.block_conv import block_conv
+from dynops.ops.epilogue import NOTHING
 
 Call = Callable[[], Tensor]
 
@@ -33,6 +36,7 @@ class Problem(NamedTuple):
     make: Callable[[torch.device], Callable[[torch.dtype, str], Call]]
 
 
+SBNET = ((400, 700, 64), (200, 350, 128), (100, 175, 256), (50, 88, 512))  # h, w and channels of its 3x3
 RESNET = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels of the 3x3, its map
 
 
@@ -48,6 +52,7 @@ def problems(dtype: torch.dtype = torch.bfloat16) -> list[Problem]:
     found += [_pixels(64, *layer, 0.25, dtype) for layer in narrow]
     found += [_pixels(1, *layer, 0.5, dtype) for layer in layers]
     found += [_experts(tokens, layer, dtype) for tokens in (1, 128) for layer in EXPERTS]
+    found += [_blocks(*layer, 16, 0.1, dtype) for layer in SBNET]
     found += [_channels(32, *layer, dtype) for layer in layers + narrow]
     found += [_pixels(64, *layer, 0.5, dtype, wanted="weight") for layer in layers + narrow]
     found += [_pixels(64, *layer, 0.5, dtype, wanted="input") for layer in layers]
@@ -88,6 +93,25 @@ def _pixels(
 
     name = f"pixels {n},{c},{o},{size} {kernel}x{kernel} at {density:.0%}"
     return _conv(name, "pixels", (n, c, o, size, kernel), dtype, wanted, bound)
+
+
+def _blocks(h: int, w: int, c: int, block: int, density: float, dtype) -> Problem:
+    """A 3x3 convolution ``[1, c, h, w]`` at random blocks."""
+
+    def make(device: torch.device):
+        grid = torch.rand(1, -(-h // block), -(-w // block), device=device) < density
+        plan = BlockPlan.from_blocks(grid, (1, h, w), block)
+        g = conv_geometry((1, h, w), (3, 3), before=(1, 1))
+
+        def run(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+            if backend == "reference":
+                return ops.sparse_conv2d(x, weight, None, plan.pixels(), padding=1, backend=backend)
+            return block_conv(x, weight, None, plan, g, NOTHING, None)
+
+        x, weight, dy = _maps(device, dtype, (1, c, h, w), (c, c, 3, 3), (1, c, h, w))
+        return partial(_call, run, (x, weight), dy, "")
+
+    return Problem(f"blocks {h}x{w},{c} of {block} pixels at {density:.0%}", "blocks", dtype, make)
 
 
 def _channels(n: int, c: int, o: int, size: int, kernel: int, dtype, wanted: str = "") -> Problem:

@@ -70,8 +70,9 @@ def shared_limit(device: torch.device) -> int:
 
 def limits_of(request: Request) -> tiling.Limits:
     """The limits within which a launcher takes a tile for this product."""
-    tallest = max(32, 1 << configs.bucket(request.rows)) if request.family == "experts" else 256
-    return tiling.Limits(request.most, max(16, 1 << configs.bucket(request.n)), tallest)
+    tallest = max(16, 1 << configs.bucket(request.rows)) if request.family == "experts" else 256
+    widest = max(16, 1 << configs.bucket(request.n))
+    return tiling.Limits(request.most, widest, tallest, request.family == "pixels")
 
 
 def may_fit(tile: Tile, kind: str, shared: int) -> bool:
@@ -81,7 +82,10 @@ def may_fit(tile: Tile, kind: str, shared: int) -> bool:
     """
     accumulators = tile.m * tile.n / (32 * tile.warps)  # for each thread
     blocks = (tile.m + tile.n) * tile.k * tile.stages * (2 if kind == "half" else 4)
-    return 4 <= accumulators <= 128 and blocks <= shared * 7 / 8
+    registers = (
+        tile.maxnreg is None or accumulators + 48 <= tile.maxnreg
+    )  # fewest for all else that was compiled
+    return 4 <= accumulators <= 128 and blocks <= shared * 7 / 8 and registers
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
@@ -97,8 +101,12 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
             yield tile._replace(warps=warps)
     for m, n in ((2, 1), (1, 2), (0.5, 1), (1, 0.5)):
         m, n = int(tile.m * m), int(tile.n * n)
-        if 32 <= m <= 256 and 16 <= n <= 256:
+        if min(32, tile.m) <= m <= 256 and 16 <= n <= 256:
             yield tile._replace(m=m, n=n)
+    for programs in (1, 2, 3):  # of an SM, which has 64 K registers
+        maxnreg = None if programs == 1 else 65536 // (32 * tile.warps * programs) // 8 * 8
+        if maxnreg != tile.maxnreg and (maxnreg or 0) <= 255:
+            yield tile._replace(maxnreg=maxnreg)
 
 
 # ------------------------------------------------------------------------------------- search
@@ -190,7 +198,7 @@ class Search:
         arch, shared = tiling.device_facts(self.device)[0], shared_limit(self.device)
         deepest = max(16, 1 << configs.bucket(request.k))  # a launcher takes no deeper block
         best, tried, duels = start, {start}, 0
-        queue = [*tiling.TILES[arch, request.kind], *neighbours(start)]
+        queue = [*tiling.table(arch, request.kind, request.family), *neighbours(start)]
         while queue and (duels == 0 or self.clock.now() < until):
             tile = queue.pop(0)
             tile = tile._replace(k=min(tile.k, max(deepest, start.k)))
@@ -239,7 +247,8 @@ class Search:
 
 
 def describe(tile: Tile) -> str:
-    return f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages"
+    most = "" if tile.maxnreg is None else f", {tile.maxnreg} registers"
+    return f"{tile.m}x{tile.n}x{tile.k}, {tile.warps} warps, {tile.stages} stages{most}"
 
 
 def first_line(error: Exception) -> str:

@@ -17,9 +17,29 @@ from ...geometry import ConvGeometry
 from ..layout import empty_map, memory_format_of
 from . import gemm, tiling
 from .channel_lists import map_strides
-from .gemm import source_row, split_pixel
+from .gemm import source_row, split_pixel, united
+from .launch import cdiv, launch
 
 # ------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def regions_met(
+    region, pixel, inside, row, regions, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, REGIONS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The regions of all pixels that a tile reads: as bits, and how many."""
+    met = (row * 0).to(tl.int32 if REGIONS <= 31 else tl.int64)
+    for tap in range(TAPS):
+        at, valid = source_row(
+            pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
+        )  # fmt: skip
+        place = tl.load(region + at, mask=valid, other=-1)
+        known = (place >= 0) & (place < regions)
+        met |= known.to(met.dtype) << tl.where(known, place, 0)
+    return united(met, REGIONS)
 
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
@@ -131,7 +151,7 @@ def conv_kernel_grad(grad, x, geometry, upsample: int) -> Tensor:
     tile = _tile(size)
     rows = grad.shape[0] * grad.shape[2] * grad.shape[3]
     with gemm.on_device(x):
-        local_kernel_grad_kernel[triton.cdiv(rows, tile["M"]), g.groups](
+        launch(local_kernel_grad_kernel, cdiv(rows, tile["M"]), g.groups)(
             grad, x, dk, rows=rows, **_arguments(dk, x.shape[1], size, g, upsample), WIDE=gemm.is_wide(grad, x, dk), **tile
         )  # fmt: skip
     return dk
@@ -144,7 +164,7 @@ def _conv(x: Tensor, kernels: Tensor, out: Tensor, g: ConvGeometry, groups: int,
     channels, tile = out.shape[1], _tile(out.shape[1])
     rows = out.numel() // channels
     with gemm.on_device(x):
-        local_conv_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
+        launch(local_conv_kernel, cdiv(rows, tile["M"]), cdiv(channels, tile["N"]))(
             x, kernels, out, rows=rows, **_arguments(kernels, channels, channels // groups, g, upsample),
             WIDE=gemm.is_wide(x, kernels, out), **tile,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """Lists of channels in Triton: made of a mask, walked through, and channels moved by them (gather, scatter, pack).
 
 Nothing here reads a count on the host: grids cover the longest list that there may be, and a program past
-the count has nothing to do but to write zeros, or ``base``.
+the count has nothing to do but to write zeros, or ``base``. Rows of channels_last maps and of weights are loaded
+whole where that pays (``rows.whole_rows``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from ..layout import empty_map, memory_format_of
 from ..lists import Lists
 from . import gemm, tiling
 from .gemm import rank
-from .rows import words
+from .launch import cdiv, launch, power_of_2
+from .rows import row_values, whole_rows, words
 
+_SINGLE = {"ROW": 0, "HALF": False}  # channels are loaded one by one
+VECTOR = tl.constexpr(8)  # channels that are stored together: 16 bytes in half precision
 PAD = 16  # channels of a compact tensor's group are a multiple: loads are vectors, cut at a multiple of 16
 
 
@@ -92,7 +96,7 @@ def choose(
     most = {
         "half": 64 * 64 if base or wide else 128 * 128,
         "tf32": 64 * 64 if base or single else 128 * 64,
-        "ieee": 64 * 32 if base or single else 64 * 64,
+        "ieee": 32 * 32 if base and single else 64 * 32 if base or single else 64 * 64,
     }
     tile, kind = tiling.choose(x, rows, n, k, batch, family=family, indirect=single, largest=most)
     return (tile | {"K": min(tile["K"], 32)} if single else tile), kind  # a deeper block spills
@@ -126,15 +130,27 @@ def listed(entries, slot, present, group, size, PARTS: tl.constexpr):
 
 
 @triton.jit
-def all_channels(entries, slot, live, group, size, PARTS: tl.constexpr, STEPS: tl.constexpr):
-    """A group's channels in the order: those of the list, then all others. ``slot`` counts through both."""
-    present = slot < live
-    channel = listed(entries, slot, present, group, size, PARTS)
-    if tl.max(slot, 0) >= live:  # the j-th channel that is not live has as many live ones before it as
-        j = tl.maximum(slot - live, 0)  # there are entries with at most j gaps before them
-        first = group * size if PARTS == "groups" else 0
-        channel = tl.where(present, channel, j + rank(entries, live, j + first, STEPS, True))
-    return channel
+def tiles_of(n_size, EXPANDS: tl.constexpr, N: tl.constexpr):
+    """The tiles of a group's outputs. Where they expand one with a neighbour may lack up to a vector of slots."""
+    n_tiles = tl.cdiv(n_size, N)
+    if EXPANDS:
+        n_tiles = tl.where(n_size <= N, 1, tl.cdiv(n_size, N - VECTOR))
+    return n_tiles
+
+
+@triton.jit
+def boundary(entries, slot, live, group, size, PARTS: tl.constexpr):
+    """The first channel of the tile of the channels that begins at ``slot`` or up to a vector later, and its first slot.
+
+    The channel is a multiple of a vector; ``slot`` is a multiple of it too.
+    """
+    near = slot + tl.arange(0, VECTOR)
+    channel = listed(entries, near, near < live, group, size, PARTS)
+    first = tl.sum(tl.where(near == slot, channel, 0), 0)
+    begin = tl.cdiv(first, VECTOR) * VECTOR
+    begin = tl.where(slot == 0, 0, tl.where(slot < live, tl.minimum(begin, size), size))
+    passed = tl.sum(((channel < begin) & (near < live)).to(tl.int32), 0)
+    return begin, tl.minimum(slot, live) + passed
 
 
 # -------------------------------------------------------------------------------------- kernels
@@ -163,10 +179,10 @@ def channel_index_kernel(mask, index, count, channels, size, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=["rows"])
 def gather_channels_kernel(
     x, out, in_index, in_count, rows, size, width, part, x_n, x_p, x_c, out_n, out_p, out_c, in_lists, in_length,
-    IN_PARTS: tl.constexpr, IN_STEPS: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr,
-    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    IN_PARTS: tl.constexpr, IN_STEPS: tl.constexpr, PACKED: tl.constexpr, ALL: tl.constexpr, ROW: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """out[n, p, group*part + slot] = x[n, p, channel], zero past the list's end.
+    """out[n, p, group*part + slot] = x[n, p, channel], zero past the list's end; ROW, HALF as in ``row_values``.
 
     ``rows`` pixels of a sample, ``x_n``, ``x_p``, ``x_c`` the strides of sample, pixel and channel. PACKED: x
     holds the live channels only. ALL: zeros up to ``width``, else up to a multiple of 16 channels.
@@ -178,14 +194,15 @@ def gather_channels_kernel(
     slot = tl.program_id(1) * N + tl.arange(0, N)
     entries, before, live = list_part(in_index, in_count, job, group, in_lists, in_length, size, IN_PARTS, IN_STEPS)  # fmt: skip
     present = slot < live
-    if PACKED:
-        channel = before + slot
-    else:
+    x_first = before
+    channel = slot
+    if not PACKED:
         channel = listed(entries, slot, present, group, size, IN_PARTS)
-        if IN_PARTS == "groups":
-            channel += group * size
+        x_first = group * size if IN_PARTS == "groups" else 0
     written = slot < width
     if not ALL:
+        if tl.program_id(1) * N >= live:
+            return
         written = slot < tl.minimum(width, tl.cdiv(live, 16) * 16)
     target = group * part + slot
     if WIDE:
@@ -193,19 +210,24 @@ def gather_channels_kernel(
         channel = channel.to(tl.int64)
         target = target.to(tl.int64)
         job = job.to(tl.int64)
-    inside = (row < rows)[:, None]
-    x_at = (job * x_n + row * x_p)[:, None] + channel[None, :] * x_c
+    inside = row < rows
+    x_at = job * x_n + row * x_p + x_first * x_c
     out_at = (job * out_n + row * out_p)[:, None] + target[None, :] * out_c
-    value = tl.load(x + x_at, mask=inside & present[None, :], other=0)
-    tl.store(out + out_at, value, mask=inside & written[None, :])
+    value = row_values(x, x_at, x_c, channel, inside, present, size, ROW, HALF, M, N)
+    tl.store(out + out_at, value, mask=inside[:, None] & written[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def scatter_channels_kernel(
-    packed, out, base, in_index, in_count, rows, channels, x_n, x_p, x_c, out_n, out_p, out_c, in_lists, in_length,
-    IN_STEPS: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    packed, out, base, in_index, in_count, rows, channels, width, x_n, x_p, x_c, out_n, out_p, out_c,
+    in_lists, in_length,
+    IN_STEPS: tl.constexpr, ROW: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """out[n, p, channel] = packed[n, p, slot] where the channel is in the list, else base or zero."""
+    """out[n, p, channel] = packed[n, p, slot] where the channel is in the list, else base or zero.
+
+    ``width`` channels of a packed row; ROW, HALF as in ``row_values``.
+    """
     m_tiles = tl.cdiv(rows, M)
     job = tl.program_id(0) // m_tiles
     row = (tl.program_id(0) - job * m_tiles) * M + tl.arange(0, M)
@@ -218,13 +240,13 @@ def scatter_channels_kernel(
         channel = channel.to(tl.int64)
         slot = slot.to(tl.int64)
         job = job.to(tl.int64)
-    inside = (row < rows)[:, None] & (channel < channels)[None, :]
-    x_at = (job * x_n + row * x_p)[:, None] + slot[None, :] * x_c
+    inside = row < rows
+    written = inside[:, None] & (channel < channels)[None, :]
     out_at = (job * out_n + row * out_p)[:, None] + channel[None, :] * out_c
-    value = tl.load(packed + x_at, mask=inside & present[None, :], other=0)
-    if base is not None:
-        value = tl.where(present[None, :], value, tl.load(base + out_at, mask=inside & ~present[None, :], other=0))  # fmt: skip
-    tl.store(out + out_at, value, mask=inside)
+    value = row_values(packed, job * x_n + row * x_p, x_c, slot, inside, present, width, ROW, HALF, M, N)
+    if base is not None:  # whole vectors, also where they are not needed
+        value = tl.where(present[None, :], value, tl.load(base + out_at, mask=written, other=0))
+    tl.store(out + out_at, value, mask=written)
 
 
 @triton.jit
@@ -232,17 +254,18 @@ def pack_weight_kernel(
     w, packed, in_index, in_count, out_index, out_count, in_size, out_size, in_part, out_part,
     in_lists, in_length, out_lists, out_length,
     TAPS: tl.constexpr, IN_PARTS: tl.constexpr, IN_STEPS: tl.constexpr, OUT_PARTS: tl.constexpr,
-    OUT_STEPS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    OUT_STEPS: tl.constexpr, ROW: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """packed[job, group, i, tap, j] = w[group*out_size + the i-th live output, tap, the j-th live input].
 
-    Inputs are zero from the list's end to a multiple of 16; nothing else is written.
+    Inputs are zero from the list's end to a multiple of 16; nothing else is written. ROW, HALF as in ``row_values``.
     """
     n_tiles = tl.cdiv(in_part, N)
     m_tiles = tl.cdiv(out_part, M)
     job = tl.program_id(0) // (m_tiles * n_tiles)
     tile = tl.program_id(0) - job * m_tiles * n_tiles
-    group = tl.program_id(1)
+    group = tl.program_id(1) // TAPS
+    tap = tl.program_id(1) % TAPS
     i = (tile // n_tiles) * M + tl.arange(0, M)
     j = (tile % n_tiles) * N + tl.arange(0, N)
     entries, _, in_live = list_part(in_index, in_count, job, group, in_lists, in_length, in_size, IN_PARTS, IN_STEPS)  # fmt: skip
@@ -253,14 +276,17 @@ def pack_weight_kernel(
     else:
         out_live = out_size
         lead = i
-    read = (i < out_live)[:, None] & (j < in_live)[None, :]
-    written = (i < out_live)[:, None] & (j < tl.cdiv(in_live, 16) * 16)[None, :]
-    groups = tl.num_programs(1)
-    source = (group * out_size + lead).to(tl.int64)[:, None] * (TAPS * in_size) + inner[None, :]
-    target = ((job.to(tl.int64) * groups + group) * out_part + i)[:, None] * (TAPS * in_part) + j[None, :]
-    for tap in range(TAPS):
-        value = tl.load(w + source + tap * in_size, mask=read, other=0)
-        tl.store(packed + target + tap * in_part, value, mask=written)
+    if ((tile // n_tiles) * M >= out_live) | ((tile % n_tiles) * N >= in_live):
+        return
+    inside = i < out_live
+    written = inside[:, None] & (j < tl.cdiv(in_live, 16) * 16)[None, :]
+    groups = tl.num_programs(1) // TAPS
+    source = ((group * out_size + lead).to(tl.int64) * TAPS + tap) * in_size
+    target = (((job.to(tl.int64) * groups + group) * out_part + i) * TAPS + tap)[:, None] * in_part + j[
+        None, :
+    ]
+    value = row_values(w, source, 1, inner, inside, j < in_live, in_size, ROW, HALF, M, N)
+    tl.store(packed + target, value, mask=written)
 
 
 @triton.jit
@@ -289,9 +315,9 @@ def channel_index(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     index = torch.empty((rows, size), dtype=torch.int32, device=mask.device)
     count = torch.empty(rows, dtype=torch.int32, device=mask.device)
     if rows:
-        block = min(1024, max(16, triton.next_power_of_2(channels)))
+        block = min(1024, max(16, power_of_2(channels)))
         with gemm.on_device(mask):
-            channel_index_kernel[(rows,)](mask.contiguous(), index, count, channels, size, BLOCK=block)
+            launch(channel_index_kernel, rows)(mask.contiguous(), index, count, channels, size, BLOCK=block)
     return index, count
 
 
@@ -323,17 +349,20 @@ def compact(x: Tensor, lists: Side) -> Tensor:
 
 def padded(channels: int) -> int:
     """The channels rounded up to a multiple of 16."""
-    return triton.cdiv(channels, PAD) * PAD
+    return cdiv(channels, PAD) * PAD
 
 
 def _launch_gather(x: Tensor, out: Tensor, lists: Side, width: int, part: int, strides, layout) -> None:
-    rows, tile = x.shape[2] * x.shape[3], _tile(width, layout)
-    grid = (x.shape[0] * triton.cdiv(rows, tile["M"]), triton.cdiv(width, tile["N"]), lists.groups)
+    rows = x.shape[2] * x.shape[3]
+    x_strides, wide = map_strides(x, layout), gemm.is_wide(x, out)
+    whole = layout == torch.channels_last and not lists.packed
+    x, tile = whole_rows(x, lists.size if whole else 0) or (words(x), _tile(width, layout) | _SINGLE)
+    grid = (lists.batch * cdiv(rows, tile["M"]), cdiv(width, tile["N"]), lists.groups)
     with gemm.on_device(x):
-        gather_channels_kernel[grid](
-            words(x), words(out), rows=rows, size=lists.size, width=width, part=part,
-            **_named("x", map_strides(x, layout)), **_named("out", strides), **lists.arguments("in"),
-            PACKED=lists.packed, ALL=part == 0, WIDE=gemm.is_wide(x, out), **tile,
+        launch(gather_channels_kernel, *grid)(
+            x, words(out), rows=rows, size=lists.size, width=width, part=part,
+            **_named("x", x_strides), **_named("out", strides), **lists.arguments("in"),
+            PACKED=lists.packed, ALL=part == 0, WIDE=wide, **tile,
         )  # fmt: skip
 
 
@@ -347,28 +376,41 @@ def scatter(packed: Tensor, index: Tensor, count: Tensor, channels: int, base: T
         return out.zero_() if base is None else out.copy_(base)
     packed = packed.contiguous(memory_format=layout)
     base = None if base is None else words(base.contiguous(memory_format=layout))
-    lists, tile = Side(index, count, n, 1, channels).arguments("in"), _tile(channels, layout)
+    lists, strides, width = Side(index, count, n, 1, channels).arguments("in"), map_strides(packed, layout), packed.shape[1]  # fmt: skip
     del lists["IN_PARTS"]
-    grid = (n * triton.cdiv(h * w, tile["M"]), triton.cdiv(channels, tile["N"]))
+    wide, whole = gemm.is_wide(packed, out), width if layout == torch.channels_last else 0
+    packed, tile = whole_rows(packed, whole) or (words(packed), _tile(channels, layout) | _SINGLE)
+    grid = (n * cdiv(h * w, tile["M"]), cdiv(channels, tile["N"]))
     with gemm.on_device(packed):
-        scatter_channels_kernel[grid](
-            words(packed), words(out), base, rows=h * w, channels=channels,
-            **_named("x", map_strides(packed, layout)), **_named("out", map_strides(out, layout)), **lists,
-            WIDE=gemm.is_wide(packed, out), **tile,
+        launch(scatter_channels_kernel, *grid)(
+            packed, words(out), base, rows=h * w, channels=channels, width=width,
+            **_named("x", strides), **_named("out", map_strides(out, layout)), **lists, WIDE=wide, **tile,
         )  # fmt: skip
     return out
+
+
+def output_tiles(outs: Side, n: int) -> int:
+    """See :func:`tiles_of`."""
+    expands = outs.index is not None and not outs.packed and outs.size > n
+    return cdiv(outs.size, n - VECTOR.value if expands else n)
+
+
+def is_read_often(taps: int, others: Side) -> bool:
+    """True if a product reads a map at least twice: for each tap, and each tile of half of the other side's channels."""
+    return taps > 1 or others.size > 256
 
 
 def pack_weight(w: Tensor, ins: Side, outs: Side, jobs: int) -> Tensor:
     """The live part of ``w`` [O, taps, C/groups] for each job: ``[jobs, groups, out part, taps, in part]``."""
     parts = padded(ins.capacity), padded(outs.capacity)
     packed = torch.empty((jobs, ins.groups, parts[1], w.shape[1], parts[0]), dtype=w.dtype, device=w.device)
-    tile = {"M": 16, "N": min(64, max(16, triton.next_power_of_2(parts[0])))}
-    grid = (jobs * triton.cdiv(parts[1], tile["M"]) * triton.cdiv(parts[0], tile["N"]), ins.groups)
+    taps = w.shape[1]
+    w, tile = whole_rows(w, ins.size) or (words(w), tiling.direct_tile(parts[0]) | _SINGLE)
+    grid = (jobs * cdiv(parts[1], tile["M"]) * cdiv(parts[0], tile["N"]), ins.groups * taps)
     with gemm.on_device(w):
-        pack_weight_kernel[grid](
-            words(w), words(packed), **ins.arguments("in"), **outs.arguments("out"), in_size=ins.size,
-            out_size=outs.size, in_part=parts[0], out_part=parts[1], TAPS=w.shape[1], **tile,
+        launch(pack_weight_kernel, *grid)(
+            w, words(packed), **ins.arguments("in"), **outs.arguments("out"), in_size=ins.size,
+            out_size=outs.size, in_part=parts[0], out_part=parts[1], TAPS=taps, **tile,
         )  # fmt: skip
     return packed
 
@@ -383,9 +425,9 @@ def slots(lists: Side) -> Tensor | None:
     out = torch.empty((index.shape[0], groups, lists.size), dtype=torch.int32, device=index.device)
     arguments = lists.arguments("in") | {"IN_PARTS": "groups" if groups > 1 else "one"}
     del arguments["in_lists"]
-    n = min(256, max(16, triton.next_power_of_2(lists.size)))
+    n = min(256, max(16, power_of_2(lists.size)))
     with gemm.on_device(out):
-        slots_kernel[index.shape[0], triton.cdiv(lists.size, n), groups](out, groups=groups, size=lists.size, N=n, **arguments)  # fmt: skip
+        launch(slots_kernel, index.shape[0], cdiv(lists.size, n), groups)(out, groups=groups, size=lists.size, N=n, **arguments)  # fmt: skip
     return out
 
 

@@ -5,20 +5,19 @@ signatures and the meaning are those of the reference in ``dynops/ops/channels/c
 count on the host, and nothing uses atomics: every result is bitwise reproducible.
 
 **Forward.** An implicit GEMM for each (sample, group or head). A program owns a tile of the sample's output
-pixels and of its output channels, in the order: live ones, then all others; it walks over (tap, block of
-live input channels), accumulates in float32, applies the epilogue in registers and stores each column at its
-channel. A tile past the live ones computes nothing and writes zeros, or ``base``: every element of the output
-is written once. Samples that share their lists are one job.
+pixels and of its live output channels. It walks over (tap, block of live input channels), accumulates in
+float32 and applies the epilogue in registers. Then it spreads its columns out to the channels between its first and
+its last live one, with zeros or ``base`` between them, and stores vectors of 16 bytes. The first and last channel of a
+tile are multiples of 8, so every element of the output is written once. Samples that share their lists are one job.
 
 Single channels, taken through a list, are loads of 2 or 4 bytes. Tensors that are read often are compacted
-first and then read in vectors: the input where the kernel has several taps, and the weight. It gets a copy for
-each job, if these take no more than twice the memory of the maps (a rule of thumb, not measured).
+first and then read in vectors: the input where the kernel has several taps or the outputs several tiles, and the
+weight. It gets a copy for each job, if these take no more than twice the memory of the maps (a rule of thumb, not measured).
 
 **Input gradient.** The same kernel on the adjoint geometry, with the lists and the roles of the weight
 exchanged. Each head has an input gradient of its own, and these are summed.
 
 Groups narrower than 16 channels (depthwise above all) use a kernel without a matrix product.
-
 Jobs may have weights of their own (``Own``): ``sample_conv.py`` is made of that.
 """
 
@@ -36,10 +35,13 @@ from ...geometry import ConvGeometry
 from ..layout import contiguous, empty_map
 from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Side, all_channels, choose, gather, list_part, listed, scatter, sides
+from .channel_filters import regions_met
+from .channel_lists import VECTOR, Side, boundary, choose, gather, list_part, listed, scatter, sides, tiles_of
 from .channels_weight_grad import conv_weight_grad
 from .experts import expert_tile
-from .gemm import finish, lowest_tap, source_row, united
+from .gemm import finish, lowest_tap, source_row
+from .launch import cdiv, launch, power_of_2
+from .rows import picked
 
 _UNSPECIALIZED = [*gemm.UNSPECIALIZED, "jobs", "regions"]
 MOST_REGIONS = 62  # those that a tile meets are bits of one integer
@@ -72,22 +74,32 @@ def _pixels(order, offsets, rows, jobs, n_tiles, JOBS: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def _regions_met(
-    region, pixel, inside, row, regions, in_h, in_w, out_h, out_w, pad_h, pad_w,
-    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, REGIONS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The regions of all pixels that a tile reads: as bits, and how many."""
-    met = (row * 0).to(tl.int32 if REGIONS <= 31 else tl.int64)
-    for tap in range(TAPS):
-        at, valid = source_row(
-            pixel, inside, row, tap, None, in_h, in_w, out_h, out_w, pad_h, pad_w,
-            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
-        )  # fmt: skip
-        place = tl.load(region + at, mask=valid, other=-1)
-        known = (place >= 0) & (place < regions)
-        met |= known.to(met.dtype) << tl.where(known, place, 0)
-    return united(met, REGIONS)
+def _expand(z, out, base, channel, at, inside, begin, end, M: tl.constexpr, N: tl.constexpr):
+    """Stores channels [begin, end) of rows: z [M, N] at those that are in the ascending ``channel``, else base or zero."""
+    HALF: tl.constexpr = z.dtype.primitive_bitwidth == 16
+    if HALF:
+        low, high = tl.split(tl.reshape(z.to(tl.int16, bitcast=True), (M, N // 2, 2)))
+        words = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    else:
+        words = z.to(tl.int32, bitcast=True)
+    passed = tl.sum(((channel >= 0) & (channel < begin)).to(tl.int32), 0)  # slots of the tile before
+    for start in range(begin, end, 32):
+        target = start + tl.arange(0, 32)
+        inner = channel - start
+        here = (inner >= 0) & (inner < 32)
+        bits = tl.sum(tl.where(here, 1 << tl.where(here, inner, 0), 0), 0)
+        present = (bits >> tl.arange(0, 32)) & 1
+        slot = passed + tl.cumsum(present, 0) - present
+        passed += tl.sum(present, 0)
+        live = present > 0
+        slot = tl.minimum(slot, N - 1)
+        value = picked(words, slot, HALF, M, 32).to(z.dtype, bitcast=True)
+        to = at[:, None] + target[None, :]
+        mask = inside[:, None] & (target < end)[None, :]
+        below = tl.zeros([M, 32], z.dtype)
+        if base is not None:
+            below = tl.load(base + to, mask=mask)
+        tl.store(out + to, tl.where(live[None, :], value, below), mask=mask)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -111,7 +123,8 @@ def conv_kernel(
     With ``order`` the pixels of all jobs are listed, those of job j from ``offsets[j]`` to ``offsets[j + 1]``; what is
     listed after the last job has no weight, and is zero. With ``region`` each pixel of x names the weight that it meets.
     """
-    n_tiles = tl.cdiv(n_size, N)
+    EXPANDS: tl.constexpr = out_index is not None and not PACKED_OUT
+    n_tiles = tiles_of(n_size, EXPANDS, N)
     group = tl.program_id(1)
     job, tile, row, pixel, inside, weighted = _pixels(order, offsets, rows, jobs, n_tiles, JOBS, WIDE, M)
     first = (tile % n_tiles) * N
@@ -134,12 +147,14 @@ def conv_kernel(
     n_at = slot  # in the weight
     if out_index is not None:
         n_list, n_before, n_live = list_part(out_index, out_count, job, group, out_lists, out_length, n_size, OUT_PARTS, OUT_STEPS)  # fmt: skip
-        if PACKED_OUT:
-            channel = listed(n_list, slot, slot < n_live, group, n_size, OUT_PARTS)
-        else:
-            channel = all_channels(n_list, slot, n_live, group, n_size, OUT_PARTS, OUT_STEPS)
-        if not W_PACKED:
-            n_at = channel
+        if EXPANDS:
+            step = tl.where(n_live <= N, N, N - VECTOR)
+            first = (tile % n_tiles) * step  # its own slots begin up to a vector later: weights are vectors
+            begin, _ = boundary(n_list, first, n_live, group, n_size, OUT_PARTS)
+            end, n_live = boundary(n_list, first + step, n_live, group, n_size, OUT_PARTS)
+            slot = first + tl.arange(0, N)
+        channel = listed(n_list, slot, slot < n_live, group, n_size, OUT_PARTS)
+        n_at = slot if W_PACKED else channel
     n_mask = slot < n_live
     w_group_at = w + group.to(tl.int64) * w_group + job.to(tl.int64) * w_job
     reduction = tl.arange(0, K)
@@ -148,7 +163,7 @@ def conv_kernel(
     start = 0
     walked = tl.where(first < n_live, TAPS, 0)
     if region is not None:
-        left, met = _regions_met(
+        left, met = regions_met(
             region, pixel, inside, row, regions, in_h, in_w, out_h, out_w, pad_h, pad_w,
             KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, REGIONS, WIDE,
         )  # fmt: skip
@@ -198,6 +213,22 @@ def conv_kernel(
     if scale is not None:
         scale += job.to(tl.int64) * (n_size * tl.num_programs(1))
     z = finish(acc, bias, scale, None, None, None, row, channel, inside, n_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
+    z = z.to(out.dtype.element_ty)
+    if EXPANDS:
+        at = pixel * out_channels
+        _expand(
+            z,
+            out,
+            base,
+            tl.where(n_mask, channel, -1),
+            at,
+            inside,
+            group * n_size + begin,
+            group * n_size + end,
+            M,
+            N,
+        )
+        return
     target = channel
     stored = slot < n_size
     if PACKED_OUT:  # the groups lack as many channels of their sizes as the list lacks of all
@@ -207,15 +238,9 @@ def conv_kernel(
             target = tl.where(n_mask, target, total + group * n_size - n_before + slot - n_live)
         stored &= target < out_channels
     at = pixel[:, None] * out_channels + target[None, :]
-    if base is None:
-        if out_index is not None:
-            z = tl.where(n_mask[None, :], z, 0.0)
-        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside[:, None] & stored[None, :])
-    else:
-        tl.store(out + at, z.to(out.dtype.element_ty), mask=inside[:, None] & n_mask[None, :])
-        if first + N > n_live:
-            other = inside[:, None] & (stored & ~n_mask)[None, :]
-            tl.store(out + at, tl.load(base + at, mask=other), mask=other)
+    if PACKED_OUT:
+        z = tl.where(n_mask[None, :], z, 0.0)
+    tl.store(out + at, z, mask=inside[:, None] & stored[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -360,7 +385,7 @@ def product(
     if own is None:
         own = Own(g.batch if scale is not None or ins.per_sample or outs.per_sample else 1)
     rows, maps = g.batch * g.out_h * g.out_w, x.numel() + out.numel()
-    each, listed = triton.cdiv(rows, own.jobs), own.order is not None
+    each, listed = cdiv(rows, own.jobs), own.order is not None
     x, bias, scale, wide = gemm.rows_of(x), contiguous(bias), contiguous(scale), gemm.is_wide(x, out)
     arguments = own._asdict() | {
         "bias": bias, "scale": scale, "base": None if base is None else gemm.rows_of(base),
@@ -368,11 +393,11 @@ def product(
         "w_region": w.stride(1) if w.dim() == 5 else 0, "w_job": 0 if w.dim() == 3 or w.shape[0] == 1 else w.stride(0),
         "bias_job": 0 if bias is None or bias.dim() == 1 or bias.shape[0] == 1 else bias.stride(0),
         **gemm.geometry_arguments(g), "PACKED_OUT": outs.packed, "ACTIVATION": activation, "WIDE": wide,
-        "JOBS": min(1024, triton.next_power_of_2(own.jobs)) if listed else 1,
+        "JOBS": min(1024, power_of_2(own.jobs)) if listed else 1,
     }  # fmt: skip
 
     def tiles(m: int) -> int:
-        return rows // m + own.jobs + 1 if listed else own.jobs * triton.cdiv(each, m)
+        return rows // m + own.jobs + 1 if listed else own.jobs * cdiv(each, m)
 
     if gemm.is_narrow({"k_size": ins.size, "n_size": outs.size}, g.groups) and not (ins.heads or outs.heads):
         _direct(x, w, out, ins, outs, arguments, tiles)
@@ -386,7 +411,7 @@ def product(
         x, each, n, ins.capacity, own.jobs * g.groups, single, base is not None, heavy, family="channels"
     )
     with gemm.on_device(x):
-        conv_kernel[tiles(tile["M"]) * triton.cdiv(outs.size, tile["N"]), g.groups](
+        launch(conv_kernel, tiles(tile["M"]) * channel_lists.output_tiles(outs, tile["N"]), g.groups)(
             x, w, out, **ins.arguments("in"), **outs.arguments("out"), **(arguments | operands), **constants,
             PRECISION=precision, REGIONS=31 if own.regions <= 31 else MOST_REGIONS, **tile,
         )  # fmt: skip
@@ -405,7 +430,7 @@ def _operands(x: Tensor, w: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs
         operands = {"inner": w.shape[4], "w_group": w.stride(1), "w_job": w.stride(0)}
     else:
         operands = {"inner": w.shape[-1], "w_group": lead.size * w.stride(-3)}
-    if has_entries and ins.index is not None and g.taps > 1:
+    if has_entries and ins.index is not None and channel_lists.is_read_often(g.taps, outs):
         x, reads, k_part = channel_lists.compact(x, ins), "slots", channel_lists.padded(ins.capacity)
     operands |= {"k_part": k_part, "in_channels": x.shape[1]}
     single = reads != "slots" or tiling.is_ragged(operands) or (inner.index is not None and not packs)
@@ -419,7 +444,7 @@ def _direct(x, w, out, ins: Side, outs: Side, arguments: dict, tiles: Callable) 
     tile = tiling.direct_tile(whole[1].size)
     slots = dict(zip(("in_slots", "out_slots"), map(channel_lists.slots, whole), strict=True))
     with gemm.on_device(x):
-        direct_conv_kernel[(tiles(tile["M"]) * triton.cdiv(whole[1].size, tile["N"]),)](
+        launch(direct_conv_kernel, tiles(tile["M"]) * cdiv(whole[1].size, tile["N"]))(
             x, w, out, **slots, channels_in=whole[0].size, channels_out=whole[1].size, in_channels=x.shape[1],
             in_lists=ins.per_sample, out_lists=outs.per_sample, PACKED_IN=ins.packed, **arguments, **tile,
         )  # fmt: skip

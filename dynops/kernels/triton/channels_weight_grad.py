@@ -2,7 +2,7 @@
 
 A program owns one slice of a sample's pixels, one tap, and one tile of live outputs and inputs. It multiplies their
 live channels into the slice's own float32 copy of the live part of the gradient. A second pass adds the copies: each element of the gradient looks up its place in every sample's copy. No atomics: the result is
-bitwise reproducible. The copies of a chunk of samples are kept at a time, 64 MiB at most where one fits.
+bitwise reproducible. The copies of a chunk of samples are kept at a time, 256 MiB at most where one fits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from torch import Tensor
 from ...geometry import ConvGeometry
 from ..lists import Lists
 from . import channel_lists, gemm, tiling
-from .channel_lists import Side, choose, list_part, listed, sides
+from .channel_lists import Side, choose, is_read_often, list_part, listed, sides
 from .experts_weight_grad import slice_of
 from .gemm import source_row
+from .launch import cdiv, launch, power_of_2
 from .pixels_weight_grad import chunk_rows
 
-_COPIES = 2**24  # elements of the copies of a chunk of samples
+_COPIES = (
+    2**26
+)  # elements of the copies of a chunk of samples; with 2**24 a linear layer of 1024 to 4096 took 32 launches
 
 
 @triton.jit
@@ -220,13 +223,12 @@ def own_weight_grads(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeom
 
 
 def _bias_grad(grad: Tensor, outs: Side, outputs: int) -> Tensor:
-    sums = grad.sum((2, 3), dtype=torch.float32)
-    if outs.packed:
-        sums = channel_lists.scatter(sums[:, :, None, None], outs.index, outs.count, outputs, None)
-        sums = sums[:, :, 0, 0]
-    elif outs.index is not None:
-        sums = sums.masked_fill(~torch.ops.dynops.channel_mask(outs.index, outs.count, outputs), 0)
-    return sums.sum(0).to(grad.dtype)
+    sums = grad.sum((2, 3), dtype=torch.float32)[:, :, None, None]
+    if outs.index is not None:  # zero at channels that are not live
+        if not outs.packed:
+            sums = channel_lists.gather(sums, outs.index, outs.count, outs.index.shape[1])
+        sums = channel_lists.scatter(sums, outs.index, outs.count, outputs, None)
+    return sums[:, :, 0, 0].sum(0).to(grad.dtype)
 
 
 def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> Tensor:
@@ -240,14 +242,14 @@ def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, j
     dw = torch.empty((outputs, g.taps, ins.size), dtype=torch.float32, device=x.device)
     lists = {"in_lists": ins.per_sample and 1, "out_lists": outs.per_sample}
     slots = {"in_slots": channel_lists.slots(ins), "out_slots": channel_lists.slots(outs)}
-    n = min(256, max(16, triton.next_power_of_2(g.taps * ins.size)))
+    n = min(256, max(16, power_of_2(g.taps * ins.size)))
     with gemm.on_device(x):
         for first in range(0, jobs, together):
             some = min(together, jobs - first)
-            weight_grad_kernel[tiles, g.taps * g.groups, some * slices](
+            launch(weight_grad_kernel, tiles, g.taps * g.groups, some * slices)(
                 copies=copies, order=None, offsets=None, first_job=first, **arguments
             )
-            add_copies_kernel[outputs, triton.cdiv(g.taps * ins.size, n)](
+            launch(add_copies_kernel, outputs, cdiv(g.taps * ins.size, n))(
                 copies, dw, **slots, **lists, first_job=first, jobs=some, slices=slices, groups=g.groups,
                 k_size=ins.size, n_size=outs.size, **capacities, TAPS=g.taps, ADD=first > 0, N=n,
             )  # fmt: skip
@@ -256,17 +258,17 @@ def _products(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, j
 
 def _prepared(grad: Tensor, x: Tensor, ins: Side, outs: Side, g: ConvGeometry, jobs: int) -> tuple[dict, int, int]:  # fmt: skip
     """The arguments of ``weight_grad_kernel``, its tiles of a weight, and the slices of a job."""
-    rows = triton.cdiv(g.batch * g.out_h * g.out_w, jobs)
-    x, k_part, x_reads = _readable(x, ins, g.taps)
-    grad, n_part, grad_reads = _readable(grad, outs, g.taps)
+    rows = cdiv(g.batch * g.out_h * g.out_w, jobs)
+    x, k_part, x_reads = _readable(x, ins, is_read_often(g.taps, outs))
+    grad, n_part, grad_reads = _readable(grad, outs, is_read_often(g.taps, ins))
     sizes = {"k_size": ins.size, "n_size": outs.size, "k_part": k_part, "n_part": n_part, "in_channels": x.shape[1], "out_channels": grad.shape[1]}  # fmt: skip
     listed_reads = [side.index is not None and reads != "compact" for side, reads in ((ins, x_reads), (outs, grad_reads))]  # fmt: skip
     ragged, batch = tiling.is_ragged(sizes), jobs * g.groups * g.taps
     single, family = any(listed_reads) or ragged, "channels_weight"
     tile, precision = choose(x, outs.capacity, ins.capacity, rows, batch, single, wide=ragged, family=family)
-    tiles = triton.cdiv(outs.capacity, tile["M"]) * triton.cdiv(ins.capacity, tile["N"])
+    tiles = cdiv(outs.capacity, tile["M"]) * cdiv(ins.capacity, tile["N"])
     chunk = chunk_rows(rows, jobs * tiles * g.taps * g.groups, tile["K"], x.device)
-    slices = triton.cdiv(rows, chunk)
+    slices = cdiv(rows, chunk)
     arguments = {
         "grad": grad, "x": x, **ins.arguments("in"), **outs.arguments("out"), "rows": rows, "slices": slices,
         "chunk": chunk, **sizes, "k_capacity": ins.capacity, "n_capacity": outs.capacity,
@@ -287,31 +289,31 @@ def _own_products(
     with gemm.on_device(x):
         for first in range(0, jobs, together):
             some = copies[first : first + together]
-            weight_grad_kernel[tiles, g.taps * g.groups, len(some) * slices](
+            launch(weight_grad_kernel, tiles, g.taps * g.groups, len(some) * slices)(
                 copies=some, order=order, offsets=offsets if offsets is None else offsets[first:], first_job=first, **arguments
             )  # fmt: skip
     return copies
 
 
-def _readable(x: Tensor, lists: Side, taps: int) -> tuple[Tensor, int, str]:
+def _readable(x: Tensor, lists: Side, often: bool) -> tuple[Tensor, int, str]:
     """The map as the product reads it, the channels that each group has there, and how it is read."""
-    if lists.index is not None and taps > 1:  # read once for each tap: worth a copy that is read in vectors
+    if lists.index is not None and often:  # worth a copy that is read in vectors
         return channel_lists.compact(x, lists), channel_lists.padded(lists.capacity), "compact"
     return gemm.rows_of(x), 0 if lists.heads else lists.size, "packed" if lists.packed else "dense"
 
 
 def _direct(grad, x, ins: Side, outs: Side, g: ConvGeometry, jobs: int, order=None, offsets=None) -> Tensor:
     """float32 ``[jobs, slices, O, taps, C/groups]``."""
-    rows = triton.cdiv(g.batch * g.out_h * g.out_w, jobs)
+    rows = cdiv(g.batch * g.out_h * g.out_w, jobs)
     grad, x = gemm.rows_of(grad), gemm.rows_of(x)
     whole = ins.whole, outs.whole
     tile = tiling.direct_tile(whole[1].size)
-    grid = (g.taps * ins.size, triton.cdiv(whole[1].size, tile["N"]))
+    grid = (g.taps * ins.size, cdiv(whole[1].size, tile["N"]))
     chunk = chunk_rows(rows, jobs * grid[0] * grid[1], tile["M"], x.device)
-    slices = triton.cdiv(rows, chunk)
+    slices = cdiv(rows, chunk)
     dw = torch.empty((jobs, slices, whole[1].size, g.taps, ins.size), dtype=torch.float32, device=x.device)
     with gemm.on_device(x):
-        direct_weight_grad_kernel[(jobs * slices, *grid)](
+        launch(direct_weight_grad_kernel, jobs * slices, *grid)(
             grad, x, dw, *map(channel_lists.slots, whole), order, offsets, rows=rows, slices=slices, chunk=chunk,
             k_size=ins.size, n_size=outs.size, channels_in=whole[0].size, channels_out=whole[1].size,
             in_channels=x.shape[1], out_channels=grad.shape[1], in_lists=ins.per_sample, out_lists=outs.per_sample,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import gemm, tiling
 from .gemm import activate
+from .launch import launch
 
 CLAMPED = "clamped_swiglu"
 
@@ -189,7 +190,7 @@ def _launch(kernel, h: Tensor, tensors, activation, gated, interleaved, alpha, l
     rows, inner = h.shape
     tile = tiling.direct_tile(inner)
     with gemm.on_device(h):
-        kernel[tiling.grid(h, tile)](
+        launch(kernel, *tiling.grid(h, tile))(
             *tensors, rows, inner, alpha, limit, ACTIVATION=activation, GATED=gated,
             INTERLEAVED=gated and interleaved, WIDE=gemm.is_wide(*tensors), **tile,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..layout import contiguous
 from . import gemm, tiling
+from .launch import cdiv, launch, power_of_2
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -50,7 +51,7 @@ def combine_pairs_kernel(
     inside = token < tokens
     present = (channel < channels)[None, :]
     acc = tl.zeros([M, N], tl.float32)
-    for k in range(topk):
+    for k in tl.range(topk, loop_unroll_factor=4):
         row = tl.load(position + token * topk + k, mask=inside, other=-1)
         live = row >= 0
         if WIDE:
@@ -100,7 +101,7 @@ def gather(x: Tensor, weight: Tensor | None, order, offsets, position: Tensor) -
     tile = tiling.direct_tile(x.shape[1])
     weight = contiguous(weight)
     with gemm.on_device(x):
-        gather_pairs_kernel[tiling.grid(out, tile)](
+        launch(gather_pairs_kernel, *tiling.grid(out, tile))(
             x, out, weight, order, offsets, out.shape[0], offsets.shape[0] - 1, position.shape[1], x.shape[1],
             WIDE=gemm.is_wide(x, out), **tile,
         )  # fmt: skip
@@ -115,7 +116,7 @@ def combine(rows: Tensor, weight: Tensor | None, order, offsets, position: Tenso
     rows, tile = rows.contiguous(), tiling.direct_tile(rows.shape[1])
     weight = contiguous(weight)
     with gemm.on_device(rows):
-        combine_pairs_kernel[tiling.grid(out, tile)](
+        launch(combine_pairs_kernel, *tiling.grid(out, tile))(
             rows, out, weight, position, *position.shape, rows.shape[1], WIDE=gemm.is_wide(rows, out), **tile
         )
     return out
@@ -127,10 +128,10 @@ def dots(x: Tensor, rows: Tensor, packed: bool, order, offsets, position: Tensor
     if out.numel() == 0:
         return out
     x, rows = x.contiguous(), rows.contiguous()
-    n = min(256, max(16, triton.next_power_of_2(rows.shape[1])))
+    n = min(256, max(16, power_of_2(rows.shape[1])))
     tile = {"M": 2048 // n, "N": n, "num_warps": 4}
     with gemm.on_device(rows):
-        pair_dots_kernel[(triton.cdiv(out.numel(), tile["M"]),)](
+        launch(pair_dots_kernel, cdiv(out.numel(), tile["M"]))(
             x, rows, out, position, out.numel(), position.shape[1], rows.shape[1], PACKED=packed,
             WIDE=gemm.is_wide(x, rows), **tile,
         )  # fmt: skip

@@ -6,9 +6,13 @@
 reproducible.
 
 **Tiles.** A program owns a tile of rows of one expert and a tile of its outputs. The grid follows from P, E and the
-tile alone: expert e's tiles start at number ``offsets[e] // M + e``, which leaves each expert as many as it needs
-whatever the counts; one that is not needed returns at once. The dropped pairs are an expert without a weight,
-whose rows are written as zeros.
+tile alone: as many tiles as P pairs may need, whatever the counts. Programs number the tiles that are there without
+gaps, so that those that are not needed come last and return at once. The dropped pairs are an expert without a
+weight, whose rows are written as zeros.
+
+**Few rows.** Where experts have a few rows each, the time is that of reading their weights. Tiles of 16 rows read each
+weight once, and keep three blocks of it on their way (``tiling.EXPERT_TILES``). The reduction is not split among
+programs. A product of so few outputs that this leaves SMs idle is a few MB, and adding up parts is one more launch.
 
 **linear.** Rows are gathered by their token as they are loaded, so that x is not permuted; scale, bias, activation
 and row weight are applied in registers. With one choice for each token its row is stored where it belongs; with
@@ -22,6 +26,8 @@ An input gradient is ``linear`` with the weight transposed.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +38,7 @@ from .expert_activations import activation, activation_grad, glu, pair_columns, 
 from .expert_rows import combine, dots, gather
 from .experts_weight_grad import weight_grad
 from .gemm import TensorDescriptor, activate
+from .launch import cdiv, launch, power_of_2
 
 __all__ = ["activation", "activation_grad", "combine", "dots", "gather", "linear", "mlp", "weight_grad"]
 
@@ -42,17 +49,26 @@ _GROUP = 8  # row tiles; see grouped_tile
 
 @triton.jit
 def expert_tile(offsets, tile, rows, experts, M: tl.constexpr, EXPERTS: tl.constexpr):
-    """The expert that a tile of rows belongs to, ``experts`` for the dropped, and its rows [first, last)."""
+    """The expert that a tile of rows belongs to, ``experts`` for the dropped, and its rows [first, last).
+
+    Past the last tile there are none.
+    """
     expert = 0
+    skipped = 0  # tiles of the experts before it
     for start in range(0, experts, EXPERTS):
-        e = start + 1 + tl.arange(0, EXPERTS)
-        begins = tl.load(offsets + e, mask=e <= experts, other=0)
-        expert += tl.sum(((e <= experts) & (begins // M + e <= tile)).to(tl.int32), 0)
-    begin = tl.load(offsets + expert)
+        e = start + tl.arange(0, EXPERTS)
+        inside = e < experts
+        own = tl.load(offsets + e + 1, mask=inside, other=0) - tl.load(offsets + e, mask=inside, other=0)
+        own = tl.cdiv(own, M)
+        before = inside & (skipped + tl.cumsum(own, 0) <= tile) & (expert == start)
+        sums = tl.sum(tl.where(before, (1 << 32) + own.to(tl.int64), 0), 0)  # both sums in one
+        expert += (sums >> 32).to(tl.int32)
+        skipped += sums.to(tl.int32)
+    first = tl.load(offsets + expert) + (tile - skipped) * M
     last = rows
     if expert < experts:
         last = tl.load(offsets + expert + 1)
-    return expert, begin + (tile - begin // M - expert) * M, last
+    return expert, first, last
 
 
 @triton.jit
@@ -207,13 +223,14 @@ def _linear(
     heavy = activation == "gelu" or row_weight is not None
     tile, precision = choose(x, rows, experts, n_size, k_size, ragged, scale is not None, heavy)
     wide = gemm.is_wide(x, out) or weight.shape[1] * strides[1] >= gemm.INT32_LIMIT
-    grid = (rows // tile["M"] + experts + 1) * triton.cdiv(n_size, tile["N"])
+    groups = min(experts + 1, rows)  # that have rows: each has a last tile, of one row at least
+    grid = (rows + groups * (tile["M"] - 1)) // tile["M"] * cdiv(n_size, tile["N"])
     with gemm.on_device(x):
-        linear_kernel[(grid,)](
+        launch(linear_kernel, grid)(
             x, weight, _weight_box(x, weight, tile, transposed, gated and not interleaved), out, scale, bias,
             row_weight, order, offsets, rows, experts, position.shape[1], k_size, n_size, out.shape[1], *strides, alpha, limit, PACKED_IN=packed_in, SCATTERS=scatters, TRANSPOSED=transposed,
             ACTIVATION=activation, GATED=gated, INTERLEAVED=interleaved, PRECISION=precision, WIDE=wide,
-            EXPERTS=min(1024, triton.next_power_of_2(experts)), GROUP=_GROUP, **tile,
+            EXPERTS=min(1024, max(32, power_of_2(experts))), GROUP=_GROUP, **tile,
         )  # fmt: skip
     return out
 
@@ -227,11 +244,11 @@ def _weight_box(
     stored, but transposed a part of the reduction, which then must end with a box.
     """
     n = tile["N"] // 2 if halves else tile["N"]
-    matrix = weight.flatten(0, 1) if weight.is_contiguous() else None
-    usable = matrix is not None and x.dtype == weight.dtype and n >= 16 and gemm.takes_boxes(matrix)
-    if not usable or (transposed and weight.shape[1] % tile["K"]):
+    experts, rows, columns = weight.shape
+    usable = weight.is_contiguous() and x.dtype == weight.dtype and n >= 16 and columns % 8 == 0
+    if not usable or not gemm.takes_boxes(weight) or (transposed and rows % tile["K"]):
         return None
-    return TensorDescriptor.from_tensor(matrix, [tile["K"], n] if transposed else [n, tile["K"]])
+    return gemm.matrix_box(weight, experts * rows, columns, (tile["K"], n) if transposed else (n, tile["K"]))
 
 
 def choose(
@@ -239,17 +256,19 @@ def choose(
 ) -> tuple[dict, str]:
     """The tile and the precision of the products ``[rows / experts, k] @ [k, n]``, as :func:`tiling.choose`.
 
-    Not much taller than an expert has rows when they are even: the weight is read for few rows as fast as for
-    many, but a tile is multiplied whole. Tiles end where registers spilled: of single elements (``ragged``), of
-    int8 weights, with an epilogue of many (``heavy``: the error function, or weights of rows).
+    An expert of a random routing rarely has more rows than two standard deviations above the mean. A tile is not much
+    taller: it is multiplied whole. A lower one would read weights twice. Tiles end where registers spilled: of single
+    elements (``ragged``), of int8 weights, with an epilogue of many (``heavy``: the error function, or weights of rows).
     """
-    each = max(1, triton.cdiv(rows, experts))
+    active = min(experts, rows)
+    each = cdiv(rows, active)
+    each += math.ceil(2 * math.sqrt(each))
     most = {
         "half": 64 * 64 if ragged else 128 * 128 if quantized or heavy else 128 * 256,
         "tf32": 64 * 64 if ragged else 128 * 128,
         "ieee": 32 * 32 if ragged else 64 * 32 if quantized else 64 * 64,
     }
-    tallest = max(32, triton.next_power_of_2(each))
+    tallest = max(16, power_of_2(each))
     depth = min(k, 32) if ragged else k
     options = {"indirect": False, "largest": most, "tallest": tallest, "product": "matmul"}
-    return tiling.choose(x, each, n, depth, experts, family="experts", **options)
+    return tiling.choose(x, each, n, depth, active, family="experts", **options)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layout import contiguous
 from . import gemm, tiling
+from .launch import cdiv, launch
 from .pixels_weight_grad import chunk_rows
 
 # ------------------------------------------------------------------------------------- kernels
@@ -129,11 +130,11 @@ def _weights(grad: Tensor, x: Tensor, rows: tuple, shape: tuple, packed_grad, pa
         return grad.new_empty(shape)
     outputs, inputs, experts = grad.shape[1], x.shape[1], shape[0]
     tile, precision = choose(x, outputs, inputs, rows[1].shape[0], experts, rows[0] is not None)
-    programs = experts * triton.cdiv(outputs, tile["M"]) * triton.cdiv(inputs, tile["N"])
+    programs = experts * cdiv(outputs, tile["M"]) * cdiv(inputs, tile["N"])
     slices = _slices(rows[1].shape[0], programs, tile["K"], x.device)
     dw = _copies(grad, slices, shape)
     with gemm.on_device(x):
-        weight_grad_kernel[programs, slices](
+        launch(weight_grad_kernel, programs, slices)(
             grad, x, dw, *rows, slices, outputs, inputs, *((1, outputs) if transposed else (inputs, 1)),
             PACKED_GRAD=packed_grad, PACKED_X=packed_x, PRECISION=precision, WIDE=gemm.is_wide(grad, x), **tile,
         )  # fmt: skip
@@ -143,11 +144,11 @@ def _weights(grad: Tensor, x: Tensor, rows: tuple, shape: tuple, packed_grad, pa
 def _bias(grad: Tensor, rows: tuple, shape: tuple, packed_grad: bool) -> Tensor:
     experts, outputs = shape
     tile = tiling.direct_tile(outputs)
-    programs = experts * triton.cdiv(outputs, tile["N"])
+    programs = experts * cdiv(outputs, tile["N"])
     slices = _slices(rows[1].shape[0], programs, tile["M"], grad.device)
     db = _copies(grad, slices, shape)
     with gemm.on_device(grad):
-        bias_grad_kernel[programs, slices](
+        launch(bias_grad_kernel, programs, slices)(
             grad, db, *rows, slices, outputs, PACKED_GRAD=packed_grad, WIDE=gemm.is_wide(grad), **tile
         )
     return _sum(db, grad.dtype)
@@ -160,7 +161,7 @@ def bias_grads(grad: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _slices(rows: int, programs: int, block: int, device: torch.device) -> int:
-    return triton.cdiv(rows, chunk_rows(rows, programs, block, device))
+    return cdiv(rows, chunk_rows(rows, programs, block, device))
 
 
 def _copies(like: Tensor, slices: int, shape: tuple) -> Tensor:

@@ -19,10 +19,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...geometry import ConvGeometry
 from ...kept import kept
 from . import tiling
+from .launch import cdiv, launch
 
 # Sizes that change from input to input: not specialised on, so a new one compiles nothing.
 UNSPECIALIZED = ["rows", "in_h", "in_w", "out_h", "out_w", "pad_h", "pad_w"]
 MAX_ORDERED_TAPS = 62  # a tap set is one integer; larger kernels walk over every tap
+MAX_SET = tl.constexpr(MAX_ORDERED_TAPS)
 INT32_LIMIT = 2**31 - 2**16  # room for the lanes past the end of the last tile
 
 # --------------------------------------------------------------------------- device functions
@@ -155,6 +157,64 @@ def finish(z, bias, scale, shift, gate, residual, row, channel, row_mask, channe
     return activate(z, ACTIVATION)
 
 
+@triton.jit
+def finish_tile(
+    acc, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+    rows, n_size, out_channels, WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile and its store, one piece of the columns after another.
+
+    What a whole one loads takes so many registers that one program fits an SM: 194 with a norm and a residual, in pieces
+    120 (sm_90, 128x128, a capacity).
+    """
+    PIECE: tl.constexpr = 32 if residual is not None and out.dtype.element_ty.primitive_bitwidth == 16 else 64
+    if N > PIECE:
+        low, high = acc.reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        finish_tile(
+            low, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N // 2,
+        )  # fmt: skip
+        finish_tile(
+            high, out, row, pixel, live, first_channel + N // 2, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N // 2,
+        )  # fmt: skip
+    else:
+        channel = first_channel + tl.arange(0, N)
+        channel_mask = channel < n_size
+        channel += group * n_size
+        finish_rows(
+            acc, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+            rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_rows(
+    z, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual, rows, channels,
+    WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, ACTIVATION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile, stored at its rows, with zeros past the count where they are asked for, at its pixels, or
+    where ``target`` says."""
+    z = finish(
+        z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, channels, ACTIVATION, WIDE
+    )
+    if WRITES_ROWS:
+        at = row
+        z = tl.where(live[:, None], z, 0.0)
+        stored = row < rows if ZERO_TAIL else live
+    elif target is not None:
+        at = tl.load(target + pixel, mask=live, other=-1)
+        stored = at >= 0
+    else:
+        at = pixel
+        stored = live
+    if WIDE:
+        at = at.to(tl.int64)
+    at = at[:, None] * channels + channel[None, :]
+    tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
+
+
 # ----------------------------------------------------------------- rows in the order of their taps
 
 
@@ -173,9 +233,63 @@ def united(sets, SIZE: tl.constexpr):
 
 
 @triton.jit
-def tap_set(key, TAPS: tl.constexpr):
-    """The union of the rows' tap sets. A key is the Gray rank of its set."""
-    return united(key ^ (key >> 1), TAPS)
+def tap_sets(
+    pixel, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The taps of each output pixel that read something, as bits of one integer; see source_row. None of pixel -1."""
+    _, y, x = split_pixel(pixel, out_h, out_w)
+    columns = tl.zeros(pixel.shape, tl.int32 if TAPS <= 31 else tl.int64)
+    for tap in tl.static_range(KERNEL_W):
+        _, inside = _coordinate(x, tap, in_w, STRIDE_W, pad_w, DIL_W, TRANSPOSED)
+        columns |= inside.to(columns.dtype) << tap
+    taps = tl.zeros_like(columns)
+    for tap in tl.static_range(TAPS // KERNEL_W):
+        _, inside = _coordinate(y, tap, in_h, STRIDE_H, pad_h, DIL_H, TRANSPOSED)
+        taps |= tl.where(inside & (pixel >= 0), columns << (tap * KERNEL_W), 0)
+    if READS == "active" or READS == "packed":
+        origin = tap_origin(
+            pixel, in_h, in_w, out_h, out_w, pad_h, pad_w, STRIDE_H, STRIDE_W, TRANSPOSED, WIDE
+        )
+        for tap in range(TAPS):
+            at = origin + tap_offset(tap, in_w, KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED)
+            bit = tl.full(taps.shape, 1, taps.dtype) << tap
+            mapped = tl.load(source + at, mask=(taps & bit) != 0, other=-1)
+            taps = tl.where(mapped >= 0, taps, taps & ~bit)
+    return taps
+
+
+@triton.jit
+def tap_origin(
+    pixel, in_h, in_w, out_h, out_w, pad_h, pad_w,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A position such that a tap of an output pixel reads it plus tap_offset, which is the same for all pixels.
+
+    Transposed, tap t reads (y + pad - t) / stride, if that is whole: then it is (y + pad) // stride - t // stride.
+    """
+    n, y, x = split_pixel(pixel, out_h, out_w)
+    if TRANSPOSED:
+        y, x = (y + pad_h) // STRIDE_H, (x + pad_w) // STRIDE_W
+    else:
+        y, x = y * STRIDE_H - pad_h, x * STRIDE_W - pad_w
+    if WIDE:
+        n = n.to(tl.int64)
+    return (n * in_h + y) * in_w + x
+
+
+@triton.jit
+def tap_offset(
+    tap, in_w, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """See tap_origin."""
+    tap_y = tap // KERNEL_W
+    y, x = tap_y * DIL_H, (tap - tap_y * KERNEL_W) * DIL_W
+    if TRANSPOSED:
+        y, x = -(y // STRIDE_H), -(x // STRIDE_W)
+    return y * in_w + x
 
 
 @triton.jit
@@ -196,13 +310,10 @@ def tap_key_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK if WIDE else tl.program_id(0) * BLOCK
     row = first + tl.arange(0, BLOCK)
     pixel = load_pixels(index, row, rows)
-    taps = tl.zeros([BLOCK], tl.int32 if TAPS <= 31 else tl.int64)
-    for tap in range(TAPS):
-        _, valid = source_row(
-            pixel, pixel >= 0, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
-            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
-        )  # fmt: skip
-        taps |= valid.to(taps.dtype) << tap
+    taps = tap_sets(
+        pixel, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+        KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+    )  # fmt: skip
     for shift in tl.static_range(6 if TAPS > 31 else 5):  # Gray decoding: a prefix xor from the top
         taps ^= taps >> (1 << shift)
     tl.store(keys + row, taps.to(keys.dtype.element_ty), mask=row < rows)
@@ -214,7 +325,7 @@ def tap_order(
     """The rows' tap sets (as Gray ranks), descending, and the rows in that order."""
     dtype = torch.int16 if options["TAPS"] <= 15 else torch.int32 if options["TAPS"] <= 31 else torch.int64
     keys = torch.empty(rows, dtype=dtype, device=device)
-    tap_key_kernel[(triton.cdiv(rows, 256),)](keys, index, source, rows, **options, BLOCK=256)
+    launch(tap_key_kernel, cdiv(rows, 256))(keys, index, source, rows, **options, BLOCK=256)
     return torch.sort(keys, descending=True)
 
 
@@ -222,10 +333,13 @@ def tap_order(
 
 
 @triton.jit
-def round_kernel(x, out, size, BLOCK: tl.constexpr):
-    """out = x rounded to TF32: to 10 bits of mantissa, halves away from zero. NaN stays NaN."""
+def round_kernel(x, out, size, taps, inner, BLOCK: tl.constexpr):
+    """out [.., taps, inner] = x [.., inner, taps] rounded to TF32: to 10 bits of mantissa, halves away from zero. NaN stays NaN."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < size)
+    lead = at // (taps * inner)
+    left = (at - lead * (taps * inner)).to(tl.int32)
+    tap = left // inner
+    value = tl.load(x + lead * (taps * inner) + (left - tap * inner) * taps + tap, mask=at < size)
     bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     tl.store(out + at, rounded, mask=at < size)
@@ -240,24 +354,39 @@ def weight_rows(weight: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     A copy is kept for the next call (``dynops.kept``). Under CUDA graph capture it becomes part of the graph, so
     that a replay sees the weight as it is then.
     """
-    multiplies = not is_narrow({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups)
-    tf32 = weight.is_cuda and multiplies and tiling.precision(dtype) == "tf32"
-    make = functools.partial(pack_rows, weight, dtype, tf32)
+    tf32 = cuts_off({"k_size": weight.shape[0] // groups, "n_size": weight.shape[1]}, groups, weight, dtype)
     if not tf32 and weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last):
-        return make()
+        lead, inner, kh, kw = weight.shape  # one view, where pack_rows takes six steps and 10 us
+        return weight.detach().as_strided((lead, kh * kw, inner), (kh * kw * inner, inner, 1))
+    make = functools.partial(pack_rows, weight, dtype, tf32)
     return kept.get(("triton", dtype, tf32), make, weight)
 
 
 def pack_rows(weight: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
     """See :func:`weight_rows`."""
     lead, inner, kh, kw = weight.shape
-    rows = weight.detach().to(dtype).permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
-    if not tf32 or rows.numel() == 0:
-        return rows
-    rounded = torch.empty_like(rows)
-    with on_device(rows):
-        round_kernel[(triton.cdiv(rows.numel(), 1024),)](rows, rounded, rows.numel(), BLOCK=1024)
-    return rounded
+    weight = weight.detach().to(dtype)
+    if tf32:
+        return rounded_rows(weight)
+    return weight.permute(0, 2, 3, 1).contiguous().view(lead, kh * kw, inner)
+
+
+def cuts_off(sizes: dict, groups: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """True if the product with this weight is one in TF32, in which tensor cores cut off low bits."""
+    return weight.is_cuda and not is_narrow(sizes, groups) and tiling.precision(dtype) == "tf32"
+
+
+def rounded_rows(weight: Tensor) -> Tensor:
+    """A float32 ``[..., B, kh, kw]`` as ``[..., kh*kw, B]``, rounded to TF32 in the same pass."""
+    rows = weight.movedim(-3, -1)
+    shape, in_order = rows.flatten(-3, -2).shape, rows.is_contiguous()
+    source, out = (rows if in_order else weight.contiguous()), weight.new_empty(shape)
+    if out.numel():
+        with on_device(out):
+            launch(round_kernel, cdiv(out.numel(), 1024))(
+                source, out, out.numel(), 1 if in_order else shape[-2], shape[-1], BLOCK=1024
+            )
+    return out
 
 
 def as_weight(dw: Tensor, weight_shape, dtype: torch.dtype) -> Tensor:
@@ -274,11 +403,18 @@ def weight_box(w: Tensor, sizes: dict, tile: dict, g: ConvGeometry) -> TensorDes
     held their addresses: 206 registers became 194 on sm_90 with tiles of 128x256x64). A box must not run into the
     next tap's or group's part of the reduction: values there are multiplied by zero, and may be NaN.
     """
-    matrix = w.view(w.shape[0], -1)
+    if sizes["k_size"] % tile["K"] or not takes_boxes(w):
+        return None
+    box = (tile["K"], tile["N"]) if g.transposed else (tile["N"], tile["K"])
+    return matrix_box(w, w.shape[0], w.stride(0), box)
+
+
+def row_box(x: Tensor, sizes: dict, tile: dict) -> TensorDescriptor | None:
+    """Rows of channels, or a channels_last map, as a matrix that TMA reads in boxes of a tile; see :func:`weight_box`."""
+    matrix = x if x.dim() == 2 else x.permute(0, 2, 3, 1).view(-1, x.shape[1])
     if sizes["k_size"] % tile["K"] or not takes_boxes(matrix):
         return None
-    box = [tile["K"], tile["N"]] if g.transposed else [tile["N"], tile["K"]]
-    return TensorDescriptor.from_tensor(matrix, box)
+    return TensorDescriptor.from_tensor(matrix, [tile["M"], tile["K"]])
 
 
 def takes_boxes(matrix: Tensor) -> bool:
@@ -288,13 +424,30 @@ def takes_boxes(matrix: Tensor) -> bool:
     return arch >= 90 and half and matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 8 == 0
 
 
+def matrix_box(w: Tensor, rows: int, columns: int, box: tuple[int, int]) -> TensorDescriptor:
+    """The descriptor of contiguous memory, which :func:`takes_boxes`, as a matrix ``[rows, columns]``.
+
+    What was checked for these sizes before is not checked again: that takes 4 us with the view that would be its base.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(_box_fields(rows, columns, box), base=w)
+    return made
+
+
+@functools.lru_cache(4096)
+def _box_fields(rows: int, columns: int, box: tuple[int, int]) -> dict:
+    nothing = torch.empty(8, dtype=torch.float16)
+    return vars(TensorDescriptor(nothing, [rows, columns], [columns, 1], list(box)))
+
+
 def adjoint(g: ConvGeometry) -> ConvGeometry:
     """The geometry with input and output exchanged: tap t of q reads p where tap t of p read q."""
     return g._replace(in_h=g.out_h, in_w=g.out_w, out_h=g.in_h, out_w=g.in_w, transposed=1 - g.transposed)
 
 
+@functools.lru_cache(4096)
 def geometry_arguments(g: ConvGeometry) -> dict:
-    """The kernels' geometry arguments."""
+    """The kernels' geometry arguments, which no caller may write to."""
     sizes = {name: getattr(g, name) for name in UNSPECIALIZED[1:]}
     steps = {"STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w, "DIL_H": g.dil_h, "DIL_W": g.dil_w}
     return {**sizes, **steps, "KERNEL_W": g.kernel_w, "TAPS": g.taps, "TRANSPOSED": bool(g.transposed)}
@@ -321,9 +474,17 @@ def is_narrow(sizes: dict, groups: int) -> bool:
 
 def is_wide(*tensors: Tensor | None) -> bool:
     """True if an element offset in one of these may pass 2**31."""
-    return any(t is not None and t.numel() >= INT32_LIMIT for t in tensors)
+    for t in tensors:  # any() takes twice as long
+        if t is not None and t.numel() >= INT32_LIMIT:
+            return True
+    return False
+
+
+_HERE = contextlib.nullcontext()
 
 
 def on_device(x: Tensor):
     """Launches go to the current CUDA device: makes it that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)

@@ -35,7 +35,19 @@ from ...geometry import ConvGeometry
 from ..epilogue import Epilogue
 from ..layout import contiguous, empty_map, memory_format_of
 from . import gemm, tiling
-from .gemm import finish, load_pixels, lowest_tap, source_row, tap_set
+from .gemm import (
+    MAX_SET,
+    finish_rows,
+    finish_tile,
+    load_pixels,
+    lowest_tap,
+    source_row,
+    tap_offset,
+    tap_origin,
+    tap_sets,
+    united,
+)
+from .launch import cdiv, launch
 from .pixels_weight_grad import conv_weight_grad
 from .rows import filled, gather_rows, scatter_rows
 
@@ -46,7 +58,7 @@ __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "gather_rows", "scatte
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
 def conv_kernel(
-    x, w, w_box, out, index, count, order, keys, source, target, bias, scale, shift, gate, residual,
+    x, x_box, w, w_box, out, index, count, order, keys, source, target, bias, scale, shift, gate, residual,
     rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
@@ -58,7 +70,7 @@ def conv_kernel(
     and a program without rows still has to be given its shared memory on an SM: expected to cost, not measured.)"""
     if count is None:
         _conv_tile(
-            tl.program_id(0), x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+            tl.program_id(0), x, x_box, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
             rows, rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
             KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ZERO_TAIL,
             ACTIVATION, PRECISION, WIDE, PARTS, M, N, K,
@@ -70,7 +82,7 @@ def conv_kernel(
             covered = rows
         for tile in range(tl.program_id(0), tl.cdiv(n_size, N) * tl.cdiv(covered, M), tl.num_programs(0)):
             _conv_tile(
-                tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+                tile, x, x_box, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
                 rows, valid, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
                 KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WRITES_ROWS, ZERO_TAIL,
                 ACTIVATION, PRECISION, WIDE, PARTS, M, N, K,
@@ -79,7 +91,7 @@ def conv_kernel(
 
 @triton.jit
 def _conv_tile(
-    tile, x, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
+    tile, x, x_box, w, w_box, out, index, order, keys, source, target, bias, scale, shift, gate, residual,
     rows, valid_rows, in_h, in_w, out_h, out_w, pad_h, pad_w, k_size, n_size, lead, in_channels, out_channels,
     KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
@@ -89,7 +101,8 @@ def _conv_tile(
     """A tile of rows and output channels of one group.
 
     The weight is ``[groups*n_size, taps, k_size]``, transposed ``[groups*k_size, taps, n_size]``;
-    ``lead`` is the stride of its first dimension. ``w_box``: the same as a matrix that TMA reads, or None.
+    ``lead`` is the stride of its first dimension. ``w_box``: the same as a matrix that TMA reads, or None;
+    ``x_box``: that of x, whose row i the output's row i reads.
     With ``order``, rows are taken in that order and ``keys`` are their tap sets in the same order. A result
     goes to its row, its pixel, or, with ``target`` (a row for each pixel, or -1), to that row. PARTS > 1: each
     part of the reduction stores float32 sums ``[PARTS, rows, out_channels]``, for finish_parts_kernel.
@@ -106,11 +119,18 @@ def _conv_tile(
     pixel = load_pixels(index, row, rows)
     live = pixel >= 0
     if order is not None:
-        key = tl.load(keys + slot, mask=slot < rows, other=0)
-        taps, walked = tap_set(key.to(tl.int32 if TAPS <= 31 else tl.int64), TAPS)
+        key = tl.load(keys + slot, mask=slot < rows, other=0).to(tl.int32 if TAPS <= 31 else tl.int64)
+        sets = key ^ (key >> 1)
+        taps, walked = united(sets, TAPS)
         left = taps
         tap = lowest_tap(taps)
     else:
+        sets = pixel
+        if TAPS <= MAX_SET:
+            sets = tap_sets(
+                pixel, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+                KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, "pixels", WIDE,
+            )  # fmt: skip
         walked = tl.where(first < valid_rows, TAPS, 0)
         tap = 0
     start = 0
@@ -123,23 +143,26 @@ def _conv_tile(
         steps = tl.maximum(0, tl.minimum(each, steps - begin))
     channel_mask = channel < n_size
     w_group = w + group.to(tl.int64) * lead * (k_size if TRANSPOSED else n_size)
-    reduction = tl.arange(0, K)
-    acc = tl.zeros([M, N], tl.float32)
-    # Taps are the inner loop: neighbouring ones read the same rows, which are then still in L1 (hence ".ca")
-    for _ in range(steps):
-        k = start + reduction
-        k_mask = k < k_size
-        at, valid = source_row(
-            pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
-            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
-        )  # fmt: skip
-        x_at = at[:, None] * in_channels + (group * k_size + k)[None, :]
-        a = tl.load(
-            x + x_at,
-            mask=valid[:, None] & k_mask[None, :],
-            other=0.0,
-            cache_modifier=".ca" if TAPS > 1 else "",
+    origin = row
+    if READS != "aligned":
+        origin = tap_origin(
+            pixel, in_h, in_w, out_h, out_w, pad_h, pad_w, STRIDE_H, STRIDE_W, TRANSPOSED, WIDE
         )
+    lane = (group * k_size + tl.arange(0, K))[None, :]
+    if READS != "packed":
+        lane += (origin * in_channels)[:, None]
+    acc = tl.zeros([M, N], tl.float32)
+    for _ in range(steps):
+        k = start + tl.arange(0, K)
+        k_mask = k < k_size
+        if x_box is not None:
+            a = x_box.load([first.to(tl.int32), group * k_size + start])
+        else:
+            a = _gathered(
+                x, pixel, live, row, sets, origin, lane, tap, start, source, group * k_size + k, k_mask, in_channels,
+                in_h, in_w, out_h, out_w, pad_h, pad_w,
+                KERNEL_W, TAPS, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE, w_box is not None,
+            )  # fmt: skip
         if w_box is None:
             if TRANSPOSED:
                 w_at = k[:, None] * lead + tap * n_size + channel[None, :]
@@ -151,44 +174,69 @@ def _conv_tile(
         else:
             b = w_box.load([group * n_size + first_channel, tap * k_size + start]).T
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if order is not None:
+        if TAPS == 1:
+            start += K
+        elif order is not None:
             left &= left - 1
             done = left == 0
             left = tl.where(done, taps, left)
             tap = lowest_tap(left)
+            start += tl.where(done, K, 0)
         else:
             tap += 1
             done = tap == TAPS
             tap = tl.where(done, 0, tap)
-        start += tl.where(done, K, 0)
-    channel += group * n_size
+            start += tl.where(done, K, 0)
     if PARTS > 1:
+        channel += group * n_size
         at = (tl.program_id(2).to(tl.int64) * rows + slot)[:, None] * out_channels + channel[None, :]
         tl.store(out + at, acc, mask=(slot < rows)[:, None] & channel_mask[None, :])
     else:
-        z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-        _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
+        finish_tile(
+            acc, out, row, pixel, live, first_channel, group, target, bias, scale, shift, gate, residual,
+            rows, n_size, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE, M, N,
+        )  # fmt: skip
 
 
 @triton.jit
-def _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels,
-           WRITES_ROWS: tl.constexpr, ZERO_TAIL: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Stores a tile at its rows, with zeros past the count where they are asked for, at its pixels, or where
-    ``target`` says."""
-    if WRITES_ROWS:
-        at = row
-        z = tl.where(live[:, None], z, 0.0)
-        stored = row < rows if ZERO_TAIL else live
-    elif target is not None:
-        at = tl.load(target + pixel, mask=live, other=-1)
-        stored = at >= 0
+def _gathered(
+    x, pixel, live, row, sets, origin, lane, tap, start, source, channel, k_mask, in_channels,
+    in_h, in_w, out_h, out_w, pad_h, pad_w,
+    KERNEL_W: tl.constexpr, TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, TRANSPOSED: tl.constexpr, READS: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The channels from ``start`` on [M, K] that a tap of each row reads, zero where it reads nothing.
+
+    A row's place and the set of its taps are known, and a tap moves all rows by as much: 120 instructions a step, where
+    it takes 186 to come from coordinates (sm_90, 3x3, tiles of 128x256x64, Triton 3.6).
+
+    WHOLE: blocks of the reduction are whole. (Of rows that are looked up a step has 155 instructions with the mask of k
+    all the same, and 194 without it.)
+    """
+    if TAPS > MAX_SET:
+        at, valid = source_row(
+            pixel, live, row, tap, source, in_h, in_w, out_h, out_w, pad_h, pad_w,
+            KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED, READS, WIDE,
+        )  # fmt: skip
+        x_at = at[:, None] * in_channels + channel[None, :]
     else:
-        at = pixel
-        stored = live
-    if WIDE:
-        at = at.to(tl.int64)
-    at = at[:, None] * out_channels + channel[None, :]
-    tl.store(out + at, z.to(out.dtype.element_ty), mask=stored[:, None] & channel_mask[None, :])
+        valid = (sets & (tl.full([], 1, sets.dtype) << tap)) != 0
+        offset = tap_offset(tap, in_w, KERNEL_W, STRIDE_H, STRIDE_W, DIL_H, DIL_W, TRANSPOSED)
+        if READS == "packed":
+            at = tl.load(source + (origin + offset), mask=valid, other=-1)
+            valid = at >= 0
+            if WIDE:
+                at = at.to(tl.int64)
+            x_at = at[:, None] * in_channels + (lane + start)
+        else:
+            if WIDE:
+                offset = offset.to(tl.int64)
+            x_at = lane + (offset * in_channels + start)
+    mask = valid[:, None]
+    if READS == "packed" or not WHOLE:
+        mask = mask & k_mask[None, :]
+    return tl.load(x + x_at, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -208,8 +256,10 @@ def finish_parts_kernel(
     for part in range(PARTS):
         part_at = part * rows.to(tl.int64) * out_channels
         z += tl.load(sums + part_at + at, mask=live[:, None] & channel_mask[None, :], other=0.0)
-    z = finish(z, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
+    finish_rows(
+        z, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+        rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=gemm.UNSPECIALIZED)
@@ -249,8 +299,10 @@ def direct_conv_kernel(
                 w_at = channel * lead + tap * k_size + k
             b = tl.load(w + w_at, mask=channel_mask, other=0.0)
             acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
-    z = finish(acc, bias, scale, shift, gate, residual, row, channel, live, channel_mask, out_channels, ACTIVATION, WIDE)  # fmt: skip
-    _store(out, z, row, pixel, live, channel, channel_mask, target, rows, out_channels, WRITES_ROWS, ZERO_TAIL, WIDE)  # fmt: skip
+    finish_rows(
+        acc, out, row, pixel, live, channel, channel_mask, target, bias, scale, shift, gate, residual,
+        rows, out_channels, WRITES_ROWS, ZERO_TAIL, ACTIVATION, WIDE,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- launchers
@@ -258,17 +310,18 @@ def direct_conv_kernel(
 
 def conv(
     x, weight, bias, index, count, source, geometry, epilogue: Epilogue, base: Tensor | None, to_rows: bool,
-    expected: int | None = None, zero_tail: bool = True,
+    expected: int | None = None, zero_tail: bool = True, same_rows: bool = False,
 ) -> Tensor:  # fmt: skip
     """See ``ops.pixels.conv._conv``.
 
     Args:
         expected: about how many rows the count is, where somebody knows.
         zero_tail: rows past the count are zero; else they are left as they are.
+        same_rows: row i of the output reads row i of ``x`` and no other: ``index[i]`` is i, or -1.
     """
     g = ConvGeometry(*geometry)
     channels = weight.shape[1] * g.groups if g.transposed else weight.shape[0]
-    reads = "pixels" if source is None else "packed"
+    reads = "aligned" if same_rows else "pixels" if source is None else "packed"
     ordered = bool(g.transposed) and g.stride_h * g.stride_w > 1
     operands = [contiguous(t) for t in (bias, *epilogue[1:])]
     options = g, reads, to_rows, ordered, operands, epilogue.activation, expected, zero_tail
@@ -335,31 +388,35 @@ def _gather(
     with gemm.on_device(x):
         if gemm.is_narrow(sizes, g.groups):
             tile = tiling.direct_tile(out.shape[1])
-            grid = (triton.cdiv(rows, tile["M"]) * triton.cdiv(out.shape[1], tile["N"]),)
-            direct_conv_kernel[grid](x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
+            grid = (cdiv(rows, tile["M"]) * cdiv(out.shape[1], tile["N"]),)
+            launch(direct_conv_kernel, *grid)(x, w, out, index, count, source, target, *operands, rows, **sizes, **options, **stored, **tile)  # fmt: skip
             return
         order = keys = None
         if ordered and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
         likely = rows if count is None or expected is None else max(1, min(expected, rows))
+        # in a step: the rows of a single tap are looked up before, and an order knows which taps read something
+        looks_up = source is not None and g.taps > 1 and (reads == "packed" or order is None)
         tile, precision = tiling.choose(
             x, likely, sizes["n_size"], sizes["k_size"], g.groups,
-            family="pixels", indirect=source is not None, ragged=tiling.is_ragged(sizes), residual=operands[4] is not None,
+            family="pixels", indirect=looks_up, ragged=tiling.is_ragged(sizes), residual=operands[4] is not None,
+            short=g.taps * sizes["k_size"] <= tiling.SHORT,
         )  # fmt: skip
-        blocks = triton.cdiv(likely, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
-        steps = 1 if order is not None else g.taps * triton.cdiv(sizes["k_size"], tile["K"])
+        blocks = cdiv(likely, tile["M"]) * cdiv(sizes["n_size"], tile["N"])
+        steps = 1 if order is not None else g.taps * cdiv(sizes["k_size"], tile["K"])
         parts = tiling.parts(x.device, blocks * g.groups, steps, rows * out.shape[1])
         sums = out
         if parts > 1:
             sums = torch.empty(parts * rows * out.shape[1], dtype=torch.float32, device=x.device)
-        programs = triton.cdiv(rows, tile["M"]) * triton.cdiv(sizes["n_size"], tile["N"])
+        programs = cdiv(rows, tile["M"]) * cdiv(sizes["n_size"], tile["N"])
         if count is not None:
             walks_on = (writes_rows and zero_tail) or order is not None  # past the count
             # twice what is expected, as it may be more
             programs = min(programs, tiling.resident(x.device), programs if walks_on else 2 * blocks)
         options["WIDE"] |= gemm.is_wide(sums)
-        conv_kernel[programs, g.groups, parts](
-            x, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *operands, rows,
+        x_box = gemm.row_box(x, sizes, tile) if reads == "aligned" else None
+        launch(conv_kernel, programs, g.groups, parts)(
+            x, x_box, w, gemm.weight_box(w, sizes, tile, g), sums, index, count, order, keys, source, target, *operands, rows,
             **sizes, **options, **stored, PRECISION=precision, PARTS=parts, **tile,
         )  # fmt: skip
         if parts > 1:
@@ -369,6 +426,6 @@ def _gather(
 def _finish_parts(sums: Tensor, out: Tensor, index, target, operands, rows: int, wide: bool, stored: dict, parts: int) -> None:  # fmt: skip
     channels = out.shape[1]
     tile = tiling.direct_tile(channels)
-    finish_parts_kernel[triton.cdiv(rows, tile["M"]), triton.cdiv(channels, tile["N"])](
+    launch(finish_parts_kernel, cdiv(rows, tile["M"]), cdiv(channels, tile["N"]))(
         sums, out, index, target, *operands, rows, channels, **stored, WIDE=wide, PARTS=parts, **tile
     )

@@ -16,14 +16,19 @@ from torch import Tensor
 from ...geometry import ConvGeometry
 from . import gemm, tiling
 from .gemm import load_pixels, source_row
+from .launch import cdiv, launch
 
 
 @triton.jit
-def _chunk(count, rows, chunk):
-    """The rows [first, last) of this program's slice, of those before the count."""
+def _chunk(count, rows, chunk, BLOCK: tl.constexpr):
+    """The rows [first, last) of this program's slice, of those before the count, in whole blocks.
+
+    A capacity says little of the count: slices of it would leave a program in four with work at a density of 25 %.
+    """
     last = rows
     if count is not None:
         last = tl.minimum(rows, tl.load(count))
+        chunk = tl.cdiv(tl.cdiv(last, tl.num_programs(2)), BLOCK) * BLOCK
     first = tl.program_id(2) * chunk
     return first, tl.minimum(first + chunk, last)
 
@@ -59,7 +64,7 @@ def weight_grad_kernel(
     k = (tile % k_tiles) * N + tl.arange(0, N)
     n_mask = n < n_size
     k_mask = k < k_size
-    first, last = _chunk(count, rows, chunk)
+    first, last = _chunk(count, rows, chunk, K)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(first, last, K):
         row = start + tl.arange(0, K)
@@ -109,7 +114,7 @@ def direct_weight_grad_kernel(
     channel = tl.program_id(0) * N + tl.arange(0, N)
     channel_mask = channel < out_channels
     group = channel // n_size
-    first, last = _chunk(count, rows, chunk)
+    first, last = _chunk(count, rows, chunk, M)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(first, last, M):
         row = start + tl.arange(0, M)
@@ -166,25 +171,25 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
     narrow = gemm.is_narrow(sizes, g.groups)
     if narrow:
         tile = tiling.direct_tile(grad.shape[1])
-        grid = (triton.cdiv(grad.shape[1], tile["N"]), g.taps * sizes["k_size"])
+        grid = (cdiv(grad.shape[1], tile["N"]), g.taps * sizes["k_size"])
     else:
         tile, precision = tiling.choose(
             x, sizes["n_size"], sizes["k_size"], rows, g.groups * g.taps,
             family="pixels_weight", indirect=True, ragged=tiling.is_ragged(sizes),
         )  # fmt: skip
-        tiles = triton.cdiv(sizes["n_size"], tile["M"]) * triton.cdiv(sizes["k_size"], tile["N"])
+        tiles = cdiv(sizes["n_size"], tile["M"]) * cdiv(sizes["k_size"], tile["N"])
         grid = (tiles, g.taps * g.groups)
     chunk = chunk_rows(rows, grid[0] * grid[1], tile["M"] if narrow else tile["K"], x.device)
-    grid = (*grid, triton.cdiv(rows, chunk))
+    grid = (*grid, cdiv(rows, chunk))
     dw = torch.empty((grid[2], *shape), dtype=torch.float32, device=x.device)
     with gemm.on_device(x):
         if narrow:
-            direct_weight_grad_kernel[grid](grad, x, dw, index, count, source, rows, chunk, **sizes, **options, GRAD_ROWS=grad_rows, **tile)  # fmt: skip
+            launch(direct_weight_grad_kernel, *grid)(grad, x, dw, index, count, source, rows, chunk, **sizes, **options, GRAD_ROWS=grad_rows, **tile)  # fmt: skip
             return dw
         order = keys = None
         if g.transposed and g.stride_h * g.stride_w > 1 and g.taps <= gemm.MAX_ORDERED_TAPS:
             keys, order = gemm.tap_order(index, source, rows, options, x.device)
-        weight_grad_kernel[grid](
+        launch(weight_grad_kernel, *grid)(
             grad, x, dw, index, count, order, keys, source, rows, chunk, **sizes, **options,
             GRAD_ROWS=grad_rows, PRECISION=precision, **tile,
         )  # fmt: skip
@@ -194,4 +199,4 @@ def _slices(grad, x, index, count, source, shape, g: ConvGeometry, grad_rows: bo
 def chunk_rows(rows: int, programs: int, block: int, device: torch.device) -> int:
     """Rows of a slice: so many slices that about four programs reach each SM, of 8 blocks at least."""
     slices = max(1, 4 * tiling.device_facts(device)[1] // programs)
-    return block * max(8, triton.cdiv(triton.cdiv(rows, slices), block))
+    return block * max(8, cdiv(cdiv(rows, slices), block))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -14,14 +14,49 @@ from torch import Tensor
 from ..layout import contiguous, empty_map
 from . import gemm, tiling
 from .gemm import rank, split_pixel
+from .launch import cdiv, launch
 
 # Columns from which a program takes a part of one row: a sample's may be millions, a grid's y 65535.
 _LONG = 4096
+_ROW = 256  # the longest row of channels, in words of 32 bits, that is loaded whole
 # Bytes of a map from which it is filled beside the kernels that compute it. Not measured: by an H200's datasheet 32 MB
 # take 7 us. Two events and a launch are expected to cost the host about as much.
 _LARGE = 1 << 25
 _threads = threading.local()
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def picked(words, at, HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Columns ``at`` [N] of rows [M, ...] of 32-bit words, or of two 16-bit numbers each: by warp shuffles, as bits."""
+    word = at // 2 if HALF else at
+    value = tl.gather(words, tl.broadcast_to(word[None, :], [M, N]), 1)
+    if HALF:
+        value = (value >> ((at % 2) * 16)[None, :]).to(tl.int16)
+    return value
+
+
+@triton.jit
+def row_values(
+    x, at, step, channel, inside, present, size, ROW: tl.constexpr, HALF: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """x at ``at`` [M] plus ``step * channel`` [N], zero where it is not ``present``.
+
+    ROW: x has 32-bit words of numbers that lie side by side, of two each if HALF. That many, a power of two, hold a
+    row of ``size`` channels. It is loaded in vectors of 16 bytes and the channels are picked from registers. 0: x has
+    the numbers themselves, which are loaded one by one.
+    """
+    mask = inside[:, None] & present[None, :]
+    if ROW == 0:
+        value = tl.load(x + (at[:, None] + channel[None, :] * step), mask=mask, other=0)
+    else:
+        word = tl.arange(0, ROW)
+        each = 2 if HALF else 1
+        held = tl.load(x + (at // each)[:, None] + word[None, :], mask=inside[:, None] & (word < size // each)[None, :], other=0)  # fmt: skip
+        value = tl.where(
+            present[None, :], picked(held, tl.where(present, channel, 0).to(tl.int32), HALF, M, N), 0
+        )
+    return value
 
 
 @triton.jit(do_not_specialize=["rows", "h", "w"])
@@ -112,6 +147,19 @@ def merge_rows_kernel(
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def fill_rows(out, base, pixel, bare, channels, M: tl.constexpr, N: tl.constexpr):
+    """out = base, or zero, at those of a program's pixels that are bare."""
+    for start in range(0, channels, N):
+        channel = start + tl.arange(0, N)
+        mask = bare[:, None] & (channel < channels)[None, :]
+        at = pixel[:, None] * channels + channel[None, :]
+        value = tl.zeros([M, N], out.dtype.element_ty)
+        if base is not None:
+            value = tl.load(base + at, mask=mask)
+        tl.store(out + at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "pixels"])
 def fill_kernel(
     out, base, index, count, rows, pixels, channels, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
@@ -124,14 +172,7 @@ def fill_kernel(
     row = rank(index, last, pixel, 31, False) - 1
     entry = tl.load(index + row, mask=row >= 0, other=-1)
     bare = (entry != pixel) & (pixel < pixels)
-    for start in range(0, channels, N):
-        channel = start + tl.arange(0, N)
-        mask = bare[:, None] & (channel < channels)[None, :]
-        at = pixel[:, None] * channels + channel[None, :]
-        value = tl.zeros([M, N], out.dtype.element_ty)
-        if base is not None:
-            value = tl.load(base + at, mask=mask)
-        tl.store(out + at, value, mask=mask)
+    fill_rows(out, base, pixel, bare, channels, M, N)
 
 
 @triton.jit(do_not_specialize=["columns", "h", "w"])
@@ -191,10 +232,8 @@ def nearest_pixel(index: Tensor, count: Tensor | None, shape: list[int]) -> Tens
         return out
     wide = gemm.is_wide(out)
     with gemm.on_device(out):
-        nearest_row_kernel[(triton.cdiv(n * w, 32),)](
-            row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1
-        )
-        nearest_pixel_kernel[(triton.cdiv(n * h * w, 256),)](nearest, out, n * h * w, h, w, wide, BLOCK=256)
+        launch(nearest_row_kernel, cdiv(n * w, 32))(row_of, nearest, n * w, h, w, wide, BLOCK=32, num_warps=1)
+        launch(nearest_pixel_kernel, cdiv(n * h * w, 256))(nearest, out, n * h * w, h, w, wide, BLOCK=256)
     return out
 
 
@@ -207,7 +246,7 @@ def gather_rows(x: Tensor, index: Tensor, count: Tensor | None) -> Tensor:
     reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     wide = gemm.is_wide(out) or reach >= gemm.INT32_LIMIT
     with gemm.on_device(x):
-        gather_rows_kernel[tiling.grid(out, tile)](
+        launch(gather_rows_kernel, *tiling.grid(out, tile))(
             words(x), words(out), index, out.shape[0], x.shape[2], x.shape[3], x.shape[1], *x.stride(), wide, **tile
         )  # fmt: skip
     return out
@@ -218,12 +257,16 @@ def scatter_rows(
 ) -> Tensor:
     """See ``ops.pixels.rows._scatter_rows``."""
     out = empty_map(rows, (shape[0], rows.shape[1], shape[1], shape[2]), torch.channels_last)
-    out = out.zero_() if base is None else out.copy_(base)
+    return scatter_into(out.zero_() if base is None else out.copy_(base), rows, index)
+
+
+def scatter_into(out: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Writes rows where the index says into ``out``, whose channels lie side by side; -1: nowhere."""
     if rows.numel() == 0 or out.numel() == 0:
         return out
     rows, tile = rows.contiguous(), _tile(rows.shape[1])
     with gemm.on_device(rows):
-        scatter_rows_kernel[tiling.grid(rows, tile)](
+        launch(scatter_rows_kernel, *tiling.grid(rows, tile))(
             words(rows), words(out), index, rows.shape[0], rows.shape[1], gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
@@ -242,7 +285,7 @@ def scatter_planes(
     row_of, tile = torch.ops.dynops.inverse_index(index, count, shape), {"M": 64, "N": 32, "num_warps": 4}
     base = None if base is None else words(base.contiguous())
     with gemm.on_device(rows):
-        scatter_planes_kernel[triton.cdiv(n * h * w, tile["M"]), triton.cdiv(rows.shape[1], tile["N"])](
+        launch(scatter_planes_kernel, cdiv(n * h * w, tile["M"]), cdiv(rows.shape[1], tile["N"]))(
             words(rows.contiguous()), words(out), row_of, base, n * h * w, h * w, rows.shape[1],
             gemm.is_wide(rows, out), **tile,
         )  # fmt: skip
@@ -260,15 +303,29 @@ def merge_rows(
     rows, base, tile = rows.contiguous(), base.contiguous(), _tile(base.shape[1])
     scale = contiguous(scale)
     with gemm.on_device(rows):
-        merge_rows_kernel[tiling.grid(out, tile)](
+        launch(merge_rows_kernel, *tiling.grid(out, tile))(
             rows, out, row_of, base, scale, out.shape[0], out.shape[1], mix, gemm.is_wide(rows, out), **tile
         )  # fmt: skip
     return out
 
 
+def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None):
+    """As :func:`filled_by`, where the ascending ``index`` has no pixel."""
+    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
+
+    def fill(values: Tensor, base: Tensor | None) -> None:
+        launch(fill_kernel, cdiv(pixels, tile["M"]))(
+            values, base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
+        )
+
+    return filled_by(out, base, fill)
+
+
 @contextlib.contextmanager
-def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None) -> Iterator[None]:
-    """Makes a channels_last map ``base``, or zero, where ``index`` has no pixel; the block writes the others.
+def filled_by(
+    out: Tensor, base: Tensor | None, fill: Callable[[Tensor, Tensor | None], None]
+) -> Iterator[None]:
+    """Makes a channels_last map ``base``, or zero, where ``fill`` does so; the block writes the other pixels.
 
     A large map is filled on a stream of its own while the block's kernels run: they are bound by arithmetic, the fill
     by memory. It is launched after them: programs start in the order of their launches, and a fill of thousands would
@@ -280,13 +337,10 @@ def filled(out: Tensor, base: Tensor | None, index: Tensor, count: Tensor | None
         yield
         return
     base = None if base is None else words(base.contiguous(memory_format=torch.channels_last))
-    pixels, channels, tile = out.numel() // out.shape[1], out.shape[1], _tile(out.shape[1])
     earlier = torch.cuda.current_stream(out.device).record_event() if out.is_cuda else None
     yield
     with _aside(out, earlier):
-        fill_kernel[(triton.cdiv(pixels, tile["M"]),)](
-            words(out), base, index, count, index.shape[0], pixels, channels, gemm.is_wide(out), **tile
-        )
+        fill(words(out), base)
 
 
 @contextlib.contextmanager
@@ -319,3 +373,19 @@ def words(x: Tensor) -> Tensor:
     if x.element_size() not in _WORDS:
         raise TypeError(f"x: expected a dtype of at most 8 bytes, got {x.dtype}")
     return x.view(_WORDS[x.element_size()])
+
+
+def whole_rows(x: Tensor, size: int) -> tuple[Tensor, dict] | None:
+    """``x`` as the 32-bit words of its rows, and the tile that loads ``size`` channels whole; None where that does not pay.
+
+    It pays up to 256 words. A warp shuffle brings one word of each lane, so wider rows take more of them: by the machine
+    code for sm_90, 32 instructions for each number picked of 256 bfloat16 channels, 40 of 512, 97 of 1024. One that
+    is loaded singly takes 14. (Not measured.)
+    """
+    each = 4 // x.element_size()
+    if each not in (1, 2) or size % 16 or not 0 < size <= _ROW * each or x.data_ptr() % 16:
+        return None
+    rows = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    row = max(16, triton.next_power_of_2(size // each))
+    tile = {"M": 2048 // row, "N": row, "num_warps": 4, "ROW": row, "HALF": each == 2}
+    return rows.view(torch.int32), tile

@@ -16,6 +16,8 @@ every call, but for those that are mixed, whose copies are kept.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
@@ -25,8 +27,20 @@ from . import experts_weight_grad, gemm
 from .channel_lists import Side
 from .channels import MOST_REGIONS, Own, product
 from .channels_weight_grad import own_weight_grads
+from .launch import cdiv, launch
 
 __all__ = ["conv", "conv_input_grad", "conv_weight_grad", "mixed_conv"]
+
+
+@triton.jit(do_not_specialize=["pixels", "plane"])
+def region_key_kernel(region, key, pixels, plane, jobs, regions, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """key = the job of each pixel: its region, EACH: of its sample; ``jobs`` where it has none."""
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    job = tl.load(region + pixel, mask=pixel < pixels, other=-1)
+    known = (job >= 0) & (job < regions)
+    if EACH:
+        job += (pixel // plane).to(tl.int32) * regions
+    tl.store(key + pixel, tl.where(known, job, jobs), mask=pixel < pixels)
 
 
 def conv(x, weight, bias, region, geometry, activation: str) -> Tensor:
@@ -40,7 +54,9 @@ def conv(x, weight, bias, region, geometry, activation: str) -> Tensor:
         bias, weight = (t.expand(samples, *t.shape[1:]) for t in (bias, weight))
     bias = None if bias is None else bias.flatten(0, 1)
     own = _jobs(region, weight.shape, g)
-    product(x, _rows(weight).flatten(0, 1), out, *_sides(weight.shape, g), g, bias, activation, own=own)
+    product(
+        x, _rows(weight, g.groups).flatten(0, 1), out, *_sides(weight.shape, g), g, bias, activation, own=own
+    )
     return out
 
 
@@ -59,7 +75,7 @@ def conv_input_grad(grad, weight, region, geometry) -> Tensor:
     dx = empty_map(grad, (g.batch, ins.groups * ins.size, g.in_h, g.in_w), torch.channels_last)
     if 0 in (dx.numel(), grad.numel()):
         return dx.zero_()
-    w = _rows(weight)
+    w = _rows(weight, g.groups)
     if region is None:
         product(grad, w[:, 0], dx, outs, ins, gemm.adjoint(g), own=Own(g.batch))
         return dx
@@ -108,9 +124,16 @@ def _sides(weight_shape, g: ConvGeometry) -> tuple[Side, Side]:
     )
 
 
-def _rows(weight: Tensor) -> Tensor:
-    """``[N or 1, R, O, C/groups, kh, kw]`` as ``[N or 1, R, O, taps, C/groups]``; no copy where channels lie side by side."""
-    return weight.detach().permute(0, 1, 2, 4, 5, 3).contiguous().flatten(3, 4)
+def _rows(weight: Tensor, groups: int) -> Tensor:
+    """``[N or 1, R, O, C/groups, kh, kw]`` as ``[N or 1, R, O, taps, C/groups]``; no copy where channels lie side by side.
+
+    A copy for products in TF32 is rounded, as ``gemm.weight_rows`` does.
+    """
+    rows = weight.detach().permute(0, 1, 2, 4, 5, 3)
+    sizes = {"k_size": weight.shape[3], "n_size": weight.shape[2] // groups}
+    if not rows.is_contiguous() and gemm.cuts_off(sizes, groups, weight, weight.dtype):
+        return gemm.rounded_rows(weight.detach())
+    return rows.contiguous().flatten(3, 4)
 
 
 def _jobs(region: Tensor | None, weight_shape, g: ConvGeometry) -> Own:
@@ -118,8 +141,12 @@ def _jobs(region: Tensor | None, weight_shape, g: ConvGeometry) -> Own:
     if region is None:
         return Own(g.batch)
     samples, regions = weight_shape[:2]
-    jobs = samples * regions
-    first = torch.arange(0, jobs, regions, dtype=torch.int32, device=region.device)  # of each sample
-    key = torch.where((region < 0) | (region >= regions), jobs, region + first[:, None, None])
-    order, offsets, _ = torch.ops.dynops.expert_index(key.reshape(-1, 1), jobs, -1)
+    region, jobs = region.contiguous(), samples * regions
+    key, plane = torch.empty_like(region), region.shape[1] * region.shape[2]
+    if key.numel():
+        with gemm.on_device(key):
+            launch(region_key_kernel, cdiv(key.numel(), 1024))(
+                region, key, key.numel(), plane, jobs, regions, EACH=samples > 1, BLOCK=1024
+            )
+    order, offsets, _ = torch.ops.dynops.expert_index(key.view(-1, 1), jobs, -1)
     return Own(jobs, order, offsets)

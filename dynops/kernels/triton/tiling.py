@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,17 @@ from ..configs import bucket, precision
 
 
 class Tile(NamedTuple):
-    """The work of one program: m x n outputs, k of the reduction at a time."""
+    """The work of one program: m x n outputs, k of the reduction at a time.
+
+    ``maxnreg``: the most registers that the compiler may give a thread, so that more programs fit an SM; None: any.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    maxnreg: int | None = None
 
 
 # Large first. Each is compiled ahead of time for its architecture by make gpu-audit: no spills, and tensor cores
@@ -29,7 +34,7 @@ _SMALL_TF32 = (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3), Tile(32, 32, 32, 
 _IEEE = (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
 TILES = {
     (80, "half"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL),
-    (90, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
+    (90, "half"): (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
     (100, "half"): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), *_SMALL),
     (80, "tf32"): _SMALL_TF32,
     (90, "tf32"): (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), *_SMALL_TF32),
@@ -38,19 +43,34 @@ TILES = {
     (90, "ieee"): _IEEE,
     (100, "ieee"): _IEEE[1:],
 }
+# Of experts too. Where they have few rows each, the time is that of reading their weights: blocks of 16 KB, of which
+# three are on their way while a fourth is multiplied. The four warps of 16x64 issue 128 instructions for one (sm_90,
+# ptxas 12.8), 15 % of an H200's clocks in which its memory delivers it; those of 32x32x64 issue 130 for 4 KB.
+EXPERT_TILES = {
+    "half": (Tile(64, 128, 64, 4, 4), Tile(32, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 4, 4), Tile(16, 16, 256, 2, 4)),
+    "tf32": (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4), Tile(16, 32, 64, 4, 4), Tile(16, 16, 128, 2, 4)),
+    "ieee": (Tile(16, 64, 32, 4, 4), Tile(16, 32, 32, 4, 4), Tile(16, 16, 64, 2, 4)),
+}  # fmt: skip
 
 
-# Multiply-adds that the tensor cores of an SM do in the time in which L2 gives it one element: 1024, 2048 and 4096
-# in a clock by the datasheets of A100, H100 and B200, over 64 bytes; in float32 half as many over elements twice as
-# long. Without tensor cores 64 or 128 over 16 elements.
-_TENSOR_CORES = {80: 32, 90: 64, 100: 128}
-_LOAD = {"half": _TENSOR_CORES, "tf32": _TENSOR_CORES, "ieee": {80: 4, 90: 8, 100: 8}}
+# With 128 registers two programs of this tile fit an SM of sm_90, and no epilogue of a pixels' convolution spills. Left
+# alone it takes 129, or up to 179 where programs walk over tiles, and then one fits.
+_PAIRED = Tile(128, 128, 64, 8, 3)
+# Of a reduction of so few channels in all (1x1 layers) the loads and stores around it are the most, and programs overlap.
+SHORT = 512
+# Multiply-adds of an SM in a clock, dense, by the datasheets of A100, H100 and B200; without tensor cores for "ieee".
+_RATE = {"half": {80: 1024, 90: 2048, 100: 4096}, "tf32": {80: 512, 90: 1024, 100: 2048}, "ieee": {80: 64, 90: 128, 100: 128}}  # fmt: skip
+# Bytes in a clock that one SM can take from L2 (CUDA's tuning guides), and that L2 gives to each SM where all of them
+# take: an A100's datasheet has 5120 for 108 SMs; the others are guesses, on sm_90 from 6 TB/s for 132 SMs at 1.7 GHz.
+_PORT = 64
+_L2 = {80: 47, 90: 27, 100: 32}
+_CLOCK = {80: 1410, 90: 1755, 100: 1850}  # MHz, the boost clocks of those datasheets
 
 
 def choose(
     x: Tensor, rows: int, n: int, k: int, batch: int, *,
-    family: str, indirect: bool, ragged: bool = False, residual: bool = False, largest: dict | None = None,
-    tallest: int = 256, product: str = "conv",
+    family: str, indirect: bool, ragged: bool = False, residual: bool = False, short: bool = False,
+    largest: dict | None = None, tallest: int = 256, product: str = "conv",
 ) -> tuple[dict, str]:  # fmt: skip
     """The tile and the precision of ``batch`` products ``[rows, k] @ [k, n]``.
 
@@ -62,13 +82,15 @@ def choose(
         indirect: the addresses of a step are themselves loaded in the step.
         ragged: channels are not a multiple of 16, so that loads are not vectors.
         residual: the epilogue reads one.
+        short: the whole reduction is so few steps that programs have to overlap on an SM, :data:`SHORT` at most.
         largest: the elements of the largest tile of each kind, where they do not follow from these two.
         tallest: the rows of the tallest tile.
         product: see :func:`precision`.
     """
     kind = precision(x.dtype, product)
-    most = _largest(kind, ragged, residual) if largest is None else largest[kind]
-    limits = Limits(most, max(16, 1 << bucket(n)), tallest)  # triton.next_power_of_2 costs 2 us
+    most = _largest(kind, ragged, residual, short) if largest is None else largest[kind]
+    widest = max(16, 1 << bucket(n))  # triton.next_power_of_2 costs 2 us
+    limits = Limits(most, widest, tallest, family == "pixels")
     config = configs.of(x.device)
     tuned = None if config is None else config.tile(family, kind, most, indirect, rows, n, k, batch)
     tile = None if tuned is None else Tile(**tuned)
@@ -78,36 +100,76 @@ def choose(
 
 
 class Limits(NamedTuple):
-    """The most elements, columns and rows of a tile."""
+    """The most elements, columns and rows of a tile, and whether two of :data:`_PAIRED` fit an SM."""
 
     most: int
     widest: int
     tallest: int
+    paired: bool = False
 
     def allow(self, tile: Tile) -> bool:
         return tile.n <= self.widest and tile.m <= self.tallest and tile.m * tile.n <= self.most
+
+    def registers(self, tile: Tile, arch: int) -> Tile:
+        """A tile of the table with so few registers that two programs fit an SM, where nothing spills."""
+        return tile._replace(maxnreg=128) if self.paired and arch == 90 and tile == _PAIRED else tile
 
 
 def built_in(
     device: torch.device, family: str, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int
 ) -> Tile:
     """The tile of the table that is expected to be the fastest for a problem; see :func:`choose`."""
+    return _fastest(*device_facts(device), kind, limits, rows, n, k, batch, family)
+
+
+@functools.lru_cache(4096)
+def _fastest(
+    arch: int, processors: int, kind: str, limits: Limits, rows: int, n: int, k: int, batch: int, family: str
+) -> Tile:
+    problem, costs = (rows, n, k, batch, family.endswith("_weight")), (processors, *_loads(kind, arch))
+    some = filter(limits.allow, table(arch, kind, family))
+    return limits.registers(min(some, key=lambda t: _work(t, *problem, *costs)), arch)
+
+
+def table(arch: int, kind: str, family: str) -> tuple[Tile, ...]:
+    """The tiles that a kernel may take on an architecture."""
+    return TILES[arch, kind] + (EXPERT_TILES[kind] if family == "experts" else ())
+
+
+def expected_us(device: torch.device, tile: Tile, rows: int, n: int, k: int) -> float:
+    """The time of a product ``[rows, k] @ [k, n]`` of half precision by :func:`_work`, if nothing else takes longer."""
     arch, processors = device_facts(device)
-    problem, load = (rows, n, k, batch, family.endswith("_weight")), _LOAD[kind][arch]
-    return min(filter(limits.allow, TILES[arch, kind]), key=lambda t: _work(t, *problem, processors, load))
+    work = _work(tile, rows, n, k, 1, False, processors, *_loads("half", arch))
+    return k * work / (_RATE["half"][arch] * _CLOCK[arch])
+
+
+def _loads(kind: str, arch: int) -> tuple[float, float]:
+    """The multiply-adds of an SM that take as long as one element through its port, and from the L2 of all."""
+    width = 2 if kind == "half" else 4  # bytes
+    return _RATE[kind][arch] * width / _PORT, _RATE[kind][arch] * width / _L2[arch]
 
 
 def _work(
-    tile: Tile, rows: int, n: int, k: int, batch: int, slices: bool, processors: int, load: int
+    tile: Tile,
+    rows: int,
+    n: int,
+    k: int,
+    batch: int,
+    slices: bool,
+    processors: int,
+    port: float,
+    shared: float,
 ) -> float:
-    """The work of the SM with most tiles for one step of the reduction, in multiply-adds.
+    """The time of a problem for one step of the reduction, in multiply-adds of one SM.
 
     A tile multiplies m * n elements and loads m + n. Large ones load less for each product. Small ones leave fewer
-    SMs idle in the last wave and fewer rows and columns past the end.
+    SMs idle in the last wave and fewer rows and columns past the end. Products, what an SM loads and what all load
+    go on at the same time: the longest of them counts.
 
     Args:
         slices: the reduction is cut where programs are too few, as ``pixels_weight_grad.chunk_rows`` does.
-        load: the multiply-adds that take as long as one element loaded.
+        port: the multiply-adds that take as long as an SM takes to load one element alone.
+        shared: the same where all SMs load.
     """
     m, width = tile.m, tile.n
     programs = batch * -(-rows // m) * -(-n // width)  # triton.cdiv costs 3 us
@@ -116,15 +178,16 @@ def _work(
     if parts > 1:  # each part is a float32 copy, written and read again
         loads += 4 * m * width * parts / k
     waves = -(-programs * parts // processors) / parts
-    return waves * (m * width + load * loads)
+    return max(waves * m * width, waves * loads * port, programs * loads * shared / processors)
 
 
-def _largest(kind: str, ragged: bool, residual: bool) -> int:
+def _largest(kind: str, ragged: bool, residual: bool, short: bool) -> int:
     """The elements of the largest tile that has registers for the addresses of single elements."""
-    if ragged or residual:
-        largest = {"half": 128 * 128, "tf32": 64 * 64, "ieee": 32 * 32}[kind]
-        return min(largest, 32 * 32) if ragged else largest
-    return 128 * 256
+    if ragged:
+        return 32 * 32
+    if kind == "half":  # a residual is read in pieces
+        return 128 * 128 if short else 128 * 256
+    return {"tf32": 64 * 64, "ieee": 32 * 32}[kind] if residual else 128 * 256
 
 
 def is_ragged(sizes: dict) -> bool:
@@ -139,7 +202,8 @@ def tile_arguments(tile: Tile, k: int, indirect: bool) -> dict:
     """
     block = min(tile.k, max(16, 1 << bucket(k)))
     stages = 2 * tile.stages - 1 if indirect else tile.stages
-    return {"M": tile.m, "N": tile.n, "K": block, "num_warps": tile.warps, "num_stages": stages}
+    arguments = {"M": tile.m, "N": tile.n, "K": block, "num_warps": tile.warps, "num_stages": stages}
+    return arguments if tile.maxnreg is None else {**arguments, "maxnreg": tile.maxnreg}
 
 
 @functools.cache
@@ -167,7 +231,9 @@ _MOST_PARTS = 16
 _MOST_SUMS = (
     1 << 26
 )  # bytes: a capacity may be far more rows than the expected ones that a split was chosen for
-_PART_STEPS = 4  # of a part's pipeline of three at least, or filling it costs more than the SMs gained
+# Steps of a part at least. Not measured: a step of 128x128x64 takes 0.3 to 0.6 us by its products and bytes, and the
+# kernel that adds the parts about 3 us.
+_PART_STEPS = 10
 
 
 def parts(device: torch.device, programs: int, steps: int, outputs: int) -> int:
@@ -188,3 +254,26 @@ def parts(device: torch.device, programs: int, steps: int, outputs: int) -> int:
 def resident(device: torch.device) -> int:
     """About how many programs run at once: four on each SM, where registers and shared memory allow it."""
     return 4 * device_facts(device)[1]
+
+
+_BOXES = (128, 64)  # pixels, as many as tiles for wgmma have rows
+
+
+@functools.cache
+def box_of(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """The box of so many pixels, a power of two, of which the fewest cover a block; of several the squarest."""
+    shapes = [(1 << i, pixels >> i) for i in range(pixels.bit_length())]
+    return min(shapes, key=lambda box: (boxes_in(size, box), abs(math.log2(box[0] / box[1])), box[0]))
+
+
+def boxes_in(size: tuple[int, int], box: tuple[int, int]) -> int:
+    """The boxes that cover a block."""
+    return -(-size[0] // box[0]) * -(-size[1] // box[1])
+
+
+@functools.cache
+def tallest_box(size: tuple[int, int]) -> int:
+    """The pixels of the largest box of which a quarter at most lies outside of the block; else of the best one."""
+    computed = {m: boxes_in(size, box_of(size, m)) * m for m in _BOXES}
+    least = max(4 / 3 * size[0] * size[1], min(computed.values()))
+    return next(m for m, pixels in computed.items() if pixels <= least)

@@ -109,7 +109,7 @@ class SparseBlocks(nn.Module):
             return self._dense(x, plan, base)
         if path == "rows":
             bound.check_rows()
-            return bound.on_rows(x, plan.pixels(), base)
+            return bound.on_blocks(x, plan, base)
         layout = bound.layout(in_shape, plan.geometry)
         out = run_tiles(bound.stack, layout, x, plan, base)
         return in_format_of(out, x)

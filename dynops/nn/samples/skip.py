@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from ... import modes
 from ...geometry import is_share
 from ...ops import gather_samples, scatter_samples
+from ...ops.samples import scatter_over
 from ...plans import SamplePlan, check_keep, most_of, named
 from ...stack.sample_stack import SampleStack
 from ..apart import apart
@@ -154,7 +155,7 @@ class Skip(nn.Module):
         if scale is None and not isinstance(self.shortcut, nn.Identity):
             dropped = plan.dropped()
             out, below = _agree(out, self._below(gather_samples(x, dropped), own=True))
-            return scatter_samples(out, plan, scatter_samples(below, dropped))
+            return scatter_over(out, plan, scatter_samples(below, dropped))  # its copy is this layer's own
         out, below = _agree(out, self._below(x))
         return scatter_samples(out, plan, below, scale=scale)
 

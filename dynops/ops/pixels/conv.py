@@ -129,11 +129,18 @@ def _out_channels(weight_shape, g: ConvGeometry) -> int:
 _KERNELS = Kernels(cpu.pixels, "pixels")
 
 
+def _kernels_of(backend: str, x: Tensor, weight_shape, g: ConvGeometry):
+    """The module of kernels that runs, or None for the reference: without a name also for very few channels on a GPU."""
+    if not backend and dense_fallback.is_thin(x, weight_shape, g):
+        return None
+    return _KERNELS.of(backend, x)
+
+
 def _run_conv(x, weight, bias, index, count, source, geometry, *finish):
-    *epilogue, base, to_rows, expected, zero_tail, backend = finish
-    kernels = _KERNELS.of(backend, x)
+    *epilogue, base, to_rows, expected, zero_tail, same_rows, backend = finish
+    kernels = _kernels_of(backend, x, weight.shape, as_geometry(geometry))
     run = _conv if kernels is None else kernels.conv
-    hints = () if kernels is None or kernels is cpu.pixels else (expected, zero_tail)
+    hints = () if kernels is None or kernels is cpu.pixels else (expected, zero_tail, same_rows)
     out = run(x, weight, bias, index, count, source, geometry, Epilogue(*epilogue), base, to_rows, *hints)
     if to_rows or source is not None or kernels is cpu.pixels:
         return out
@@ -141,7 +148,7 @@ def _run_conv(x, weight, bias, index, count, source, geometry, *finish):
 
 
 def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, from_rows, backend):
-    kernels = _KERNELS.of(backend, grad)
+    kernels = _kernels_of(backend, grad, weight.shape, as_geometry(geometry))
     run = _conv_input_grad if kernels is None else kernels.conv_input_grad
     dx = run(grad, weight, index, count, source, source_rows, geometry, from_rows)
     if source is not None:
@@ -149,8 +156,24 @@ def _run_input_grad(grad, weight, index, count, source, source_rows, geometry, f
     return dx.contiguous(memory_format=torch.channels_last if from_rows else memory_format_of(grad))
 
 
+def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, from_rows, bias, backend):
+    g = as_geometry(geometry)
+    kernels = _kernels_of(backend, x, weight_shape, g)
+    arguments = grad, x, index, count, source, weight_shape, geometry, from_rows, bias
+    if kernels is not None:
+        return kernels.conv_weight_grad(*arguments)
+    if backend or not dense_fallback.is_thin(x, weight_shape, g):
+        return _conv_weight_grad(*arguments)
+    dense = _dense_grad(
+        grad, index, count, g, from_rows
+    )  # in its own dtype, as the dense layer's gradient is
+    weight = grad.new_empty(weight_shape)  # its values are not read
+    _, dw = dense_conv_grads(dense, _dense_input(x, source, g), weight, g, [False, True])
+    return dw.contiguous(), dense_bias_grad(dense) if bias else grad.new_empty(0)
+
+
 def _fake_conv(x, weight, bias, index, count, source, geometry, *finish):
-    g, to_rows = as_geometry(geometry), finish[-4]
+    g, to_rows = as_geometry(geometry), finish[-5]
     channels = _out_channels(weight.shape, g)
     if to_rows:
         return x.new_empty(index.shape[0], channels)
@@ -177,7 +200,7 @@ def _fake_weight_grad(grad, x, index, count, source, weight_shape, geometry, fro
 
 def _bare_conv(x, weight, bias, plan: tuple, geometry, to_rows: bool, backend: str) -> Tensor:
     """The op without an epilogue, which has gradients; ``plan``: index, count and source."""
-    return _convolution(x, weight, bias, *plan, geometry, *NOTHING, None, to_rows, None, True, backend)
+    return _convolution(x, weight, bias, *plan, geometry, *NOTHING, None, to_rows, None, True, False, backend)
 
 
 def _input_grad_backward(ctx, dx):
@@ -220,7 +243,7 @@ _input_grad = define(
 _weight_grad = define(
     "pixel_conv_weight_grad(Tensor grad, Tensor x, Tensor index, Tensor? count, Tensor? source, "
     "SymInt[] weight_shape, SymInt[] geometry, bool rows, bool bias, str backend) -> (Tensor, Tensor)",
-    _KERNELS.run("conv_weight_grad", _conv_weight_grad),
+    _KERNELS.serve(_run_weight_grad),
     _fake_weight_grad,
     save_inputs,
     _weight_grad_backward,
@@ -232,7 +255,7 @@ _weight_grad = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, index, count, source, ctx.geometry, *epilogue, _, ctx.to_rows, _, _, ctx.backend = inputs
+    x, weight, _, index, count, source, ctx.geometry, *epilogue, _, ctx.to_rows, _, _, _, ctx.backend = inputs
     if not Epilogue(*epilogue).is_empty:
         raise RuntimeError(
             "dynops::pixel_conv: the fused activation, scale, shift, gate and residual have no gradient; "
@@ -257,13 +280,13 @@ def _backward(ctx, grad):
     if need_base:
         zeros = grad.new_zeros(index.shape[0], grad.shape[1])
         dbase = scatter_rows(zeros, index, count, ctx.geometry[:1] + ctx.geometry[3:5], grad)
-    return dx, dw, (db if need_b else None), *[None] * 9, dbase, *[None] * 4
+    return dx, dw, (db if need_b else None), *[None] * 9, dbase, *[None] * 5
 
 
 _convolution = define(
     "pixel_conv(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? count, Tensor? source, "
     "SymInt[] geometry, str activation, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? residual, "
-    "Tensor? base, bool rows, SymInt? expected, bool zero_tail, str backend) -> Tensor",
+    "Tensor? base, bool rows, SymInt? expected, bool zero_tail, bool same_rows, str backend) -> Tensor",
     _KERNELS.serve(_run_conv),
     _fake_conv,
     _setup_context,
@@ -298,7 +321,7 @@ def _pixel_conv(
     activation, scale, shift, gate, residual = epilogue
     tensors = (x, weight, bias, scale, shift, gate, residual, base)
     # the C++ kernel takes rows [P, C] for a map [1, C, 1, P] too
-    direct = modes.route(*tensors) == modes.DIRECT and _KERNELS.of(backend, x) is cpu.pixels
+    direct = x.is_cpu and modes.route(*tensors) == modes.DIRECT and _KERNELS.of(backend, x) is cpu.pixels
     if residual is not None and residual.dim() == 4:
         # read where it lies: SBNet's bottleneck of 400 x 700 x 256 takes 58.6 ms at 50 % instead of 62.9
         in_place = direct and not same_rows and residual.is_contiguous(memory_format=torch.channels_last)
@@ -313,7 +336,7 @@ def _pixel_conv(
     where = index, count, source
     differentiated = modes.differentiated(*tensors)
     if epilogue.is_empty or not differentiated:
-        hints = plan.expected, zero_tail or differentiated or torch.is_grad_enabled()
+        hints = plan.expected, zero_tail or differentiated or torch.is_grad_enabled(), same_rows
         return _convolution(x, weight, bias, *where, g, *epilogue, base, to_rows, *hints, backend)
     out = _bare_conv(x, weight.to(x.dtype), bias, where, g, True, backend)
     out = apply_epilogue(out, *epilogue)

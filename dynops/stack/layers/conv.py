@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry, ConvGeometry
 from ...kept import kept
+from ...modes import autocast_dtype, differentiated
+from ...ops import block_conv
 from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...ops.pixels.rows import gather_rows, in_format, scatter_pixels
-from ...plans import PixelPlan
+from ...plans import BlockPlan, PixelPlan
 from ..module_geometry import geometry_of, two
 from ..norm import check_features, fold, norm_rows, uses_batch_statistics
 from ..receptive_field import KeptSizes, Transposed, Window
@@ -89,6 +91,8 @@ class Conv(Layer):
     # ------------------------------------------------------------------------------------ rows
 
     def rows(self, run):
+        if self.pads is not None and run.maps and run.policy.active.ragged:
+            return self._as_called(run)
         values, in_plan, shape = self._input(run)
         g = self.geometry(shape)
         plan = run.policy.plan(self.out, g.out_shape, values.device, self._unpadded(g))
@@ -113,6 +117,29 @@ class Conv(Layer):
             base = run.base(self.out_channels, values.dtype if wide else run.autocast)
             return self._product(run, values, in_plan, plan, g, self.activation, residual, base, False)
         return Rows(self._product(run, values, in_plan, plan, g, self.activation, residual), plan)
+
+    def _as_called(self, run):
+        """Runs the functions of maps, which know the edges of each image."""
+        out = type(self.conv).pixels_of.forward(self.conv, run.map(self.x))
+        out = out if self.norm is None else run.normed(self.norm, out)
+        out = out if self.residual is None else out + run.map(self.residual)
+        return ACTIVATIONS[self.activation](out)
+
+    def takes_blocks(self, x: Tensor, plan: BlockPlan, base: Tensor | None) -> bool:
+        """True where the layer, alone in its stack, is expected to be faster by the kernel of blocks."""
+        weight, norm = self.parameters["weight"], self.norm
+        if not x.is_cuda or x.dim() != 4 or self.transposed or self.pads is not None:
+            return False
+        self.check_input(x)
+        g = self.geometry((x.shape[0], *x.shape[2:]))
+        if self.residual is not None and (g.in_shape != g.out_shape or self.in_channels != self.out_channels):
+            return False
+        if not self.is_bare:  # what is fused has no gradient
+            if norm is not None and uses_batch_statistics(norm):
+                return False
+            if differentiated(x, base, *self.conv.parameters(), *(() if norm is None else norm.parameters())):
+                return False
+        return block_conv.takes(x, autocast_dtype(x) or x.dtype, weight, plan, g)
 
     def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
@@ -158,6 +185,8 @@ class Conv(Layer):
             return norm_rows(norm, out, plan, residual, activation)
         else:
             epilogue = Epilogue(activation, *fold(norm), None, residual)
+        if type(plan) is BlockPlan:
+            return block_conv.block_conv(values, weight, bias, plan, geometry, epilogue, base)
         # other layers of the stack read rows by their pixels
         return _pixel_conv(values, weight, bias, plan, in_plan, geometry, epilogue, base, rows, None, False)
 

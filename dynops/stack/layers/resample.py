@@ -40,6 +40,8 @@ class _Moved(Layer):
         x = self.inputs[0]
         if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
             if run.dense(x).dim() == 4:
+                if run.maps and run.policy.active.ragged:  # which knows the edges of each image
+                    return self.forward(self.layer, run.map(x))
                 return run.masked(self.layer, x)
             return self.forward(self.layer, run.dense(x))
         g = self.geometry(run.shape(x))

@@ -17,7 +17,7 @@ from ...ops.epilogue import Epilogue, apply_epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...plans import PixelPlan
 from .layout import NCHW, gathered
-from .value import SparseMap, saved_hooks
+from .value import SparseMap, each_image, saved_hooks
 
 
 class _Mode(NamedTuple):
@@ -99,10 +99,10 @@ class Convolution:
             self.residual,
             self.activation,
         )
-        made.grown_from = [*self.grown_from, weakref.ref(source)]
+        made.grown_from = [*self.grown_from, *map(weakref.ref, source.shown())]
         for name, value in epilogue.items():
             setattr(made, name, value)
-        return SparseMap.of_pending(made, self.plan, source.active, (self.channels,))
+        return SparseMap.of_pending(made, self.plan, source.active, (self.channels,), source.axes)
 
     def moved_to(self, owner: SparseMap) -> None:
         """Notes that a map took this content in the place of its own: it is no source any more."""
@@ -117,7 +117,7 @@ class Convolution:
     def _computed(self) -> Tensor:
         for reference in reversed(self.grown_from):
             source = reference()
-            if source is not None and (source.pending is None or type(source.pending) is Convolution):
+            if source is not None and (source.pending is None or source.convolution() is not None):
                 return self._rest(source)
         epilogue = Epilogue(self.activation, self.scale, self.shift, None, self.residual)
         rest = (epilogue, None, True, None, False)
@@ -125,7 +125,7 @@ class Convolution:
 
     def _rest(self, source: SparseMap) -> Tensor:
         """The rows, from those of a map that this one grew from, which its model still holds."""
-        before, rows = source.pending, source.rows()
+        before, rows = source.convolution(), source.rows()
         scale, shift, residual = self.scale, self.shift, self.residual
         if before is not None:
             scale, shift = (None, None) if before.scale is not None else (scale, shift)
@@ -153,6 +153,23 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
             in_h=h - top - bottom, in_w=w - left - right, pad_h=top + before[0], pad_w=left + before[1]
         )
     return _convolved(x, weight, bias, g, x.active.after(at, x.device))
+
+
+def linear(input, weight, bias=None):
+    """``F.linear`` of a map whose last dimension is its channels: a 1x1 convolution of its rows."""
+    fits = (
+        type(input) is SparseMap
+        and not input.is_input
+        and type(weight) is not SparseMap
+        and weight.dim() == 2
+    )
+    if not fits or input.axes[-1] != "c" or input.axes.count("c") != 1 or input.device.type == "meta":
+        return NotImplemented
+    if input.shape[-1] != weight.shape[1]:
+        return NotImplemented  # torch has the error
+    plan, values, bias = input.plan, *_operands(input.rows(), weight, bias)
+    made = Convolution(values, plan, weight[:, :, None, None], bias, plan, plan.pointwise(1))
+    return SparseMap.of_pending(made, plan, input.active, (made.channels,), input.axes)
 
 
 def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
@@ -189,6 +206,16 @@ def _paddings(padding, kernel, dilation, pads) -> tuple[tuple[int, int], tuple[i
     return (before[0] + top, before[1] + left), (after[0] + bottom, after[1] + right)
 
 
+def _operands(values: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The input and the bias in the dtype that autocast makes of them."""
+    autocast = modes.autocast_dtype(values)
+    if autocast is not None and values.dtype != torch.float64:
+        return values.to(autocast), None if bias is None else bias.to(autocast)
+    if values.dtype != weight.dtype:
+        raise TypeError(f"input: expected the weight's dtype {weight.dtype}, got {values.dtype}")
+    return values, bias
+
+
 def _convolved(
     x: SparseMap, weight: Tensor, bias: Tensor | None, g: ConvGeometry, plan: PixelPlan
 ) -> SparseMap:
@@ -198,11 +225,7 @@ def _convolved(
     values, in_plan = (x.dense(), None) if x.is_input else (x.rows(), x.plan)
     if in_plan is None:
         values = values.contiguous(memory_format=torch.channels_last)
-    autocast = modes.autocast_dtype(values)
-    if autocast is not None and values.dtype != torch.float64:
-        values, bias = values.to(autocast), None if bias is None else bias.to(autocast)
-    elif values.dtype != weight.dtype:
-        raise TypeError(f"input: expected the weight's dtype {weight.dtype}, got {values.dtype}")
+    values, bias = _operands(values, weight, bias)
     out = bare(values, in_plan, weight, bias, plan, g, x.active)
     if in_plan is None:
         out.rows()  # at once: the model may write into its input
@@ -243,7 +266,12 @@ def pad(input, pad, mode="constant", value=None):
     left, right, top, bottom = pads
     n, c, h, w = x.shape
     if not zeros or x.is_input or min(pads) < 0:
-        made = SparseMap.of_input(F.pad(x.dense(), pads, mode, value), x.active)
+        if x.active.ragged and not zeros and x.margins is None:  # the edge of an image is its own
+            size = (x.shape[2] + pads[2] + pads[3], x.shape[3] + pads[0] + pads[1])
+            padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
+        else:
+            padded = F.pad(x.dense(), pads, mode, value)
+        made = SparseMap.of_input(padded, x.active)
         inner = x.margins or (0, 0, 0, 0)
         made.margins = tuple(a + b for a, b in zip(inner, pads, strict=True))
         return made

@@ -26,11 +26,12 @@ def inside() -> bool:
     return scope.depth > 0
 
 
-def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=()):
+def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=(), part: bool = False):
     """``forward(*args, **kwargs)`` on maps: of the outermost module the maps among the arguments and results are dense.
 
     Args:
         dense: modules that stay dense.
+        part: it is a part of a forward: its results stay maps, for the part that follows.
     """
     if inside():
         maps = (x for x in pytree.tree_leaves((args, kwargs)) if type(x) is SparseMap)
@@ -45,7 +46,7 @@ def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=()):
     args, kwargs = pytree.tree_map_only(Tensor, taken, (args, kwargs))
     with entered(dense):
         out = forward(*args, **kwargs)
-    return pytree.tree_map_only(SparseMap, SparseMap.dense, out)
+    return out if part else pytree.tree_map_only(SparseMap, SparseMap.dense, out)
 
 
 @contextlib.contextmanager

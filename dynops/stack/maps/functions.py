@@ -123,8 +123,8 @@ def _attribute(func, kind: str, args: tuple, kwargs: dict):
 
 
 def _requires_grad(x: SparseMap) -> bool:
-    if x.pending is not None and type(x.pending) is convolution.Convolution:
-        return x.pending.requires_grad
+    if (pending := x.convolution()) is not None:
+        return pending.requires_grad
     return (x.dense() if x.is_input else x.rows()).requires_grad
 
 
@@ -284,7 +284,8 @@ _TABLE = {
     **{f"{name}_": pointwise.elementwise for name in pointwise.ELEMENTWISE},
     **{f"__i{name}__": pointwise.elementwise for name in ("add", "sub", "mul", "truediv", "pow")},
     **dict.fromkeys(("mean", "sum", "amax", "amin", "norm", "vector_norm"), pointwise.reduced),
-    **dict.fromkeys(("layer_norm", "rms_norm", "linear"), _called(pointwise.over_channels)),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _called(pointwise.over_channels)),
+    "linear": _plainly(convolution.linear),
     **dict.fromkeys(("softmax", "log_softmax"), _called(pointwise.softmax)),
     "prelu": _plainly(pointwise.prelu),
     "batch_norm": _plainly(pointwise.batch_norm),

@@ -113,9 +113,13 @@ def _grown(base: SparseMap, name: str, args: tuple, kwargs: dict) -> SparseMap |
     """The map with the function in the epilogue of the convolution that makes it, or None."""
     if name in ("add", "iadd") and len(args) == 2 and not kwargs:
         return _sum(*args)
-    pending = base.pending
+    pending = base.convolution()
+    if pending is None:
+        return None
+    if name in ("mul", "multiply") and len(args) == 2 and not kwargs:
+        return _scaled(base, pending, args[1] if args[0] is base else args[0])
     options = {k: v for k, v in kwargs.items() if k != "inplace" and v != "none"}
-    if name not in _ACTIVATIONS or args != (base,) or type(pending) is not Convolution:
+    if name not in _ACTIVATIONS or args != (base,):
         return None
     activation = _ACTIVATIONS[name]
     if options == {"approximate": "tanh"}:
@@ -123,14 +127,25 @@ def _grown(base: SparseMap, name: str, args: tuple, kwargs: dict) -> SparseMap |
     return pending.grown(base, activation=activation) if not options and pending.takes("activation") else None
 
 
+def _scaled(base: SparseMap, pending: Convolution, factor) -> SparseMap | None:
+    """A convolution times one number for each channel, or None for another product."""
+    if type(factor) is SparseMap or not isinstance(factor, Tensor) or factor.dtype != base.dtype:
+        return None
+    scale = layout.gathered(factor, base.plan, base.axes)
+    if scale is None or tuple(scale.shape) != (pending.channels,) or not pending.takes("norm"):
+        return None
+    return pending.grown(base, scale=scale)
+
+
 def _sum(a, b) -> SparseMap | None:
     """The sum of two maps of the same pixels in the epilogue of the later of their convolutions, or None."""
-    maps = type(a) is type(b) is SparseMap and a.axes == b.axes == NCHW and a.plan is b.plan and a is not b
-    if not maps or a.shape != b.shape or a.dtype != b.dtype:
+    maps = type(a) is type(b) is SparseMap and a.axes == b.axes and a.plan is b.plan and a is not b
+    if not maps or a.shape != b.shape or a.dtype != b.dtype or a.plan is None:
         return None
     for one, other in ((a, b), (b, a)):
-        if type(one.pending) is Convolution and one.pending.takes("residual"):
-            return one.pending.grown(one, residual=other.rows())
+        pending = one.convolution()
+        if pending is not None and pending.takes("residual"):
+            return pending.grown(one, residual=other.rows())
     return None
 
 
@@ -154,8 +169,9 @@ def batch_norm(
 
 def affine(x: SparseMap, scale: Tensor, shift: Tensor) -> SparseMap:
     """``scale * x + shift`` for each channel."""
-    if type(x.pending) is Convolution and x.pending.takes("norm"):
-        return x.pending.grown(x, scale=scale, shift=shift)
+    pending = x.convolution()
+    if pending is not None and pending.takes("norm"):
+        return pending.grown(x, scale=scale, shift=shift)
     return x.like(apply_epilogue(x.rows(), "", scale, shift, None, None))
 
 
@@ -179,12 +195,12 @@ def masked_input(x: SparseMap) -> SparseMap:
 
 
 def over_channels(func, input, *args, **kwargs):
-    """A function over the last dimensions, where these are channels: layer_norm, rms_norm, linear."""
+    """A function over the last dimensions, where these are channels: layer_norm, rms_norm."""
     maps = (*args, *kwargs.values())
     if type(input) is not SparseMap or input.is_input or any(type(x) is SparseMap for x in maps):
         return NotImplemented
     rows, axes = input.rows(), input.axes
-    over = len(args[0]) if func.__name__ in ("layer_norm", "rms_norm") else 1
+    over = len(args[0])
     if axes[-over:] != ("c",) * over:
         return NotImplemented
     return input.like(func(rows, *args, **kwargs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import ConvGeometry, pair
@@ -14,7 +15,7 @@ from ..masked_output import pooled_images
 from . import layout
 from .layout import NCHW
 from .pointwise import reduced
-from .value import SparseMap, View, masked
+from .value import SparseMap, View, each_image, masked
 
 
 def at_pixels(out: Tensor, plan: PixelPlan, active) -> SparseMap:
@@ -36,6 +37,9 @@ def resized_by(geometry_of):
             return NotImplemented
         if x.active.ragged and name in ("max_pool2d", "avg_pool2d"):
             out = _of_images(func, name, x, args[1:], kwargs)
+        elif x.active.ragged and kwargs.get("mode") in ("bilinear", "bicubic") and "scale_factor" in kwargs:
+            size = F.interpolate(torch.empty(1, 1, *x.shape[2:], device="meta"), **kwargs).shape[2:]
+            out = each_image(x, lambda image: func(image, **kwargs), size)
         else:
             out = func(x.dense(), *args[1:], **kwargs) if args else func(**{**kwargs, "input": x.dense()})
         if not isinstance(out, Tensor) or out.dim() != 4:
@@ -117,9 +121,9 @@ def adaptive_pool(func, name: str, args: tuple, kwargs: dict):
 # ------------------------------------------------------------------------------- views of channels
 
 
-def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put) -> SparseMap:
+def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put, same: bool = False) -> SparseMap:
     """A map that shows another's rows."""
-    return SparseMap.of_pending(View(x, read, put), x.plan, x.active, channels, axes)
+    return SparseMap.of_pending(View(x, read, put, same), x.plan, x.active, channels, axes)
 
 
 def reshape(x: SparseMap, shape: tuple) -> SparseMap:
@@ -132,6 +136,7 @@ def reshape(x: SparseMap, shape: tuple) -> SparseMap:
         x, axes, channels,
         lambda rows: rows.reshape(rows.shape[0], *channels),
         lambda old, rows: rows.reshape(old.shape),
+        axes.count("c") == x.axes.count("c") == 1,
     )  # fmt: skip
 
 
@@ -161,7 +166,7 @@ def data_of(x: SparseMap) -> SparseMap:
         new.data.copy_(rows)
         return new
 
-    return view_of(x, x.axes, channels, Tensor.detach, put)
+    return view_of(x, x.axes, channels, Tensor.detach, put, False)
 
 
 def permute(x: SparseMap, dims) -> SparseMap:
@@ -173,7 +178,10 @@ def permute(x: SparseMap, dims) -> SparseMap:
     channels = layout.shape_of(
         ("c",) * axes.count("c"), x.plan, tuple(x.shape[d] for d in dims if x.axes[d] == "c")
     )
-    out = view_of(x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back))
+    same = order == sorted(order)
+    out = view_of(
+        x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back), same
+    )
     strides = _strides(x) or torch.empty(x.shape, device="meta").stride()
     out.pending.strides = tuple([strides[d] for d in dims])
     return out

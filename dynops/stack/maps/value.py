@@ -115,6 +115,18 @@ class SparseMap(Tensor):
         dense = self._dense.masked_fill_(~mask_at(self.plan, self.axes), 0)
         self._rows, self._written = gathered(dense, self.plan, self.axes), dense._version
 
+    def shown(self) -> list[SparseMap]:
+        """This map and those that it shows as they are, in other axes."""
+        found = [self]
+        while type(found[-1].pending) is View and found[-1].pending.same:
+            found.append(found[-1].pending.base)
+        return found
+
+    def convolution(self):
+        """The convolution that the map waits for, or None."""
+        pending = self.shown()[-1].pending
+        return None if pending is None or pending.follows or not hasattr(pending, "takes") else pending
+
     def like(self, rows: Tensor) -> SparseMap:
         """A map of the same pixels."""
         return SparseMap.of_rows(rows, self.plan, self.active, self.axes)
@@ -174,13 +186,14 @@ class View:
     Args:
         read: rows of the base to rows of the view.
         put: (rows of the base, rows of the view) to new rows of the base.
+        same: whether both have the same rows.
     """
 
     follows = True
     strides: tuple[int, ...] | None = None  # of a permuted map, were it dense
 
-    def __init__(self, base: SparseMap, read: Callable, put: Callable):
-        self.base, self.read, self.put = base, read, put
+    def __init__(self, base: SparseMap, read: Callable, put: Callable, same: bool):
+        self.base, self.read, self.put, self.same = base, read, put, same
         self.dtype = base.dtype
 
     def rows(self) -> Tensor:
@@ -202,3 +215,20 @@ def dense_tree(tree):
 def masked(x: Tensor, plan: PixelPlan, axes: tuple[str, ...]) -> Tensor:
     """A dense tensor, zero where the plan has no pixel."""
     return torch.where(mask_at(plan, axes), x, 0)
+
+
+def each_image(x: SparseMap, run: Callable[[Tensor], Tensor], size: tuple[int, int]) -> Tensor:
+    """A function of each image of a ragged batch by itself, in a batch ``[N, C, *size]`` that is zero elsewhere."""
+    dense = x.dense()
+    plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
+    mask = plan.inverse() >= 0
+    heights, widths = mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist()
+    out = None
+    for n, (h, w) in enumerate(zip(heights, widths, strict=True)):
+        if min(h, w) == 0:
+            continue
+        made = run(dense[n : n + 1, :, :h, :w])
+        if out is None:
+            out = made.new_zeros(dense.shape[0], made.shape[1], *size)
+        out[n, :, : made.shape[2], : made.shape[3]] = made[0]
+    return dense.new_zeros(dense.shape[0], dense.shape[1], *size) if out is None else out

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import block_cases
+import block_conv_launches as block_conv_cases
 import channel_launches as channel_cases
 import expert_launches as expert_cases
 import interpreter
@@ -142,6 +143,11 @@ def test_weights_rounded_for_tf32(size):
     weight = random_tensor(size, 1, 1, 1)
     bits = weight.view(torch.int32) + 0x1000 & -0x2000
     assert gemm.pack_rows(weight, FLOAT, True).flatten().equal(bits.view(FLOAT).flatten())
+    for layout in (torch.contiguous_format, torch.channels_last):  # and put in order
+        weight = random_tensor(size, 3, 2, 1).contiguous(memory_format=layout)
+        bits = weight.view(torch.int32) + 0x1000 & -0x2000
+        expected = bits.view(FLOAT).permute(0, 2, 3, 1).reshape(size, 2, 3)
+        assert gemm.rounded_rows(weight).equal(expected)
 
 
 def check_rows(x: torch.Tensor, plan, shape: list[int]) -> None:
@@ -199,6 +205,29 @@ def test_blocks(case, limit, monkeypatch):
     for nchw in (False, True):
         block_cases.check_gather(blocks, case, FLOAT, nchw)
         block_cases.check_scatter(blocks, case, FLOAT, nchw)
+
+
+BlockConv = block_conv_cases.Case
+ALL = BlockConv(n=1, h=4, w=8, block=(4, 8), kind="full")  # one box
+BLOCK_CONVS = {
+    "one-of-all": replace(ALL, h=1, w=1, block=(1, 1), kernel=(1, 1), pad=(0, 0)),
+    "one-box": replace(ALL, o=32),
+    "box-and-pixel": replace(ALL, h=5, w=9, block=(5, 9)),
+    "box-less-a-pixel": replace(ALL, h=3, w=7, block=(3, 7)),
+    "two-blocks": replace(ALL, h=8, w=16, capacity=4),
+    "no-rows": replace(ALL, kind="empty"),
+    "count-0": replace(ALL, kind="empty", capacity=1),
+    "count-over": replace(ALL, w=17, capacity=2),
+    "no-images": replace(ALL, n=0),
+}
+
+
+@of_offsets
+@named(BLOCK_CONVS)
+def test_block_convs(case, limit, monkeypatch):
+    monkeypatch.setattr(gemm, "INT32_LIMIT", limit)
+    monkeypatch.setattr(rows, "_LARGE", 1)
+    block_conv_cases.check(case, torch.float16)
 
 
 Channels = channel_cases.Case

@@ -59,16 +59,19 @@ def test_other_configurations(name, limit, monkeypatch):
     check(inputs.weight_grad, experts.weight_grad, reference._weight_grad)
 
 
-@pytest.mark.parametrize("processors,transposed", [(1, False), (64, False), (64, True)])
+@pytest.mark.parametrize(
+    "tokens,processors,transposed", [(40, 1, False), (40, 64, False), (40, 64, True), (3, 1, False)]
+)
 @pytest.mark.parametrize("activation,gated,interleaved", [("silu", True, False), ("gelu", True, True), ("relu2", False, False)])  # fmt: skip
-def test_weights_by_tma(activation, gated, interleaved, transposed, processors, monkeypatch):
+def test_weights_by_tma(activation, gated, interleaved, tokens, transposed, processors, monkeypatch):
     """The boxes in which sm_90 fetches weights. The expert without tokens is NaN and lies beside the others."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, processors))
     boxes, from_tensor = [], gemm.TensorDescriptor.from_tensor
     monkeypatch.setattr(
         gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
     )
-    t, h, i, e = (40, 64, 128, 5) if transposed else (40, 40, 24, 5)  # whole boxes; and ragged both ways
+    t, e = tokens, 5
+    h, i = (64, 128) if transposed else (40, 24)  # whole boxes; and ragged both ways
     index = torch.randint(0, e - 1, (t, 2))
     plan = ExpertPlan.from_topk(torch.where(index >= 2, index + 1, index).to(DEVICE), e)
     shapes = (e, (2 * i if gated else i), h), (e, h, i)
@@ -160,7 +163,14 @@ def test_nan_of_dropped_pairs_is_not_read():
     assert all(result.isfinite().all() for result in results)
 
 
-@pytest.mark.parametrize("counts", [(0,), (5,), (0, 0, 7, 0), (64, 1, 63, 128, 0, 65), (1,) * 40])
+MANY = (*[0] * 1000, *[1] * 20, *[0] * 500, 40)  # more than are searched at a time
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(0,), (5,), (0, 0, 7, 0), (64, 1, 63, 128, 0, 65), (1,) * 40, MANY],
+    ids=lambda counts: len(counts),
+)
 def test_every_row_has_one_tile(counts):
     """Whatever the counts and the tile: results of an identity weight are the rows themselves."""
     index = torch.cat([torch.full((n,), e) for e, n in enumerate((*counts, 3))])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from expert_launches import PLAIN
 from launch_checks import DTYPES, check, check_all, check_named_backends
-from pixel_launches import CASES, Inputs, of_cases
+from pixel_launches import CASES, Case, Inputs, of_cases
 
 from dynops import PixelPlan, ops
 from dynops.geometry import ConvGeometry
@@ -61,6 +61,31 @@ def test_weights_by_tma(name, monkeypatch):
     assert len(boxes) == (2 if name == "3x3" else 1), "one for the forward product of each run"
 
 
+@pytest.mark.parametrize("processors", [1, 64])
+@pytest.mark.parametrize(
+    "live,limit", [(70, gemm.INT32_LIMIT), (45, gemm.INT32_LIMIT), (0, gemm.INT32_LIMIT), (45, 1)]
+)
+def test_same_rows(live, limit, processors, monkeypatch):
+    """Row i of the output reads row i: boxes of x, also past its last row. What lies past the count is in no result."""
+    monkeypatch.setattr(gemm, "INT32_LIMIT", limit)
+    monkeypatch.setattr(tiling, "device_facts", lambda device: (90, processors))
+    boxes, row_box = [], gemm.row_box
+    monkeypatch.setattr(gemm, "row_box", lambda *given: boxes.append(row_box(*given)) or boxes[-1])
+    case = Case(n=1, h=1, w=70, kernel=(1, 1), pad=(0, 0), c=64, o=64, mask="full", packed_out=True)
+    for groups, dtype in ((1, torch.bfloat16), (2, torch.bfloat16), (1, torch.float32)):
+        inputs = Inputs(replace(case, groups=groups), dtype)
+        if live < case.w:
+            mask = torch.arange(case.w)[None, None] < live
+            inputs.plan = PixelPlan.from_mask(mask, case.w)
+            inputs.live = inputs.plan.index >= 0
+            inputs.x[..., live:], inputs.grad[live:] = float("nan"), float("nan")
+        check(inputs.conv, partial(pixels.conv, same_rows=True), reference._conv, **inputs.epilogue())
+        check(inputs.input_grad, pixels.conv_input_grad, reference._conv_input_grad)
+    assert [box is None for box in boxes] == [False] * 4 + [True] * 2, (
+        "of either half-precision run, forward and back"
+    )
+
+
 SPLIT = [(name, torch.float32) for name in ("groups", "dilation", "packed-in", "packed-out", "capacity", "capacity-packed", "empty")]  # fmt: skip
 
 
@@ -70,7 +95,9 @@ def test_split_reductions(name, dtype, monkeypatch):
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 10**6))
     split, choose = [], tiling.parts
     monkeypatch.setattr(tiling, "parts", lambda *given: split.append(choose(*given)) or split[-1])
-    inputs = Inputs(replace(CASES[name], c=72, o=36 if name == "groups" else 20), dtype)
+    # a step takes 16 to 64 channels of a group, a part ten steps
+    channels = 136 if dtype == torch.bfloat16 or name == "groups" else 72
+    inputs = Inputs(replace(CASES[name], c=channels, o=36 if name == "groups" else 20), dtype)
     check(inputs.conv, pixels.conv, reference._conv, activation="relu", **inputs.epilogue())
     assert name == "empty" or max(split) > 1
 
@@ -142,8 +169,12 @@ def test_weights_are_rounded_for_tf32():
 def test_many_slices_of_rows(monkeypatch):
     """A weight gradient whose rows are split among programs and added in a second pass."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, 64))
-    for name in ("3x3", "depthwise"):
-        inputs = Inputs(replace(CASES[name], h=14, w=14, mask="full"), torch.float32)
+    full = {"h": 14, "w": 14, "mask": "full"}
+    cases = [replace(CASES[name], **full) for name in ("3x3", "depthwise")]
+    cases += [replace(case, mask="random", capacity=392, packed_out=True) for case in cases]
+    cases += [replace(cases[0], mask="empty", capacity=392)]
+    for case in cases:
+        inputs = Inputs(case, torch.float32)
         check(inputs.weight_grad, pixels.conv_weight_grad, reference._conv_weight_grad)
 
 

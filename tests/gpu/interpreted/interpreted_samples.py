@@ -6,6 +6,7 @@ import torch
 
 from dynops import SamplePlan
 from dynops.kernels.triton import rows
+from dynops.ops import samples
 from dynops.ops.pixels.rows import _gather_rows, _merge_rows, _scatter_rows
 from dynops.testing import assert_within_budget, random_tensor
 
@@ -47,6 +48,21 @@ def test_merge_reads_nothing_under_a_row_that_stands_alone():
     base[0] = float("nan")
     out = rows.merge_rows(new, plan.index, None, base, torch.tensor([1.0, 0.5]), True)
     assert out[0].equal(new[0]) and out.isfinite().all()
+
+
+def test_rows_over_a_map_of_our_own(monkeypatch):
+    """Written in place, as on a GPU, but not where a gradient is needed, the memory formats differ, or a base is not a tensor."""
+    monkeypatch.setattr(samples.backends, "choose", lambda *arguments: "triton")
+    for _, plan in plans():
+        kept, made = random_tensor(plan.num_rows, 3, 2, 2), random_tensor(7, 3, 2, 2)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            own, new = (t.clone(memory_format=layout) for t in (made, kept))
+            expected = samples.scatter_samples(new, plan, own)
+            out = samples.scatter_over(new, plan, own)
+            assert out is own and out.equal(expected) and out.stride() == expected.stride()
+        for new in (kept.clone().requires_grad_(), kept.to(memory_format=torch.channels_last)):
+            out = samples.scatter_over(new, plan, made)
+            assert out is not made and out.equal(samples.scatter_samples(new, plan, made))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.float64], ids=str)

@@ -14,9 +14,11 @@ from driver.machine import GPUS
 from driver.watch import watch
 from gpu_calls import CALLS, check
 from on_gpu import DTYPES, moved, products
+from torch import nn
 
-from dynops import PixelPlan, ops
+from dynops import BlockPlan, PixelPlan, ops
 from dynops.kernels.triton import tiling
+from dynops.nn import SparseBlocks
 from dynops.testing import random_mask
 
 H200, A100, B200 = range(3)  # of GPUS
@@ -25,9 +27,12 @@ ROUNDS = (("capacity", "bfloat16"), ("exact", "float16"), ("capacity", "tf32"), 
 QUICK = {
     ("sparse_conv2d", "capacity", "bfloat16", H200),
     ("sparse_conv2d, depthwise", "exact", "float16", A100),
+    ("sparse_conv2d, stem", "capacity", "bfloat16", H200),
+    ("packed_conv2d, same rows", "capacity", "bfloat16", H200),
     ("packed_conv_transpose2d", "exact", "tf32", A100),
     ("gather_pixels, scatter_pixels", "capacity", "float16", B200),
     ("gather_blocks, scatter_blocks", "exact", "bfloat16", H200),
+    ("SparseBlocks of a convolution", "capacity", "bfloat16", H200),
     ("channel_conv2d", "capacity", "bfloat16", H200),
     ("gather_channels, scatter_channels", "exact", "tf32", B200),
     ("experts_mlp, 16 tokens", "capacity", "bfloat16", H200),
@@ -60,7 +65,8 @@ def quick_of(names, quick) -> list:
 
 
 @pytest.mark.parametrize(
-    "name", quick_of(capacity_cases.cases(), ("Skip", "SparseConv2d", "expert plan", "block plan"))
+    "name",
+    quick_of(capacity_cases.cases(), ("Skip", "Skip, replaced", "SparseConv2d", "expert plan", "block plan")),
 )
 def test_capacity_plans_can_be_captured(name):
     """From the mask to the gradients, no step asks the host."""
@@ -70,6 +76,27 @@ def test_capacity_plans_can_be_captured(name):
     mask, tensors = moved((case.masks[0], case.tensors), "cuda")
     with torch.no_grad(), watch.fresh(), watch.capture():
         case.function(mask, *tensors)
+
+
+@pytest.mark.parametrize(
+    "gpu,dtype,boxes",
+    [(H200, torch.bfloat16, True), (H200, torch.float32, False), (A100, torch.bfloat16, False)],
+    ids=("H200", "float32", "A100"),
+)
+def test_the_kernel_of_a_convolution_at_blocks(gpu, dtype, boxes):
+    """Two launches from the plan to the output; where there is no TMA a list of pixels is made."""
+    conv = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()).eval()
+    layer = SparseBlocks(conv.to(f"cuda:{gpu}", dtype), 16)
+    x = torch.empty(1, 64, 400, 704, dtype=dtype, device=f"cuda:{gpu}", memory_format=torch.channels_last)
+    mask = random_mask((1, 400, 704), 0.1, "square")
+    for capacity in (None, 25 * 44) if boxes else (25 * 44,):
+        plan = BlockPlan.from_mask(mask, 16, capacity=capacity).to(x.device)
+        with torch.cuda.device(gpu), torch.no_grad():
+            layer(x, plan)  # packs the weight
+            with watch.fresh() as seen:
+                layer(x, plan)
+        assert seen.counts["block_conv_kernel"] == boxes and seen.counts["conv_kernel"] == (not boxes)
+        assert not boxes or (seen.counts["kernels"], seen.counts["torch"]) == (2, 0), seen.counts
 
 
 @functools.cache

@@ -326,6 +326,7 @@ def layer_cases() -> dict[str, Case]:
     ).eval()
     moe = dynops.nn.MoE.from_sizes(C, 48, num_experts=5, top_k=2).eval()
     skip = dynops.nn.Skip(nn.Conv2d(8, 8, 3, padding=1), max_fraction=0.7).eval()
+    replaced = dynops.nn.Skip(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), "replace", max_fraction=0.7).eval()  # fmt: skip
     gated = dynops.nn.SparseConv2d(C, O, 3, padding=1)
 
     def routed(flip, x):
@@ -342,6 +343,10 @@ def layer_cases() -> dict[str, Case]:
             lambda keep, x: skip(x, keep), keeps(), (random_tensor(6, 8, 5, 4),), library=True, hostless=(),
             modules=(skip,),
         ),  # its plan has the capacity form on a GPU alone
+        "Skip, replaced": Case(
+            lambda keep, x: replaced(x, keep), keeps(), (random_tensor(6, 8, 5, 4),), library=True, hostless=(),
+            modules=(replaced,),
+        ),
     }  # fmt: skip
 
 

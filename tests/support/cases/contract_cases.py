@@ -69,12 +69,12 @@ def conv_samples(backend: str):
                 grads = [t.clone().requires_grad_() for t in (x, weight, bias)]
                 yield (
                     "pixel_conv",
-                    (*grads, index, count, inverse, g, *plain, base, packed, None, True, backend),
+                    (*grads, index, count, inverse, g, *plain, base, packed, None, True, False, backend),
                 )
                 full = ("silu", *norm.values(), random_tensor(rows), random_tensor(rows, 6))
                 yield (
                     "pixel_conv",
-                    (x, weight, None, index, count, inverse, g, *full, base, packed, 7, True, backend),
+                    (x, weight, None, index, count, inverse, g, *full, base, packed, 7, True, False, backend),
                 )
                 dy = (
                     random_tensor(rows, 6)
@@ -110,6 +110,26 @@ def block_samples():
             for base in (None, x.detach().requires_grad_()):
                 for add in (True,) if geometry.overlaps else (False, True):
                     yield "scatter_tiles", (tiles, index, count, g, base, add)
+
+
+def block_conv_samples():
+    """Both plan forms and formats, with gradients and with an epilogue; channels as TMA takes them, and others."""
+    g = list(ConvGeometry(2, 6, 7, 5, 6, 2, 2, 1, 1, 0, 0, 1, 1, 1, 0))
+    mask = random_mask((2, 5, 6), 0.1)
+    for capacity, layout, c, o in (
+        (None, "channels_last", 16, 32),
+        (7, "nchw", 16, 16),
+        (None, "strided", 4, 6),
+    ):
+        plan = BlockPlan.from_mask(mask, 2, capacity=capacity)
+        x, base = (in_layout(random_tensor(2, *size), layout) for size in ((c, 6, 7), (o, 5, 6)))
+        weight, vector = random_tensor(o, c, 2, 2), random_tensor(o)
+        pixels = plan.pixels()
+        at = (pixels.index, pixels.count) if capacity is None else (None, None)
+        where = plan.index, plan.count, *at, list(plan.geometry), g
+        leaves = [t.detach().requires_grad_() for t in (x, weight, vector, base)]
+        yield "block_conv", (*leaves[:3], *where, "", None, None, None, leaves[3])
+        yield "block_conv", (x, weight, None, *where, "silu", vector, vector, base, None)
 
 
 def channel_copy_samples():
@@ -252,7 +272,13 @@ def expert_samples(backend: str):
 def samples(backends) -> list:
     """(name, arguments) for every op, on the CPU."""
     torch.manual_seed(0)
-    every = [*index_samples(), *row_samples(), *block_samples(), *channel_copy_samples()]
+    every = [
+        *index_samples(),
+        *row_samples(),
+        *block_samples(),
+        *block_conv_samples(),
+        *channel_copy_samples(),
+    ]
     for backend in backends:
         every += [*conv_samples(backend), *channel_samples(backend), *expert_samples(backend)]
         every += [*weighted_samples(backend), *output_mask_samples(backend), *local_samples(backend)]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import itertools
+import time
 import types
 
 import torch
@@ -55,19 +56,48 @@ class Event:
 
     def __init__(self, *arguments, **named):
         self.moment: Moment | None = None
+        self.recorded = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.moment = watch.record((stream or current_stream())._place)
+        self.moment, self.recorded = watch.record((stream or current_stream())._place), time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or current_stream()).wait_event(self)
 
     def synchronize(self) -> None:
         watch.host_reads("Event.synchronize", watch.device())
-        watch.order.host_waits(self.moment.clock)
+        if self.moment is not None:
+            watch.order.host_waits(self.moment.clock)
 
     def query(self) -> bool:
         return True
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Milliseconds of the host: a device takes none."""
+        return 1e3 * (end.recorded - self.recorded)
+
+
+class CUDAGraph:
+    """``torch.cuda.CUDAGraph``. A replay does to memory what the capture did, and leaves its values as they are."""
+
+    def capture_begin(self, pool=None, capture_error_mode: str = "global") -> None:
+        self._operations, self._capture = [], watch.capture()
+        self._capture.__enter__()
+        watch.recorded = self._operations
+
+    def capture_end(self) -> None:
+        watch.recorded = None
+        self._capture.__exit__(None, None, None)
+
+    def replay(self) -> None:
+        watch.replay(self._operations)
+
+
+class Generator(torch.Generator):
+    """``torch.Generator``: numbers are made on the host."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
 
 
 def _index(device) -> int:
@@ -137,15 +167,21 @@ def install() -> None:
         "get_device_properties": properties,
         "Stream": Stream,
         "Event": Event,
+        "CUDAGraph": CUDAGraph,
         "current_stream": current_stream,
         "default_stream": lambda device=None: Stream(device, number=0),
         "set_stream": set_stream,
         "stream": stream,
         "synchronize": synchronize,
+        "empty_cache": lambda: None,
+        "graph_pool_handle": lambda: (0, 0),
+        "get_sync_debug_mode": lambda: 2 * watch.forbids_waits,
+        "set_sync_debug_mode": lambda mode: setattr(watch, "forbids_waits", mode in (2, "error")),
         "is_current_stream_capturing": lambda: current_stream()._place in watch.captured,
     }
     for name, value in own.items():
         setattr(torch.cuda, name, value)
+    torch.Generator = Generator
     machine.guard().guard_tell(_of_records, _of_waits, _of_uses, machine.driver().standin_set_device)
 
 

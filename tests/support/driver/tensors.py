@@ -76,6 +76,18 @@ def _free(memory: Memory) -> None:
     watch.order.freed(memory)
 
 
+_clone_on_host = torch.UntypedStorage.clone
+
+
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """``storage.clone()``, which ``copy.deepcopy`` of a tensor calls."""
+    if storage.device.type != "cuda":
+        return _clone_on_host(storage)
+    new = allocate((storage.nbytes(),), (1,), torch.uint8, storage.device.index)
+    old = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return new.copy_(old).untyped_storage()
+
+
 def on_host(x: Tensor) -> Tensor:
     """The memory of a tensor of a device as a tensor of the host."""
     return _relabelled(x, _CPU, 0)
@@ -238,6 +250,7 @@ _libraries = []  # a registration ends with its library
 
 def install() -> None:
     """From now on PyTorch's ops run on tensors of the stand-in's devices."""
+    torch.UntypedStorage.clone = _clone
     every, aten = torch.library.Library("_", "IMPL", "CUDA"), torch.library.Library("aten", "IMPL", "CUDA")
     every.fallback(run)
     # PyTorch has one kernel of these for all devices, which goes before a fallback and knows nothing of this one's

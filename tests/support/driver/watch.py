@@ -16,6 +16,9 @@ class HostWaits(AssertionError):
     """The host waits for a device where a CUDA graph could be captured."""
 
 
+_UNSEEN = ("torch.cuda.synchronize", "Event.synchronize")  # by torch's debug mode
+
+
 class Moment(NamedTuple):
     """What is over once an event is, and whether it is part of a capture."""
 
@@ -30,6 +33,8 @@ class Watch:
         self.order, self.counts = Order(), Counter()
         self.captured: set[Stream] = set()  # the streams whose work goes to a CUDA graph
         self.memories: dict[int, Memory] = {}  # by first address
+        self.recorded: list | None = None  # the operations of the graph that is captured
+        self.forbids_waits = False  # ``torch.cuda.set_sync_debug_mode("error")``
 
     # ------------------------------------------------------------------ where the process stands
 
@@ -51,9 +56,22 @@ class Watch:
         self.counts[what] += 1
         pairs = [[(m, x) for x in some if (m := self.memory_of(x)) is not None] for some in (reads, writes)]
         self.order.operation(what, self.stream(device), *pairs, kernel)
+        if self.recorded is not None:
+            self.recorded.append((what, device, *pairs, kernel))
+
+    def replay(self, operations: list) -> None:
+        """One launch of a CUDA graph: its operations, one after the other."""
+        self.counts["replays"] += 1
+        for what, device, reads, writes, kernel in operations:
+            stream = self.stream(device)
+            self.order.operation(what, stream, reads, writes, kernel)
+            for memory, _ in (*reads, *writes):  # the graph's own is freed with it, after its work
+                memory.also_used_on.add(stream)
 
     def host_reads(self, what: str, device: int) -> None:
         """The host waits for the current stream."""
+        if self.forbids_waits and what not in _UNSEEN:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         if self.captured:
             raise HostWaits(f"{what}: the host waits for cuda:{device} while a CUDA graph is captured")
         self.counts["host"] += 1
