@@ -36,7 +36,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.conv2d:
             return func(*args, **(kwargs or {}))
-        out = torch.empty(0)
+        out = torch.empty(0, device="cpu")
         self.calls.append((args, kwargs or {}, out))
         return out
 
@@ -93,7 +93,7 @@ def _reads_globals(forward: Callable) -> bool:
 
 def _weight_and_more(module: nn.Module, forward: Callable) -> tuple[Tensor, ...]:
     """The weight, the bias and the sizes as tensors, as they are kept; one empty tensor where there is no such thing."""
-    none = (torch.empty(0),)
+    none = (torch.empty(0, device="cpu"),)
     devices = [module.weight.device] if module.weight.is_cuda else []
     with torch.random.fork_rng(devices):
         first, *others = [_probed(module, forward, i) for i in range(3)]
@@ -103,8 +103,8 @@ def _weight_and_more(module: nn.Module, forward: Callable) -> tuple[Tensor, ...]
     pairs = [v if isinstance(v, (tuple, list)) else (v, v) for v in (stride, padding, dilation)]
     if any(isinstance(v, str) for pair in pairs for v in pair):
         return none
-    numbers = torch.tensor([*map(list, pairs), [groups, bias is not None]])
-    bias = torch.empty(0) if bias is None else bias.clone()
+    numbers = torch.tensor([*map(list, pairs), [groups, bias is not None]], device="cpu")
+    bias = torch.empty(0, device="cpu") if bias is None else bias.clone()
     return weight.clone(), bias, numbers
 
 
@@ -121,7 +121,9 @@ def _probed(module: nn.Module, forward: Callable, i: int) -> _Call | None:
     before, weight = dict(copied.__dict__), module.weight
     grown = (1, 2, 5)[i]  # small: a forward may pad, and so copy, it
     sizes = [(d * (k - 1) + 1) * grown for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    value = torch.randn((), generator=torch.Generator().manual_seed(i)).to(weight.device, weight.dtype)
+    value = torch.randn((), generator=torch.Generator("cpu").manual_seed(i), device="cpu").to(
+        weight.device, weight.dtype
+    )
     probe = value.expand(1 + i, module.in_channels, *sizes)
     with _Recorder() as recorder:
         out = forward(copied, probe)

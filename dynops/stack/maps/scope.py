@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ...recompute import travels
+from ... import context
 
 
 class _Scope(threading.local):
@@ -46,4 +46,4 @@ class _Scope(threading.local):
 
 
 scope = _Scope()
-travels(scope)
+context.travels(scope)
