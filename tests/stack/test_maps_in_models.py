@@ -112,3 +112,15 @@ def test_a_trace_gives_what_its_layers_give(name):
     close(*outs)
     inactive = ~mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert outs[0].shape[2] != 8 or not outs[0].permute(0, 2, 3, 1)[inactive].any()
+
+
+def test_a_map_of_one_pixel():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(8), nn.AdaptiveAvgPool2d(7), nn.Conv2d(4, 2, 1)
+    )
+    model, x, mask = model.double().eval(), rand(1, 3, 8, 8), masks(0)[:1, :, :4]
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    model[1].register_forward_hook(lambda *_: None)
+    with dynops.use_mask(torch.ones_like(mask)):
+        close(model(x), dense(x))
