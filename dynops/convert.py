@@ -148,6 +148,7 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     kinds = {m: _KINDS[type(m)] for m in model.modules() if _CONVERTED in m.__dict__ and type(m) in _KINDS}
     traces: dict[nn.Module, Trace | None] = {}
     untraceable: set[nn.Module] = set()
+    untraced: list[nn.Module] = []
     for name, module in reversed(list(model.named_modules())):  # what is inside first
         is_list = type(module).forward is nn.Module.forward  # as a ModuleList, which is never called
         if module in kinds or is_list or converted.is_whole(module) or not _holds_conv(module, kinds):
@@ -156,6 +157,7 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
             traces[module] = trace(module, kinds, known=untraceable)
         except Untraceable as reason:
             report.unfused[name] = str(reason)
+            untraced.append(module)
             if reason.of_forward:
                 untraceable.add(module)
     for name, module in model.named_modules():
@@ -168,7 +170,9 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     report.unfused = dict(sorted(report.unfused.items(), key=lambda entry: order.get(entry[0], len(order))))
     if model not in kinds and _CONVERTED not in model.__dict__ and not converted.is_whole(model):
-        traces.setdefault(model, None)
+        untraced.append(model)
+    for module in untraced:  # these run their own forward on maps
+        traces.setdefault(module, None)
     dense = [model.get_submodule(name) for name, reason in report.skipped.items() if reason == "filter_fn"]
     converted.make_whole(model, traces, _converts, _notice(report), dense)
     report.sparse_share = _share(model)

@@ -24,7 +24,11 @@ _scopes: list[Scope] = checkpoint.__dict__.setdefault(_MARK, [])
 
 
 def travels(scope: Scope) -> None:
-    """Takes the values of ``scope`` at a checkpoint along to its recomputation."""
+    """Takes the values of ``scope`` at a checkpoint along to its recomputation.
+
+    Args:
+        scope: anything with ``values()`` and the context ``only(values)``.
+    """
     _scopes.append(scope)
 
 

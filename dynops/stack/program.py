@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..context import use_mask
 from .graph import stack_of
-from .maps import entered, inside, may_follow
+from .maps import SparseMap, entered, inside, may_follow
 from .policy import Masked
 from .run_rows import run_rows
 from .staleness import Watch
@@ -36,6 +36,7 @@ class Program:
         if not may_follow():
             return run_rows(self.stack, x, Masked(active))
         as_map = inside()
+        x = x.under(active) if type(x) is SparseMap else x
         with entered(dense):
             return run_rows(self.stack, x, Masked(active), maps=True, as_map=as_map)
 

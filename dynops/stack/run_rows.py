@@ -59,8 +59,9 @@ class Run:
         """A value: rows, a dense tensor, or a map of other axes. A map that waits is computed."""
         found = self.env[value]
         if type(found) is SparseMap and found.axes == NCHW and found.margins is None:
-            found = found.dense() if found.is_input else Rows(found.rows(), found.plan)
-            self.env[value] = found
+            if found.is_input:  # it stays one
+                return found.dense()
+            found = self.env[value] = Rows(found.rows(), found.plan)
         return found
 
     def waiting(self, value: int) -> SparseMap | None:
@@ -193,7 +194,10 @@ class Run:
         found = self.found(value)
         if copy is not found and isinstance(found, Tensor):
             self._originals.setdefault(value, found)
-        self.env[value] = copy
+        if type(self.env[value]) is SparseMap and self.env[value].is_input:
+            self.env[value] = SparseMap.of_input(copy, self.policy.active)
+        else:
+            self.env[value] = copy
         return copy
 
     def ends_with(self, layer) -> bool:

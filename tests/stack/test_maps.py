@@ -82,7 +82,37 @@ def set_part(x):
     return y
 
 
+def written_in_places(x):
+    y = x.clone()
+    y.select(1, 0).zero_()
+    y[0].mul_(2)
+    y.data.mul_(3)
+    return y
+
+
+def copied(x):
+    n, c, h, w = x.shape
+    y = x.clone()
+    y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w).relu_()
+    return y
+
+
+def into_others(x):
+    y, dense = torch.empty_like(x), torch.empty(x.shape, dtype=x.dtype)
+    with torch.no_grad():
+        torch.mul(x, 2, out=y)
+        torch.add(x, y, out=dense)
+        torch.cat([y[:, :2], x[:, 2:]], 1, out=y)
+    return dense + y
+
+
 UNARY = {
+    "places in place": written_in_places,
+    "copied": copied,
+    "out": into_others,
+    "named": lambda x: torch.add(other=x, input=torch.cat(torch.chunk(input=x, chunks=2, dim=1), dim=1)),
+    "mean of a dtype": lambda x: x + x.mean((2, 3), keepdim=True, dtype=x.dtype),
+    "formats": lambda x: x.to(memory_format=torch.channels_last) + x.clone(memory_format=torch.channels_last),
     "relu": F.relu,
     "relu_": lambda x: in_place(x, lambda y: F.relu(y, inplace=True)),
     "sigmoid": torch.sigmoid,

@@ -33,7 +33,7 @@ class Activation(Layer):
             return self._apply(waiting)
         plan = run.shared_plan(self)
         if plan is None:
-            return self._apply(run.dense(self.x))
+            return self._apply(run.map(self.x) if run.maps else run.dense(self.x))
         return Rows(self._apply(run.at(self.x, plan)), plan)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
@@ -85,8 +85,8 @@ class Dropout(Layer):
         if not dropout.training:
             return run.env[x]
         if type(dropout) is not nn.Dropout:
-            return F.dropout2d(run.dense(x), dropout.p, True)
+            return F.dropout2d(run.map(x) if run.maps else run.dense(x), dropout.p, True)
         plan = run.shared_plan(self)
         if plan is None:
-            return F.dropout(run.dense(x), dropout.p, True)
+            return F.dropout(run.map(x) if run.maps else run.dense(x), dropout.p, True)
         return Rows(F.dropout(run.at(x, plan), dropout.p, True), plan)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -25,16 +27,17 @@ class _Call(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the calls of ``F.conv2d``."""
+    """Records the calls of ``F.conv2d``, and computes none."""
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is F.conv2d:
-            self.calls.append((args, kwargs or {}, out))
+        if func is not F.conv2d:
+            return func(*args, **(kwargs or {}))
+        out = torch.empty(0, device="cpu")
+        self.calls.append((args, kwargs or {}, out))
         return out
 
 
@@ -46,10 +49,11 @@ def constant_conv(module: nn.Module, forward: Callable, x: Tensor):
     parameters = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
     if not parameters or module.training or modes.differentiated(x, *parameters) or module._modules:
         return NotImplemented
-    settings = tuple([(k, v) for k, v in vars(module).items() if isinstance(v, _NUMBERS)])
-    found = kept.get(
-        ("convolution", type(module), settings), lambda: _weight_and_more(module, forward), *parameters
-    )
+    settings = _settings(module, forward)
+    if settings is None:
+        return NotImplemented
+    key = ("convolution", type(module), settings, modes.autocast_dtype(x))
+    found = kept.get(key, lambda: _weight_and_more(module, forward), *parameters)
     if len(found) == 1:  # it is no such convolution
         return NotImplemented
     weight, bias, numbers = found
@@ -57,30 +61,73 @@ def constant_conv(module: nn.Module, forward: Callable, x: Tensor):
     return F.conv2d(x, weight, bias if with_bias else None, stride, padding, dilation, groups)
 
 
+_OF_MODULES = frozenset(vars(nn.Conv2d(1, 1, 1)))  # hooks and the like
+
+
+def _settings(module: nn.Module, forward: Callable) -> tuple | None:
+    """The numbers of a module and of its classes; None where a forward may read something else, which may change."""
+    if _reads_globals(forward):
+        return None
+    numbers = []
+    for name, value in vars(module).items():
+        if isinstance(value, _NUMBERS):
+            numbers.append((name, value))
+        elif name not in _OF_MODULES:
+            return None
+    for kind in type(module).__mro__:
+        if kind is nn.Conv2d:
+            break
+        numbers += [(name, value) for name, value in vars(kind).items() if isinstance(value, _NUMBERS)]
+    return tuple(numbers)
+
+
+@functools.cache
+def _reads_globals(forward: Callable) -> bool:
+    """True for a forward with global variables that are no modules, classes or functions."""
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return True
+    found = [forward.__globals__[name] for name in code.co_names if name in forward.__globals__]
+    return not all(callable(value) or isinstance(value, ModuleType) for value in found)
+
+
 def _weight_and_more(module: nn.Module, forward: Callable) -> tuple[Tensor, ...]:
     """The weight, the bias and the sizes as tensors, as they are kept; one empty tensor where there is no such thing."""
-    calls = [_probed(module, forward, seed) for seed in (0, 1)]
-    none = (torch.empty(0),)
-    if None in calls or not torch.equal(calls[0].weight, calls[1].weight):
+    none = (torch.empty(0, device="cpu"),)
+    devices = [module.weight.device] if module.weight.is_cuda else []
+    with torch.random.fork_rng(devices):
+        first, *others = [_probed(module, forward, i) for i in range(3)]
+    if first is None or any(other is None or not _same(first, other) for other in others):
         return none
-    weight, bias, (stride, padding, dilation, groups) = calls[0]
+    weight, bias, (stride, padding, dilation, groups) = first
     pairs = [v if isinstance(v, (tuple, list)) else (v, v) for v in (stride, padding, dilation)]
     if any(isinstance(v, str) for pair in pairs for v in pair):
         return none
-    numbers = torch.tensor([*map(list, pairs), [groups, bias is not None]])
-    bias = torch.empty(0) if bias is None else bias.clone()
+    numbers = torch.tensor([*map(list, pairs), [groups, bias is not None]], device="cpu")
+    bias = torch.empty(0, device="cpu") if bias is None else bias.clone()
     return weight.clone(), bias, numbers
 
 
-def _probed(module: nn.Module, forward: Callable, seed: int) -> _Call | None:
-    """What a forward calls on a random input."""
-    weight = module.weight
-    extent = [d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    values = torch.randn(1, module.in_channels, *extent, generator=torch.Generator().manual_seed(seed))
-    probe = values.to(weight.device, weight.dtype)
+def _same(a: _Call, b: _Call) -> bool:
+    if a.arguments != b.arguments or (a.bias is None) != (b.bias is None):
+        return False
+    return torch.equal(a.weight, b.weight) and (a.bias is None or torch.equal(a.bias, b.bias))
+
+
+def _probed(module: nn.Module, forward: Callable, i: int) -> _Call | None:
+    """What a forward calls on an input of one random value, of batch and size that grow with ``i``."""
+    copied = object.__new__(type(module))  # takes what the forward writes
+    copied.__dict__.update(vars(module))
+    before, weight = dict(copied.__dict__), module.weight
+    grown = (1, 2, 5)[i]  # small: a forward may pad, and so copy, it
+    sizes = [(d * (k - 1) + 1) * grown for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    value = torch.randn((), generator=torch.Generator("cpu").manual_seed(i), device="cpu").to(
+        weight.device, weight.dtype
+    )
+    probe = value.expand(1 + i, module.in_channels, *sizes)
     with _Recorder() as recorder:
-        out = forward(module, probe)
-    if len(recorder.calls) != 1:
+        out = forward(copied, probe)
+    if len(recorder.calls) != 1 or vars(copied) != before:
         return None
     args, kwargs, made = recorder.calls[0]
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

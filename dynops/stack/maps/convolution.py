@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,33 @@ from ...ops.epilogue import Epilogue, apply_epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...plans import PixelPlan
 from .layout import NCHW, gathered
-from .value import SparseMap, each_image
+from .value import SparseMap, each_image, saved_hooks
+
+
+class _Mode(NamedTuple):
+    """What autograd does at the time of a call."""
+
+    grad: bool
+    inference: bool
+    hooks: tuple | None  # the innermost hooks of saved tensors, which checkpointing sets and counts calls of
+
+    @contextlib.contextmanager
+    def again(self):
+        """Inside it the mode is this one, without hooks that came since."""
+        others = []
+        while (top := saved_hooks()) is not None and top != self.hooks:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            others.append(top)
+        try:
+            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+                yield
+        finally:
+            for hooks in reversed(others):
+                torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def _mode() -> _Mode:
+    return _Mode(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved_hooks())
 
 
 class Convolution:
@@ -42,7 +70,7 @@ class Convolution:
         self.scale = self.shift = self.residual = None
         self.activation = ""
         self.grown_from: list[weakref.ref] = []
-        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.mode = _mode()
 
     @property
     def channels(self) -> int:
@@ -52,15 +80,11 @@ class Convolution:
     @property
     def requires_grad(self) -> bool:
         tensors = (self.values, self.weight, self.bias, self.scale, self.shift, self.residual)
-        return self.grad and any(t is not None and t.requires_grad for t in tensors)
+        return self.mode.grad and any(t is not None and t.requires_grad for t in tensors)
 
     def takes(self, what: str) -> bool:
         """True if "norm", "residual" or "activation" may be added to the epilogue."""
-        if (
-            self.grad != torch.is_grad_enabled()
-            or self.inference != torch.is_inference_mode_enabled()
-            or self.activation
-        ):
+        if self.activation or self.mode != _mode():
             return False
         if what == "norm":
             return self.scale is None and self.residual is None
@@ -85,9 +109,9 @@ class Convolution:
         self.grown_from = [source for source in self.grown_from if source() is not owner]
 
     def rows(self) -> Tensor:
-        if self.grad == torch.is_grad_enabled() and self.inference == torch.is_inference_mode_enabled():
+        if self.mode == _mode():
             return self._computed()
-        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
+        with self.mode.again():
             return self._computed()
 
     def _computed(self) -> Tensor:

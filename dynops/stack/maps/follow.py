@@ -34,6 +34,10 @@ def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=(), part:
         part: it is a part of a forward: its results stay maps, for the part that follows.
     """
     if inside():
+        maps = (x for x in pytree.tree_leaves((args, kwargs)) if type(x) is SparseMap)
+        if all(x.active is active for x in maps):
+            return forward(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(SparseMap, lambda x: x.under(active), (args, kwargs))
         return forward(*args, **kwargs)
 
     def taken(x: Tensor):
@@ -60,7 +64,7 @@ def entered(dense=()):
 def layer_input(x, active) -> SparseMap | None:
     """The input of a converted layer, called inside a module that runs on maps; None elsewhere."""
     if type(x) is SparseMap:
-        return x
+        return x.under(active)
     return SparseMap.of_input(x, active) if inside() and active is not None and _is_map(x) else None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ... import context
 from ..layers.norm import group_norm_of_rows
 from . import convolution, layout, pointwise, spatial
 from .layout import NCHW
@@ -39,6 +40,7 @@ _METADATA = frozenset(
         "names",
     ]
 )
+_FIRST = ("input", "tensor", "self")  # names of the first argument
 _QUESTIONS = frozenset(
     [
         "size",
@@ -64,10 +66,19 @@ _QUESTIONS = frozenset(
 def compute(func, args: tuple, kwargs: dict):
     """A function of torch, of which an argument is a map."""
     name = getattr(func, "__name__", "")
+    if not args and (first := next((key for key in _FIRST if key in kwargs), None)) is not None:
+        args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
+    active = context.current()
+    if active is not None and any(type(x) is SparseMap and x.active is not active for x in args):
+        args = tuple([x.under(active) if type(x) is SparseMap else x for x in args])
+    if kwargs.get("out") is not None:
+        return _into_out(func, args, kwargs)
     if name in _QUESTIONS:
         return _question(func, name, args, kwargs)
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(func, name, args, kwargs)
+    if name in ("register_hook", "retain_grad"):
+        args[0].through_dense()
     handler = _TABLE.get(name)
     if handler is not None and not (scope.dense and scope.is_dense(args, kwargs)):
         out = handler(func, name, args, kwargs)
@@ -77,6 +88,19 @@ def compute(func, args: tuple, kwargs: dict):
 
 
 handled_by(compute)
+
+
+def _into_out(func, args: tuple, kwargs: dict):
+    """A function with ``out=``."""
+    out = kwargs["out"]
+    made = func(*args, **{k: v for k, v in kwargs.items() if k != "out"})
+    if not isinstance(out, Tensor):  # of several results
+        for into, one in zip(out, made, strict=True):
+            into.copy_(one)
+        return out
+    if out.shape != made.shape:
+        out.resize_(made.shape)
+    return out.copy_(made)
 
 
 def _question(func, name: str, args: tuple, kwargs: dict):
@@ -94,7 +118,7 @@ def _attribute(func, kind: str, args: tuple, kwargs: dict):
     if kind == "__get__" and name == "requires_grad":
         return _requires_grad(x)
     if kind == "__get__" and name == "data":
-        return compute(Tensor.detach, (x,), {})
+        return x.detach() if x.is_input else spatial.data_of(x)
     return func(*dense_tree(args), **dense_tree(kwargs))
 
 
@@ -282,8 +306,8 @@ _TABLE = {
     "feature_dropout": _dropout_of_channels,
     "to": _to,
     "view": _of_map(_as_view),
-    "reshape": _of_map(_as_view),
-    "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshape(x, spatial.flattened(x.shape, start_dim, end_dim))),
+    "reshape": _of_map(lambda x, *shape, **named: spatial.reshaped(x, _sizes(shape) or named["shape"])),
+    "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshaped(x, spatial.flattened(x.shape, start_dim, end_dim))),
     "unflatten": _of_map(_unflatten),
     "unsqueeze": _of_map(_unsqueeze),
     "permute": _of_map(lambda x, *dims, **named: spatial.permute(x, named.get("dims") or _sizes(dims))),

@@ -159,10 +159,10 @@ def gathered(x: Tensor, plan: PixelPlan, axes: tuple[str, ...]) -> Tensor | None
     places = [i for letter in _PIXELS for i, axis in enumerate(axes) if axis == letter]
     order = places + [i for i, axis in enumerate(axes) if axis == "c"]
     count = len(places)
-    if all(x.shape[i] == 1 for i in places):
-        return x.permute(order).reshape([x.shape[i] for i in order[count:]])
     if axes == NCHW and tuple(x.shape[i] for i in places) == plan.shape:
         return gather_rows(x, plan.index, plan.count)
+    if all(x.shape[i] == 1 for i in places):
+        return x.permute(order).reshape([x.shape[i] for i in order[count:]])
     x = x.permute(order)
     if all(size == 1 for size in x.shape[1:count]):
         return x.flatten(0, count - 1)[sample_of(plan)]

@@ -31,10 +31,11 @@ _ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "
 
 def elementwise(func, name: str, args: tuple, kwargs: dict):
     """A function that works element by element, of maps, tensors that broadcast with them, and numbers."""
-    operands = [*args, *kwargs.values()]
-    base = _largest(operands)
+    base = _largest([*args, *kwargs.values()])
     if base is None:
         return _of_inputs(func, name, args, kwargs)
+    kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}  # rows have one
+    operands = [*args, *kwargs.values()]
     inplace = _writes(name, kwargs)
     if inplace and type(args[0]) is not SparseMap:
         return _into_dense(func, args, kwargs, base)
@@ -232,14 +233,16 @@ def reduced(func, name: str, args: tuple, kwargs: dict):
         order = rest.pop(0) if rest else given.pop("p", given.pop("ord", 2))
         if order not in (2, 2.0, "fro"):
             return NotImplemented
-    dims = rest.pop(0) if rest else given.pop("dim", None)
-    keepdim = rest.pop(0) if rest else given.pop("keepdim", False)
+    dims = rest.pop(0) if rest else given.pop("dim", given.pop("axis", None))
+    keepdim = rest.pop(0) if rest else given.pop("keepdim", given.pop("keepdims", False))
+    dtype = given.pop("dtype", None)
     if rest or dims is None or any(v is not None for v in given.values()):
         return NotImplemented
     dims = layout.normalized(dims, x.dim())
     if not dims:
         return NotImplemented
     letters = {x.axes[d] for d in dims}
+    x = x if dtype is None else x.like(x.rows().to(dtype))
     if letters == {"c"}:
         return _over_channels(func, name, x, dims, keepdim)
     if letters in ({"h", "w"}, {"s"}) and x.axes[0] == "n":

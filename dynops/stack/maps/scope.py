@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from ... import context
 
 
 class _Scope(threading.local):
@@ -28,5 +31,19 @@ class _Scope(threading.local):
         self.dense = before | {id(t) for t in tensors}
         return before
 
+    def values(self) -> tuple[int, frozenset[int]]:
+        return self.depth, self.dense
+
+    @contextlib.contextmanager
+    def only(self, values: tuple[int, frozenset[int]]):
+        """Inside it the state is ``values``, which :meth:`values` returned."""
+        before = self.values()
+        self.depth, self.dense = values
+        try:
+            yield
+        finally:
+            self.depth, self.dense = before
+
 
 scope = _Scope()
+context.travels(scope)

@@ -140,6 +140,35 @@ def reshape(x: SparseMap, shape: tuple) -> SparseMap:
     )  # fmt: skip
 
 
+def reshaped(x: SparseMap, shape: tuple) -> SparseMap:
+    """As :func:`reshape`, with a copy where a tensor would be copied: what is written into it shows nowhere else."""
+    out = reshape(x, shape)
+    if out is NotImplemented or (strides := _strides(x)) is None:
+        return out
+    try:
+        torch.empty_strided(x.shape, strides, device="meta").view(out.shape)
+    except RuntimeError:
+        return out.like(out.rows())
+    return out
+
+
+def _strides(x: SparseMap) -> tuple[int, ...] | None:
+    """The strides of a permuted map, were it dense; None for any other."""
+    return x.pending.strides if type(x.pending) is View else None
+
+
+def data_of(x: SparseMap) -> SparseMap:
+    """``x.data``: what is written into it shows in the map, which keeps its gradient."""
+    channels = tuple(size for size, letter in zip(x.shape, x.axes, strict=True) if letter == "c")
+
+    def put(old: Tensor, rows: Tensor) -> Tensor:
+        new = old.clone()
+        new.data.copy_(rows)
+        return new
+
+    return view_of(x, x.axes, channels, Tensor.detach, put, False)
+
+
 def permute(x: SparseMap, dims) -> SparseMap:
     dims = layout.normalized(dims, x.dim())
     if dims is None or sorted(dims) != list(range(x.dim())):
@@ -150,9 +179,12 @@ def permute(x: SparseMap, dims) -> SparseMap:
         ("c",) * axes.count("c"), x.plan, tuple(x.shape[d] for d in dims if x.axes[d] == "c")
     )
     same = order == sorted(order)
-    return view_of(
+    out = view_of(
         x, axes, channels, lambda rows: rows.permute(order), lambda old, rows: rows.permute(back), same
     )
+    strides = _strides(x) or torch.empty(x.shape, device="meta").stride()
+    out.pending.strides = tuple([strides[d] for d in dims])
+    return out
 
 
 def narrowed(x: SparseMap, dim: int, part: slice) -> SparseMap:

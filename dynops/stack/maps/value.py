@@ -37,7 +37,7 @@ class SparseMap(Tensor):
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.active, made.plan, made.axes = active, plan, NCHW
         made._shape, made._dtype, made._device = torch.Size(shape), dtype, device
-        made._rows = made._dense = made.pending = made.margins = None
+        made._rows = made._dense = made._written = made.pending = made.margins = None
         return made
 
     @classmethod
@@ -82,6 +82,8 @@ class SparseMap(Tensor):
         """The rows ``[P, *channels]`` of a map that is no input."""
         pending = self.pending
         if pending is None:
+            if self._written is not None and self._dense._version != self._written:
+                self._take_back()
             return self._rows
         rows = pending.rows()
         if not pending.follows:
@@ -94,9 +96,24 @@ class SparseMap(Tensor):
             return self._dense
         if self.pending is not None and self.pending.follows:
             return scattered(self.rows(), self.plan, self.axes)
-        if self._dense is None:
-            self._dense = scattered(self.rows(), self.plan, self.axes)
-        return self._dense
+        rows = self.rows()
+        if self._dense is not None:
+            return self._dense
+        dense = scattered(rows, self.plan, self.axes)
+        if saved_hooks() is None:  # a recomputation would find it, and save less than the first computation
+            self._dense = dense
+            self._written = None if dense.is_inference() else dense._version
+        return dense
+
+    def through_dense(self) -> None:
+        """Lets the gradient pass through the dense tensor, of which a hook or ``retain_grad`` asks for it."""
+        if self.plan is not None and not (self.pending is not None and self.pending.follows):
+            self._rows = gathered(self.dense(), self.plan, self.axes)
+
+    def _take_back(self) -> None:
+        """Takes the rows from the dense tensor: a model wrote into a view of it."""
+        dense = self._dense.masked_fill_(~mask_at(self.plan, self.axes), 0)
+        self._rows, self._written = gathered(dense, self.plan, self.axes), dense._version
 
     def shown(self) -> list[SparseMap]:
         """This map and those that it shows as they are, in other axes."""
@@ -120,12 +137,17 @@ class SparseMap(Tensor):
             return self.rows()
         return gathered(self.dense(), plan, axes)
 
+    def under(self, active) -> SparseMap:
+        """The map in another ``use_mask`` context: there it is an input, which is read whole."""
+        return self if active is None or active is self.active else SparseMap.of_input(self.dense(), active)
+
     def exchange(self, made: SparseMap) -> None:
         """Takes the content of another map of the same shape: what a function that works in place does."""
         if self.pending is not None and self.pending.follows:
             self.pending.write(made.rows())
             return
         self._rows, self._dense, self.pending = made._rows, made._dense, made.pending
+        self._written = made._written
         if self.pending is not None:
             self.pending.moved_to(self)
         if self.plan is None:
@@ -142,6 +164,11 @@ class SparseMap(Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.dense().__reduce_ex__(protocol)
+
+
+def saved_hooks() -> tuple | None:
+    """The innermost hooks of saved tensors."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 _functions: Callable
@@ -163,6 +190,7 @@ class View:
     """
 
     follows = True
+    strides: tuple[int, ...] | None = None  # of a permuted map, were it dense
 
     def __init__(self, base: SparseMap, read: Callable, put: Callable, same: bool):
         self.base, self.read, self.put, self.same = base, read, put, same

@@ -1,0 +1,126 @@
+"""Models whose parts have masks of their own, and traced ones against their layers each alone."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dynops
+from dynops.testing import MaskedPolicy
+
+C, SIZE = 6, (8, 12)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def rand(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def masks(seed):
+    return torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+
+class Inner(nn.Module):
+    """A model that no trace holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(y + 1 if float(y.sum()) < 1e9 else y).sigmoid()
+
+
+class Nested(nn.Module):
+    """A model that no trace holds and that gives a part of itself another mask."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask, self.stem, self.inner, self.last = (
+            mask,
+            nn.Conv2d(3, 3, 3, padding=1),
+            Inner(),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    def forward(self, x):
+        x = self.stem(x) + float(x.sum() > 0)
+        with dynops.use_mask(self.mask):
+            y = self.inner(x)
+        return self.last(y) + 1
+
+
+def test_a_part_has_a_mask_of_its_own():
+    model, x, outer = Nested(masks(0)).double().eval(), rand(2, 3, *SIZE), masks(1)
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    for mask in (outer, None):
+        with dynops.use_mask(mask) if mask is not None else contextlib.nullcontext():
+            out = model(x)
+        with MaskedPolicy(mask) if mask is not None else contextlib.nullcontext():
+            y = dense.stem(x) + float(x.sum() > 0)
+        with MaskedPolicy(dense.mask):
+            y = dense.inner(y.clone()).clone()
+        with MaskedPolicy(mask) if mask is not None else contextlib.nullcontext():
+            expected = dense.last(y) + 1
+        close(out, expected)
+
+
+class Traced(nn.Module):
+    """A model that a trace holds, with a function between its convolutions."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.function = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, 4, 1), function
+        self.norm, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+        self.act, self.drop, self.pool = nn.GELU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(4)
+
+    def forward(self, x):
+        return self.last(self.function(self, x))
+
+
+TRACED = {
+    "mlp": lambda m, x: m.down(m.act(m.up(m.norm(m.first(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2) + 1,
+    "dropout": lambda m, x: m.down(m.drop(m.up(m.first(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + 1,
+    "input": lambda m, x: m.pool(
+        torch.cat([x[:, 2:] * 2, x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_gives_what_its_layers_give(name):
+    torch.manual_seed(0)
+    model, x, mask = Traced(TRACED[name]).double().eval(), rand(2, C, 8, 8), masks(0)[:, :, :4]
+    alone = copy.deepcopy(model)
+    assert "" in dynops.convert_(model).fused
+    dynops.convert_(alone)
+    for module in alone.modules():
+        module.register_forward_hook(lambda *_: None)
+    outs = []
+    for one in (model, alone):
+        torch.manual_seed(0)
+        one.drop.train()
+        with dynops.use_mask(mask), torch.no_grad():
+            outs.append(one(x))
+    close(*outs)
+    inactive = ~mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert outs[0].shape[2] != 8 or not outs[0].permute(0, 2, 3, 1)[inactive].any()
+
+
+def test_a_map_of_one_pixel():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(8), nn.AdaptiveAvgPool2d(7), nn.Conv2d(4, 2, 1)
+    )
+    model, x, mask = model.double().eval(), rand(1, 3, 8, 8), masks(0)[:1, :, :4]
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    model[1].register_forward_hook(lambda *_: None)
+    with dynops.use_mask(torch.ones_like(mask)):
+        close(model(x), dense(x))
