@@ -1,6 +1,5 @@
 """Maps under a mask as tensors: what runs a forward that cannot be traced."""
 
-from . import custom  # noqa: F401  (takes the functions of autograd)
 from .constant import constant_conv
 from .convolution import Convolution, bare
 from .follow import as_map, entered, follow, inside, layer_input, may_follow

@@ -1,11 +1,14 @@
 """Functions of ``torch.autograd.Function`` on maps: they run on dense tensors, and their gradient flows on.
 
 ``Function.apply`` asks no tensor subclass. It would see a map as a leaf without a gradient, and cut the graph. So it is
-replaced here. An ``apply`` that was read from its class before dynops was imported (``swish = Swish.apply``) stays the
-old one.
+replaced while a module runs on maps. An ``apply`` that was read from its class before (``swish = Swish.apply``) stays
+the old one.
 """
 
 from __future__ import annotations
+
+import contextlib
+import threading
 
 from torch import Tensor
 from torch.autograd import Function
@@ -13,12 +16,11 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from . import layout
-from .follow import entered
 from .functions import compute
+from .scope import scope
 from .value import SparseMap, dense_tree
 
 _own = Function.__dict__["apply"]
-_MARK = "_dynops_maps"
 _SAVERS = ("_NoopSaveInputs",)  # keeps the arguments of a checkpoint as they are
 
 
@@ -42,7 +44,7 @@ def _checkpointed(cls, run, preserve, *args):
         return SparseMap.of_rows(rows, given.plan, given.active, given.axes)
 
     def on_maps(*dense):
-        with entered():
+        with scope.only((scope.depth + 1, scope.dense)), replaced():
             return dense_tree(run(*map(as_given, args, dense)))
 
     first = next(x for x in args if type(x) is SparseMap)
@@ -59,6 +61,22 @@ def _map_of(y: Tensor, first: SparseMap):
     return SparseMap.of_rows(layout.gathered(y, plan, layout.NCHW), plan, first.active)
 
 
-if not hasattr(Function, _MARK):  # by this module before it was loaded anew
-    setattr(Function, _MARK, True)
-    Function.apply = classmethod(_apply)
+_lock = threading.Lock()
+_running = 0
+
+
+@contextlib.contextmanager
+def replaced():
+    """Inside it, in every thread, ``Function.apply`` takes maps."""
+    global _running
+    with _lock:
+        _running += 1
+        if _running == 1:
+            Function.apply = classmethod(_apply)
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                Function.apply = _own

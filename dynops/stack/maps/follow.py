@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ... import modes
 from . import functions  # noqa: F401  (names the functions of maps)
+from .custom import replaced
 from .pointwise import masked_input
 from .scope import scope
 from .value import SparseMap
@@ -55,7 +56,8 @@ def entered(dense=()):
     before = scope.keep_dense(dense) if dense else scope.dense
     scope.depth += 1
     try:
-        yield
+        with replaced() if scope.depth == 1 else contextlib.nullcontext():
+            yield
     finally:
         scope.depth -= 1
         scope.dense = before
