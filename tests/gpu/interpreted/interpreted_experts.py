@@ -66,10 +66,8 @@ def test_other_configurations(name, limit, monkeypatch):
 def test_weights_by_tma(activation, gated, interleaved, tokens, transposed, processors, monkeypatch):
     """The boxes in which sm_90 fetches weights. The expert without tokens is NaN and lies beside the others."""
     monkeypatch.setattr(tiling, "device_facts", lambda device: (90, processors))
-    boxes, from_tensor = [], gemm.TensorDescriptor.from_tensor
-    monkeypatch.setattr(
-        gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
-    )
+    boxes, matrix_box = [], gemm.matrix_box
+    monkeypatch.setattr(gemm, "matrix_box", lambda *given: boxes.append(given) or matrix_box(*given))
     t, e = tokens, 5
     h, i = (64, 128) if transposed else (40, 24)  # whole boxes; and ragged both ways
     index = torch.randint(0, e - 1, (t, 2))

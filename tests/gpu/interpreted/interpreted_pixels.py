@@ -49,10 +49,8 @@ def test_nan_passes_through_every_activation():
 def test_weights_by_tma(name, monkeypatch):
     """The boxes in which sm_90 fetches weights. What lies beside a box's own part is NaN or another group's."""
     case = replace(CASES[name], c=64 if name == "wide" else 32, o=40)
-    boxes, from_tensor = [], gemm.TensorDescriptor.from_tensor
-    monkeypatch.setattr(
-        gemm.TensorDescriptor, "from_tensor", lambda *given: boxes.append(given) or from_tensor(*given)
-    )
+    boxes, matrix_box = [], gemm.matrix_box
+    monkeypatch.setattr(gemm, "matrix_box", lambda *given: boxes.append(given) or matrix_box(*given))
     for processors in (1, 64) if name == "3x3" else (64,):
         monkeypatch.setattr(tiling, "device_facts", lambda device, n=processors: (90, n))
         inputs = Inputs(case, torch.bfloat16)
