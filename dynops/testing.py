@@ -306,14 +306,21 @@ class MaskedPolicy(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        maps = [x for x in pytree.tree_leaves((args, kwargs)) if self.is_map(x) and x.dim() == 4]
+        known = [x for x in pytree.tree_leaves((args, kwargs)) if self.is_map(x)]
+        maps = [x for x in known if x.dim() == 4]
         if (
             any(isinstance(x, torch.Tensor) and self.last.get(id(x)) is x for x in (*args, *kwargs.values()))
             and name != "__get__"
         ):
             return self.of_last(func, name, args, kwargs)
+        if name in _VIEWS and known:
+            return pytree.tree_map_only(
+                torch.Tensor, lambda y: self.viewed(y, known[0]), func(*args, **kwargs)
+            )
         if name == "__get__" or not (maps or name in _MASKING):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            same = bool(known) and isinstance(out, torch.Tensor) and name != "__get__"
+            return self.note(out) if same and out.shape == known[0].shape else out
         if name in _MEANS and (share := self.share(name, args, kwargs)) is not None:
             return func(*args, **kwargs) * share
         if name == "permute" and self.is_map(args[0]):
@@ -323,8 +330,6 @@ class MaskedPolicy(TorchFunctionMode):
         out = self.normed(name, args, kwargs) if name == "group_norm" else func(*args, **kwargs)
         if name == "__setitem__":
             args[0].mul_(self.at(args[0]))
-        if name in _VIEWS:
-            return pytree.tree_map_only(torch.Tensor, lambda y: self.note(y) if y.dim() == 4 else y, out)
         if not isinstance(out, torch.Tensor) or out.dim() != 4 or min(out.shape[2:]) < 2:
             return out
         if name == "pad":  # its zeros are there
@@ -333,6 +338,12 @@ class MaskedPolicy(TorchFunctionMode):
             mask = self.at(out)
             return self.note(out.mul_(mask) if name.endswith("_") or name.startswith("__i") else out * mask)
         return out
+
+    def viewed(self, y, x):
+        """A view of a map, whose axes may be joined or parted; masked where it is one of four dimensions again."""
+        if y.dim() == 4 and x.dim() != 4 and min(y.shape[2:]) > 1:
+            y = y * self.at(y)
+        return self.note(y)
 
     def of_last(self, func, name, args, kwargs):
         """A function of a map whose channels are its last dimension."""
