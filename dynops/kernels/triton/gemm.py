@@ -320,7 +320,7 @@ def matrix_box(w: Tensor, rows: int, columns: int, box: tuple[int, int]) -> Tens
 
 @functools.lru_cache(4096)
 def _box_fields(rows: int, columns: int, box: tuple[int, int]) -> dict:
-    nothing = torch.empty(8, dtype=torch.float16)
+    nothing = torch.empty(8, dtype=torch.float16, device="cpu")
     return vars(TensorDescriptor(nothing, [rows, columns], [columns, 1], list(box)))
 
 
