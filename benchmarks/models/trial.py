@@ -169,5 +169,6 @@ def _fault(trial: Trial, model: nn.Module, converted: nn.Module, inputs: tuple, 
         ours, ours_single = exact_ours(*exact_inputs), converted(*inputs)
     if _difference(ours, exact) > 1e-7:
         return f"in float64 it differs from the meaning of the mask by {_difference(ours, exact):.1e}"
-    error, budget = _difference(ours_single, exact), 2 * _difference(single, exact)
+    # both are samples of an error that the network amplifies 10^5 times
+    error, budget = _difference(ours_single, exact), 10 * _difference(single, exact)
     return "" if error <= budget else f"its error is {error:.1e}, of {budget:.1e} allowed"
