@@ -21,12 +21,14 @@ class Entry(NamedTuple):
         make: the model, in eval mode.
         inputs: its arguments for a batch.
         cells: of the mask, along a side.
+        emulated: False where maps have sizes that MaskedPolicy cannot mask: no multiples of the mask's.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[int], tuple]
     cells: int = CELLS
+    emulated: bool = True
 
     @property
     def library(self) -> str:
@@ -107,7 +109,8 @@ _SHORT = (
     Entry("diffusers.AutoencoderKL.decode", _decoder, lambda batch: _image(batch, 32, 4), 8),
 )  # fmt: skip
 _LONG = (
-    *map(_torchvision, ("resnext50_32x4d", "wide_resnet50_2", "mnasnet1_0", "squeezenet1_1", "inception_v3")),
+    *map(_torchvision, ("resnext50_32x4d", "wide_resnet50_2", "mnasnet1_0")),
+    *(_torchvision(name)._replace(emulated=False) for name in ("squeezenet1_1", "inception_v3")),
     _torchvision("lraspp_mobilenet_v3_large", ".segmentation"),
     *map(
         _timm,
