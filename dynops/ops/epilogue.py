@@ -51,7 +51,8 @@ def apply_epilogue(
     residual: Tensor | None,  # [P, O]
 ) -> Tensor:
     """An :class:`Epilogue` of rows in plain PyTorch, with gradients."""
-    if scale is not None and shift is not None:  # one pass over the rows instead of two
+    plain = not modes.differentiated(rows, scale, shift)
+    if plain and scale is not None and shift is not None:  # one pass over the rows; its backward has more kernels
         rows = torch.addcmul(shift.to(rows.dtype), rows, scale.to(rows.dtype))
         shift = None
     elif scale is not None:
@@ -62,5 +63,5 @@ def apply_epilogue(
         rows = rows * gate.to(rows.dtype)[:, None]
     if residual is not None:
         rows = rows + residual
-    own = scale is not None and activation == "relu" and not modes.differentiated(rows)
+    own = plain and scale is not None and activation == "relu" and not modes.differentiated(rows)
     return rows.relu_() if own else ACTIVATIONS[activation](rows)
