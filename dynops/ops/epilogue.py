@@ -52,7 +52,8 @@ def apply_epilogue(
 ) -> Tensor:
     """An :class:`Epilogue` of rows in plain PyTorch, with gradients."""
     plain = not modes.differentiated(rows, scale, shift)
-    if plain and scale is not None and shift is not None:  # one pass over the rows; its backward has more kernels
+    if plain and scale is not None and shift is not None:
+        # one pass over the rows; its backward has more kernels
         rows = torch.addcmul(shift.to(rows.dtype), rows, scale.to(rows.dtype))
         shift = None
     elif scale is not None:
@@ -63,5 +64,5 @@ def apply_epilogue(
         rows = rows * gate.to(rows.dtype)[:, None]
     if residual is not None:
         rows = rows + residual
-    own = plain and scale is not None and activation == "relu" and not modes.differentiated(rows)
+    own = scale is not None and activation == "relu" and not modes.differentiated(rows)
     return rows.relu_() if own else ACTIVATIONS[activation](rows)

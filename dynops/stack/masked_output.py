@@ -48,14 +48,14 @@ def _geometry(layer: nn.Module, in_shape: tuple, out_shape: tuple) -> ConvGeomet
     return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1)
 
 
-def pooled_images(pool, run: Callable, x: Tensor, outside: Tensor) -> Tensor:
+def pooled_images(pool: nn.Module, run: Callable, x: Tensor, outside: Tensor) -> Tensor:
     """A pool of images of different sizes, to which what lies ``outside`` of them is padding.
 
     Args:
-        pool: its settings, as attributes; a mean if it has no ``dilation``.
+        pool: an nn.MaxPool2d or nn.AvgPool2d with the settings.
         run: the pool.
     """
-    if hasattr(pool, "dilation"):
+    if isinstance(pool, nn.MaxPool2d):
         return run(x.masked_fill(outside, float("-inf")))
     out = run(x.masked_fill(outside, 0))
     if pool.divisor_override is not None or pool.count_include_pad:

@@ -15,6 +15,7 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
+from .layers.pool import sample_of
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
@@ -226,10 +227,10 @@ def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtyp
 
 def _spread(x, plan: PixelPlan) -> Tensor | None:
     """A tensor ``[N, C, 1, 1]`` (or N = 1) as rows: that of its sample at each pixel."""
-    n, h, w = plan.shape
+    n = plan.shape[0]
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, n):
         return None
-    return x.flatten(1).expand(n, -1)[plan.index.long().clamp(min=0) // (h * w)]
+    return x.flatten(1).expand(n, -1)[sample_of(plan)]
 
 
 def _within(rows: Rows, plan: PixelPlan) -> Tensor | None:

@@ -17,7 +17,7 @@ from ...ops.epilogue import Epilogue, apply_epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...plans import PixelPlan
 from .layout import NCHW, gathered
-from .value import SparseMap, each_image, saved_hooks
+from .value import Pending, SparseMap, each_image, saved_hooks
 
 
 class _Mode(NamedTuple):
@@ -46,26 +46,20 @@ def _mode() -> _Mode:
     return _Mode(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved_hooks())
 
 
-class Convolution:
+class Convolution(Pending):
     """A convolution that was not computed yet.
 
     Its epilogue grows with the functions that follow: a scale and shift, then a residual, then an activation.
     Where the map that it grew from is still in use when it is computed, that one's rows are made first.
     """
 
-    follows = False
+    grows = True
 
     def __init__(
         self, values: Tensor, in_plan: PixelPlan | None, weight, bias, plan: PixelPlan, g: ConvGeometry
     ):
-        self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry = (
-            values,
-            in_plan,
-            weight,
-            bias,
-            plan,
-            g,
-        )
+        self.values, self.in_plan, self.weight, self.bias = values, in_plan, weight, bias
+        self.plan, self.geometry = plan, g
         self.dtype = values.dtype
         self.scale = self.shift = self.residual = None
         self.activation = ""
@@ -93,19 +87,15 @@ class Convolution:
     def grown(self, source: SparseMap, **epilogue) -> SparseMap:
         """The map of this convolution with more of an epilogue."""
         made = Convolution(self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry)
-        made.scale, made.shift, made.residual, made.activation = (
-            self.scale,
-            self.shift,
-            self.residual,
-            self.activation,
-        )
+        made.scale, made.shift = self.scale, self.shift
+        made.residual, made.activation = self.residual, self.activation
         made.grown_from = [*self.grown_from, *map(weakref.ref, source.shown())]
         for name, value in epilogue.items():
             setattr(made, name, value)
         return SparseMap.of_pending(made, self.plan, source.active, (self.channels,), source.axes)
 
     def moved_to(self, owner: SparseMap) -> None:
-        """Notes that a map took this content in the place of its own: it is no source any more."""
+        """That map is no source any more."""
         self.grown_from = [source for source in self.grown_from if source() is not owner]
 
     def rows(self) -> Tensor:
@@ -163,7 +153,7 @@ def linear(input, weight, bias=None):
         and type(weight) is not SparseMap
         and weight.dim() == 2
     )
-    if not fits or input.axes[-1] != "c" or input.axes.count("c") != 1 or input.device.type == "meta":
+    if not fits or input.axes[-1] != "c" or input.axes.count("c") != 1:
         return NotImplemented
     if input.shape[-1] != weight.shape[1]:
         return NotImplemented  # torch has the error
@@ -240,19 +230,14 @@ def bare(
     return SparseMap.of_pending(made, plan, active, (made.channels,))
 
 
-class Padding:
+class Padding(Pending):
     """A padding that was not computed yet: a convolution reads through it."""
-
-    follows = False
 
     def __init__(self, base: SparseMap, pads: tuple[int, int, int, int], plan: PixelPlan):
         self.base, self.pads, self.plan, self.dtype = base.like(base.rows()), pads, plan, base.dtype
 
     def rows(self) -> Tensor:
         return gathered(F.pad(self.base.dense(), self.pads), self.plan, NCHW)
-
-    def moved_to(self, owner: SparseMap) -> None:
-        pass
 
 
 def pad(input, pad, mode="constant", value=None):

@@ -15,52 +15,19 @@ from ... import context
 from ..layers.norm import group_norm_of_rows
 from . import convolution, layout, pointwise, spatial
 from .layout import NCHW
+from .pointwise import words
 from .scope import scope
 from .value import SparseMap, dense_tree, handled_by, masked
 
-_METADATA = frozenset(
-    [
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_quantized",
-        "is_sparse",
-        "is_mps",
-        "is_xpu",
-        "is_mkldnn",
-        "itemsize",
-        "nbytes",
-        "is_nested",
-        "is_leaf",
-        "names",
-    ]
-)
+_METADATA = words("""
+shape dtype device ndim layout is_cuda is_cpu is_meta is_quantized is_sparse is_mps is_xpu is_mkldnn
+itemsize nbytes is_nested is_leaf names
+""")
 _FIRST = ("input", "tensor", "self")  # names of the first argument
-_QUESTIONS = frozenset(
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "__len__",
-        "is_floating_point",
-        "is_complex",
-        "get_device",
-        "element_size",
-        "stride",
-        "is_contiguous",
-        "is_inference",
-        "is_same_size",
-        "is_signed",
-        "__hash__",
-    ]
-)
+_QUESTIONS = words("""
+size dim ndimension numel nelement __len__ is_floating_point is_complex get_device element_size
+stride is_contiguous is_inference is_same_size is_signed __hash__
+""")
 
 
 def compute(func, args: tuple, kwargs: dict):
@@ -152,12 +119,8 @@ def _is_tree(out) -> bool:
 
 def _masked_like(y: Tensor, base: SparseMap):
     n, h, w = base.plan.shape
-    if (
-        type(y) is SparseMap
-        or y.dim() != 4
-        or (y.shape[0], *y.shape[2:]) != (n, h, w)
-        or not y.is_floating_point()
-    ):
+    fits = type(y) is not SparseMap and y.dim() == 4 and (y.shape[0], *y.shape[2:]) == (n, h, w)
+    if not fits or not y.is_floating_point():
         return y
     return SparseMap.of_rows(layout.gathered(y, base.plan, NCHW), base.plan, base.active)
 
@@ -198,11 +161,8 @@ def _of_map(function):
 
 
 def _sizes(shape) -> tuple:
-    return (
-        tuple(shape[0])
-        if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size))
-        else tuple(shape)
-    )
+    one = len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size))
+    return tuple(shape[0] if one else shape)
 
 
 def _transpose(x, dim0: int, dim1: int):
@@ -213,18 +173,18 @@ def _transpose(x, dim0: int, dim1: int):
 
 def _unsqueeze(x, dim: int):
     dim = dim % (x.dim() + 1)
-    return spatial.reshape(x, (*x.shape[:dim], 1, *x.shape[dim:]))
+    return spatial.view(x, (*x.shape[:dim], 1, *x.shape[dim:]))
 
 
 def _unflatten(x, dim: int, sizes):
     dim = dim % x.dim()
-    return spatial.reshape(x, (*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
+    return spatial.view(x, (*x.shape[:dim], *sizes, *x.shape[dim + 1 :]))
 
 
 def _as_view(x, *shape, **kwargs):
     if kwargs or any(isinstance(s, torch.dtype) for s in shape):
         return NotImplemented
-    return spatial.reshape(x, _sizes(shape))
+    return spatial.view(x, _sizes(shape))
 
 
 def _contiguous(x, *args, **kwargs):
@@ -282,7 +242,6 @@ def _dropout_of_channels(func, name, args, kwargs):
 _TABLE = {
     **dict.fromkeys(pointwise.ELEMENTWISE, pointwise.elementwise),
     **{f"{name}_": pointwise.elementwise for name in pointwise.ELEMENTWISE},
-    **{f"__i{name}__": pointwise.elementwise for name in ("add", "sub", "mul", "truediv", "pow")},
     **dict.fromkeys(("mean", "sum", "amax", "amin", "norm", "vector_norm"), pointwise.reduced),
     **dict.fromkeys(("layer_norm", "rms_norm"), _called(pointwise.over_channels)),
     "linear": _plainly(convolution.linear),
@@ -306,8 +265,8 @@ _TABLE = {
     "feature_dropout": _dropout_of_channels,
     "to": _to,
     "view": _of_map(_as_view),
-    "reshape": _of_map(lambda x, *shape, **named: spatial.reshaped(x, _sizes(shape) or named["shape"])),
-    "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshaped(x, spatial.flattened(x.shape, start_dim, end_dim))),
+    "reshape": _of_map(lambda x, *shape, **named: spatial.reshape(x, _sizes(shape) or named["shape"])),
+    "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshape(x, spatial.flattened(x.shape, start_dim, end_dim))),
     "unflatten": _of_map(_unflatten),
     "unsqueeze": _of_map(_unsqueeze),
     "permute": _of_map(lambda x, *dims, **named: spatial.permute(x, named.get("dims") or _sizes(dims))),

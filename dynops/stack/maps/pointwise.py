@@ -15,8 +15,14 @@ from .convolution import Convolution
 from .layout import NCHW
 from .value import SparseMap, masked
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 # by the names of functions: each makes an output pixel of the input's at its own place
-_NAMES = """
+ELEMENTWISE = words("""
 relu relu6 hardtanh silu hardswish hardsigmoid gelu mish elu selu celu leaky_relu rrelu sigmoid tanh
 softplus softsign logsigmoid threshold hardshrink softshrink tanhshrink abs neg exp expm1 log log1p
 log2 sqrt rsqrt square reciprocal sin cos erf floor ceil round trunc frac sign clamp clamp_min
@@ -24,8 +30,7 @@ clamp_max clip nan_to_num pow add sub subtract rsub __rsub__ mul multiply div di
 __rdiv__ __rtruediv__ __rpow__ maximum minimum fmod remainder lerp addcmul addcdiv atan2 eq ne lt le
 gt ge logical_and logical_or logical_not logical_xor where isnan isfinite isinf type_as float half
 bfloat16 double to detach clone dropout alpha_dropout masked_fill
-"""
-ELEMENTWISE = frozenset(_NAMES.split())
+""")
 _ACTIVATIONS = {"relu": "relu", "relu6": "relu6", "silu": "silu", "hardswish": "hardswish", "gelu": "gelu"}
 
 
@@ -111,7 +116,7 @@ def _into_dense(func, args: tuple, kwargs: dict, base: SparseMap):
 
 def _grown(base: SparseMap, name: str, args: tuple, kwargs: dict) -> SparseMap | None:
     """The map with the function in the epilogue of the convolution that makes it, or None."""
-    if name in ("add", "iadd") and len(args) == 2 and not kwargs:
+    if name == "add" and len(args) == 2 and not kwargs:
         return _sum(*args)
     pending = base.convolution()
     if pending is None:
@@ -207,7 +212,7 @@ def over_channels(func, input, *args, **kwargs):
 
 
 def softmax(func, input, dim=None, *args, **kwargs):
-    """softmax, log_softmax, normalize over channels."""
+    """softmax and log_softmax over channels."""
     if type(input) is not SparseMap or input.is_input or not isinstance(dim, int):
         return NotImplemented
     axis = layout.channel_axis(input.axes, dim % input.dim())

@@ -110,6 +110,8 @@ def adaptive_pool(func, name: str, args: tuple, kwargs: dict):
     """Adaptive pools: to one pixel over the mask, else dense."""
     given = _named(args, kwargs, "input", "output_size")
     size = given["output_size"]
+    if kwargs.get("return_indices") or len(args) > 2:
+        return NotImplemented
     if size in (1, (1, 1), [1, 1]) and type(given["input"]) is SparseMap and given["input"].axes == NCHW:
         kind = "mean" if "avg" in name else "amax"
         found = reduced(getattr(torch, kind), kind, (given["input"], (2, 3), True), {})
@@ -126,8 +128,8 @@ def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put, same: bool
     return SparseMap.of_pending(View(x, read, put, same), x.plan, x.active, channels, axes)
 
 
-def reshape(x: SparseMap, shape: tuple) -> SparseMap:
-    """view, reshape, flatten, unflatten, squeeze and unsqueeze: channels parted or joined, height and width joined."""
+def view(x: SparseMap, shape: tuple) -> SparseMap:
+    """view, unflatten and unsqueeze: channels parted or joined, height and width joined."""
     found = layout.reshaped(x.axes, tuple(x.shape), tuple(shape))
     if found is None:
         return NotImplemented
@@ -140,9 +142,9 @@ def reshape(x: SparseMap, shape: tuple) -> SparseMap:
     )  # fmt: skip
 
 
-def reshaped(x: SparseMap, shape: tuple) -> SparseMap:
-    """As :func:`reshape`, with a copy where a tensor would be copied: what is written into it shows nowhere else."""
-    out = reshape(x, shape)
+def reshape(x: SparseMap, shape: tuple) -> SparseMap:
+    """As :func:`view`, with a copy where a tensor would be copied: what is written into it shows nowhere else."""
+    out = view(x, shape)
     if out is NotImplemented or (strides := _strides(x)) is None:
         return out
     try:
@@ -225,12 +227,7 @@ def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
 def index(x: SparseMap, where):
     """``x[:, a:b]`` and the like: whole axes, and slices of channels."""
     where = where if isinstance(where, tuple) else (where,)
-    if (
-        any(not (w is Ellipsis or w is None or isinstance(w, slice)) for w in where)
-        or where.count(Ellipsis) > 1
-    ):
-        return NotImplemented
-    if None in where:
+    if not all(w is Ellipsis or isinstance(w, slice) for w in where) or where.count(Ellipsis) > 1:
         return NotImplemented
     if Ellipsis in where:
         at = where.index(Ellipsis)

@@ -125,7 +125,7 @@ class SparseMap(Tensor):
     def convolution(self):
         """The convolution that the map waits for, or None."""
         pending = self.shown()[-1].pending
-        return None if pending is None or pending.follows or not hasattr(pending, "takes") else pending
+        return pending if pending is not None and pending.grows else None
 
     def like(self, rows: Tensor) -> SparseMap:
         """A map of the same pixels."""
@@ -180,7 +180,27 @@ def handled_by(functions: Callable) -> None:
     _functions = functions
 
 
-class View:
+class Pending:
+    """Content that is computed when something reads it.
+
+    Attributes:
+        dtype: of the rows.
+        follows: True for content that another map has: it is read anew each time.
+        grows: True for a convolution, which what follows may be computed with.
+    """
+
+    dtype: torch.dtype
+    follows = grows = False
+
+    def rows(self) -> Tensor:
+        """``[P, *channels]``."""
+        raise NotImplementedError
+
+    def moved_to(self, owner: SparseMap) -> None:
+        """Notes that a map took this content in the place of its own."""
+
+
+class View(Pending):
     """A part of another map, or the same in another shape: what is written into one shows in the other.
 
     Args:
@@ -198,9 +218,6 @@ class View:
 
     def rows(self) -> Tensor:
         return self.read(self.base.rows())
-
-    def moved_to(self, owner: SparseMap) -> None:
-        pass
 
     def write(self, rows: Tensor) -> None:
         base = self.base
