@@ -338,26 +338,6 @@ def test_what_a_user_does_with_a_map():
     assert torch.equal(dense, torch.where(plain != 0, plain + 1, 0))
 
 
-@pytest.mark.parametrize("hooked", [False, True])
-def test_a_pool_that_returns_indices_is_no_mean(hooked):
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, C, 3, padding=1)
-
-        def forward(self, x):
-            values, index = F.adaptive_max_pool2d(self.conv(x), 1, return_indices=True)
-            return values + index
-
-    model, x, mask = Pooled().double().eval(), rand(2, 3, *SIZE), masks(share=1.1)
-    expected = model(x)
-    dynops.convert_(model)
-    if hooked:
-        model.conv.register_forward_hook(lambda *_: None)
-    with dynops.use_mask(mask):
-        close(model(x), expected)
-
-
 def test_errors_come_with_the_call():
     x, mask = rand(2, C, *SIZE), masks()
     with dynops.use_mask(mask) as active, entered():

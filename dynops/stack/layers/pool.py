@@ -113,9 +113,8 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
         return None
     args = list(step.args[1:])
     if name.startswith("adaptive"):
-        size = args.pop(0) if args else given.pop("output_size", None)
-        one = size in (1, (1, 1), [1, 1]) and not args and not given  # nor indices
-        return GlobalPool(recorded, step, _GLOBAL[name], True) if one else None
+        size = args[0] if args else given.get("output_size")
+        return GlobalPool(recorded, step, _GLOBAL[name], True) if size in (1, (1, 1), [1, 1]) else None
     dims, keepdim = (
         args[0] if args else given.pop("dim", None),
         args[1] if len(args) > 1 else given.pop("keepdim", False),

@@ -110,8 +110,6 @@ def adaptive_pool(func, name: str, args: tuple, kwargs: dict):
     """Adaptive pools: to one pixel over the mask, else dense."""
     given = _named(args, kwargs, "input", "output_size")
     size = given["output_size"]
-    if kwargs.get("return_indices") or len(args) > 2:
-        return NotImplemented
     if size in (1, (1, 1), [1, 1]) and type(given["input"]) is SparseMap and given["input"].axes == NCHW:
         kind = "mean" if "avg" in name else "amax"
         found = reduced(getattr(torch, kind), kind, (given["input"], (2, 3), True), {})
