@@ -164,3 +164,15 @@ def test_budgets(name):
         layer(X, mask)
     counter.total.backward()
     assert mask.grad.shape == mask.shape and mask.grad[0][MASK].min() > 0
+
+
+def test_a_mask_repeats_over_a_batch_that_a_model_makes():
+    model = chain()
+    dynops.convert_(model)
+    each, x = torch.rand(2, H, W) < 0.3, X[:2]
+    with torch.no_grad(), dynops.active(each):
+        twice, once = model(torch.cat([x, x])), model(x)
+    same(twice, torch.cat([once, once]))
+    plan = dynops.PixelPlan.from_mask(each, each.numel())  # of the capacity form
+    with torch.no_grad(), dynops.active(plan):
+        same(model(torch.cat([x, x])), twice)
