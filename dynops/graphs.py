@@ -100,9 +100,8 @@ class Graphed:
         self.copy_outputs, self.max_graphs = copy_outputs, max_graphs
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._state: _State | None = None
-        self._pool = (
-            None  # of all graphs, which never run at once: memory for the largest of them and for all outputs
-        )
+        # of all graphs, which never run at once: memory for the largest of them and for all outputs
+        self._pool = None
         self._lock = threading.RLock()
 
     def __call__(self, *inputs, **named):

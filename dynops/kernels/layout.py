@@ -51,6 +51,5 @@ def contiguous(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | N
     """An optional tensor, contiguous and of a dtype."""
     if t is None:
         return None
-    return (
-        t if dtype is None or t.dtype == dtype else t.to(dtype)
-    ).contiguous()  # asking takes 0.1 us, to() 0.8
+    same = dtype is None or t.dtype == dtype  # asking takes 0.1 us, to() 0.8
+    return (t if same else t.to(dtype)).contiguous()

@@ -228,9 +228,8 @@ def grid(rows: Tensor, tile: dict) -> tuple[int, int]:
 
 
 _MOST_PARTS = 16
-_MOST_SUMS = (
-    1 << 26
-)  # bytes: a capacity may be far more rows than the expected ones that a split was chosen for
+# bytes: a capacity may be far more rows than the expected ones that a split was chosen for
+_MOST_SUMS = 1 << 26
 # Steps of a part at least. Not measured: a step of 128x128x64 takes 0.3 to 0.6 us by its products and bytes, and the
 # kernel that adds the parts about 3 us.
 _PART_STEPS = 10

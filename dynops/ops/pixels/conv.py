@@ -164,9 +164,8 @@ def _run_weight_grad(grad, x, index, count, source, weight_shape, geometry, from
         return kernels.conv_weight_grad(*arguments)
     if backend or not dense_fallback.is_thin(x, weight_shape, g):
         return _conv_weight_grad(*arguments)
-    dense = _dense_grad(
-        grad, index, count, g, from_rows
-    )  # in its own dtype, as the dense layer's gradient is
+    # in its own dtype, as the dense layer's gradient is
+    dense = _dense_grad(grad, index, count, g, from_rows)
     weight = grad.new_empty(weight_shape)  # its values are not read
     _, dw = dense_conv_grads(dense, _dense_input(x, source, g), weight, g, [False, True])
     return dw.contiguous(), dense_bias_grad(dense) if bias else grad.new_empty(0)
