@@ -52,7 +52,8 @@ def apply_epilogue(
 ) -> Tensor:
     """An :class:`Epilogue` of rows in plain PyTorch, with gradients."""
     plain = not modes.differentiated(rows, scale, shift)
-    if plain and scale is not None and shift is not None:  # one pass over the rows; its backward has more kernels
+    # one pass over the rows; its backward has more kernels
+    if plain and scale is not None and shift is not None:
         rows = torch.addcmul(shift.to(rows.dtype), rows, scale.to(rows.dtype))
         shift = None
     elif scale is not None:
