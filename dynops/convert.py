@@ -105,9 +105,9 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
     Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d,
-    MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d, subclasses and parametrisations of these, and any
-    FrozenBatchNorm2d). Outside the context the model is the dense one, bit for bit.
+    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d
+    without running statistics, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d, subclasses and parametrisations
+    of these, and any FrozenBatchNorm2d). Outside the context the model is the dense one, bit for bit.
 
     Inside the context a map exists at the active pixels of its own resolution and is zero elsewhere, after every layer
     and every function: a sum, product, cat or activation of a map is masked too, whatever it is at zero. Convolutions

@@ -280,8 +280,12 @@ class MaskedPolicy(TorchFunctionMode):
     ``dynops.use_mask(mask)``, for maps whose sizes are multiples of the mask's, or it of theirs. A map is what a
     convolution, norm or pool makes, and what functions make of one. Means over all its pixels are over the mask.
 
+    It gives other values for InstanceNorm, for BatchNorm in training mode (statistics over all pixels), for ``amax`` and
+    ``AdaptiveMaxPool2d`` (over the zeros too), and for means of flattened maps. It takes no plan, no block size and no
+    ragged batch. A mask for a batch of more than 1 does not repeat.
+
     Args:
-        mask: ``[N, h, w]``; one for a batch of 1 holds for every sample.
+        mask: a tensor ``[N, h, w]``, 0 or 1; one for a batch of 1 holds for every sample.
     """
 
     def __init__(self, mask):
