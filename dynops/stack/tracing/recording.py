@@ -7,6 +7,7 @@ What a graph cannot hold raises :class:`Untraceable`, with the path of the modul
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import functools
@@ -14,6 +15,7 @@ import inspect
 import operator
 import random
 import sys
+import threading
 import traceback
 
 import torch
@@ -40,10 +42,7 @@ class Untraceable(Exception):
 
 
 class _Value(fx.Proxy):
-    """A tensor of the graph, which ``isinstance`` takes for one in a user's code.
-
-    In torch's own it must not: its C++ would read memory that is not there.
-    """
+    """A tensor of the graph, which ``isinstance`` takes for one in a user's code; see :func:`_tensors_seen`."""
 
     _is_param = False
 
@@ -56,10 +55,37 @@ class _Value(fx.Proxy):
     __itruediv__ = functools.partialmethod(_write, function=operator.itruediv)
     __ipow__ = functools.partialmethod(_write, function=operator.ipow)
 
-    @property
-    def __class__(self):
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        return type(self) if caller.partition(".")[0] == "torch" else Tensor
+
+_isinstance = builtins.isinstance
+_lock = threading.Lock()
+_recordings = 0
+
+
+def _instance(value, kinds) -> bool:
+    """``isinstance``, to which a :class:`_Value` is a tensor, but for torch's own code.
+
+    That would hand it to C++, which reads memory that is not there. So would a ``__class__`` of Tensor, of which C++ asks.
+    """
+    if type(value) is not _Value:
+        return _isinstance(value, kinds)
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    return _isinstance(value, kinds) if caller.partition(".")[0] == "torch" else issubclass(Tensor, kinds)
+
+
+@contextlib.contextmanager
+def _tensors_seen():
+    """Inside it, in every thread, ``isinstance`` is :func:`_instance`."""
+    global _recordings
+    with _lock:
+        _recordings += 1
+        builtins.isinstance = _instance
+    try:
+        yield
+    finally:
+        with _lock:
+            _recordings -= 1
+            if _recordings == 0:
+                builtins.isinstance = _isinstance
 
 
 class _StandIn:
@@ -181,7 +207,7 @@ class Recorder(fx.Tracer):
         """
         root = self._stands[id(self.module)]
         name, first = self._input(root)
-        with _modes(self.training):
+        with _tensors_seen(), _modes(self.training):
             self._modes, self._random = _modes_now(), _random_now()
             value = self.create_proxy("placeholder", name, (), {})
             self.input_name = name
