@@ -50,11 +50,11 @@ def permuted(axes: tuple[str, ...], dims: tuple[int, ...]) -> tuple[tuple[str, .
 
 
 def reshaped(
-    axes: tuple[str, ...], old: tuple[int, ...], new: tuple[int, ...]
+    axes: tuple[str, ...], old: tuple[int, ...], new: tuple[int, ...], size: tuple[int, int]
 ) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
     """The axes and the channels of a tensor that is viewed in another shape.
 
-    None where channels and pixels are mixed. Height and width may be joined, and parted again.
+    None where channels and pixels are mixed. Height and width, ``size``, may be joined, and parted again.
     """
     if not all(isinstance(size, int) for size in (*old, *new)) or new.count(-1) > 1:
         return None
@@ -88,6 +88,9 @@ def reshaped(
         ):
             made.append("s")
             i, j = i + 2, j + 1
+        elif i < len(axes) and axes[i] == "s" and tuple(new[j : j + 2]) == size:
+            made += ["h", "w"]
+            i, j = i + 1, j + 2
         elif j < len(new) and new[j] == 1:  # a new axis of one channel
             made.append("c")
             channels.append(1)

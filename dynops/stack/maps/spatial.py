@@ -128,7 +128,7 @@ def view_of(x: SparseMap, axes, channels: tuple[int, ...], read, put, same: bool
 
 def view(x: SparseMap, shape: tuple) -> SparseMap:
     """view, unflatten and unsqueeze: channels parted or joined, height and width joined."""
-    found = layout.reshaped(x.axes, tuple(x.shape), tuple(shape))
+    found = layout.reshaped(x.axes, tuple(x.shape), tuple(shape), tuple(x.plan.shape[1:]))
     if found is None:
         return NotImplemented
     axes, channels = found
