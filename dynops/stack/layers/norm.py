@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
+from ...kernels.cpu.prepared import StepKind
 from ...ops.epilogue import ACTIVATIONS, apply_epilogue
 from ...ops.pixels.rows import scatter_pixels
 from ...plans import PixelPlan
 from ..norm import check_features, norm_rows, uses_batch_statistics
 from ..trace import Step, dense_type
-from .base import Layer, Rows, finish, place
+from .base import Layer, Rows, each_geometry, finish, place
 from .pool import pixels_of_samples, sample_of, sums_of_samples
 
 
@@ -22,7 +23,7 @@ class Norm(Layer):
     In training mode its statistics are those of the rows that exist.
     """
 
-    packs = True
+    packs = joins = True
 
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(place(step.target), step.inputs, step.out)
@@ -49,6 +50,11 @@ class Norm(Layer):
             return Rows(norm_rows(self.norm, x, plan, residual, self.activation), plan)
         out = scatter_pixels(norm_rows(self.norm, x, plan), plan) + run.dense(self.residual)
         return ACTIVATIONS[self.activation](out)
+
+    def join(self, bound) -> None:
+        size, channels = bound.same(self.inputs)
+        weights = None, self.norm, self.activation, each_geometry(channels)
+        bound.step(StepKind.EACH, self, size, channels, weights=weights)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         residual = None if self.residual is None else inputs[1]
