@@ -140,8 +140,8 @@ static void forget_sequence(PyObject* capsule) {
 }
 
 // make_sequence([(plan, channels) of each value], inputs, outputs, steps), with a step (kind, inputs, out,
-// prepared or None, geometry or None, freed): what run_sequence takes. The caller keeps what the steps
-// prepared.
+// prepared or None, geometry or None, freed, channels): what run_sequence takes. The caller keeps what the
+// steps prepared.
 static py::object make_sequence(const std::vector<std::pair<int64_t, int64_t>>& values,
                                 const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs,
                                 const std::vector<py::tuple>& steps) {
@@ -153,7 +153,8 @@ static py::object make_sequence(const std::vector<std::pair<int64_t, int64_t>>& 
     dynops::cpu::SequenceStep one{.kind = dynops::cpu::StepKind(step[0].cast<int64_t>()),
                                   .inputs = step[1].cast<std::vector<int64_t>>(),
                                   .out = step[2].cast<int64_t>(),
-                                  .freed = step[5].cast<std::vector<int64_t>>()};
+                                  .freed = step[5].cast<std::vector<int64_t>>(),
+                                  .channels = step[6].cast<std::vector<int64_t>>()};
     if (!step[3].is_none()) {
       one.conv = static_cast<PreparedConv*>(PyCapsule_GetPointer(py::object(step[3]).ptr(), "PreparedConv"));
       if (!one.conv) throw py::error_already_set();

@@ -21,7 +21,7 @@ from .layers.pool import sample_of
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
-from .sequence import Sequence
+from .sequences import Sequence
 
 
 def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False) -> Tensor:
@@ -32,7 +32,7 @@ def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool =
         as_map: the output is a map too.
     """
     run = Run(stack, x, policy, maps, as_map)
-    for part in stack.parts:
+    for part in stack.parts if isinstance(run.found(0), Tensor) else stack.inner_parts:
         if type(part) is not Sequence:
             run.layer(part)
         elif part.run(run):

@@ -122,6 +122,22 @@ void pool(const Geometry& g, const PlanView& in, const PlanView& out, const floa
   });
 }
 
+// Runs of neighbours are copied together: a half of the channels is one, a shuffle has none.
+void take(const std::vector<int64_t>& channels, int64_t rows, const float* x, int64_t in_channels,
+          float* to) {
+  const int64_t count = int64_t(channels.size());
+  for_rows(rows, 8 * count, [&](int64_t r) {
+    const float* from = x + r * in_channels;
+    float* z = to + r * count;
+    for (int64_t c = 0; c < count;) {
+      int64_t end = c + 1;
+      while (end < count && channels[end] == channels[end - 1] + 1) ++end;
+      std::copy_n(from + channels[c], end - c, z + c);
+      c = end;
+    }
+  });
+}
+
 void nearest(const Geometry& g, const PlanView& in, const PlanView& out, const float* x, int64_t channels,
              float* to) {
   const int32_t fh = int32_t(g.out_h / g.in_h), fw = int32_t(g.out_w / g.in_w);
@@ -190,6 +206,8 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return pool<false>(step.g, in, out, x, channels, to);
     case StepKind::kNearest:
       return nearest(step.g, in, out, x, channels, to);
+    case StepKind::kTake:
+      return take(step.channels, out.rows, x, values[a].channels, to);
   }
 }
 

@@ -31,6 +31,7 @@ enum class StepKind : int64_t {
   kMaxPool,
   kMeanPool,  // without padding
   kNearest,   // upsampling by whole factors
+  kTake,      // channels
 };
 
 struct SequenceStep {
@@ -38,8 +39,9 @@ struct SequenceStep {
   std::vector<int64_t> inputs;
   int64_t out;
   const PreparedConv* conv = nullptr;
-  Geometry g{};                // of a pool or an upsampling
-  std::vector<int64_t> freed;  // values that nothing reads after it
+  Geometry g{};                     // of a pool or an upsampling
+  std::vector<int64_t> freed{};     // values that nothing reads after it
+  std::vector<int64_t> channels{};  // that are taken
 };
 
 class Sequence {

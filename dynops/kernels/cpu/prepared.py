@@ -34,6 +34,7 @@ class StepKind(enum.IntEnum):
     MAX_POOL = 8
     MEAN_POOL = 9
     NEAREST = 10
+    TAKE = 11  # channels
 
 
 class Prepared:

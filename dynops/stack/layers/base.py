@@ -70,11 +70,6 @@ class Unjoinable(Exception):
     """A layer cannot run in a sequence at these sizes."""
 
 
-def each_geometry(channels: int) -> ConvGeometry:
-    """The geometry of a depthwise 1x1 convolution, which takes each row by itself."""
-    return ConvGeometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, channels, 0)
-
-
 class Layer:
     """One layer of a stack. A type of layer is one subclass.
 
@@ -89,7 +84,7 @@ class Layer:
         packs: whether it makes rows from rows, without dense maps between.
         converted: whether ``convert_`` gave its module a class that masks the output.
         recorded: the recorded call of the module or function, for dense maps.
-        joins: whether it may run in a sequence of layers (:mod:`..sequence`).
+        joins: whether it may run in a sequence of layers (:mod:`..sequences`).
         conv: the convolution that it is, or None; ``transposed``: whether it is a transposed one.
     """
 
@@ -123,7 +118,7 @@ class Layer:
         return self.recorded.rows(run)
 
     def join(self, bound) -> None:
-        """Adds its step to a sequence that is bound to sizes (:class:`..sequence._Bound`).
+        """Adds its step to a sequence that is bound to sizes (:class:`..sequences.bound.Bound`).
 
         Raises:
             Unjoinable: it has none at these sizes.

@@ -29,6 +29,23 @@ _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 WITH_CHANNELS = ("operator:mul", "torch:mul", "operator:add", "torch:add")  # of [N, H, W, C] and [C]
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
+# calls that only move channels or read sizes (..sequences.moves)
+_MOVES = {
+    *(
+        "size",
+        "chunk",
+        "split",
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "contiguous",
+        "flatten",
+        "unflatten",
+    ),
+    *("operator:getitem", "operator:floordiv", "builtins:getattr", "swapaxes", "torch:swapaxes"),
+    *("torch:chunk", "torch:split", "torch:reshape", "torch:transpose", "torch:permute", "torch:flatten"),
+}
 _STEP_KINDS = {
     target: kind
     for kind, targets in {
@@ -68,23 +85,28 @@ class Call(Layer):
             and len(step.args) == len(step.inputs) == len(maps)
         )
         self.step_kind = StepKind.CAT if self.cats else _STEP_KINDS.get(step.target) if plain else None
-        self.joins = self.packs and self.step_kind is not None
+        self.moves = (
+            step.kind in ("function", "method") and step.target in _MOVES and not self.paths and bool(maps)
+        )
+        self.joins = (self.packs and self.step_kind is not None) or self.moves
 
     def join(self, bound) -> None:
         kind, inputs = self.step_kind, self.inputs
+        if self.moves:
+            return bound.move(self, self._call)
         if kind is StepKind.CAT:
             order = self.args[0] if self.args else self.kwargs["tensors"]
             inputs = tuple(ref.value for ref in order)
-            if len({bound.sizes[v] for v in inputs}) != 1:
+            if len({bound.size(v) for v in inputs}) != 1:
                 raise Unjoinable
             return bound.step(
-                kind, self, bound.sizes[inputs[0]], sum(bound.channels[v] for v in inputs), inputs=inputs
+                kind, self, bound.size(inputs[0]), sum(bound.channels(v) for v in inputs), inputs=inputs
             )
-        if kind is StepKind.PRODUCT and len({bound.sizes[v] for v in inputs}) == 2:  # by one pixel a sample
-            inputs = sorted(inputs, key=lambda v: bound.sizes[v], reverse=True)
-            if bound.sizes[inputs[1]][1:] != (1, 1) or bound.channels[inputs[0]] != bound.channels[inputs[1]]:
+        if kind is StepKind.PRODUCT and len({bound.size(v) for v in inputs}) == 2:  # by one pixel a sample
+            inputs = sorted(inputs, key=lambda v: bound.size(v), reverse=True)
+            if bound.size(inputs[1])[1:] != (1, 1) or bound.channels(inputs[0]) != bound.channels(inputs[1]):
                 raise Unjoinable
-            size, channels = bound.sizes[inputs[0]], bound.channels[inputs[0]]
+            size, channels = bound.size(inputs[0]), bound.channels(inputs[0])
             return bound.step(kind, self, size, channels, inputs=tuple(inputs))
         return bound.step(kind, self, *bound.same(inputs))
 

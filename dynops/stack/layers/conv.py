@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...geometry import BlockGeometry, ConvGeometry
 from ...kept import kept
 from ...kernels.cpu.engine import setup_of
-from ...kernels.cpu.prepared import Prepared, StepKind, fits, key_of
+from ...kernels.cpu.prepared import Prepared, fits, key_of
 from ...modes import autocast_dtype, differentiated
 from ...ops import block_conv
 from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
@@ -164,13 +164,12 @@ class Conv(Layer):
         return self.pads is None and not self.waits
 
     def join(self, bound) -> None:
-        g = self.geometry(bound.sizes[self.x])
+        g = self.geometry(bound.size(self.x))
         if self.residual is not None and (
-            bound.sizes[self.residual] != g.out_shape or bound.channels[self.residual] != self.out_channels
+            bound.size(self.residual) != g.out_shape or bound.channels(self.residual) != self.out_channels
         ):
             raise Unjoinable
-        weights = self.conv, self.norm, self.activation, g
-        bound.step(StepKind.CONV, self, g.out_shape, self.out_channels, g, weights=weights)
+        bound.multiply(self, g.out_shape, self.out_channels, g, self.conv, self.norm, self.activation)
 
     def _fits(self, values: Tensor, in_plan, plan, weight: Tensor, residual: Tensor | None) -> bool:
         return (

@@ -9,7 +9,7 @@ from ...geometry import BlockGeometry
 from ...kernels.cpu.prepared import StepKind
 from ...ops.epilogue import ACTIVATIONS
 from ..trace import Step, find
-from .base import Layer, Rows, called, each_geometry, place
+from .base import Layer, Rows, called, place
 
 _STEP_KINDS = {nn.Sigmoid: StepKind.SIGMOID, nn.Hardsigmoid: StepKind.HARDSIGMOID}
 
@@ -45,8 +45,10 @@ class Activation(Layer):
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
-        weights = (None, None, self.activation, each_geometry(channels)) if self.activation else None
-        bound.step(self.step_kind, self, size, channels, weights=weights)
+        if self.activation:
+            bound.multiply(self, size, channels, activation=self.activation)
+        else:
+            bound.step(self.step_kind, self, size, channels)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return self._apply(inputs[0])
@@ -81,16 +83,16 @@ class Add(Layer):
 
 
 class Dropout(Layer):
-    """Draws for the rows that exist. A dropout of whole channels needs dense maps in training mode."""
+    """Draws for the rows that exist. A dropout of whole channels or samples needs dense maps in training mode."""
 
-    packs = True
+    packs = joins = True
 
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(place(step.target), step.inputs, step.out)
         self.dropout = module.get_submodule(step.target)
 
     def check(self) -> None:
-        if self.dropout.training and self.dropout.p > 0:
+        if self.dropout.training and getattr(self.dropout, "p", 1) != 0:
             raise TypeError(
                 f"{self.name}: expected a dropout in eval mode, got {self.dropout} in training mode"
             )
@@ -100,8 +102,12 @@ class Dropout(Layer):
         if not dropout.training:
             return run.env[x]
         if type(dropout) is not nn.Dropout:
-            return F.dropout2d(run.map(x) if run.maps else run.dense(x), dropout.p, True)
+            return dropout(run.map(x) if run.maps else run.dense(x))
+
         plan = run.shared_plan(self)
         if plan is None:
             return F.dropout(run.map(x) if run.maps else run.dense(x), dropout.p, True)
         return Rows(F.dropout(run.at(x, plan), dropout.p, True), plan)
+
+    def join(self, bound) -> None:
+        bound.idles(self, self.dropout)

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
-from ...kernels.cpu.prepared import StepKind
 from ...ops.epilogue import ACTIVATIONS, apply_epilogue
 from ...ops.pixels.rows import scatter_pixels
 from ...plans import PixelPlan
 from ..norm import check_features, norm_rows, uses_batch_statistics
 from ..trace import Step, dense_type
-from .base import Layer, Rows, each_geometry, finish, place
+from .base import Layer, Rows, finish, place
 from .pool import pixels_of_samples, sample_of, sums_of_samples
 
 
@@ -53,8 +52,7 @@ class Norm(Layer):
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
-        weights = None, self.norm, self.activation, each_geometry(channels)
-        bound.step(StepKind.EACH, self, size, channels, weights=weights)
+        bound.multiply(self, size, channels, norm=self.norm, activation=self.activation)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         residual = None if self.residual is None else inputs[1]
