@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .activations import ZERO_PRESERVING, fused_name, is_norm_act
+from .activations import ZERO_PRESERVING, activation_type, fused_name, is_norm_act
 from .staleness import signature
 from .tracing.fusion import fuse
 from .tracing.recording import Recorder, Untraceable, opaque
@@ -320,7 +320,7 @@ class _Steps:
             self.emit(node, self.kinds[module], node.target, (x,))
             if is_norm_act(module):
                 self._act(node, module.act, f"{node.target}.act")
-        elif x is not None and type(module) in ZERO_PRESERVING:
+        elif x is not None and activation_type(module) in ZERO_PRESERVING:
             self._act(node, module, node.target, x, inplace)
         elif x is not None and (type(module) in _DROPOUTS or type(module).__name__ in _DROPS_OF_PATHS):
             self.emit(node, "dropout", node.target, (x,), inplace)

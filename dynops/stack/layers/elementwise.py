@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...geometry import BlockGeometry
 from ...kernels.cpu.prepared import StepKind
 from ...ops.epilogue import ACTIVATIONS
+from ..activations import activation_type
 from ..trace import Step, find
 from .base import Layer, Rows, called, place
 
@@ -32,7 +33,7 @@ class Activation(Layer):
         else:
             self.function, self.kwargs = module.get_submodule(step.target), {}
             self.copies = getattr(self.function, "inplace", False)  # the value may have other readers
-            self.step_kind = _STEP_KINDS.get(type(self.function), self.step_kind)
+            self.step_kind = _STEP_KINDS.get(activation_type(self.function), self.step_kind)
         self.joins = self.step_kind is not None
 
     def rows(self, run):
