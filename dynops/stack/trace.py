@@ -190,10 +190,21 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
             )
             leaf = m in kinds or torchs_own
         else:
-            leaf = m in kinds or not any(inner in kinds for inner in m.modules())
+            leaf = m in kinds or not (any(inner in kinds for inner in m.modules()) or _is_mlp(m))
         if leaf and path:
             leaves.add(path)
     return leaves
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """True for Linears with what may stand between them, as timm's Mlp: each runs on rows."""
+    between = (nn.Identity, nn.LayerNorm, *_DROPOUTS, *ZERO_PRESERVING)
+    inner = [*module.children()]
+    return (
+        not module.__module__.startswith("torch.nn")
+        and any(type(m) is nn.Linear for m in inner)
+        and all(type(m) is nn.Linear or activation_type(m) in between for m in inner)
+    )
 
 
 def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
