@@ -36,6 +36,7 @@ class StepKind(enum.IntEnum):
     NEAREST = 10
     TAKE = 11  # channels
     LAYER_NORM = 12
+    RESPONSE_NORM = 13
 
 
 class Prepared:
