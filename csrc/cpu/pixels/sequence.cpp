@@ -228,7 +228,7 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
     case StepKind::kEach: {
       const bool pointwise = step.conv->pointwise(), quads = step.conv->winograd();
       return step.conv->run({.x = at[a],
-                             .index = pointwise ? out.ascending : out.index,
+                             .index = out.index,
                              .rows = out.rows,
                              .source = pointwise ? nullptr : in.inverse,
                              .residual = b < 0 ? nullptr : at[b],

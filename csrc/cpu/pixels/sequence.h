@@ -14,7 +14,6 @@ namespace dynops::cpu {
 struct PlanView {
   const int32_t* index;         // [rows], flat positions
   const int32_t* inverse;       // [batch * pixels]: the row, or -1
-  const int32_t* ascending;     // 0, 1, ... rows - 1
   const int32_t* quads;         // Winograd's tiles, or null
   int64_t rows, tiles, pixels;  // pixels: of a sample
 };

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import modes
+from ... import backends, modes
 from ...geometry import BlockGeometry, ConvGeometry, pair
+from ...kernels.cpu import prepared
 from ...kernels.cpu.prepared import StepKind
 from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
@@ -32,12 +33,21 @@ class _Pool(Layer):
     def rows(self, run):
         if not self.converted:
             return self.recorded.rows(run)
-        return run.masked(self.pool, self.inputs[0])
+        rows = run.rows_of(self.inputs[0])
+        if rows is None or not self.joins or run.policy.active.ragged:
+            return run.masked(self.pool, self.inputs[0])
+        g = self._window(rows.plan.shape)
+        plan = run.policy.active.after(g, rows.plan.device, bool(self.pool.ceil_mode))
+        made = windows_of_rows(self.step_kind, rows.values, rows.plan, plan, g)
+        return run.masked(self.pool, self.inputs[0]) if made is None else Rows(made, plan)
+
+    def _window(self, size: tuple[int, int, int]) -> ConvGeometry:
+        out = (reach.out_size(size[1 + i]) for i, reach in enumerate(self.reaches[0]))
+        return ConvGeometry(*size, *out, *self.kernel, *self.stride, *self.pad, *self.dilation, 1, 0)
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
-        out = tuple(reach.out_size(size[1 + i]) for i, reach in enumerate(self.reaches[0]))
-        g = ConvGeometry(*size, *out, *self.kernel, *self.stride, *self.pad, *self.dilation, 1, 0)
+        g = self._window(size)
         bound.step(self.step_kind, self, g.out_shape, channels, g, bool(self.pool.ceil_mode))
 
 
@@ -147,6 +157,23 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
         return None
     is_global = sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3] and len(dims) == 2
     return GlobalPool(recorded, step, _GLOBAL[name], keepdim) if is_global else None
+
+
+def windows_of_rows(
+    kind: StepKind, rows: Tensor, in_plan: PixelPlan, plan: PixelPlan, g: ConvGeometry
+) -> Tensor | None:
+    """The rows of a pool, or of a nearest upsampling, by the kernel of rows; None where a dense map has to be made."""
+    plain = type(rows) is Tensor and rows.dtype is torch.float32 and rows.is_contiguous() and rows.dim() == 2
+    if not plain or not rows.is_cpu or not backends.has_binary() or modes.route(rows) != modes.DIRECT:
+        return None
+    if (
+        in_plan.count is not None
+        or plan.count is not None
+        or g.in_shape != in_plan.shape
+        or g.out_shape != plan.shape
+    ):
+        return None
+    return prepared.windows(kind, rows, (in_plan.index, plan.index), in_plan.inverse(), g)
 
 
 def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:

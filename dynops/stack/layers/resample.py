@@ -13,7 +13,7 @@ from ..receptive_field import Enlarged, Window
 from ..trace import Step, dense_type
 from .base import Layer, Rows, spans_of
 
-_MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
+MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
 
 
 class _Moved(Layer):
@@ -81,7 +81,7 @@ class Upsample(_Moved):
         factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors, factors)
         self.mode, reach = layer.mode, None
         if layer.size is not None or not all(_is_whole(f) for f in factors):
-            self.refusal = f"{name}: expected integer scale factors up to {_MAX_FACTOR}, got {layer}"
+            self.refusal = f"{name}: expected integer scale factors up to {MAX_FACTOR}, got {layer}"
         elif self.mode not in ("nearest", "bilinear") or layer.align_corners:
             self.refusal = f"{name}: expected mode nearest or bilinear (align_corners=False), got {layer}"
         else:
@@ -157,7 +157,7 @@ def _cut(y: Tensor, reaches, out: BlockGeometry) -> Tensor:
 
 
 def _is_whole(factor: float | None) -> bool:
-    return factor is not None and factor == int(factor) and 1 <= factor <= _MAX_FACTOR
+    return factor is not None and factor == int(factor) and 1 <= factor <= MAX_FACTOR
 
 
 def interpolate(

@@ -337,7 +337,7 @@ class Bound:
         arguments = []
         for plan, tiles in zip(plans, quads, strict=True):
             arguments += (
-                plan.index.data_ptr(), run.inverse(plan).data_ptr(), run.index_of_rows(plan).data_ptr(),
+                plan.index.data_ptr(), run.inverse(plan).data_ptr(),
                 0 if tiles is None else tiles.data_ptr(), len(plan), 0 if tiles is None else tiles.shape[0],
                 plan.shape[1] * plan.shape[2],
             )  # fmt: skip
