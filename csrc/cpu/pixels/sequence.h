@@ -28,11 +28,12 @@ enum class StepKind : int64_t {
   kHardsigmoid,
   kCat,  // of channels
   kMaxPool,
-  kMeanPool,      // without padding
+  kMeanPool,      // over whole windows, padding included
   kNearest,       // upsampling by whole factors
   kTake,          // channels
   kLayerNorm,     // over the channels of a row
   kResponseNorm,  // global response normalisation: by the 2-norm of each channel over a sample's rows
+  kGroupNorm,     // over groups of channels of a sample's rows; `channels` holds the number of groups
 };
 
 struct SequenceStep {

@@ -38,6 +38,7 @@ class StepKind(enum.IntEnum):
     TAKE = 11  # channels
     LAYER_NORM = 12
     RESPONSE_NORM = 13
+    GROUP_NORM = 14  # the one number in `channels`: groups
 
 
 class Prepared:

@@ -20,6 +20,7 @@ from .base import Layer, Rows, spans_of
 class _Pool(Layer):
     def __init__(self, name: str, step: Step, pool: nn.Module, dilation=1):
         self.pool, self.converted = pool, step.kind == "pool"
+        self.masked = step.kind in ("pool", "function")  # the third is a module that stays dense
         self.forward = dense_type(pool).forward
         self.kernel, self.stride = pair(pool.kernel_size, "kernel_size", 1), pair(pool.stride, "stride", 1)
         self.pad, self.dilation = pair(pool.padding, "padding", 0), pair(dilation, "dilation", 1)
@@ -58,7 +59,7 @@ class MaxPool(_Pool):
         super().__init__(name, step, pool, pool.dilation)
         if pool.return_indices:
             self.refusal = f"{name}: expected return_indices=False, got {pool}"
-        self.joins = self.converted and self.refusal == ""
+        self.joins = self.masked and self.refusal == ""
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return F.max_pool2d(inputs[0], self.kernel, self.stride, 0, self.dilation)
@@ -73,7 +74,8 @@ class AvgPool(_Pool):
         # a window that hangs over what is counted has a smaller divisor
         hangs = bool(pool.ceil_mode) or (self.pad != (0, 0) and not self.counts_pad)
         self.varies = hangs and self.divisor is None
-        self.joins = self.converted and self.pad == (0, 0) and self.divisor is None and not pool.ceil_mode
+        whole = self.pad == (0, 0) or self.counts_pad  # each window's mean is over all of it
+        self.joins = self.masked and whole and self.divisor is None and not pool.ceil_mode
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         if not self.varies:

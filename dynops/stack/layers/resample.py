@@ -24,6 +24,7 @@ class _Moved(Layer):
     def __init__(self, name: str, step: Step, layer: nn.Module, reach=None):
         super().__init__(name, step.inputs, step.out, None if reach is None else (reach,))
         self.layer, self.converted = layer, step.kind == "layer"
+        self.masked = step.kind in ("layer", "function")  # the third is a module that stays dense
         self.forward = dense_type(layer).forward
 
     def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry:
@@ -96,7 +97,7 @@ class Upsample(_Moved):
 
     @property
     def joins(self) -> bool:
-        return self.converted and self.packs
+        return self.masked and self.packs
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)

@@ -76,7 +76,8 @@ def _on_rows(name: str, x: SparseMap, geometry_of, args: tuple, kwargs: dict) ->
         size = pool(small).shape[2:]
     elif name == "avg_pool2d":
         kind, pool = StepKind.MEAN_POOL, avg_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
-        if pool.ceil_mode or pool.divisor_override is not None or pair(pool.padding, "padding") != (0, 0):
+        whole = pool.count_include_pad or pair(pool.padding, "padding") == (0, 0)
+        if pool.ceil_mode or pool.divisor_override is not None or not whole:
             return None
         size = pool(small).shape[2:]
     elif name == "interpolate" and (args[2] if len(args) > 2 else kwargs.get("mode", "nearest")) == "nearest":
