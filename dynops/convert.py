@@ -277,4 +277,7 @@ def _is_inside(name: str, outer: str) -> bool:
 def _summary(steps: Trace) -> str:
     convs = sum(step.kind == "conv" for step in steps.steps)
     dense = sum(step.kind in ("module", "function", "method", "pool") for step in steps.steps)
-    return f"{convs} convolutions on packed rows, {len(steps.steps) - convs - dense} other steps, {dense} dense calls"
+    return (
+        f"{convs} convolutions on packed rows, {len(steps.steps) - convs - dense} other steps, {dense} dense calls"
+        + (", in eval mode" if steps.only_eval else "")
+    )

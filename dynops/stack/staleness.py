@@ -3,7 +3,7 @@
 A trace holds for the modules that it went through, the values that their forwards read, and the layers that it stands
 for. It is stale as soon as one of these changes: a child or class that is replaced, a hook, a parametrisation, a
 forward that is set on an instance or a class, an attribute or global that a forward read, a stride. The training flag
-is none of them: layers look at it in each call.
+is one only where a forward reads it, in a trace of eval mode alone: layers look at theirs in each call.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ class Watch:
         inner = {module.get_submodule(path) for path in trace.inlined}
         kinds = dict.fromkeys(_defining(type(m), "forward") for m in every if m in inner)
         watched = [(vars(kind), "forward", vars(kind)["forward"]) for kind in kinds]
+        if trace.only_eval:
+            watched += [(m.__dict__, "training", False) for m in every if m in inner]
         for m in every:
             if m not in inner:
                 watched += [(m.__dict__, name, value) for name, value in _settings(m)]

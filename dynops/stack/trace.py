@@ -116,6 +116,7 @@ class Trace(NamedTuple):
     modules: tuple[tuple, ...] = ()  # the signatures of these and of the layers that steps stand for
     reads: tuple[tuple, ...] = ()  # (path, name, picture) of each attribute that a forward read
     called: tuple[str, ...] = ()  # the paths of modules that are called, as their forwards cannot be traced
+    only_eval: bool = False  # it holds in eval mode alone
 
 
 # -------------------------------------------------------------------------------- torch.fx
@@ -136,8 +137,9 @@ def trace(
     it is an error, and hooks are left to who runs the steps.
 
     Raises:
-        Untraceable: control flow that depends on the data or on the training flag, more than one
-            input or output, in-place changes, modes of its own, random numbers, or side effects.
+        Untraceable: control flow that depends on the data, more than one input or output, in-place changes, modes of
+            its own, random numbers, or side effects. Where the training flag makes the difference, the trace holds in
+            eval mode alone.
     """
     leaves, called = _leaves(module, kinds, whole), set()
     if not whole:
@@ -152,11 +154,24 @@ def trace(
 
 
 def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[str]) -> Trace:
+    def make(recorder: Recorder) -> tuple:
+        return _Steps(module, kinds, called, whole).make(recorder)
+
     recorders = [Recorder(module, leaves | called, training) for training in (False, True)]
-    made = [_Steps(module, kinds, called, whole).make(recorder) for recorder in recorders]
-    if made[0] != made[1]:
-        raise Untraceable("its forward differs between training and eval mode, or by the mode of its caller")
-    input_name, steps, values, output = made[0]
+    made, only_eval = make(recorders[0]), False
+    try:
+        only_eval = make(recorders[1]) != made
+    except Untraceable:
+        if whole:
+            raise
+        only_eval = True
+    if only_eval:  # does its caller's mode make the difference?
+        recorders[1] = Recorder(module, leaves | called, False, modes=True)
+        if whole or make(recorders[1]) != made:
+            raise Untraceable(
+                "its forward differs between training and eval mode, or by the mode of its caller"
+            )
+    input_name, steps, values, output = made
     if not whole and not any(step.kind == "conv" or _is_call_of(step, module, kinds) for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     if any(step.kind == "attr" and step.out == output for step in steps):
@@ -175,6 +190,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
         modules,
         tuple((*key, picture) for key, picture in reads.items()),
         tuple(sorted(called)),
+        only_eval,
     )
 
 

@@ -282,8 +282,24 @@ class TwoModes(nn.Module):
 
 def test_forward_that_depends_on_the_mode():
     model = TwoModes().eval()
-    assert "differs between training and eval" in dynops.convert_(model).unfused[""]
+    assert dynops.convert_(model).fused[""].endswith("in eval mode")
     assert not model.training
     x, mask = torch.randn(1, 3, 4, 4), torch.ones(1, 4, 4)
     with dynops.active(mask):
         close(model(x), model.train()(x) * 2, 1e-6)
+        close(model.eval()(x), model.train()(x) * 2, 1e-6)
+
+
+class TwoCallers(TwoModes):
+    def forward(self, x):
+        return self.conv(x) if torch.is_grad_enabled() else self.conv(x) * 2
+
+
+def test_forward_that_depends_on_the_mode_of_its_caller():
+    model = TwoCallers().eval()
+    assert "mode of its caller" in dynops.convert_(model).unfused[""]
+    x = torch.randn(1, 3, 4, 4)
+    with dynops.active(torch.ones(1, 4, 4)):
+        with torch.no_grad():
+            doubled = model(x)
+        close(doubled, model(x) * 2, 1e-6)

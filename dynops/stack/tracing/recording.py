@@ -173,9 +173,10 @@ class Recorder(fx.Tracer):
         reads: ``{(path, name): picture}``, the attributes that forwards read; see ``staleness.frozen``.
     """
 
-    def __init__(self, module: nn.Module, leaves: set[str], training: bool):
+    def __init__(self, module: nn.Module, leaves: set[str], training: bool, modes: bool | None = None):
         super().__init__()
         self.module, self.leaves, self.training = module, leaves, training
+        self.modes = training if modes is None else modes
         self.graph = fx.Graph()
         self.inlined: list[str] = []
         self.reads: dict[tuple, object] = {}
@@ -207,7 +208,7 @@ class Recorder(fx.Tracer):
         """
         root = self._stands[id(self.module)]
         name, first = self._input(root)
-        with _tensors_seen(), _modes(self.training):
+        with _tensors_seen(), _modes(self.modes):
             self._modes, self._random = _modes_now(), _random_now()
             value = self.create_proxy("placeholder", name, (), {})
             self.input_name = name
