@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import NamedTuple
 
+from .modes import known
+
 # ------------------------------------------------------------------------- along one axis
 
 
@@ -140,7 +142,7 @@ def conv_geometry(
     out_size = [
         window_count(in_size[i], kernel[i], stride[i], before[i], after[i], dilation[i]) for i in (0, 1)
     ]
-    if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
+    if any(known(size < 0) or (known(size < 1) and known(batch > 0)) for size in out_size):
         raise ValueError(
             f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}"
         )
