@@ -16,13 +16,12 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
         f"dynops cannot be built: {error}. Install what it is built with, and then dynops:\n"
-        "    pip install 'torch>=2.11' pybind11 ninja setuptools wheel\n"
+        "    pip install 'torch>=2.11' ninja setuptools wheel\n"
         "    pip install --no-build-isolation ."
     ) from None
 
@@ -97,10 +96,7 @@ def extension():
     return cpp_extension.CppExtension(
         "dynops._C",
         sources,
-        include_dirs=[
-            pybind11.get_include(),
-            str(build_header(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "")),
-        ],
+        include_dirs=[str(build_header(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""))],
         library_dirs=library,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", *target]},
         extra_link_args=link,

@@ -1,16 +1,26 @@
 // The extension module dynops._C. The ops themselves register through libtorch's stable ABI, in the
 // files beside; Python sees what the binary was built with, and a hash of memory.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <string>
-#include <vector>
+#include <Python.h>
 
 #include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
 #include "dynops_build.h"  // setup.py writes it
 
-namespace py = pybind11;
+// All of Python that is used here. A C++ program without Python loads the binary for its ops, and finds none
+// of it.
+#pragma weak PyBool_FromLong
+#pragma weak PyErr_Format
+#pragma weak PyErr_Occurred
+#pragma weak PyExc_TypeError
+#pragma weak PyList_Append
+#pragma weak PyList_New
+#pragma weak PyLong_AsLongLong
+#pragma weak PyLong_AsVoidPtr
+#pragma weak PyLong_FromUnsignedLongLong
+#pragma weak PyModule_Create2
+#pragma weak PyUnicode_FromString
+#pragma weak Py_BuildValue
+#pragma weak _Py_Dealloc
 
 // libstdc++ since GCC 11 reads this variable of glibc 2.32 to save atomics where there is one thread. One of
 // our own, hidden and always false, lets the binary load with the older glibc that torch itself supports.
@@ -18,22 +28,22 @@ extern "C" {
 char __libc_single_threaded = 0;
 }
 
-static py::dict build_info() {
-  std::vector<std::string> isas;
-  for (const char* const* name = dynops::cpu::available_isas(); *name; ++name) isas.emplace_back(*name);
-  py::dict info;
-  info["version"] = DYNOPS_VERSION;
-  info["torch"] = DYNOPS_TORCH_VERSION;
-  info["compiler"] = __VERSION__;
-  info["cpu_isas"] = isas;
-  info["cpu_isa"] = dynops::cpu::kernels().name;
-  info["bf16_dot"] = dynops::cpu::kernels().bf16_dot;
-  info["cuda_archs"] = DYNOPS_CUDA_ARCHS;
-  return info;
+static PyObject* build_info(PyObject*, PyObject*) {
+  PyObject* isas = PyList_New(0);
+  for (const char* const* name = dynops::cpu::available_isas(); isas && *name; ++name) {
+    PyObject* text = PyUnicode_FromString(*name);
+    if (!text || PyList_Append(isas, text)) return nullptr;
+    Py_DECREF(text);
+  }
+  if (!isas) return nullptr;
+  return Py_BuildValue("{s:s,s:s,s:s,s:N,s:s,s:N,s:s}", "version", DYNOPS_VERSION, "torch",
+                       DYNOPS_TORCH_VERSION, "compiler", __VERSION__, "cpu_isas", isas, "cpu_isa",
+                       dynops::cpu::kernels().name, "bf16_dot",
+                       PyBool_FromLong(dynops::cpu::kernels().bf16_dot), "cuda_archs", DYNOPS_CUDA_ARCHS);
 }
 
-// fingerprint(address, bytes, lines, …): one hash of several pieces of memory. A plain C function: pybind11's
-// would take three times as long, and layers call this once or twice in every call.
+// fingerprint(address, bytes, lines, …): one hash of several pieces of memory. Layers call this once or twice
+// in every call.
 static PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count % 3) {
     PyErr_Format(PyExc_TypeError, "fingerprint: expected address, bytes, lines, ..., got %zd arguments",
@@ -50,12 +60,13 @@ static PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t c
   return PyLong_FromUnsignedLongLong(hash);
 }
 
-static PyMethodDef fingerprint_method = {
-    "fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fingerprint)), METH_FASTCALL,
-    "A hash of memory: fingerprint(address, bytes, lines, ...), see csrc/cpu/fingerprint.h."};
+static PyMethodDef methods[] = {
+    {"build_info", &build_info, METH_NOARGS, "What the binary was built with, and what it runs on."},
+    {"fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fingerprint)), METH_FASTCALL,
+     "A hash of memory: fingerprint(address, bytes, lines, ...), see csrc/cpu/fingerprint.h."},
+    {nullptr, nullptr, 0, nullptr}};
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "The binary of dynops.";
-  m.attr("fingerprint") = py::reinterpret_steal<py::object>(PyCFunction_New(&fingerprint_method, nullptr));
-  m.def("build_info", &build_info, "What the binary was built with, and what it runs on.");
-}
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "The binary of dynops.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create2(&module, PYTHON_API_VERSION); }
