@@ -169,7 +169,9 @@ def _autograd_kernel(overload, setup_context, backward, jvp) -> Callable:
         except RuntimeError as error:
             if not hasattr(arguments[0], "fake_mode"):
                 raise
-            ctx.refusal = str(error)  # Inductor calls the ops of a graph that needs no gradient in either mode
+            ctx.refusal = str(
+                error
+            )  # Inductor calls the ops of a graph that needs no gradient in either mode
         return output
 
     def backward_below(ctx, *grads):
