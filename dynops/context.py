@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import modes
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, known
 from .kept import Made
 from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
 from .plans.cells import axes, mask_after
@@ -161,7 +161,7 @@ class use_mask:
     def _make(self, shape: tuple[int, int, int], layer: tuple | None) -> PixelPlan:
         n, *size = shape
         mask = self._mask
-        if modes.known(mask.shape[0] == n):
+        if known(mask.shape[0] == n):
             pass
         elif mask.shape[0] == 1 and n > 1:
             one = (1, *size)
@@ -174,7 +174,7 @@ class use_mask:
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
                 f"(shape {tuple(mask.shape)}), which no whole number of times is the batch"
             )
-        if _is_empty(mask.shape[1:]) and not modes.known(n == 0):
+        if _is_empty(mask.shape[1:]) and not known(n == 0):
             raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")
         if _is_empty(shape):
             return PixelPlan.from_mask(mask.new_zeros(shape))
@@ -190,7 +190,7 @@ class use_mask:
             return resize_mask(self._mask, size)
         geometry, ceil = layer
         in_size, both = (geometry.in_h, geometry.in_w), axes(geometry, ceil)
-        exact, below = all(modes.known(axis.is_exact) for axis in both), True
+        exact, below = all(known(axis.is_exact) for axis in both), True
         if not self.ragged and _found_in(self._masks, in_size) is None:
             below = not exact and _divides(in_size, self._mask.shape[1:], self._mask.device)
         if below is False:
@@ -229,7 +229,7 @@ def _found_in(table: dict, sizes: tuple):
         return table.get(sizes)
     for key, value in table.items():
         at, found = value if isinstance(key, int) else (key, value)
-        if all(modes.known(a == b) for a, b in zip(at, sizes, strict=True)):
+        if all(known(a == b) for a, b in zip(at, sizes, strict=True)):
             return found
     return None
 
@@ -256,9 +256,9 @@ def _records() -> bool:
 def _divides(a: tuple[int, int], b: tuple[int, int], device: torch.device) -> bool | Tensor:
     """True where one size is a multiple of the other. Where symbols leave it open, a tensor that says so."""
     rests = [[x % y for x, y in zip(*both, strict=True)] for both in ((a, b), (b, a))]
-    if any(all(modes.known(rest == 0) for rest in both) for both in rests):
+    if any(all(known(rest == 0) for rest in both) for both in rests):
         return True
-    if all(any(modes.known(rest != 0) for rest in both) for both in rests):
+    if all(any(known(rest != 0) for rest in both) for both in rests):
         return False
     one, other = (torch.full((), sum(both), device=device) == 0 for both in rests)
     return one | other
@@ -266,7 +266,7 @@ def _divides(a: tuple[int, int], b: tuple[int, int], device: torch.device) -> bo
 
 def _is_empty(sizes) -> bool:
     """True where one of the sizes is 0."""
-    return any(modes.known(size == 0) for size in sizes)
+    return any(known(size == 0) for size in sizes)
 
 
 def _without_nan(mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import NamedTuple
 
-from .modes import known
+import torch
 
 # ------------------------------------------------------------------------- along one axis
 
@@ -178,6 +178,15 @@ def is_int(value, least: int | None = None) -> bool:
     """True if ``value`` is an int (or torch's symbolic one, under a tracer), no bool, and not below ``least``."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return (whole or type(value).__name__ == "SymInt") and (least is None or value >= least)
+
+
+def known(condition) -> bool:
+    """True if a condition holds for all sizes that symbols stand for. Asking a symbol itself narrows what an export takes."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(condition)
 
 
 def is_share(value) -> bool:

@@ -111,15 +111,6 @@ def tracing() -> bool:
     return _dispatch_modes() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
-def known(condition) -> bool:
-    """True if a condition holds for all sizes that symbols stand for. Asking a symbol itself narrows what an export takes."""
-    if not torch.compiler.is_compiling():
-        return bool(condition)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-    return statically_known_true(condition)
-
-
 def runs_python() -> bool:
     """True in an export that runs Python as it is and records the ops (``strict=False``, the default)."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..geometry import ConvGeometry
-from ..modes import known
+from ..geometry import ConvGeometry, known
 
 
 class Axis(NamedTuple):

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import is_int
-from ..modes import known
+from ..geometry import is_int, known
 
 MAX_PIXELS = 2**31 - 1
 _INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
