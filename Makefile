@@ -65,7 +65,7 @@ lint: $(DEV_READY)  ## ruff and clang-format, checks only
 	@failed=0; \
 	$(PY) -m ruff check . || failed=1; \
 	$(PY) -m ruff format --check . || failed=1; \
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs clang-format --dry-run -Werror || failed=1; \
 	exit $$failed
 
@@ -141,7 +141,7 @@ BUNDLE_PYTHON ?= python3.12
 BUNDLE_ARCH ?= 9.0
 BUNDLE = dynops/_C$(shell $(BUNDLE_PYTHON) -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 gpu-bundle: build/sysroot.flags  ## dynops._C for BUNDLE_PYTHON (python3.12) and BUNDLE_ARCH (9.0), stripped (needs nvcc, no GPU)
-	@$(BUNDLE_PYTHON) -c 'import torch, pybind11, ninja' || { echo "BUNDLE_PYTHON=$(BUNDLE_PYTHON): expected torch, pybind11 and ninja in it"; exit 1; }
+	@$(BUNDLE_PYTHON) -c 'import torch, ninja' || { echo "BUNDLE_PYTHON=$(BUNDLE_PYTHON): expected torch and ninja in it"; exit 1; }
 	@FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(BUNDLE_ARCH) LDFLAGS="$$(cat build/sysroot.flags)" \
 	  .ci/quietly build/bundle.log "building $(BUNDLE)" \
 	  $(BUNDLE_PYTHON) setup.py -q build_ext --force --inplace --build-temp build/bundle

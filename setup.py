@@ -16,13 +16,12 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
         f"dynops cannot be built: {error}. Install what it is built with, and then dynops:\n"
-        "    pip install 'torch>=2.11' pybind11 ninja setuptools wheel\n"
+        "    pip install 'torch>=2.11' ninja setuptools wheel\n"
         "    pip install --no-build-isolation ."
     ) from None
 
@@ -81,7 +80,7 @@ def extension():
     cuda = wants_cuda()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("cpu/**/*.cpp"))
-    sources += ["csrc/bindings.cpp"]
+    sources += ["csrc/bindings.cpp", "csrc/calls.cpp"]
     target = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", *target]
     flags += ["-g0"]  # Python's own flags ask for -g: 200 s of compiling and 48 MB, instead of 113 s and 4 MB
@@ -97,10 +96,7 @@ def extension():
     return cpp_extension.CppExtension(
         "dynops._C",
         sources,
-        include_dirs=[
-            pybind11.get_include(),
-            str(build_header(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else "")),
-        ],
+        include_dirs=[str(build_header(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""))],
         library_dirs=library,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", *target]},
         extra_link_args=link,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,7 +13,15 @@ NAMES = ("cpp", "triton", "reference")
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if importlib.util.find_spec("dynops._C") is None:  # a source tree that was not built: the reference runs
-    _C, _C_ERROR = None, f"{Path(__file__).parent} holds no dynops._C; `make build` there makes it"
+    _C, _C_ERROR = (
+        None,
+        f"{Path(__file__).parent} holds no dynops._C; `make build` in {Path(__file__).parents[1]} makes it",
+    )
+    warnings.warn(
+        f"dynops was not built, so that the reference in plain PyTorch runs, no faster than dense layers: {_C_ERROR}. "
+        "A dynops that pip installed is found from outside a source tree",
+        stacklevel=1,
+    )
 else:  # a binary that does not load raises here, rather than leave everything slow
     try:
         from . import _C

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import modes
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, known
 from .kept import Made
 from .plans import BlockPlan, PixelPlan, check_mask, resize_mask, widen_mask
 from .plans.cells import axes, mask_after
@@ -82,14 +82,15 @@ class use_mask:
             self._given = None if mask_or_plan.count is None else mask_or_plan
             mask = mask_or_plan.mask()
             if block_size is None:
-                self._plans[mask_or_plan.shape] = mask_or_plan
+                _keep_in(self._plans, mask_or_plan.shape, mask_or_plan)
         else:
             mask = _without_nan(check_mask(mask_or_plan)) != 0
         if block_size is not None:
             mask = widen_mask(mask, block_size)
         self._mask = mask  # [N, H, W] bool, as passed
         self._begun = _made(mask)
-        self._masks = {tuple(mask.shape[1:]): mask}  # at each size that it has been brought to
+        self._masks: dict[tuple[int, int], Tensor] = {}  # at each size that it has been brought to
+        _keep_in(self._masks, tuple(mask.shape[1:]), mask)
         # of a ragged batch: masks before and after layers
         self._images: dict[tuple, tuple] = {}
 
@@ -129,7 +130,7 @@ class use_mask:
         """As :meth:`after`, for a layer inside of one that asks for the plan of its own output."""
         if self.ragged and not is_compiling():
             self._choose(geometry, ceil)
-        elif min(self._mask.shape[1:]) > 0:
+        elif not _is_empty(self._mask.shape[1:]):
             self._at((geometry.out_h, geometry.out_w), (geometry, ceil))
 
     def for_graph(self) -> tuple[Tensor, int | None]:
@@ -162,20 +163,22 @@ class use_mask:
     def _make(self, shape: tuple[int, int, int], layer: tuple | None) -> PixelPlan:
         n, *size = shape
         mask = self._mask
-        if mask.shape[0] == 1 and n > 1:
+        if known(mask.shape[0] == n):
+            pass
+        elif mask.shape[0] == 1 and n > 1:
             one = (1, *size)
             return _kept_in(self._plans, one, lambda: self._make(one, layer)).expand(n)
-        if mask.shape[0] != n and n > mask.shape[0] > 0 and n % mask.shape[0] == 0:
+        elif n > mask.shape[0] > 0 and n % mask.shape[0] == 0:
             repeated = self._at(tuple(size), layer).repeat(n // mask.shape[0], 1, 1)
             return PixelPlan.from_mask(repeated) if self._given is None else self._given._moved_to(repeated)
-        if mask.shape[0] not in (1, n):
+        elif mask.shape[0] != n and mask.shape[0] != 1:
             raise ValueError(
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
                 f"(shape {tuple(mask.shape)}), which no whole number of times is the batch"
             )
-        if min(mask.shape[1:]) == 0 and n > 0:
+        if _is_empty(mask.shape[1:]) and not known(n == 0):
             raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")
-        if n == 0 or min(size) == 0:
+        if _is_empty(shape):
             return PixelPlan.from_mask(mask.new_zeros(shape))
         mask = self._at(tuple(size), layer)
         return PixelPlan.from_mask(mask) if self._given is None else self._given._moved_to(mask)
@@ -189,11 +192,14 @@ class use_mask:
             return resize_mask(self._mask, size)
         geometry, ceil = layer
         in_size, both = (geometry.in_h, geometry.in_w), axes(geometry, ceil)
-        known = all(type(size) is int for size in in_size) and in_size in self._masks
-        exact = all(axis.is_exact for axis in both)
-        if not known and (exact or not _divides(in_size, tuple(self._mask.shape[1:]))) and not self.ragged:
+        exact, below = all(known(axis.is_exact) for axis in both), True
+        if not self.ragged and _found_in(self._masks, in_size) is None:
+            below = not exact and _divides(in_size, self._mask.shape[1:], self._mask.device)
+        if below is False:
             return resize_mask(self._mask, size)
         mask = self._at(in_size, None)
+        if below is not True:
+            return torch.where(below, mask_after(mask, both, False), resize_mask(self._mask, size))
         if self.ragged or geometry.transposed or not exact:
             return mask_after(mask, both, self.ragged)
         if (geometry.stride_h, geometry.stride_w) != (2, 2):
@@ -203,14 +209,31 @@ class use_mask:
 
 
 def _kept_in(table: dict, sizes: tuple, make: Callable):
-    """``table[sizes]``, made where it is missing. Under an export sizes may be symbols, which have no hash: made anew."""
-    try:
-        found = table.get(sizes)
-    except TypeError:
-        return make()
+    """``table[sizes]``, made where it is missing."""
+    found = _found_in(table, sizes)
     if found is None:
-        found = table[sizes] = _made(make())
+        found = _made(make())
+        _keep_in(table, sizes, found)
     return _value(found)
+
+
+def _keep_in(table: dict, sizes: tuple, value) -> None:
+    """Sets ``table[sizes]``. Sizes may be symbols while compiling: these have no hash, and looking them up fixes them."""
+    if is_compiling():
+        table[len(table)] = sizes, value
+    else:
+        table[sizes] = value
+
+
+def _found_in(table: dict, sizes: tuple):
+    """``table[sizes]``, or None."""
+    if not is_compiling():
+        return table.get(sizes)
+    for key, value in table.items():
+        at, found = value if isinstance(key, int) else (key, value)
+        if all(known(a == b) for a, b in zip(at, sizes, strict=True)):
+            return found
+    return None
 
 
 def _made(value: Tensor | PixelPlan):
@@ -232,11 +255,20 @@ def _records() -> bool:
     return is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
-def _divides(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """True where one size is a multiple of the other."""
-    return all(x % y == 0 for x, y in zip(a, b, strict=True)) or all(
-        y % x == 0 for x, y in zip(a, b, strict=True)
-    )
+def _divides(a: tuple[int, int], b: tuple[int, int], device: torch.device) -> bool | Tensor:
+    """True where one size is a multiple of the other. Where symbols leave it open, a tensor that says so."""
+    rests = [[x % y for x, y in zip(*both, strict=True)] for both in ((a, b), (b, a))]
+    if any(all(known(rest == 0) for rest in both) for both in rests):
+        return True
+    if all(any(known(rest != 0) for rest in both) for both in rests):
+        return False
+    one, other = (torch.full((), sum(both), device=device) == 0 for both in rests)
+    return one | other
+
+
+def _is_empty(sizes) -> bool:
+    """True where one of the sizes is 0."""
+    return any(known(size == 0) for size in sizes)
 
 
 def _without_nan(mask: Tensor) -> Tensor:

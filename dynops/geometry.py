@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import NamedTuple
 
+import torch
+
 # ------------------------------------------------------------------------- along one axis
 
 
@@ -140,7 +142,7 @@ def conv_geometry(
     out_size = [
         window_count(in_size[i], kernel[i], stride[i], before[i], after[i], dilation[i]) for i in (0, 1)
     ]
-    if min(out_size) < 0 or (min(out_size) < 1 and batch > 0):
+    if any(known(size < 0) or (known(size < 1) and known(batch > 0)) for size in out_size):
         raise ValueError(
             f"x: expected an input at least as large as the kernel's reach, got {tuple(in_size)}"
         )
@@ -176,6 +178,15 @@ def is_int(value, least: int | None = None) -> bool:
     """True if ``value`` is an int (or torch's symbolic one, under a tracer), no bool, and not below ``least``."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return (whole or type(value).__name__ == "SymInt") and (least is None or value >= least)
+
+
+def known(condition) -> bool:
+    """True if a condition holds for all sizes that symbols stand for. Asking a symbol itself narrows what an export takes."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(condition)
 
 
 def is_share(value) -> bool:

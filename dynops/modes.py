@@ -111,6 +111,11 @@ def tracing() -> bool:
     return _dispatch_modes() > 0 and torch._C._get_dispatch_mode(_PROXY) is not None
 
 
+def runs_python() -> bool:
+    """True in an export that runs Python as it is and records the ops (``strict=False``, the default)."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def sizes_are_fixed(x: Tensor) -> bool:
     """True if sizes must not depend on the values of ``x``: while tracing, of meta tensors, in a ``vmap`` over it."""
     if torch.compiler.is_compiling() or x.is_meta:

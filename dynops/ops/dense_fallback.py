@@ -78,11 +78,24 @@ def masked_dense(x, weight, bias, plan: PixelPlan, g: ConvGeometry, epilogue: Ep
 # ---------------------------------------------------------------------------------- densities
 
 
-def decides(device: torch.device, dtype: torch.dtype, count: Tensor | None) -> bool:
-    """True if the density of a plan with this ``count`` may decide at all."""
+def decides(
+    device: torch.device, dtype: torch.dtype, count: Tensor | None, pixels: int | None = None
+) -> bool:
+    """True if the density of a plan with this ``count`` may decide at all.
+
+    Args:
+        pixels: of the output of a stack on blocks, for which there is a model of a CPU too; None: of an op.
+    """
     if torch.compiler.is_compiling() or count is not None:
         return False
-    return configs.of(device) is not None and dtype in backends.FAST_DTYPES and not modes.transformed()
+    large = pixels is not None and pixels >= _DENSE_PIXELS
+    knows = configs.of(device) is not None or (large and is_modelled(device))
+    return knows and dtype in backends.FAST_DTYPES and not modes.transformed()
+
+
+def is_modelled(device: torch.device) -> bool:
+    """True for a CPU of which nothing was measured: break-evens of a stack on blocks are those of a model."""
+    return device.type == "cpu" and configs.of(device) is None
 
 
 def break_even(
@@ -90,13 +103,16 @@ def break_even(
 ) -> float | None:
     """The share of a convolution's output pixels below which ``path`` is faster than the dense layer.
 
-    None where that was not measured: a transposed convolution, or groups that are neither one nor depthwise.
+    None where that was not measured: a transposed convolution, or groups that are neither one nor depthwise. Of a CPU
+    there is a model: "tiles" are the dense layer on their pixels, "rows" the products below.
 
     Args:
         path: "pixels", "full", "rows" or "tiles", as :meth:`configs.Config.shares` has them.
         dtype: that of the product, which under autocast is not that of the input.
     """
     config, inputs = configs.of(device), weight.shape[1] * g.groups
+    if is_modelled(device):
+        return 1.0 if path == "tiles" else _cpu_share_of_rows(weight, g, dtype)
     depthwise = g.groups == inputs == weight.shape[0]
     if config is None or g.transposed or not (g.groups == 1 or depthwise):
         return None
@@ -121,7 +137,18 @@ def _measured(plan: PixelPlan, x: Tensor, weight: Tensor, g: ConvGeometry) -> bo
 # (2 to 16 channels, 3x3) 0.1 to 0.3; 64 (1x1) 0.6 to 0.9; 72 (groups of 8) 0.5; 144 to 147 0.6 to 0.7; 256 (1x1) 0.8
 # to 0.95; 1152 (3x3, stride 2) 0.95; depthwise 32 channels 0.15, 144 0.3 to 0.5, 512 and more never to 0.7.
 _PIXEL_PRODUCTS, _POINTWISE_PRODUCTS, _FINISH = 50, 20, 15e6
+CPU_CALLS = 15e6  # of a stack on blocks: plans and copies. 2 layers, 16 channels, 56 x 56: 0.4 ms, dense 0.26
 _DEPTHWISE_PIXEL, _DEPTHWISE_ROWS, _DEPTHWISE_DENSE = 1200, 37, 32
+
+
+def _cpu_share_of_rows(weight: Tensor, g: ConvGeometry, dtype: torch.dtype) -> float:
+    """The break-even of a layer of a stack that runs on rows. Winograd's takes 0.55 to 0.7 of the dense layer's time."""
+    if takes_winograd(g, weight.shape, dtype):
+        return 1.4
+    products = weight.shape[1] * g.taps
+    if g.groups == weight.shape[0] and weight.shape[1] == 1:
+        return _DEPTHWISE_DENSE / (_DEPTHWISE_ROWS + _DEPTHWISE_PIXEL / weight.shape[0])
+    return products / (products + (_PIXEL_PRODUCTS if g.taps > 1 else _POINTWISE_PRODUCTS))
 
 
 def cpu_dense_is_faster(rows: int, weight: Tensor, g: ConvGeometry) -> bool:

@@ -74,8 +74,12 @@ def define(
         vmap: a rule of :mod:`dynops.ops.batching`; None: the op runs slice by slice.
     """
     name = schema.partition("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    if hasattr(torch.ops.dynops, name):  # of the binary, for programs without Python
+        _check_binary(name, schema)
+    else:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # before a kernel under CompositeExplicitAutograd, which the binary has for programs without Python
+    library.impl(name, implementation, "CompositeExplicitAutogradNonFunctional")
     library.impl(name, _untraced(name), "Tracer")
     torch.library.register_fake(f"dynops::{name}", fake, lib=library)
     overload = getattr(torch.ops.dynops, name).default
@@ -101,6 +105,12 @@ def saved_inputs(ctx) -> list:
     """The arguments that :func:`save_inputs` kept."""
     pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
     return [option if tensor is None else tensor for tensor, option in pairs]
+
+
+def _check_binary(name: str, schema: str) -> None:
+    built = getattr(torch.ops.dynops, name).default._schema
+    if str(built) != str(torch._C.parse_schema(f"dynops::{schema}")):
+        raise ImportError(f"dynops._C was built from other sources, with {built}; `make build` makes it anew")
 
 
 def _untraced(name: str) -> Callable:
@@ -154,10 +164,19 @@ def _autograd_kernel(overload, setup_context, backward, jvp) -> Callable:
                 output = below(keyset, arguments)
         else:
             output = below(keyset, arguments)
-        setup_context(ctx, tuple(arguments), output)
+        try:
+            setup_context(ctx, tuple(arguments), output)
+        except RuntimeError as error:
+            if not hasattr(arguments[0], "fake_mode"):
+                raise
+            ctx.refusal = str(
+                error
+            )  # Inductor calls the ops of a graph that needs no gradient in either mode
         return output
 
     def backward_below(ctx, *grads):
+        if hasattr(ctx, "refusal"):
+            raise RuntimeError(ctx.refusal)
         return *backward(_Alive(ctx), *unwrap_dead_wrappers(grads)), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_below)}

@@ -8,12 +8,14 @@ input is the pixel at its edge, so a full mask stays full.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, known
 
 
 class Axis(NamedTuple):
@@ -36,7 +38,7 @@ class Axis(NamedTuple):
     @property
     def keeps(self) -> bool:
         """True if output pixel i stands for input pixel i."""
-        return self.stride == 1 and self.size == self.out
+        return self.size == self.out if self.stride == 1 else False
 
     @property
     def padding(self) -> int:
@@ -67,21 +69,23 @@ def mask_after(mask: Tensor, both: tuple[Axis, Axis], ragged: bool) -> Tensor:
     for dim, axis in enumerate(both, 1):
         if ragged:
             mask = mask.index_select(dim, _last_read(axis, mask.device).clamp(0, axis.size - 1))
-        elif not axis.keeps:
+        elif not known(axis.keeps):
             cells = _cells(axis, mask.device).clamp(0, axis.size - 1)  # [out, pixels]
-            mask = mask.index_select(dim, cells.flatten()).unflatten(dim, cells.shape).any(dim + 1)
+            mask = functools.reduce(torch.bitwise_or, [mask.index_select(dim, at) for at in cells.unbind(1)])
     return mask
 
 
 def _cells(a: Axis, device: torch.device) -> Tensor:
     """int64 ``[out, pixels of a cell]``."""
-    at = torch.arange(a.out, device=device)
+    at, exact = torch.arange(a.out, device=device), known(a.is_exact)
     if a.transposed:
-        if a.is_exact:
+        if exact:
             return (at // a.stride)[:, None]
         # the input pixel whose window has its centre within half a stride
         return (-((a.extent - a.stride - 2 * a.before - 2 * at - 1) // (2 * a.stride)) - 1)[:, None]
-    first = 0 if a.is_exact else (a.extent - a.stride - 2 * a.before + 1) // 2
+    first = 0 if exact else (a.extent - a.stride - 2 * a.before + 1) // 2
+    if first and is_compiling():  # sizes that are symbols may be exact all the same
+        first = first * (torch.full((1,), a.out * a.stride - a.size, device=device) != 0)
     return at[:, None] * a.stride + first + torch.arange(a.stride, device=device)
 
 

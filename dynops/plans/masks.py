@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import is_int
+from ..geometry import is_int, known
 
 MAX_PIXELS = 2**31 - 1
 _INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -71,12 +71,22 @@ def raising(op, *arguments, name: str = "mask"):
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """``[N, H, W]`` to ``[N, *size]`` bool: true where any pixel under the output pixel is."""
     h, w = mask.shape[1:]
-    if (h, w) == tuple(size):
+    if known(h == size[0]) and known(w == size[1]):
         return mask != 0
-    if h % size[0] == 0 and w % size[1] == 0:
+    if known(h % size[0] == 0) and known(w % size[1] == 0):
         tiles = (mask != 0).view(mask.shape[0], size[0], h // size[0], size[1], w // size[1])
         return tiles.any(4).any(2)
+    if torch.compiler.is_compiling():  # of any sizes
+        return _resized(_resized(mask != 0, 1, size[0]), 2, size[1])
     return F.adaptive_max_pool2d((mask != 0).float(), size) > 0
+
+
+def _resized(mask: Tensor, dim: int, size: int) -> Tensor:
+    """A bool mask in another size along one dimension, from the number of pixels before each."""
+    old, at = mask.shape[dim], torch.arange(size, device=mask.device)
+    before = F.pad(mask.cumsum(dim, dtype=torch.int32), (0, 0) * (mask.dim() - 1 - dim) + (1, 0))
+    first, end = at * old // size, -(-(at + 1) * old // size)
+    return before.index_select(dim, end) > before.index_select(dim, first)
 
 
 def check_index(index: Tensor, count: Tensor | None, size: int, rows: str, hint: str = "") -> None:
@@ -114,7 +124,7 @@ def check_shape(shape, name: str = "shape") -> tuple[int, int, int]:
     """``shape`` as ``(N, H, W)`` of at most 2**31 - 1 pixels."""
     if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(is_int(n, 0) for n in shape):
         raise ValueError(f"{name}: expected (N, H, W), got {shape!r}")
-    if shape[0] * shape[1] * shape[2] > MAX_PIXELS:
+    if known(shape[0] * shape[1] * shape[2] > MAX_PIXELS):
         raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {tuple(shape)}")
     return tuple(shape)
 
@@ -161,7 +171,7 @@ def check_expand(plan, batch: int, size: int) -> None:
         raise ValueError(
             f"batch: expected {plan.shape[0]}, as the plan is of more than one sample, got {batch}"
         )
-    if batch * size > MAX_PIXELS:
+    if known(batch * size > MAX_PIXELS):
         raise ValueError(
             f"batch: expected at most {MAX_PIXELS} pixels in the batch, got {batch} times {size}"
         )
@@ -201,6 +211,6 @@ def check_mask(mask: Tensor, name: str = "mask") -> Tensor:
         mask = mask[None]
     if mask.dim() != 3:
         raise ValueError(f"{name}: expected [N, H, W], [N, 1, H, W] or [H, W], got shape {tuple(mask.shape)}")
-    if mask.numel() > MAX_PIXELS:
+    if known(mask.numel() > MAX_PIXELS):
         raise ValueError(f"{name}: expected at most {MAX_PIXELS} pixels, got {mask.numel()}")
     return mask.detach()

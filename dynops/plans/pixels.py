@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..geometry import ConvGeometry, pair, transposed_size, window_count
 from .collect import cat_index, of_one_kind
@@ -259,6 +260,8 @@ class PixelPlan(IndexPlan):
         if batch == self.shape[0]:
             return self
         check_expand(self, batch, self.num_pixels)
+        if is_compiling():  # a symbol is no key
+            return self._expanded(batch)
         return self.derived(("batch", batch), lambda: self._expanded(batch))
 
     def _expanded(self, batch: int) -> PixelPlan:

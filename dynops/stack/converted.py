@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, fx, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import context
 from .maps import as_map, constant_conv, follow, layer_input, may_follow
@@ -150,9 +151,9 @@ def _parts(base: type[nn.Module]) -> dict:
         @functools.wraps(method)
         def part(self, *args, **kwargs):
             active = context.current()
-            if active is None or _TRACE not in self.__dict__ or not may_follow():
+            if active is None or _TRACE not in self.__dict__:
                 return method(self, *args, **kwargs)
-            return follow(partial(method, self), args, kwargs, active, self.__dict__[_DENSE], part=True)
+            return _on_maps(method, self, args, kwargs, active, True)
 
         return part
 
@@ -173,11 +174,25 @@ def _forward_of(base: type[nn.Module]) -> Callable:
             x = _only_tensor(self, args, kwargs) if holds else None
             if x is not None:
                 return program.run(x, active, self.__dict__[_DENSE])
-            if may_follow():
-                return follow(partial(base.forward, self), args, kwargs, active, self.__dict__[_DENSE])
+            return _on_maps(base.forward, self, args, kwargs, active)
         return base.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _on_maps(forward: Callable, module: nn.Module, args: tuple, kwargs: dict, active, part: bool = False):
+    """``forward(module, *args, **kwargs)`` on maps. Where a compiler traces a module that changed, layer by layer."""
+    if may_follow():
+        return follow(partial(forward, module), args, kwargs, active, module.__dict__[_DENSE], part)
+    if is_dynamo_compiling() and module.__dict__[_TRACE] is None:
+        return forward_that_needs_maps(forward, module, args, kwargs, active, part)
+    return forward(module, *args, **kwargs)
+
+
+@torch._disable_dynamo  # named for the error of a graph that must not break
+def forward_that_needs_maps(*arguments):
+    """Runs outside of the graph of a compiler: Dynamo cannot trace tensors that hold rows."""
+    return _on_maps(*arguments)
 
 
 def _bind(module: nn.Module) -> Program | None:

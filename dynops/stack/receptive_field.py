@@ -166,16 +166,14 @@ class KeptSizes:
         self._found: dict[Hashable, Any] = {}
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        try:
-            found = self._found.get(key)
-        except TypeError:  # symbols of an export have no hash
+        if torch.compiler.is_compiling():  # the key may have symbols, which a look-up would make constants
             return make()
+        found = self._found.get(key)
         if found is None:
             found = make()
-            if not torch.compiler.is_compiling():
-                if len(self._found) >= _MAX_SIZES:
-                    self._found.clear()
-                self._found[key] = found
+            if len(self._found) >= _MAX_SIZES:
+                self._found.clear()
+            self._found[key] = found
         return found
 
     def __reduce__(self):

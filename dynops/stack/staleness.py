@@ -23,7 +23,12 @@ from torch.nn.modules import module as _module
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(
-    value for name, value in vars(_module).items() if name.startswith("_global_") and name.endswith("_hooks")
+    value
+    for name, value in vars(_module).items()
+    if name.startswith("_global_")
+    and name.endswith("_hooks")
+    # called where a parameter or module is set; an export has one
+    and "registration" not in name
 )
 DATA = (
     *(type(None), bool, int, float, complex, str),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..context import use_mask
 from ..geometry import BlockGeometry, ConvGeometry
-from ..ops.dense_fallback import beats_dense, break_even
+from ..ops.dense_fallback import CPU_CALLS, beats_dense, break_even, is_modelled
 from ..plans import BlockPlan, PixelPlan
 from .graph import Stack, local_stack_of
 from .policy import Needed, needed_plans
@@ -128,24 +128,29 @@ class Traced:
     def cost(self, path: str, plan: BlockPlan, in_shape: tuple, device: torch.device, dtype) -> float | None:
         """The time that "rows" or "tiles" take for a plan, over that of the dense module.
 
-        It is expected from what was measured of the convolutions (``ops.dense_fallback``). None where that says
-        nothing of one of them.
+        It is expected from what was measured of the convolutions, on a CPU from a model of them
+        (``ops.dense_fallback``). None where that says nothing of one of them.
 
         Args:
             dtype: that of the products.
         """
-        whole = cost = 0.0
+        whole, cost, modelled = 0.0, 0.0, is_modelled(device)
         maps = self.layout(in_shape, plan.geometry).maps
         for layer, g in self.convs(in_shape):
             tile = maps[layer.out]
             share = break_even(path, device, dtype, layer.conv.weight, g)
             if share is None:
                 return None
-            computed = plan.num_blocks * tile.tile_h * tile.tile_w / (g.batch * g.out_h * g.out_w)
+            pixels = g.batch * g.out_h * g.out_w
+            computed = plan.num_blocks * tile.tile_h * tile.tile_w / pixels
             if path == "rows":  # where the halos of two blocks meet, rows have it once
                 computed = min(computed, 1.0)
+                if computed > 0.5 and modelled:  # counting would wait for a GPU
+                    computed = int(torch.ops.dynops.block_cover(plan.index, None, list(tile)).sum()) / pixels
             macs = layer.macs(g.in_shape) * g.out_h * g.out_w
             whole, cost = whole + macs, cost + macs * computed / share
+        if modelled:
+            cost += CPU_CALLS
         return cost / whole if whole else None
 
     # ------------------------------------------------------------------------------------------ MACs

@@ -4,6 +4,7 @@ import ast
 import os
 import pathlib
 import resource
+import shutil
 import weakref
 
 import pytest
@@ -291,3 +292,19 @@ def test_importing_dynops_imports_no_heavy_package():
         print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     """)
     assert not {"triton", "numpy", "torchvision", "matplotlib", "transformers"} & set(out.split()), out
+
+
+def test_a_source_tree_that_was_not_built_warns_once(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "dynops", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    script = """
+        import sys, warnings
+        sys.path.remove("")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import dynops, dynops.ops, torch
+            assert dynops.nn.SparseConv2d(2, 3, 1)(torch.ones(1, 2, 2, 2), torch.zeros(2, 2)).count_nonzero() == 0
+        print(*[w.message for w in caught if "dynops" in str(w.message)], sep="\\n")
+    """
+    (text,) = run_script(script, PYTHONPATH=str(tmp_path)).splitlines()
+    assert "the reference in plain PyTorch runs" in text
+    assert f"`make build` in {tmp_path} makes it" in text

@@ -15,7 +15,7 @@ from dynops.ops import dense_fallback
 from dynops.ops.pixels import conv as pixels
 from dynops.stack import traced
 from dynops.stack.traced import Traced
-from dynops.testing import assert_within_budget, dense_masked_conv2d, random_mask, random_tensor
+from dynops.testing import assert_within_budget, dense_masked_conv2d, in_layout, random_mask, random_tensor
 
 
 def config(**shares: float) -> configs.Config:
@@ -280,3 +280,21 @@ def test_the_halo_is_counted():
 def test_no_table_ships_for_a_cpu():
     assert configs.of(torch.device("cpu")) is None
     assert not dense_fallback.decides(torch.device("cpu"), torch.float32, None)
+
+
+@pytest.mark.skipif(not backends.has_binary(), reason="rows run on the binary")
+@pytest.mark.parametrize(
+    "path, active, expected", [("tiles", 2, "run_tiles"), ("tiles", 20, None), ("rows", 20, "run_rows")]
+)
+def test_a_cpu_computes_blocks_only_where_they_win(path, active, expected, ran):
+    """Nothing is measured there. Halos make tiles more than the map long before all blocks are active."""
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
+    module = nn.Sequential(*layers, *([nn.MaxPool2d(3, 1, 1)] if path == "tiles" else [])).eval()
+    mask, x = torch.zeros(1, 48, 48), in_layout(random_tensor(1, 32, 48, 48), "channels_last")
+    for i in range(active):
+        mask[0, i // 6 * 8, i % 6 * 8] = 1
+    with torch.no_grad():
+        out, base = SparseBlocks(module, 8)(x, mask, x), module(x)
+    assert [name for name in ran if name.startswith("run")] == ([] if expected is None else [expected])
+    kept = BlockPlan.from_mask(mask, 8).mask()[:, None]
+    torch.testing.assert_close(out, torch.where(kept, base, x), rtol=1e-4, atol=1e-5)

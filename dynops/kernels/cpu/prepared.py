@@ -122,8 +122,25 @@ def fits(residual: Tensor, x: Tensor, rows: int) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _window(kind: StepKind, channels: int, g: ConvGeometry):
-    step = int(kind), [0], 1, None, tuple(g), [], [], (0, 0, 0.0)
-    return backends._C.make_sequence([(0, channels), (1, channels)], [0], [1], [step])
+    return sequence([(0, channels), (1, channels)], [0], [1], [(kind, [0], 1, None, g, [], [], (0, 0, 0.0))])
+
+
+def sequence(values: list, inputs: list, outputs: list, steps: list):
+    """What ``run_sequence`` takes: csrc/calls.h.
+
+    Args:
+        values: (plan, channels) of each.
+        inputs, outputs: values.
+        steps: (kind, inputs, out, :class:`Prepared` or None, geometry of a window or None, values freed, channels,
+            (address of gamma, of beta, eps)) of each. The caller keeps the prepared ones.
+    """
+    numbers = [2 * len(values), *(n for value in values for n in value)]
+    numbers += [len(inputs), *inputs, len(outputs), *outputs, len(steps)]
+    for kind, reads, out, conv, g, freed, channels, vectors in steps:
+        numbers += [int(kind), len(reads), *reads, out, int(conv is not None)]
+        numbers += [0] if g is None else [1, *g]
+        numbers += [len(freed), *freed, len(channels), *channels, *vectors]
+    return backends._C.make_sequence(numbers, [step[3].conv for step in steps if step[3] is not None])
 
 
 def windows(

@@ -43,8 +43,9 @@ class SparseBlocks(nn.Module):
         path: "rows" runs on packed rows (``[P, C]``, the pixels that each layer needs, no halo is copied;
             stacks of convolutions, norms, activations and sums only); "tiles" gathers the blocks of the
             input with their halo and runs torch's own layers on them; None takes rows where they can run, else
-            tiles, and the module itself where all blocks are active. Where break-even densities of these layers
-            were measured on this architecture of GPU, None takes what they say: rows, tiles, or the module
+            tiles, and the module itself where all blocks are active. On a CPU None also takes the module itself, with a
+            mask, where the blocks and their halos are so much of the map that it wins. Where break-even densities of
+            these layers were measured on this architecture of GPU, None takes what they say: rows, tiles, or the module
             itself with a mask. (A capacity plan's density is not known, and a compiler asks for none.)
 
     Shape:
@@ -178,10 +179,12 @@ class SparseBlocks(nn.Module):
         if bound.rows and backends.choose(None, x.device, x.dtype) != "reference":
             paths.insert(0, "rows")
         dtype, step = autocast_dtype(x) or x.dtype, (plan.geometry.step_h, plan.geometry.step_w)
-        if dense_fallback.decides(x.device, dtype, plan.count) and bound.fits_step(step):
+        if dense_fallback.decides(x.device, dtype, plan.count, _pixels(plan)) and bound.fits_step(step):
+            modelled = dense_fallback.is_modelled(x.device)
+            paths = paths[:1] if modelled else paths  # rows win over tiles
             costs = {path: bound.cost(path, plan, in_shape, x.device, dtype) for path in paths}
             if None not in costs.values():
-                costs |= {"dense": 1.0} if may_be_dense else {}
+                costs |= {"dense": 1.1 if modelled else 1.0} if may_be_dense else {}
                 return min(costs, key=costs.get)
         return paths[0]
 
@@ -192,6 +195,11 @@ class SparseBlocks(nn.Module):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
             out = dense_fallback.keep_pixels(out, plan.pixels(), base)
         return in_format_of(out, x)
+
+
+def _pixels(plan: BlockPlan) -> int:
+    n, h, w = plan.shape
+    return n * h * w
 
 
 def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeometry:

@@ -307,7 +307,7 @@ def _pixel_conv(
     """
     in_shape = g[:3]
     # a transposed one has its weight the other way round
-    same_rows = to_rows and in_plan is plan and g.is_pointwise and not g.transposed and len(plan) > 0
+    same_rows = to_rows and in_plan is plan and g.is_pointwise and not g.transposed and plan.num_rows > 0
     if same_rows:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
         plan_of_rows = plan.as_rows()
         g, source = plan_of_rows.pointwise(g.groups), None
@@ -343,6 +343,13 @@ def _pixel_conv(
     where = index, count, source
     differentiated = modes.differentiated(*tensors)
     if epilogue.is_empty or not differentiated:
+        if (
+            not epilogue.is_empty and torch.compiler.is_exporting()
+        ):  # the graph may run where gradients are on
+            x, weight, bias, base, *rest = (
+                None if t is None else t.detach() for t in (x, weight, bias, base, *epilogue[1:])
+            )
+            epilogue = Epilogue(activation, *rest)
         hints = plan.expected, zero_tail or differentiated or torch.is_grad_enabled(), same_rows
         return _convolution(x, weight, bias, *where, g, *epilogue, base, to_rows, *hints, backend)
     out = _bare_conv(x, weight.to(x.dtype), bias, where, g, True, backend)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ... import geometry, modes
 from ...geometry import ConvGeometry, pair
@@ -181,7 +182,12 @@ def _unfit(x, weight) -> bool:
     return type(x) is not SparseMap or x.dim() != 4 or x.axes != NCHW or type(weight) is SparseMap
 
 
-_conv_geometry = functools.lru_cache(maxsize=512)(geometry.conv_geometry)
+_kept_geometry = functools.lru_cache(maxsize=512)(geometry.conv_geometry)
+
+
+def _conv_geometry(*sizes) -> ConvGeometry:
+    """The geometry of a convolution, kept where the sizes are no symbols, which have no hash."""
+    return geometry.conv_geometry(*sizes) if is_compiling() else _kept_geometry(*sizes)
 
 
 def _paddings(padding, kernel, dilation, pads) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -19,7 +19,9 @@ from .value import SparseMap
 
 def may_follow() -> bool:
     """True where a forward may run on maps: not where a compiler or a transform records plain tensors."""
-    return not (is_compiling() or modes.watched() or modes.tracing())
+    if is_compiling():
+        return modes.runs_python()
+    return not (modes.watched() or modes.tracing())
 
 
 def inside() -> bool:

@@ -13,7 +13,7 @@ from ... import backends
 from ...geometry import ConvGeometry, conv_geometry
 from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of, takes_winograd
-from ...kernels.cpu.prepared import Prepared, StepKind, key_of
+from ...kernels.cpu.prepared import Prepared, StepKind, key_of, sequence
 from ..layers.base import Layer, Rows, Unjoinable
 from ..maps import Standardised
 from ..norm import check_features, fold, tensors_of, uses_batch_statistics
@@ -481,16 +481,14 @@ class Bound:
         steps = []
         for i, (step, one) in enumerate(zip(self.steps, prepared, strict=True)):
             freed = [number[v] for v, at in last.items() if at == i and v not in self.outputs]
-            geometry = tuple(step.geometry) if step.kind in _WINDOWS else None
-            conv = None if one is None else one.conv
+            geometry = step.geometry if step.kind in _WINDOWS else None
             inputs = [number[v] for v in step.inputs]
             vectors = (*(0 if t is None else t.data_ptr() for t in step.norm_tensors() or (None, None)),)
             vectors += (0.0 if step.layer_norm is None else step.layer_norm.eps,)
-            rest = conv, geometry, freed, step.channels, vectors
-            steps.append((int(step.kind), inputs, number[step.out], *rest))
+            steps.append((step.kind, inputs, number[step.out], one, geometry, freed, step.channels, vectors))
         values = [(self.slots[size], self._channels[v]) for v, size in self._sizes.items()]
         ends = [[number[v] for v in these] for these in (self.sequence.inputs, self.outputs)]
-        return backends._C.make_sequence(values, *ends, steps)
+        return sequence(values, *ends, steps)
 
 
 def _as_kernel(conv: nn.Module) -> Tensor:
