@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import backends
+from .stack.layers.pool import avg_pool, whole_map
 
 LAYOUTS = ("nchw", "channels_last", "strided", "transposed", "expanded", "zero_stride")
 
@@ -269,7 +270,7 @@ _RESIZING = {
     "pixel_unshuffle",
     "pad",
 }
-_MEANS = {"mean", "adaptive_avg_pool2d"}
+_MEANS = {"mean", "adaptive_avg_pool2d", "avg_pool2d"}
 _VIEWS = {"chunk", "split", "__getitem__", "view", "transpose", "contiguous", "flatten", "reshape"}
 
 
@@ -368,6 +369,11 @@ class MaskedPolicy(TorchFunctionMode):
             )
             if not isinstance(dims, (tuple, list)) or sorted(d % 4 for d in dims) != [2, 3]:
                 return None
+        elif name == "avg_pool2d":
+            settings = avg_pool(*args[1:], **kwargs)
+            if whole_map(settings, *x.shape[2:]) != "mean":
+                return None
+            keepdim = True
         elif args[1] not in (1, (1, 1)):
             return None
         else:

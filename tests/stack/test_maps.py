@@ -134,6 +134,7 @@ UNARY = {
     "group norm": lambda x: F.group_norm(x, 3, SCALE, SHIFT, 1e-5),
     "squeeze": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True) @ torch.ones(1, 1, dtype=x.dtype)),
     "pooled": lambda x: x + F.adaptive_avg_pool2d(x, 1),
+    "pooled by a window": lambda x: x + F.avg_pool2d(x, x.shape[2:]) * F.avg_pool2d(x, kernel_size=list(x.shape[2:]), padding=0),
     "attention": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
     "softmax": lambda x: F.softmax(x, 1),
     "max pool": lambda x: F.max_pool2d(x, 3, 1, 1),

@@ -30,6 +30,9 @@ class _Pool(Layer):
     def rows(self, run):
         if not self.converted:
             return self.recorded.rows(run)
+        rows = run.rows_of(self.inputs[0])
+        if rows is not None and (kind := whole_map(self.pool, *rows.plan.shape[1:])):
+            return over_pixels(kind, rows.values, rows.plan)[:, :, None, None]
         return run.masked(self.pool, self.inputs[0])
 
 
@@ -82,6 +85,20 @@ def avg_pool(
 ):
     """The module of a call of ``F.avg_pool2d``."""
     return nn.AvgPool2d(kernel_size, stride or None, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def whole_map(pool: nn.Module, height: int, width: int) -> str:
+    """ "mean" or "amax" for an nn.AvgPool2d or nn.MaxPool2d of one window, which is the whole map; "" for any other."""
+    if type(height) is not int or type(width) is not int:  # symbols of an export: a comparison would fix them
+        return ""
+    if pair(pool.kernel_size, "kernel_size", 1) != (height, width) or pair(pool.padding, "padding", 0) != (
+        0,
+        0,
+    ):
+        return ""
+    if isinstance(pool, nn.MaxPool2d):
+        return "" if pool.return_indices or pair(pool.dilation, "dilation", 1) != (1, 1) else "amax"
+    return "" if pool.divisor_override else "mean"
 
 
 class GlobalPool(Layer):

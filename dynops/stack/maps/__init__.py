@@ -2,6 +2,7 @@
 
 from .constant import constant_conv
 from .convolution import Convolution, bare
+from .errors import check_inputs, name_module
 from .follow import as_map, entered, follow, inside, layer_input, may_follow
 from .pointwise import normed
 from .value import SparseMap
@@ -11,11 +12,13 @@ __all__ = [
     "SparseMap",
     "as_map",
     "bare",
+    "check_inputs",
     "constant_conv",
     "entered",
     "follow",
     "inside",
     "layer_input",
     "may_follow",
+    "name_module",
     "normed",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...geometry import ConvGeometry, pair
 from ...plans import PixelPlan
-from ..layers.pool import avg_pool, max_pool
+from ..layers.pool import avg_pool, max_pool, whole_map
 from ..masked_output import pooled_images
 from . import layout
 from .layout import NCHW
@@ -100,8 +100,23 @@ def _enlarged(in_shape, out_shape, args, kwargs):
     return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1), False
 
 
-max_pools = resized_by(_max_window)
-avg_pools = resized_by(_mean_window)
+def _pools(settings, pools):
+    """A pool: of one window that is the whole map over the mask, as adaptive ones to one pixel."""
+
+    def run(func, name: str, args: tuple, kwargs: dict):
+        given = {k: v for k, v in kwargs.items() if k != "input"}
+        x = args[0] if args else kwargs["input"]
+        if type(x) is SparseMap and not x.is_input and x.axes == NCHW:
+            kind = whole_map(settings(*args[1:], **given), *x.shape[2:])
+            if kind:
+                return reduced(getattr(torch, kind), kind, (x, (2, 3), True), {})
+        return pools(func, name, args, kwargs)
+
+    return run
+
+
+max_pools = _pools(max_pool, resized_by(_max_window))
+avg_pools = _pools(avg_pool, resized_by(_mean_window))
 enlarged = resized_by(_enlarged)
 resampled = resized_by(lambda *_: None)
 
