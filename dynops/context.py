@@ -112,6 +112,10 @@ class use_mask:
         """``(H, W)`` of the mask as passed."""
         return self._mask.shape[1], self._mask.shape[2]
 
+    def masks(self) -> dict[tuple[int, int], Tensor]:
+        """The masks ``[N, H, W]`` that layers have used, by size."""
+        return {size: _value(mask) for size, mask in self._masks.items()}
+
     @property
     def ran(self) -> bool:
         """True from the first layer on that asked for its plan."""

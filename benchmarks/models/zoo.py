@@ -21,14 +21,14 @@ class Entry(NamedTuple):
         make: the model, in eval mode.
         inputs: its arguments for a batch.
         cells: of the mask, along a side.
-        emulated: False where maps have sizes that MaskedPolicy cannot mask: no multiples of the mask's.
+        padded: False where maps have sizes that are no multiples of the mask's: what moves masks is then taken from dynops.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[int], tuple]
     cells: int = CELLS
-    emulated: bool = True
+    padded: bool = True
 
     @property
     def library(self) -> str:
@@ -110,7 +110,7 @@ _SHORT = (
 )  # fmt: skip
 _LONG = (
     *map(_torchvision, ("resnext50_32x4d", "wide_resnet50_2", "mnasnet1_0")),
-    *(_torchvision(name)._replace(emulated=False) for name in ("squeezenet1_1", "inception_v3")),
+    *(_torchvision(name)._replace(padded=False) for name in ("squeezenet1_1", "inception_v3")),
     _torchvision("lraspp_mobilenet_v3_large", ".segmentation"),
     *map(
         _timm,

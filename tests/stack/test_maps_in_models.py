@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dynops
@@ -87,6 +88,7 @@ class Traced(nn.Module):
 
 TRACED = {
     "mlp": lambda m, x: m.down(m.act(m.up(m.norm(m.first(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2) + 1,
+    "moved": lambda m, x: F.pad(m.first(x), (-1, 1, 2, -2)) + 1,
     "dropout": lambda m, x: m.down(m.drop(m.up(m.first(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + 1,
     "input": lambda m, x: m.pool(
         torch.cat([x[:, 2:] * 2, x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)

@@ -250,7 +250,13 @@ def pad(input, pad, mode="constant", value=None):
     x, zeros = input, mode == "constant" and not value
     left, right, top, bottom = pads
     n, c, h, w = x.shape
-    if not zeros or x.is_input or min(pads) < 0:
+    g = ConvGeometry(n, h, w, h + top + bottom, w + left + right, 1, 1, 1, 1, top, left, 1, 1, 1, 0)
+    if (
+        zeros and not x.is_input and min(pads) < 0
+    ):  # it cuts, and may so move what is there under another's mask
+        plan = x.active.after(g, x.device)
+        return SparseMap.of_rows(gathered(F.pad(x.dense(), pads), plan, NCHW), plan, x.active)
+    if not zeros or x.is_input:
         if x.active.ragged and not zeros and x.margins is None:  # the edge of an image is its own
             size = (x.shape[2] + pads[2] + pads[3], x.shape[3] + pads[0] + pads[1])
             padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
@@ -260,7 +266,5 @@ def pad(input, pad, mode="constant", value=None):
         inner = x.margins or (0, 0, 0, 0)
         made.margins = tuple(a + b for a, b in zip(inner, pads, strict=True))
         return made
-    out = (n, h + top + bottom, w + left + right)
-    g = ConvGeometry(n, h, w, *out[1:], 1, 1, 1, 1, top, left, 1, 1, 1, 0)
     plan = x.active.after(g, x.device)
     return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))

@@ -263,6 +263,22 @@ def _over_channels(func, name: str, x: SparseMap, dims: tuple[int, ...], keepdim
     return SparseMap.of_rows(made, x.plan, x.active, axes)
 
 
+def spread(func, input, dim=None, *args, **kwargs):
+    """var and std over channels."""
+    if type(input) is not SparseMap or input.is_input or dim is None:
+        return NotImplemented
+    dims = layout.normalized(dim, input.dim())
+    named = ("unbiased", "keepdim")
+    kwargs = {**dict(zip(named, args, strict=False)), **kwargs}
+    if not dims or {input.axes[d] for d in dims} != {"c"} or not kwargs.keys() <= {*named, "correction"}:
+        return NotImplemented
+    made = func(input.rows(), dim=tuple(layout.channel_axis(input.axes, d) for d in dims), **kwargs)
+    axes = (
+        input.axes if kwargs.get("keepdim") else tuple(a for d, a in enumerate(input.axes) if d not in dims)
+    )
+    return SparseMap.of_rows(made, input.plan, input.active, axes)
+
+
 def _over_pixels(name: str, x: SparseMap, dims: tuple[int, ...], keepdim: bool) -> Tensor:
     rows = x.rows()
     channels = rows.flatten(1) if rows.dim() > 1 else rows[:, None]

@@ -12,7 +12,7 @@ from ...geometry import ConvGeometry, pair
 from ...plans import PixelPlan
 from ..layers.pool import avg_pool, max_pool, whole_map
 from ..masked_output import pooled_images
-from . import layout
+from . import axes, layout
 from .layout import NCHW
 from .pointwise import reduced
 from .value import SparseMap, View, each_image, masked
@@ -238,21 +238,28 @@ def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
 
 
 def index(x: SparseMap, where):
-    """``x[:, a:b]`` and the like: whole axes, and slices of channels."""
+    """``x[:, a:b]`` and the like: whole axes, slices of channels, single channels, and None for a new axis."""
     where = where if isinstance(where, tuple) else (where,)
-    if not all(w is Ellipsis or isinstance(w, slice) for w in where) or where.count(Ellipsis) > 1:
+    if not all(w is None or w is Ellipsis or isinstance(w, slice) or type(w) is int for w in where):
         return NotImplemented
-    if Ellipsis in where:
-        at = where.index(Ellipsis)
-        where = (*where[:at], *(slice(None),) * (x.dim() - len(where) + 1), *where[at + 1 :])
-    if len(where) > x.dim():
+    taken = sum(w is not None and w is not Ellipsis for w in where)
+    if taken > x.dim() or where.count(Ellipsis) > 1:
         return NotImplemented
-    for dim, part in enumerate(where):
-        if part.indices(x.shape[dim]) == (0, x.shape[dim], 1):
-            continue
-        if x.axes[dim] != "c" or (part.step or 1) < 1:
-            return NotImplemented
-        x = narrowed(x, dim, part)
+    at = where.index(Ellipsis) if Ellipsis in where else len(where)
+    where = (*where[:at], *(slice(None),) * (x.dim() - taken), *where[at + 1 :])
+    dim = 0
+    for part in where:
+        if part is None:
+            x = view(x, (*x.shape[:dim], 1, *x.shape[dim:]))
+        elif type(part) is int:
+            x, dim = axes.select(x, dim, part), dim - 1
+        elif part.indices(x.shape[dim]) != (0, x.shape[dim], 1):
+            if x.axes[dim] != "c" or (part.step or 1) < 1:
+                return NotImplemented
+            x = narrowed(x, dim, part)
+        if x is NotImplemented:
+            return x
+        dim += 1
     return x
 
 
