@@ -110,7 +110,9 @@ class MaskedPolicy(TorchFunctionMode):
         if name == "__get__":
             out = func(*args, **kwargs)
             return self.note(out, *self.maps[args[0]]) if func.__self__.__name__ == "data" else out
-        if name.endswith("_") and not name.endswith("__") or (name.startswith("__i") and name.endswith("__")):
+        if (name.endswith("_") and not name.endswith("__")) or (
+            name.startswith("__i") and name.endswith("__")
+        ):
             return self.in_place(func, name, args, kwargs, known)
         if kwargs.get("inplace") and self.is_map(args[0]):  # autograd needs what an activation made
             out = self.__torch_function__(func, types, args, {**kwargs, "inplace": False})
@@ -177,6 +179,9 @@ class MaskedPolicy(TorchFunctionMode):
         where = where if isinstance(where, tuple) else (where,)
         if not all(w is None or w is Ellipsis or isinstance(w, (int, slice)) for w in where):
             return y
+        steps = [w.step for w in where if isinstance(w, slice) and w.step not in (None, 1)]
+        if steps and axes == NCHW and y.dim() == 4 and None not in where:
+            return self.masked(y)  # every k-th pixel
         taken = sum(w is not None and w is not Ellipsis for w in where)
         fill = (slice(None),) * (x.dim() - taken)
         at = where.index(Ellipsis) if Ellipsis in where else len(where)
@@ -301,9 +306,12 @@ class MaskedPolicy(TorchFunctionMode):
     def resized(self, func, name, args, kwargs, known):
         """Functions that make maps of another size, and any other that makes one of the same."""
         out = func(*args, **kwargs)
-        if name == "pad" and known:  # its zeros are there; what else it pads with is no map's
-            mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
-            if mode != "constant" or out.dim() != 4:
+        if name == "pad" and known:
+            x, mode = known[0], args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+            axes, size = self.maps[x]
+            if all(a == b or axis == "c" for a, b, axis in zip(x.shape, out.shape, axes, strict=True)):
+                return self.masked(out, axes, size)
+            if mode != "constant" or axes != NCHW:
                 return out
             return (
                 self.masked(out) if out.shape == known[0].shape else self.note(out)

@@ -93,15 +93,13 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _layer_of_maps(base: type[nn.Module], module: nn.Module, active, *args, **kwargs):
-    if (
-        issubclass(base, nn.Conv2d)
-        and len(args) == 1
-        and not kwargs
-        and (x := layer_input(args[0], active)) is not None
-    ):
-        out = constant_conv(module, base.forward, x)
-        if out is not NotImplemented:
-            return out
+    x = layer_input(args[0], active) if args else None
+    if x is not None:
+        if issubclass(base, nn.Conv2d) and len(args) == 1 and not kwargs:
+            out = constant_conv(module, base.forward, x)
+            if out is not NotImplemented:
+                return out
+        args = x, *args[1:]
     return as_map(base.forward(module, *args, **kwargs), active)
 
 

@@ -143,6 +143,8 @@ UNARY = {
     "expanded": lambda x: (1 + x[:, :1]).expand(-1, C, -1, -1) + x[:, 1:2].expand_as(x) + (1 + x[:, :2]).repeat(1, C // 2, 1, 1),
     "new axes": lambda x: (1 + x[:, None, :, :, :, None].view(x.shape[0], 2, C // 2, *x.shape[2:], 1))[:, 0, ..., 0].repeat(1, 2, 1, 1),
     "variance": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + x.std(1, keepdim=True) + 1),
+    "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=2)[:, 1 : C + 1] + F.pad(x.permute(0, 2, 3, 1), (0, C), value=1).permute(0, 3, 1, 2)[:, C:],
+    "every second pixel": lambda x: F.interpolate(1 + F.conv2d(x[:, :, ::2, ::2] + x[..., 1::2, 1::2], WEIGHT, padding=1), scale_factor=2),
     "moved by a padding": lambda x: x + F.pad(x, (-1, 1, 2, -2)),
     "reflected": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), WEIGHT),
     "norm": lambda x: F.batch_norm(x, SHIFT, SCALE.abs() + 1, SCALE, SHIFT),

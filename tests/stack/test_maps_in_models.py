@@ -126,3 +126,33 @@ def test_a_map_of_one_pixel():
     model[1].register_forward_hook(lambda *_: None)
     with dynops.use_mask(torch.ones_like(mask)):
         close(model(x), dense(x))
+
+
+class OwnNorm(nn.GroupNorm):
+    """A norm of a library."""
+
+
+class Patches(nn.Module):
+    """A norm of what is no map any more, in a part that a trace holds, of a model that none holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(C, C, 1), nn.Sequential(OwnNorm(2, 4 * C), nn.Conv2d(4 * C, 2, 1))
+
+    def forward(self, x):
+        y = self.first(x)
+        assert float(y.sum()) < 1e9
+        return self.inner(F.unfold(y, 2, stride=2).unflatten(2, (4, 4)))
+
+
+def test_a_layer_reads_what_is_no_map_as_an_input():
+    model, x, mask = Patches().double().eval(), rand(2, C, 8, 8), masks(0)[:, :4, :4]
+    with MaskedPolicy(mask):
+        expected = model(x)
+    dynops.convert_(model)
+    for hooked in (False, True):
+        if hooked:
+            for module in model.modules():
+                module.register_forward_hook(lambda *_: None)
+        with dynops.use_mask(mask):
+            close(model(x), expected)

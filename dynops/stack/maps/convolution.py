@@ -242,6 +242,10 @@ class Padding(Pending):
 
 def pad(input, pad, mode="constant", value=None):
     """``F.pad`` of a map: zeros are read through by a convolution; other borders are made on the dense map."""
+    if type(input) is SparseMap and not input.is_input and mode == "constant":
+        made = _more_channels(input, tuple(pad), value or 0)
+        if made is not None:
+            return made
     if type(input) is not SparseMap or input.axes != NCHW or len(pad) not in (2, 4) or input.dim() != 4:
         return NotImplemented
     pads = tuple(pad) if len(pad) == 4 else (*pad, 0, 0)
@@ -268,3 +272,13 @@ def pad(input, pad, mode="constant", value=None):
         return made
     plan = x.active.after(g, x.device)
     return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))
+
+
+def _more_channels(x: SparseMap, pads: tuple[int, ...], value: float) -> SparseMap | None:
+    """A map whose channels alone are padded; None for any other padding."""
+    by_dim = {x.dim() - 1 - i // 2: pads[i : i + 2] for i in range(0, len(pads), 2)}
+    if not any(pads) or any(any(pair) and x.axes[d] != "c" for d, pair in by_dim.items()):
+        return None
+    channels = [d for d, axis in enumerate(x.axes) if axis == "c"]
+    of_rows = [size for d in reversed(channels) for size in by_dim.get(d, (0, 0))]
+    return x.like(F.pad(x.rows(), of_rows, value=value))

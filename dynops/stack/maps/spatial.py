@@ -247,6 +247,8 @@ def index(x: SparseMap, where):
         return NotImplemented
     at = where.index(Ellipsis) if Ellipsis in where else len(where)
     where = (*where[:at], *(slice(None),) * (x.dim() - taken), *where[at + 1 :])
+    if x.axes == NCHW and None not in where and where[0] == slice(None) and any(_steps(x, where)):
+        return _subsampled(x, where)
     dim = 0
     for part in where:
         if part is None:
@@ -261,6 +263,28 @@ def index(x: SparseMap, where):
             return x
         dim += 1
     return x
+
+
+def _steps(x: SparseMap, where: tuple) -> list[bool]:
+    """Of height and width: whether a slice takes every k-th pixel to the end."""
+    parts = [
+        (part, size) for part, size in zip(where[2:], x.shape[2:], strict=True) if isinstance(part, slice)
+    ]
+    found = [(part.indices(size), size) for part, size in parts]
+    return [step > 1 and start < step and stop == size for (start, stop, step), size in found]
+
+
+def _subsampled(x: SparseMap, where: tuple):
+    """Every k-th row and column, as a layer of stride k takes them."""
+    whole = [part == slice(None) for part in where[2:]]
+    if not all(a or b for a, b in zip(whole, _steps(x, where), strict=False)) or isinstance(where[1], int):
+        return NotImplemented
+    out = x.dense()[where]
+    (top, _, sh), (left, _, sw) = (
+        part.indices(size) for part, size in zip(where[2:], x.shape[2:], strict=True)
+    )
+    g = ConvGeometry(x.shape[0], *x.shape[2:], *out.shape[2:], 1, 1, sh, sw, -top, -left, 1, 1, 1, 0)
+    return at_pixels(out, x.active.after(g, out.device), x.active)
 
 
 def cat(tensors, dim: int = 0):
