@@ -39,10 +39,11 @@ class Masked:
         return self.active.plan(shape, device) if geometry is None else self.active.after(geometry, device)
 
     def shared(self, value: int, inputs: list) -> PixelPlan | None:
+        found = None
         for x in inputs:
-            if type(x) is Rows:
-                return x.plan
-        return None
+            if type(x) is Rows and (found is None or found.num_pixels == found.shape[0]):
+                found = x.plan  # and not a squeezed map's, which is spread over another
+        return found
 
 
 class Needed:

@@ -132,6 +132,8 @@ class Run:
         """The rows of a value at a plan, or None where it has another size. One row for all of ``[N, C, 1, 1]``, N = 1."""
         found = self.found(value)
         if type(found) is Rows:
+            if found.plan.shape[1:] == (1, 1) != plan.shape[1:]:  # a squeezed map that convolutions made
+                return _spread(self.dense(value), plan)
             return found.values if found.plan is plan else _within(found, plan)
         if not isinstance(found, Tensor) or found.dim() != 4:
             return None

@@ -113,6 +113,13 @@ def selected_paths(x):
     return (paths * torch.softmax(attention, 1).repeat(1, 1, 2, 1, 1)).sum(dim=1)
 
 
+def border_changed(x):
+    y = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    z = F.conv2d(y, WEIGHT)
+    y.mul_(2)
+    return z + F.conv2d(y, WEIGHT)
+
+
 UNARY = {
     "places in place": written_in_places,
     "copied": copied,
@@ -145,6 +152,8 @@ UNARY = {
     "variance": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + x.std(1, keepdim=True) + 1),
     "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=2)[:, 1 : C + 1] + F.pad(x.permute(0, 2, 3, 1), (0, C), value=1).permute(0, 3, 1, 2)[:, C:],
     "every second pixel": lambda x: F.interpolate(1 + F.conv2d(x[:, :, ::2, ::2] + x[..., 1::2, 1::2], WEIGHT, padding=1), scale_factor=2),
+    "borders": lambda x: F.conv2d(F.pad(x, (2, 0, 1, 1), mode="replicate"), WEIGHT) + F.conv2d(F.pad(x, (1, 1, 2, 0), mode="circular"), WEIGHT),
+    "a border that is changed": border_changed,
     "moved by a padding": lambda x: x + F.pad(x, (-1, 1, 2, -2)),
     "reflected": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), WEIGHT),
     "norm": lambda x: F.batch_norm(x, SHIFT, SCALE.abs() + 1, SCALE, SHIFT),

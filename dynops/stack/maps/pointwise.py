@@ -13,7 +13,7 @@ from ..norm import check_features, fold, fold_of, norm_rows, uses_batch_statisti
 from . import layout
 from .convolution import Convolution
 from .layout import NCHW
-from .value import SparseMap, masked
+from .value import SparseMap, dense_tree, masked
 
 
 def words(text: str) -> frozenset[str]:
@@ -93,8 +93,8 @@ def _operand(x, base: SparseMap):
 def _of_inputs(func, name: str, args: tuple, kwargs: dict):
     """A function of inputs alone: dense, and an input again."""
     first = next(x for x in (*args, *kwargs.values()) if type(x) is SparseMap)
-    dense = [x._dense if type(x) is SparseMap else x for x in args]
-    out = func(*dense, **{k: v._dense if type(v) is SparseMap else v for k, v in kwargs.items()})
+    dense = dense_tree(args)
+    out = func(*dense, **dense_tree(kwargs))
     if type(args[0]) is SparseMap and out is dense[0]:
         return args[0]
     if not isinstance(out, Tensor) or out.shape != first.shape:
