@@ -129,7 +129,7 @@ resnet26t resnetaa50 resnetblur18 resnetrs50 seresnext26t_32x4d ecaresnet26t res
 resnetv2_50d_frn resnetv2_50d_gn rexnet_100 rexnetr_100 selecsls42 legacy_seresnet18 legacy_senet154 shvit_s1
 skresnext50_32x4d starnet_s050 swiftformer_xs tiny_vit_5m_224 tresnet_m vgg11 vgg11_bn visformer_tiny
 ese_vovnet19b_dw eca_vovnet39b ese_vovnet39b_evos legacy_xception xception xception41p
-""".split()
+"""
 _UNPADDED = {
     *("alexnet", "squeezenet1_0", "squeezenet1_1", "inception_resnet_v2", "inception_v3", "inception_v4", "nasnetalarge"),
     *("pnasnet5large", "xception", "convmixer_768_32", "csatv2", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0"),
@@ -142,7 +142,7 @@ _LONG = (
     _torchvision("lraspp_mobilenet_v3_large", ".segmentation"),
     _torchvision("deeplabv3_mobilenet_v3_large", ".segmentation"),
     *map(_timm, ("resnet50d", "tf_efficientnetv2_s", "cspdarknet53", "ese_vovnet39b", "xception41")),
-    *map(_timm, _FAMILIES),
+    *map(_timm, _FAMILIES.split()),
     *(_timm(name, 256) for name in ("bat_resnext26ts", "halonet26t", "botnet26t_256")),
     *map(_smp, ("DeepLabV3", "DeepLabV3Plus", "FPN", "MAnet", "PAN", "PSPNet", "Linknet", "UnetPlusPlus", "UPerNet")),
     _smp("Segformer"),
