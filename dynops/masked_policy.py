@@ -240,6 +240,8 @@ class MaskedPolicy(TorchFunctionMode):
     def normed(self, func, name, args, kwargs):
         """Norms whose statistics are over the mask."""
         x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or x.dim() != 4:  # of a weight, that is standardised so
+            return NotImplemented
         if name == "group_norm":
             return self.masked(self.over_groups(*args, **kwargs))
         if name == "instance_norm" and kwargs.get("running_mean") is None:
