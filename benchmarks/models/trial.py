@@ -90,7 +90,9 @@ def _run(trial: Trial, entry: zoo.Entry, batch: int, seconds: float) -> None:
     trial.outside = _difference(converted(*inputs), expected) == 0
     with dynops.use_mask(torch.ones_like(mask)):
         trial.full_error = _difference(converted(*inputs), expected)
-    with dynops.use_mask(mask) as active, RowsRead() as read:
+    with dynops.use_mask(mask), RowsRead() as read:
+        converted(*inputs)
+    with dynops.use_mask(mask) as active:
         ours = converted(*inputs)
     masks = None if entry.padded else active.masks()
     with CountedPolicy(mask, masks) as policy:

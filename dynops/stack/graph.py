@@ -9,7 +9,8 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Call, Layer, layer_of
+from .layers import Call, GlobalPool, Layer, layer_of
+from .sequences import Sequence, parts_of
 from .staleness import Watch, signature, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 from .tracing.simplify import without_copies, without_permutes
@@ -35,6 +36,9 @@ class Stack(NamedTuple):
     checked: tuple[Layer, ...] = ()  # layers that do not run, but must be in eval mode
     multiple: tuple[int, int] = (1, 1)  # of the distance of blocks, so that every value's are whole pixels
     watch: Watch | None = None  # what it holds for
+    # the layers, with those that run in one call together: where the input is dense, and where it is rows
+    parts: tuple[Layer | Sequence, ...] = ()
+    inner_parts: tuple[Layer | Sequence, ...] = ()
 
     @property
     def packs(self) -> bool:
@@ -114,10 +118,15 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
         layer.free = tuple({v for v in (*layer.inputs, layer.out) if v not in seen})
         seen.update(layer.free)
     for layer in layers:
-        if layer.conv is not None and layer.is_bare and layer.out != output:
-            readers = [reader for reader in layers if layer.out in reader.inputs]
-            layer.waits = len(readers) == 1 and type(readers[0]) is Call
-    return Stack(tuple(layers), values, output, *rest)
+        if layer.out == output:
+            continue
+        readers = [reader for reader in layers if layer.out in reader.inputs]
+        if layer.conv is not None and layer.is_bare:
+            layer.waits = len(readers) == 1 and type(readers[0]) is Call and not readers[0].joins
+        elif type(layer) is GlobalPool:
+            layer.feeds_convs = all(reader.conv is not None for reader in readers)
+    parts = {"parts": parts_of(layers, output, True), "inner_parts": parts_of(layers, output, False)}
+    return Stack(tuple(layers), values, output, *rest)._replace(**parts)
 
 
 def _that_count(layers: list[Layer], output: int) -> list[Layer]:

@@ -14,13 +14,17 @@ A policy that keeps values between calls would answer with the plan of what chan
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..plans import PixelPlan
-from .graph import Stack
 from .layers.base import Rows
+
+if TYPE_CHECKING:
+    from .graph import Stack
 
 
 class Masked:
@@ -39,11 +43,11 @@ class Masked:
         return self.active.plan(shape, device) if geometry is None else self.active.after(geometry, device)
 
     def shared(self, value: int, inputs: list) -> PixelPlan | None:
-        found = None
+        plan = None
         for x in inputs:
-            if type(x) is Rows and (found is None or found.num_pixels == found.shape[0]):
-                found = x.plan  # and not a squeezed map's, which is spread over another
-        return found
+            if type(x) is Rows and (plan is None or x.plan.num_pixels > plan.num_pixels):
+                plan = x.plan  # one pixel a sample meets each pixel of the others
+        return plan
 
 
 class Needed:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends, modes
+from ..kernels.cpu import engine
 from ..modes import autocast_dtype
 from ..ops import checks
 from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
@@ -19,6 +21,7 @@ from .layers.pool import sample_of
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
+from .sequences import Sequence
 
 
 def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False) -> Tensor:
@@ -29,11 +32,14 @@ def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool =
         as_map: the output is a map too.
     """
     run = Run(stack, x, policy, maps, as_map)
-    env = run.env
-    for layer in stack.layers:
-        env[layer.out] = layer.rows(run)
-        for value in layer.free:
-            env[value] = None
+    for part in stack.parts if isinstance(run.found(0), Tensor) else stack.inner_parts:
+        if type(part) is not Sequence:
+            run.layer(part)
+        elif part.run(run):
+            run.free(part.layers)
+        else:
+            for layer in part.layers:
+                run.layer(layer)
     if as_map:
         return run.map(stack.output)
     out = run.result()
@@ -53,6 +59,21 @@ class Run:
         self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
         self._originals: dict[int, Tensor] = {}  # of values that were put in another format
         self._gathered: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
+        # kernels may be called by themselves
+        self.direct = not torch.is_grad_enabled() and self.autocast is None and _is_direct(x)
+        self._derived: dict[tuple, Tensor | None] = {}  # of plans, which do not change in a run
+
+    def layer(self, layer) -> None:
+        """Runs one layer."""
+        self.env[layer.out] = layer.rows(self)
+        for value in layer.free:
+            self.env[value] = None
+
+    def free(self, layers) -> None:
+        """Forgets the values that nobody reads after these layers."""
+        for layer in layers:
+            for value in layer.free:
+                self.env[value] = None
 
     # -------------------------------------------------------------------------------------- inputs
 
@@ -132,9 +153,9 @@ class Run:
         """The rows of a value at a plan, or None where it has another size. One row for all of ``[N, C, 1, 1]``, N = 1."""
         found = self.found(value)
         if type(found) is Rows:
-            if found.plan.shape[1:] == (1, 1) != plan.shape[1:]:  # a squeezed map that convolutions made
-                return _spread(self.dense(value), plan)
-            return found.values if found.plan is plan else _within(found, plan)
+            if found.plan is plan:
+                return found.values
+            return _spread_rows(found, plan) if found.plan.shape[1:] == (1, 1) else _within(found, plan)
         if not isinstance(found, Tensor) or found.dim() != 4:
             return None
         if self.shape(value) != plan.shape:
@@ -164,9 +185,18 @@ class Run:
         return None, [self.dense(v) for v in layer.inputs]
 
     def share_rows(self, values) -> bool:
-        """True for values that are all rows of one plan."""
-        plans = {id(found.plan) if type(found := self.found(v)) is Rows else None for v in values}
-        return len(plans) == 1 and None not in plans
+        """True for values that are all rows of one plan, or rows of one pixel a sample beside these."""
+        plan = None
+        for value in values:
+            found = self.found(value)
+            if type(found) is not Rows:
+                return False
+            if found.plan is plan or (found.plan.shape[1:] == (1, 1) and len(values) > 1):
+                continue
+            if plan is not None:
+                return False
+            plan = found.plan
+        return True
 
     def masked_as(self, layer, out):
         """What a call made of dense tensors, as rows where it is a map of the size of an input that is one."""
@@ -176,6 +206,23 @@ class Run:
                 if rows is not None and rows.plan.shape == (out.shape[0], *out.shape[2:]):
                     return Rows(gather_rows(out, rows.plan.index, rows.plan.count), rows.plan)
         return out
+
+    def inverse(self, plan: PixelPlan) -> Tensor:
+        """The row at each pixel of a plan, or -1."""
+        found = self._derived.get((id(plan), "inverse"))
+        return self._keep(plan, "inverse", plan.inverse()) if found is None else found
+
+    def quads(self, plan: PixelPlan, geometry) -> Tensor | None:
+        """Winograd's tiles of a plan, or None."""
+        key = id(plan), "quads"
+        if key not in self._derived:
+            self._keep(plan, "quads", engine.quads_of(plan.index, plan.count, geometry, plan.derived))
+        return self._derived[key]
+
+    def _keep(self, plan: PixelPlan, name: str, made):
+        self._derived[id(plan), name] = made
+        self._derived[id(plan), "plan"] = plan  # so that its id stays its own
+        return made
 
     # ------------------------------------------------------------------------------------- outputs
 
@@ -221,6 +268,14 @@ class Run:
         return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))
 
 
+def _is_direct(x) -> bool:
+    return (
+        x.device.type == "cpu"
+        and modes.route(None) == modes.DIRECT
+        and backends.choose(None, x.device, x.dtype) == "cpp"
+    )
+
+
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:
     """``base`` in the output's dtype, which is not that of ``x`` under autocast."""
     checks.dense_map(base, plan, "base", channels, None if dtype != x.dtype else x.dtype)
@@ -233,6 +288,16 @@ def _spread(x, plan: PixelPlan) -> Tensor | None:
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, n):
         return None
     return x.flatten(1).expand(n, -1)[sample_of(plan)]
+
+
+def _spread_rows(rows: Rows, plan: PixelPlan) -> Tensor | None:
+    """As :func:`_spread`, of rows of one pixel a sample: each pixel of the plan lies in a sample that has one."""
+    n = plan.shape[0]
+    if rows.plan.shape[0] != n:
+        return None
+    if n == 1 and plan.count is None:
+        return rows.values.expand(len(plan), -1)
+    return rows.values[rows.plan.inverse().reshape(-1)[sample_of(plan)].clamp(min=0).long()]
 
 
 def _within(rows: Rows, plan: PixelPlan) -> Tensor | None:

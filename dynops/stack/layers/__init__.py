@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..activations import ELEMENTWISE
+from ..activations import ELEMENTWISE, activation_type
 from ..trace import Ref, Step, dense_type
 from .base import Layer, mapped, place
 from .call import COPIES, WITH_CHANNELS, Call, PerPixel
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
 from .norm import GroupNorm, Norm
-from .pool import AvgPool, MaxPool, avg_pool, global_pool, max_pool
+from .pool import AvgPool, GlobalPool, MaxPool, avg_pool, global_pool, max_pool
 from .resample import PixelShuffle, Upsample, ZeroPad, interpolate, pad
 
 _OF_KIND = {"conv": Conv, "norm": Norm, "act": Activation, "add": Add, "dropout": Dropout}
@@ -52,7 +52,7 @@ def layer_of(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer
         return _OF_CONVERTED[dense_type(inner)](place(step.target), step, inner)
     recorded, layer = Call(step, module, parameters), None
     if recorded.inputs and len(step.inputs) == 1:
-        if type(inner) in ELEMENTWISE:
+        if activation_type(inner) in ELEMENTWISE:
             return Activation(step, module)
         if type(inner) in _OF_MODULE:
             layer = _OF_MODULE[type(inner)](recorded.name, step, inner)
@@ -76,4 +76,4 @@ def _of_call(recorded: Call, step: Step) -> Layer | None:
     return _OF_MODULE[type(module)](recorded.name, step, module)
 
 
-__all__ = ["COPIES", "WITH_CHANNELS", "Call", "Layer", "layer_of", "mapped"]
+__all__ = ["COPIES", "WITH_CHANNELS", "Call", "GlobalPool", "Layer", "layer_of", "mapped"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
+from ...kernels.cpu.prepared import StepKind
 from ..trace import Ref, Step, find
-from .base import Layer, Rows, called, mapped, place
+from .base import Layer, Rows, Unjoinable, called, mapped, place
 
 # elementwise with finite gradients everywhere: what lies outside the map may be anything
 _FUNCTIONS = {
@@ -28,6 +30,50 @@ _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 WITH_CHANNELS = ("operator:mul", "torch:mul", "operator:add", "torch:add")  # of [N, H, W, C] and [C]
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
+# calls that only move channels or read sizes (..sequences.moves)
+_MOVES = {
+    *(
+        "size",
+        "chunk",
+        "split",
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "contiguous",
+        "flatten",
+        "unflatten",
+    ),
+    *("operator:getitem", "operator:floordiv", "builtins:getattr", "swapaxes", "torch:swapaxes"),
+    *("torch:chunk", "torch:split", "torch:reshape", "torch:transpose", "torch:permute", "torch:flatten"),
+}
+_STEP_KINDS = {
+    target: kind
+    for kind, targets in {
+        StepKind.PRODUCT: "operator:mul torch:mul torch:multiply mul",
+        StepKind.SUM: "operator:add torch:add add",
+        StepKind.SIGMOID: "torch:sigmoid torch.nn.functional:sigmoid sigmoid",
+        StepKind.HARDSIGMOID: "torch.nn.functional:hardsigmoid",
+    }.items()
+    for target in targets.split()
+}
+
+
+def _norms_channels(inner: nn.Module | None) -> bool:
+    """True for a LayerNorm over channels: torch's and timm's over the last dimension; the libraries' LayerNorm2d of NCHW."""
+    name = type(inner).__name__
+    if name == "GlobalResponseNorm":  # timm's
+        return (
+            {"weight", "bias"} == inner._parameters.keys()
+            and hasattr(inner, "channel_dim")
+            and hasattr(inner, "eps")
+        )
+    return isinstance(inner, nn.LayerNorm) and name in ("LayerNorm", "LayerNorm2d")
+
+
+def _permutes(inner: nn.Module | None) -> bool:
+    """True for torchvision's module of a permute."""
+    return type(inner).__name__ == "Permute" and hasattr(inner, "dims")
 
 
 class _Parameter(NamedTuple):
@@ -50,6 +96,78 @@ class Call(Layer):
         self.packs = self.refusal == ""
         self.cats = step.target in _CATS
         self.copies = step.kind == "method" and step.target in COPIES and bool(maps)
+        plain = (
+            self.packs
+            and not self.paths
+            and not self.kwargs
+            and len(step.args) == len(step.inputs) == len(maps)
+        )
+        self.step_kind = StepKind.CAT if self.cats else _STEP_KINDS.get(step.target) if plain else None
+        self.moves = (
+            step.kind in ("function", "method") and step.target in _MOVES and not self.paths and bool(maps)
+        )
+        inner = (
+            module.get_submodule(step.target)
+            if step.kind == "module" and len(maps) == len(step.args) == 1
+            else None
+        )
+        self.inner = inner if type(inner) is nn.Linear or _norms_channels(inner) or _permutes(inner) else None
+        self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
+        self.scales = (
+            _STEP_KINDS.get(step.target) is StepKind.PRODUCT and len(maps) == 1 and len(self.paths) == 1
+        )
+        joined = self.step_kind is not None and self.packs
+        self.joins = joined or self.moves or self.is_constant or self.scales or self.inner is not None
+
+    def join(self, bound) -> None:
+        kind, inputs = self.step_kind, self.inputs
+        if self.inner is not None:
+            return self._join_module(bound)
+        if self.is_constant:
+            bound.constants[self.out] = self
+            return None
+        constant = next((bound.constants[v] for v in inputs if v in bound.constants), None)
+        if self.scales or constant is not None:
+            return self._join_scale(bound, constant)
+        if self.moves:
+            return bound.move(self, self._call)
+        if kind is StepKind.CAT:
+            order = self.args[0] if self.args else self.kwargs["tensors"]
+            inputs = tuple(ref.value for ref in order)
+            if len({bound.size(v) for v in inputs}) != 1:
+                raise Unjoinable
+            return bound.step(
+                kind, self, bound.size(inputs[0]), sum(bound.channels(v) for v in inputs), inputs=inputs
+            )
+        if kind is StepKind.PRODUCT and len({bound.size(v) for v in inputs}) == 2:  # by one pixel a sample
+            inputs = sorted(inputs, key=lambda v: bound.size(v), reverse=True)
+            if bound.size(inputs[1])[1:] != (1, 1) or bound.channels(inputs[0]) != bound.channels(inputs[1]):
+                raise Unjoinable
+            size, channels = bound.size(inputs[0]), bound.channels(inputs[0])
+            return bound.step(kind, self, size, channels, inputs=tuple(inputs))
+        return bound.step(kind, self, *bound.same(inputs))
+
+    def _join_module(self, bound) -> None:
+        inner = self.inner
+        bound.calls(self.module, self.target, inner)
+        if type(inner) is nn.Linear:
+            bound.linear(self, inner, inner.in_features, inner.out_features)
+        elif _permutes(inner):
+            bound.move(self, self._call)
+        else:
+            kind = StepKind.LAYER_NORM if isinstance(inner, nn.LayerNorm) else StepKind.RESPONSE_NORM
+            last = type(inner).__name__ == "LayerNorm" or getattr(inner, "channel_dim", 1) == -1
+            bound.norm(kind, self, inner, last)
+
+    def _join_scale(self, bound, constant: Call | None) -> None:
+        """A product of a map and a parameter, or of a reshaped parameter."""
+        of, values = constant or self, [v for v in self.inputs if v not in bound.constants]
+        if len(values) != 1 or self.step_kind not in (None, StepKind.PRODUCT):
+            raise Unjoinable
+        path = of.paths[0]
+        tensor = attrgetter(path)
+        scale = partial(tensor, of.module) if constant is None else partial(of._call, {})
+        bound.scale(self, values[0], scale, lambda: (tensor(of.module),))
 
     def _refuses(self, step: Step) -> str:
         if not self.inputs:

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry, ConvGeometry
+from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..receptive_field import Enlarged, Window
 from ..trace import Step, dense_type
 from .base import Layer, Rows, spans_of
 
-_MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
+MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
 
 
 class _Moved(Layer):
@@ -80,7 +81,7 @@ class Upsample(_Moved):
         factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors, factors)
         self.mode, reach = layer.mode, None
         if layer.size is not None or not all(_is_whole(f) for f in factors):
-            self.refusal = f"{name}: expected integer scale factors up to {_MAX_FACTOR}, got {layer}"
+            self.refusal = f"{name}: expected integer scale factors up to {MAX_FACTOR}, got {layer}"
         elif self.mode not in ("nearest", "bilinear") or layer.align_corners:
             self.refusal = f"{name}: expected mode nearest or bilinear (align_corners=False), got {layer}"
         else:
@@ -92,6 +93,15 @@ class Upsample(_Moved):
 
     def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry | None:
         return super().geometry(in_shape) if self.packs else None
+
+    @property
+    def joins(self) -> bool:
+        return self.converted and self.packs
+
+    def join(self, bound) -> None:
+        size, channels = bound.same(self.inputs)
+        g = self.geometry(size)
+        bound.step(StepKind.NEAREST, self, g.out_shape, channels, g)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         corners = False if self.mode == "bilinear" else None
@@ -147,7 +157,7 @@ def _cut(y: Tensor, reaches, out: BlockGeometry) -> Tensor:
 
 
 def _is_whole(factor: float | None) -> bool:
-    return factor is not None and factor == int(factor) and 1 <= factor <= _MAX_FACTOR
+    return factor is not None and factor == int(factor) and 1 <= factor <= MAX_FACTOR
 
 
 def interpolate(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..layers.base import Layer
+
 _OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _LIBRARIES = tuple(os.path.join(folder, "") for folder in (_OWN, os.path.dirname(torch.__file__)))
 _NAMED = "_dynops_named"
@@ -72,8 +74,8 @@ def name_module(error: Exception, root: nn.Module) -> None:
     name, kind = "", _kind(root)
     for frame in reversed(frames):
         module = frame.f_locals.get("self")
-        if frame.f_code.co_name == "run_rows" and not name:  # of a trace: the layer that it was at
-            name, kind = frame.f_locals["layer"].name, ""
+        if isinstance(layer := frame.f_locals.get("layer", module), Layer):  # of a trace, which it was at
+            name, kind = layer.name, ""
             continue
         outer = getattr(module, "module", module) if name else module  # a Program's
         if id(outer) in names:
