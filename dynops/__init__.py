@@ -8,6 +8,7 @@ from .kept import refresh
 from .ops.what_runs import build_info
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
 from .ragged import ragged
+from .tiling import tiles
 from .tune import suggest_block_size
 
 __version__ = "0.1.0"
@@ -32,5 +33,6 @@ __all__ = [
     "refresh",
     "revert_",
     "suggest_block_size",
+    "tiles",
     "use_mask",
 ]

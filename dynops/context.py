@@ -28,7 +28,7 @@ class use_mask:
 
     Args:
         mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
-            :class:`PixelPlan` or a :class:`BlockPlan`, at any resolution, finer or coarser than a layer's.
+            :class:`PixelPlan` or a :class:`BlockPlan`, at the resolution of the model's input, coarser, or finer by whole numbers.
             One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch. Where a model makes
             a batch of k N, as classifier-free guidance does by ``torch.cat([x, x])``, the mask repeats.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
@@ -107,6 +107,20 @@ class use_mask:
                 "dynops.convert_(model) converts a model's layers.",
                 stacklevel=2,
             )
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        """``(H, W)`` of the mask as passed."""
+        return self._mask.shape[1], self._mask.shape[2]
+
+    def masks(self) -> dict[tuple[int, int], Tensor]:
+        """The masks ``[N, H, W]`` that layers have used, by size."""
+        return {size: _value(mask) for size, mask in self._masks.items()}
+
+    @property
+    def ran(self) -> bool:
+        """True from the first layer on that asked for its plan."""
+        return self._used
 
     def plan(self, shape: tuple[int, int, int], device: torch.device) -> PixelPlan:
         """The plan for maps of ``shape = (N, H, W)`` on ``device`` (kept).

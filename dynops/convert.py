@@ -54,7 +54,20 @@ _RELATIVES = (
     nn.PixelShuffle,
     nn.ZeroPad2d,
 )
-_NOT_ON_MAPS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d)
+# run dense; what they make is masked
+_DENSE_POOLS_AND_NORMS = (
+    nn.LPPool2d,
+    nn.FractionalMaxPool2d,
+    nn.MaxUnpool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+_NOT_ON_MAPS = (
+    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm3d, nn.MaxPool1d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool3d),
+)
 _MASKABLE = (
     nn.Conv2d,
     nn.ConvTranspose2d,
@@ -69,7 +82,8 @@ _MASKABLE = (
     nn.ZeroPad2d,
 )
 _ELSEWHERE = "it does not work on [N, C, H, W]"
-_CHOSEN = ("already sparse", "filter_fn", _ELSEWHERE)  # reasons that need no warning
+_MASKED_AFTER = "it has no sparse form: it runs dense, and what it makes is masked"
+_CHOSEN = ("already sparse", "filter_fn", _ELSEWHERE, _MASKED_AFTER)  # reasons that need no warning
 _CONVERTED = "_dynops_converted"
 
 
@@ -82,8 +96,8 @@ class Report:
         skipped: each convolution, norm and pool that stayed dense, and why.
         fused: each outermost module that runs on packed rows, and in how many steps.
         unfused: each module that holds converted convolutions but runs layer by layer, and why.
-        sparse_share: converted convolutions' share of all convolutions' weights. It is their share of the
-            multiply-accumulates for each output pixel; no input is known here, so sizes of maps do not count.
+        sparse_share: converted convolutions' share of all convolutions' weights. It is no share of the
+            multiply-accumulates: these depend on the sizes of maps, and no input is known here.
             :class:`dynops.budget.MacCounter` counts them for an input.
     """
 
@@ -138,9 +152,11 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: it has no convolution, norm or pool of maps, nor a parameter that one of its own could convolve with.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _check_works_on_maps(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}")
     report = Report()
@@ -194,7 +210,23 @@ def revert_(model: nn.Module) -> None:
         converted.unmake_whole(module)
 
 
+def _check_works_on_maps(model: nn.Module) -> None:
+    of_maps = any(isinstance(m, _MASKABLE) or _is_frozen_norm(m) for m in model.modules())
+    if of_maps or any(is_lazy(p) or p.dim() == 4 for p in model.parameters()):
+        return
+    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _NOT_ON_MAPS)})
+    found = f", whose {' and '.join(others)} {_ELSEWHERE.removeprefix('it ')}" if others else ""
+    raise ValueError(
+        f"model: expected a module with a convolution of maps [N, C, H, W], got {type(model).__name__} without one"
+        f"{found}: pass the part of the network that convolves"
+    )
+
+
 def _convert_layer(name: str, module: nn.Module, filter_fn, report: Report) -> None:
+    if isinstance(module, _DENSE_POOLS_AND_NORMS):
+        if getattr(module, "output_size", None) not in (1, (1, 1), [1, 1]):
+            report.skipped[name] = _MASKED_AFTER
+        return
     if not isinstance(module, _RELATIVES) and not _is_frozen_norm(module):
         return
     kind = type(module)

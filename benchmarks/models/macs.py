@@ -17,8 +17,8 @@ class CountedPolicy(MaskedPolicy):
         dense, computed: MACs of whole maps, and at the pixels of the mask.
     """
 
-    def __init__(self, mask: Tensor):
-        super().__init__(mask)
+    def __init__(self, mask: Tensor, masks: dict | None = None):
+        super().__init__(mask, masks)
         self.calls, self.dense, self.computed = 0, 0.0, 0.0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -30,15 +30,9 @@ class CountedPolicy(MaskedPolicy):
             places = x if name == "conv_transpose2d" else out  # each has a product with the whole weight
             macs = places.numel() / max(places.shape[-1 if name == "linear" else 1], 1) * weight.numel()
             self.dense += macs
-            self.computed += macs * self._share(out, name)
+            self.computed += macs * self._share(out)
         return out
 
-    def _share(self, out: Tensor, name: str) -> float:
+    def _share(self, out: Tensor) -> float:
         """The share of the places that the mask has."""
-        if out.dim() != 4:
-            return 1.0
-        last = name == "linear"
-        if last and self.last.get(id(out)) is not out:
-            return 1.0
-        spread = out.permute(0, 3, 1, 2) if last else out
-        return float(self.at(spread).mean()) if min(spread.shape[2:]) > 1 else 1.0
+        return float(self.at(out, *self.maps[out]).mean()) if self.is_map(out) else 1.0

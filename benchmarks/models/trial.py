@@ -32,7 +32,7 @@ class Trial:
     Attributes:
         convs: calls of a convolution in a forward. from_rows: the share that read packed rows.
         dense_ms, ours_ms: medians of the faster memory format each.
-        error: against the meaning of the mask in plain PyTorch, on the dense model; NaN where that cannot be had.
+        error: against the meaning of the mask in plain PyTorch, on the dense model.
         full_error: with a full mask, against the dense model.
         hooked_error: with a hook on each module, so that all run layer by layer, against without.
         outside: without a mask the result is the dense one bit for bit.
@@ -85,9 +85,6 @@ def _run(trial: Trial, entry: zoo.Entry, batch: int, seconds: float) -> None:
     model, inputs = _randomised(entry.make().eval()), entry.inputs(batch)
     mask = _mask(entry, batch)
     expected = model(*inputs)
-    with CountedPolicy(mask) as policy:
-        meant = model(*inputs)
-    trial.convs, trial.theory = policy.calls, policy.dense / policy.computed
     converted = copy.deepcopy(model)
     dynops.convert_(converted)
     trial.outside = _difference(converted(*inputs), expected) == 0
@@ -95,12 +92,16 @@ def _run(trial: Trial, entry: zoo.Entry, batch: int, seconds: float) -> None:
         trial.full_error = _difference(converted(*inputs), expected)
     with dynops.use_mask(mask), RowsRead() as read:
         converted(*inputs)
-    with dynops.use_mask(mask):
+    with dynops.use_mask(mask) as active:
         ours = converted(*inputs)
-    trial.from_rows, trial.error = read.share, _difference(ours, meant) if entry.emulated else math.nan
+    masks = None if entry.padded else active.masks()
+    with CountedPolicy(mask, masks) as policy:
+        meant = model(*inputs)
+    trial.convs, trial.theory = policy.calls, policy.dense / policy.computed
+    trial.from_rows, trial.error = read.share, _difference(ours, meant)
     trial.dense_ms, trial.ours_ms = _times(model, converted, inputs, mask, seconds)
     trial.hooked_error = _difference(_hooked(converted, inputs, mask), ours)
-    trial.fault = _fault(trial, model, converted, inputs, mask)
+    trial.fault = _fault(trial, model, converted, inputs, mask, masks)
 
 
 def _mask(entry: zoo.Entry, batch: int) -> Tensor:
@@ -157,17 +158,21 @@ def _times(
     return tuple(min(ms for (who, _), ms in medians.items() if who == name) for name in ("dense", "ours"))
 
 
-def _fault(trial: Trial, model: nn.Module, converted: nn.Module, inputs: tuple, mask: Tensor) -> str:
+def _fault(
+    trial: Trial, model: nn.Module, converted: nn.Module, inputs: tuple, mask: Tensor, masks: dict | None
+) -> str:
     """What is wrong with a row, or ""."""
     if not trial.outside:
         return "without a mask it is not the dense model"
-    errors = [trial.full_error, trial.hooked_error, *([] if math.isnan(trial.error) else [trial.error])]
+    errors = trial.full_error, trial.hooked_error, trial.error
+    if any(map(math.isnan, errors)):
+        return "its result is NaN"
     if max(errors) < _ERROR:
         return ""
     # a random network may amplify every rounding: then float64 is the judge
     exact_model, exact_inputs = copy.deepcopy(model).double(), tuple(x.double() for x in inputs)
     exact_ours = copy.deepcopy(converted).double()
-    with MaskedPolicy(mask):
+    with MaskedPolicy(mask, masks):
         exact, single = exact_model(*exact_inputs), model(*inputs)
     with dynops.use_mask(mask):
         ours, ours_single = exact_ours(*exact_inputs), converted(*inputs)

@@ -21,14 +21,14 @@ class Entry(NamedTuple):
         make: the model, in eval mode.
         inputs: its arguments for a batch.
         cells: of the mask, along a side.
-        emulated: False where maps have sizes that MaskedPolicy cannot mask: no multiples of the mask's.
+        padded: False where maps have sizes that are no multiples of the mask's: what moves masks is then taken from dynops.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[int], tuple]
     cells: int = CELLS
-    emulated: bool = True
+    padded: bool = True
 
     @property
     def library(self) -> str:
@@ -48,8 +48,11 @@ def _torchvision(name: str, room: str = "") -> Entry:
     return Entry(f"torchvision.{name}", make, _image)
 
 
-def _timm(name: str) -> Entry:
-    return Entry(f"timm.{name}", lambda: importlib.import_module("timm").create_model(name), _image)
+def _timm(name: str, size: int = SIZE) -> Entry:
+    def make() -> nn.Module:
+        return importlib.import_module("timm").create_model(name)
+
+    return Entry(f"timm.{name}", make, lambda batch: _image(batch, size), size // 32)
 
 
 def _smp(name: str) -> Entry:
@@ -108,21 +111,48 @@ _SHORT = (
     Entry("diffusers.UNet2DModel", _unet, lambda batch: _image(batch, 64), 8),
     Entry("diffusers.AutoencoderKL.decode", _decoder, lambda batch: _image(batch, 32, 4), 8),
 )  # fmt: skip
+# one of each of timm's convolutional families and of those with attention, in the order of its modules
+_FAMILIES = """
+gernet_s mobileone_s0 regnetz_b16 resnet32ts gcresnext26ts eca_resnext26ts repvgg_d2se lambda_resnet26t
+convmixer_768_32 convnext_zepto_rms convnext_atto_ols csatv2 cs3darknet_s cs3darknet_focus_s cs3se_edgenet_x cspresnet50
+cspresnext50 darknet17 darknetaa53 cspnext_tiny cpubone_nano densenet121 densenetblur121d dla34
+dla46x_c dla60_res2net dpn48b dpn68 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0
+efficientnet_b0_gn efficientnet_b0_g16_evos efficientnet_blur_b0 efficientnet_cc_b0_4e efficientnet_es efficientnet_lite0 tf_efficientnet_b0 mixnet_s
+tf_mixnet_s mnasnet_small spnasnet_100 fbnetc_100 tinynet_e efficientvim_m1 efficientvit_b0 efficientvit_m0
+fasternet_t0 fastvit_t8 focalnet_tiny_srf ghostnet_050 ghostnetv2_100 ghostnetv3_050 hardcorenas_a hgnet_tiny
+hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small
+levit_conv_128s lowformer_b0 mambaout_femto coatnet_nano_rw_224 poolformer_s12 poolformerv2_s12 convformer_s18 mobilenetv3_small_050
+fbnetv3_b lcnet_035 tf_mobilenetv3_small_minimal_100 mobilenetv4_conv_blur_medium mobilenetv4_hybrid_medium mobilenetv5_300m_enc mobilevit_xxs mobilevitv2_050
+nasnetalarge pnasnet5large nextvit_small nf_resnet26 nf_regnet_b0 eca_nfnet_l0 pvt_v2_b0 rdnet_tiny
+regnetx_002 regnety_002 regnetz_005 regnetv_040 repghostnet_050 repvit_m0_9 res2next50 resnest14d
+resnet26t resnetaa50 resnetblur18 resnetrs50 seresnext26t_32x4d ecaresnet26t resnetv2_18 resnetv2_50d_evos
+resnetv2_50d_frn resnetv2_50d_gn rexnet_100 rexnetr_100 selecsls42 legacy_seresnet18 legacy_senet154 shvit_s1
+skresnext50_32x4d starnet_s050 swiftformer_xs tiny_vit_5m_224 tresnet_m vgg11 vgg11_bn visformer_tiny
+ese_vovnet19b_dw eca_vovnet39b ese_vovnet39b_evos legacy_xception xception xception41p
+"""
+_UNPADDED = {
+    *("alexnet", "squeezenet1_0", "squeezenet1_1", "inception_resnet_v2", "inception_v3", "inception_v4", "nasnetalarge"),
+    *("pnasnet5large", "xception", "convmixer_768_32", "csatv2", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0"),
+    *("ghostnetv2_100", "ghostnetv3_050", "levit_conv_128s", "lowformer_b0", "cpubone_nano", "coatnet_nano_rw_224"),
+    *("mobilenetv5_300m_enc", "mobilevit_xxs", "mobilevitv2_050", "shvit_s1"),
+}  # fmt: skip
 _LONG = (
-    *map(_torchvision, ("resnext50_32x4d", "wide_resnet50_2", "mnasnet1_0")),
-    *(_torchvision(name)._replace(emulated=False) for name in ("squeezenet1_1", "inception_v3")),
+    *map(_torchvision, ("resnext50_32x4d", "wide_resnet50_2", "mnasnet1_0", "efficientnet_v2_s", "regnet_x_400mf")),
+    *map(_torchvision, ("mobilenet_v3_small", "alexnet", "squeezenet1_0", "squeezenet1_1", "inception_v3")),
     _torchvision("lraspp_mobilenet_v3_large", ".segmentation"),
-    *map(
-        _timm,
-        ("resnet50d", "ecaresnet26t", "tf_efficientnetv2_s", "cspdarknet53", "ese_vovnet39b", "xception41"),
-    ),
-    *map(_smp, ("DeepLabV3Plus", "FPN", "MAnet", "PSPNet", "Linknet", "UnetPlusPlus")),
-)
+    _torchvision("deeplabv3_mobilenet_v3_large", ".segmentation"),
+    *map(_timm, ("resnet50d", "tf_efficientnetv2_s", "cspdarknet53", "ese_vovnet39b", "xception41")),
+    *map(_timm, _FAMILIES.split()),
+    *(_timm(name, 256) for name in ("bat_resnext26ts", "halonet26t", "botnet26t_256")),
+    *map(_smp, ("DeepLabV3", "DeepLabV3Plus", "FPN", "MAnet", "PAN", "PSPNet", "Linknet", "UnetPlusPlus", "UPerNet")),
+    _smp("Segformer"),
+)  # fmt: skip
 
 
 def entries(everything: bool) -> list[Entry]:
     """The fixed list of 25, or the long one."""
-    return [*_SHORT, *(_LONG if everything else ())]
+    found = [*_SHORT, *(_LONG if everything else ())]
+    return [entry._replace(padded=entry.name.partition(".")[2] not in _UNPADDED) for entry in found]
 
 
 def is_installed(entry: Entry) -> bool:

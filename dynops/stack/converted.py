@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import context
-from .maps import as_map, constant_conv, follow, layer_input, may_follow
+from .maps import as_map, check_inputs, constant_conv, follow, inside, layer_input, may_follow, name_module
 from .program import Program
 from .trace import Trace
 
@@ -94,15 +94,13 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _layer_of_maps(base: type[nn.Module], module: nn.Module, active, *args, **kwargs):
-    if (
-        issubclass(base, nn.Conv2d)
-        and len(args) == 1
-        and not kwargs
-        and (x := layer_input(args[0], active)) is not None
-    ):
-        out = constant_conv(module, base.forward, x)
-        if out is not NotImplemented:
-            return out
+    x = layer_input(args[0], active) if args else None
+    if x is not None:
+        if issubclass(base, nn.Conv2d) and len(args) == 1 and not kwargs:
+            out = constant_conv(module, base.forward, x)
+            if out is not NotImplemented:
+                return out
+        args = x, *args[1:]
     return as_map(base.forward(module, *args, **kwargs), active)
 
 
@@ -128,7 +126,7 @@ def _look(module: nn.Module) -> None:
         warnings.warn(
             f"convert_: these layers run dense inside use_mask, over the zeros of inactive pixels, and what they write "
             f"there is read by the next layer: {', '.join(names)}{more}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -153,7 +151,12 @@ def _parts(base: type[nn.Module]) -> dict:
             active = context.current()
             if active is None or _TRACE not in self.__dict__:
                 return method(self, *args, **kwargs)
-            return _on_maps(method, self, args, kwargs, active, True)
+            try:
+                return _on_maps(method, self, args, kwargs, active, True)
+            except Exception as error:
+                if not inside():
+                    name_module(error, self)
+                raise
 
         return part
 
@@ -164,20 +167,32 @@ def _parts(base: type[nn.Module]) -> dict:
 def _forward_of(base: type[nn.Module]) -> Callable:
     def forward(self, *args, **kwargs):
         active = context.current()
-        if active is not None and _TRACE in self.__dict__:  # a slice of a converted nn.Sequential has none
-            program = self.__dict__[_PROGRAM]
-            if program is not None and program.module is not self:  # a shallow copy of a converted module
-                program = _bind(self)
-            holds = program is not None and program.holds()
-            if not (is_compiling() or (holds and not self.__dict__[_NOTICE])):
-                _look(self)
-            x = _only_tensor(self, args, kwargs) if holds else None
-            if x is not None:
-                return program.run(x, active, self.__dict__[_DENSE])
-            return _on_maps(base.forward, self, args, kwargs, active)
-        return base.forward(self, *args, **kwargs)
+        if active is None or _TRACE not in self.__dict__:  # a slice of a converted nn.Sequential has none
+            return base.forward(self, *args, **kwargs)
+        if not may_follow() or inside():
+            return _under_mask(base, self, args, kwargs, active)
+        check_inputs(self, args, kwargs, active)
+        try:
+            return _under_mask(base, self, args, kwargs, active)
+        except Exception as error:
+            name_module(error, self)
+            raise
 
     return forward
+
+
+def _under_mask(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict, active):
+    """A module's forward inside the context: its trace, or its own Python on maps."""
+    program = module.__dict__[_PROGRAM]
+    if program is not None and program.module is not module:  # a shallow copy of a converted module
+        program = _bind(module)
+    holds = program is not None and program.holds()
+    if not (is_compiling() or (holds and not module.__dict__[_NOTICE])):
+        _look(module)
+    x = _only_tensor(module, args, kwargs) if holds else None
+    if x is not None:
+        return program.run(x, active, module.__dict__[_DENSE])
+    return _on_maps(base.forward, module, args, kwargs, active)
 
 
 def _on_maps(forward: Callable, module: nn.Module, args: tuple, kwargs: dict, active, part: bool = False):

@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_models import block, close, hold, norm, random_mask, small_resnet
+from masked_models import block, close, hold, layer_by_layer, mean, norm, random_mask, small_resnet
 from torch import nn
 
 import dynops
@@ -253,3 +255,152 @@ def test_block_sizes_that_are_none(block_size, inputs):
 def test_blocks_of_a_mask_with_nan():
     with pytest.raises(ValueError, match="mask: expected numbers, got NaN"):
         dynops.active(torch.full((1, 8, 8), torch.nan), 4)
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+class Inner(nn.Module):
+    """A module whose forward is ``function`` of its convolution."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(4, 4, 3, padding=1), function
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+def model_around(function):
+    model = nn.Sequential(
+        OrderedDict(first=nn.Conv2d(3, 4, 3, padding=1), body=nn.Sequential(Inner(function)))
+    )
+    dynops.convert_(model)
+    return model
+
+
+def refuses(y):
+    assert type(y) is torch.Tensor, "a plain tensor"
+    return y
+
+
+def stops(y):
+    raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda y: y.view(5, -1), r"(?s)invalid for input.*in body\.0\.view, under.*one by one"),
+        (lambda y: y.no_such_method(), r"(?s)no attribute.*in body\.0\.no_such_method, under"),
+        (refuses, r"(?s)a plain tensor.*body\.0 \(Inner\)"),
+        (stops, "^stop$"),
+    ],
+)
+def test_an_error_names_its_module(function, message):
+    model, x = model_around(function), torch.randn(1, 3, 6, 6)
+    with dynops.use_mask(torch.ones(1, 6, 6)), pytest.raises(Exception, match=message):
+        model(x)
+
+
+def test_an_error_of_a_mask_names_the_layer():
+    model, x = model_around(torch.relu), torch.randn(2, 3, 6, 6)
+    for hooked in (False, True):
+        with (
+            dynops.use_mask(torch.ones(3, 6, 6)),
+            pytest.raises(ValueError, match=r"(?s)2, got one for 3.*first"),
+        ):
+            model(x)
+        if not hooked:
+            layer_by_layer(model)
+
+
+def test_masks_finer_than_the_input():
+    model, x = model_around(torch.relu), torch.randn(1, 3, 16, 24)
+    for mask in (
+        torch.ones(1, 20, 24),
+        torch.ones(1, 16, 25),
+        dynops.PixelPlan.from_mask(torch.ones(1, 40, 36)),
+    ):
+        with (
+            dynops.use_mask(mask),
+            pytest.raises(ValueError, match=r"the model \(Sequential\), 16x24, .*adaptive_max_pool2d"),
+        ):
+            model(x)
+    for size in ((16, 24), (31, 47), (48, 24), (2, 3), (7, 7)):  # at one stride or another, or coarser
+        with dynops.use_mask(torch.ones(1, *size)):
+            model(x)
+            model(x[:, :, 3:, 3:])  # a part, after the model
+
+
+def test_sparse_tensors_as_input():
+    x, mask = torch.randn(2, 3, 8, 8).to_sparse(), torch.ones(2, 8, 8)
+    for layers in ([nn.Conv2d(3, 4, 3)], [nn.MaxPool2d(2), nn.Conv2d(3, 4, 3)]):
+        model = nn.Sequential(*layers)
+        dynops.convert_(model)
+        for module in (model, model[-1]):
+            with (
+                dynops.use_mask(mask),
+                pytest.raises(TypeError, match=r"expected a dense tensor.*sparse_coo.*to_dense\(\)"),
+            ):
+                module(x)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 3), nn.Conv3d(3, 3, 1), nn.Sequential(nn.ReLU())])
+def test_models_without_a_convolution(layer):
+    with pytest.raises(ValueError, match=f"model: expected .*convolution.*got {type(layer).__name__}"):
+        dynops.convert_(layer)
+
+
+def test_functional_convolutions_are_converted():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight, padding=1)
+
+    model, x, mask = Own(), torch.randn(1, 3, 6, 6), random_mask((1, 6, 6))
+    expected = hold(model(x), mask)
+    dynops.convert_(model)
+    with dynops.use_mask(mask):
+        close(model(x), expected, 1e-6)
+
+
+def test_the_report_names_all_that_was_left():
+    left = [nn.LPPool2d(2, 2), nn.LocalResponseNorm(2), nn.AdaptiveAvgPool2d(3), nn.MaxPool1d(2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *left, nn.AdaptiveAvgPool2d(1))
+    report = dynops.convert_(model)
+    assert list(report.skipped) == ["1", "2", "3", "4"]
+    assert all("runs dense" in report.skipped[name] for name in "123")
+    with warnings.catch_warnings(), dynops.use_mask(torch.ones(1, 8, 8)):
+        warnings.simplefilter("error")
+        model[:4](torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("how", ["fused", "layers"])
+@pytest.mark.parametrize("pool", [F.avg_pool2d, F.max_pool2d, nn.AvgPool2d, nn.MaxPool2d])
+def test_a_pool_of_the_whole_map_is_over_the_mask(pool, how):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.Identity()
+            if isinstance(pool, type):
+                self.pool = pool((6, 4))
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = self.pool(y) if isinstance(pool, type) else pool(y, (6, 4))
+            return y.flatten(1)
+
+    model, x, mask = Model().double(), torch.randn(2, 3, 6, 4).double(), random_mask((2, 6, 4), 0.4)
+    mask[0], y = False, model.conv(x)
+    mean_of_all = "avg" in pool.__name__.lower()
+    expected = mean(hold(y, mask), mask) if mean_of_all else y.masked_fill(~mask[:, None], -9).amax((2, 3))
+    dynops.convert_(model)
+    model = layer_by_layer(model) if how == "layers" else model
+    with dynops.use_mask(mask):
+        out = model(x)
+    assert out[0].count_nonzero() == 0
+    close(out[1], expected.flatten(1)[1])

@@ -106,6 +106,20 @@ def into_others(x):
     return dense + y
 
 
+def selected_paths(x):
+    """timm's selective kernels."""
+    paths = torch.stack([F.conv2d(x, WEIGHT, padding=1), x + 1], dim=1)
+    attention = paths.sum(1).mean((2, 3), keepdim=True).view(x.shape[0], 2, C // 2, 1, 1)
+    return (paths * torch.softmax(attention, 1).repeat(1, 1, 2, 1, 1)).sum(dim=1)
+
+
+def border_changed(x):
+    y = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    z = F.conv2d(y, WEIGHT)
+    y.mul_(2)
+    return z + F.conv2d(y, WEIGHT)
+
+
 UNARY = {
     "places in place": written_in_places,
     "copied": copied,
@@ -128,12 +142,26 @@ UNARY = {
     "same": lambda x: F.conv2d(x, WEIGHT, padding="same", dilation=2),
     "depthwise": lambda x: F.conv2d(x, DEPTHWISE, SHIFT, padding=1, groups=C),
     "padded": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1)), WEIGHT),
+    "stacked": lambda x: torch.stack([x, 1 + x], 1).sum(1) + torch.stack([x, x.cos()], dim=-1).amax(-1).mean((2, 3), keepdim=True),
+    "selected paths": selected_paths,
+    "one channel": lambda x: x + (x[:, 0] + x.select(1, 1)).unsqueeze(1) + (x.cos()[:, 2:3].squeeze(1) + 1)[:, None],
+    "unbound": lambda x: torch.stack([y + i for i, y in enumerate(x.unbind(1))], 1) + sum(torch.unbind(x, dim=1))[:, None],
+    "moved": lambda x: (1 + F.layer_norm(x.movedim(1, -1), (C,)) @ WEIGHT[:, :, 0, 0]).moveaxis(3, 1),
+    "expanded": lambda x: (1 + x[:, :1]).expand(-1, C, -1, -1) + x[:, 1:2].expand_as(x) + (1 + x[:, :2]).repeat(1, C // 2, 1, 1),
+    "new axes": lambda x: (1 + x[:, None, :, :, :, None].view(x.shape[0], 2, C // 2, *x.shape[2:], 1))[:, 0, ..., 0].repeat(1, 2, 1, 1),
+    "variance": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + x.std(1, keepdim=True) + 1),
+    "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=2)[:, 1 : C + 1] + F.pad(x.permute(0, 2, 3, 1), (0, C), value=1).permute(0, 3, 1, 2)[:, C:],
+    "every second pixel": lambda x: F.interpolate(1 + F.conv2d(x[:, :, ::2, ::2] + x[..., 1::2, 1::2], WEIGHT, padding=1), scale_factor=2),
+    "borders": lambda x: F.conv2d(F.pad(x, (2, 0, 1, 1), mode="replicate"), WEIGHT) + F.conv2d(F.pad(x, (1, 1, 2, 0), mode="circular"), WEIGHT),
+    "a border that is changed": border_changed,
+    "moved by a padding": lambda x: x + F.pad(x, (-1, 1, 2, -2)),
     "reflected": lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), WEIGHT),
     "norm": lambda x: F.batch_norm(x, SHIFT, SCALE.abs() + 1, SCALE, SHIFT),
     "norm, relu": lambda x: F.relu(F.batch_norm(F.conv2d(x, WEIGHT, padding=1), SHIFT, SCALE.abs() + 1, SCALE, SHIFT)),
     "group norm": lambda x: F.group_norm(x, 3, SCALE, SHIFT, 1e-5),
     "squeeze": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True) @ torch.ones(1, 1, dtype=x.dtype)),
     "pooled": lambda x: x + F.adaptive_avg_pool2d(x, 1),
+    "pooled by a window": lambda x: x + F.avg_pool2d(x, x.shape[2:]) * F.avg_pool2d(x, kernel_size=list(x.shape[2:]), padding=0),
     "attention": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
     "softmax": lambda x: F.softmax(x, 1),
     "max pool": lambda x: F.max_pool2d(x, 3, 1, 1),

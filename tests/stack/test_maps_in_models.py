@@ -5,9 +5,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dynops
+from benchmarks.models.rows_read import RowsRead
 from dynops.testing import MaskedPolicy
 
 C, SIZE = 6, (8, 12)
@@ -79,6 +81,7 @@ class Traced(nn.Module):
         super().__init__()
         self.first, self.last, self.function = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, 4, 1), function
         self.norm, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+        self.squeezed = nn.Conv2d(C, C, 1)
         self.act, self.drop, self.pool = nn.GELU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(4)
 
     def forward(self, x):
@@ -87,6 +90,8 @@ class Traced(nn.Module):
 
 TRACED = {
     "mlp": lambda m, x: m.down(m.act(m.up(m.norm(m.first(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2) + 1,
+    "squeezed": lambda m, x: m.squeezed(m.first(x).mean((2, 3), keepdim=True)) + m.first(x) + 1,
+    "moved": lambda m, x: F.pad(m.first(x), (-1, 1, 2, -2)) + 1,
     "dropout": lambda m, x: m.down(m.drop(m.up(m.first(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + 1,
     "input": lambda m, x: m.pool(
         torch.cat([x[:, 2:] * 2, x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
@@ -124,3 +129,62 @@ def test_a_map_of_one_pixel():
     model[1].register_forward_hook(lambda *_: None)
     with dynops.use_mask(torch.ones_like(mask)):
         close(model(x), dense(x))
+
+
+class OwnNorm(nn.GroupNorm):
+    """A norm of a library."""
+
+
+class Patches(nn.Module):
+    """A norm of what is no map any more, in a part that a trace holds, of a model that none holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(C, C, 1), nn.Sequential(OwnNorm(2, 4 * C), nn.Conv2d(4 * C, 2, 1))
+
+    def forward(self, x):
+        y = self.first(x)
+        assert float(y.sum()) < 1e9
+        return self.inner(F.unfold(y, 2, stride=2).unflatten(2, (4, 4)))
+
+
+def test_a_layer_reads_what_is_no_map_as_an_input():
+    model, x, mask = Patches().double().eval(), rand(2, C, 8, 8), masks(0)[:, :4, :4]
+    with MaskedPolicy(mask):
+        expected = model(x)
+    dynops.convert_(model)
+    for hooked in (False, True):
+        if hooked:
+            for module in model.modules():
+                module.register_forward_hook(lambda *_: None)
+        with dynops.use_mask(mask):
+            close(model(x), expected)
+
+
+class Blurred(nn.Module):
+    """A blur behind a reflected border, and a sum with what a squeezed map gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.squeezed, self.last = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1), nn.Conv2d(C, 2, 1)
+        self.register_buffer("filt", torch.rand(C, 1, 3, 3))
+
+    def forward(self, x):
+        y = F.conv2d(F.pad(self.first(x), (1, 1, 1, 1), mode="reflect"), self.filt, stride=2, groups=C)
+        return self.last(y + self.squeezed(y.mean((2, 3), keepdim=True)))
+
+
+def test_convolutions_behind_borders_and_squeezed_maps_read_rows():
+    model, x, mask = Blurred().double().eval(), rand(2, C, 8, 8).requires_grad_(), masks(0)[:, :4, :4]
+    with MaskedPolicy(mask):
+        expected = model(x)
+    gradients = torch.autograd.grad(expected.square().sum(), (x, *model.parameters()))
+    dynops.convert_(model)
+    with dynops.use_mask(mask), RowsRead() as read:
+        out = model(x)
+    close(out, expected)
+    assert (read.calls, read.from_rows) == (3, 2)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.square().sum(), (x, *model.parameters())), gradients, strict=True
+    ):
+        close(ours, theirs)

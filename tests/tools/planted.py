@@ -57,6 +57,13 @@ FAULTS = {
     "rows past the count": Fault(PIXELS, "dscale = zero_past_count(dscale[:, None], index, count)[:, 0]", "pass", ROWS),
     "lost term of a base": Fault(PIXELS, "left = torch.where(scale[:, None] == 1, left, (1 - scale.to(dkept.dtype))[:, None] * dkept)", "pass", ROWS),
     "mixing for adding": Fault("dynops/ops/samples.py", "plan.count, base, scale, not add)", "plan.count, base, scale, add)", "ops/test_samples"),
+    # large images
+    "a cut at another stride": Fault("dynops/tiling", "while math.gcd(steps, 2 * 3 * 5 * 7) > 1:", "while False:", "tiling/test_tiles"),
+    "a pixel of the halo": Fault("dynops/tiling", "start, end = max(first - before, 0), min(last + after, size)", "start, end = max(first - before + stride, 0), min(last + after, size)", "tiling/test_tiles"),
+    "weights of skipped windows": Fault("dynops/tiling", "self.total[:, columns] += self.weights", "self.total[:, columns] += 1", "tiling/test_tiles"),
+    # maps
+    "a border's corner": Fault("dynops/stack/maps", "index = plan.inverse()[:, rows][:, :, columns]", "index = plan.inverse()[:, rows][:, :, columns.flip(0)]", "stack/test_maps"),
+    "an axis of a stack": Fault("dynops/stack/maps", 'made = torch.stack(rows, 1 + base.axes[:dim].count("c"))', 'made = torch.stack(rows, 1)', "stack/test_maps"),
     # layers
     "no halo": Fault("dynops/stack", "first, size = out.first * self.stride - self.before,", "first, size = out.first * self.stride,", "nn/test_blocks"),
     "one over the cap": Fault("dynops/nn/samples", "_confidence(confidence, logits), most)", "_confidence(confidence, logits), most + 1)", "nn/samples/test_exits"),

@@ -47,6 +47,19 @@ def test_a_wrong_model(wrong):
     assert "differs from the meaning" in trial.run(entry(), 1, 0.01).fault
 
 
+def test_a_model_without_padding():
+    class Unpadded(Small):
+        def __init__(self):
+            super().__init__()
+            self.first.padding = (0, 0)
+
+    torch.manual_seed(0)
+    unpadded = entry()._replace(make=Unpadded)
+    assert "differs from the meaning" in trial.run(unpadded, 1, 0.01).fault
+    row = trial.run(unpadded._replace(padded=False), 1, 0.01)
+    assert row.fault == "" and row.error < 1e-5
+
+
 def test_a_model_that_raises():
     broken = entry()._replace(inputs=lambda batch: (torch.randn(batch, 5, 14, 14),))
     assert trial.run(broken, 1, 0.01).fault.startswith("RuntimeError")

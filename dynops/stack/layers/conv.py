@@ -269,12 +269,12 @@ class Conv(Layer):
             raise TypeError(f"x: expected the weight's dtype {expected}, got {values.dtype}")
 
     def _then_broadcast(self, run, rows: Tensor, residual: Tensor | None, plan: PixelPlan):
-        """The sum with a value of other channels, or with a map of another size, which is dense."""
+        """The sum with a value of other channels, or with a map of another size."""
         activation = ACTIVATIONS[self.activation]
         if residual is not None:
             residual = residual if residual.dim() == 2 else gather_rows(residual, plan.index, plan.count)
             return Rows(activation(rows + residual), plan)
-        return activation(scatter_pixels(rows, plan) + run.dense(self.residual))
+        return run.masked_as(self, activation(scatter_pixels(rows, plan) + run.dense(self.residual)))
 
     # ----------------------------------------------------------------------------------- tiles
 

@@ -14,7 +14,7 @@ from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
 from ..receptive_field import Span, Window
 from ..trace import Step, dense_type
-from .base import Layer, Rows, spans_of
+from .base import Layer, Rows, Unjoinable, spans_of
 
 
 class _Pool(Layer):
@@ -31,11 +31,18 @@ class _Pool(Layer):
         )
         super().__init__(name, step.inputs, step.out, (reach,))
 
+    def takes(self, windows: bool) -> None:
+        """Notes if the kernel of windows makes this pool. One that may be of the whole map ends a sequence."""
+        self.of_windows = self.masked and windows
+        self.joins = self.of_windows and not (self.kernel == self.stride and min(self.kernel) > 3)
+
     def rows(self, run):
         if not self.converted:
             return self.recorded.rows(run)
         rows = run.rows_of(self.inputs[0])
-        if rows is None or not self.joins or run.policy.active.ragged:
+        if rows is not None and (kind := whole_map(self.pool, *rows.plan.shape[1:])):
+            return over_pixels(kind, rows.values, rows.plan)[:, :, None, None]
+        if rows is None or not self.of_windows or run.policy.active.ragged:
             return run.masked(self.pool, self.inputs[0])
         g = self._window(rows.plan.shape)
         plan = run.policy.active.after(g, rows.plan.device, bool(self.pool.ceil_mode))
@@ -48,6 +55,8 @@ class _Pool(Layer):
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
+        if whole_map(self.pool, *size[1:]):
+            raise Unjoinable
         g = self._window(size)
         bound.step(self.step_kind, self, g.out_shape, channels, g, bool(self.pool.ceil_mode))
 
@@ -59,7 +68,7 @@ class MaxPool(_Pool):
         super().__init__(name, step, pool, pool.dilation)
         if pool.return_indices:
             self.refusal = f"{name}: expected return_indices=False, got {pool}"
-        self.joins = self.masked and self.refusal == ""
+        self.takes(self.refusal == "")
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return F.max_pool2d(inputs[0], self.kernel, self.stride, 0, self.dilation)
@@ -75,7 +84,7 @@ class AvgPool(_Pool):
         hangs = bool(pool.ceil_mode) or (self.pad != (0, 0) and not self.counts_pad)
         self.varies = hangs and self.divisor is None
         whole = self.pad == (0, 0) or self.counts_pad  # each window's mean is over all of it
-        self.joins = self.masked and whole and self.divisor is None and not pool.ceil_mode
+        self.takes(whole and self.divisor is None and not pool.ceil_mode)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         if not self.varies:
@@ -104,6 +113,20 @@ def avg_pool(
 ):
     """The module of a call of ``F.avg_pool2d``."""
     return nn.AvgPool2d(kernel_size, stride or None, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def whole_map(pool: nn.Module, height: int, width: int) -> str:
+    """ "mean" or "amax" for an nn.AvgPool2d or nn.MaxPool2d of one window, which is the whole map; "" for any other."""
+    if type(height) is not int or type(width) is not int:  # symbols of an export: a comparison would fix them
+        return ""
+    if pair(pool.kernel_size, "kernel_size", 1) != (height, width) or pair(pool.padding, "padding", 0) != (
+        0,
+        0,
+    ):
+        return ""
+    if isinstance(pool, nn.MaxPool2d):
+        return "" if pool.return_indices or pair(pool.dilation, "dilation", 1) != (1, 1) else "amax"
+    return "" if pool.divisor_override else "mean"
 
 
 class GlobalPool(Layer):

@@ -2,6 +2,7 @@
 
 from .constant import Standardised, constant_conv
 from .convolution import Convolution, bare
+from .errors import check_inputs, name_module
 from .follow import as_map, entered, follow, inside, layer_input, may_follow
 from .pointwise import normed
 from .value import SparseMap
@@ -12,11 +13,13 @@ __all__ = [
     "Standardised",
     "as_map",
     "bare",
+    "check_inputs",
     "constant_conv",
     "entered",
     "follow",
     "inside",
     "layer_input",
     "may_follow",
+    "name_module",
     "normed",
 ]

@@ -218,7 +218,10 @@ def _convolved(
     channels = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
     if x.shape[1] != channels:
         raise ValueError(f"input: expected {channels} channels, got {x.shape[1]}")
-    values, in_plan = (x.dense(), None) if x.is_input else (x.rows(), x.plan)
+    if x.border is not None:
+        values, in_plan = x.border.rows(), x.border.plan
+    else:
+        values, in_plan = (x.dense(), None) if x.is_input else (x.rows(), x.plan)
     if in_plan is None:
         values = values.contiguous(memory_format=torch.channels_last)
     values, bias = _operands(values, weight, bias)
@@ -248,6 +251,10 @@ class Padding(Pending):
 
 def pad(input, pad, mode="constant", value=None):
     """``F.pad`` of a map: zeros are read through by a convolution; other borders are made on the dense map."""
+    if type(input) is SparseMap and not input.is_input and mode == "constant":
+        made = _more_channels(input, tuple(pad), value or 0)
+        if made is not None:
+            return made
     if type(input) is not SparseMap or input.axes != NCHW or len(pad) not in (2, 4) or input.dim() != 4:
         return NotImplemented
     pads = tuple(pad) if len(pad) == 4 else (*pad, 0, 0)
@@ -256,17 +263,66 @@ def pad(input, pad, mode="constant", value=None):
     x, zeros = input, mode == "constant" and not value
     left, right, top, bottom = pads
     n, c, h, w = x.shape
-    if not zeros or x.is_input or min(pads) < 0:
-        if x.active.ragged and not zeros and x.margins is None:  # the edge of an image is its own
-            size = (x.shape[2] + pads[2] + pads[3], x.shape[3] + pads[0] + pads[1])
-            padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
-        else:
-            padded = F.pad(x.dense(), pads, mode, value)
-        made = SparseMap.of_input(padded, x.active)
-        inner = x.margins or (0, 0, 0, 0)
-        made.margins = tuple(a + b for a, b in zip(inner, pads, strict=True))
-        return made
-    out = (n, h + top + bottom, w + left + right)
-    g = ConvGeometry(n, h, w, *out[1:], 1, 1, 1, 1, top, left, 1, 1, 1, 0)
+    g = ConvGeometry(n, h, w, h + top + bottom, w + left + right, 1, 1, 1, 1, top, left, 1, 1, 1, 0)
+    if not zeros or x.is_input:
+        return _bordered(x, pads, mode, value)
     plan = x.active.after(g, x.device)
-    return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))
+    if min(pads) >= 0:
+        return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))
+    # it cuts, and may so move pixels to where the mask is not
+    return SparseMap.of_rows(gathered(F.pad(x.dense(), pads), plan, NCHW), plan, x.active)
+
+
+class Border(NamedTuple):
+    """A map with a border of its own pixels, as rows: what a convolution reads of it."""
+
+    base: SparseMap
+    index: Tensor  # of its rows
+    plan: PixelPlan
+    pads: tuple[int, int, int, int]
+    mode: str
+
+    def rows(self) -> Tensor:
+        return self.base.rows()[self.index]
+
+    def make(self) -> Tensor:
+        return F.pad(self.base.dense(), self.pads, self.mode)
+
+
+def _bordered(x: SparseMap, pads: tuple[int, int, int, int], mode: str, value) -> SparseMap:
+    """A map with another border than zeros, or an input: convolutions read all of it."""
+    left, right, top, bottom = pads
+    size, border = (x.shape[2] + top + bottom, x.shape[3] + left + right), None
+    if x.active.ragged and mode != "constant" and x.margins is None:  # the edge of an image is its own
+        padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
+    elif mode == "constant" or x.is_input or x.plan.count is not None:
+        padded = F.pad(x.dense(), pads, mode, value)
+    else:
+        index, plan = x.plan.derived(("border", pads, mode), lambda: _border_of(x.plan, pads, mode))
+        border, padded = Border(x.like(x.rows()), index, plan, pads, mode), None
+    made = SparseMap.of_input(padded, x.active) if border is None else SparseMap.of_border(border, size, x)
+    made.margins = tuple(a + b for a, b in zip(x.margins or (0, 0, 0, 0), pads, strict=True))
+    return made
+
+
+def _border_of(plan: PixelPlan, pads: tuple[int, int, int, int], mode: str) -> tuple[Tensor, PixelPlan]:
+    """The rows of a map with a border, and their plan."""
+    left, right, top, bottom = pads
+
+    def positions(size: int, before: int, after: int) -> Tensor:
+        own = torch.arange(size, dtype=torch.float64, device=plan.device)
+        return F.pad(own[None, None], (before, after), mode)[0, 0].long()
+
+    rows, columns = positions(plan.shape[1], top, bottom), positions(plan.shape[2], left, right)
+    index = plan.inverse()[:, rows][:, :, columns]
+    return index[index >= 0].long(), PixelPlan.from_mask(index >= 0)
+
+
+def _more_channels(x: SparseMap, pads: tuple[int, ...], value: float) -> SparseMap | None:
+    """A map whose channels alone are padded; None for any other padding."""
+    by_dim = {x.dim() - 1 - i // 2: pads[i : i + 2] for i in range(0, len(pads), 2)}
+    if not any(pads) or any(any(pair) and x.axes[d] != "c" for d, pair in by_dim.items()):
+        return None
+    channels = [d for d, axis in enumerate(x.axes) if axis == "c"]
+    of_rows = [size for d in reversed(channels) for size in by_dim.get(d, (0, 0))]
+    return x.like(F.pad(x.rows(), of_rows, value=value))

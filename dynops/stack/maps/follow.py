@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ... import modes
 from . import functions  # noqa: F401  (names the functions of maps)
 from .custom import replaced
+from .errors import check_layout
 from .pointwise import masked_input
 from .scope import scope
 from .value import SparseMap
@@ -69,6 +70,8 @@ def layer_input(x, active) -> SparseMap | None:
     """The input of a converted layer, called inside a module that runs on maps; None elsewhere."""
     if type(x) is SparseMap:
         return x.under(active)
+    if active is not None and isinstance(x, Tensor):
+        check_layout(x)
     return SparseMap.of_input(x, active) if inside() and active is not None and _is_map(x) else None
 
 

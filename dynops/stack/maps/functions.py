@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ... import context
 from ..layers.norm import group_norm_of_rows
-from . import convolution, layout, pointwise, spatial
+from . import axes, convolution, layout, pointwise, spatial
 from .layout import NCHW
 from .pointwise import words
 from .scope import scope
@@ -243,6 +243,7 @@ _TABLE = {
     **dict.fromkeys(pointwise.ELEMENTWISE, pointwise.elementwise),
     **{f"{name}_": pointwise.elementwise for name in pointwise.ELEMENTWISE},
     **dict.fromkeys(("mean", "sum", "amax", "amin", "norm", "vector_norm"), pointwise.reduced),
+    **dict.fromkeys(("var", "std"), _called(pointwise.spread)),
     **dict.fromkeys(("layer_norm", "rms_norm"), _called(pointwise.over_channels)),
     "linear": _plainly(convolution.linear),
     **dict.fromkeys(("softmax", "log_softmax"), _called(pointwise.softmax)),
@@ -282,4 +283,14 @@ _TABLE = {
     "cat": _plainly(spatial.cat),
     "concat": _plainly(spatial.cat),
     "concatenate": _plainly(spatial.cat),
+    "stack": _plainly(axes.stack),
+    "select": _of_map(axes.select),
+    "unbind": _of_map(axes.unbind),
+    "squeeze": _of_map(lambda x, *dims, **named: axes.squeeze(x, *dims, *named.values())),
+    "movedim": _of_map(axes.movedim),
+    "moveaxis": _of_map(axes.movedim),
+    "expand": _of_map(axes.expand),
+    "repeat": _of_map(axes.repeat),
+    "matmul": _plainly(axes.matmul),
+    "__matmul__": _plainly(axes.matmul),
 }  # fmt: skip

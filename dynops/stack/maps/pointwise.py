@@ -13,7 +13,7 @@ from ..norm import check_features, fold, fold_of, norm_rows, uses_batch_statisti
 from . import layout
 from .convolution import Convolution
 from .layout import NCHW
-from .value import SparseMap, masked
+from .value import SparseMap, dense_tree, masked
 
 
 def words(text: str) -> frozenset[str]:
@@ -93,8 +93,8 @@ def _operand(x, base: SparseMap):
 def _of_inputs(func, name: str, args: tuple, kwargs: dict):
     """A function of inputs alone: dense, and an input again."""
     first = next(x for x in (*args, *kwargs.values()) if type(x) is SparseMap)
-    dense = [x._dense if type(x) is SparseMap else x for x in args]
-    out = func(*dense, **{k: v._dense if type(v) is SparseMap else v for k, v in kwargs.items()})
+    dense = dense_tree(args)
+    out = func(*dense, **dense_tree(kwargs))
     if type(args[0]) is SparseMap and out is dense[0]:
         return args[0]
     if not isinstance(out, Tensor) or out.shape != first.shape:
@@ -261,6 +261,22 @@ def _over_channels(func, name: str, x: SparseMap, dims: tuple[int, ...], keepdim
     made = func(rows, *order, dim=over, keepdim=keepdim)
     axes = x.axes if keepdim else tuple(a for i, a in enumerate(x.axes) if i not in dims)
     return SparseMap.of_rows(made, x.plan, x.active, axes)
+
+
+def spread(func, input, dim=None, *args, **kwargs):
+    """var and std over channels."""
+    if type(input) is not SparseMap or input.is_input or dim is None:
+        return NotImplemented
+    dims = layout.normalized(dim, input.dim())
+    named = ("unbiased", "keepdim")
+    kwargs = {**dict(zip(named, args, strict=False)), **kwargs}
+    if not dims or {input.axes[d] for d in dims} != {"c"} or not kwargs.keys() <= {*named, "correction"}:
+        return NotImplemented
+    made = func(input.rows(), dim=tuple(layout.channel_axis(input.axes, d) for d in dims), **kwargs)
+    axes = (
+        input.axes if kwargs.get("keepdim") else tuple(a for d, a in enumerate(input.axes) if d not in dims)
+    )
+    return SparseMap.of_rows(made, input.plan, input.active, axes)
 
 
 def _over_pixels(name: str, x: SparseMap, dims: tuple[int, ...], keepdim: bool) -> Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 from ...geometry import ConvGeometry, pair
 from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
-from ..layers.pool import avg_pool, max_pool, windows_of_rows
+from ..layers.pool import avg_pool, max_pool, whole_map, windows_of_rows
 from ..layers.resample import MAX_FACTOR
 from ..masked_output import pooled_images
-from . import layout
+from . import axes, layout
 from .layout import NCHW
 from .pointwise import reduced
 from .value import SparseMap, View, each_image, masked
@@ -134,8 +134,23 @@ def _enlarged(in_shape, out_shape, args, kwargs):
     return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1), False
 
 
-max_pools = resized_by(_max_window)
-avg_pools = resized_by(_mean_window)
+def _pools(settings, pools):
+    """A pool: of one window that is the whole map over the mask, as adaptive ones to one pixel."""
+
+    def run(func, name: str, args: tuple, kwargs: dict):
+        given = {k: v for k, v in kwargs.items() if k != "input"}
+        x = args[0] if args else kwargs["input"]
+        if type(x) is SparseMap and not x.is_input and x.axes == NCHW:
+            kind = whole_map(settings(*args[1:], **given), *x.shape[2:])
+            if kind:
+                return reduced(getattr(torch, kind), kind, (x, (2, 3), True), {})
+        return pools(func, name, args, kwargs)
+
+    return run
+
+
+max_pools = _pools(max_pool, resized_by(_max_window))
+avg_pools = _pools(avg_pool, resized_by(_mean_window))
 enlarged = resized_by(_enlarged)
 resampled = resized_by(lambda *_: None)
 
@@ -257,22 +272,53 @@ def chunk(x: SparseMap, chunks: int, dim: int = 0) -> tuple[SparseMap, ...]:
 
 
 def index(x: SparseMap, where):
-    """``x[:, a:b]`` and the like: whole axes, and slices of channels."""
+    """``x[:, a:b]`` and the like: whole axes, slices of channels, single channels, and None for a new axis."""
     where = where if isinstance(where, tuple) else (where,)
-    if not all(w is Ellipsis or isinstance(w, slice) for w in where) or where.count(Ellipsis) > 1:
+    if not all(w is None or w is Ellipsis or isinstance(w, slice) or type(w) is int for w in where):
         return NotImplemented
-    if Ellipsis in where:
-        at = where.index(Ellipsis)
-        where = (*where[:at], *(slice(None),) * (x.dim() - len(where) + 1), *where[at + 1 :])
-    if len(where) > x.dim():
+    taken = sum(w is not None and w is not Ellipsis for w in where)
+    if taken > x.dim() or where.count(Ellipsis) > 1:
         return NotImplemented
-    for dim, part in enumerate(where):
-        if part.indices(x.shape[dim]) == (0, x.shape[dim], 1):
-            continue
-        if x.axes[dim] != "c" or (part.step or 1) < 1:
-            return NotImplemented
-        x = narrowed(x, dim, part)
+    at = where.index(Ellipsis) if Ellipsis in where else len(where)
+    where = (*where[:at], *(slice(None),) * (x.dim() - taken), *where[at + 1 :])
+    if x.axes == NCHW and None not in where and where[0] == slice(None) and any(_steps(x, where)):
+        return _subsampled(x, where)
+    dim = 0
+    for part in where:
+        if part is None:
+            x = view(x, (*x.shape[:dim], 1, *x.shape[dim:]))
+        elif type(part) is int:
+            x, dim = axes.select(x, dim, part), dim - 1
+        elif part.indices(x.shape[dim]) != (0, x.shape[dim], 1):
+            if x.axes[dim] != "c" or (part.step or 1) < 1:
+                return NotImplemented
+            x = narrowed(x, dim, part)
+        if x is NotImplemented:
+            return x
+        dim += 1
     return x
+
+
+def _steps(x: SparseMap, where: tuple) -> list[bool]:
+    """Of height and width: whether a slice takes every k-th pixel to the end."""
+    parts = [
+        (part, size) for part, size in zip(where[2:], x.shape[2:], strict=True) if isinstance(part, slice)
+    ]
+    found = [(part.indices(size), size) for part, size in parts]
+    return [step > 1 and start < step and stop == size for (start, stop, step), size in found]
+
+
+def _subsampled(x: SparseMap, where: tuple):
+    """Every k-th row and column, as a layer of stride k takes them."""
+    whole = [part == slice(None) for part in where[2:]]
+    if not all(a or b for a, b in zip(whole, _steps(x, where), strict=False)) or isinstance(where[1], int):
+        return NotImplemented
+    out = x.dense()[where]
+    (top, _, sh), (left, _, sw) = (
+        part.indices(size) for part, size in zip(where[2:], x.shape[2:], strict=True)
+    )
+    g = ConvGeometry(x.shape[0], *x.shape[2:], *out.shape[2:], 1, 1, sh, sw, -top, -left, 1, 1, 1, 0)
+    return at_pixels(out, x.active.after(g, out.device), x.active)
 
 
 def cat(tensors, dim: int = 0):

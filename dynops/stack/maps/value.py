@@ -25,6 +25,7 @@ class SparseMap(Tensor):
         active: the ``use_mask`` context that it belongs to.
         pending: a convolution, a padding or a view that was not computed yet, or None.
         margins: of an input that a model padded itself: (left, right, top, bottom) around the map that has a mask.
+        border: of such an input that was not computed yet: its pixels as another map, and how the whole is made.
 
     Content is never written in place: it is exchanged.
     """
@@ -37,7 +38,7 @@ class SparseMap(Tensor):
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.active, made.plan, made.axes = active, plan, NCHW
         made._shape, made._dtype, made._device = torch.Size(shape), dtype, device
-        made._rows = made._dense = made._written = made.pending = made.margins = None
+        made._rows = made._dense = made._written = made.pending = made.margins = made.border = None
         return made
 
     @classmethod
@@ -45,6 +46,13 @@ class SparseMap(Tensor):
         """An input, which is read whole."""
         made = cls(active, None, x.shape, x.dtype, x.device)
         made._dense = x
+        return made
+
+    @classmethod
+    def of_border(cls, border, size: tuple[int, int], x: SparseMap) -> SparseMap:
+        """An input that is a map ``x`` with a border."""
+        made = cls(x.active, None, (*x.shape[:2], *size), x.dtype, x.device)
+        made.border = border
         return made
 
     @classmethod
@@ -93,6 +101,8 @@ class SparseMap(Tensor):
     def dense(self) -> Tensor:
         """The whole tensor."""
         if self.plan is None:
+            if self._dense is None:
+                self._dense, self.border = self.border.make(), None  # from now on something may write into it
             return self._dense
         if self.pending is not None and self.pending.follows:
             return scattered(self.rows(), self.plan, self.axes)
