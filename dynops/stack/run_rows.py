@@ -15,7 +15,7 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
-from .layers.pool import sample_of
+from .layers.pool import spread_over
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
@@ -230,7 +230,7 @@ def _spread(x, plan: PixelPlan) -> Tensor | None:
     n = plan.shape[0]
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, n):
         return None
-    return x.flatten(1).expand(n, -1)[sample_of(plan)]
+    return spread_over(x.flatten(1).expand(n, -1), plan)
 
 
 def _within(rows: Rows, plan: PixelPlan) -> Tensor | None:

@@ -146,9 +146,23 @@ def sums_of_samples(rows: Tensor, plan: PixelPlan) -> Tensor:
     samples = plan.shape[0]
     if samples == 1:
         return rows.sum(0, keepdim=True)
-    if not 0 < samples <= _MOST_SLICES or plan.count is not None or not modes.may_look(plan.index):
+    if not _has_slices(plan):
         return rows.new_zeros(samples, rows.shape[1]).index_add(0, sample_of(plan), rows)
     return torch.stack([part.sum(0) for part in rows.split(_lengths(plan))])
+
+
+def spread_over(values: Tensor, plan: PixelPlan) -> Tensor:
+    """``[P, ...]``: of each pixel its sample's row of ``[N, ...]``."""
+    if not (modes.differentiated(values) and _has_slices(plan)):
+        return values[sample_of(plan)]
+    # the gradient of an index adds row by row: 9 % of a training step of ConvNeXt-V2
+    sizes = zip(values.split(1), _lengths(plan), strict=True)
+    return torch.cat([row.expand(length, *row.shape[1:]) for row, length in sizes])
+
+
+def _has_slices(plan: PixelPlan) -> bool:
+    """True where the rows of each sample are a slice whose length is known, and such slices are few."""
+    return 0 < plan.shape[0] <= _MOST_SLICES and plan.count is None and modes.may_look(plan.index)
 
 
 def _lengths(plan: PixelPlan) -> list[int]:
