@@ -280,8 +280,8 @@ class MaskedPolicy(TorchFunctionMode):
     ``dynops.use_mask(mask)``, for maps whose sizes are multiples of the mask's, or it of theirs. A map is what a
     convolution, norm or pool makes, and what functions make of one. Means over all its pixels are over the mask.
 
-    It gives other values for InstanceNorm, for BatchNorm in training mode (statistics over all pixels), for ``amax`` and
-    ``AdaptiveMaxPool2d`` (over the zeros too), and for means of flattened maps. It takes no plan, no block size and no
+    It gives other values for InstanceNorm, for ``amax`` and ``AdaptiveMaxPool2d`` (over the zeros too), and for means of
+    flattened maps. It takes no plan, no block size and no
     ragged batch. A mask for a batch of more than 1 does not repeat.
 
     Args:
@@ -331,7 +331,8 @@ class MaskedPolicy(TorchFunctionMode):
             out = func(*args, **kwargs)
             self.last[id(out)] = out
             return out
-        out = self.normed(name, args, kwargs) if name == "group_norm" else func(*args, **kwargs)
+        out = self.normed(name, args, kwargs)
+        out = func(*args, **kwargs) if out is None else out
         if name == "__setitem__":
             args[0].mul_(self.at(args[0]))
         if not isinstance(out, torch.Tensor) or out.dim() != 4 or min(out.shape[2:]) < 2:
@@ -376,7 +377,20 @@ class MaskedPolicy(TorchFunctionMode):
         return factor if keepdim else factor[:, :, 0, 0]
 
     def normed(self, name, args, kwargs):
-        """A group norm whose statistics are over the mask."""
+        """A norm whose statistics are over the mask; None for any other function."""
+        if name == "group_norm":
+            return self.group_normed(args, kwargs)
+        if name != "batch_norm" or not (args[5] if len(args) > 5 else kwargs.get("training")):
+            return None
+        pixels, active = args[0].permute(0, 2, 3, 1), self.at(args[0])[:, 0] != 0
+        rows = F.batch_norm(pixels[active], *args[1:], **kwargs)
+        return (
+            torch.zeros_like(pixels)
+            .masked_scatter(active[..., None], rows.to(pixels.dtype))
+            .permute(0, 3, 1, 2)
+        )
+
+    def group_normed(self, args, kwargs):
         x, groups = args[0], args[1]
         weight, bias, eps = (kwargs.get(key) for key in ("weight", "bias", "eps"))
         mask = self.at(x)[:, :, None]
