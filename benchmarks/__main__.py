@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    own = ["layers", "formats", "models", "experts", "video", "memory"]
+    own = ["layers", "formats", "models", "experts", "video", "memory", "exact"]
     parser.add_argument(
         "command",
         choices=["headline", *own, "all", "readme"],
