@@ -8,6 +8,7 @@
 
 #include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
+#include "cpu/pixels/prepared.h"
 #include "dynops_build.h"  // setup.py writes it
 
 namespace py = pybind11;
@@ -50,12 +51,93 @@ static PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t c
   return PyLong_FromUnsignedLongLong(hash);
 }
 
-static PyMethodDef fingerprint_method = {
-    "fingerprint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&fingerprint)), METH_FASTCALL,
-    "A hash of memory: fingerprint(address, bytes, lines, ...), see csrc/cpu/fingerprint.h."};
+// Integers of a call, in order; a tensor is its address.
+struct Arguments {
+  PyObject* const* at;
+  int64_t number() { return PyLong_AsLongLong(*at++); }
+  template <class T>
+  T* address() {
+    return static_cast<T*>(PyLong_AsVoidPtr(*at++));
+  }
+  dynops::cpu::Values values() {
+    const char* data = address<const char>();
+    return {data, dynops::cpu::Dtype(number())};
+  }
+};
+
+using dynops::cpu::PreparedConv;
+
+static void forget_conv(PyObject* capsule) {
+  delete static_cast<PreparedConv*>(PyCapsule_GetPointer(capsule, "PreparedConv"));
+}
+
+// prepare_conv(15 numbers of a geometry, dtype, in_channels, out_channels, pointwise, activation, weight, and
+// address and dtype of bias, scale and shift): what run_conv takes.
+static PyObject* prepare_conv(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 27) return PyErr_Format(PyExc_TypeError, "prepare_conv: expected 27 integers, got %zd", count);
+  Arguments a{arguments};
+  int64_t g[15];
+  for (int64_t& size : g) size = a.number();
+  const dynops::Geometry geometry{g[0], g[1], g[2],  g[3],  g[4],  g[5],  g[6], g[7],
+                                  g[8], g[9], g[10], g[11], g[12], g[13], g[14]};
+  const auto dtype = dynops::cpu::Dtype(a.number());
+  const int64_t in_channels = a.number(), out_channels = a.number();
+  const bool pointwise = a.number();
+  const auto activation = dynops::cpu::Activation(a.number());
+  const char* weight = a.address<const char>();
+  const auto bias = a.values(), scale = a.values(), shift = a.values();
+  if (PyErr_Occurred()) return nullptr;
+  auto* made = new PreparedConv(geometry, dtype, in_channels, out_channels, pointwise, activation, weight,
+                                bias, scale, shift);
+  return PyCapsule_New(made, "PreparedConv", &forget_conv);
+}
+
+// run_conv(prepared, x, index, rows, source, residual, quads, tiles, out): no dispatcher, and no schema of 17
+// arguments to match, which take 20 us.
+static PyObject* run_conv(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "run_conv: expected 9 arguments, got %zd", count);
+  const auto* conv = static_cast<const PreparedConv*>(PyCapsule_GetPointer(arguments[0], "PreparedConv"));
+  Arguments a{arguments + 1};
+  PreparedConv::Call call;
+  call.x = a.address<const char>();
+  call.index = a.address<const int32_t>();
+  call.rows = a.number();
+  call.source = a.address<const int32_t>();
+  call.residual = a.address<const char>();
+  call.quads = a.address<const int32_t>();
+  call.tiles = a.number();
+  call.out = a.address<char>();
+  if (PyErr_Occurred()) return nullptr;
+  std::string error;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    conv->run(call);
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  Py_END_ALLOW_THREADS;
+  if (!error.empty()) {
+    PyErr_SetString(PyExc_RuntimeError, error.c_str());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+template <class Function>
+static PyCFunction fast_call(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+static PyMethodDef methods[] = {
+    {"fingerprint", fast_call(&fingerprint), METH_FASTCALL,
+     "A hash of memory: fingerprint(address, bytes, lines, ...), see csrc/cpu/fingerprint.h."},
+    {"prepare_conv", fast_call(&prepare_conv), METH_FASTCALL, "See csrc/cpu/pixels/prepared.h."},
+    {"run_conv", fast_call(&run_conv), METH_FASTCALL, "See csrc/cpu/pixels/prepared.h."}};
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The binary of dynops.";
-  m.attr("fingerprint") = py::reinterpret_steal<py::object>(PyCFunction_New(&fingerprint_method, nullptr));
+  for (PyMethodDef& method : methods) {
+    m.attr(method.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+  }
   m.def("build_info", &build_info, "What the binary was built with, and what it runs on.");
 }

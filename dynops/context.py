@@ -152,7 +152,9 @@ class use_mask:
 
     def _kept(self, shape: tuple[int, int, int], device: torch.device, layer: tuple | None) -> PixelPlan:
         self._used = True
-        plan = _kept_in(self._plans, shape, lambda: self._make(shape, layer))
+        plan = None if is_compiling() else self._plans.get(shape)  # a plan on a CPU is kept as it is
+        if type(plan) is not PixelPlan:
+            plan = _kept_in(self._plans, shape, lambda: self._make(shape, layer))
         if plan.index.device != device:
             raise ValueError(f"use_mask: expected the mask on the layer's device {device}, got {plan.device}")
         return plan

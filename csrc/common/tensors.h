@@ -115,14 +115,17 @@ inline int64_t active_rows(const Tensor& index, const OptionalTensor& count) {
 
 // The index of a plan on the CPU: strictly ascending positions below `pixels`, or an error. A kernel that
 // met another would write outside its output; the pass over it costs 0.1 ns a row.
-inline const int32_t* checked_index(const Tensor& index, int64_t rows, int64_t pixels) {
-  const int32_t* at = static_cast<const int32_t*>(index.const_data_ptr());
+inline const int32_t* checked_index(const int32_t* at, int64_t rows, int64_t pixels) {
   bool ascends = true;
   for (int64_t i = 1; i < rows; ++i) ascends &= at[i - 1] < at[i];
   STD_TORCH_CHECK(ascends && (rows == 0 || (at[0] >= 0 && at[rows - 1] < pixels)),
                   "index: expected ascending positions in [0, ", pixels, "), got ", rows ? at[0] : 0, " to ",
                   rows ? at[rows - 1] : 0, ascends ? "" : ", not ascending");
   return at;
+}
+
+inline const int32_t* checked_index(const Tensor& index, int64_t rows, int64_t pixels) {
+  return checked_index(static_cast<const int32_t*>(index.const_data_ptr()), rows, pixels);
 }
 
 }  // namespace dynops

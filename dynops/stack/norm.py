@@ -29,10 +29,19 @@ def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
     Kept until a parameter or a statistic changes (``dynops.kept``), except where a gradient flows through them.
     """
+    return fold_of(norm.eps, *tensors_of(norm))
+
+
+def tensors_of(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """Weight, bias, mean, variance and number of batches."""
     parameters, buffers = norm._parameters, norm._buffers  # nn.Module.__getattr__ costs half a microsecond
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    batches = buffers.get("num_batches_tracked")
-    return fold_of(norm.eps, parameters["weight"], parameters["bias"], mean, var, batches)
+    return (
+        parameters["weight"],
+        parameters["bias"],
+        buffers["running_mean"],
+        buffers["running_var"],
+        buffers.get("num_batches_tracked"),
+    )
 
 
 def fold_of(

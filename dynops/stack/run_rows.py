@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends, modes
+from ..kernels.cpu import engine
 from ..modes import autocast_dtype
 from ..ops import checks
 from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
@@ -53,6 +55,9 @@ class Run:
         self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
         self._originals: dict[int, Tensor] = {}  # of values that were put in another format
         self._gathered: dict[int, Tensor] = {}  # rows of the input, by the id of their plan
+        # kernels may be called by themselves
+        self.direct = not torch.is_grad_enabled() and self.autocast is None and _is_direct(x)
+        self._derived: dict[tuple, Tensor | None] = {}  # of plans, which do not change in a run
 
     # -------------------------------------------------------------------------------------- inputs
 
@@ -175,6 +180,28 @@ class Run:
                     return Rows(gather_rows(out, rows.plan.index, rows.plan.count), rows.plan)
         return out
 
+    def index_of_rows(self, plan: PixelPlan) -> Tensor:
+        """0, 1, … of the rows of a plan."""
+        found = self._derived.get((id(plan), "rows"))
+        return self._keep(plan, "rows", plan.as_rows().index) if found is None else found
+
+    def inverse(self, plan: PixelPlan) -> Tensor:
+        """The row at each pixel of a plan, or -1."""
+        found = self._derived.get((id(plan), "inverse"))
+        return self._keep(plan, "inverse", plan.inverse()) if found is None else found
+
+    def quads(self, plan: PixelPlan, geometry) -> Tensor | None:
+        """Winograd's tiles of a plan, or None."""
+        key = id(plan), "quads"
+        if key not in self._derived:
+            self._keep(plan, "quads", engine.quads_of(plan.index, plan.count, geometry, plan.derived))
+        return self._derived[key]
+
+    def _keep(self, plan: PixelPlan, name: str, made):
+        self._derived[id(plan), name] = made
+        self._derived[id(plan), "plan"] = plan  # so that its id stays its own
+        return made
+
     # ------------------------------------------------------------------------------------- outputs
 
     def shared_plan(self, layer) -> PixelPlan | None:
@@ -217,6 +244,14 @@ class Run:
             return self.dense(output)
         rows = self.at(output, plan)
         return scatter_pixels(rows, plan, self.base(rows.shape[1], rows.dtype))
+
+
+def _is_direct(x) -> bool:
+    return (
+        x.device.type == "cpu"
+        and modes.route(None) == modes.DIRECT
+        and backends.choose(None, x.device, x.dtype) == "cpp"
+    )
 
 
 def checked_base(base: Tensor, x: Tensor, plan, channels: int, dtype: torch.dtype) -> Tensor:

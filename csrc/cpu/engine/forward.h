@@ -9,14 +9,23 @@
 
 namespace dynops::cpu {
 
+// Contiguous values of a dtype; null: none.
+struct Values {
+  const char* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
 // A vector of channels as float32, padded so that full vectors may be read past its end.
-inline std::vector<float> channel_vector(const OptionalTensor& t, int64_t channels, float otherwise) {
+inline std::vector<float> channel_vector(Values values, int64_t channels, float otherwise) {
   std::vector<float> out(channels + 64, otherwise);
-  if (t) {
-    const Tensor whole = torch::stable::contiguous(*t);
-    kernels().to_float(data_of<const char>(whole), dtype_of(whole), channels, out.data());
-  }
+  if (values.data) kernels().to_float(values.data, values.dtype, channels, out.data());
   return out;
+}
+
+inline std::vector<float> channel_vector(const OptionalTensor& t, int64_t channels, float otherwise) {
+  if (!t) return channel_vector(Values{}, channels, otherwise);
+  const Tensor whole = torch::stable::contiguous(*t);
+  return channel_vector(Values{data_of<const char>(whole), dtype_of(whole)}, channels, otherwise);
 }
 
 // scale * (y + bias) + shift as one affine map.
@@ -27,8 +36,8 @@ struct Affine {
       : scale(channels + 64, 1.f), shift(scale.size(), 0.f) {
     if (bias) std::copy_n(bias, channels, shift.begin());
   }
-  Affine(const OptionalTensor& bias, const OptionalTensor& scale_in, const OptionalTensor& shift_in,
-         int64_t channels)
+  template <class Vector>  // OptionalTensor or Values
+  Affine(const Vector& bias, const Vector& scale_in, const Vector& shift_in, int64_t channels)
       : scale(channel_vector(scale_in, channels, 1.f)), shift(channel_vector(bias, channels, 0.f)) {
     const std::vector<float> add = channel_vector(shift_in, channels, 0.f);
     for (int64_t c = 0; c < channels; ++c) shift[c] = shift[c] * scale[c] + add[c];

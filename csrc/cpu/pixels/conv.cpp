@@ -3,10 +3,10 @@
 #include <memory>
 
 #include "../engine/forward_pass.h"
+#include "conv.h"
 #include "planes.h"
 
 namespace dynops::cpu {
-namespace {
 
 void run_forward(const Forward& f) {
   bool fills = !f.packed_out;
@@ -24,6 +24,15 @@ void run_forward(const Forward& f) {
     });
     fills = false;
   }
+}
+
+namespace {
+
+void run_winograd_of(const Forward& f, const Tensor& quads) {
+  STD_TORCH_CHECK(quads.dim() == 2 && quads.size(1) == 5 && quads.scalar_type() == ScalarType::Int &&
+                      quads.is_contiguous(),
+                  "quads: expected contiguous int32 [T, 5], got ", quads.dim(), " dimensions");
+  run_winograd(f, data_of<const int32_t>(quads), quads.size(0));
 }
 
 // From this share of active pixels on, the rows of a block go to their planes while they lie in the L2 cache.
@@ -72,7 +81,7 @@ void run_to_planes(Forward f, const OptionalTensor& quads, const PlaneMap& map) 
   }
   const std::unique_ptr<char[]> rows(new char[std::max<int64_t>(f.rows * f.out_bytes(), 1)]);
   f.out = rows.get();
-  quads ? run_winograd(f, *quads) : run_forward(f);
+  quads ? run_winograd_of(f, *quads) : run_forward(f);
   scatter_to_planes(map, {rows.get(), f.index, f.rows, false});
 }
 
@@ -139,7 +148,7 @@ void conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, con
     run_to_planes(f, quads,
                   {f.out, f.base, g.batch, out_channels, g.out_h * g.out_w, int64_t(out.element_size())});
   } else if (quads) {
-    run_winograd(f, *quads);
+    run_winograd_of(f, *quads);
   } else {
     run_forward(f);
   }

@@ -31,8 +31,4 @@ void scatter_pixels(const PlaneMap& map, const PlaneSource& source, int64_t n, S
 // All of it, on all threads.
 void scatter_to_planes(const PlaneMap& map, const PlaneSource& source);
 
-// The forward pass of a float32 3x3 convolution with stride 1 by Winograd's F(2x2, 3x3). It runs on the tiles
-// of `quads` (winograd.cpp), with the weight of pack_winograd.
-void run_winograd(const Forward& f, const Tensor& quads);
-
 }  // namespace dynops::cpu

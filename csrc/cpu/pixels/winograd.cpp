@@ -5,7 +5,7 @@
 // same GEMM as all else. Their results are brought back to four outputs, finished, and written to the rows
 // that are active.
 #include "../engine/winograd_pass.h"
-#include "planes.h"
+#include "conv.h"
 
 namespace dynops::cpu {
 namespace {
@@ -74,15 +74,11 @@ bool quads_hold_rows(const Forward& f, const int32_t* quads, int64_t tiles) {
 
 }  // namespace
 
-void run_winograd(const Forward& f, const Tensor& quads) {
-  STD_TORCH_CHECK(quads.dim() == 2 && quads.size(1) == 5 && quads.scalar_type() == ScalarType::Int,
-                  "quads: expected int32 [T, 5], got ", quads.dim(), " dimensions");
+void run_winograd(const Forward& f, const int32_t* quads, int64_t tiles) {
   STD_TORCH_CHECK(f.dtype == Dtype::kFloat32, "quads: expected a float32 convolution with them");
-  STD_TORCH_CHECK(quads.is_contiguous() && quads_hold_rows(f, data_of<const int32_t>(quads), quads.size(0)),
-                  "quads: expected tiles that hold each of the ", f.rows,
-                  " rows once at its pixel, as cpu_winograd_quads lists them, got ", quads.size(0),
-                  " others");
-  WinogradPass(f, data_of<const int32_t>(quads), quads.size(0)).run();
+  STD_TORCH_CHECK(quads_hold_rows(f, quads, tiles), "quads: expected tiles that hold each of the ", f.rows,
+                  " rows once at its pixel, as cpu_winograd_quads lists them, got ", tiles, " others");
+  WinogradPass(f, quads, tiles).run();
 }
 
 DYNOPS_CPU_OP(winograd_quads)

@@ -1,6 +1,17 @@
 """The C++ kernels, by noun: each module prepares memory for ``csrc/cpu`` and has the signatures of the references."""
 
-from . import blocks, channel_filters, channel_outputs, channels, experts, pixels, rows, sample_conv, samples
+from . import (
+    blocks,
+    channel_filters,
+    channel_outputs,
+    channels,
+    experts,
+    pixels,
+    prepared,
+    rows,
+    sample_conv,
+    samples,
+)
 
 __all__ = [
     "blocks",
@@ -9,6 +20,7 @@ __all__ = [
     "channels",
     "experts",
     "pixels",
+    "prepared",
     "rows",
     "sample_conv",
     "samples",

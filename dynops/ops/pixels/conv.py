@@ -305,6 +305,7 @@ def _pixel_conv(
         zero_tail: whether rows past the count must be zero. Else, without gradients, a kernel may leave them as they
             are, and nothing may read them: of a capacity of every pixel they are most of the rows that are written.
     """
+    in_shape = g[:3]
     # a transposed one has its weight the other way round
     same_rows = to_rows and in_plan is plan and g.is_pointwise and not g.transposed and len(plan) > 0
     if same_rows:  # row i reads row i: a 1x1 convolution of a map [1, C, 1, P]
@@ -329,6 +330,13 @@ def _pixel_conv(
             epilogue = Epilogue(activation, scale, shift, gate, residual)
     if direct:
         derived = None if same_rows else plan.derived
+        compact = to_rows and in_plan is not None and plan.count is None
+        if (
+            compact
+            and in_plan.shape == in_shape
+            and cpu.prepared.takes(x, weight, bias, epilogue, len(plan), len(in_plan))
+        ):
+            return cpu.prepared.conv(x, weight, bias, index, source, g, epilogue, derived)
         return cpu.pixels.conv(x, weight, bias, index, count, source, g, epilogue, base, to_rows, derived)
     if same_rows:
         x = x.t()[None, :, None]

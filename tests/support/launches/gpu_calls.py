@@ -344,7 +344,7 @@ LAUNCHES = {
     "packed_channel_conv2d":             {"exact": (2, 1, 7, 2), "capacity": (2, 2, 7, 3)},
     "channel_linear":                    {"exact": (2, 0, 14, 1), "capacity": (2, 0, 12, 1)},
     "gather_channels, scatter_channels": {"exact": (2, 0, 2, 0), "capacity": (2, 0, 2, 0)},
-    "sample_conv2d":                     {"exact": (1, 1, 2, 2), "capacity": (1, 1, 2, 2)},
+    "sample_conv2d":                     {"exact": (1, 1, 2, 3), "capacity": (1, 1, 2, 3)},  # the last a sum of parts, on 148 SMs
     "mixed_conv2d":                      {"exact": (1, 1, 2, 6), "capacity": (1, 2, 2, 6)},
     "region_conv2d":                     {"exact": (2, 16, 3, 17), "capacity": (2, 16, 3, 17)},  # 15 sort, without CUDA C++
     "local_conv2d":                      {"exact": (1, 0, 2, 0), "capacity": (1, 0, 2, 0)},

@@ -1,0 +1,103 @@
+"""Convolutions from rows to rows, called by address: what an op looks up and checks in each call is looked up once.
+
+A call through the dispatcher matches 17 arguments, three lists among them: 25 us where a layer of 20 active rows
+computes for 10. What is prepared is kept with the weight, as its packed form is (:mod:`dynops.kept`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...geometry import ConvGeometry
+from ...kept import kept
+from ..epilogue import Epilogue
+from .engine import ACTIVATIONS, Setup, packed_weight, quads_of, setup_of, winograd_weight
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/engine/engine.h: Dtype
+
+
+class Prepared:
+    """A convolution of one geometry, weight and epilogue.
+
+    Args:
+        scale, shift: ``[O]`` or None.
+        pointwise: row i reads row i.
+        quads: it runs as Winograd's.
+    """
+
+    __slots__ = ("conv", "out_channels", "weight")
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, g: ConvGeometry, setup: Setup,
+        activation: str, scale: Tensor | None, shift: Tensor | None, pointwise: bool, quads: bool,
+    ):  # fmt: skip
+        self.weight = winograd_weight(weight, False) if quads else packed_weight(weight, g, setup, False)
+        self.out_channels = setup.out_channels
+        ins = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+        vectors = [None if v is None else v.detach().contiguous() for v in (bias, scale, shift)]
+        addresses = [n for v in vectors for n in ((0, 0) if v is None else (v.data_ptr(), _DTYPES[v.dtype]))]
+        sizes = _DTYPES[weight.dtype], ins, setup.out_channels, int(pointwise), ACTIVATIONS[activation]
+        self.conv = backends._C.prepare_conv(*g, *sizes, self.weight.data_ptr(), *addresses)
+
+    def run(
+        self,
+        x: Tensor,  # [R, C]
+        index: Tensor,  # [P]
+        source: Tensor | None,  # [N, in_h, in_w]; None: pointwise, and the index counts the rows
+        residual: Tensor | None,  # [P, O]
+        quads: Tensor | None,
+    ) -> Tensor:  # [P, O]
+        rows = index.shape[0]
+        out = x.new_empty((rows, self.out_channels))
+        tiles = (0, 0) if quads is None else (quads.data_ptr(), quads.shape[0])
+        backends._C.run_conv(
+            self.conv, x.data_ptr(), index.data_ptr(), rows, 0 if source is None else source.data_ptr(),
+            0 if residual is None else residual.data_ptr(), *tiles, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+def key_of(g: ConvGeometry, pointwise: bool, activation: str, quads: Tensor | None) -> tuple:
+    """What a :class:`Prepared` of a weight depends on beside tensors: a pointwise one holds for every number of rows."""
+    return "prepared", g.groups if pointwise else g, activation, quads is not None
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue, rows: int, ins: int) -> bool:
+    """True for rows ``[ins, C]`` to ``rows`` rows that a prepared convolution computes as the op does."""
+    _, scale, shift, gate, residual = epilogue
+    if (
+        gate is not None
+        or x.dim() != 2
+        or x.shape[0] != ins
+        or weight.dtype is not x.dtype
+        or not x.is_contiguous()
+    ):
+        return False
+    if residual is not None and not fits(residual, x, rows):
+        return False
+    return all(v is None or v.dtype in _DTYPES for v in (bias, scale, shift))
+
+
+def fits(residual: Tensor, x: Tensor, rows: int) -> bool:
+    """True for a residual ``[rows, O]`` that can be read as it lies."""
+    return (
+        residual.dim() == 2
+        and residual.dtype is x.dtype
+        and residual.shape[0] == rows
+        and residual.is_contiguous()
+    )
+
+
+def conv(x, weight, bias, index, source, g: ConvGeometry, epilogue: Epilogue, derived) -> Tensor:
+    """See :func:`.pixels.conv`, and :meth:`Prepared.run` for the shapes."""
+    setup, pointwise = setup_of(g, weight.shape, x.dtype, True), source is None
+    quads = quads_of(index, None, g, derived) if setup.winograd else None
+    activation, scale, shift, _, residual = epilogue
+
+    def make() -> Prepared:
+        return Prepared(weight, bias, g, setup, activation, scale, shift, pointwise, quads is not None)
+
+    made = kept.get(key_of(g, pointwise, activation, quads), make, weight, bias, scale, shift)
+    return made.run(x, index, source, residual, quads)
