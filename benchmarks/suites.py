@@ -10,7 +10,7 @@ import torch
 from .blocks import stacks, video
 from .channels import layers as channels
 from .channels import weights
-from .exact import pretraining
+from .exact import pillars, pretraining
 from .experts import layers as experts
 from .experts import model as expert_model
 from .harness import machine, masks
@@ -39,7 +39,8 @@ side that has some. CondConv, sample weights, involution and dynamic filters sav
 there the fastest of the ways to write them in PyTorch; DRConv's computes every region, CGNet's every output."""
 EXACT_LEGEND = """\
 Masks that cost no accuracy. The best dense version is the faster of eager NCHW and channels_last. theory: MACs of whole maps /
-MACs at the pixels of the mask. masked pretraining: a step, forward and backward, against dense layers and masks."""
+MACs at the pixels of the mask. masked pretraining: a step, forward and backward, against dense layers and masks. sparse
+inputs: ours from coordinates and features to dense outputs, the plan included; the dense input map is there already."""
 VIDEO_LEGEND = """\
 A frame's density is the share of blocks that are computed again; ours goes from two frames and the last output to
 the output, changed_blocks included. Every frame's output was compared with the dense network's first."""
@@ -100,7 +101,7 @@ SUITES: dict[str, tuple[ModuleType, ...]] = {
     "models": (model,),
     "experts": (experts, expert_model),
     "video": (video,),
-    "exact": (pretraining,),
+    "exact": (pretraining, pillars),
 }
 FORWARD_ONLY = (
     memory,

@@ -236,6 +236,7 @@ FLOORS = {
     "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
     "graphs": {"geometry", "plans", "context"},
     "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
+    "packed": {"ops", "plans", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "integrations"},
     "gates": {"gates"},

@@ -13,14 +13,12 @@ import dynops
 from benchmarks import __main__ as cli
 from benchmarks import readme
 from benchmarks.blocks import stacks, video
-from benchmarks.exact import pretraining
 from benchmarks.harness import masks, tables, theory
 from benchmarks.harness import rows as rows_
 from benchmarks.harness.report import Report
 from benchmarks.harness.setting import Budget
 from benchmarks.harness.timing import fastest, interleaved
 from benchmarks.pixels import layers, memory, model
-from benchmarks.resnet import resnet18
 from dynops import PixelPlan, ops
 
 TINY = layers.Case("3x3", 2, 8, 12, 10, 6, 3, 2)
@@ -431,24 +429,3 @@ def test_peak_memory_sees_memory_that_no_allocator_of_torch_made():
             held[:] = bytes(1) * len(held)
 
     assert 7 <= memory.peak_mb(call, CPU) <= 32
-
-
-def test_pretraining_is_compared_with_its_masked_form(monkeypatch):
-    monkeypatch.setattr(pretraining, "resnet50", resnet18)
-    monkeypatch.setattr(pretraining, "SIZE", 64)
-    monkeypatch.setattr(pretraining, "BATCH", 2)
-    mask = pretraining.visible_patches(2)
-    assert mask.flatten(1).sum(1).eq(2).all()  # of 4: 60 % of them are 2.4
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    x = x * pretraining.at_size(mask, x)
-    model = pretraining.build("ResNet-50").double().train()
-    (call, own), dense = pretraining.ours_of(model, mask, x), pretraining.masked_dense(model, mask)
-    out = dense(x)
-    torch.testing.assert_close(call(), out)
-    ours, theirs = (
-        torch.autograd.grad(y.square().sum(), p) for y, p in ((call(), own), (out, [*dense.parameters()]))
-    )
-    grads = zip(ours, theirs, strict=True)
-    assert max(float((a - b).norm() / b.norm()) for a, b in grads) < 1e-6
-    (row,) = pretraining.measure("ResNet-50", SETTING)
-    assert row.theory == 2 and row.mode == "forward+backward" and row.ours_ms > 0

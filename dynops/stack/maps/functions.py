@@ -44,6 +44,8 @@ def compute(func, args: tuple, kwargs: dict):
         return _question(func, name, args, kwargs)
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(func, name, args, kwargs)
+    if active is None and any(type(x) is SparseMap and x.active is None for x in args):
+        return func(*dense_tree(args), **dense_tree(kwargs))
     if name in ("register_hook", "retain_grad"):
         args[0].through_dense()
     handler = _TABLE.get(name)
