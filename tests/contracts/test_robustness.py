@@ -238,7 +238,7 @@ FLOORS = {
     "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
     "packed": {"ops", "plans", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
-    "integrations": {"backends", "plans", "ops", "integrations"},
+    "integrations": {"backends", "plans", "ops", "context", "stack", "convert", "integrations"},
     "gates": {"gates"},
     "budget": {"geometry", "plans", "ops", "nn", "stack", "context", "budget"},
 }
