@@ -24,6 +24,7 @@ from .nn import (
 )
 from .nn.pixels.masked import MaskedSyncBatchNorm
 from .stack import converted
+from .stack.activations import is_norm_act
 from .stack.trace import Trace, Untraceable, trace
 
 # The dense layers, what each becomes, and the kind of its step in a trace.
@@ -145,7 +146,7 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     report = Report()
     for name, module in model.named_modules():
         _convert_layer(name, module, filter_fn, report)
-    kinds = {m: _KINDS[type(m)] for m in model.modules() if _CONVERTED in m.__dict__ and type(m) in _KINDS}
+    kinds = {m: kind for m in model.modules() if _CONVERTED in m.__dict__ and (kind := _kind_of(m))}
     traces: dict[nn.Module, Trace | None] = {}
     untraceable: set[nn.Module] = set()
     untraced: list[nn.Module] = []
@@ -224,6 +225,11 @@ def _is_maskable(module: nn.Module) -> bool:
     """True for a layer that is not torch's own and whose output can be masked."""
     of_others = not type(module).__module__.startswith("dynops.") and not isinstance(module, LazyModuleMixin)
     return _is_frozen_norm(module) or (of_others and isinstance(module, _MASKABLE))
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    """The kind of a converted layer's step in a trace; None for one that is called."""
+    return _KINDS.get(type(module)) or ("norm" if is_norm_act(module) else None)
 
 
 def _converts(module: nn.Module) -> str | None:

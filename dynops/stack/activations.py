@@ -25,6 +25,18 @@ ZERO_PRESERVING = (
 ELEMENTWISE = (*ZERO_PRESERVING, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus)
 
 
+def is_norm_act(module: nn.Module) -> bool:
+    """True for timm's BatchNormAct2d with an activation that leaves zero as it is: a BatchNorm2d and the module ``act``.
+
+    Known by its name: its forward is BatchNorm2d's, then ``drop``, which does nothing, then ``act``.
+    """
+    named = isinstance(module, nn.BatchNorm2d) and any(
+        k.__name__ == "BatchNormAct2d" for k in type(module).__mro__
+    )
+    drop, act = (module._modules.get(name) for name in ("drop", "act")) if named else (None, None)
+    return type(drop) is nn.Identity and type(act) in (nn.Identity, *ZERO_PRESERVING)
+
+
 def fused_name(module: nn.Module) -> str:
     """The name that an op knows this activation by (ops.epilogue.ACTIVATIONS), or ""."""
     if type(module) is nn.GELU:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Call, Layer, layer_of
+from .layers import Call, GlobalPool, Layer, layer_of
 from .staleness import Watch, signature, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 from .tracing.simplify import without_copies, without_permutes
@@ -114,9 +114,13 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
         layer.free = tuple({v for v in (*layer.inputs, layer.out) if v not in seen})
         seen.update(layer.free)
     for layer in layers:
-        if layer.conv is not None and layer.is_bare and layer.out != output:
-            readers = [reader for reader in layers if layer.out in reader.inputs]
+        if layer.out == output:
+            continue
+        readers = [reader for reader in layers if layer.out in reader.inputs]
+        if layer.conv is not None and layer.is_bare:
             layer.waits = len(readers) == 1 and type(readers[0]) is Call
+        elif type(layer) is GlobalPool:
+            layer.feeds_convs = all(reader.conv is not None for reader in readers)
     return Stack(tuple(layers), values, output, *rest)
 
 

@@ -39,10 +39,11 @@ class Masked:
         return self.active.plan(shape, device) if geometry is None else self.active.after(geometry, device)
 
     def shared(self, value: int, inputs: list) -> PixelPlan | None:
+        plan = None
         for x in inputs:
-            if type(x) is Rows:
-                return x.plan
-        return None
+            if type(x) is Rows and (plan is None or x.plan.num_pixels > plan.num_pixels):
+                plan = x.plan  # one pixel a sample meets each pixel of the others
+        return plan
 
 
 class Needed:

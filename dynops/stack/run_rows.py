@@ -135,7 +135,9 @@ class Run:
         """The rows of a value at a plan, or None where it has another size. One row for all of ``[N, C, 1, 1]``, N = 1."""
         found = self.found(value)
         if type(found) is Rows:
-            return found.values if found.plan is plan else _within(found, plan)
+            if found.plan is plan:
+                return found.values
+            return _spread_rows(found, plan) if found.plan.shape[1:] == (1, 1) else _within(found, plan)
         if not isinstance(found, Tensor) or found.dim() != 4:
             return None
         if self.shape(value) != plan.shape:
@@ -165,9 +167,18 @@ class Run:
         return None, [self.dense(v) for v in layer.inputs]
 
     def share_rows(self, values) -> bool:
-        """True for values that are all rows of one plan."""
-        plans = {id(found.plan) if type(found := self.found(v)) is Rows else None for v in values}
-        return len(plans) == 1 and None not in plans
+        """True for values that are all rows of one plan, or rows of one pixel a sample beside these."""
+        plan = None
+        for value in values:
+            found = self.found(value)
+            if type(found) is not Rows:
+                return False
+            if found.plan is plan or (found.plan.shape[1:] == (1, 1) and len(values) > 1):
+                continue
+            if plan is not None:
+                return False
+            plan = found.plan
+        return True
 
     def masked_as(self, layer, out):
         """What a call made of dense tensors, as rows where it is a map of the size of an input that is one."""
@@ -264,6 +275,16 @@ def _spread(x, plan: PixelPlan) -> Tensor | None:
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, n):
         return None
     return spread_over(x.flatten(1).expand(n, -1), plan)
+
+
+def _spread_rows(rows: Rows, plan: PixelPlan) -> Tensor | None:
+    """As :func:`_spread`, of rows of one pixel a sample: each pixel of the plan lies in a sample that has one."""
+    n = plan.shape[0]
+    if rows.plan.shape[0] != n:
+        return None
+    if n == 1 and plan.count is None:
+        return rows.values.expand(len(plan), -1)
+    return rows.values[rows.plan.inverse().reshape(-1)[sample_of(plan)].clamp(min=0).long()]
 
 
 def _within(rows: Rows, plan: PixelPlan) -> Tensor | None:

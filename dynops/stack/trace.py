@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .activations import ZERO_PRESERVING, fused_name
+from .activations import ZERO_PRESERVING, fused_name, is_norm_act
 from .staleness import signature
 from .tracing.fusion import fuse
 from .tracing.recording import Recorder, Untraceable, opaque
@@ -161,7 +161,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     if any(step.kind == "attr" and step.out == output for step in steps):
         raise Untraceable("its output is a parameter")
     inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))
-    layers = dict.fromkeys(path for step in steps for path in _layers_of(step))
+    layers = dict.fromkeys(path for step in steps for path in _layers_of(step, module))
     outer = _outside_of(module, leaves | called)  # lists of modules too
     modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *outer, *layers)))
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
@@ -202,10 +202,13 @@ def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
     return [path for path in paths if path not in leaves and not path.startswith(inside)]
 
 
-def _layers_of(step: Step) -> tuple[str, ...]:
+def _layers_of(step: Step, module: nn.Module) -> tuple[str, ...]:
     """The paths of the layers that a step stands for, rather than calls."""
     if step.kind not in ("conv", "norm", "pool", "layer", "act", "dropout") or step.args == ("function",):
         return ()
+    inner = module.get_submodule(step.target)
+    if step.kind == "norm" and is_norm_act(inner):
+        return (step.target, *(f"{step.target}.{name}" for name in inner._modules))
     return (step.target,)
 
 
@@ -314,16 +317,23 @@ class _Steps:
             self.number[node] = x
         elif x is not None and module in self.kinds:
             self.emit(node, self.kinds[module], node.target, (x,))
+            if is_norm_act(module):
+                self._act(node, module.act, f"{node.target}.act")
         elif x is not None and type(module) in ZERO_PRESERVING:
-            self.emit(
-                node, "act", node.target, (x,), inplace, activation=fused_name(module), args=("module",)
-            )
+            self._act(node, module, node.target, x, inplace)
         elif x is not None and type(module) in _DROPOUTS:
             self.emit(node, "dropout", node.target, (x,), inplace)
         elif inplace:
             raise Untraceable(f"{node.target} works in place")
         else:
             self.emit_call(node, "module", node.target)
+
+    def _act(self, node: fx.Node, module: nn.Module, path: str, x: int | None = None, inplace=False) -> None:
+        """An activation of a value, or of what the node has made so far."""
+        x = self.number[node] if x is None else x
+        if type(module) is not nn.Identity:
+            fused = fused_name(module)
+            self.emit(node, "act", path, (x,), inplace, activation=fused, args=("module",))
 
     def _call_function(self, node: fx.Node) -> None:
         function, args = node.target, node.args

@@ -11,7 +11,7 @@ from .call import COPIES, WITH_CHANNELS, Call, PerPixel
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
 from .norm import GroupNorm, Norm
-from .pool import AvgPool, MaxPool, avg_pool, global_pool, max_pool
+from .pool import AvgPool, GlobalPool, MaxPool, avg_pool, global_pool, max_pool
 from .resample import PixelShuffle, Upsample, ZeroPad, interpolate, pad
 
 _OF_KIND = {"conv": Conv, "norm": Norm, "act": Activation, "add": Add, "dropout": Dropout}
@@ -76,4 +76,4 @@ def _of_call(recorded: Call, step: Step) -> Layer | None:
     return _OF_MODULE[type(module)](recorded.name, step, module)
 
 
-__all__ = ["COPIES", "WITH_CHANNELS", "Call", "Layer", "layer_of", "mapped"]
+__all__ = ["COPIES", "WITH_CHANNELS", "Call", "GlobalPool", "Layer", "layer_of", "mapped"]

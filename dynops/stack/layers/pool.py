@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ... import modes
 from ...geometry import BlockGeometry, pair
+from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
 from ..receptive_field import Span, Window
 from ..trace import Step, dense_type
-from .base import Layer, spans_of
+from .base import Layer, Rows, spans_of
 
 
 class _Pool(Layer):
@@ -90,12 +91,18 @@ class GlobalPool(Layer):
     def __init__(self, recorded: Layer, step: Step, kind: str, keepdim: bool):
         super().__init__(recorded.name, step.inputs, step.out)
         self.recorded, self.refusal, self.kind, self.keepdim = recorded, recorded.refusal, kind, keepdim
+        self.feeds_convs = False  # every reader is a convolution, as in squeeze-excite
 
     def rows(self, run):
         rows = run.rows_of(self.inputs[0]) if run.policy.zero_outside else None
         if rows is None:
             return self.recorded.rows(run)
         out = over_pixels(self.kind, rows.values, rows.plan)
+        if self.keepdim and self.feeds_convs:  # a map of one pixel a sample, which they read as rows
+            plan = run.policy.plan(self.out, (rows.plan.shape[0], 1, 1), rows.plan.device)
+            return Rows(
+                out if plan.is_full else gather_rows(out[:, :, None, None], plan.index, plan.count), plan
+            )
         return out[:, :, None, None] if self.keepdim else out
 
 
@@ -127,6 +134,14 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
 
 def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:
     """``[N, C]``: the "mean", "sum", "amax", "amin" or 2-"norm" of each sample's rows ``[P, C]``, in float32 at least."""
+    if (
+        kind == "mean"
+        and rows.dtype is torch.float32
+        and len(plan)
+        and plan.shape[0] == 1
+        and plan.count is None
+    ):
+        return rows.mean(0, keepdim=True)  # 12 us instead of 40
     alive = None if plan.count is None else (plan.index >= 0)[:, None]
     if kind in ("amax", "amin"):
         return _extreme(kind, rows, plan, alive)
