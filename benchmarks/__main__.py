@@ -114,6 +114,7 @@ def write_readme(root: Path, results: Path) -> None:
         "blocks": readme.blocks_block(reports),
         "channels": readme.channels_block(reports),
         "samples": readme.samples_block(reports),
+        "exact": readme.exact_block(reports),
         "examples": readme.examples_block(results),
         "experts": readme.experts_block(reports),
     }

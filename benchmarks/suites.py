@@ -11,6 +11,7 @@ from .blocks import stacks, video
 from .channels import layers as channels
 from .channels import weights
 from .exact import pillars, pretraining
+from .exact import ragged as different_sizes
 from .experts import layers as experts
 from .experts import model as expert_model
 from .harness import machine, masks
@@ -40,7 +41,8 @@ there the fastest of the ways to write them in PyTorch; DRConv's computes every 
 EXACT_LEGEND = """\
 Masks that cost no accuracy. The best dense version is the faster of eager NCHW and channels_last. theory: MACs of whole maps /
 MACs at the pixels of the mask. masked pretraining: a step, forward and backward, against dense layers and masks. sparse
-inputs: ours from coordinates and features to dense outputs, the plan included; the dense input map is there already."""
+inputs: ours from coordinates and features to dense outputs, the plan included; the dense input map is there already. images of
+different sizes: against the padded batch; loop: each image by itself. torch's nested tensors have no convolution."""
 VIDEO_LEGEND = """\
 A frame's density is the share of blocks that are computed again; ours goes from two frames and the last output to
 the output, changed_blocks included. Every frame's output was compared with the dense network's first."""
@@ -101,7 +103,7 @@ SUITES: dict[str, tuple[ModuleType, ...]] = {
     "models": (model,),
     "experts": (experts, expert_model),
     "video": (video,),
-    "exact": (pretraining, pillars),
+    "exact": (pretraining, pillars, different_sizes),
 }
 FORWARD_ONLY = (
     memory,
@@ -129,7 +131,7 @@ def budget_of(suite: str, quick: bool) -> Budget:
     if suite == "formats":
         return Budget(0.3 if quick else 0.6, 5, 15, calls=1)
     if suite == "exact":
-        return Budget(4 if quick else 12, 4, calls=1)
+        return Budget(2 if quick else 5, 4, warmup=1, calls=1)
     if suite == "models":
         return Budget(5 if quick else 20, 5)
     if quick:

@@ -20,6 +20,7 @@ from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..models.macs import CountedPolicy
 from ..resnet import ResNet, resnet50
+from . import uncached
 
 SIZE, PATCH, MASKED, BATCH = 224, 32, 0.6, 8
 MODELS = ("ResNet-50", "convnextv2_atto", "convnextv2_tiny")
@@ -44,7 +45,7 @@ def measure(case: str, setting: Setting) -> list[Row]:
         own = masked_dense(model, mask).to(memory_format=memory_format)
         dense[name] = with_backward(partial(own, x.contiguous(memory_format=memory_format)), own.parameters())
     ours = ours_of(model, mask, x)
-    times = compare(dense, {"ours": with_backward(*ours)}, setting)
+    times = compare(dense, {"ours": with_backward(*ours)}, setting, flush=uncached)
     return [
         times.row(
             "ours",

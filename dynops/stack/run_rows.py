@@ -16,7 +16,7 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
-from .layers.pool import spread_over
+from .layers.pool import sample_of, spread_over
 from .layers.resample import Padded, picked, rows_at
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
@@ -284,6 +284,8 @@ def _spread_rows(rows: Rows, plan: PixelPlan) -> Tensor | None:
         return None
     if n == 1 and plan.count is None:
         return rows.values.expand(len(plan), -1)
+    if len(rows.plan) == n and rows.plan.count is None:
+        return spread_over(rows.values, plan)
     return rows.values[rows.plan.inverse().reshape(-1)[sample_of(plan)].clamp(min=0).long()]
 
 

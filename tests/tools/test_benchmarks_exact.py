@@ -1,9 +1,10 @@
 """The benchmarks of masks that cost no accuracy: what is compared is the same computation."""
 
+import pytest
 import torch
 from benchmark_cases import SETTING
 
-from benchmarks.exact import pillars, pretraining
+from benchmarks.exact import pillars, pretraining, ragged
 from benchmarks.resnet import resnet18
 
 
@@ -34,3 +35,20 @@ def test_pillars(monkeypatch):
     assert not torch.equal(where, where.unique(dim=0))  # they come in no order
     (row,) = pillars.measure(32, SETTING)
     assert 1 < row.theory < 20 and row.mode == "forward" and row.ours_ms > 0
+
+
+def test_images_of_different_sizes(monkeypatch):
+    sizes = torch.tensor([image.shape[1:] for image in ragged.images()])
+    assert tuple(sizes.amax(0).tolist()) == ragged.LARGEST
+    assert (sizes.double().mean(0) - torch.tensor(ragged.MEAN)).abs().max() < 1
+    small = ragged.images(3, (40, 50), (64, 70))
+    monkeypatch.setattr(ragged, "resnet50", resnet18)
+    monkeypatch.setattr(ragged, "images", lambda count: small)
+    monkeypatch.setattr(ragged, "IMAGES", 3)
+    ours, loop = ragged.measure(ragged.RESNET, SETTING)
+    share = sum(image[0].numel() for image in small) / (3 * 64 * 70)
+    assert ours.theory == loop.theory == pytest.approx(1 / share) and (ours.variant, loop.variant) == (
+        "plain",
+        "loop",
+    )
+    assert ours.failed["nested"].startswith("RuntimeError")

