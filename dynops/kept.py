@@ -87,7 +87,7 @@ class Kept:
 
     def __init__(self):
         self._slots: dict[int, _Slot] = {}  # by id(storage): a slot goes with its storage
-        self._epoch = 0
+        self.epoch = 0
         self.stepped = False  # an optimiser's step only sets this: Dynamo traces it in a compiled step
 
     def get(self, key, make: Callable[[], object], tensor: Tensor, *others: Tensor | None):
@@ -113,11 +113,11 @@ class Kept:
     def _remake(self, place: tuple, make: Callable[[], object], *tensors: Tensor | None):
         if not can_keep(*tensors):
             return made_plain(make)
-        epoch = self._epoch
+        epoch = self.epoch
         mark = Mark(*tensors)  # before: what is written meanwhile is then noticed
         made = made_plain(make)
         # A view would keep its own memory alive for ever. And another thread's optimiser may have stepped.
-        if epoch == self._epoch and not _shares_memory(made, tensors):
+        if epoch == self.epoch and not _shares_memory(made, tensors):
             storage = tensors[0].untyped_storage()
             slot = self._slots.get(id(storage))
             if slot is None:
@@ -138,7 +138,7 @@ class Kept:
     def clear(self) -> None:
         """Forgets everything."""
         self.stepped = False
-        self._epoch += 1
+        self.epoch += 1
         self._slots.clear()
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from .activations import fused_name
 from .layers import Call, GlobalPool, Layer, layer_of
+from .sequences import Sequence, parts_of
 from .staleness import Watch, signature, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
 from .tracing.simplify import without_copies, without_permutes
@@ -35,6 +36,9 @@ class Stack(NamedTuple):
     checked: tuple[Layer, ...] = ()  # layers that do not run, but must be in eval mode
     multiple: tuple[int, int] = (1, 1)  # of the distance of blocks, so that every value's are whole pixels
     watch: Watch | None = None  # what it holds for
+    # the layers, with those that run in one call together: where the input is dense, and where it is rows
+    parts: tuple[Layer | Sequence, ...] = ()
+    inner_parts: tuple[Layer | Sequence, ...] = ()
 
     @property
     def packs(self) -> bool:
@@ -121,7 +125,8 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
             layer.waits = len(readers) == 1 and type(readers[0]) is Call
         elif type(layer) is GlobalPool:
             layer.feeds_convs = all(reader.conv is not None for reader in readers)
-    return Stack(tuple(layers), values, output, *rest)
+    parts = {"parts": parts_of(layers, output, True), "inner_parts": parts_of(layers, output, False)}
+    return Stack(tuple(layers), values, output, *rest)._replace(**parts)
 
 
 def _that_count(layers: list[Layer], output: int) -> list[Layer]:

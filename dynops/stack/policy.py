@@ -14,13 +14,17 @@ A policy that keeps values between calls would answer with the plan of what chan
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..plans import PixelPlan
-from .graph import Stack
 from .layers.base import Rows
+
+if TYPE_CHECKING:
+    from .graph import Stack
 
 
 class Masked:

@@ -21,6 +21,7 @@ from .layers.resample import Padded, picked, rows_at
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
+from .sequences import Sequence
 
 
 def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False) -> Tensor:
@@ -31,11 +32,14 @@ def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool =
         as_map: the output is a map too.
     """
     run = Run(stack, x, policy, maps, as_map)
-    env = run.env
-    for layer in stack.layers:
-        env[layer.out] = layer.rows(run)
-        for value in layer.free:
-            env[value] = None
+    for part in stack.parts if isinstance(run.found(0), Tensor) else stack.inner_parts:
+        if type(part) is not Sequence:
+            run.layer(part)
+        elif part.run(run):
+            run.free(part.layers)
+        else:
+            for layer in part.layers:
+                run.layer(layer)
     if as_map:
         return run.map(stack.output)
     out = run.result()
@@ -58,6 +62,18 @@ class Run:
         # kernels may be called by themselves
         self.direct = not torch.is_grad_enabled() and self.autocast is None and _is_direct(x)
         self._derived: dict[tuple, Tensor | None] = {}  # of plans, which do not change in a run
+
+    def layer(self, layer) -> None:
+        """Runs one layer."""
+        self.env[layer.out] = layer.rows(self)
+        for value in layer.free:
+            self.env[value] = None
+
+    def free(self, layers) -> None:
+        """Forgets the values that nobody reads after these layers."""
+        for layer in layers:
+            for value in layer.free:
+                self.env[value] = None
 
     # -------------------------------------------------------------------------------------- inputs
 

@@ -28,6 +28,7 @@ _ADDS = (operator.add, operator.iadd, torch.add)
 _INPLACE = {operator.imul: operator.mul, operator.isub: operator.sub, operator.itruediv: operator.truediv}
 _ADD_METHODS = ("add", "add_")
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
+_DROPS_OF_PATHS = ("StochasticDepth", "DropPath")  # torchvision's, timm's: nothing in eval mode
 
 # elementwise, f(0) = 0: they leave a masked map masked
 _FUNCTIONS = {
@@ -321,7 +322,7 @@ class _Steps:
                 self._act(node, module.act, f"{node.target}.act")
         elif x is not None and type(module) in ZERO_PRESERVING:
             self._act(node, module, node.target, x, inplace)
-        elif x is not None and type(module) in _DROPOUTS:
+        elif x is not None and (type(module) in _DROPOUTS or type(module).__name__ in _DROPS_OF_PATHS):
             self.emit(node, "dropout", node.target, (x,), inplace)
         elif inplace:
             raise Untraceable(f"{node.target} works in place")

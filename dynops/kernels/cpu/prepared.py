@@ -6,6 +6,8 @@ computes for 10. What is prepared is kept with the weight, as its packed form is
 
 from __future__ import annotations
 
+import enum
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,23 @@ from ..epilogue import Epilogue
 from .engine import ACTIVATIONS, Setup, packed_weight, quads_of, setup_of, winograd_weight
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/engine/engine.h: Dtype
+
+
+class StepKind(enum.IntEnum):
+    """What a step of a sequence does: csrc/cpu/pixels/sequence.h."""
+
+    CONV = 0
+    EACH = 1  # of each row by itself: a norm, an activation
+    MEAN = 2
+    SUM = 3
+    PRODUCT = 4
+    SIGMOID = 5
+    HARDSIGMOID = 6
+    CAT = 7
+    MAX_POOL = 8
+    MEAN_POOL = 9
+    NEAREST = 10
+    TAKE = 11  # channels
 
 
 class Prepared:
@@ -38,7 +57,14 @@ class Prepared:
         ins = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
         vectors = [None if v is None else v.detach().contiguous() for v in (bias, scale, shift)]
         addresses = [n for v in vectors for n in ((0, 0) if v is None else (v.data_ptr(), _DTYPES[v.dtype]))]
-        sizes = _DTYPES[weight.dtype], ins, setup.out_channels, int(pointwise), ACTIVATIONS[activation]
+        sizes = (
+            _DTYPES[weight.dtype],
+            ins,
+            setup.out_channels,
+            int(pointwise),
+            int(quads),
+            ACTIVATIONS[activation],
+        )
         self.conv = backends._C.prepare_conv(*g, *sizes, self.weight.data_ptr(), *addresses)
 
     def run(

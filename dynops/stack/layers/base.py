@@ -66,6 +66,10 @@ class Rows(NamedTuple):
     plan: PixelPlan
 
 
+class Unjoinable(Exception):
+    """A layer cannot run in a sequence at these sizes."""
+
+
 class Layer:
     """One layer of a stack. A type of layer is one subclass.
 
@@ -80,6 +84,7 @@ class Layer:
         packs: whether it makes rows from rows, without dense maps between.
         converted: whether ``convert_`` gave its module a class that masks the output.
         recorded: the recorded call of the module or function, for dense maps.
+        joins: whether it may run in a sequence of layers (:mod:`..sequences`).
         conv: the convolution that it is, or None; ``transposed``: whether it is a transposed one.
     """
 
@@ -87,6 +92,7 @@ class Layer:
     refusal = ""
     packs = False
     converted = False
+    joins = False
     recorded: Layer | None = None
     conv: nn.Module | None = None
     transposed = False
@@ -110,6 +116,14 @@ class Layer:
     def rows(self, run):
         """The output in a :class:`~dynops.stack.run_rows.Run`: rows at a plan, or a dense tensor."""
         return self.recorded.rows(run)
+
+    def join(self, bound) -> None:
+        """Adds its step to a sequence that is bound to sizes (:class:`..sequences.bound.Bound`).
+
+        Raises:
+            Unjoinable: it has none at these sizes.
+        """
+        raise Unjoinable
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         """The tiles ``[B, C, out.tile_h, out.tile_w]`` of tiles that hold exactly what these read.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
+from ...kernels.cpu.prepared import StepKind
 from ..trace import Ref, Step, find
-from .base import Layer, Rows, called, mapped, place
+from .base import Layer, Rows, Unjoinable, called, mapped, place
 
 # elementwise with finite gradients everywhere: what lies outside the map may be anything
 _FUNCTIONS = {
@@ -28,6 +29,33 @@ _METHODS = ("add", "sub", "mul", "neg", "abs", "clamp", "sigmoid", "square")
 _DIVISIONS = ("operator:truediv", "torch:div", "div")
 WITH_CHANNELS = ("operator:mul", "torch:mul", "operator:add", "torch:add")  # of [N, H, W, C] and [C]
 _CATS = ("torch:cat", "torch:concat", "torch:concatenate")
+# calls that only move channels or read sizes (..sequences.moves)
+_MOVES = {
+    *(
+        "size",
+        "chunk",
+        "split",
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "contiguous",
+        "flatten",
+        "unflatten",
+    ),
+    *("operator:getitem", "operator:floordiv", "builtins:getattr", "swapaxes", "torch:swapaxes"),
+    *("torch:chunk", "torch:split", "torch:reshape", "torch:transpose", "torch:permute", "torch:flatten"),
+}
+_STEP_KINDS = {
+    target: kind
+    for kind, targets in {
+        StepKind.PRODUCT: "operator:mul torch:mul torch:multiply mul",
+        StepKind.SUM: "operator:add torch:add add",
+        StepKind.SIGMOID: "torch:sigmoid torch.nn.functional:sigmoid sigmoid",
+        StepKind.HARDSIGMOID: "torch.nn.functional:hardsigmoid",
+    }.items()
+    for target in targets.split()
+}
 
 
 class _Parameter(NamedTuple):
@@ -50,6 +78,37 @@ class Call(Layer):
         self.packs = self.refusal == ""
         self.cats = step.target in _CATS
         self.copies = step.kind == "method" and step.target in COPIES and bool(maps)
+        plain = (
+            self.packs
+            and not self.paths
+            and not self.kwargs
+            and len(step.args) == len(step.inputs) == len(maps)
+        )
+        self.step_kind = StepKind.CAT if self.cats else _STEP_KINDS.get(step.target) if plain else None
+        self.moves = (
+            step.kind in ("function", "method") and step.target in _MOVES and not self.paths and bool(maps)
+        )
+        self.joins = (self.packs and self.step_kind is not None) or self.moves
+
+    def join(self, bound) -> None:
+        kind, inputs = self.step_kind, self.inputs
+        if self.moves:
+            return bound.move(self, self._call)
+        if kind is StepKind.CAT:
+            order = self.args[0] if self.args else self.kwargs["tensors"]
+            inputs = tuple(ref.value for ref in order)
+            if len({bound.size(v) for v in inputs}) != 1:
+                raise Unjoinable
+            return bound.step(
+                kind, self, bound.size(inputs[0]), sum(bound.channels(v) for v in inputs), inputs=inputs
+            )
+        if kind is StepKind.PRODUCT and len({bound.size(v) for v in inputs}) == 2:  # by one pixel a sample
+            inputs = sorted(inputs, key=lambda v: bound.size(v), reverse=True)
+            if bound.size(inputs[1])[1:] != (1, 1) or bound.channels(inputs[0]) != bound.channels(inputs[1]):
+                raise Unjoinable
+            size, channels = bound.size(inputs[0]), bound.channels(inputs[0])
+            return bound.step(kind, self, size, channels, inputs=tuple(inputs))
+        return bound.step(kind, self, *bound.same(inputs))
 
     def _refuses(self, step: Step) -> str:
         if not self.inputs:

@@ -20,7 +20,7 @@ from ..module_geometry import geometry_of, two
 from ..norm import check_features, fold, norm_rows, tensors_of, uses_batch_statistics
 from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
-from .base import SAME, Layer, Rows, finish, place, spans_of
+from .base import SAME, Layer, Rows, Unjoinable, finish, place, spans_of
 from .norm import check_norm, dense_norm, statistics_refusal
 from .resample import Padded
 
@@ -162,6 +162,18 @@ class Conv(Layer):
         if pointwise:
             return Rows(made.run(values, run.index_of_rows(plan), None, residual, quads), plan)
         return Rows(made.run(values, plan.index, run.inverse(in_plan), residual, quads), plan)
+
+    @property
+    def joins(self) -> bool:
+        return self.pads is None and not self.waits
+
+    def join(self, bound) -> None:
+        g = self.geometry(bound.size(self.x))
+        if self.residual is not None and (
+            bound.size(self.residual) != g.out_shape or bound.channels(self.residual) != self.out_channels
+        ):
+            raise Unjoinable
+        bound.multiply(self, g.out_shape, self.out_channels, g, self.conv, self.norm, self.activation)
 
     def _fits(self, values: Tensor, in_plan, plan, weight: Tensor, residual: Tensor | None) -> bool:
         return (

@@ -6,9 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
+from ...kernels.cpu.prepared import StepKind
 from ...ops.epilogue import ACTIVATIONS
 from ..trace import Step, find
 from .base import Layer, Rows, called, place
+
+_STEP_KINDS = {nn.Sigmoid: StepKind.SIGMOID, nn.Hardsigmoid: StepKind.HARDSIGMOID}
 
 
 class Activation(Layer):
@@ -20,6 +23,8 @@ class Activation(Layer):
         super().__init__(place(step.target), step.inputs, step.out)
         self.x, self.kwargs = step.inputs[0], dict(step.kwargs)
         self.copies = False
+        self.activation = step.activation if step.kind == "act" else ""
+        self.step_kind = StepKind.EACH if self.activation else None
         if step.kind == "act" and step.activation:
             self.function, self.kwargs = ACTIVATIONS[step.activation], {}
         elif step.args == ("function",):
@@ -27,6 +32,8 @@ class Activation(Layer):
         else:
             self.function, self.kwargs = module.get_submodule(step.target), {}
             self.copies = getattr(self.function, "inplace", False)  # the value may have other readers
+            self.step_kind = _STEP_KINDS.get(type(self.function), self.step_kind)
+        self.joins = self.step_kind is not None
 
     def rows(self, run):
         if (waiting := run.waiting(self.x)) is not None:
@@ -35,6 +42,13 @@ class Activation(Layer):
         if plan is None:
             return self._apply(run.map(self.x) if run.maps else run.dense(self.x))
         return Rows(self._apply(run.at(self.x, plan)), plan)
+
+    def join(self, bound) -> None:
+        size, channels = bound.same(self.inputs)
+        if self.activation:
+            bound.multiply(self, size, channels, activation=self.activation)
+        else:
+            bound.step(self.step_kind, self, size, channels)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return self._apply(inputs[0])
@@ -46,7 +60,7 @@ class Activation(Layer):
 class Add(Layer):
     """The sum of two values."""
 
-    packs = True
+    packs = joins = True
 
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(called(step), step.inputs, step.out)
@@ -61,21 +75,24 @@ class Add(Layer):
             return run.map(self.inputs[0]) + run.map(self.inputs[1])
         return run.masked_as(self, a + b)
 
+    def join(self, bound) -> None:
+        bound.step(StepKind.SUM, self, *bound.same(self.inputs))
+
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return inputs[0] + inputs[1]
 
 
 class Dropout(Layer):
-    """Draws for the rows that exist. A dropout of whole channels needs dense maps in training mode."""
+    """Draws for the rows that exist. A dropout of whole channels or samples needs dense maps in training mode."""
 
-    packs = True
+    packs = joins = True
 
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(place(step.target), step.inputs, step.out)
         self.dropout = module.get_submodule(step.target)
 
     def check(self) -> None:
-        if self.dropout.training and self.dropout.p > 0:
+        if self.dropout.training and getattr(self.dropout, "p", 1) != 0:
             raise TypeError(
                 f"{self.name}: expected a dropout in eval mode, got {self.dropout} in training mode"
             )
@@ -85,8 +102,12 @@ class Dropout(Layer):
         if not dropout.training:
             return run.env[x]
         if type(dropout) is not nn.Dropout:
-            return F.dropout2d(run.map(x) if run.maps else run.dense(x), dropout.p, True)
+            return dropout(run.map(x) if run.maps else run.dense(x))
+
         plan = run.shared_plan(self)
         if plan is None:
             return F.dropout(run.map(x) if run.maps else run.dense(x), dropout.p, True)
         return Rows(F.dropout(run.at(x, plan), dropout.p, True), plan)
+
+    def join(self, bound) -> None:
+        bound.idles(self, self.dropout)

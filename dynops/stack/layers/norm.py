@@ -22,7 +22,7 @@ class Norm(Layer):
     In training mode its statistics are those of the rows that exist.
     """
 
-    packs = True
+    packs = joins = True
 
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(place(step.target), step.inputs, step.out)
@@ -49,6 +49,10 @@ class Norm(Layer):
             return Rows(norm_rows(self.norm, x, plan, residual, self.activation), plan)
         out = scatter_pixels(norm_rows(self.norm, x, plan), plan) + run.dense(self.residual)
         return ACTIVATIONS[self.activation](out)
+
+    def join(self, bound) -> None:
+        size, channels = bound.same(self.inputs)
+        bound.multiply(self, size, channels, norm=self.norm, activation=self.activation)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         residual = None if self.residual is None else inputs[1]

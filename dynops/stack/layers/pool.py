@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ... import backends, modes
 from ...geometry import BlockGeometry, ConvGeometry, pair, window_count
 from ...kernels.cpu.pixels import max_rows
+from ...kernels.cpu.prepared import StepKind
 from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
 from ..receptive_field import Span, Window
@@ -34,14 +35,21 @@ class _Pool(Layer):
             return self.recorded.rows(run)
         return run.masked(self.pool, self.inputs[0])
 
+    def join(self, bound) -> None:
+        size, channels = bound.same(self.inputs)
+        out = tuple(reach.out_size(size[1 + i]) for i, reach in enumerate(self.reaches[0]))
+        g = ConvGeometry(*size, *out, *self.kernel, *self.stride, *self.pad, *self.dilation, 1, 0)
+        bound.step(self.step_kind, self, g.out_shape, channels, g, bool(self.pool.ceil_mode))
+
 
 class MaxPool(_Pool):
-    outside = "-inf"
+    outside, step_kind = "-inf", StepKind.MAX_POOL
 
     def __init__(self, name: str, step: Step, pool: nn.MaxPool2d):
         super().__init__(name, step, pool, pool.dilation)
         if pool.return_indices:
             self.refusal = f"{name}: expected return_indices=False, got {pool}"
+        self.joins = self.converted and self.refusal == ""
 
     def rows(self, run):
         if self.converted and (x := run.rows_of(self.inputs[0])) is not None:
@@ -82,7 +90,7 @@ def max_of_rows(pool: nn.MaxPool2d, x: Rows, active) -> Rows | None:
 
 
 class AvgPool(_Pool):
-    outside = "zero"
+    outside, step_kind = "zero", StepKind.MEAN_POOL
 
     def __init__(self, name: str, step: Step, pool: nn.AvgPool2d):
         super().__init__(name, step, pool)
@@ -90,6 +98,7 @@ class AvgPool(_Pool):
         # a window that hangs over what is counted has a smaller divisor
         hangs = bool(pool.ceil_mode) or (self.pad != (0, 0) and not self.counts_pad)
         self.varies = hangs and self.divisor is None
+        self.joins = self.converted and self.pad == (0, 0) and self.divisor is None and not pool.ceil_mode
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         if not self.varies:
@@ -127,6 +136,14 @@ class GlobalPool(Layer):
         super().__init__(recorded.name, step.inputs, step.out)
         self.recorded, self.refusal, self.kind, self.keepdim = recorded, recorded.refusal, kind, keepdim
         self.feeds_convs = False  # every reader is a convolution, as in squeeze-excite
+
+    @property
+    def joins(self) -> bool:
+        return self.keepdim and self.feeds_convs and self.kind == "mean"
+
+    def join(self, bound) -> None:
+        (n, _, _), channels = bound.same(self.inputs)
+        bound.step(StepKind.MEAN, self, (n, 1, 1), channels)
 
     def rows(self, run):
         rows = run.rows_of(self.inputs[0]) if run.policy.zero_outside else None

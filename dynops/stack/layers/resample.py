@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry, ConvGeometry
+from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..receptive_field import Enlarged, Window
 from ..trace import Step, dense_type
@@ -127,6 +128,15 @@ class Upsample(_Moved):
 
     def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry | None:
         return super().geometry(in_shape) if self.packs else None
+
+    @property
+    def joins(self) -> bool:
+        return self.converted and self.packs
+
+    def join(self, bound) -> None:
+        size, channels = bound.same(self.inputs)
+        g = self.geometry(size)
+        bound.step(StepKind.NEAREST, self, g.out_shape, channels, g)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         corners = False if self.mode == "bilinear" else None

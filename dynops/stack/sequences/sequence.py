@@ -1,0 +1,85 @@
+"""Which layers run together, and whether they can in a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plans import PixelPlan
+from ..layers.base import Layer, Rows, Unjoinable
+from ..policy import Masked
+from .bound import Bound
+
+_MOST_BOUND = 16  # sizes that a sequence stays bound to
+
+
+def parts_of(layers: list[Layer], output: int, dense_input: bool) -> tuple[Layer | Sequence, ...]:
+    """The layers, with each run of two and more that join as a :class:`Sequence`.
+
+    Args:
+        dense_input: value 0 is a dense map, which layers alone read.
+    """
+    parts: list = []
+    joined: list[Layer] = []
+    for i, layer in enumerate([*layers, None]):
+        ends = layer is None or (
+            layer.conv is not None and layer.out == output
+        )  # it writes the dense map itself
+        if not ends and layer.joins and not (dense_input and 0 in layer.inputs):
+            joined.append(layer)
+            continue
+        if len(joined) > 1:
+            read = {output}.union(*(later.inputs for later in layers[i:]))
+            parts.append(Sequence(tuple(joined), read))
+        else:
+            parts += joined
+        joined = []
+        if layer is not None:
+            parts.append(layer)
+    return tuple(parts)
+
+
+class Sequence:
+    """Layers in order.
+
+    Args:
+        read: the values that something after them reads.
+    """
+
+    def __init__(self, layers: tuple[Layer, ...], read: set[int]):
+        self.layers = layers
+        made = [layer.out for layer in layers]
+        self.inputs = tuple(dict.fromkeys(v for layer in layers for v in layer.inputs if v not in made))
+        self.outputs = tuple(v for v in made if v in read)
+        self._bound: dict[tuple, Bound | None] = {}
+
+    def run(self, run) -> bool:
+        """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
+        if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
+            return False
+        found = [run.found(v) for v in self.inputs]
+        if not all(type(x) is Rows and _is_plain(x.values) and is_compact(x.plan) for x in found):
+            return False
+        sizes = tuple((*x.plan.shape, x.values.shape[1]) for x in found)
+        bound = self._bound_to(sizes)
+        return bound is not None and bound.run(run, found)
+
+    def _bound_to(self, sizes: tuple) -> Bound | None:
+        if sizes not in self._bound:
+            try:
+                bound = Bound(self, sizes)
+            except (Unjoinable, ValueError):  # a ValueError the layers raise too
+                bound = None
+            if len(self._bound) >= _MOST_BOUND:
+                self._bound = {}
+            self._bound[sizes] = bound
+        return self._bound[sizes]
+
+
+def _is_plain(values: Tensor) -> bool:
+    return type(values) is Tensor and values.dtype is torch.float32 and values.is_contiguous()
+
+
+def is_compact(plan) -> bool:
+    """True for a plan of pixels that has some, and no capacity."""
+    return type(plan) is PixelPlan and plan.count is None and len(plan) > 0
