@@ -110,6 +110,9 @@ def measure(size: int, setting: Setting) -> list[Row]:
 def run(model: nn.Module, where: Tensor, features: Tensor, size: int) -> tuple[Tensor, ...]:
     """The outputs of a converted backbone for pillars at ``where`` ``[P, 3]``, each one once."""
     plan = dynops.PixelPlan.from_coordinates(where, (1, size, size))
-    rows = torch.empty_like(features).index_copy_(0, plan.rows_of(where), features)
+    order = torch.empty_like(where[:, 0]).scatter_(
+        0, plan.rows_of(where), torch.arange(len(where), device=where.device)
+    )
+    rows = features[order]
     with dynops.use_mask(plan):
         return model(dynops.packed(rows, plan))

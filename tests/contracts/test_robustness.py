@@ -235,7 +235,7 @@ FLOORS = {
     "ops": {"geometry", "modes", "scripting", "backends", "kept", "plans", "kernels", "scope", "ops"},
     "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
     "graphs": {"geometry", "plans", "context"},
-    "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
+    "stack": {"geometry", "modes", "backends", "kept", "plans", "kernels", "ops", "context", "stack"},
     "packed": {"ops", "plans", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "context", "stack", "convert", "integrations"},

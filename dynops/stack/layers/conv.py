@@ -22,7 +22,7 @@ from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
 from .base import SAME, Layer, Rows, Unjoinable, finish, place, spans_of
 from .norm import check_norm, dense_norm, statistics_refusal
-from .resample import Padded
+from .resample import Padded, through
 
 
 class Conv(Layer):
@@ -102,7 +102,7 @@ class Conv(Layer):
         g = self.geometry(shape)
         plan = run.policy.plan(self.out, g.out_shape, values.device, self._unpadded(g))
         if type(padded) is Padded and self.pads is None:
-            g = padded.through(g)
+            g = through(padded.geometry, g)
         residual, wide = None, run.autocast is None or values.dtype == torch.float64
         if self.residual is not None:
             residual = run.added(self.residual, plan, self.out_channels)
@@ -136,7 +136,7 @@ class Conv(Layer):
             return None
         g = self.geometry(x.plan.shape)
         plan = run.policy.plan(self.out, g.out_shape, in_plan.device, g)
-        g = x.through(g) if type(x) is Padded else g
+        g = through(x.geometry, g) if type(x) is Padded else g
         if self.residual is not None:
             added = run.env[self.residual]
             if type(added) is not Rows or added.plan is not plan:
@@ -168,7 +168,7 @@ class Conv(Layer):
         return self.pads is None and not self.waits
 
     def join(self, bound) -> None:
-        g = self.geometry(bound.size(self.x))
+        g = self.geometry(bound.padded_size(self.x))
         if self.residual is not None and (
             bound.size(self.residual) != g.out_shape or bound.channels(self.residual) != self.out_channels
         ):

@@ -26,10 +26,10 @@ class Padded(NamedTuple):
     def rows(self) -> Rows:
         return Rows(rows_at(self.inner, _source(self.plan, self.geometry)), self.plan)
 
-    def through(self, g: ConvGeometry) -> ConvGeometry:
-        """The geometry on the inner map of a convolution that reads this one."""
-        own = self.geometry
-        return g._replace(in_h=own.in_h, in_w=own.in_w, pad_h=g.pad_h + own.pad_h, pad_w=g.pad_w + own.pad_w)
+
+def through(pad: ConvGeometry, g: ConvGeometry) -> ConvGeometry:
+    """The geometry, on the map inside of a padding, of a convolution that reads the padded one."""
+    return g._replace(in_h=pad.in_h, in_w=pad.in_w, pad_h=g.pad_h + pad.pad_h, pad_w=g.pad_w + pad.pad_w)
 
 
 def rows_at(rows: Rows, index: Tensor) -> Tensor:
@@ -177,6 +177,14 @@ class ZeroPad(_Moved):
         if min(layer.padding) < 0:
             self.refusal, self.packs = f"{name}: expected paddings >= 0, got {layer}", False
         super().__init__(name, step, layer, (Window(1, 1, top, bottom, 1), Window(1, 1, left, right, 1)))
+        self.feeds_convs = False  # every reader is a convolution, which reads through it
+
+    @property
+    def joins(self) -> bool:
+        return self.converted and self.packs and self.feeds_convs
+
+    def join(self, bound) -> None:
+        bound.pad(self, self.geometry(bound.size(self.inputs[0])))
 
     def _moved(self, run, x: int, plan: PixelPlan, g: ConvGeometry):
         rows = run.rows_of(x)

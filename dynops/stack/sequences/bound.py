@@ -14,6 +14,7 @@ from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of, takes_winograd
 from ...kernels.cpu.prepared import Prepared, StepKind, key_of
 from ..layers.base import Layer, Rows, Unjoinable
+from ..layers.resample import Padded, through
 from ..norm import check_features, fold, tensors_of, uses_batch_statistics
 from . import moves
 
@@ -67,6 +68,7 @@ class Bound:
         self._channels: dict[int, int] = {}
         self._moved: dict[int, object] = {}  # values that only move others' channels
         self._same: dict[int, int] = {}  # values that are others
+        self._pads: dict[int, ConvGeometry] = {}  # values that are others with zeros around, and the padding
         self.steps: list[Step] = []
         self.tiled: dict[int, ConvGeometry] = {}  # the slots whose 3x3 convolutions may run as Winograd's
         self.idle: list[nn.Module] = []  # dropouts, which do nothing in eval mode
@@ -106,8 +108,11 @@ class Bound:
     ) -> None:  # fmt: skip
         """Adds a layer's convolution; without ``conv`` what a norm or activation makes of each row by itself."""
         if conv is not None:
-            weights = Weights(geometry, conv, norm, activation)
-            return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights)
+            first, *rest = layer.inputs
+            pad = self._pads.get(first)
+            weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activation)
+            inputs = layer.inputs if pad is None else (self._same[first], *rest)
+            return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs)
         each = ConvGeometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, channels, 0)  # depthwise 1x1
         return self.step(StepKind.EACH, layer, size, channels, weights=Weights(each, None, norm, activation))
 
@@ -119,6 +124,15 @@ class Bound:
         """Adds a layer that does nothing in eval mode."""
         self.idle.append(module)
         self._same[layer.out] = layer.inputs[0]
+
+    def pad(self, layer: Layer, geometry: ConvGeometry) -> None:
+        """Adds zeros around a map, which convolutions read through."""
+        self._same[layer.out], self._pads[layer.out] = self.rows(layer.inputs[0]), geometry
+        self._reach(geometry.out_shape, geometry, False)
+
+    def padded_size(self, value: int) -> tuple[int, int, int]:
+        """The size of a value as a convolution reads it, with the zeros around it."""
+        return self._pads[value].out_shape if value in self._pads else self.size(value)
 
     def size(self, value: int) -> tuple[int, int, int]:
         return self._sizes[self.rows(value)]
@@ -144,6 +158,8 @@ class Bound:
             Unjoinable: it is no map.
         """
         while value in self._same:
+            if value in self._pads:
+                raise Unjoinable
             value = self._same[value]
         if value in self._sizes:
             return value
@@ -161,10 +177,11 @@ class Bound:
         return value
 
     def _tree(self, value: int):
-        while value in self._same:
+        while value in self._same and value not in self._pads:
             value = self._same[value]
         if value in self._moved:
             return self._moved[value]
+        value = self.rows(value)
         return moves.whole(value, self._sizes[value], self._channels[value])
 
     def _result(self, value: int):
@@ -172,10 +189,14 @@ class Bound:
         found = self._moved.get(value)
         if value in self._moved and not _holds_maps(found):
             return (found,)
-        return self.rows(value)
+        return self.rows(self._same[value] if value in self._pads else value)
 
     def _place(self, value: int, size: tuple, channels: int, geometry, ceil: bool) -> None:
         self._sizes[value], self._channels[value] = size, channels
+        self._reach(size, geometry, ceil)
+
+    def _reach(self, size: tuple, geometry, ceil: bool) -> None:
+        """Brings the mask to a size."""
         if size not in self.slots:
             self.slots[size] = len(self.makers)
             self.makers.append((size, geometry, ceil))
@@ -209,7 +230,9 @@ class Bound:
         arguments += [rows.values.data_ptr() for rows in made.values()]
         backends._C.run_sequence(capsule, len(plans), *arguments)
         for value, result in self.results.items():
-            run.env[value] = made[result] if type(result) is int else result[0]
+            found = made[result] if type(result) is int else result[0]
+            pad = self._pads.get(value)
+            run.env[value] = found if pad is None else Padded(found, plans[self.slots[pad.out_shape]], pad)
         return True
 
     def _plans(self, run, found: list[Rows]) -> list | None:

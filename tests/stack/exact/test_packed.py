@@ -12,6 +12,7 @@ import dynops
 from benchmarks.exact.pillars import Backbone, pillars
 from dynops.ops import scatter_pixels
 from dynops.stack import run_rows
+from dynops.stack.layers import resample
 from dynops.stack.maps import value
 from dynops.testing import MaskedPolicy
 
@@ -70,6 +71,23 @@ def test_no_dense_map_is_made_of_it(monkeypatch):
         with mode, dynops.use_mask(PLAN):
             outputs = model(dynops.packed(rows(), PLAN))
     assert shapes == [(1, SIZE // 2, SIZE // 2)] * 2 * len(outputs)  # the outputs alone
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("last", [[], [nn.ReLU()]], ids=["to the map", "to rows"])
+def test_zero_padding_between_convolutions_copies_no_rows(last, grad, monkeypatch):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 1), nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.ZeroPad2d(1)
+    model, x = nn.Sequential(*layers, nn.Conv2d(4, 5, 3, 2), *last), torch.randn(2, 3, 16, 24)
+    dense, mask = copy.deepcopy(model), torch.rand(2, 16, 24) < 0.2
+    dynops.convert_(model)
+    monkeypatch.setattr(resample, "rows_at", None)
+    with torch.set_grad_enabled(grad), dynops.use_mask(mask) as active:
+        out = model(x)
+    for layer in dense:
+        x = layer(x)
+        x = torch.where(active.plan((2, *x.shape[2:]), x.device).mask()[:, None], x, 0)
+    torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-5)
 
 
 def test_elsewhere_it_is_the_dense_map():
