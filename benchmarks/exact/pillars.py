@@ -15,7 +15,6 @@ from ..harness.contenders import FORMATS, bound, calibrated
 from ..harness.rows import Row
 from ..harness.setting import Setting
 from ..models.macs import CountedPolicy
-from . import uncached
 
 SIZE, CHANNELS, DENSITY = 400, 64, 0.05
 
@@ -92,7 +91,7 @@ def measure(size: int, setting: Setting) -> list[Row]:
             for name, memory_format in FORMATS.items()
         }
         dynops.convert_(model)
-        times = compare(dense, {"ours": bound(run, model, where, features, size)}, setting, flush=uncached)
+        times = compare(dense, {"ours": bound(run, model, where, features, size)}, setting)
     return [
         times.row(
             "ours",
