@@ -140,8 +140,8 @@ static void forget_sequence(PyObject* capsule) {
 }
 
 // make_sequence([(plan, channels) of each value], inputs, outputs, steps), with a step (kind, inputs, out,
-// prepared or None, geometry or None, freed, channels): what run_sequence takes. The caller keeps what the
-// steps prepared.
+// prepared or None, geometry or None, freed, channels, (gamma, beta, eps)): what run_sequence takes. The
+// caller keeps what the steps prepared.
 static py::object make_sequence(const std::vector<std::pair<int64_t, int64_t>>& values,
                                 const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs,
                                 const std::vector<py::tuple>& steps) {
@@ -155,6 +155,10 @@ static py::object make_sequence(const std::vector<std::pair<int64_t, int64_t>>& 
                                   .out = step[2].cast<int64_t>(),
                                   .freed = step[5].cast<std::vector<int64_t>>(),
                                   .channels = step[6].cast<std::vector<int64_t>>()};
+    const auto [gamma, beta, eps] = step[7].cast<std::tuple<int64_t, int64_t, double>>();
+    one.gamma = reinterpret_cast<const float*>(gamma);
+    one.beta = reinterpret_cast<const float*>(beta);
+    one.eps = eps;
     if (!step[3].is_none()) {
       one.conv = static_cast<PreparedConv*>(PyCapsule_GetPointer(py::object(step[3]).ptr(), "PreparedConv"));
       if (!one.conv) throw py::error_already_set();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-_FUSED = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+_FUSED = {nn.GELU: "gelu", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 
 # f(0) = 0: on a map that is zero outside a mask these leave it so
 ZERO_PRESERVING = (
@@ -25,6 +25,24 @@ ZERO_PRESERVING = (
 ELEMENTWISE = (*ZERO_PRESERVING, nn.Hardtanh, nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus)
 
 
+# timm's, with an argument ``inplace`` each; all but a sigmoid's result is torch's bit for bit
+_TIMMS = {
+    "Swish": nn.SiLU,
+    "Mish": nn.Mish,
+    "Sigmoid": nn.Sigmoid,
+    "Tanh": nn.Tanh,
+    "HardSwish": nn.Hardswish,
+    "HardSigmoid": nn.Hardsigmoid,
+    "GELU": nn.GELU,
+}
+
+
+def activation_type(module: nn.Module) -> type:
+    """The class of torch that computes what an activation of timm does; of other modules their own."""
+    kind = type(module)
+    return _TIMMS.get(kind.__name__, kind) if kind.__module__ == "timm.layers.activations" else kind
+
+
 def is_norm_act(module: nn.Module) -> bool:
     """True for timm's BatchNormAct2d with an activation that leaves zero as it is: a BatchNorm2d and the module ``act``.
 
@@ -34,11 +52,11 @@ def is_norm_act(module: nn.Module) -> bool:
         k.__name__ == "BatchNormAct2d" for k in type(module).__mro__
     )
     drop, act = (module._modules.get(name) for name in ("drop", "act")) if named else (None, None)
-    return type(drop) is nn.Identity and type(act) in (nn.Identity, *ZERO_PRESERVING)
+    return type(drop) is nn.Identity and activation_type(act) in (nn.Identity, *ZERO_PRESERVING)
 
 
 def fused_name(module: nn.Module) -> str:
     """The name that an op knows this activation by (ops.epilogue.ACTIVATIONS), or ""."""
     if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return _FUSED.get(type(module), "")
+    return _FUSED.get(activation_type(module), "")

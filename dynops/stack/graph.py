@@ -122,7 +122,7 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
             continue
         readers = [reader for reader in layers if layer.out in reader.inputs]
         if layer.conv is not None and layer.is_bare:
-            layer.waits = len(readers) == 1 and type(readers[0]) is Call
+            layer.waits = len(readers) == 1 and type(readers[0]) is Call and not readers[0].joins
         elif type(layer) in (GlobalPool, ZeroPad):
             layer.feeds_convs = all(reader.conv is not None for reader in readers)
     parts = {"parts": parts_of(layers, output, True), "inner_parts": parts_of(layers, output, False)}

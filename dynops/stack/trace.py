@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .activations import ZERO_PRESERVING, fused_name, is_norm_act
+from .activations import ZERO_PRESERVING, activation_type, fused_name, is_norm_act
 from .staleness import signature
 from .tracing.fusion import fuse
 from .tracing.recording import Recorder, Untraceable, opaque
@@ -190,10 +190,21 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
             )
             leaf = m in kinds or torchs_own
         else:
-            leaf = m in kinds or not any(inner in kinds for inner in m.modules())
+            leaf = m in kinds or not (any(inner in kinds for inner in m.modules()) or _is_mlp(m))
         if leaf and path:
             leaves.add(path)
     return leaves
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """True for Linears with what may stand between them, as timm's Mlp: each runs on rows."""
+    between = (nn.Identity, nn.LayerNorm, *_DROPOUTS, *ZERO_PRESERVING)
+    inner = [*module.children()]
+    return (
+        not module.__module__.startswith("torch.nn")
+        and any(type(m) is nn.Linear for m in inner)
+        and all(type(m) is nn.Linear or activation_type(m) in between for m in inner)
+    )
 
 
 def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
@@ -320,7 +331,7 @@ class _Steps:
             self.emit(node, self.kinds[module], node.target, (x,))
             if is_norm_act(module):
                 self._act(node, module.act, f"{node.target}.act")
-        elif x is not None and type(module) in ZERO_PRESERVING:
+        elif x is not None and activation_type(module) in ZERO_PRESERVING:
             self._act(node, module, node.target, x, inplace)
         elif x is not None and (type(module) in _DROPOUTS or type(module).__name__ in _DROPS_OF_PATHS):
             self.emit(node, "dropout", node.target, (x,), inplace)

@@ -138,6 +138,32 @@ void take(const std::vector<int64_t>& channels, int64_t rows, const float* x, in
   });
 }
 
+void layer_norm(const SequenceStep& step, int64_t rows, const float* x, int64_t channels, float* to) {
+  for_rows(rows, 16 * channels, [&](int64_t r) {
+    const float* row = x + r * channels;
+    float* z = to + r * channels;
+    double sum = 0, squares = 0;
+    for (int64_t begin = 0; begin < channels; begin += kSumRows) {
+      float part = 0;
+      for (int64_t c = begin; c < std::min(channels, begin + kSumRows); ++c) part += row[c];
+      sum += part;
+    }
+    const float mean = float(sum / double(channels));
+    for (int64_t begin = 0; begin < channels; begin += kSumRows) {
+      float part = 0;
+      for (int64_t c = begin; c < std::min(channels, begin + kSumRows); ++c) {
+        part += (row[c] - mean) * (row[c] - mean);
+      }
+      squares += part;
+    }
+    const float scale = float(1 / std::sqrt(squares / double(channels) + step.eps));
+    for (int64_t c = 0; c < channels; ++c) {
+      const float normed = (row[c] - mean) * scale;
+      z[c] = (step.gamma ? normed * step.gamma[c] : normed) + (step.beta ? step.beta[c] : 0.f);
+    }
+  });
+}
+
 void nearest(const Geometry& g, const PlanView& in, const PlanView& out, const float* x, int64_t channels,
              float* to) {
   const int32_t fh = int32_t(g.out_h / g.in_h), fw = int32_t(g.out_w / g.in_w);
@@ -206,6 +232,8 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return pool<false>(step.g, in, out, x, channels, to);
     case StepKind::kNearest:
       return nearest(step.g, in, out, x, channels, to);
+    case StepKind::kLayerNorm:
+      return layer_norm(step, out.rows, x, channels, to);
     case StepKind::kTake:
       return take(step.channels, out.rows, x, values[a].channels, to);
   }

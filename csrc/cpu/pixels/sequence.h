@@ -29,9 +29,10 @@ enum class StepKind : int64_t {
   kHardsigmoid,
   kCat,  // of channels
   kMaxPool,
-  kMeanPool,  // without padding
-  kNearest,   // upsampling by whole factors
-  kTake,      // channels
+  kMeanPool,   // without padding
+  kNearest,    // upsampling by whole factors
+  kTake,       // channels
+  kLayerNorm,  // over the channels of a row
 };
 
 struct SequenceStep {
@@ -39,9 +40,11 @@ struct SequenceStep {
   std::vector<int64_t> inputs;
   int64_t out;
   const PreparedConv* conv = nullptr;
-  Geometry g{};                     // of a pool or an upsampling
-  std::vector<int64_t> freed{};     // values that nothing reads after it
-  std::vector<int64_t> channels{};  // that are taken
+  Geometry g{};                                   // of a pool or an upsampling
+  std::vector<int64_t> freed{};                   // values that nothing reads after it
+  std::vector<int64_t> channels{};                // that are taken
+  const float *gamma = nullptr, *beta = nullptr;  // of a layer norm, or null
+  double eps = 0;
 };
 
 class Sequence {

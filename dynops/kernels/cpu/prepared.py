@@ -35,6 +35,7 @@ class StepKind(enum.IntEnum):
     MEAN_POOL = 9
     NEAREST = 10
     TAKE = 11  # channels
+    LAYER_NORM = 12
 
 
 class Prepared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..activations import ELEMENTWISE
+from ..activations import ELEMENTWISE, activation_type
 from ..trace import Ref, Step, dense_type
 from .base import Layer, mapped, place
 from .call import COPIES, WITH_CHANNELS, Call, PerPixel
@@ -52,7 +52,7 @@ def layer_of(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer
         return _OF_CONVERTED[dense_type(inner)](place(step.target), step, inner)
     recorded, layer = Call(step, module, parameters), None
     if recorded.inputs and len(step.inputs) == 1:
-        if type(inner) in ELEMENTWISE:
+        if activation_type(inner) in ELEMENTWISE:
             return Activation(step, module)
         if type(inner) in _OF_MODULE:
             layer = _OF_MODULE[type(inner)](recorded.name, step, inner)

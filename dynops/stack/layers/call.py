@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -58,6 +59,16 @@ _STEP_KINDS = {
 }
 
 
+def _norms_channels(inner: nn.Module | None) -> bool:
+    """True for a LayerNorm over channels: torch's and timm's over the last dimension; the libraries' LayerNorm2d of NCHW."""
+    return isinstance(inner, nn.LayerNorm) and type(inner).__name__ in ("LayerNorm", "LayerNorm2d")
+
+
+def _permutes(inner: nn.Module | None) -> bool:
+    """True for torchvision's module of a permute."""
+    return type(inner).__name__ == "Permute" and hasattr(inner, "dims")
+
+
 class _Parameter(NamedTuple):
     """A parameter or buffer, where it stands among the arguments of a call."""
 
@@ -88,10 +99,29 @@ class Call(Layer):
         self.moves = (
             step.kind in ("function", "method") and step.target in _MOVES and not self.paths and bool(maps)
         )
-        self.joins = (self.packs and self.step_kind is not None) or self.moves
+        inner = (
+            module.get_submodule(step.target)
+            if step.kind == "module" and len(maps) == len(step.args) == 1
+            else None
+        )
+        self.inner = inner if type(inner) is nn.Linear or _norms_channels(inner) or _permutes(inner) else None
+        self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
+        self.scales = (
+            _STEP_KINDS.get(step.target) is StepKind.PRODUCT and len(maps) == 1 and len(self.paths) == 1
+        )
+        joined = self.step_kind is not None and self.packs
+        self.joins = joined or self.moves or self.is_constant or self.scales or self.inner is not None
 
     def join(self, bound) -> None:
         kind, inputs = self.step_kind, self.inputs
+        if self.inner is not None:
+            return self._join_module(bound)
+        if self.is_constant:
+            bound.constants[self.out] = self
+            return None
+        constant = next((bound.constants[v] for v in inputs if v in bound.constants), None)
+        if self.scales or constant is not None:
+            return self._join_scale(bound, constant)
         if self.moves:
             return bound.move(self, self._call)
         if kind is StepKind.CAT:
@@ -109,6 +139,26 @@ class Call(Layer):
             size, channels = bound.size(inputs[0]), bound.channels(inputs[0])
             return bound.step(kind, self, size, channels, inputs=tuple(inputs))
         return bound.step(kind, self, *bound.same(inputs))
+
+    def _join_module(self, bound) -> None:
+        inner = self.inner
+        bound.calls(self.module, self.target, inner)
+        if type(inner) is nn.Linear:
+            bound.linear(self, inner, inner.in_features, inner.out_features)
+        elif _permutes(inner):
+            bound.move(self, self._call)
+        else:
+            bound.layer_norm(self, inner, last=type(inner).__name__ == "LayerNorm")
+
+    def _join_scale(self, bound, constant: Call | None) -> None:
+        """A product of a map and a parameter, or of a reshaped parameter."""
+        of, values = constant or self, [v for v in self.inputs if v not in bound.constants]
+        if len(values) != 1 or self.step_kind not in (None, StepKind.PRODUCT):
+            raise Unjoinable
+        path = of.paths[0]
+        tensor = attrgetter(path)
+        scale = partial(tensor, of.module) if constant is None else partial(of._call, {})
+        bound.scale(self, values[0], scale, lambda: (tensor(of.module),))
 
     def _refuses(self, step: Step) -> str:
         if not self.inputs:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...geometry import BlockGeometry
 from ...kernels.cpu.prepared import StepKind
 from ...ops.epilogue import ACTIVATIONS
+from ..activations import activation_type
 from ..trace import Step, find
 from .base import Layer, Rows, called, place
 
@@ -22,7 +23,7 @@ class Activation(Layer):
     def __init__(self, step: Step, module: nn.Module):
         super().__init__(place(step.target), step.inputs, step.out)
         self.x, self.kwargs = step.inputs[0], dict(step.kwargs)
-        self.copies = False
+        self.copies, self.called = False, None
         self.activation = step.activation if step.kind == "act" else ""
         self.step_kind = StepKind.EACH if self.activation else None
         if step.kind == "act" and step.activation:
@@ -32,7 +33,8 @@ class Activation(Layer):
         else:
             self.function, self.kwargs = module.get_submodule(step.target), {}
             self.copies = getattr(self.function, "inplace", False)  # the value may have other readers
-            self.step_kind = _STEP_KINDS.get(type(self.function), self.step_kind)
+            self.step_kind = _STEP_KINDS.get(activation_type(self.function), self.step_kind)
+            self.called = (module, step.target) if step.kind == "module" else None
         self.joins = self.step_kind is not None
 
     def rows(self, run):
@@ -45,6 +47,8 @@ class Activation(Layer):
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
+        if self.called is not None:
+            bound.calls(*self.called, self.function)
         if self.activation:
             bound.multiply(self, size, channels, activation=self.activation)
         else:
@@ -76,7 +80,7 @@ class Add(Layer):
         return run.masked_as(self, a + b)
 
     def join(self, bound) -> None:
-        bound.step(StepKind.SUM, self, *bound.same(self.inputs))
+        bound.add(self, *self.inputs)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return inputs[0] + inputs[1]

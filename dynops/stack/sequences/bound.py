@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from ...kernels.cpu.prepared import Prepared, StepKind, key_of
 from ..layers.base import Layer, Rows, Unjoinable
 from ..layers.resample import Padded, through
 from ..norm import check_features, fold, tensors_of, uses_batch_statistics
+from ..staleness import hooked
 from . import moves
 
 _WINDOWS = (StepKind.MAX_POOL, StepKind.MEAN_POOL, StepKind.NEAREST)
@@ -28,17 +30,31 @@ class Weights:
     Attributes:
         geometry: of the convolution.
         conv: the module with ``weight`` and ``bias``, a convolution or a Linear; None: each row is taken by itself.
-        norm: the BatchNorm2d after it, or None.
+        norm: the BatchNorm2d after it, or None; of a layer norm that itself.
+        scale: makes the vector ``[C]`` that it multiplies by after it, of ``scaled_by``; or None.
     """
 
     geometry: ConvGeometry
     conv: nn.Module | None = None
     norm: nn.Module | None = None
     activation: str = ""
+    scale: Callable[[], Tensor] | None = None
+    scaled_by: Callable[[], tuple] = tuple
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         own = () if self.conv is None else (self.conv._parameters["weight"], self.conv._parameters["bias"])
-        return own if self.norm is None else (*own, *tensors_of(self.norm))
+        own = own if self.norm is None else (*own, *tensors_of(self.norm))
+        return (*own, *self.scaled_by())
+
+    def affine(self, channels: int) -> tuple[Tensor | None, Tensor | None]:
+        """What follows the products."""
+        if self.norm is not None:
+            check_features(self.norm, channels)
+            return fold(self.norm)
+        if self.scale is None:
+            return None, None
+        scale = self.scale().detach().reshape(-1)
+        return scale.expand(channels).contiguous(), None
 
 
 @dataclass
@@ -51,6 +67,11 @@ class Step:
     weights: Weights | None = None
     geometry: ConvGeometry | None = None
     channels: list[int] = field(default_factory=list)  # that are taken
+    layer_norm: nn.Module | None = None
+
+    def norm_tensors(self) -> tuple[Tensor | None, ...]:
+        found = () if self.layer_norm is None else self.layer_norm._parameters
+        return (found["weight"], found["bias"]) if found else ()
 
 
 class Bound:
@@ -66,12 +87,19 @@ class Bound:
         self.makers: list[tuple] = []  # of each: how the mask brings it there
         self._sizes: dict[int, tuple] = {}  # of each value that is rows
         self._channels: dict[int, int] = {}
+        self._last: set[int] = set()  # values [N, H, W, C]
         self._moved: dict[int, object] = {}  # values that only move others' channels
         self._same: dict[int, int] = {}  # values that are others
-        self._pads: dict[int, ConvGeometry] = {}  # values that are others with zeros around, and the padding
+        self._pads: dict[int, tuple[int, ConvGeometry]] = {}  # values that are others with zeros around
+        self._roots: dict[tuple, int] = {}  # of (value, channels last): the rows that it is
+        self.constants: dict[int, Layer] = {}  # values made of parameters alone
         self.steps: list[Step] = []
         self.tiled: dict[int, ConvGeometry] = {}  # the slots whose 3x3 convolutions may run as Winograd's
+        self.called: list[tuple] = []  # children of modules on the way to those that layers call
+        self.leaves: list[tuple] = []  # these, and their types
         self.idle: list[nn.Module] = []  # dropouts, which do nothing in eval mode
+        self._readers = Counter(v for layer in sequence.layers for v in layer.inputs)
+        self._readers.update(sequence.outputs)
         for value, (*size, channels) in zip(sequence.inputs, sizes, strict=True):
             self._place(value, tuple(size), channels, None, False)
         for layer in sequence.layers:
@@ -87,7 +115,7 @@ class Bound:
     def step(
         self, kind: StepKind, layer: Layer, size: tuple, channels: int,
         geometry: ConvGeometry | None = None, ceil: bool = False, weights: Weights | None = None,
-        inputs: tuple[int, ...] | None = None,
+        inputs: tuple[int, ...] | None = None, layer_norm: nn.Module | None = None,
     ) -> None:  # fmt: skip
         """Adds a layer's step.
 
@@ -95,11 +123,15 @@ class Bound:
             size, channels: of its output, whose mask ``use_mask.after(geometry, ceil)`` brings there.
             inputs: those of the layer, in another order.
         """
-        inputs = tuple(self.rows(v) for v in (layer.inputs if inputs is None else inputs))
+        inputs = layer.inputs if inputs is None else inputs
+        last = self.is_last(inputs[0])
+        inputs = tuple(self.rows(v, last) for v in inputs)
         self._place(layer.out, size, channels, geometry, ceil)
-        self.steps.append(Step(kind, inputs, layer.out, weights, geometry))
+        if last:
+            self._last.add(layer.out)
+        self.steps.append(Step(kind, inputs, layer.out, weights, geometry, layer_norm=layer_norm))
         g, conv = (None, None) if weights is None else (weights.geometry, weights.conv)
-        if conv is not None and takes_winograd(g, conv._parameters["weight"].shape, torch.float32):
+        if conv is not None and takes_winograd(g, _as_kernel(conv).shape, torch.float32):
             self.tiled[self.slots[size]] = g
 
     def multiply(
@@ -109,12 +141,77 @@ class Bound:
         """Adds a layer's convolution; without ``conv`` what a norm or activation makes of each row by itself."""
         if conv is not None:
             first, *rest = layer.inputs
-            pad = self._pads.get(first)
+            first, pad = self._pads.get(first, (first, None))
             weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activation)
-            inputs = layer.inputs if pad is None else (self._same[first], *rest)
+            inputs = (first, *rest)
             return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs)
-        each = ConvGeometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, channels, 0)  # depthwise 1x1
-        return self.step(StepKind.EACH, layer, size, channels, weights=Weights(each, None, norm, activation))
+        before = self._alone(layer.inputs[0]) if norm is None and len(layer.inputs) == 1 else None
+        if before is not None and not before.weights.activation:
+            before.weights.activation = activation
+            self._same[layer.out] = layer.inputs[0]
+            return None
+        weights = Weights(_each(channels), None, norm, activation)
+        return self.step(StepKind.EACH, layer, size, channels, weights=weights)
+
+    def linear(self, layer: Layer, module: nn.Module, inputs: int, outputs: int) -> None:
+        """Adds a Linear of maps ``[N, H, W, C]``: a 1x1 convolution of their rows."""
+        (n, h, w), channels = self.same(layer.inputs)
+        if not self.is_last(layer.inputs[0]) or channels != inputs:
+            raise Unjoinable
+        g = ConvGeometry(n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
+        self.step(StepKind.CONV, layer, (n, h, w), outputs, g, weights=Weights(g, module))
+
+    def layer_norm(self, layer: Layer, module: nn.Module, last: bool) -> None:
+        """Adds a LayerNorm over channels, which are the last dimension or not."""
+        size, channels = self.same(layer.inputs)
+        if self.is_last(layer.inputs[0]) is not last or tuple(module.normalized_shape) != (channels,):
+            raise Unjoinable
+        self.step(StepKind.LAYER_NORM, layer, size, channels, layer_norm=module)
+
+    def scale(
+        self, layer: Layer, value: int, scale: Callable[[], Tensor], tensors: Callable[[], tuple]
+    ) -> None:
+        """Adds the product of a map and a vector of its channels, which ``scale`` makes of ``tensors``."""
+        size, channels = self.same((value,))
+        shape = scale().shape
+        at = -1 if self.is_last(value) else -3
+        if shape.numel() != 1 and (shape.numel() != channels or len(shape) < -at or shape[at] != channels):
+            raise Unjoinable
+        before = self._alone(value)
+        if before is not None and before.kind is StepKind.CONV and len(before.inputs) == 1:
+            found = before.weights
+            if found.norm is None and found.scale is None and not found.activation:
+                found.scale, found.scaled_by, self._same[layer.out] = scale, tensors, value
+                return
+        weights = Weights(_each(channels), scale=scale, scaled_by=tensors)
+        self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(value,))
+
+    def add(self, layer: Layer, a: int, b: int) -> None:
+        """Adds a sum: the residual of a convolution that nothing else reads, where the other value is there by then."""
+        size, channels = self.same((a, b))
+        last = self.is_last(a)
+        for one, other in ((a, b), (b, a)):
+            before, root = self._alone(one), self.rows(other, last)
+            if before is None or before.weights.activation or len(before.inputs) != 1:
+                continue
+            if before.kind is StepKind.CONV and not any(
+                s.out == root for s in self.steps[self.steps.index(before) :]
+            ):
+                before.inputs = (before.inputs[0], root)
+                self._same[layer.out] = one
+                return
+        self.step(StepKind.SUM, layer, size, channels, inputs=(a, b))
+
+    def calls(self, module: nn.Module, path: str, inner: nn.Module) -> None:
+        """Notes a module that its layer calls, which must stay where it is and have no hooks."""
+        names, parents = path.split("."), [module]
+        for name in names[:-1]:
+            parents.append(parents[-1]._modules[name])
+        children = (*parents[1:], inner)
+        self.called += [
+            (p._modules, name, child) for p, name, child in zip(parents, names, children, strict=True)
+        ]
+        self.leaves.append((inner, type(inner)))
 
     def move(self, layer: Layer, call: Callable) -> None:
         """Adds a layer that only moves channels, or computes with sizes."""
@@ -127,12 +224,12 @@ class Bound:
 
     def pad(self, layer: Layer, geometry: ConvGeometry) -> None:
         """Adds zeros around a map, which convolutions read through."""
-        self._same[layer.out], self._pads[layer.out] = self.rows(layer.inputs[0]), geometry
+        self._pads[layer.out] = self.rows(layer.inputs[0]), geometry
         self._reach(geometry.out_shape, geometry, False)
 
     def padded_size(self, value: int) -> tuple[int, int, int]:
         """The size of a value as a convolution reads it, with the zeros around it."""
-        return self._pads[value].out_shape if value in self._pads else self.size(value)
+        return self._pads[value][1].out_shape if value in self._pads else self.size(value)
 
     def size(self, value: int) -> tuple[int, int, int]:
         return self._sizes[self.rows(value)]
@@ -141,55 +238,91 @@ class Bound:
         return self._channels[self.rows(value)]
 
     def same(self, values) -> tuple[tuple, int]:
-        """Size and channels of values that share them.
+        """Size and channels of values that share them, and the place of their channels.
 
         Raises:
             Unjoinable: they do not.
         """
-        sizes, channels = {self.size(v) for v in values}, {self.channels(v) for v in values}
+        last = self.is_last(values[0])
+        roots = [self.rows(v, last) for v in values]
+        sizes, channels = {self._sizes[v] for v in roots}, {self._channels[v] for v in roots}
         if len(sizes) != 1 or len(channels) != 1:
             raise Unjoinable
         return sizes.pop(), channels.pop()
 
-    def rows(self, value: int) -> int:
+    def is_last(self, value: int) -> bool:
+        """True for a map ``[N, H, W, C]``."""
+        value = self._follow(value)
+        if value in self._sizes:
+            return value in self._last
+        try:
+            self.rows(value, True)
+        except Unjoinable:
+            return False
+        return True
+
+    def rows(self, value: int, last: bool = False) -> int:
         """The value that has a value's rows; moved channels are taken here.
 
+        Args:
+            last: the value is a map ``[N, H, W, C]``.
+
         Raises:
-            Unjoinable: it is no map.
+            Unjoinable: it is no such map.
         """
-        while value in self._same:
-            if value in self._pads:
-                raise Unjoinable
-            value = self._same[value]
-        if value in self._sizes:
+        value = self._follow(value)
+        if value in self._sizes and (value in self._last) is last:
             return value
-        found = self._moved.get(value)
+        if (value, last) in self._roots:
+            return self._roots[value, last]
+        found = self._tree(value)
         root = getattr(found, "root", None)
         if root is None:
             raise Unjoinable
         size, channels = self._sizes[root], self._channels[root]
-        taken = moves.channels_taken(found, size, channels, last=False)
-        if taken == list(range(channels)):
-            self._same[value] = root
-            return root
-        self._place(value, size, len(taken), None, False)
-        self.steps.append(Step(StepKind.TAKE, (root,), value, channels=taken))
+        taken = moves.channels_taken(found, size, channels, last)
+        made = root
+        if taken != list(range(channels)):
+            made = -1 - len(self._sizes)  # no layer's
+            self._place(made, size, len(taken), None, False)
+            self.steps.append(Step(StepKind.TAKE, (root,), made, channels=taken))
+        self._roots[value, last] = made
+        return made
+
+    def _follow(self, value: int) -> int:
+        while value in self._same:
+            value = self._same[value]
         return value
 
+    def _alone(self, value: int) -> Step | None:
+        """The step that multiplies, if what it makes goes into this value alone, and nobody else reads either."""
+        while self._readers[value] == 1:
+            if value in self._same:
+                value = self._same[value]
+            elif value in self._moved and (root := getattr(self._moved[value], "root", None)) is not None:
+                value = root if self.rows(value, self.is_last(value)) == root else value
+                if value != root:
+                    return None
+            else:
+                found = next((step for step in self.steps if step.out == value), None)
+                return None if found is None or found.weights is None else found
+        return None
+
     def _tree(self, value: int):
-        while value in self._same and value not in self._pads:
-            value = self._same[value]
+        value = self._follow(value)
         if value in self._moved:
             return self._moved[value]
-        value = self.rows(value)
-        return moves.whole(value, self._sizes[value], self._channels[value])
+        if value not in self._sizes:
+            raise Unjoinable
+        found = moves.whole(value, self._sizes[value], self._channels[value])
+        return found._replace(index=found.index.permute(0, 2, 3, 1)) if value in self._last else found
 
     def _result(self, value: int):
         """The value that a result is, or the number or tuple that it is itself."""
-        found = self._moved.get(value)
-        if value in self._moved and not _holds_maps(found):
-            return (found,)
-        return self.rows(self._same[value] if value in self._pads else value)
+        value = self._follow(self._pads.get(value, (value,))[0])
+        if value in self._moved and not moves.holds_maps(self._moved[value]):
+            return (self._moved[value],)
+        return self.rows(value)
 
     def _place(self, value: int, size: tuple, channels: int, geometry, ceil: bool) -> None:
         self._sizes[value], self._channels[value] = size, channels
@@ -205,7 +338,7 @@ class Bound:
 
     def run(self, run, found: list[Rows]) -> bool:
         """See :meth:`.sequence.Sequence.run`; ``found``: the inputs."""
-        if any(module.training for module in self.idle):
+        if any(module.training for module in self.idle) or not self._calls_hold():
             return False
         plans = self._plans(run, found)
         tensors = None if plans is None else self._tensors()
@@ -230,10 +363,18 @@ class Bound:
         arguments += [rows.values.data_ptr() for rows in made.values()]
         backends._C.run_sequence(capsule, len(plans), *arguments)
         for value, result in self.results.items():
-            found = made[result] if type(result) is int else result[0]
-            pad = self._pads.get(value)
-            run.env[value] = found if pad is None else Padded(found, plans[self.slots[pad.out_shape]], pad)
+            rows = made[result] if type(result) is int else result[0]
+            if value in self._pads:
+                pad = self._pads[value][1]
+                rows = Padded(rows, plans[self.slots[pad.out_shape]], pad)
+            run.env[value] = rows
         return True
+
+    def _calls_hold(self) -> bool:
+        """True where the modules that layers call are those that were bound, with nothing set on them."""
+        if any(children.get(name) is not child for children, name, child in self.called):
+            return False
+        return not any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves)
 
     def _plans(self, run, found: list[Rows]) -> list | None:
         """The plan of each size; None where one is empty, or not that of an input."""
@@ -256,17 +397,25 @@ class Bound:
                 if weights.norm is not None and uses_batch_statistics(weights.norm):
                     return None
                 tensors += weights.tensors()
+            tensors += step.norm_tensors()
         return tensors
 
     def _capsule(self, tensors: list, quads: tuple[bool, ...]):
         """What the binary runs, made again where a tensor changed; None where one is of another kind."""
         if kept.stepped:
             kept.clear()
-        norms = (step.weights.norm for step in self.steps if step.weights is not None)
+        norms = (step.layer_norm if step.weights is None else step.weights.norm for step in self.steps)
         made, now = self._made, (kept.epoch, quads, *[norm.eps for norm in norms if norm is not None])
         if made is not None and made[0] == now and made[1].holds(*tensors):
             return made[2]
-        plain = (type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors if t is not None)
+        norms = {id(t) for step in self.steps for t in step.norm_tensors()}  # read as they lie
+        plain = (
+            type(t) in (Tensor, nn.Parameter)
+            and t.is_cpu
+            and (id(t) not in norms or (t.dtype is torch.float32 and t.is_contiguous()))
+            for t in tensors
+            if t is not None
+        )
         if not all(plain):
             return None
         mark = Mark(*tensors)
@@ -276,13 +425,16 @@ class Bound:
         ):
             return None
         capsule = self._make(prepared)
-        self._made = now, mark, capsule, prepared  # the prepared ones hold the weights that the capsule reads
+        self._made = now, mark, capsule, prepared, tensors  # which the capsule reads
         return capsule
 
     def _prepare(self, step: Step, quads: tuple[bool, ...]) -> Prepared | None:
         weights, channels, value = step.weights, self._channels[step.out], step.inputs[0]
-        g, norm, activation = weights.geometry, weights.norm, weights.activation
-        weight, bias = _weight_of(weights, channels)
+        g, conv, activation = weights.geometry, weights.conv, weights.activation
+        weight = (
+            torch.ones(channels, 1, 1, 1) if conv is None else _as_kernel(conv)
+        )  # by ones, depthwise: each row
+        bias = None if conv is None else conv._parameters["bias"]
         if weight.dtype is not torch.float32 or not (bias is None or bias.dtype is torch.float32):
             return None
         ins, outs = weight.shape[1] * g.groups, weight.shape[0]
@@ -296,14 +448,12 @@ class Bound:
         as_quads = setup.winograd and quads[self.slots[self._sizes[step.out]]]
 
         def make() -> Prepared:
-            if norm is not None:
-                check_features(norm, channels)
-            affine = (None, None) if norm is None else fold(norm)
+            affine = weights.affine(channels)
             return Prepared(weight, bias, g, setup, activation, *affine, pointwise, as_quads)
 
-        if weights.conv is None:
+        if conv is None or weights.scale is not None:
             return make()
-        eps, tensors = (0.0, ()) if norm is None else (norm.eps, tensors_of(norm))
+        eps, tensors = (0.0, ()) if weights.norm is None else (weights.norm.eps, tensors_of(weights.norm))
         return kept.get((eps, *key_of(g, pointwise, activation, as_quads)), make, weight, bias, *tensors)
 
     def _make(self, prepared: list):
@@ -316,18 +466,21 @@ class Bound:
             geometry = tuple(step.geometry) if step.kind in _WINDOWS else None
             conv = None if one is None else one.conv
             inputs = [number[v] for v in step.inputs]
-            steps.append((int(step.kind), inputs, number[step.out], conv, geometry, freed, step.channels))
+            vectors = (*(0 if t is None else t.data_ptr() for t in step.norm_tensors() or (None, None)),)
+            vectors += (0.0 if step.layer_norm is None else step.layer_norm.eps,)
+            rest = conv, geometry, freed, step.channels, vectors
+            steps.append((int(step.kind), inputs, number[step.out], *rest))
         values = [(self.slots[size], self._channels[v]) for v, size in self._sizes.items()]
         ends = [[number[v] for v in these] for these in (self.sequence.inputs, self.outputs)]
         return backends._C.make_sequence(values, *ends, steps)
 
 
-def _weight_of(weights: Weights, channels: int) -> tuple[Tensor, Tensor | None]:
-    if weights.conv is None:  # of each row: a depthwise convolution by ones
-        return torch.ones(channels, 1, 1, 1), None
-    return weights.conv._parameters["weight"], weights.conv._parameters["bias"]
+def _as_kernel(conv: nn.Module) -> Tensor:
+    """``[O, C/groups, kh, kw]``, of a Linear too."""
+    weight = conv._parameters["weight"]
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
-def _holds_maps(tree) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(tree, is_leaf=lambda leaf: type(leaf) is moves.Moved)
-    return any(type(leaf) is moves.Moved for leaf in leaves)
+def _each(channels: int) -> ConvGeometry:
+    """The geometry of a depthwise 1x1 convolution, which takes each row by itself."""
+    return ConvGeometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, channels, 0)

@@ -79,6 +79,11 @@ def channels_taken(found, size: tuple[int, int, int], channels: int, last: bool)
     return taken.tolist()
 
 
+def holds_maps(tree) -> bool:
+    """True for a tree with a moved map in it."""
+    return any(type(leaf) is Moved for leaf in pytree.tree_leaves(tree, is_leaf=_is_moved))
+
+
 def _is_moved(tree) -> bool:
     return type(tree) is Moved
 

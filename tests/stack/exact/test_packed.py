@@ -104,6 +104,25 @@ def test_elsewhere_it_is_the_dense_map():
         close(torch.sin(x).mean((2, 3)), torch.sin(dense).mean((2, 3)) * SIZE * SIZE / PLAN.num_rows)
 
 
+def test_inside_a_compiled_function(fresh_dynamo):
+    model, mask = (
+        nn.Sequential(nn.Conv2d(C, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 1)).double(),
+        PLAN.mask(),
+    )
+    dynops.convert_(model)
+
+    def run(values, mask):
+        plan = dynops.PixelPlan.from_mask(mask)
+        with dynops.use_mask(plan):
+            return model(dynops.packed(values, plan))
+
+    room = torch.zeros(SIZE * SIZE, C, dtype=torch.float64)  # of the capacity form, which compilers use
+    room[: PLAN.num_rows] = rows()
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        close(compiled(room, mask), run(rows(), mask))
+
+
 def test_it_needs_rows_of_its_plan():
     with pytest.raises(ValueError, match="rows: expected"):
         dynops.packed(rows()[1:], PLAN)
