@@ -149,6 +149,19 @@ def test_every_kind_of_layer_joins(name, count):
     assert count == {True: 1, False: 0}
 
 
+def test_masks_that_take_winograd_and_masks_that_do_not(count):
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1))
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), *layers, nn.ReLU(), nn.Conv2d(48, 4, 1)).eval()
+    dynops.convert_(model)
+    x, scattered = torch.randn(1, 3, 32, 32), torch.rand(1, 32, 32) < 0.2
+    block = torch.zeros(1, 32, 32)
+    block[:, 4:28, 4:24] = 1
+    for mask in (block, scattered, block, torch.ones(1, 32, 32), scattered):
+        check(model, x, mask)
+    assert count == {True: 5, False: 0}
+
+
 def test_no_active_pixel():
     model = network(3)
     dynops.convert_(model)

@@ -59,24 +59,59 @@ void for_rows(int64_t rows, int64_t bytes_a_row, const Row& row) {
   parallel_shares(rows, threads_for(double(rows) * double(bytes_a_row), kCopyBytesPerThread), row);
 }
 
-void mean(const PlanView& in, const PlanView& out, const float* x, int64_t channels, float* to) {
-  std::vector<float> part(channels);
-  for (int64_t r = 0; r < out.rows; ++r) {
-    const int64_t first = out.index[r] * in.pixels;  // one pixel a sample
-    const int32_t* begin = std::lower_bound(in.index, in.index + in.rows, int32_t(first));
-    const int32_t* end = std::lower_bound(begin, in.index + in.rows, int32_t(first + in.pixels));
-    float* sum = to + r * channels;
-    std::fill_n(sum, channels, 0.f);
-    for (int64_t a = begin - in.index, last = end - in.index; a < last; a += kSumRows) {
-      std::fill(part.begin(), part.end(), 0.f);
-      for (int64_t i = a; i < std::min(last, a + kSumRows); ++i) {
-        const float* row = x + i * channels;
-        for (int64_t c = 0; c < channels; ++c) part[c] += row[c];
-      }
-      for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+// The rows of a sample.
+Span rows_of(const PlanView& plan, int64_t sample) {
+  const int64_t first = sample * plan.pixels;
+  const int32_t* begin = std::lower_bound(plan.index, plan.index + plan.rows, int32_t(first));
+  const int32_t* end = std::lower_bound(begin, plan.index + plan.rows, int32_t(first + plan.pixels));
+  return {begin - plan.index, end - plan.index};
+}
+
+// sum[c] = sum of of(x[row][c]) over some rows; `part` is working memory.
+template <class Of>
+void sum_rows(Span rows, const float* x, int64_t channels, std::vector<float>& part, float* sum,
+              const Of& of) {
+  part.resize(channels);
+  std::fill_n(sum, channels, 0.f);
+  for (int64_t a = rows.begin; a < rows.end; a += kSumRows) {
+    std::fill(part.begin(), part.end(), 0.f);
+    for (int64_t i = a; i < std::min(rows.end, a + kSumRows); ++i) {
+      const float* row = x + i * channels;
+      for (int64_t c = 0; c < channels; ++c) part[c] += of(row[c]);
     }
-    const float share = 1.f / float(std::max<int64_t>(end - begin, 1));
+    for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+  }
+}
+
+void mean(const PlanView& in, const PlanView& out, const float* x, int64_t channels, float* to) {
+  std::vector<float> part;
+  for (int64_t r = 0; r < out.rows; ++r) {
+    const Span rows = rows_of(in, out.index[r]);  // one pixel a sample
+    float* sum = to + r * channels;
+    sum_rows(rows, x, channels, part, sum, [](float v) { return v; });
+    const float share = 1.f / float(std::max<int64_t>(rows.size(), 1));
     for (int64_t c = 0; c < channels; ++c) sum[c] *= share;
+  }
+}
+
+void response_norm(const SequenceStep& step, const PlanView& plan, const float* x, int64_t channels,
+                   float* to) {
+  std::vector<float> part, scale(channels);
+  for (int64_t a = 0; a < plan.rows;) {
+    const Span rows = rows_of(plan, plan.index[a] / plan.pixels);
+    sum_rows(rows, x, channels, part, scale.data(), [](float v) { return v * v; });
+    double sum = 0;
+    for (float& v : scale) sum += v = std::sqrt(v);
+    const float share = 1.f / (float(sum / double(channels)) + float(step.eps));
+    for (int64_t c = 0; c < channels; ++c) scale[c] *= share;
+    for_rows(rows.size(), 8 * channels, [&](int64_t r) {
+      const float* row = x + (rows.begin + r) * channels;
+      float* z = to + (rows.begin + r) * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        z[c] = row[c] + (step.beta[c] + step.gamma[c] * (row[c] * scale[c]));
+      }
+    });
+    a = rows.end;
   }
 }
 
@@ -234,6 +269,8 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return nearest(step.g, in, out, x, channels, to);
     case StepKind::kLayerNorm:
       return layer_norm(step, out.rows, x, channels, to);
+    case StepKind::kResponseNorm:
+      return response_norm(step, out, x, channels, to);
     case StepKind::kTake:
       return take(step.channels, out.rows, x, values[a].channels, to);
   }

@@ -29,10 +29,11 @@ enum class StepKind : int64_t {
   kHardsigmoid,
   kCat,  // of channels
   kMaxPool,
-  kMeanPool,   // without padding
-  kNearest,    // upsampling by whole factors
-  kTake,       // channels
-  kLayerNorm,  // over the channels of a row
+  kMeanPool,      // without padding
+  kNearest,       // upsampling by whole factors
+  kTake,          // channels
+  kLayerNorm,     // over the channels of a row
+  kResponseNorm,  // global response normalisation: by the 2-norm of each channel over a sample's rows
 };
 
 struct SequenceStep {

@@ -36,6 +36,7 @@ class StepKind(enum.IntEnum):
     NEAREST = 10
     TAKE = 11  # channels
     LAYER_NORM = 12
+    RESPONSE_NORM = 13
 
 
 class Prepared:
@@ -86,9 +87,9 @@ class Prepared:
         return out
 
 
-def key_of(g: ConvGeometry, pointwise: bool, activation: str, quads: Tensor | None) -> tuple:
+def key_of(g: ConvGeometry, pointwise: bool, activation: str, quads: bool) -> tuple:
     """What a :class:`Prepared` of a weight depends on beside tensors: a pointwise one holds for every number of rows."""
-    return "prepared", g.groups if pointwise else g, activation, quads is not None
+    return "prepared", g.groups if pointwise else g, activation, quads
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue, rows: int, ins: int) -> bool:
@@ -126,5 +127,5 @@ def conv(x, weight, bias, index, source, g: ConvGeometry, epilogue: Epilogue, de
     def make() -> Prepared:
         return Prepared(weight, bias, g, setup, activation, scale, shift, pointwise, quads is not None)
 
-    made = kept.get(key_of(g, pointwise, activation, quads), make, weight, bias, scale, shift)
+    made = kept.get(key_of(g, pointwise, activation, quads is not None), make, weight, bias, scale, shift)
     return made.run(x, index, source, residual, quads)

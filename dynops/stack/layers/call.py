@@ -61,7 +61,14 @@ _STEP_KINDS = {
 
 def _norms_channels(inner: nn.Module | None) -> bool:
     """True for a LayerNorm over channels: torch's and timm's over the last dimension; the libraries' LayerNorm2d of NCHW."""
-    return isinstance(inner, nn.LayerNorm) and type(inner).__name__ in ("LayerNorm", "LayerNorm2d")
+    name = type(inner).__name__
+    if name == "GlobalResponseNorm":  # timm's
+        return (
+            {"weight", "bias"} == inner._parameters.keys()
+            and hasattr(inner, "channel_dim")
+            and hasattr(inner, "eps")
+        )
+    return isinstance(inner, nn.LayerNorm) and name in ("LayerNorm", "LayerNorm2d")
 
 
 def _permutes(inner: nn.Module | None) -> bool:
@@ -148,7 +155,9 @@ class Call(Layer):
         elif _permutes(inner):
             bound.move(self, self._call)
         else:
-            bound.layer_norm(self, inner, last=type(inner).__name__ == "LayerNorm")
+            kind = StepKind.LAYER_NORM if isinstance(inner, nn.LayerNorm) else StepKind.RESPONSE_NORM
+            last = type(inner).__name__ == "LayerNorm" or getattr(inner, "channel_dim", 1) == -1
+            bound.norm(kind, self, inner, last)
 
     def _join_scale(self, bound, constant: Call | None) -> None:
         """A product of a map and a parameter, or of a reshaped parameter."""

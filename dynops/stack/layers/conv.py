@@ -158,7 +158,9 @@ class Conv(Layer):
             affine = (None, None) if norm is None else fold(norm)
             return Prepared(weight, bias, g, setup, self.activation, *affine, pointwise, quads is not None)
 
-        made = kept.get((eps, *key_of(g, pointwise, self.activation, quads)), make, weight, *tensors)
+        made = kept.get(
+            (eps, *key_of(g, pointwise, self.activation, quads is not None)), make, weight, *tensors
+        )
         if pointwise:
             return Rows(made.run(values, run.index_of_rows(plan), None, residual, quads), plan)
         return Rows(made.run(values, plan.index, run.inverse(in_plan), residual, quads), plan)

@@ -161,12 +161,15 @@ class Bound:
         g = ConvGeometry(n, h, w, h, w, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
         self.step(StepKind.CONV, layer, (n, h, w), outputs, g, weights=Weights(g, module))
 
-    def layer_norm(self, layer: Layer, module: nn.Module, last: bool) -> None:
-        """Adds a LayerNorm over channels, which are the last dimension or not."""
+    def norm(self, kind: StepKind, layer: Layer, module: nn.Module, last: bool) -> None:
+        """Adds a LayerNorm or GRN over channels, which are the last dimension or not."""
         size, channels = self.same(layer.inputs)
-        if self.is_last(layer.inputs[0]) is not last or tuple(module.normalized_shape) != (channels,):
+        vectors = [v for v in module._parameters.values() if v is not None]
+        if self.is_last(layer.inputs[0]) is not last or any(v.numel() != channels for v in vectors):
             raise Unjoinable
-        self.step(StepKind.LAYER_NORM, layer, size, channels, layer_norm=module)
+        if kind is StepKind.LAYER_NORM and tuple(module.normalized_shape) != (channels,):
+            raise Unjoinable
+        self.step(kind, layer, size, channels, layer_norm=module)
 
     def scale(
         self, layer: Layer, value: int, scale: Callable[[], Tensor], tensors: Callable[[], tuple]
