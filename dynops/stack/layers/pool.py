@@ -198,11 +198,38 @@ def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:
     if kind in ("amax", "amin"):
         return _extreme(kind, rows, plan, alive)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if kind == "norm" and _has_slices(plan) and modes.route(wide) == modes.DIFFERENTIATED:
+        return _NormOfSamples.apply(wide, plan).to(rows.dtype)
     wide = wide.square() if kind == "norm" else wide
     made = sums_of_samples(wide if alive is None else torch.where(alive, wide, 0), plan)
     if kind == "mean":
         made = made / pixels_of_samples(plan)[:, None].to(made.dtype)
     return (made.sqrt() if kind == "norm" else made).to(rows.dtype)
+
+
+class _NormOfSamples(torch.autograd.Function):
+    """The 2-norm of each sample's rows. Its gradient is one pass over them, and zero where the norm is.
+
+    Composed of a square, a sum and a root it takes four: 10 % of a training step of ConvNeXt-V2.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, plan: PixelPlan) -> Tensor:
+        norm = sums_of_samples(rows.square(), plan).sqrt()
+        ctx.save_for_backward(rows, norm)
+        ctx.plan = plan
+        return norm
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rows, norm), plan = ctx.saved_tensors, ctx.plan
+        share = torch.where(norm == 0, 0, grad / norm)
+        if torch.is_grad_enabled():  # of a second derivative
+            return rows * spread_over(share, plan), None
+        out, sizes = torch.empty_like(rows), _lengths(plan)
+        for part, factor, to in zip(rows.split(sizes), share, out.split(sizes), strict=True):
+            torch.mul(part, factor, out=to)
+        return out, None
 
 
 _MOST_SLICES = 64  # sums over slices of rows are pairwise and vectors; index_add is neither
