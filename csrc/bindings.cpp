@@ -175,14 +175,14 @@ static py::object make_sequence(const std::vector<std::pair<int64_t, int64_t>>& 
   return py::reinterpret_steal<py::object>(PyCapsule_New(made.release(), "Sequence", &forget_sequence));
 }
 
-// run_sequence(sequence, plans, (index, inverse, ascending, quads, rows, tiles, pixels) of each, the inputs'
+// run_sequence(sequence, plans, (index, inverse, quads, rows, tiles, pixels) of each, the inputs'
 // and the outputs' addresses).
 static PyObject* run_sequence(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count < 2) return PyErr_Format(PyExc_TypeError, "run_sequence: expected 2 arguments or more");
   const auto* sequence = static_cast<const Sequence*>(PyCapsule_GetPointer(arguments[0], "Sequence"));
   if (!sequence) return nullptr;
   const int64_t plans = PyLong_AsLongLong(arguments[1]);
-  const auto expected = 2 + 7 * plans + int64_t(sequence->inputs.size() + sequence->outputs.size());
+  const auto expected = 2 + 6 * plans + int64_t(sequence->inputs.size() + sequence->outputs.size());
   if (plans < 0 || count != expected) {
     return PyErr_Format(PyExc_TypeError, "run_sequence: expected %lld arguments, got %zd",
                         static_cast<long long>(expected), count);
@@ -192,7 +192,6 @@ static PyObject* run_sequence(PyObject*, PyObject* const* arguments, Py_ssize_t 
   for (auto& view : views) {
     view.index = a.address<const int32_t>();
     view.inverse = a.address<const int32_t>();
-    view.ascending = a.address<const int32_t>();
     view.quads = a.address<const int32_t>();
     view.rows = a.number();
     view.tiles = a.number();

@@ -229,7 +229,11 @@ def _is_maskable(module: nn.Module) -> bool:
 
 def _kind_of(module: nn.Module) -> str | None:
     """The kind of a converted layer's step in a trace; None for one that is called."""
-    return _KINDS.get(type(module)) or ("norm" if is_norm_act(module) else None)
+    if kind := _KINDS.get(type(module)):
+        return kind
+    if is_norm_act(module):
+        return "norm"
+    return "call" if isinstance(module, nn.Conv2d) else None  # a subclass, by its own forward
 
 
 def _converts(module: nn.Module) -> str | None:
@@ -263,7 +267,7 @@ def _share(model: nn.Module) -> float:
 
 
 def _holds_conv(module: nn.Module, kinds: dict[nn.Module, str]) -> bool:
-    return any(kinds.get(m) == "conv" for m in module.modules())
+    return any(kinds.get(m) in ("conv", "call") for m in module.modules())
 
 
 def _is_inside(name: str, outer: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dynops.stack.layers import conv
 from dynops.stack.maps import convolution
+from dynops.stack.sequences import Sequence
 
 _ROOMS = (conv, convolution)
 
 
 class RowsRead:
-    """Inside it, sparse convolutions of traced and of followed modules are counted.
+    """Inside it, sparse convolutions of traced and of followed modules run one by one and are counted.
 
     Attributes:
         calls, from_rows: all of them, and those whose input was packed rows.
@@ -26,11 +27,14 @@ class RowsRead:
         self._real = [room._pixel_conv for room in _ROOMS]
         for room, real in zip(_ROOMS, self._real, strict=True):
             room._pixel_conv = self._counted(real)
+        self._together = Sequence.run, conv.Conv._prepared
+        Sequence.run, conv.Conv._prepared = (lambda self, run: False), (lambda self, run: None)
         return self
 
     def __exit__(self, *_) -> None:
         for room, real in zip(_ROOMS, self._real, strict=True):
             room._pixel_conv = real
+        Sequence.run, conv.Conv._prepared = self._together
 
     def _counted(self, real):
         def pixel_conv(values, weight, bias, plan, in_plan, *rest):

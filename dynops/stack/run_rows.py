@@ -205,11 +205,6 @@ class Run:
                     return Rows(gather_rows(out, rows.plan.index, rows.plan.count), rows.plan)
         return out
 
-    def index_of_rows(self, plan: PixelPlan) -> Tensor:
-        """0, 1, … of the rows of a plan."""
-        found = self._derived.get((id(plan), "rows"))
-        return self._keep(plan, "rows", plan.as_rows().index) if found is None else found
-
     def inverse(self, plan: PixelPlan) -> Tensor:
         """The row at each pixel of a plan, or -1."""
         found = self._derived.get((id(plan), "inverse"))

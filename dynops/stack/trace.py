@@ -157,7 +157,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     if made[0] != made[1]:
         raise Untraceable("its forward differs between training and eval mode, or by the mode of its caller")
     input_name, steps, values, output = made[0]
-    if not whole and not any(step.kind == "conv" for step in steps):
+    if not whole and not any(step.kind == "conv" or _is_call_of(step, module, kinds) for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     if any(step.kind == "attr" and step.out == output for step in steps):
         raise Untraceable("its output is a parameter")
@@ -194,6 +194,11 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
         if leaf and path:
             leaves.add(path)
     return leaves
+
+
+def _is_call_of(step: Step, module: nn.Module, kinds: dict[nn.Module, str]) -> bool:
+    """True for a call of a convolution that makes its own weight."""
+    return step.kind == "module" and kinds.get(module.get_submodule(step.target)) == "call"
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -323,7 +328,7 @@ class _Steps:
         arguments = (*node.args, *node.kwargs.values())
         x = self.map_of(arguments[0]) if len(arguments) == 1 else None
         inplace = getattr(module, "inplace", False)
-        if node.target in self.called:
+        if node.target in self.called or self.kinds.get(module) == "call":
             self.emit_call(node, "module", node.target)
         elif x is not None and type(module) is nn.Identity:
             self.number[node] = x

@@ -86,6 +86,74 @@ class DropPath(nn.Module):
         return x * 2 if self.training else x
 
 
+class ConvNeXt(nn.Module):
+    """A block of channels-last layers, with a layer scale."""
+
+    def __init__(self, channels: int, scale: torch.Tensor):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.grow, self.act, self.back = (
+            nn.Linear(channels, 3 * channels),
+            nn.GELU(),
+            nn.Linear(3 * channels, channels),
+        )
+        self.scale, self.drop, self.is_last = nn.Parameter(scale), DropPath(), scale.dim() == 1
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        y = self.back(self.act(self.grow(y)))
+        if self.is_last:
+            y = self.scale * y
+        y = y.permute(0, 3, 1, 2)
+        y = y if self.is_last else y * self.scale
+        return self.drop(y) + x
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.eps, self.channel_dim = 1e-6, 1
+        self.weight, self.bias = (nn.Parameter(torch.randn(channels)) for _ in range(2))
+
+    def forward(self, x):
+        size = x.norm(p=2, dim=(2, 3), keepdim=True)
+        share = size / (size.mean(1, keepdim=True) + self.eps)
+        return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), x * share)
+
+
+class GroupNormAct(nn.GroupNorm):
+    def __init__(self, channels: int):
+        super().__init__(2, channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Half(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * 0.5
+
+
 def norm(channels: int) -> nn.Module:
     made = nn.BatchNorm2d(channels)
     nn.init.normal_(made.bias)
@@ -110,6 +178,25 @@ def blocks(c: int) -> dict:
         "upsample": lambda: (nn.Upsample(scale_factor=2), c),
         "residual": lambda: (Residual(nn.Sequential(nn.Conv2d(c, c, 1), norm(c), DropPath())), c),
         "cat": lambda: (Dense(nn.Conv2d(c, 5, 1)), c + 5),
+        "channels last": lambda: (ConvNeXt(c, torch.randn(c, 1, 1)), c),
+        "scaled last": lambda: (ConvNeXt(c, torch.randn(c)), c),
+        "layer norm": lambda: (nn.Sequential(nn.Conv2d(c, 6, 1), LayerNorm2d(6), nn.Conv2d(6, 9, 1)), 9),
+        "response norm": lambda: (
+            nn.Sequential(nn.Conv2d(c, 6, 1), GlobalResponseNorm(6), nn.Conv2d(6, 9, 1)),
+            9,
+        ),
+        "group norm": lambda: (nn.Sequential(nn.Conv2d(c, 6, 1), nn.GroupNorm(3, 6), nn.Conv2d(6, 9, 1)), 9),
+        "instance norm": lambda: (
+            nn.Sequential(nn.Conv2d(c, 6, 1), nn.InstanceNorm2d(6), nn.Conv2d(6, 9, 1)),
+            9,
+        ),
+        "group norm and act": lambda: (
+            nn.Sequential(nn.Conv2d(c, 6, 1), GroupNormAct(6), nn.Conv2d(6, 9, 1)),
+            9,
+        ),
+        "standardised": lambda: (nn.Sequential(Standardised(c, 6, 3, padding=1), nn.Conv2d(6, 9, 1)), 9),
+        "half": lambda: (Half(nn.Conv2d(c, 5, 1)), 5),
+        "padded mean pool": lambda: (nn.AvgPool2d(3, 2, 1), c),
         "shuffle": lambda: (Shuffle(c), 6),
     }
 

@@ -67,7 +67,7 @@ Span rows_of(const PlanView& plan, int64_t sample) {
   return {begin - plan.index, end - plan.index};
 }
 
-// sum[c] = sum of of(x[row][c]) over some rows; `part` is working memory.
+// sum[c] = sum of of(x[row][c], c) over some rows; `part` is working memory.
 template <class Of>
 void sum_rows(Span rows, const float* x, int64_t channels, std::vector<float>& part, float* sum,
               const Of& of) {
@@ -77,7 +77,7 @@ void sum_rows(Span rows, const float* x, int64_t channels, std::vector<float>& p
     std::fill(part.begin(), part.end(), 0.f);
     for (int64_t i = a; i < std::min(rows.end, a + kSumRows); ++i) {
       const float* row = x + i * channels;
-      for (int64_t c = 0; c < channels; ++c) part[c] += of(row[c]);
+      for (int64_t c = 0; c < channels; ++c) part[c] += of(row[c], c);
     }
     for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
   }
@@ -88,7 +88,7 @@ void mean(const PlanView& in, const PlanView& out, const float* x, int64_t chann
   for (int64_t r = 0; r < out.rows; ++r) {
     const Span rows = rows_of(in, out.index[r]);  // one pixel a sample
     float* sum = to + r * channels;
-    sum_rows(rows, x, channels, part, sum, [](float v) { return v; });
+    sum_rows(rows, x, channels, part, sum, [](float v, int64_t) { return v; });
     const float share = 1.f / float(std::max<int64_t>(rows.size(), 1));
     for (int64_t c = 0; c < channels; ++c) sum[c] *= share;
   }
@@ -99,7 +99,7 @@ void response_norm(const SequenceStep& step, const PlanView& plan, const float* 
   std::vector<float> part, scale(channels);
   for (int64_t a = 0; a < plan.rows;) {
     const Span rows = rows_of(plan, plan.index[a] / plan.pixels);
-    sum_rows(rows, x, channels, part, scale.data(), [](float v) { return v * v; });
+    sum_rows(rows, x, channels, part, scale.data(), [](float v, int64_t) { return v * v; });
     double sum = 0;
     for (float& v : scale) sum += v = std::sqrt(v);
     const float share = 1.f / (float(sum / double(channels)) + float(step.eps));
@@ -155,6 +155,37 @@ void pool(const Geometry& g, const PlanView& in, const PlanView& out, const floa
       for (int64_t c = 0; c < channels; ++c) z[c] *= share;
     }
   });
+}
+
+// Means and variances of a sample's groups in two passes, as rows of the sample's channels.
+void group_norm(const SequenceStep& step, const PlanView& plan, const float* x, int64_t channels, float* to) {
+  const int64_t groups = step.channels[0], width = channels / groups;
+  std::vector<float> part, sums(channels), scale(channels), mean(channels);
+  for (int64_t a = 0; a < plan.rows;) {
+    const Span rows = rows_of(plan, plan.index[a] / plan.pixels);
+    const double count = double(rows.size()) * double(width);
+    const auto of_group = [&](int64_t group) {
+      double sum = 0;
+      for (int64_t c = group * width; c < (group + 1) * width; ++c) sum += sums[c];
+      return sum / count;
+    };
+    sum_rows(rows, x, channels, part, sums.data(), [](float v, int64_t) { return v; });
+    for (int64_t c = 0; c < channels; ++c) mean[c] = c % width ? mean[c - 1] : float(of_group(c / width));
+    sum_rows(rows, x, channels, part, sums.data(),
+             [&](float v, int64_t c) { return (v - mean[c]) * (v - mean[c]); });
+    for (int64_t c = 0; c < channels; ++c) {
+      scale[c] = c % width ? scale[c - 1] : float(1 / std::sqrt(of_group(c / width) + step.eps));
+    }
+    for (int64_t c = 0; c < channels; ++c) sums[c] = step.gamma ? scale[c] * step.gamma[c] : scale[c];
+    for_rows(rows.size(), 8 * channels, [&](int64_t r) {
+      const float* row = x + (rows.begin + r) * channels;
+      float* z = to + (rows.begin + r) * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        z[c] = (row[c] - mean[c]) * sums[c] + (step.beta ? step.beta[c] : 0.f);
+      }
+    });
+    a = rows.end;
+  }
 }
 
 // Runs of neighbours are copied together: a half of the channels is one, a shuffle has none.
@@ -228,7 +259,7 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
     case StepKind::kEach: {
       const bool pointwise = step.conv->pointwise(), quads = step.conv->winograd();
       return step.conv->run({.x = at[a],
-                             .index = pointwise ? out.ascending : out.index,
+                             .index = out.index,
                              .rows = out.rows,
                              .source = pointwise ? nullptr : in.inverse,
                              .residual = b < 0 ? nullptr : at[b],
@@ -269,6 +300,8 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return nearest(step.g, in, out, x, channels, to);
     case StepKind::kLayerNorm:
       return layer_norm(step, out.rows, x, channels, to);
+    case StepKind::kGroupNorm:
+      return group_norm(step, out, x, channels, to);
     case StepKind::kResponseNorm:
       return response_norm(step, out, x, channels, to);
     case StepKind::kTake:

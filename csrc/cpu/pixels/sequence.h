@@ -14,7 +14,6 @@ namespace dynops::cpu {
 struct PlanView {
   const int32_t* index;         // [rows], flat positions
   const int32_t* inverse;       // [batch * pixels]: the row, or -1
-  const int32_t* ascending;     // 0, 1, ... rows - 1
   const int32_t* quads;         // Winograd's tiles, or null
   int64_t rows, tiles, pixels;  // pixels: of a sample
 };
@@ -29,11 +28,12 @@ enum class StepKind : int64_t {
   kHardsigmoid,
   kCat,  // of channels
   kMaxPool,
-  kMeanPool,      // without padding
+  kMeanPool,      // over whole windows, padding included
   kNearest,       // upsampling by whole factors
   kTake,          // channels
   kLayerNorm,     // over the channels of a row
   kResponseNorm,  // global response normalisation: by the 2-norm of each channel over a sample's rows
+  kGroupNorm,     // over groups of channels of a sample's rows; `channels` holds the number of groups
 };
 
 struct SequenceStep {

@@ -7,6 +7,7 @@ computes for 10. What is prepared is kept with the weight, as its packed form is
 from __future__ import annotations
 
 import enum
+import functools
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class StepKind(enum.IntEnum):
     TAKE = 11  # channels
     LAYER_NORM = 12
     RESPONSE_NORM = 13
+    GROUP_NORM = 14  # the one number in `channels`: groups
 
 
 class Prepared:
@@ -73,7 +75,7 @@ class Prepared:
         self,
         x: Tensor,  # [R, C]
         index: Tensor,  # [P]
-        source: Tensor | None,  # [N, in_h, in_w]; None: pointwise, and the index counts the rows
+        source: Tensor | None,  # [N, in_h, in_w]; None: pointwise
         residual: Tensor | None,  # [P, O]
         quads: Tensor | None,
     ) -> Tensor:  # [P, O]
@@ -116,6 +118,31 @@ def fits(residual: Tensor, x: Tensor, rows: int) -> bool:
         and residual.shape[0] == rows
         and residual.is_contiguous()
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _window(kind: StepKind, channels: int, g: ConvGeometry):
+    step = int(kind), [0], 1, None, tuple(g), [], [], (0, 0, 0.0)
+    return backends._C.make_sequence([(0, channels), (1, channels)], [0], [1], [step])
+
+
+def windows(
+    kind: StepKind, x: Tensor, index: tuple[Tensor, Tensor], inverse: Tensor, g: ConvGeometry
+) -> Tensor:
+    """float32 rows ``[P, C]`` of a pool or a nearest upsampling of rows ``[R, C]``.
+
+    Args:
+        index: of the input and of the output.
+        inverse: of the input.
+    """
+    ins, outs = index
+    out = x.new_empty((outs.shape[0], x.shape[1]))
+    backends._C.run_sequence(
+        _window(kind, x.shape[1], g), 2,
+        ins.data_ptr(), inverse.data_ptr(), 0, ins.shape[0], 0, g.in_h * g.in_w,
+        outs.data_ptr(), 0, 0, outs.shape[0], 0, g.out_h * g.out_w, x.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def conv(x, weight, bias, index, source, g: ConvGeometry, epilogue: Epilogue, derived) -> Tensor:

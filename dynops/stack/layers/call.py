@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
 from ...kernels.cpu.prepared import StepKind
+from ..activations import fused_name
+from ..staleness import own_class
 from ..trace import Ref, Step, find
 from .base import Layer, Rows, Unjoinable, called, mapped, place
 
@@ -62,6 +64,9 @@ _STEP_KINDS = {
 def _norms_channels(inner: nn.Module | None) -> bool:
     """True for a LayerNorm over channels: torch's and timm's over the last dimension; the libraries' LayerNorm2d of NCHW."""
     name = type(inner).__name__
+    if isinstance(inner, nn.GroupNorm) and own_class(type(inner)).__name__ == "GroupNormAct":  # timm's
+        drop, act = (getattr(inner, part, None) for part in ("drop", "act"))
+        return type(drop) is nn.Identity and (type(act) is nn.Identity or fused_name(act) != "")
     if name == "GlobalResponseNorm":  # timm's
         return (
             {"weight", "bias"} == inner._parameters.keys()
@@ -69,6 +74,11 @@ def _norms_channels(inner: nn.Module | None) -> bool:
             and hasattr(inner, "eps")
         )
     return isinstance(inner, nn.LayerNorm) and name in ("LayerNorm", "LayerNorm2d")
+
+
+def _is_standardised(inner: nn.Module | None) -> bool:
+    """True for a converted subclass of nn.Conv2d, which may make its weight of its parameters."""
+    return isinstance(inner, nn.Conv2d) and "_dynops_base" in vars(type(inner))
 
 
 def _permutes(inner: nn.Module | None) -> bool:
@@ -111,11 +121,18 @@ class Call(Layer):
             if step.kind == "module" and len(maps) == len(step.args) == 1
             else None
         )
-        self.inner = inner if type(inner) is nn.Linear or _norms_channels(inner) or _permutes(inner) else None
-        self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
-        self.scales = (
-            _STEP_KINDS.get(step.target) is StepKind.PRODUCT and len(maps) == 1 and len(self.paths) == 1
+        self.inner = (
+            inner
+            if type(inner) is nn.Linear
+            or _norms_channels(inner)
+            or _permutes(inner)
+            or _is_standardised(inner)
+            else None
         )
+        self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
+        product = _STEP_KINDS.get(step.target) is StepKind.PRODUCT and len(maps) == 1 and len(step.args) == 2
+        self.number = next((a for a in step.args if type(a) in (int, float)), None) if product else None
+        self.scales = product and (len(self.paths) == 1 or self.number is not None)
         joined = self.step_kind is not None and self.packs
         self.joins = joined or self.moves or self.is_constant or self.scales or self.inner is not None
 
@@ -152,6 +169,12 @@ class Call(Layer):
         bound.calls(self.module, self.target, inner)
         if type(inner) is nn.Linear:
             bound.linear(self, inner, inner.in_features, inner.out_features)
+        elif _is_standardised(inner):
+            bound.standardised(self, inner, vars(type(inner))["_dynops_base"].forward)
+        elif isinstance(inner, nn.GroupNorm):
+            bound.calls(self.module, f"{self.target}.act", inner.act)
+            bound.calls(self.module, f"{self.target}.drop", inner.drop)
+            bound.group_norm(self, inner, inner.num_groups, fused_name(inner.act))
         elif _permutes(inner):
             bound.move(self, self._call)
         else:
@@ -161,6 +184,9 @@ class Call(Layer):
 
     def _join_scale(self, bound, constant: Call | None) -> None:
         """A product of a map and a parameter, or of a reshaped parameter."""
+        if constant is None and self.number is not None:
+            number = float(self.number)
+            return bound.scale(self, self.inputs[0], lambda: torch.tensor(number), tuple)
         of, values = constant or self, [v for v in self.inputs if v not in bound.constants]
         if len(values) != 1 or self.step_kind not in (None, StepKind.PRODUCT):
             raise Unjoinable

@@ -162,7 +162,7 @@ class Conv(Layer):
             (eps, *key_of(g, pointwise, self.activation, quads is not None)), make, weight, *tensors
         )
         if pointwise:
-            return Rows(made.run(values, run.index_of_rows(plan), None, residual, quads), plan)
+            return Rows(made.run(values, plan.index, None, residual, quads), plan)
         return Rows(made.run(values, plan.index, run.inverse(in_plan), residual, quads), plan)
 
     @property

@@ -81,6 +81,7 @@ class GroupNorm(Layer):
     def __init__(self, name: str, step: Step, norm: nn.Module):
         super().__init__(name, step.inputs, step.out)
         self.norm, self.forward = norm, dense_type(norm).forward
+        self.joins = True
         self.refusal = f"{name}: expected a layer that reads a fixed neighbourhood, got {norm}"
 
     def rows(self, run):
@@ -89,6 +90,10 @@ class GroupNorm(Layer):
             return self.forward(self.norm, run.dense(x))
         plan = run.plan_like(x, self.out)
         return Rows(group_norm_rows(self.norm, run.at(x, plan), plan), plan)
+
+    def join(self, bound) -> None:
+        groups = self.norm.num_groups if isinstance(self.norm, nn.GroupNorm) else self.norm.num_features
+        bound.group_norm(self, self.norm, groups)
 
 
 def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ... import backends, modes
 from ...geometry import BlockGeometry, ConvGeometry, pair, window_count
+from ...kernels.cpu import prepared
 from ...kernels.cpu.pixels import max_rows
 from ...kernels.cpu.prepared import StepKind
 from ...ops.pixels.rows import gather_rows
@@ -20,6 +21,7 @@ from .base import Layer, Rows, spans_of
 class _Pool(Layer):
     def __init__(self, name: str, step: Step, pool: nn.Module, dilation=1):
         self.pool, self.converted = pool, step.kind == "pool"
+        self.masked = step.kind in ("pool", "function")  # the third is a module that stays dense
         self.forward = dense_type(pool).forward
         self.kernel, self.stride = pair(pool.kernel_size, "kernel_size", 1), pair(pool.stride, "stride", 1)
         self.pad, self.dilation = pair(pool.padding, "padding", 0), pair(dilation, "dilation", 1)
@@ -33,12 +35,21 @@ class _Pool(Layer):
     def rows(self, run):
         if not self.converted:
             return self.recorded.rows(run)
-        return run.masked(self.pool, self.inputs[0])
+        rows = run.rows_of(self.inputs[0])
+        if rows is None or not self.joins or run.policy.active.ragged:
+            return run.masked(self.pool, self.inputs[0])
+        g = self._window(rows.plan.shape)
+        plan = run.policy.active.after(g, rows.plan.device, bool(self.pool.ceil_mode))
+        made = windows_of_rows(self.step_kind, rows.values, rows.plan, plan, g)
+        return run.masked(self.pool, self.inputs[0]) if made is None else Rows(made, plan)
+
+    def _window(self, size: tuple[int, int, int]) -> ConvGeometry:
+        out = (reach.out_size(size[1 + i]) for i, reach in enumerate(self.reaches[0]))
+        return ConvGeometry(*size, *out, *self.kernel, *self.stride, *self.pad, *self.dilation, 1, 0)
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
-        out = tuple(reach.out_size(size[1 + i]) for i, reach in enumerate(self.reaches[0]))
-        g = ConvGeometry(*size, *out, *self.kernel, *self.stride, *self.pad, *self.dilation, 1, 0)
+        g = self._window(size)
         bound.step(self.step_kind, self, g.out_shape, channels, g, bool(self.pool.ceil_mode))
 
 
@@ -49,7 +60,7 @@ class MaxPool(_Pool):
         super().__init__(name, step, pool, pool.dilation)
         if pool.return_indices:
             self.refusal = f"{name}: expected return_indices=False, got {pool}"
-        self.joins = self.converted and self.refusal == ""
+        self.joins = self.masked and self.refusal == ""
 
     def rows(self, run):
         if self.converted and (x := run.rows_of(self.inputs[0])) is not None:
@@ -63,7 +74,7 @@ class MaxPool(_Pool):
 
 
 def max_of_rows(pool: nn.MaxPool2d, x: Rows, active) -> Rows | None:
-    """A max-pool from rows to rows by the C++ kernel, under the mask of ``active``. None where it does not run.
+    """A max-pool of a ragged batch, or of bfloat16, from rows to rows by the C++ kernel. None where it does not run.
 
     6 ms of ResNet-50 on 8 images of 319x362 in 593x599, where the dense pool takes 100 and the copies around it 190.
     """
@@ -72,6 +83,8 @@ def max_of_rows(pool: nn.MaxPool2d, x: Rows, active) -> Rows | None:
         plan.device.type == "cpu" and plan.count is None and values.dtype in (torch.float32, torch.bfloat16)
     )
     if not known or modes.watched() or modes.differentiated(values):
+        return None
+    if not active.ragged and values.dtype is torch.float32:  # windows_of_rows
         return None
     if backends.choose(None, values.device, values.dtype) != "cpp":
         return None
@@ -98,7 +111,8 @@ class AvgPool(_Pool):
         # a window that hangs over what is counted has a smaller divisor
         hangs = bool(pool.ceil_mode) or (self.pad != (0, 0) and not self.counts_pad)
         self.varies = hangs and self.divisor is None
-        self.joins = self.converted and self.pad == (0, 0) and self.divisor is None and not pool.ceil_mode
+        whole = self.pad == (0, 0) or self.counts_pad  # each window's mean is over all of it
+        self.joins = self.masked and whole and self.divisor is None and not pool.ceil_mode
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         if not self.varies:
@@ -182,6 +196,23 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
         return None
     is_global = sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3] and len(dims) == 2
     return GlobalPool(recorded, step, _GLOBAL[name], keepdim) if is_global else None
+
+
+def windows_of_rows(
+    kind: StepKind, rows: Tensor, in_plan: PixelPlan, plan: PixelPlan, g: ConvGeometry
+) -> Tensor | None:
+    """The rows of a pool, or of a nearest upsampling, by the kernel of rows; None where a dense map has to be made."""
+    plain = type(rows) is Tensor and rows.dtype is torch.float32 and rows.is_contiguous() and rows.dim() == 2
+    if not plain or not rows.is_cpu or not backends.has_binary() or modes.route(rows) != modes.DIRECT:
+        return None
+    if (
+        in_plan.count is not None
+        or plan.count is not None
+        or g.in_shape != in_plan.shape
+        or g.out_shape != plan.shape
+    ):
+        return None
+    return prepared.windows(kind, rows, (in_plan.index, plan.index), in_plan.inverse(), g)
 
 
 def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:

@@ -45,7 +45,7 @@ def picked(rows: Tensor, at: Tensor) -> Tensor:
     return torch.where((at >= 0)[:, None], rows[at.clamp(min=0)], 0)
 
 
-_MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
+MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
 
 
 class _Moved(Layer):
@@ -56,6 +56,7 @@ class _Moved(Layer):
     def __init__(self, name: str, step: Step, layer: nn.Module, reach=None):
         super().__init__(name, step.inputs, step.out, None if reach is None else (reach,))
         self.layer, self.converted = layer, step.kind == "layer"
+        self.masked = step.kind in ("layer", "function")  # the third is a module that stays dense
         self.forward = dense_type(layer).forward
 
     def geometry(self, in_shape: tuple[int, int, int]) -> ConvGeometry:
@@ -116,7 +117,7 @@ class Upsample(_Moved):
         factors = tuple(factors) if isinstance(factors, (tuple, list)) else (factors, factors)
         self.mode, reach = layer.mode, None
         if layer.size is not None or not all(_is_whole(f) for f in factors):
-            self.refusal = f"{name}: expected integer scale factors up to {_MAX_FACTOR}, got {layer}"
+            self.refusal = f"{name}: expected integer scale factors up to {MAX_FACTOR}, got {layer}"
         elif self.mode not in ("nearest", "bilinear") or layer.align_corners:
             self.refusal = f"{name}: expected mode nearest or bilinear (align_corners=False), got {layer}"
         else:
@@ -131,7 +132,7 @@ class Upsample(_Moved):
 
     @property
     def joins(self) -> bool:
-        return self.converted and self.packs
+        return self.masked and self.packs
 
     def join(self, bound) -> None:
         size, channels = bound.same(self.inputs)
@@ -204,7 +205,7 @@ def _cut(y: Tensor, reaches, out: BlockGeometry) -> Tensor:
 
 
 def _is_whole(factor: float | None) -> bool:
-    return factor is not None and factor == int(factor) and 1 <= factor <= _MAX_FACTOR
+    return factor is not None and factor == int(factor) and 1 <= factor <= MAX_FACTOR
 
 
 def interpolate(

@@ -1,6 +1,6 @@
 """Maps under a mask as tensors: what runs a forward that cannot be traced."""
 
-from .constant import constant_conv
+from .constant import Standardised, constant_conv
 from .convolution import Convolution, bare
 from .follow import as_map, entered, follow, inside, layer_input, may_follow
 from .pointwise import normed
@@ -9,6 +9,7 @@ from .value import SparseMap
 __all__ = [
     "Convolution",
     "SparseMap",
+    "Standardised",
     "as_map",
     "bare",
     "constant_conv",

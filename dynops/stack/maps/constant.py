@@ -53,12 +53,60 @@ def constant_conv(module: nn.Module, forward: Callable, x: Tensor):
     if settings is None:
         return NotImplemented
     key = ("convolution", type(module), settings, modes.autocast_dtype(x))
+    found = _kept_call(module, forward, key, parameters)
+    return NotImplemented if found is None else F.conv2d(x, found.weight, found.bias, *found.arguments)
+
+
+def _kept_call(module: nn.Module, forward: Callable, key: tuple, parameters: list) -> _Call | None:
     found = kept.get(key, lambda: _weight_and_more(module, forward), *parameters)
     if len(found) == 1:  # it is no such convolution
-        return NotImplemented
+        return None
     weight, bias, numbers = found
     stride, padding, dilation, (groups, with_bias) = numbers.view(4, 2).tolist()
-    return F.conv2d(x, weight, bias if with_bias else None, stride, padding, dilation, groups)
+    return _Call(
+        weight, bias if with_bias else None, (tuple(stride), tuple(padding), tuple(dilation), groups)
+    )
+
+
+class Standardised:
+    """A subclass of nn.Conv2d whose weight is made of its parameters alone, seen as the convolution that it calls.
+
+    Attributes:
+        arguments: stride, padding, dilation and groups.
+
+    Raises:
+        ValueError: it is no such module.
+    """
+
+    def __init__(self, module: nn.Conv2d, forward: Callable):
+        self.module, self.forward = module, forward
+        settings = (
+            None if module.training or module._modules or not self.tensors() else _settings(module, forward)
+        )
+        self._key = "convolution", type(module), settings, None
+        call = None if settings is None else self._call()
+        if call is None:
+            raise ValueError(
+                f"module: expected a convolution by a weight of its parameters alone, got {module}"
+            )
+        self.arguments = call.arguments
+        self._state = [*vars(module).values()]
+
+    def holds(self) -> bool:
+        """True where nothing was set on the module since."""
+        return [*vars(self.module).values()] == self._state
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that the weight is made of."""
+        return (*self.module._parameters.values(), *self.module._buffers.values())
+
+    @property
+    def _parameters(self) -> dict[str, Tensor | None]:
+        found = self._call()
+        return {"weight": found.weight, "bias": found.bias}
+
+    def _call(self) -> _Call | None:
+        return _kept_call(self.module, self.forward, self._key, [t for t in self.tensors() if t is not None])
 
 
 _OF_MODULES = frozenset(vars(nn.Conv2d(1, 1, 1)))  # hooks and the like

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import ConvGeometry, pair
+from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..layers.base import Rows
-from ..layers.pool import avg_pool, max_of_rows, max_pool
+from ..layers.pool import avg_pool, max_of_rows, max_pool, windows_of_rows
+from ..layers.resample import MAX_FACTOR
 from ..masked_output import pooled_images
 from . import layout
 from .layout import NCHW
@@ -47,6 +49,8 @@ def resized_by(geometry_of):
         elif x.active.ragged and kwargs.get("mode") in ("bilinear", "bicubic") and "scale_factor" in kwargs:
             size = F.interpolate(torch.empty(1, 1, *x.shape[2:], device="meta"), **kwargs).shape[2:]
             out = each_image(x, lambda image: func(image, **kwargs), size)
+        elif (made := _on_rows(name, x, geometry_of, args[1:], kwargs)) is not None:
+            return made
         else:
             out = func(x.dense(), *args[1:], **kwargs) if args else func(**{**kwargs, "input": x.dense()})
         if not isinstance(out, Tensor) or out.dim() != 4:
@@ -67,6 +71,36 @@ def resized_by(geometry_of):
         return at_pixels(out, x.active.after(geometry, out.device, ceil), x.active)
 
     return run
+
+
+def _on_rows(name: str, x: SparseMap, geometry_of, args: tuple, kwargs: dict) -> SparseMap | None:
+    """A pool or a nearest upsampling by the kernel of rows, or None."""
+    if x.is_input or x.margins is not None or x.requires_grad:
+        return None
+    small = torch.empty(1, 1, *x.shape[2:], device="meta")
+    if name == "max_pool2d":
+        kind, pool = StepKind.MAX_POOL, max_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
+        size = pool(small).shape[2:]
+    elif name == "avg_pool2d":
+        kind, pool = StepKind.MEAN_POOL, avg_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
+        whole = pool.count_include_pad or pair(pool.padding, "padding") == (0, 0)
+        if pool.ceil_mode or pool.divisor_override is not None or not whole:
+            return None
+        size = pool(small).shape[2:]
+    elif name == "interpolate" and (args[2] if len(args) > 2 else kwargs.get("mode", "nearest")) == "nearest":
+        kind, size = (
+            StepKind.NEAREST,
+            F.interpolate(small, *args, **{k: v for k, v in kwargs.items() if k != "input"}).shape[2:],
+        )
+    else:
+        return None
+    found = geometry_of((x.shape[0], *x.shape[2:]), (x.shape[0], *size), args, kwargs)
+    if found is None or max(found[0].stride_h, found[0].stride_w) > MAX_FACTOR:
+        return None
+    g, ceil = found
+    plan = x.active.after(g, x.device, ceil)
+    rows = windows_of_rows(kind, x.rows(), x.plan, plan, g)
+    return None if rows is None else SparseMap.of_rows(rows, plan, x.active)
 
 
 def _of_images(func, name: str, x: SparseMap, args: tuple, kwargs: dict) -> Tensor:

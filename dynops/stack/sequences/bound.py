@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import backends
-from ...geometry import ConvGeometry
+from ...geometry import ConvGeometry, conv_geometry
 from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of, takes_winograd
 from ...kernels.cpu.prepared import Prepared, StepKind, key_of
 from ..layers.base import Layer, Rows, Unjoinable
 from ..layers.resample import Padded, through
+from ..maps import Standardised
 from ..norm import check_features, fold, tensors_of, uses_batch_statistics
 from ..staleness import hooked
 from . import moves
@@ -42,7 +43,12 @@ class Weights:
     scaled_by: Callable[[], tuple] = tuple
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        own = () if self.conv is None else (self.conv._parameters["weight"], self.conv._parameters["bias"])
+        if type(self.conv) is Standardised:
+            own = self.conv.tensors()
+        else:
+            own = (
+                () if self.conv is None else (self.conv._parameters["weight"], self.conv._parameters["bias"])
+            )
         own = own if self.norm is None else (*own, *tensors_of(self.norm))
         return (*own, *self.scaled_by())
 
@@ -96,6 +102,7 @@ class Bound:
         self.steps: list[Step] = []
         self.tiled: dict[int, ConvGeometry] = {}  # the slots whose 3x3 convolutions may run as Winograd's
         self.called: list[tuple] = []  # children of modules on the way to those that layers call
+        self.constant: list[Standardised] = []
         self.leaves: list[tuple] = []  # these, and their types
         self.idle: list[nn.Module] = []  # dropouts, which do nothing in eval mode
         self._readers = Counter(v for layer in sequence.layers for v in layer.inputs)
@@ -145,13 +152,27 @@ class Bound:
             weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activation)
             inputs = (first, *rest)
             return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs)
-        before = self._alone(layer.inputs[0]) if norm is None and len(layer.inputs) == 1 else None
-        if before is not None and not before.weights.activation:
-            before.weights.activation = activation
+        before = self._alone(layer.inputs[0]) if len(layer.inputs) == 1 else None
+        found = None if before is None else before.weights
+        bare = found is not None and found.norm is found.scale is None and len(before.inputs) == 1
+        if found is not None and not found.activation and (norm is None or bare):
+            found.activation, found.norm = activation, found.norm if norm is None else norm
             self._same[layer.out] = layer.inputs[0]
             return None
         weights = Weights(_each(channels), None, norm, activation)
         return self.step(StepKind.EACH, layer, size, channels, weights=weights)
+
+    def standardised(self, layer: Layer, module: nn.Conv2d, forward: Callable) -> None:
+        """Adds a convolution whose weight is made of its parameters."""
+        conv = Standardised(module, forward)
+        stride, padding, dilation, groups = conv.arguments
+        g = conv_geometry(
+            self.size(layer.inputs[0]), module.kernel_size, stride, padding, dilation, groups, padding
+        )
+        if self.channels(layer.inputs[0]) != module.in_channels:
+            raise Unjoinable
+        self.constant.append(conv)
+        self.multiply(layer, g.out_shape, module.out_channels, g, conv)
 
     def linear(self, layer: Layer, module: nn.Module, inputs: int, outputs: int) -> None:
         """Adds a Linear of maps ``[N, H, W, C]``: a 1x1 convolution of their rows."""
@@ -215,6 +236,20 @@ class Bound:
             (p._modules, name, child) for p, name, child in zip(parents, names, children, strict=True)
         ]
         self.leaves.append((inner, type(inner)))
+
+    def group_norm(self, layer: Layer, module: nn.Module, groups: int, activation: str = "") -> None:
+        """Adds a GroupNorm or InstanceNorm2d over each sample's pixels of the mask, and an activation."""
+        size, channels = self.same(layer.inputs)
+        vectors = [v for v in module._parameters.values() if v is not None]
+        if self.is_last(layer.inputs[0]) or channels % groups or any(v.numel() != channels for v in vectors):
+            raise Unjoinable
+        self.step(StepKind.GROUP_NORM, layer, size, channels, layer_norm=module)
+        self.steps[-1].channels = [groups]
+        if activation:
+            found, made = self.steps[-1], -1 - len(self._sizes)
+            self._place(made, size, channels, None, False)
+            found.out, weights = made, Weights(_each(channels), activation=activation)
+            self.steps.append(Step(StepKind.EACH, (made,), layer.out, weights))
 
     def move(self, layer: Layer, call: Callable) -> None:
         """Adds a layer that only moves channels, or computes with sizes."""
@@ -355,7 +390,7 @@ class Bound:
         arguments = []
         for plan, tiles in zip(plans, quads, strict=True):
             arguments += (
-                plan.index.data_ptr(), run.inverse(plan).data_ptr(), run.index_of_rows(plan).data_ptr(),
+                plan.index.data_ptr(), run.inverse(plan).data_ptr(),
                 0 if tiles is None else tiles.data_ptr(), len(plan), 0 if tiles is None else tiles.shape[0],
                 plan.shape[1] * plan.shape[2],
             )  # fmt: skip
@@ -376,6 +411,8 @@ class Bound:
     def _calls_hold(self) -> bool:
         """True where the modules that layers call are those that were bound, with nothing set on them."""
         if any(children.get(name) is not child for children, name, child in self.called):
+            return False
+        if not all(conv.holds() for conv in self.constant):
             return False
         return not any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves)
 

@@ -22,9 +22,8 @@ def parts_of(layers: list[Layer], output: int, dense_input: bool) -> tuple[Layer
     parts: list = []
     joined: list[Layer] = []
     for i, layer in enumerate([*layers, None]):
-        ends = layer is None or (
-            layer.conv is not None and layer.out == output
-        )  # it writes the dense map itself
+        # a last convolution writes the dense map itself
+        ends = layer is None or (dense_input and layer.conv is not None and layer.out == output)
         if not ends and layer.joins and not (dense_input and 0 in layer.inputs):
             joined.append(layer)
             continue
