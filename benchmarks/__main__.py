@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    own = ["layers", "formats", "models", "experts", "video", "memory"]
+    own = ["layers", "formats", "models", "experts", "video", "memory", "exact"]
     parser.add_argument(
         "command",
         choices=["headline", *own, "all", "readme"],
@@ -114,6 +114,7 @@ def write_readme(root: Path, results: Path) -> None:
         "blocks": readme.blocks_block(reports),
         "channels": readme.channels_block(reports),
         "samples": readme.samples_block(reports),
+        "exact": readme.exact_block(reports),
         "examples": readme.examples_block(results),
         "experts": readme.experts_block(reports),
     }

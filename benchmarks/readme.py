@@ -17,6 +17,9 @@ from .samples.tables import BLOCKS, copy_table
 NO_BLOCKS = "No results of blocks are committed yet: `python -m benchmarks layers --op blocks --out benchmarks/results`."
 NO_CHANNELS = "No results of channels are committed yet: `python -m benchmarks layers --op channels --out benchmarks/results`."
 NO_SAMPLES = "No results of samples are committed yet: `python -m benchmarks layers --op samples --out benchmarks/results`."
+NO_EXACT = (
+    "No results of exact masks are committed yet: `python -m benchmarks exact --out benchmarks/results`."
+)
 NO_EXAMPLES = "No results of the examples are committed yet: `python -m examples.all --out benchmarks/results/examples.md`."
 NO_EXPERTS = (
     "No results of experts are committed yet: `python -m benchmarks experts --out benchmarks/results`."
@@ -97,6 +100,18 @@ def samples_block(reports: list[Report]) -> str:
         lines = [[row.dtype, _title(row), *own] for row, own in zip(others, cells, strict=True)]
         parts.append(markdown(["dtype", "kind", *header], lines))
     return "\n\n".join([*parts, *([copy_table(copies, markdown)] if copies else [])])
+
+
+def exact_block(reports: list[Report]) -> str:
+    """Every row."""
+    used = _of_suites(reports, "exact")
+    rows = [row for report in used for row in report.rows]
+    cells = [[row.dtype, row.mode, _title(row), *row_cells(row)] for row in rows]
+    return (
+        "\n\n".join([_machines(used), markdown(["dtype", "pass", "kind", *HEADER], cells)])
+        if rows
+        else NO_EXACT
+    )
 
 
 def examples_block(results: Path) -> str:

@@ -10,6 +10,8 @@ import torch
 from .blocks import stacks, video
 from .channels import layers as channels
 from .channels import weights
+from .exact import pillars, pretraining
+from .exact import ragged as different_sizes
 from .experts import layers as experts
 from .experts import model as expert_model
 from .harness import machine, masks
@@ -36,6 +38,11 @@ CHANNELS_LEGEND = """\
 theory: MACs of the dense layer / MACs of the live pairs of channels; density is the share of live channels on each
 side that has some. CondConv, sample weights, involution and dynamic filters save no MACs (theory 1): "best dense" is
 there the fastest of the ways to write them in PyTorch; DRConv's computes every region, CGNet's every output."""
+EXACT_LEGEND = """\
+Masks that cost no accuracy. The best dense version is the faster of eager NCHW and channels_last. theory: MACs of whole maps /
+MACs at the pixels of the mask. masked pretraining: a step, forward and backward, against dense layers and masks. sparse
+inputs: ours from coordinates and features to dense outputs, the plan included; the dense input map is there already. images of
+different sizes: against the padded batch; loop: each image by itself. torch's nested tensors have no convolution."""
 VIDEO_LEGEND = """\
 A frame's density is the share of blocks that are computed again; ours goes from two frames and the last output to
 the output, changed_blocks included. Every frame's output was compared with the dense network's first."""
@@ -64,6 +71,7 @@ LEGENDS = {
     "blocks": f"{LEGEND}\n{BLOCKS_LEGEND}",
     "channels": f"{LEGEND}\n{CHANNELS_LEGEND}",
     "samples": f"{LEGEND}\n{SAMPLES_LEGEND}",
+    "exact": EXACT_LEGEND,
     "video": f"{LEGEND}\n{VIDEO_LEGEND}",
     "memory": MEMORY_LEGEND,
     "formats": FORMATS_LEGEND,
@@ -95,8 +103,21 @@ SUITES: dict[str, tuple[ModuleType, ...]] = {
     "models": (model,),
     "experts": (experts, expert_model),
     "video": (video,),
+    "exact": (pretraining, pillars, different_sizes),
 }
-FORWARD_ONLY = (memory, formats, weights, skipnet, exits, halting, skip_rnn, copies, expert_model, video)
+FORWARD_ONLY = (
+    memory,
+    formats,
+    weights,
+    skipnet,
+    exits,
+    halting,
+    skip_rnn,
+    copies,
+    expert_model,
+    video,
+    pretraining,
+)
 WHOLE = ("models", "experts")  # keep their compiled versions where others are quick
 
 
@@ -109,6 +130,8 @@ def budget_of(suite: str, quick: bool) -> Budget:
     """The time of one comparison of a suite."""
     if suite == "formats":
         return Budget(0.3 if quick else 0.6, 5, 15, calls=1)
+    if suite == "exact":
+        return Budget(2 if quick else 5, 4, warmup=1, calls=1)
     if suite == "models":
         return Budget(5 if quick else 20, 5)
     if quick:
@@ -118,9 +141,9 @@ def budget_of(suite: str, quick: bool) -> Budget:
 
 def run(suite: str, setting: Setting, quick: bool) -> Report:
     """The report of a suite. ``quick``: fewer cases, each for a shorter time, without compiled layers."""
-    quick_layers = (quick or setting.backward) and suite not in (*WHOLE, "memory", "formats")
+    quick_layers = (quick or setting.backward) and suite not in (*WHOLE, "memory", "formats", "exact")
     setting = replace(setting, budget=budget_of(suite, quick or quick_layers))
-    if suite not in ("memory", "formats"):
+    if suite not in ("memory", "formats", "exact"):
         setting = replace(setting, roofline=Roofline(setting.device, setting.dtype))
     result = _report(setting)
     if quick_layers:  # compiling a backward pass for each of 72 layers takes half an hour

@@ -6,6 +6,7 @@ from .convert import convert_, revert_
 from .graphs import graphed
 from .kept import refresh
 from .ops.what_runs import build_info
+from .packed import packed
 from .plans import BlockPlan, ChannelPlan, ExpertPlan, PixelPlan, SamplePlan, changed_blocks
 from .ragged import ragged
 from .tiling import tiles
@@ -29,6 +30,7 @@ __all__ = [
     "integrations",
     "nn",
     "ops",
+    "packed",
     "ragged",
     "refresh",
     "revert_",

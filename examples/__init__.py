@@ -5,6 +5,7 @@
     python -m examples.samples.skipnet --seed 1 --out row.json
     python -m examples.all --out rows.csv             all of them; .csv, .json or .md by the name's end
     python -m examples.all fbs moe                    two of them
+    python -m examples.pixels.fcmae                   masked pretraining: it trains, and has no row
 
 The digits are scikit-learn's (``pip install scikit-learn``), 8x8 pixels enlarged to 12 to 32. Measured is one batch of the 360
 test images. A row has the accuracy of the dynamic network; the MACs of a sample in the static network, with

@@ -1,6 +1,13 @@
-"""Makes ``experts_implementation="dynops"`` available to the mixture-of-experts models of transformers."""
+"""transformers: ``experts_implementation="dynops"`` for mixtures of experts, ``pixel_mask`` for the backbones of DETR."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..convert import Report
 
 
 def register(name: str = "dynops") -> None:
@@ -38,6 +45,37 @@ def register(name: str = "dynops") -> None:
         raise ValueError(f"name: expected one that no other implementation of experts has, got {name!r}")
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
     notice(name)
+
+
+def use_pixel_mask(model: nn.Module) -> Report:
+    """Makes the backbone of a DETR compute each image's pixels only, and not the padding of the batch, in place::
+
+        dynops.integrations.transformers.use_pixel_mask(model)
+        outputs = model(pixel_values, pixel_mask)
+
+    ``pixel_mask`` is what the image processor returns: 1 on each image, which lies in the top left corner, and 0 on the padding,
+    where ``pixel_values`` are 0. The edge of the mask is the edge of the image for each layer, as in :func:`dynops.ragged`. So
+    the encoder gets the maps and masks of each image alone, where transformers' own convolutions read the padding after
+    the first norm, and its masks may have a row too many. For DETR, Conditional DETR, DAB-DETR, Deformable DETR, Table
+    Transformer, RT-DETR and others with such a ``...ConvEncoder``, on a convolutional backbone of transformers or timm.
+
+    What follows the backbone is transformers': layers that convolve its maps again, as those of RT-DETR and of segmentation
+    heads, read zeros beyond an image. ``dynops.revert_(model)`` undoes it.
+
+    Args:
+        model: a model with one such backbone.
+
+    Returns:
+        What :func:`dynops.convert_` reports of the backbone.
+
+    Raises:
+        TypeError: no module, or one with no or several such backbones.
+
+    Paper: Carion et al., End-to-End Object Detection with Transformers (ECCV 2020).
+    """
+    from .transformers_pixels import use_pixel_mask as convert
+
+    return convert(model)
 
 
 def _check_version() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .activations import fused_name
-from .layers import Call, GlobalPool, Layer, layer_of
+from .layers import Call, GlobalPool, Layer, ZeroPad, layer_of
 from .sequences import Sequence, parts_of
 from .staleness import Watch, signature, signatures
 from .trace import Step, Trace, Untraceable, dense_type, fuse, trace
@@ -123,7 +123,7 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
         readers = [reader for reader in layers if layer.out in reader.inputs]
         if layer.conv is not None and layer.is_bare:
             layer.waits = len(readers) == 1 and type(readers[0]) is Call and not readers[0].joins
-        elif type(layer) is GlobalPool:
+        elif type(layer) in (GlobalPool, ZeroPad):
             layer.feeds_convs = all(reader.conv is not None for reader in readers)
     parts = {"parts": parts_of(layers, output, True), "inner_parts": parts_of(layers, output, False)}
     return Stack(tuple(layers), values, output, *rest)._replace(**parts)

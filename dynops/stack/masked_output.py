@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,13 +57,18 @@ def pooled_images(pool: nn.Module, run: Callable, x: Tensor, outside: Tensor) ->
         run: the pool.
     """
     if isinstance(pool, nn.MaxPool2d):
-        return run(x.masked_fill(outside, float("-inf")))
-    out = run(x.masked_fill(outside, 0))
+        return run(_filled(x, outside, float("-inf")))
+    out = run(_filled(x, outside, 0))
     if pool.divisor_override is not None or pool.count_include_pad:
         return out
     inside = (~outside).to(x.dtype)  # the mean is over these
     share = F.avg_pool2d(inside, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, False)
     return out / share.clamp(min=1e-3)
+
+
+def _filled(x: Tensor, outside: Tensor, value: float) -> Tensor:
+    """As ``x.masked_fill``, which makes a channels_last map NCHW: 163 ms for 8 maps of 64 channels of 297x300."""
+    return x.clone(memory_format=torch.preserve_format).masked_fill_(outside, value)
 
 
 def _map_shape(x: Tensor) -> tuple[int, int, int]:

@@ -84,17 +84,28 @@ def norm_rows(
     if not uses_batch_statistics(norm):
         scale, shift = fold(norm)
         return apply_epilogue(rows, activation, scale, shift, None, residual)
-    rows = _train_rows(norm, rows) if plan.count is None else _train_capacity(norm, rows, plan.count)
+    ranks = _ranks(norm)
+    if plan.count is None and ranks is None:
+        rows = _train_rows(norm, rows)
+    elif plan.count is None and rows.is_cuda:  # torch's own kernels
+        rows = nn.SyncBatchNorm.forward(norm, rows)
+    else:
+        rows = _train_counted(norm, rows, plan.count, ranks)
     return apply_epilogue(rows, activation, None, None, None, residual)
 
 
+def _ranks(norm: nn.BatchNorm2d):
+    """The process group over which the statistics are, or None: this process alone."""
+    found = torch.distributed
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and found.is_available()):
+        return None
+    if not found.is_initialized():
+        return None
+    group = norm.process_group or found.group.WORLD
+    return group if found.get_world_size(group) > 1 else None
+
+
 def _train_rows(norm: nn.BatchNorm2d, rows: Tensor) -> Tensor:
-    if (
-        isinstance(norm, nn.SyncBatchNorm)
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-    ):
-        return nn.SyncBatchNorm.forward(norm, rows)
     if rows.shape[0] < 2:  # no variance can be had from fewer
         if norm.running_mean is None:
             return apply_epilogue(rows * 0, "", None, norm.bias, None, None)
@@ -109,16 +120,33 @@ def _train_rows(norm: nn.BatchNorm2d, rows: Tensor) -> Tensor:
     return F.batch_norm(rows, mean, var, norm.weight, norm.bias, True, momentum, norm.eps)
 
 
-def _train_capacity(norm: nn.BatchNorm2d, rows: Tensor, count: Tensor) -> Tensor:
-    """As ``_train_rows``, with a count that only the device knows: no branch, no synchronisation."""
-    valid = (torch.arange(rows.shape[0], device=rows.device) < count)[:, None]
-    enough = count[0] > 1
-    values = torch.where(valid, rows, 0).to(torch.promote_types(rows.dtype, torch.float32))
-    n = count.to(values.dtype).clamp(min=1)
-    mean = values.sum(0) / n
-    var = (torch.where(valid, values - mean, 0) ** 2).sum(0) / n
+def _train_counted(norm: nn.BatchNorm2d, rows: Tensor, count: Tensor | None, ranks=None) -> Tensor:
+    """As ``_train_rows``, with a count that only the device knows, or other ranks: no branch, no synchronisation.
+
+    A rank without rows takes part all the same: the others wait for it.
+    """
+    valid = None if count is None else (torch.arange(rows.shape[0], device=rows.device) < count)[:, None]
+    values = _held(rows.to(torch.promote_types(rows.dtype, torch.float32)), valid)
+    n = values.new_full((1,), rows.shape[0]) if count is None else count.to(values.dtype)
+    total, n = _over_ranks(torch.cat([values.sum(0), n]), ranks).split([rows.shape[1], 1])
+    enough, n = n[0] > 1, n.detach().clamp(min=1)
+    mean = total / n
+    var = _over_ranks(_held(values - mean, valid).square().sum(0), ranks) / n
     scale, shift = fold_batch(norm, mean, var, n, enough)
-    return torch.where(valid, values * scale + shift, 0).to(rows.dtype)
+    return _held(values * scale + shift, valid).to(rows.dtype)
+
+
+def _held(values: Tensor, valid: Tensor | None) -> Tensor:
+    return values if valid is None else torch.where(valid, values, 0)
+
+
+def _over_ranks(total: Tensor, ranks) -> Tensor:
+    """The sum over all ranks, with its gradient."""
+    if ranks is None:
+        return total
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(total, group=ranks)
 
 
 def fold_batch(

@@ -6,7 +6,6 @@ A value is a dense tensor or :class:`Rows`. All that can be decided without valu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, modes
@@ -17,7 +16,8 @@ from ..ops.pixels.rows import gather_rows, in_format_of, scatter_pixels
 from ..plans import PixelPlan
 from .graph import Stack
 from .layers.base import Rows
-from .layers.pool import sample_of
+from .layers.pool import sample_of, spread_over
+from .layers.resample import Padded, picked, rows_at
 from .maps import SparseMap, bare, normed
 from .maps.layout import NCHW
 from .masked_output import under_mask
@@ -80,6 +80,8 @@ class Run:
     def found(self, value: int):
         """A value: rows, a dense tensor, or a map of other axes. A map that waits is computed."""
         found = self.env[value]
+        if type(found) is Padded:
+            found = self.env[value] = found.rows()
         if type(found) is SparseMap and found.axes == NCHW and found.margins is None:
             if found.is_input:  # it stays one
                 return found.dense()
@@ -114,6 +116,7 @@ class Run:
     def map(self, value: int):
         """A value as the functions of maps take it."""
         found = self.env[value]
+        found = self.found(value) if type(found) is Padded else found
         if type(found) is Rows:
             return SparseMap.of_rows(found.values, found.plan, self.policy.active)
         if value == 0 and type(found) is not SparseMap and isinstance(found, Tensor) and found.dim() == 4:
@@ -141,13 +144,8 @@ class Run:
         """The rows of a value at flat positions, int64 ``[P]``; zero at -1 and where it does not exist."""
         found = self.found(value)
         if type(found) is Rows:
-            rows, at = found.values, found.plan.inverse().reshape(-1)[index.clamp(min=0)].long()
-            at = torch.where(index < 0, -1, at)
-        else:
-            rows, at = found.permute(0, 2, 3, 1).flatten(0, 2), index
-        if rows.shape[0] == 0:
-            return F.pad(rows, (0, 0, 0, index.shape[0]))  # zeros that keep the gradient's way
-        return torch.where((at >= 0)[:, None], rows[at.clamp(min=0)], 0)
+            return rows_at(found, index)
+        return picked(found.permute(0, 2, 3, 1).flatten(0, 2), index)
 
     def at(self, value: int, plan: PixelPlan) -> Tensor | None:
         """The rows of a value at a plan, or None where it has another size. One row for all of ``[N, C, 1, 1]``, N = 1."""
@@ -287,7 +285,7 @@ def _spread(x, plan: PixelPlan) -> Tensor | None:
     n = plan.shape[0]
     if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, n):
         return None
-    return x.flatten(1).expand(n, -1)[sample_of(plan)]
+    return spread_over(x.flatten(1).expand(n, -1), plan)
 
 
 def _spread_rows(rows: Rows, plan: PixelPlan) -> Tensor | None:
@@ -297,6 +295,8 @@ def _spread_rows(rows: Rows, plan: PixelPlan) -> Tensor | None:
         return None
     if n == 1 and plan.count is None:
         return rows.values.expand(len(plan), -1)
+    if len(rows.plan) == n and rows.plan.count is None:
+        return spread_over(rows.values, plan)
     return rows.values[rows.plan.inverse().reshape(-1)[sample_of(plan)].clamp(min=0).long()]
 
 

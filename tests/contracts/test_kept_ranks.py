@@ -1,4 +1,6 @@
-"""What is made of weights follows collectives, FSDP2 and DistributedDataParallel: two ranks with gloo."""
+"""Two ranks with gloo: what is made of weights follows collectives, FSDP2 and DistributedDataParallel; synchronised norms."""
+
+import copy
 
 import pytest
 import torch
@@ -122,3 +124,35 @@ def test_collectives(processes):
 @pytest.mark.parametrize("name", WRAPS)
 def test_training(processes, name):
     processes.run(check_training, name)
+
+
+def check_synchronised_norms(densities: tuple[float, float], capacity: int | None, tracks: bool) -> None:
+    """Each rank has one sample. Values, gradients and statistics are those of both samples in one process."""
+    rank = dist.get_rank()
+    layers = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, track_running_stats=tracks), nn.ReLU()
+    whole = nn.Sequential(*layers, nn.Conv2d(6, 4, 3, padding=1)).double().train()
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(whole))
+    x = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+    mask = torch.cat([random_mask((1, SIZE, SIZE), density) for density in densities])
+    dynops.convert_(whole)
+    dynops.convert_(shared)
+    own = dynops.PixelPlan.from_mask(mask[rank : rank + 1], capacity)
+    with dynops.use_mask(mask):
+        expected = whole(x)
+    with dynops.use_mask(own):
+        out = shared(x[rank : rank + 1])
+    torch.testing.assert_close(out, expected[rank : rank + 1])
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    for (name, p), q in zip(whole.named_parameters(), shared.parameters(), strict=True):
+        dist.all_reduce(q.grad)
+        torch.testing.assert_close(q.grad, p.grad, msg=f"{name}: gradient {q.grad}, expected {p.grad}")
+    for (name, a), b in zip(whole.named_buffers(), shared.buffers(), strict=True):
+        torch.testing.assert_close(b, a, msg=f"{name}: {b}, expected {a}")
+
+
+@pytest.mark.parametrize("capacity", [None, SIZE * SIZE])
+def test_norms_are_over_the_active_pixels_of_all_ranks(processes, capacity):
+    processes.run(check_synchronised_norms, (0.5, 0.2), capacity, True)
+    processes.run(check_synchronised_norms, (0.5, 0.0), capacity, False)
+    processes.run(check_synchronised_norms, (0.0, 0.0), capacity, True)

@@ -237,9 +237,10 @@ FLOORS = {
     "ops": {"geometry", "modes", "scripting", "backends", "kept", "plans", "kernels", "scope", "ops"},
     "context": {"geometry", "modes", "kept", "plans", "ops", "scope", "recompute"},
     "graphs": {"geometry", "plans", "context"},
-    "stack": {"geometry", "modes", "backends", "kept", "plans", "ops", "context", "stack"},
+    "stack": {"geometry", "modes", "backends", "kept", "plans", "kernels", "ops", "context", "stack"},
+    "packed": {"ops", "plans", "stack"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
-    "integrations": {"backends", "plans", "ops", "tiling", "integrations"},
+    "integrations": {"backends", "plans", "ops", "context", "stack", "convert", "tiling", "integrations"},
     "gates": {"gates"},
     "budget": {"geometry", "plans", "ops", "nn", "stack", "context", "budget"},
 }

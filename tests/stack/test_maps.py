@@ -133,6 +133,7 @@ UNARY = {
     "hardsigmoid": F.hardsigmoid,
     "plus one": lambda x: 1 + x,
     "minus": lambda x: 2 - x,
+    "new": lambda x: x * x.new_full((x.shape[0], 1, 1, 1), 2.0) + x.new_ones(x.shape),
     "power": lambda x: (x.abs() + 1) ** 0.5,
     "clamp": lambda x: x.clamp(-0.5, 1.0),
     "channels": lambda x: x * SCALE[:, None, None] + SHIFT.view(1, -1, 1, 1),
@@ -326,6 +327,15 @@ def test_a_map_is_used_twice_and_computed_once(monkeypatch):
     out, expected = both(before_its_norm, x, mask)
     close(out, expected)
     assert len(calls) == 3
+
+
+def test_a_new_tensor_of_its_dtype_reads_no_map():
+    with dynops.use_mask(masks()) as active, entered():
+        y = F.conv2d(SparseMap.of_input(rand(2, C, *SIZE), active), WEIGHT, padding=1)
+        for _ in range(2):
+            y = F.conv2d(y, WEIGHT, padding=1)
+            share = y.new_empty((2, 1, 1, 1))
+            assert type(share) is torch.Tensor and share.dtype == y.dtype and y.convolution() is not None
 
 
 def test_gradient_modes_are_those_of_the_call():

@@ -1,5 +1,7 @@
 """Gradients of maps through functions of autograd and through checkpoints."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dynops
 from dynops.stack.maps import SparseMap, entered
+from dynops.testing import MaskedPolicy
 
 C, SIZE = 6, (8, 12)
 
@@ -77,3 +80,22 @@ def test_hooks_of_gradients_are_called():
     for a, b in zip(run(part), run(lambda x: F.conv2d(x, WEIGHT, padding=1) * 3), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert len(seen) == 1 and torch.equal(maps[0].grad, seen[0]) and seen[0].norm() > 0
+
+
+def test_the_norm_of_a_samples_pixels():
+    """Of two derivatives, and zero where all pixels are zero, as torch has it."""
+    x, mask = rand(3, C, *SIZE).requires_grad_(), MASK[[0, 1, 0]]
+    found = []
+    for context in (dynops.use_mask(mask), MaskedPolicy(mask)):
+        with context as active, entered() if active is not None else contextlib.nullcontext():
+            y = F.conv2d(
+                SparseMap.of_input(x, active) if isinstance(active, dynops.use_mask) else x, WEIGHT, padding=1
+            )
+            norm = (y * torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1, 1)).norm(p=2, dim=(2, 3))
+        (grad,) = torch.autograd.grad((norm * rand(3, C)).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x)
+        found.append((norm, grad, second))
+    for i, (a, b) in enumerate(zip(*found, strict=True)):
+        assert a.isfinite().all() and a.abs().sum() > 0
+        n = 2 if i == 2 else 3  # torch's second derivative at zero is NaN
+        torch.testing.assert_close(a[:n], b[:n], rtol=1e-9, atol=1e-10)

@@ -18,6 +18,7 @@ from benchmarks.harness.setting import Budget
 from dynops.testing import assert_within_budget
 from examples import all as every
 from examples import common, measure
+from examples.pixels import fcmae
 
 # The size of the images and the steps: a second or two each on one core.
 SHORT = {
@@ -58,6 +59,21 @@ def test_dynamic_is_the_dense_masked_form_for_fewer_macs(name, monkeypatch):
     full, dynamic = (partial(example.run, model, mode=mode) for mode in ("full", "dynamic"))
     assert 0 < measure.dynamic_macs(dynamic, model, x) < 0.97 * measure.full_macs(full, x)
     assert measure.accuracy(dynamic, data.test) > 0.5  # chance: 0.1
+
+
+def test_masked_pretraining_learns_from_visible_patches_alone(monkeypatch):
+    monkeypatch.setattr(fcmae, "SIZE", 32)
+    monkeypatch.setattr(fcmae, "PATCH", 8)
+    monkeypatch.setattr(common, "BATCH", 32)
+    data = common.Digits.load(32)
+    model = fcmae.FCMAE()
+    losses = fcmae.train(model, data, common.Length(25))
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+    images, visible = data.test[0][:4], fcmae.random_patches(4)
+    hidden = torch.where(fcmae.at_size(visible, images), images, 7)
+    assert visible.flatten(1).sum(1).eq(6).all() and not torch.equal(hidden, images)
+    with torch.no_grad():
+        assert torch.equal(model.encode(images, visible), model.encode(hidden, visible))
 
 
 def test_report_and_files(tmp_path, monkeypatch, capsys):

@@ -129,3 +129,14 @@ def conv_weight_grad(grad, x, index, count, source, weight_shape, geometry, from
     db = grad.new_empty(channels if bias else 0)
     CPP.conv_weight_grad(last(grad), last(x), index, count, source, g, dw, db if bias else None)
     return dw, db
+
+
+def max_rows(x: Tensor, index: Tensor, source: Tensor, g: ConvGeometry, zeros: bool) -> Tensor:
+    """The maximum over windows, from rows ``[R, C]`` to rows ``[P, C]``; float32 or bfloat16, no gradient.
+
+    Args:
+        zeros: pixels of the map without a row are 0; else no window sees them.
+    """
+    out = x.new_empty((index.shape[0], x.shape[1]))
+    CPP.max_rows(x.contiguous(), index, source, g, zeros, out)
+    return out

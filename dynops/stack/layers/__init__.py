@@ -76,4 +76,4 @@ def _of_call(recorded: Call, step: Step) -> Layer | None:
     return _OF_MODULE[type(module)](recorded.name, step, module)
 
 
-__all__ = ["COPIES", "WITH_CHANNELS", "Call", "GlobalPool", "Layer", "layer_of", "mapped"]
+__all__ = ["COPIES", "WITH_CHANNELS", "Call", "GlobalPool", "Layer", "ZeroPad", "layer_of", "mapped"]

@@ -22,6 +22,7 @@ from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
 from .base import SAME, Layer, Rows, Unjoinable, finish, place, spans_of
 from .norm import check_norm, dense_norm, statistics_refusal
+from .resample import Padded, through
 
 
 class Conv(Layer):
@@ -97,9 +98,11 @@ class Conv(Layer):
             return made
         if self.pads is not None and run.maps and run.policy.active.ragged:
             return self._as_called(run)
-        values, in_plan, shape = self._input(run)
+        padded, (values, in_plan, shape) = run.env[self.x], self._input(run)
         g = self.geometry(shape)
         plan = run.policy.plan(self.out, g.out_shape, values.device, self._unpadded(g))
+        if type(padded) is Padded and self.pads is None:
+            g = through(padded.geometry, g)
         residual, wide = None, run.autocast is None or values.dtype == torch.float64
         if self.residual is not None:
             residual = run.added(self.residual, plan, self.out_channels)
@@ -126,13 +129,14 @@ class Conv(Layer):
         """The rows by one call of a kernel that was prepared, where rows of compact plans come and go: 15 us instead of
         40, and the kernel takes 5 to 40. None: any other case."""
         x, residual, norm = run.env[self.x], None, self.norm
-        if type(x) is not Rows or self.pads is not None or self.waits or run.ends_with(self):
+        if self.pads is not None or self.waits or run.ends_with(self) or type(x) not in (Rows, Padded):
             return None
-        values, in_plan = x
+        values, in_plan = x.inner if type(x) is Padded else x
         if norm is not None and uses_batch_statistics(norm):
             return None
-        g = self.geometry(in_plan.shape)
+        g = self.geometry(x.plan.shape)
         plan = run.policy.plan(self.out, g.out_shape, in_plan.device, g)
+        g = through(x.geometry, g) if type(x) is Padded else g
         if self.residual is not None:
             added = run.env[self.residual]
             if type(added) is not Rows or added.plan is not plan:
@@ -166,7 +170,7 @@ class Conv(Layer):
         return self.pads is None and not self.waits
 
     def join(self, bound) -> None:
-        g = self.geometry(bound.size(self.x))
+        g = self.geometry(bound.padded_size(self.x))
         if self.residual is not None and (
             bound.size(self.residual) != g.out_shape or bound.channels(self.residual) != self.out_channels
         ):
@@ -215,6 +219,8 @@ class Conv(Layer):
 
     def _input(self, run) -> tuple[Tensor, PixelPlan | None, tuple[int, int, int]]:
         """The input as rows and their plan, or a dense map and None; and its (N, H, W)."""
+        if self.pads is None and type(padded := run.env[self.x]) is Padded:
+            return *padded.inner, padded.plan.shape
         if self.pads is None and (rows := run.rows_of(self.x)) is not None:
             return rows.values, rows.plan, rows.plan.shape
         x = run.dense(self.x)

@@ -13,7 +13,7 @@ from ...plans import PixelPlan
 from ..norm import check_features, norm_rows, uses_batch_statistics
 from ..trace import Step, dense_type
 from .base import Layer, Rows, finish, place
-from .pool import pixels_of_samples, sample_of, sums_of_samples
+from .pool import pixels_of_samples, spread_over, sums_of_samples
 
 
 class Norm(Layer):
@@ -110,12 +110,12 @@ def group_norm_of_rows(rows: Tensor, plan: PixelPlan, groups: int, weight, bias,
     """As :func:`group_norm_rows`, of a norm's parameters."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]
     live = None if plan.count is None else (plan.index >= 0)[:, None]
-    pixels, owner = pixels_of_samples(plan)[:, None].to(wide.dtype), sample_of(plan)
+    pixels = pixels_of_samples(plan)[:, None].to(wide.dtype)
 
     def mean(values: Tensor) -> Tensor:  # [P, G] to [P, G, 1], or [1, G, 1] of one sample
         values = values if live is None else torch.where(live, values, 0)
         means = sums_of_samples(values, plan) / pixels
-        return (means if plan.shape[0] == 1 else means[owner])[:, :, None]
+        return (means if plan.shape[0] == 1 else spread_over(means, plan))[:, :, None]
 
     centred = wide - mean(wide.mean(2))
     out = centred * (mean(centred.square().mean(2)) + eps).rsqrt()

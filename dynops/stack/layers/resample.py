@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,36 @@ from ...plans import PixelPlan
 from ..receptive_field import Enlarged, Window
 from ..trace import Step, dense_type
 from .base import Layer, Rows, spans_of
+
+
+class Padded(NamedTuple):
+    """Rows with zeros around their map, which convolutions read through. ``geometry``: of the padding."""
+
+    inner: Rows
+    plan: PixelPlan
+    geometry: ConvGeometry
+
+    def rows(self) -> Rows:
+        return Rows(rows_at(self.inner, _source(self.plan, self.geometry)), self.plan)
+
+
+def through(pad: ConvGeometry, g: ConvGeometry) -> ConvGeometry:
+    """The geometry, on the map inside of a padding, of a convolution that reads the padded one."""
+    return g._replace(in_h=pad.in_h, in_w=pad.in_w, pad_h=g.pad_h + pad.pad_h, pad_w=g.pad_w + pad.pad_w)
+
+
+def rows_at(rows: Rows, index: Tensor) -> Tensor:
+    """The rows of a map at flat positions, int64 ``[P]``; zero at -1 and where it has none."""
+    at = rows.plan.inverse().reshape(-1)[index.clamp(min=0)].long()
+    return picked(rows.values, torch.where(index < 0, -1, at))
+
+
+def picked(rows: Tensor, at: Tensor) -> Tensor:
+    """Rows by their numbers, int64 ``[P]``; zero at -1."""
+    if rows.shape[0] == 0:
+        return F.pad(rows, (0, 0, 0, at.shape[0]))  # zeros that keep the gradient's way
+    return torch.where((at >= 0)[:, None], rows[at.clamp(min=0)], 0)
+
 
 MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
 
@@ -48,6 +80,9 @@ class _Moved(Layer):
             return self.forward(self.layer, run.dense(x))
         g = self.geometry(run.shape(x))
         plan = run.policy.plan(self.out, g.out_shape, run.device(x), g)
+        return self._moved(run, x, plan, g)
+
+    def _moved(self, run, x: int, plan: PixelPlan, g: ConvGeometry):
         return Rows(self._of_rows(run.read_at(x, _source(plan, g)), plan, g), plan)
 
     def whole(self, inputs: list[Tensor]) -> Tensor:
@@ -143,6 +178,18 @@ class ZeroPad(_Moved):
         if min(layer.padding) < 0:
             self.refusal, self.packs = f"{name}: expected paddings >= 0, got {layer}", False
         super().__init__(name, step, layer, (Window(1, 1, top, bottom, 1), Window(1, 1, left, right, 1)))
+        self.feeds_convs = False  # every reader is a convolution, which reads through it
+
+    @property
+    def joins(self) -> bool:
+        return self.converted and self.packs and self.feeds_convs
+
+    def join(self, bound) -> None:
+        bound.pad(self, self.geometry(bound.size(self.inputs[0])))
+
+    def _moved(self, run, x: int, plan: PixelPlan, g: ConvGeometry):
+        rows = run.rows_of(x)
+        return super()._moved(run, x, plan, g) if rows is None else Padded(rows, plan, g)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         return inputs[0].clone()  # the zeros are there; what is written around it later is not the input's

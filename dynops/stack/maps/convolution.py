@@ -78,11 +78,13 @@ class Convolution(Pending):
         return self.mode.grad and any(t is not None and t.requires_grad for t in tensors)
 
     def takes(self, what: str) -> bool:
-        """True if "norm", "residual" or "activation" may be added to the epilogue."""
+        """True if "norm", "shift", "residual" or "activation" may be added to the epilogue."""
         if self.activation or self.mode != _mode():
             return False
         if what == "norm":
-            return self.scale is None and self.residual is None
+            return self.scale is None and self.shift is None and self.residual is None
+        if what == "shift":
+            return self.shift is None and self.residual is None
         return self.residual is None if what == "residual" else True
 
     def grown(self, source: SparseMap, **epilogue) -> SparseMap:
@@ -119,7 +121,8 @@ class Convolution(Pending):
         before, rows = source.convolution(), source.rows()
         scale, shift, residual = self.scale, self.shift, self.residual
         if before is not None:
-            scale, shift = (None, None) if before.scale is not None else (scale, shift)
+            scale = None if before.scale is not None else scale
+            shift = None if before.shift is not None else shift
             residual = None if before.residual is not None else residual
         return apply_epilogue(rows, self.activation, scale, shift, None, residual)
 

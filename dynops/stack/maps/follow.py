@@ -45,6 +45,8 @@ def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=(), part:
         return forward(*args, **kwargs)
 
     def taken(x: Tensor):
+        if type(x) is SparseMap:
+            return x.under(active)
         return SparseMap.of_input(x, active) if _is_map(x) else x
 
     args, kwargs = pytree.tree_map_only(Tensor, taken, (args, kwargs))

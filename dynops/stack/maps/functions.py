@@ -44,6 +44,8 @@ def compute(func, args: tuple, kwargs: dict):
         return _question(func, name, args, kwargs)
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(func, name, args, kwargs)
+    if active is None and any(type(x) is SparseMap and x.active is None for x in args):
+        return func(*dense_tree(args), **dense_tree(kwargs))
     if name in ("register_hook", "retain_grad"):
         args[0].through_dense()
     handler = _TABLE.get(name)
@@ -204,6 +206,15 @@ def _to(func, name, args, kwargs):
     return pointwise.elementwise(func, name, args, kwargs)
 
 
+def _new(func, name, args, kwargs):
+    """A new tensor of the dtype and device of a map, whose values nothing reads."""
+    x = args[0]
+    if type(x) is not SparseMap or x.is_input:
+        return NotImplemented
+    out = func(torch.empty(0, dtype=x.dtype, device=x.device), *args[1:], **kwargs)
+    return _masked_like(out, x) if x.axes == NCHW else out
+
+
 def _interpolate(func, name, args, kwargs):
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     return spatial.enlarged(func, name, args, kwargs)
@@ -265,6 +276,7 @@ _TABLE = {
     "dropout2d": _dropout_of_channels,
     "feature_dropout": _dropout_of_channels,
     "to": _to,
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"), _new),
     "view": _of_map(_as_view),
     "reshape": _of_map(lambda x, *shape, **named: spatial.reshape(x, _sizes(shape) or named["shape"])),
     "flatten": _of_map(lambda x, start_dim=0, end_dim=-1: spatial.reshape(x, spatial.flattened(x.shape, start_dim, end_dim))),

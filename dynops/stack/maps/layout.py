@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops.pixels.rows import gather_rows, scatter_rows
 from ...plans import PixelPlan
-from ..layers.pool import sample_of
+from ..layers.pool import spread_over
 
 NCHW = ("n", "c", "h", "w")
 _PIXELS = ("n", "h", "w", "s")
@@ -168,7 +168,7 @@ def gathered(x: Tensor, plan: PixelPlan, axes: tuple[str, ...]) -> Tensor | None
         return x.permute(order).reshape([x.shape[i] for i in order[count:]])
     x = x.permute(order)
     if all(size == 1 for size in x.shape[1:count]):
-        return x.flatten(0, count - 1)[sample_of(plan)]
+        return spread_over(x.flatten(0, count - 1), plan)
     wanted = [sizes[axes[i]] for i in places]
     x = x.expand(*wanted, *x.shape[count:]).flatten(0, count - 1)
     return x[plan.derived("rows of pixels", lambda: plan.index.long().clamp(min=0))]

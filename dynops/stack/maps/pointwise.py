@@ -116,13 +116,13 @@ def _into_dense(func, args: tuple, kwargs: dict, base: SparseMap):
 
 def _grown(base: SparseMap, name: str, args: tuple, kwargs: dict) -> SparseMap | None:
     """The map with the function in the epilogue of the convolution that makes it, or None."""
-    if name == "add" and len(args) == 2 and not kwargs:
+    pending, binary = base.convolution(), len(args) == 2 and not kwargs
+    if name == "add" and binary and type(args[0]) is type(args[1]):
         return _sum(*args)
-    pending = base.convolution()
     if pending is None:
         return None
-    if name in ("mul", "multiply") and len(args) == 2 and not kwargs:
-        return _scaled(base, pending, args[1] if args[0] is base else args[0])
+    if name in ("add", "mul", "multiply") and binary:
+        return _of_channels(base, pending, name, args[1] if args[0] is base else args[0])
     options = {k: v for k, v in kwargs.items() if k != "inplace" and v != "none"}
     if name not in _ACTIVATIONS or args != (base,):
         return None
@@ -132,14 +132,14 @@ def _grown(base: SparseMap, name: str, args: tuple, kwargs: dict) -> SparseMap |
     return pending.grown(base, activation=activation) if not options and pending.takes("activation") else None
 
 
-def _scaled(base: SparseMap, pending: Convolution, factor) -> SparseMap | None:
-    """A convolution times one number for each channel, or None for another product."""
-    if type(factor) is SparseMap or not isinstance(factor, Tensor) or factor.dtype != base.dtype:
+def _of_channels(base: SparseMap, pending: Convolution, name: str, other) -> SparseMap | None:
+    """A convolution times or plus one number for each channel, as a frozen norm writes it, or None for another one."""
+    if type(other) is SparseMap or not isinstance(other, Tensor) or other.dtype != base.dtype:
         return None
-    scale = layout.gathered(factor, base.plan, base.axes)
-    if scale is None or tuple(scale.shape) != (pending.channels,) or not pending.takes("norm"):
+    numbers, what = layout.gathered(other, base.plan, base.axes), "shift" if name == "add" else "norm"
+    if numbers is None or tuple(numbers.shape) != (pending.channels,) or not pending.takes(what):
         return None
-    return pending.grown(base, scale=scale)
+    return pending.grown(base, **{"shift" if name == "add" else "scale": numbers})
 
 
 def _sum(a, b) -> SparseMap | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...geometry import ConvGeometry, pair
 from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
-from ..layers.pool import avg_pool, max_pool, whole_map, windows_of_rows
+from ..layers.base import Rows
+from ..layers.pool import avg_pool, max_of_rows, max_pool, whole_map, windows_of_rows
 from ..layers.resample import MAX_FACTOR
 from ..masked_output import pooled_images
 from . import axes, layout
@@ -37,6 +38,12 @@ def resized_by(geometry_of):
         x = args[0] if args else kwargs.get("input")
         if type(x) is not SparseMap or x.axes != NCHW or kwargs.get("return_indices"):
             return NotImplemented
+        if name == "max_pool2d" and not x.is_input and x.margins is None:
+            made = max_of_rows(
+                max_pool(*args[1:], **_without(kwargs, "input")), Rows(x.rows(), x.plan), x.active
+            )
+            if made is not None:
+                return SparseMap.of_rows(*made, x.active)
         if x.active.ragged and name in ("max_pool2d", "avg_pool2d"):
             out = _of_images(func, name, x, args[1:], kwargs)
         elif x.active.ragged and kwargs.get("mode") in ("bilinear", "bicubic") and "scale_factor" in kwargs:
@@ -102,6 +109,10 @@ def _of_images(func, name: str, x: SparseMap, args: tuple, kwargs: dict) -> Tens
     plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
     outside = ~layout.mask_at(plan, NCHW)
     return pooled_images(settings, lambda dense: func(dense, *args, **kwargs), x.dense(), outside)
+
+
+def _without(kwargs: dict, name: str) -> dict:
+    return {k: v for k, v in kwargs.items() if k != name}
 
 
 def _named(args: tuple, kwargs: dict, *names: str) -> dict:

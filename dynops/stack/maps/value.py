@@ -22,7 +22,7 @@ class SparseMap(Tensor):
     Attributes:
         plan: its pixels, or None for an input: a dense tensor that convolutions read whole.
         axes: see :mod:`.layout`.
-        active: the ``use_mask`` context that it belongs to.
+        active: the ``use_mask`` context that it belongs to; None: it is the input of one to come.
         pending: a convolution, a padding or a view that was not computed yet, or None.
         margins: of an input that a model padded itself: (left, right, top, bottom) around the map that has a mask.
         border: of such an input that was not computed yet: its pixels as another map, and how the whole is made.
@@ -148,8 +148,12 @@ class SparseMap(Tensor):
         return gathered(self.dense(), plan, axes)
 
     def under(self, active) -> SparseMap:
-        """The map in another ``use_mask`` context: there it is an input, which is read whole."""
-        return self if active is None or active is self.active else SparseMap.of_input(self.dense(), active)
+        """The map in another ``use_mask`` context: there it is an input, which is read whole. Rows that had none stay rows."""
+        if active is None or active is self.active:
+            return self
+        if self.active is None:
+            return SparseMap.of_rows(self.rows(), self.plan, active, self.axes)
+        return SparseMap.of_input(self.dense(), active)
 
     def exchange(self, made: SparseMap) -> None:
         """Takes the content of another map of the same shape: what a function that works in place does."""

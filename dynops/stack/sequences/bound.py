@@ -15,6 +15,7 @@ from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of, takes_winograd
 from ...kernels.cpu.prepared import Prepared, StepKind, key_of, sequence
 from ..layers.base import Layer, Rows, Unjoinable
+from ..layers.resample import Padded, through
 from ..maps import Standardised
 from ..norm import check_features, fold, tensors_of, uses_batch_statistics
 from ..staleness import hooked
@@ -95,6 +96,7 @@ class Bound:
         self._last: set[int] = set()  # values [N, H, W, C]
         self._moved: dict[int, object] = {}  # values that only move others' channels
         self._same: dict[int, int] = {}  # values that are others
+        self._pads: dict[int, tuple[int, ConvGeometry]] = {}  # values that are others with zeros around
         self._roots: dict[tuple, int] = {}  # of (value, channels last): the rows that it is
         self.constants: dict[int, Layer] = {}  # values made of parameters alone
         self.steps: list[Step] = []
@@ -145,8 +147,11 @@ class Bound:
     ) -> None:  # fmt: skip
         """Adds a layer's convolution; without ``conv`` what a norm or activation makes of each row by itself."""
         if conv is not None:
-            weights = Weights(geometry, conv, norm, activation)
-            return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights)
+            first, *rest = layer.inputs
+            first, pad = self._pads.get(first, (first, None))
+            weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activation)
+            inputs = (first, *rest)
+            return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs)
         before = self._alone(layer.inputs[0]) if len(layer.inputs) == 1 else None
         found = None if before is None else before.weights
         bare = found is not None and found.norm is found.scale is None and len(before.inputs) == 1
@@ -255,6 +260,15 @@ class Bound:
         self.idle.append(module)
         self._same[layer.out] = layer.inputs[0]
 
+    def pad(self, layer: Layer, geometry: ConvGeometry) -> None:
+        """Adds zeros around a map, which convolutions read through."""
+        self._pads[layer.out] = self.rows(layer.inputs[0]), geometry
+        self._reach(geometry.out_shape, geometry, False)
+
+    def padded_size(self, value: int) -> tuple[int, int, int]:
+        """The size of a value as a convolution reads it, with the zeros around it."""
+        return self._pads[value][1].out_shape if value in self._pads else self.size(value)
+
     def size(self, value: int) -> tuple[int, int, int]:
         return self._sizes[self.rows(value)]
 
@@ -343,13 +357,17 @@ class Bound:
 
     def _result(self, value: int):
         """The value that a result is, or the number or tuple that it is itself."""
-        value = self._follow(value)
+        value = self._follow(self._pads.get(value, (value,))[0])
         if value in self._moved and not moves.holds_maps(self._moved[value]):
             return (self._moved[value],)
         return self.rows(value)
 
     def _place(self, value: int, size: tuple, channels: int, geometry, ceil: bool) -> None:
         self._sizes[value], self._channels[value] = size, channels
+        self._reach(size, geometry, ceil)
+
+    def _reach(self, size: tuple, geometry, ceil: bool) -> None:
+        """Brings the mask to a size."""
         if size not in self.slots:
             self.slots[size] = len(self.makers)
             self.makers.append((size, geometry, ceil))
@@ -383,7 +401,11 @@ class Bound:
         arguments += [rows.values.data_ptr() for rows in made.values()]
         backends._C.run_sequence(capsule, len(plans), *arguments)
         for value, result in self.results.items():
-            run.env[value] = made[result] if type(result) is int else result[0]
+            rows = made[result] if type(result) is int else result[0]
+            if value in self._pads:
+                pad = self._pads[value][1]
+                rows = Padded(rows, plans[self.slots[pad.out_shape]], pad)
+            run.env[value] = rows
         return True
 
     def _calls_hold(self) -> bool:
