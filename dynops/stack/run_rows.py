@@ -290,10 +290,12 @@ def _spread(x, plan: PixelPlan) -> Tensor | None:
 
 def _spread_rows(rows: Rows, plan: PixelPlan) -> Tensor | None:
     """As :func:`_spread`, of rows of one pixel a sample: each pixel of the plan lies in a sample that has one."""
+    if plan.count is not None:  # of whose sizes nothing may be asked
+        return _spread(scatter_pixels(rows.values, rows.plan), plan)
     n = plan.shape[0]
     if rows.plan.shape[0] != n:
         return None
-    if n == 1 and plan.count is None:
+    if n == 1:
         return rows.values.expand(len(plan), -1)
     if len(rows.plan) == n and rows.plan.count is None:
         return spread_over(rows.values, plan)

@@ -243,9 +243,9 @@ def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:
     if (
         kind == "mean"
         and rows.dtype is torch.float32
-        and len(plan)
-        and plan.shape[0] == 1
         and plan.count is None
+        and plan.shape[0] == 1
+        and len(plan)
     ):
         return rows.mean(0, keepdim=True)  # 12 us instead of 40
     alive = None if plan.count is None else (plan.index >= 0)[:, None]
