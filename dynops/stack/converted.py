@@ -169,7 +169,7 @@ def _forward_of(base: type[nn.Module]) -> Callable:
         active = context.current()
         if active is None or _TRACE not in self.__dict__:  # a slice of a converted nn.Sequential has none
             return base.forward(self, *args, **kwargs)
-        if not may_follow() or inside():
+        if not may_follow() or inside() or is_compiling():  # an export may not ask for sizes
             return _under_mask(base, self, args, kwargs, active)
         check_inputs(self, args, kwargs, active)
         try:
