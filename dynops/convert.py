@@ -95,7 +95,8 @@ class Report:
         replaced: each converted layer and its new class.
         skipped: each convolution, norm and pool that stayed dense, and why.
         fused: each outermost module that runs on packed rows, and in how many steps.
-        unfused: each module that holds converted convolutions but runs layer by layer, and why.
+        unfused: each module that holds converted convolutions but runs its own forward, and why. Under a mask
+            ``torch.compile`` leaves its graph there, and ``torch.export`` takes it with ``strict=False`` only.
         sparse_share: converted convolutions' share of all convolutions' weights. It is no share of the
             multiply-accumulates: these depend on the sizes of maps, and no input is known here.
             :class:`dynops.budget.MacCounter` counts them for an input.
@@ -139,8 +140,10 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     replaced or hooked, or an attribute is changed that a forward read. Either way has the same result. A new layer in the
     place of a converted one is converted at the next masked call.
 
-    Under ``torch.compile``, ``torch.export`` and transforms of ``torch.func``, functions that a forward without a trace
-    calls itself run on dense tensors: there a sum of a map and a tensor that nothing masked is not masked.
+    ``torch.compile`` leaves its graph at a forward without a trace; with ``fullgraph=True``, and in ``torch.export`` with
+    ``strict=True``, that is an error. Under transforms of ``torch.func``, and in the graph of a module that was changed
+    since, functions that such a forward calls itself run on dense tensors: there a sum of a map and a tensor that
+    nothing masked is not masked.
 
     Args:
         model: any module; a convolution itself too.

@@ -26,6 +26,15 @@ INSTEAD = (
 )
 
 
+def refuse_onnx() -> None:
+    """Raises RuntimeError in an export by ``torch.onnx.export(dynamo=True)``, whose own error names ops alone."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "dynops: ONNX has no op for the pixels of a mask; export the model outside of dynops.use_mask and without masks, "
+            "which gives the dense model, or package it by AOTInductor, which keeps the mask"
+        )
+
+
 def unscriptable(names: dict, exported: list[str]) -> None:
     """Gives the exports of a package the hook that ``torch.jit.script`` calls first: one that raises RuntimeError.
 

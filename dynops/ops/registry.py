@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import modes
-from ..scripting import refuse_tracing
+from ..scripting import refuse_onnx, refuse_tracing
 from .batching import vmap_rules
 from .flops import register_formulas
 
@@ -40,6 +40,8 @@ class Op:
     def __call__(self, *arguments):
         route = modes.route(*arguments)
         if route == modes.DISPATCHED:
+            if torch.compiler.is_exporting():
+                refuse_onnx()
             if torch.compiler.is_compiling():  # dynamo of torch 2.11 takes no named tuple for an int[]
                 arguments = [list(a) if isinstance(a, tuple) else a for a in arguments]
             elif modes.observed():

@@ -6,8 +6,10 @@ is that one's. Inside, it runs the trace while it holds, and else the forward, w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -178,6 +180,8 @@ def _forward_of(base: type[nn.Module]) -> Callable:
             name_module(error, self)
             raise
 
+    with contextlib.suppress(TypeError, ValueError):  # an export names inputs and their sizes by it
+        forward.__signature__ = inspect.signature(base.forward)
     return forward
 
 

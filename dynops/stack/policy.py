@@ -45,7 +45,9 @@ class Masked:
     def shared(self, value: int, inputs: list) -> PixelPlan | None:
         plan = None
         for x in inputs:
-            if type(x) is Rows and (plan is None or (x.plan is not plan and x.plan.num_pixels > plan.num_pixels)):
+            if type(x) is Rows and (
+                plan is None or (x.plan is not plan and x.plan.num_pixels > plan.num_pixels)
+            ):
                 plan = x.plan  # one pixel a sample meets each pixel of the others
         return plan
 

@@ -188,3 +188,36 @@ def test_an_export_with_a_dynamic_batch_takes_other_batches(convert):
     exported = torch.export.export(model, example, dynamic_shapes={"x": {0: batch}, "mask": {0: batch}})
     x, mask = torch.randn(5, 3, 10, 10), (torch.rand(5, 4, 4) < 0.4).float()
     torch.testing.assert_close(exported.module()(x, mask), model(x, mask))
+
+
+def test_onnx_takes_the_dense_model():
+    """Outside of the context the graph is that of the model that was not converted."""
+    pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    ).eval()
+    expected = model(X)
+    dynops.convert_(model)
+    batch = {0: torch.export.Dim("batch", min=1, max=8)}
+    program = torch.onnx.export(model, (X,), dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    torch.testing.assert_close(program(X)[0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception) as error:
+        torch.onnx.export(Inside().eval(), (X, MASK), dynamo=True, verbose=False)
+    assert "ONNX has no op for the pixels of a mask" in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["in the context", "outside of it", "as an argument"])
+def test_onnx_refuses_a_mask(how, monkeypatch):
+    """The flag is that of torch.onnx.export(dynamo=True), which needs onnxscript."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._flags._is_onnx_exporting", True)
+    layer = layers.SparseConv2d(4, 4, 3, padding=1)
+    module, arguments = {
+        "in the context": (Inside(), (X, MASK)),
+        "outside of it": (layer, (X,)),
+        "as an argument": (layer, (X, MASK)),
+    }[how]
+    with contextlib.ExitStack() as stack:
+        if how == "outside of it":
+            stack.enter_context(dynops.use_mask(MASK))
+        with pytest.raises(RuntimeError, match=r"ONNX has no op for the pixels of a mask.*AOTInductor"):
+            torch.export.export(module.eval().requires_grad_(False), arguments)
