@@ -1,83 +1,21 @@
-"""A sequence of layers at the sizes of its inputs: the steps that the binary runs, and what they read."""
+"""A sequence of layers at the sizes of its inputs: the steps that they make."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ... import backends
 from ...geometry import ConvGeometry, conv_geometry
-from ...kept import Mark, kept
-from ...kernels.cpu.engine import setup_of, takes_winograd
-from ...kernels.cpu.prepared import Prepared, StepKind, key_of, sequence
-from ..layers.base import Layer, Rows, Unjoinable
-from ..layers.resample import Padded, through
+from ...kernels.cpu.engine import takes_winograd
+from ...kernels.cpu.prepared import StepKind
+from ..layers.base import Layer, Unjoinable
+from ..layers.resample import through
 from ..maps import Standardised
-from ..norm import check_features, fold, tensors_of, uses_batch_statistics
-from ..staleness import hooked
 from . import moves
-
-_WINDOWS = (StepKind.MAX_POOL, StepKind.MEAN_POOL, StepKind.NEAREST)
-
-
-@dataclass
-class Weights:
-    """What a step multiplies by.
-
-    Attributes:
-        geometry: of the convolution.
-        conv: the module with ``weight`` and ``bias``, a convolution or a Linear; None: each row is taken by itself.
-        norm: the BatchNorm2d after it, or None; of a layer norm that itself.
-        scale: makes the vector ``[C]`` that it multiplies by after it, of ``scaled_by``; or None.
-    """
-
-    geometry: ConvGeometry
-    conv: nn.Module | None = None
-    norm: nn.Module | None = None
-    activation: str = ""
-    scale: Callable[[], Tensor] | None = None
-    scaled_by: Callable[[], tuple] = tuple
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        if type(self.conv) is Standardised:
-            own = self.conv.tensors()
-        else:
-            own = (
-                () if self.conv is None else (self.conv._parameters["weight"], self.conv._parameters["bias"])
-            )
-        own = own if self.norm is None else (*own, *tensors_of(self.norm))
-        return (*own, *self.scaled_by())
-
-    def affine(self, channels: int) -> tuple[Tensor | None, Tensor | None]:
-        """What follows the products."""
-        if self.norm is not None:
-            check_features(self.norm, channels)
-            return fold(self.norm)
-        if self.scale is None:
-            return None, None
-        scale = self.scale().detach().reshape(-1)
-        return scale.expand(channels).contiguous(), None
-
-
-@dataclass
-class Step:
-    """A step of the binary; ``inputs`` and ``out`` are numbers of values."""
-
-    kind: StepKind
-    inputs: tuple[int, ...]
-    out: int
-    weights: Weights | None = None
-    geometry: ConvGeometry | None = None
-    channels: list[int] = field(default_factory=list)  # that are taken
-    layer_norm: nn.Module | None = None
-
-    def norm_tensors(self) -> tuple[Tensor | None, ...]:
-        found = () if self.layer_norm is None else self.layer_norm._parameters
-        return (found["weight"], found["bias"]) if found else ()
+from .steps import Step, Weights, as_kernel, each
 
 
 class Bound:
@@ -115,7 +53,6 @@ class Bound:
         ends = dict.fromkeys(v for v in self.results.values() if type(v) is int and v not in sequence.inputs)
         self.outputs = tuple(ends)
         self.number = {value: i for i, value in enumerate(self._sizes)}
-        self._made: tuple | None = None
 
     # --------------------------------------------------------------------------------- by layers
 
@@ -138,7 +75,7 @@ class Bound:
             self._last.add(layer.out)
         self.steps.append(Step(kind, inputs, layer.out, weights, geometry, layer_norm=layer_norm))
         g, conv = (None, None) if weights is None else (weights.geometry, weights.conv)
-        if conv is not None and takes_winograd(g, _as_kernel(conv).shape, torch.float32):
+        if conv is not None and takes_winograd(g, as_kernel(conv).shape, torch.float32):
             self.tiled[self.slots[size]] = g
 
     def multiply(
@@ -159,7 +96,7 @@ class Bound:
             found.activation, found.norm = activation, found.norm if norm is None else norm
             self._same[layer.out] = layer.inputs[0]
             return None
-        weights = Weights(_each(channels), None, norm, activation)
+        weights = Weights(each(channels), None, norm, activation)
         return self.step(StepKind.EACH, layer, size, channels, weights=weights)
 
     def standardised(self, layer: Layer, module: nn.Conv2d, forward: Callable) -> None:
@@ -207,7 +144,7 @@ class Bound:
             if found.norm is None and found.scale is None and not found.activation:
                 found.scale, found.scaled_by, self._same[layer.out] = scale, tensors, value
                 return
-        weights = Weights(_each(channels), scale=scale, scaled_by=tensors)
+        weights = Weights(each(channels), scale=scale, scaled_by=tensors)
         self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(value,))
 
     def add(self, layer: Layer, a: int, b: int) -> None:
@@ -248,7 +185,7 @@ class Bound:
         if activation:
             found, made = self.steps[-1], -1 - len(self._sizes)
             self._place(made, size, channels, None, False)
-            found.out, weights = made, Weights(_each(channels), activation=activation)
+            found.out, weights = made, Weights(each(channels), activation=activation)
             self.steps.append(Step(StepKind.EACH, (made,), layer.out, weights))
 
     def move(self, layer: Layer, call: Callable) -> None:
@@ -371,154 +308,3 @@ class Bound:
         if size not in self.slots:
             self.slots[size] = len(self.makers)
             self.makers.append((size, geometry, ceil))
-
-    # ------------------------------------------------------------------------------------ running
-
-    def run(self, run, found: list[Rows]) -> bool:
-        """See :meth:`.sequence.Sequence.run`; ``found``: the inputs."""
-        if any(module.training for module in self.idle) or not self._calls_hold():
-            return False
-        plans = self._plans(run, found)
-        tensors = None if plans is None else self._tensors()
-        if tensors is None:
-            return False
-        tiled = self.tiled
-        quads = [run.quads(plan, tiled[i]) if i in tiled else None for i, plan in enumerate(plans)]
-        capsule = self._capsule(tensors, tuple(q is not None for q in quads))
-        if capsule is None:
-            return False
-        arguments = []
-        for plan, tiles in zip(plans, quads, strict=True):
-            arguments += (
-                plan.index.data_ptr(), run.inverse(plan).data_ptr(),
-                0 if tiles is None else tiles.data_ptr(), len(plan), 0 if tiles is None else tiles.shape[0],
-                plan.shape[1] * plan.shape[2],
-            )  # fmt: skip
-        made = dict(zip(self.sequence.inputs, found, strict=True))
-        for value in self.outputs:
-            plan = plans[self.slots[self._sizes[value]]]
-            made[value] = Rows(found[0].values.new_empty((len(plan), self._channels[value])), plan)
-        arguments += [rows.values.data_ptr() for rows in made.values()]
-        backends._C.run_sequence(capsule, len(plans), *arguments)
-        for value, result in self.results.items():
-            rows = made[result] if type(result) is int else result[0]
-            if value in self._pads:
-                pad = self._pads[value][1]
-                rows = Padded(rows, plans[self.slots[pad.out_shape]], pad)
-            run.env[value] = rows
-        return True
-
-    def _calls_hold(self) -> bool:
-        """True where the modules that layers call are those that were bound, with nothing set on them."""
-        if any(children.get(name) is not child for children, name, child in self.called):
-            return False
-        if not all(conv.holds() for conv in self.constant):
-            return False
-        return not any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves)
-
-    def _plans(self, run, found: list[Rows]) -> list | None:
-        """The plan of each size; None where one is empty, or not that of an input."""
-        active, device, plans = run.policy.active, found[0].plan.device, []
-        for size, geometry, ceil in self.makers:
-            plan = active.plan(size, device) if geometry is None else active.after(geometry, device, ceil)
-            if plan.count is not None or len(plan) == 0:
-                return None
-            plans.append(plan)
-        for value, rows in zip(self.sequence.inputs, found, strict=True):
-            if rows.plan is not plans[self.slots[self._sizes[value]]]:
-                return None
-        return plans
-
-    def _tensors(self) -> list[Tensor | None] | None:
-        """Every weight and statistic; None where a norm has the statistics of the batch."""
-        tensors: list[Tensor | None] = []
-        for step in self.steps:
-            if (weights := step.weights) is not None:
-                if weights.norm is not None and uses_batch_statistics(weights.norm):
-                    return None
-                tensors += weights.tensors()
-            tensors += step.norm_tensors()
-        return tensors
-
-    def _capsule(self, tensors: list, quads: tuple[bool, ...]):
-        """What the binary runs, made again where a tensor changed; None where one is of another kind."""
-        if kept.stepped:
-            kept.clear()
-        norms = (step.layer_norm if step.weights is None else step.weights.norm for step in self.steps)
-        made, now = self._made, (kept.epoch, quads, *[norm.eps for norm in norms if norm is not None])
-        if made is not None and made[0] == now and made[1].holds(*tensors):
-            return made[2]
-        norms = {id(t) for step in self.steps for t in step.norm_tensors()}  # read as they lie
-        plain = (
-            type(t) in (Tensor, nn.Parameter)
-            and t.is_cpu
-            and (id(t) not in norms or (t.dtype is torch.float32 and t.is_contiguous()))
-            for t in tensors
-            if t is not None
-        )
-        if not all(plain):
-            return None
-        mark = Mark(*tensors)
-        prepared = [None if step.weights is None else self._prepare(step, quads) for step in self.steps]
-        if any(
-            one is None and step.weights is not None for one, step in zip(prepared, self.steps, strict=True)
-        ):
-            return None
-        capsule = self._make(prepared)
-        self._made = now, mark, capsule, prepared, tensors  # which the capsule reads
-        return capsule
-
-    def _prepare(self, step: Step, quads: tuple[bool, ...]) -> Prepared | None:
-        weights, channels, value = step.weights, self._channels[step.out], step.inputs[0]
-        g, conv, activation = weights.geometry, weights.conv, weights.activation
-        weight = (
-            torch.ones(channels, 1, 1, 1) if conv is None else _as_kernel(conv)
-        )  # by ones, depthwise: each row
-        bias = None if conv is None else conv._parameters["bias"]
-        if weight.dtype is not torch.float32 or not (bias is None or bias.dtype is torch.float32):
-            return None
-        ins, outs = weight.shape[1] * g.groups, weight.shape[0]
-        if g.transposed:
-            ins, outs = weight.shape[0], weight.shape[1] * g.groups
-        if ins != self._channels[value] or outs != channels:
-            return None
-        setup = setup_of(g, weight.shape, torch.float32, True)
-        stays = self._sizes[value] == self._sizes[step.out] and g.is_pointwise and not g.transposed
-        pointwise = step.kind is StepKind.EACH or stays
-        as_quads = setup.winograd and quads[self.slots[self._sizes[step.out]]]
-
-        def make() -> Prepared:
-            affine = weights.affine(channels)
-            return Prepared(weight, bias, g, setup, activation, *affine, pointwise, as_quads)
-
-        if conv is None or weights.scale is not None:
-            return make()
-        eps, tensors = (0.0, ()) if weights.norm is None else (weights.norm.eps, tensors_of(weights.norm))
-        return kept.get((eps, *key_of(g, pointwise, activation, as_quads)), make, weight, bias, *tensors)
-
-    def _make(self, prepared: list):
-        number, last = self.number, {}
-        for i, step in enumerate(self.steps):
-            last.update(dict.fromkeys((*step.inputs, step.out), i))
-        steps = []
-        for i, (step, one) in enumerate(zip(self.steps, prepared, strict=True)):
-            freed = [number[v] for v, at in last.items() if at == i and v not in self.outputs]
-            geometry = step.geometry if step.kind in _WINDOWS else None
-            inputs = [number[v] for v in step.inputs]
-            vectors = (*(0 if t is None else t.data_ptr() for t in step.norm_tensors() or (None, None)),)
-            vectors += (0.0 if step.layer_norm is None else step.layer_norm.eps,)
-            steps.append((step.kind, inputs, number[step.out], one, geometry, freed, step.channels, vectors))
-        values = [(self.slots[size], self._channels[v]) for v, size in self._sizes.items()]
-        ends = [[number[v] for v in these] for these in (self.sequence.inputs, self.outputs)]
-        return sequence(values, *ends, steps)
-
-
-def _as_kernel(conv: nn.Module) -> Tensor:
-    """``[O, C/groups, kh, kw]``, of a Linear too."""
-    weight = conv._parameters["weight"]
-    return weight if weight.dim() == 4 else weight[:, :, None, None]
-
-
-def _each(channels: int) -> ConvGeometry:
-    """The geometry of a depthwise 1x1 convolution, which takes each row by itself."""
-    return ConvGeometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, channels, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...plans import PixelPlan
 from ..layers.base import Layer, Rows, Unjoinable
 from ..policy import Masked
-from .bound import Bound
+from .running import Running
 
 _MOST_BOUND = 16  # sizes that a sequence stays bound to
 
@@ -50,7 +50,7 @@ class Sequence:
         made = [layer.out for layer in layers]
         self.inputs = tuple(dict.fromkeys(v for layer in layers for v in layer.inputs if v not in made))
         self.outputs = tuple(v for v in made if v in read)
-        self._bound: dict[tuple, Bound | None] = {}
+        self._bound: dict[tuple, Running | None] = {}
 
     def run(self, run) -> bool:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
@@ -63,10 +63,10 @@ class Sequence:
         bound = self._bound_to(sizes)
         return bound is not None and bound.run(run, found)
 
-    def _bound_to(self, sizes: tuple) -> Bound | None:
+    def _bound_to(self, sizes: tuple) -> Running | None:
         if sizes not in self._bound:
             try:
-                bound = Bound(self, sizes)
+                bound = Running(self, sizes)
             except (Unjoinable, ValueError):  # a ValueError the layers raise too
                 bound = None
             if len(self._bound) >= _MOST_BOUND:
