@@ -25,7 +25,7 @@ from .nn import (
 from .nn.pixels.masked import MaskedSyncBatchNorm
 from .stack import converted
 from .stack.activations import is_norm_act
-from .stack.trace import SEVERAL, Trace, Untraceable, trace
+from .stack.trace import Trace, Untraceable, trace
 
 # The dense layers, what each becomes, and the kind of its step in a trace.
 _LAYERS = (
@@ -172,9 +172,6 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
             continue
         try:
             traces[module] = trace(module, kinds, known=untraceable)
-            if _reads_lists(traces[module], module, report.unfused, name):
-                del traces[module]
-                raise Untraceable("a part of it returns several tensors, and asks for their type")
         except Untraceable as reason:
             report.unfused[name] = str(reason)
             untraced.append(module)
@@ -295,13 +292,6 @@ def _share(model: nn.Module) -> float:
     ]
     whole = sum(size for size, _ in sizes)
     return sum(size for size, sparse in sizes if sparse) / whole if whole else 0.0
-
-
-def _reads_lists(steps: Trace, module: nn.Module, unfused: dict[str, str], name: str) -> bool:
-    """True where a layer takes what a part returns, several tensors, for one."""
-    parts = [step for step in steps.steps if step.kind == "module"]
-    several = {s.out for s in parts if unfused.get(f"{name}.{s.target}".lstrip(".")) == SEVERAL}
-    return any(s.kind in ("conv", "norm", "act", "add") and several & set(s.inputs) for s in steps.steps)
 
 
 def _holds_conv(module: nn.Module, kinds: dict[nn.Module, str]) -> bool:

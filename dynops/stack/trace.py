@@ -90,9 +90,6 @@ class Ref:
     value: int
 
 
-SEVERAL = "its output is not one tensor"
-
-
 class Step(NamedTuple):
     """One step. ``inputs`` and ``out`` number values; value 0 is the module's input."""
 
@@ -253,7 +250,7 @@ class _Steps:
                 reason.path = node.meta["scope"]
                 raise
         if output is None:
-            raise Untraceable(SEVERAL)
+            raise Untraceable("its output is not one tensor")
         return recorder.input_name, tuple(self.steps), self.values, output
 
     def new(self) -> int:

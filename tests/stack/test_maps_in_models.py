@@ -122,20 +122,20 @@ def test_a_trace_gives_what_its_layers_give(name):
 class Listed(nn.Module):
     """Takes a tensor or a list, and returns a list."""
 
-    def __init__(self):
+    def __init__(self, second=False):
         super().__init__()
-        self.conv = nn.Conv2d(C, C, 3, padding=1)
+        self.conv, self.second = nn.Conv2d(C, C, 3, padding=1), second
 
     def forward(self, x):
         x = x if isinstance(x, list) else [x]
-        return [self.conv(x[0]) + len(x), x[0]]
+        return [self.conv(x[0]) + (x[1] if len(x) > 1 or self.second else 0), x[0]]
 
 
 def test_parts_that_return_lists_and_a_layer_that_sees_the_whole_map():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.parts, self.last = nn.Sequential(Listed(), Listed()), nn.Conv2d(C, 3, 8)
+            self.parts, self.last = nn.Sequential(Listed(), Listed(True), Listed()), nn.Conv2d(C, 3, 8)
 
         def forward(self, x):
             return self.last(self.parts(x)[0])
