@@ -202,7 +202,7 @@ class use_mask:
         return _kept_in(self._masks, size, lambda: self._moved(size, layer))
 
     def _moved(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
-        if layer is None:
+        if layer is None or size == (1, 1):  # one pixel sees all of the map
             return resize_mask(self._mask, size)
         geometry, ceil = layer
         in_size, both = (geometry.in_h, geometry.in_w), axes(geometry, ceil)

@@ -134,7 +134,7 @@ _UNPADDED = {
     *("alexnet", "squeezenet1_0", "squeezenet1_1", "inception_resnet_v2", "inception_v3", "inception_v4", "nasnetalarge"),
     *("pnasnet5large", "xception", "convmixer_768_32", "csatv2", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0"),
     *("ghostnetv2_100", "ghostnetv3_050", "levit_conv_128s", "lowformer_b0", "cpubone_nano", "coatnet_nano_rw_224"),
-    *("mobilenetv5_300m_enc", "mobilevit_xxs", "mobilevitv2_050", "shvit_s1"),
+    *("mobilenetv5_300m_enc", "mobilevit_xxs", "mobilevitv2_050", "shvit_s1", "selecsls42", "legacy_xception"),
 }  # fmt: skip
 _LONG = (
     *map(_torchvision, ("resnext50_32x4d", "wide_resnet50_2", "mnasnet1_0", "efficientnet_v2_s", "regnet_x_400mf")),

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import context
+from .layers.base import NoTensor
 from .maps import as_map, check_inputs, constant_conv, follow, inside, layer_input, may_follow, name_module
 from .program import Program
 from .trace import Trace
@@ -194,8 +195,13 @@ def _under_mask(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: d
     if not (is_compiling() or (holds and not module.__dict__[_NOTICE])):
         _look(module)
     x = _only_tensor(module, args, kwargs) if holds else None
-    if x is not None:
+    if x is not None and not may_follow():
         return program.run(x, active, module.__dict__[_DENSE])
+    if x is not None:
+        try:
+            return program.run(x, active, module.__dict__[_DENSE])
+        except NoTensor:  # the trace is none
+            module.__dict__.update({_TRACE: None, _PROGRAM: None})
     return _on_maps(base.forward, module, args, kwargs, active)
 
 

@@ -119,6 +119,36 @@ def test_a_trace_gives_what_its_layers_give(name):
     assert outs[0].shape[2] != 8 or not outs[0].permute(0, 2, 3, 1)[inactive].any()
 
 
+class Listed(nn.Module):
+    """Takes a tensor or a list, and returns a list."""
+
+    def __init__(self, second=False):
+        super().__init__()
+        self.conv, self.second = nn.Conv2d(C, C, 3, padding=1), second
+
+    def forward(self, x):
+        x = x if isinstance(x, list) else [x]
+        return [self.conv(x[0]) + (x[1] if len(x) > 1 or self.second else 0), x[0]]
+
+
+def test_parts_that_return_lists_and_a_layer_that_sees_the_whole_map():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts, self.last = nn.Sequential(Listed(), Listed(True), Listed()), nn.Conv2d(C, 3, 8)
+
+        def forward(self, x):
+            return self.last(self.parts(x)[0])
+
+    model, x, mask = Model().double().eval(), rand(2, C, 8, 8), torch.zeros(2, 8, 8)
+    mask[:, 1, 2] = 1
+    with MaskedPolicy(mask):
+        expected = model(x)
+    dynops.convert_(model)
+    with dynops.use_mask(mask):
+        close(model(x), expected)
+
+
 def test_a_map_of_one_pixel():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(8), nn.AdaptiveAvgPool2d(7), nn.Conv2d(4, 2, 1)

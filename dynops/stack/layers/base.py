@@ -66,6 +66,10 @@ class Rows(NamedTuple):
     plan: PixelPlan
 
 
+class NoTensor(TypeError):
+    """A layer got what is no tensor: a trace took a part that returns several for one that returns a tensor."""
+
+
 class Unjoinable(Exception):
     """A layer cannot run in a sequence at these sizes."""
 

@@ -20,7 +20,7 @@ from ..module_geometry import geometry_of, two
 from ..norm import check_features, fold, norm_rows, tensors_of, uses_batch_statistics
 from ..receptive_field import KeptSizes, Transposed, Window
 from ..trace import Step
-from .base import SAME, Layer, Rows, Unjoinable, finish, place, spans_of
+from .base import SAME, Layer, NoTensor, Rows, Unjoinable, finish, place, spans_of
 from .norm import check_norm, dense_norm, statistics_refusal
 from .resample import Padded, through
 
@@ -224,6 +224,8 @@ class Conv(Layer):
         if self.pads is None and (rows := run.rows_of(self.x)) is not None:
             return rows.values, rows.plan, rows.plan.shape
         x = run.dense(self.x)
+        if not isinstance(x, Tensor):
+            raise NoTensor(f"x: expected a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(x.shape)}")
         x = run.put(self.x, in_format(x, torch.channels_last))  # once for all readers
