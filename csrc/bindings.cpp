@@ -2,6 +2,8 @@
 // files beside; Python sees what the binary was built with, and a hash of memory.
 #include <Python.h>
 
+#include <exception>
+
 #include "calls.h"
 #include "cpu/engine/engine.h"
 #include "cpu/fingerprint.h"
@@ -12,6 +14,8 @@
 #pragma weak PyBool_FromLong
 #pragma weak PyErr_Format
 #pragma weak PyErr_Occurred
+#pragma weak PyErr_SetString
+#pragma weak PyExc_RuntimeError
 #pragma weak PyExc_TypeError
 #pragma weak PyList_Append
 #pragma weak PyList_New
@@ -30,6 +34,12 @@ char __libc_single_threaded = 0;
 }
 
 static PyObject* build_info(PyObject*, PyObject*) {
+  try {
+    dynops::cpu::kernels();  // throws where the environment names an instruction set that is not there
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
   PyObject* isas = PyList_New(0);
   for (const char* const* name = dynops::cpu::available_isas(); isas && *name; ++name) {
     PyObject* text = PyUnicode_FromString(*name);

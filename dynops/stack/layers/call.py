@@ -186,7 +186,7 @@ class Call(Layer):
         """A product of a map and a parameter, or of a reshaped parameter."""
         if constant is None and self.number is not None:
             number = float(self.number)
-            return bound.scale(self, self.inputs[0], lambda: torch.tensor(number), tuple)
+            return bound.scale(self, self.inputs[0], lambda: torch.tensor(number, device="cpu"), tuple)
         of, values = constant or self, [v for v in self.inputs if v not in bound.constants]
         if len(values) != 1 or self.step_kind not in (None, StepKind.PRODUCT):
             raise Unjoinable

@@ -29,7 +29,7 @@ def whole(root: int, size: tuple[int, int, int], channels: int) -> Moved:
     n, h, w = size
     if n * channels * h * w > _MOST_ELEMENTS:
         raise Unjoinable
-    return Moved(root, torch.arange(n * channels * h * w).view(n, channels, h, w))
+    return Moved(root, torch.arange(n * channels * h * w, device="cpu").view(n, channels, h, w))
 
 
 def moved(call, values: dict[int, object]):
@@ -73,7 +73,7 @@ def channels_taken(found, size: tuple[int, int, int], channels: int, last: bool)
     if (index.shape[0], *index.shape[2:]) != size:
         raise Unjoinable
     taken = index[0, :, 0, 0] // (h * w)
-    expected = torch.arange(n * channels * h * w).view(n, channels, h, w)[:, taken]
+    expected = torch.arange(n * channels * h * w, device="cpu").view(n, channels, h, w)[:, taken]
     if not torch.equal(index, expected):
         raise Unjoinable
     return taken.tolist()

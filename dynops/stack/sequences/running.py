@@ -138,7 +138,7 @@ class Running(Bound):
         weights, channels, value = step.weights, self._channels[step.out], step.inputs[0]
         g, conv, activation = weights.geometry, weights.conv, weights.activation
         # each row by itself: depthwise, by ones
-        weight = torch.ones(channels, 1, 1, 1) if conv is None else as_kernel(conv)
+        weight = torch.ones(channels, 1, 1, 1, device="cpu") if conv is None else as_kernel(conv)
         bias = None if conv is None else conv._parameters["bias"]
         if weight.dtype is not torch.float32 or not (bias is None or bias.dtype is torch.float32):
             return None
