@@ -244,6 +244,29 @@ void nearest(const Geometry& g, const PlanView& in, const PlanView& out, const f
   });
 }
 
+void bilinear(const SequenceStep& step, const PlanView& in, const PlanView& out, const float* x,
+              int64_t channels, float* to) {
+  const Geometry& g = step.g;
+  const std::vector<float> zero(channels, 0.f);
+  for_rows(out.rows, 20 * channels, [&](int64_t r) {
+    const Pixel p = g.out_pixel(out.index[r]);
+    const int64_t top = step.channels[p.y], left = step.channels[g.out_h + p.x];
+    const int64_t bottom = std::min<int64_t>(top + 1, g.in_h - 1), right = std::min<int64_t>(left + 1, g.in_w - 1);
+    const auto at = [&](int64_t i, int64_t j) {
+      const int32_t row = in.inverse[(p.n * g.in_h + i) * g.in_w + j];
+      return row < 0 ? zero.data() : x + int64_t(row) * channels;
+    };
+    const float *a = at(top, left), *b = at(top, right), *c = at(bottom, left), *d = at(bottom, right);
+    const float down = step.gamma[p.y], across = step.beta[p.x];
+    float* z = to + r * channels;
+    for (int64_t i = 0; i < channels; ++i) {
+      const float upper = a[i] * (1.f - across) + b[i] * across;
+      const float lower = c[i] * (1.f - across) + d[i] * across;
+      z[i] = upper * (1.f - down) + lower * down;
+    }
+  });
+}
+
 }  // namespace
 
 void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& plans,
@@ -298,6 +321,8 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return pool<false>(step.g, in, out, x, channels, to);
     case StepKind::kNearest:
       return nearest(step.g, in, out, x, channels, to);
+    case StepKind::kBilinear:
+      return bilinear(step, in, out, x, channels, to);
     case StepKind::kLayerNorm:
       return layer_norm(step, out.rows, x, channels, to);
     case StepKind::kGroupNorm:

@@ -222,9 +222,10 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
 
 
 def windows_of_rows(
-    kind: StepKind, rows: Tensor, in_plan: PixelPlan, plan: PixelPlan, g: ConvGeometry
-) -> Tensor | None:
-    """The rows of a pool, or of a nearest upsampling, by the kernel of rows; None where a dense map has to be made."""
+    kind: StepKind, rows: Tensor, in_plan: PixelPlan, plan: PixelPlan, g: ConvGeometry,
+    linear: tuple | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The rows of a pool or a resizing, by the kernel of rows; None where a dense map has to be made."""
     plain = type(rows) is Tensor and rows.dtype is torch.float32 and rows.is_contiguous() and rows.dim() == 2
     if not plain or not rows.is_cpu or not backends.has_binary() or modes.route(rows) != modes.DIRECT:
         return None
@@ -235,7 +236,7 @@ def windows_of_rows(
         or g.out_shape != plan.shape
     ):
         return None
-    return prepared.windows(kind, rows, (in_plan.index, plan.index), in_plan.inverse(), g)
+    return prepared.windows(kind, rows, (in_plan.index, plan.index), in_plan.inverse(), g, linear)
 
 
 def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:

@@ -12,7 +12,7 @@ from ...geometry import ConvGeometry, conv_geometry
 from ...kernels.cpu.engine import takes_winograd
 from ...kernels.cpu.prepared import StepKind
 from ..layers.base import Layer, Unjoinable
-from ..layers.resample import through
+from ..layers.resample import resizing, through
 from ..maps import Standardised
 from . import moves
 from .steps import Step, Weights, as_kernel, each
@@ -187,6 +187,27 @@ class Bound:
             self._place(made, size, channels, None, False)
             found.out, weights = made, Weights(each(channels), activation=activation)
             self.steps.append(Step(StepKind.EACH, (made,), layer.out, weights))
+
+    def resize(self, layer: Layer, value: int, *arguments) -> None:
+        """Adds an ``F.interpolate`` of a value with these arguments."""
+        size, channels = self.same((value,))
+        found = None if self.is_last(value) else resizing(size, *arguments)
+        if found is None:
+            raise Unjoinable
+        out = found.geometry.out_shape
+        self.step(found.kind, layer, out, channels, found.moves, inputs=(value,))
+        self.steps[-1].geometry, self.steps[-1].linear = found.geometry, found.linear
+
+    def known(self, value: int):
+        """A value that is no map: sizes and numbers.
+
+        Raises:
+            Unjoinable: it is one.
+        """
+        found = self._moved.get(value)
+        if found is None or moves.holds_maps(found):
+            raise Unjoinable
+        return found
 
     def move(self, layer: Layer, call: Callable) -> None:
         """Adds a layer that only moves channels, or computes with sizes."""
