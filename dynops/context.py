@@ -188,7 +188,7 @@ class use_mask:
         elif mask.shape[0] != n and mask.shape[0] != 1:
             raise ValueError(
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
-                f"(shape {tuple(mask.shape)}), which no whole number of times is the batch"
+                f"(shape {tuple(mask.shape)}): pass one whose batch divides {n}"
             )
         if _is_empty(mask.shape[1:]) and not known(n == 0):
             raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -94,11 +95,12 @@ class Report:
     Attributes:
         replaced: each converted layer and its new class.
         skipped: each convolution, norm and pool that stayed dense, and why.
-        fused: each outermost module that runs on packed rows, and in how many steps.
+        fused: each outermost module that runs as a whole, and its convolutions, other steps (norms, pools, activations and
+            sums that joined no convolution) and calls of functions and modules. Calls run on rows too, if they can.
         unfused: each module that holds converted convolutions but runs its own forward, and why. Under a mask
             ``torch.compile`` leaves its graph there, and ``torch.export`` takes it with ``strict=False`` only.
         sparse_share: converted convolutions' share of all convolutions' weights. It is no share of the
-            multiply-accumulates: these depend on the sizes of maps, and no input is known here.
+            multiply-accumulates: these depend on the sizes of maps, and ``convert_`` has no input.
             :class:`dynops.budget.MacCounter` counts them for an input.
     """
 
@@ -109,8 +111,13 @@ class Report:
     sparse_share: float = 0.0
 
     def __str__(self) -> str:
-        lines = [f"sparse: {self.sparse_share:.0%} of the convolutions' weights"]
-        for title in ("replaced", "fused", "unfused", "skipped"):
+        """The share, ``replaced`` as the number of layers of each class, and every entry of the others."""
+        lines = [
+            f"sparse: {self.sparse_share:.0%} of the convolutions' weights",
+            f"replaced: {len(self.replaced)}",
+        ]
+        lines += [f"  {count} {kind}" for kind, count in Counter(self.replaced.values()).items()]
+        for title in ("fused", "unfused", "skipped"):
             entries = getattr(self, title)
             lines.append(f"{title}: {len(entries)}")
             lines += [f"  {name or '(the model)'}: {what}" for name, what in entries.items()]
@@ -218,7 +225,7 @@ def _check_works_on_maps(model: nn.Module) -> None:
     if of_maps or any(is_lazy(p) or p.dim() == 4 for p in model.parameters()):
         return
     others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _NOT_ON_MAPS)})
-    found = f", whose {' and '.join(others)} {_ELSEWHERE.removeprefix('it ')}" if others else ""
+    found = f" ({', '.join(others)} inside do not work on them)" if others else ""
     raise ValueError(
         f"model: expected a module with a convolution of maps [N, C, H, W], got {type(model).__name__} without one"
         f"{found}: pass the part of the network that convolves"
@@ -311,8 +318,7 @@ def _is_inside(name: str, outer: str) -> bool:
 
 def _summary(steps: Trace) -> str:
     convs = sum(step.kind == "conv" for step in steps.steps)
-    dense = sum(step.kind in ("module", "function", "method", "pool") for step in steps.steps)
-    return (
-        f"{convs} convolutions on packed rows, {len(steps.steps) - convs - dense} other steps, {dense} dense calls"
-        + (", in eval mode" if steps.only_eval else "")
-    )
+    calls = sum(step.kind in ("module", "function", "method") for step in steps.steps)
+    counts = (convs, "convolution"), (len(steps.steps) - convs - calls, "other step"), (calls, "call")
+    text = ", ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
+    return f"{text}, in eval mode" if steps.only_eval else text

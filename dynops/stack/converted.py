@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import context
+from ..scripting import refuse_tracing
 from .layers.base import NoTensor
 from .maps import as_map, check_inputs, constant_conv, follow, inside, layer_input, may_follow, name_module
 from .program import Program
@@ -172,6 +173,7 @@ def _forward_of(base: type[nn.Module]) -> Callable:
         active = context.current()
         if active is None or _TRACE not in self.__dict__:  # a slice of a converted nn.Sequential has none
             return base.forward(self, *args, **kwargs)
+        refuse_tracing()  # before the tracer warns of each size that is read
         if not may_follow() or inside() or is_compiling():  # an export may not ask for sizes
             return _under_mask(base, self, args, kwargs, active)
         check_inputs(self, args, kwargs, active)

@@ -269,8 +269,9 @@ class Recorder(fx.Tracer):
         except Opaque as reason:
             raise self.failure(f"its forward {reason}") from None
         except Exception as error:  # user code run on proxies may raise anything
-            reason = str(error).strip().splitlines()
-            raise self.failure(f"torch.fx: {reason[0] if reason else type(error).__name__}") from error
+            text = str(error).strip()
+            reason = text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
+            raise self.failure(f"torch.fx: {reason}") from error
         finally:
             self._scopes.pop()
 
@@ -339,7 +340,9 @@ class Recorder(fx.Tracer):
             return {key: self.create_arg(item) for key, item in a.items()}
         if type(a) is slice:
             return slice(*[self.create_arg(part) for part in (a.start, a.stop, a.step)])
-        raise self.failure(f"its forward passes on a {type(a).__name__} that it holds itself")
+        raise self.failure(
+            f"its forward passes on a value of type {type(a).__name__}, which a trace cannot hold"
+        )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self) if _is_tensor(node) else fx.Proxy(node, self)
