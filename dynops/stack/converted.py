@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import context
-from ..scripting import refuse_tracing
+from ..modes import refuse_tracing
 from .layers.base import NoTensor
 from .maps import as_map, check_inputs, constant_conv, follow, inside, layer_input, may_follow, name_module
 from .program import Program

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import context
 from ..geometry import is_int
 from .arrays import Image, Mask, any_in, check_out, put, under
 from .blend import Band
@@ -74,7 +75,7 @@ def tiles(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, a model in training mode, ``exact=True`` for a model that is
-            not local (the message says why), or outputs that are no floating maps.
+            not local (the message says why), outputs that are no floating maps, or a call inside ``dynops.use_mask``.
     """
     job = Job(model, image, mask, prepare, nodata, channels_last, batch_size, progress, out)
     return job.run_all(tile, exact, overlap)
@@ -107,6 +108,11 @@ class Job:
     def __init__(self, model, image, mask, prepare, nodata, channels_last, batch_size, progress, out):
         if not callable(model):
             raise TypeError(f"model: expected a module or a function, got {type(model).__name__}")
+        if context.current() is not None:
+            raise ValueError(
+                "dynops.tiles: expected a call outside of dynops.use_mask, whose mask would be stretched over each tile: "
+                "pass the mask of the image as mask="
+            )
         if isinstance(model, nn.Module) and model.training:
             raise ValueError(
                 "model: expected a module in eval mode, got one in training mode: call model.eval()"
