@@ -127,30 +127,30 @@ class Report:
 def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
     """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
-    Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d
-    without running statistics, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d, subclasses and parametrisations
-    of these, and any FrozenBatchNorm2d). Outside the context the model is the dense one, bit for bit.
+    Every parameter, buffer, ``state_dict`` key and hook stays where it is. Only classes change: ``nn.Conv2d`` to
+    ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, MaxPool2d, AvgPool2d, Upsample,
+    PixelShuffle, ZeroPad2d and InstanceNorm2d without running statistics. Subclasses and parametrisations of these
+    change too, and any FrozenBatchNorm2d. Outside the context the model is the dense one, bit for bit.
 
     Inside the context a map exists at the active pixels of its own resolution and is zero elsewhere, after every layer
-    and every function: a sum, product, cat or activation of a map is masked too, whatever it is at zero. Convolutions
-    read what the layer before them left; the model's input, and what functions make of it alone, is read whole. A mean
+    and every function. A sum, product, cat or activation of a map is masked too, even if the function of zero is not
+    zero. The model's input, and functions of it alone, are read whole; other maps are zero where no pixel is active. A mean
     over all pixels, as squeeze-excite and classifiers take it, is over the mask. Norms take their statistics from active
     pixels only (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
     Attention and other functions that mix pixels run dense on maps that are zero outside the mask.
 
-    A module whose forward torch.fx can trace runs as a whole: convolution, norm, residual sum and
-    activation are one call on packed rows. What a trace cannot hold runs its own forward, on tensors whose functions
-    compute rows; the report has the reason: ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers,
-    attributes or lists that it writes, a forward set on an instance, hooks, parametrisations, control flow that depends
-    on data. The same holds from the moment on that a trace no longer says what the module does: an inner module is
-    replaced or hooked, or an attribute is changed that a forward read. Either way has the same result. A new layer in the
-    place of a converted one is converted at the next masked call.
+    A module runs as a whole if torch.fx can trace its forward: convolution, norm, residual sum and activation are one
+    call on packed rows. Any other module runs its own forward, on tensors that hold rows, and the report has the reason.
+    Reasons are ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers, attributes or lists that it
+    writes, control flow that depends on data. A forward set on an instance, hooks and parametrisations are reasons too.
+    A traced module runs its own forward after a change: an inner module was replaced or hooked, or an attribute
+    changed that a forward read. Both ways have the same result. A new layer in the place of a converted one is
+    converted at the next masked call.
 
-    ``torch.compile`` leaves its graph at a forward without a trace; with ``fullgraph=True``, and in ``torch.export`` with
-    ``strict=True``, that is an error. Under transforms of ``torch.func``, and in the graph of a module that was changed
-    since, functions that such a forward calls itself run on dense tensors: there a sum of a map and a tensor that
-    nothing masked is not masked.
+    ``torch.compile`` leaves its graph at a forward without a trace. With ``fullgraph=True``, and in ``torch.export`` with
+    ``strict=True``, that is an error. Such a forward calls functions itself. Under transforms of ``torch.func``, and in
+    the graph of a module that was changed since, these run on dense tensors: there a sum of a map and a tensor without a
+    mask is not masked.
 
     Args:
         model: any module; a convolution itself too.

@@ -43,16 +43,17 @@ _VIEWS = {
 
 
 class MaskedPolicy(TorchFunctionMode):
-    """The meaning of a mask in plain PyTorch: what functions make of a map is multiplied by the mask.
+    """The meaning of a mask in plain PyTorch: the result of each function of a map is multiplied by the mask.
 
-    ``with MaskedPolicy(mask): model(x)`` on a model that was not converted gives what the converted one gives under
-    ``dynops.use_mask(mask)``, for maps whose sizes are multiples of the mask's, or it of theirs. A map is what a
-    convolution, norm or pool makes, and what functions make of one, in any order of its axes. Means, sums and maxima over
-    all its pixels are over the mask, and so are the statistics of norms.
+    ``with MaskedPolicy(mask): model(x)`` on a model that was not converted has the result of the converted model under
+    ``dynops.use_mask(mask)``. It holds for maps whose sizes are multiples of the mask's, or divisors of it. A map is
+    the result of a convolution, norm or pool, and of functions of one, in any order of its axes. Means, sums and maxima
+    over all its pixels are over the mask, and so are the statistics of norms.
 
     Args:
         mask: a tensor ``[N, h, w]``, 0 or 1. It repeats for a batch of k N.
         masks: masks ``[N, h, w]`` by size ``(h, w)``, for sizes that are no multiples, as layers without padding make them.
+            ``use_mask(...).masks()`` has them after a run.
     """
 
     def __init__(self, mask: Tensor, masks: dict[tuple[int, int], Tensor] | None = None):
