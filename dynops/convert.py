@@ -27,6 +27,7 @@ from .nn.pixels.masked import MaskedSyncBatchNorm
 from .stack import converted
 from .stack.activations import is_norm_act
 from .stack.trace import Trace, Untraceable, trace
+from .stack.tracing import outputs
 
 # The dense layers, what each becomes, and the kind of its step in a trace.
 _LAYERS = (
@@ -317,8 +318,8 @@ def _is_inside(name: str, outer: str) -> bool:
 
 
 def _summary(steps: Trace) -> str:
-    convs = sum(step.kind == "conv" for step in steps.steps)
-    calls = sum(step.kind in ("module", "function", "method") for step in steps.steps)
-    counts = (convs, "convolution"), (len(steps.steps) - convs - calls, "other step"), (calls, "call")
+    kinds = [step.kind for step in steps.steps if step.target != outputs.NAME]
+    convs, calls = kinds.count("conv"), sum(kind in ("module", "function", "method") for kind in kinds)
+    counts = (convs, "convolution"), (len(kinds) - convs - calls, "other step"), (calls, "call")
     text = ", ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
     return f"{text}, in eval mode" if steps.only_eval else text

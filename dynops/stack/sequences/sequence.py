@@ -8,6 +8,7 @@ from torch import Tensor
 from ...plans import PixelPlan
 from ..layers.base import Layer, Rows, Unjoinable
 from ..policy import Masked
+from . import moves
 from .running import Running
 
 _MOST_BOUND = 16  # sizes that a sequence stays bound to
@@ -56,23 +57,29 @@ class Sequence:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
         if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
             return False
-        found = [run.found(v) for v in self.inputs]
-        if not all(type(x) is Rows and _is_plain(x.values) and is_compact(x.plan) for x in found):
-            return False
-        sizes = tuple((*x.plan.shape, x.values.shape[1]) for x in found)
-        bound = self._bound_to(sizes)
+        found, inputs = [], []
+        for value in self.inputs:
+            x = run.found(value)
+            if type(x) is Rows and _is_plain(x.values) and is_compact(x.plan):
+                found.append(x)
+                inputs.append((x.plan.shape, x.values.shape[1]))
+            elif moves.is_size(x):
+                inputs.append(x)
+            else:
+                return False
+        bound = self._bound_to(tuple(inputs)) if found else None
         return bound is not None and bound.run(run, found)
 
-    def _bound_to(self, sizes: tuple) -> Running | None:
-        if sizes not in self._bound:
+    def _bound_to(self, inputs: tuple) -> Running | None:
+        if inputs not in self._bound:
             try:
-                bound = Running(self, sizes)
+                bound = Running(self, inputs)
             except (Unjoinable, ValueError):  # a ValueError the layers raise too
                 bound = None
             if len(self._bound) >= _MOST_BOUND:
                 self._bound = {}
-            self._bound[sizes] = bound
-        return self._bound[sizes]
+            self._bound[inputs] = bound
+        return self._bound[inputs]
 
 
 def _is_plain(values: Tensor) -> bool:
