@@ -17,6 +17,7 @@ import random
 import sys
 import threading
 import traceback
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,6 +58,7 @@ class _Value(fx.Proxy):
     __ipow__ = functools.partialmethod(_write, function=operator.ipow)
 
 
+_COPIED = (dict, set, OrderedDict)  # hooks are in an OrderedDict
 _isinstance = builtins.isinstance
 _lock = threading.Lock()
 _recordings = 0
@@ -197,7 +199,7 @@ class Recorder(fx.Tracer):
     def _stand_in(self, module: nn.Module, path: str) -> nn.Module:
         stand = object.__new__(_stand_in_class(type(module)))
         state = dict(module.__dict__)  # at once, as another thread may run the module
-        own = {key: copy.copy(value) if type(value) in (dict, set) else value for key, value in state.items()}
+        own = {key: copy.copy(value) if type(value) in _COPIED else value for key, value in state.items()}
         stand.__dict__.update(own, training=self.training, **{_STATE: _State(self, module, path)})
         return stand
 
