@@ -119,7 +119,9 @@ class _Moved(Layer):
         if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
             if run.dense(x).dim() == 4:
                 if run.maps and (run.policy.active.ragged or type(self) is Upsample):
-                    return self.forward(self.layer, run.map(x))  # which knows the edges of each image, and rows
+                    return self.forward(
+                        self.layer, run.map(x)
+                    )  # which knows the edges of each image, and rows
                 return run.masked(self.layer, x)
             return self.forward(self.layer, run.dense(x))
         g = self.geometry(run.shape(x))

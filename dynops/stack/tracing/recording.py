@@ -17,6 +17,7 @@ import random
 import sys
 import threading
 import traceback
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,6 +58,7 @@ class _Value(fx.Proxy):
     __ipow__ = functools.partialmethod(_write, function=operator.ipow)
 
 
+_COPIED = (dict, set, OrderedDict)  # hooks are in an OrderedDict
 _isinstance = builtins.isinstance
 _lock = threading.Lock()
 _recordings = 0
@@ -197,7 +199,7 @@ class Recorder(fx.Tracer):
     def _stand_in(self, module: nn.Module, path: str) -> nn.Module:
         stand = object.__new__(_stand_in_class(type(module)))
         state = dict(module.__dict__)  # at once, as another thread may run the module
-        own = {key: copy.copy(value) if type(value) in (dict, set) else value for key, value in state.items()}
+        own = {key: copy.copy(value) if type(value) in _COPIED else value for key, value in state.items()}
         stand.__dict__.update(own, training=self.training, **{_STATE: _State(self, module, path)})
         return stand
 
@@ -274,8 +276,9 @@ class Recorder(fx.Tracer):
         except Opaque as reason:
             raise self.failure(f"its forward {reason}") from None
         except Exception as error:  # user code run on proxies may raise anything
-            reason = str(error).strip().splitlines()
-            failure = self.failure(f"torch.fx: {reason[0] if reason else type(error).__name__}")
+            text = str(error).strip()
+            reason = text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
+            failure = self.failure(f"torch.fx: {reason}")
             # one that loops over its input may get a list, as decoders do
             failure.of_forward = "cannot be iterated" not in str(failure)
             raise failure from error
@@ -347,7 +350,9 @@ class Recorder(fx.Tracer):
             return {key: self.create_arg(item) for key, item in a.items()}
         if type(a) is slice:
             return slice(*[self.create_arg(part) for part in (a.start, a.stop, a.step)])
-        raise self.failure(f"its forward passes on a {type(a).__name__} that it holds itself")
+        raise self.failure(
+            f"its forward passes on a value of type {type(a).__name__}, which a trace cannot hold"
+        )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self) if _is_tensor(node) else fx.Proxy(node, self)
