@@ -22,7 +22,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for a model")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for the dense baseline too (minutes)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile for the dense baseline too (minutes)"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="a folder for models.csv and models.md")
     options = parser.parse_args(arguments)
     print(machine_line(machine(torch.device("cpu"))))

@@ -33,7 +33,8 @@ def run_rows(stack: Stack, inputs, policy, maps: bool = False, as_map: bool = Fa
         as_map: the output is a map too.
     """
     run = Run(stack, inputs, policy, maps, as_map)
-    for part in stack.parts(tuple([run.kind(value) for value in range(len(inputs))])):
+    parts = stack.parts(tuple([run.kind(v) for v in range(len(inputs))])) if run.direct else stack.layers
+    for part in parts:
         if type(part) is not Sequence:
             run.layer(part)
         elif part.run(run):

@@ -169,8 +169,8 @@ struct Requests {
   }
 };
 
-// True for a segment of a tile whose rows are all inactive or outside of the input: most of those of DeepLab's
-// dilated convolutions.
+// True for a segment of a tile whose rows are all inactive or outside of the input: most of those of
+// DeepLab's dilated convolutions.
 template <int MR>
 FORCE_INLINE bool is_zero(const char* const* in, const char* zero) {
   if (in[0] != zero) return false;
