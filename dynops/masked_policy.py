@@ -49,6 +49,7 @@ class MaskedPolicy(TorchFunctionMode):
     ``dynops.use_mask(mask)``. It holds for maps whose sizes are multiples of the mask's, or divisors of it. A map is
     the result of a convolution, norm or pool, and of functions of one, in any order of its axes. Means, sums, extrema,
     norms and variances over all its pixels, with channels or without, are over the mask. So are the statistics of norms.
+    The result of other functions of maps, as the correlation of two images, is no map. Nor is a pool of it.
 
     Args:
         mask: a tensor ``[N, h, w]``, 0 or 1. It repeats for a batch of k N.
@@ -61,6 +62,7 @@ class MaskedPolicy(TorchFunctionMode):
         self.mask = mask[:, None].to(torch.float64)
         self.known = {size: known[:, None].to(torch.float64) for size, known in (masks or {}).items()}
         self.maps = WeakIdKeyDictionary()  # to the axes, as dynops.stack.maps.layout names them, and (h, w)
+        self.mixed = WeakIdKeyDictionary()  # what functions that mix pixels made of maps, and is none
 
     # ---------------------------------------------------------------------------------- maps
 
@@ -106,8 +108,8 @@ class MaskedPolicy(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         known = [x for x in pytree.tree_leaves((args, kwargs)) if self.is_map(x)]
-        if not known and name not in _OF_MAPS:
-            return func(*args, **kwargs)
+        if not known and (name not in _OF_MAPS or (name in _POOLS and args[0] in self.mixed)):
+            return self.apart(func(*args, **kwargs), (args, kwargs))
         if name == "__get__":
             out = func(*args, **kwargs)
             return self.note(out, *self.maps[args[0]]) if func.__self__.__name__ == "data" else out
@@ -124,7 +126,16 @@ class MaskedPolicy(TorchFunctionMode):
             out = rule(func, name, args, kwargs)
             if out is not NotImplemented:
                 return out
-        return self.resized(func, name, args, kwargs, known)
+        return self.apart(self.resized(func, name, args, kwargs, known), (args, kwargs))
+
+    def apart(self, out, given):
+        """Notes what was made of maps and is none: a function's pool of it is none either."""
+        read = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+        if any(x in self.maps or x in self.mixed for x in read):
+            for y in pytree.tree_leaves(out):
+                if isinstance(y, Tensor) and y not in self.maps:
+                    self.mixed[y] = True
+        return out
 
     def in_place(self, func, name, args, kwargs, known):
         out = func(*args, **kwargs)
