@@ -160,7 +160,17 @@ class use_mask:
             mask, known = mask_after(below, axes(geometry, ceil), True), self._masks.get(size)
             same = known is not None and torch.equal(_value(known), mask)
             self._images[key] = below, known if same else _made(mask)  # with ``below``: its id stays its own
-        mask = self._images[key][1]
+        self._hold(size, self._images[key][1])
+
+    def of_images(self, mask: Tensor) -> PixelPlan:
+        """The plan of a ragged batch of images that have become those of ``mask`` ``[N, H, W]``. From now on it holds for this size."""
+        size, own = tuple(mask.shape[1:]), mask[: self._mask.shape[0]]  # repeated, as the images are
+        known = self._masks.get(size)
+        if known is None or not torch.equal(_value(known), own):
+            self._hold(size, _made(own))
+        return self._kept(tuple(mask.shape), mask.device, None)
+
+    def _hold(self, size: tuple[int, int], mask) -> None:
         if self._masks.get(size) is not mask:
             self._masks[size] = mask
             self._plans = {shape: plan for shape, plan in self._plans.items() if shape[1:] != size}
