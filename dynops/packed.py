@@ -19,7 +19,8 @@ def packed(rows: Tensor, plan: PixelPlan) -> Tensor:
 
     Convolutions read the rows: a dense map is never made. For anything else it is a tensor of its shape. What has no form on
     rows, and any call outside of ``dynops.use_mask``, reads the dense map. The mask of the context may be another one
-    than the plan, such as a wider one. Inside ``torch.compile`` the result is the dense map.
+    than the plan, such as a wider one. What a function makes of it before the first convolution is zero elsewhere too, and a
+    mean over its pixels is over the plan's. Inside ``torch.compile`` the result is the dense map.
 
     Args:
         rows: floating ``[plan.num_rows, C]``, in the plan's order: ``plan.rows_of`` has it. They may need a gradient.

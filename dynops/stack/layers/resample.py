@@ -188,6 +188,11 @@ class ZeroPad(_Moved):
     def join(self, bound) -> None:
         bound.pad(self, self.geometry(bound.size(self.inputs[0])))
 
+    def rows(self, run):
+        if self.converted and run.maps and (x := run.read_whole(self.inputs[0])) is not None:
+            return self.forward(self.layer, x)
+        return super().rows(run)
+
     def _moved(self, run, x: int, plan: PixelPlan, g: ConvGeometry):
         rows = run.rows_of(x)
         return super()._moved(run, x, plan, g) if rows is None else Padded(rows, plan, g)
