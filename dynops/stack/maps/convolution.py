@@ -278,6 +278,8 @@ def pad(input, pad, mode="constant", value=None):
     plan = x.active.after(g, x.device)
     if x.is_input:
         return SparseMap.of_rows(gathered(F.pad(x.dense(), pads), plan, NCHW), plan, x.active)
+    if x.plan is not x.active.plan(x.plan.shape, x.device):  # packed rows have pixels of their own
+        plan = x.plan._moved_to(F.pad(x.plan.mask(), pads))
     if min(pads) >= 0:
         return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))
     # it cuts, and may so move pixels to where the mask is not
