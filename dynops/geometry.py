@@ -160,6 +160,32 @@ def conv_transpose_geometry(
     return ConvGeometry(batch, *in_size, *out_size, *kernel, *stride, *padding, *dilation, groups, 1)
 
 
+def enlarged_geometry(in_shape: tuple[int, int, int], out_shape: tuple[int, int, int]) -> ConvGeometry | None:
+    """The geometry of resizing ``(N, H, W)`` by whole factors: input i writes the outputs from i * factor on; else None."""
+    if min(in_shape) < 1 or out_shape[1] % in_shape[1] or out_shape[2] % in_shape[2]:
+        return None
+    factors = out_shape[1] // in_shape[1], out_shape[2] // in_shape[2]
+    return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1)
+
+
+def bilinear_sources(
+    in_size: int, out_size: int, align_corners: bool, factor: float | None = None
+) -> tuple[list[int], list[float]]:
+    """Of each output pixel of a bilinear resizing, along one axis: the first input pixel that it reads, the next one's share.
+
+    Args:
+        factor: the scale factor that was asked for; None: the ratio of sizes.
+    """
+    if align_corners:
+        step = (in_size - 1) / (out_size - 1) if out_size > 1 else 0.0
+        places = [i * step for i in range(out_size)]
+    else:
+        step = in_size / out_size if factor is None else 1 / factor
+        places = [max(0.0, (i + 0.5) * step - 0.5) for i in range(out_size)]
+    first = [min(int(place), in_size - 1) for place in places]
+    return first, [min(place - at, 1.0) for place, at in zip(places, first, strict=True)]
+
+
 def as_geometry(geometry) -> ConvGeometry:
     """The geometry behind an op's ``int[] geometry``."""
     return geometry if type(geometry) is ConvGeometry else ConvGeometry(*geometry)

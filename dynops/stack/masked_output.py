@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..context import use_mask
-from ..geometry import ConvGeometry, pair
+from ..geometry import ConvGeometry, enlarged_geometry, pair
 from ..plans import PixelPlan
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
@@ -43,10 +43,7 @@ def _geometry(layer: nn.Module, in_shape: tuple, out_shape: tuple) -> ConvGeomet
     if isinstance(layer, nn.ZeroPad2d):
         left, _, top, _ = layer.padding
         return ConvGeometry(*in_shape, *out_shape[1:], 1, 1, 1, 1, top, left, 1, 1, 1, 0)
-    if min(in_shape) < 1 or out_shape[1] % in_shape[1] or out_shape[2] % in_shape[2]:
-        return None
-    factors = out_shape[1] // in_shape[1], out_shape[2] // in_shape[2]
-    return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1)
+    return enlarged_geometry(in_shape, out_shape)
 
 
 def pooled_images(pool: nn.Module, run: Callable, x: Tensor, outside: Tensor) -> Tensor:

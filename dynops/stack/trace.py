@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from .activations import ZERO_PRESERVING, activation_type, fused_name, is_norm_act
 from .staleness import signature
+from .tracing import outputs
 from .tracing.fusion import fuse
 from .tracing.recording import Recorder, Untraceable, opaque
 
@@ -108,7 +109,7 @@ class Step(NamedTuple):
 class Trace(NamedTuple):
     """The steps of a forward, and what they hold for: see ``staleness.Watch``."""
 
-    input_name: str
+    input_names: tuple[str, ...]  # values 0, 1, ... are these
     steps: tuple[Step, ...]
     values: int
     output: int
@@ -171,7 +172,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
             raise Untraceable(
                 "its forward differs between training and eval mode, or by the mode of its caller"
             )
-    input_name, steps, values, output = made
+    input_names, steps, values, output = made
     if not whole and not any(step.kind == "conv" or _is_call_of(step, module, kinds) for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     if any(step.kind == "attr" and step.out == output for step in steps):
@@ -182,7 +183,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *outer, *layers)))
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
-        input_name,
+        input_names,
         tuple(fuse(steps, output)),
         values,
         output,
@@ -206,7 +207,8 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
             )
             leaf = m in kinds or torchs_own
         else:
-            leaf = m in kinds or not (any(inner in kinds for inner in m.modules()) or _is_mlp(m))
+            holds = any(inner in kinds for inner in m.modules())
+            leaf = m in kinds or not (holds or _is_mlp(m) or _is_nothing(m))
         if leaf and path:
             leaves.add(path)
     return leaves
@@ -226,6 +228,12 @@ def _is_mlp(module: nn.Module) -> bool:
         and any(type(m) is nn.Linear for m in inner)
         and all(type(m) is nn.Linear or activation_type(m) in between for m in inner)
     )
+
+
+def _is_nothing(module: nn.Module) -> bool:
+    """True for a module that holds nn.Identity alone, as segmentation networks have where no attention was asked for."""
+    inner = [m for m in module.modules() if not m._modules]
+    return module not in inner and all(type(m) is nn.Identity for m in inner)
 
 
 def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
@@ -254,17 +262,19 @@ class _Steps:
         self.order: dict[fx.Node, int] = {}
         self.number: dict[fx.Node, int] = {}
         self.steps: list[Step] = []
+        self.inputs: set[int] = set()
         self.values = 0
 
-    def make(self, recorder: Recorder) -> tuple[str, tuple[Step, ...], int, int]:
+    def make(self, recorder: Recorder) -> tuple[tuple[str, ...], tuple[Step, ...], int, int]:
         output, nodes = None, list(recorder.record().nodes)
         self.order = {node: i for i, node in enumerate(nodes)}
         for node in nodes:
             try:
                 if node.op == "placeholder":
                     self.number[node] = self.new()
+                    self.inputs.add(self.number[node])
                 elif node.op == "output":
-                    output = self.operand(node.args[0])
+                    output = self._output(node)
                 else:
                     getattr(self, "_" + node.op)(node)
             except Untraceable as reason:
@@ -272,7 +282,17 @@ class _Steps:
                 raise
         if output is None:
             raise Untraceable("its output is not one tensor")
-        return recorder.input_name, tuple(self.steps), self.values, output
+        return recorder.input_names, tuple(self.steps), self.values, output
+
+    def _output(self, node: fx.Node) -> int | None:
+        """The number of the output; a last step joins several."""
+        leaves, spec = node.args[0], node.meta["spec"]
+        if spec is None or self.whole:
+            return self.operand(leaves)
+        refs = tuple(Ref(self.number[leaf]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+        inputs = dict.fromkeys(ref.value for ref in refs if type(ref) is Ref)
+        self.emit(node, "function", outputs.NAME, tuple(inputs), args=(refs, spec))
+        return self.number[node]
 
     def new(self) -> int:
         self.values += 1
@@ -306,7 +326,7 @@ class _Steps:
 
     def _check_unseen(self, node: fx.Node, old: int, group: set[int]) -> None:
         """Raises Untraceable where another value than ``old`` shows what ``node`` writes into it."""
-        if 0 in group and not self.whole:
+        if not self.inputs.isdisjoint(group) and not self.whole:
             raise Untraceable("it changes its input in place")
         for other, value in self.number.items():
             seen = (

@@ -12,7 +12,9 @@ from torch import nn
 
 import dynops
 from dynops import backends
+from dynops.plans import resize_mask
 from dynops.stack.sequences import Sequence
+from dynops.testing import MaskedPolicy
 
 pytestmark = pytest.mark.skipif(not backends.has_binary(), reason="the binary runs them")
 
@@ -74,6 +76,12 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return self.inner(x) + x
+
+
+class Resized(Residual):
+    def forward(self, x):
+        y = F.relu(self.inner(x))
+        return x + F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class Dense(Residual):
@@ -176,6 +184,10 @@ def blocks(c: int) -> dict:
         "ceil pool": lambda: (nn.MaxPool2d(2, 2, ceil_mode=True), c),
         "mean pool": lambda: (nn.AvgPool2d(2), c),
         "upsample": lambda: (nn.Upsample(scale_factor=2), c),
+        "bilinear": lambda: (nn.Upsample(scale_factor=2, mode="bilinear"), c),
+        "bilinear by 1.7": lambda: (nn.Upsample(scale_factor=1.7, mode="bilinear"), c),
+        "corners": lambda: (nn.Upsample(size=(9, 21), mode="bilinear", align_corners=True), c),
+        "resized back": lambda: (Resized(nn.Sequential(nn.Conv2d(c, 5, 3, 2, 1), nn.Conv2d(5, c, 1))), c),
         "residual": lambda: (Residual(nn.Sequential(nn.Conv2d(c, c, 1), norm(c), DropPath())), c),
         "cat": lambda: (Dense(nn.Conv2d(c, 5, 1)), c + 5),
         "channels last": lambda: (ConvNeXt(c, torch.randn(c, 1, 1)), c),
@@ -231,8 +243,14 @@ def test_every_kind_of_layer_joins(name, count):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), layer, nn.Conv2d(channels, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)
     ).eval()
+    dense = copy.deepcopy(model)
     dynops.convert_(model)
-    check(model, torch.randn(2, 3, 16, 16), torch.rand(2, 16, 16) < 0.4)
+    x, mask = torch.randn(2, 3, 16, 16), torch.rand(2, 16, 16) < 0.4
+    made = check(model, x, mask)
+    masks = {size: resize_mask(mask, size) for size in {(made.shape[2], made.shape[3]), (8, 8)}}
+    with torch.no_grad(), MaskedPolicy(mask, masks):
+        expected = dense(x)
+    torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5)
     assert count == {True: 1, False: 0}
 
 

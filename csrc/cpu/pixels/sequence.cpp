@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 
 #include "../engine/parallel.h"
@@ -115,15 +116,17 @@ void response_norm(const SequenceStep& step, const PlanView& plan, const float* 
   }
 }
 
-void product(const PlanView& plan, const PlanView& other, const float* a, const float* b, int64_t channels,
-             float* to) {
+// of(a, b) of two values; b may have one pixel a sample, where it has none it is zero.
+template <class Of>
+void combine(const PlanView& plan, const PlanView& other, const float* a, const float* b, int64_t channels,
+             float* to, const Of& of) {
   const bool spread = other.index != plan.index;
+  const std::vector<float> zero(spread ? channels : 0, 0.f);
   for_rows(plan.rows, 8 * channels, [&](int64_t r) {
     const int64_t row = spread ? other.inverse[plan.index[r] / plan.pixels] : r;
-    const float *x = a + r * channels, *y = b + row * channels;
+    const float *x = a + r * channels, *y = row < 0 ? zero.data() : b + row * channels;
     float* z = to + r * channels;
-    if (row < 0) return void(std::fill_n(z, channels, 0.f));
-    for (int64_t c = 0; c < channels; ++c) z[c] = x[c] * y[c];
+    for (int64_t c = 0; c < channels; ++c) z[c] = of(x[c], y[c]);
   });
 }
 
@@ -244,6 +247,29 @@ void nearest(const Geometry& g, const PlanView& in, const PlanView& out, const f
   });
 }
 
+void bilinear(const SequenceStep& step, const PlanView& in, const PlanView& out, const float* x,
+              int64_t channels, float* to) {
+  const Geometry& g = step.g;
+  const std::vector<float> zero(channels, 0.f);
+  for_rows(out.rows, 20 * channels, [&](int64_t r) {
+    const Pixel p = g.out_pixel(out.index[r]);
+    const int64_t top = step.channels[p.y], left = step.channels[g.out_h + p.x];
+    const int64_t bottom = std::min<int64_t>(top + 1, g.in_h - 1), right = std::min<int64_t>(left + 1, g.in_w - 1);
+    const auto at = [&](int64_t i, int64_t j) {
+      const int32_t row = in.inverse[(p.n * g.in_h + i) * g.in_w + j];
+      return row < 0 ? zero.data() : x + int64_t(row) * channels;
+    };
+    const float *a = at(top, left), *b = at(top, right), *c = at(bottom, left), *d = at(bottom, right);
+    const float down = step.gamma[p.y], across = step.beta[p.x];
+    float* z = to + r * channels;
+    for (int64_t i = 0; i < channels; ++i) {
+      const float upper = a[i] * (1.f - across) + b[i] * across;
+      const float lower = c[i] * (1.f - across) + d[i] * across;
+      z[i] = upper * (1.f - down) + lower * down;
+    }
+  });
+}
+
 }  // namespace
 
 void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& plans,
@@ -270,11 +296,9 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
     case StepKind::kMean:
       return mean(in, out, x, channels, to);
     case StepKind::kSum:
-      return for_rows(out.rows, 8 * channels, [&](int64_t r) {
-        for (int64_t i = r * channels; i < (r + 1) * channels; ++i) to[i] = x[i] + y[i];
-      });
+      return combine(out, plans[values[b].plan], x, y, channels, to, std::plus<float>());
     case StepKind::kProduct:
-      return product(out, plans[values[b].plan], x, y, channels, to);
+      return combine(out, plans[values[b].plan], x, y, channels, to, std::multiplies<float>());
     case StepKind::kSigmoid:
       for (int64_t i = 0; i < elements; ++i) to[i] = 1.f / (1.f + std::exp(-x[i]));
       return;
@@ -298,6 +322,8 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return pool<false>(step.g, in, out, x, channels, to);
     case StepKind::kNearest:
       return nearest(step.g, in, out, x, channels, to);
+    case StepKind::kBilinear:
+      return bilinear(step, in, out, x, channels, to);
     case StepKind::kLayerNorm:
       return layer_norm(step, out.rows, x, channels, to);
     case StepKind::kGroupNorm:

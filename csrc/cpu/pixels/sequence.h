@@ -22,8 +22,8 @@ enum class StepKind : int64_t {
   kConv,     // geometry, norm, residual (the second input) and activation are in the prepared one
   kEach,     // as kConv, of each row by itself at any resolution: a norm, an activation
   kMean,     // of each sample's rows
-  kSum,      // of two values
-  kProduct,  // of two values; the second may have one pixel a sample
+  kSum,      // of two values; the second may have one pixel a sample
+  kProduct,  // likewise
   kSigmoid,  // elementwise
   kHardsigmoid,
   kCat,  // of channels
@@ -34,6 +34,8 @@ enum class StepKind : int64_t {
   kLayerNorm,     // over the channels of a row
   kResponseNorm,  // global response normalisation: by the 2-norm of each channel over a sample's rows
   kGroupNorm,     // over groups of channels of a sample's rows; `channels` holds the number of groups
+  kBilinear,      // resizing: `channels` holds the first row, then column, that each reads; gamma and beta the
+                  // shares of the ones after them
 };
 
 struct SequenceStep {

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import enum
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import backends
-from ...geometry import ConvGeometry
+from ...geometry import ConvGeometry, bilinear_sources
 from ...kept import kept
 from ..epilogue import Epilogue
 from .engine import ACTIVATIONS, Setup, packed_weight, quads_of, setup_of, winograd_weight
@@ -39,6 +40,7 @@ class StepKind(enum.IntEnum):
     LAYER_NORM = 12
     RESPONSE_NORM = 13
     GROUP_NORM = 14  # the one number in `channels`: groups
+    BILINEAR = 15
 
 
 class Prepared:
@@ -120,9 +122,35 @@ def fits(residual: Tensor, x: Tensor, rows: int) -> bool:
     )
 
 
+class BilinearTable(NamedTuple):
+    """Which rows and columns each output pixel of a resizing reads."""
+
+    first: list[int]  # [out_h + out_w], rows and then columns
+    down: Tensor  # float32 [out_h], the share of the next row
+    across: Tensor  # float32 [out_w], of the next column
+
+    def vectors(self) -> tuple[int, int, float]:
+        return self.down.data_ptr(), self.across.data_ptr(), 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def bilinear_table(
+    g: ConvGeometry, align_corners: bool, factor_h: float | None, factor_w: float | None
+) -> BilinearTable:
+    rows, down = bilinear_sources(g.in_h, g.out_h, align_corners, factor_h)
+    columns, across = bilinear_sources(g.in_w, g.out_w, align_corners, factor_w)
+    shares = [torch.tensor(share, dtype=torch.float32, device="cpu") for share in (down, across)]
+    return BilinearTable([*rows, *columns], *shares)
+
+
 @functools.lru_cache(maxsize=1024)
-def _window(kind: StepKind, channels: int, g: ConvGeometry):
-    return sequence([(0, channels), (1, channels)], [0], [1], [(kind, [0], 1, None, g, [], [], (0, 0, 0.0))])
+def _window(kind: StepKind, channels: int, g: ConvGeometry, linear: tuple | None):
+    table, taken, vectors = None, [], (0, 0, 0.0)
+    if linear is not None:
+        table = bilinear_table(g, *linear)
+        taken, vectors = table.first, table.vectors()
+    step = kind, [0], 1, None, g, [], taken, vectors
+    return sequence([(0, channels), (1, channels)], [0], [1], [step]), table
 
 
 def sequence(values: list, inputs: list, outputs: list, steps: list):
@@ -144,21 +172,37 @@ def sequence(values: list, inputs: list, outputs: list, steps: list):
 
 
 def windows(
-    kind: StepKind, x: Tensor, index: tuple[Tensor, Tensor], inverse: Tensor, g: ConvGeometry
-) -> Tensor:
-    """float32 rows ``[P, C]`` of a pool or a nearest upsampling of rows ``[R, C]``.
+    kind: StepKind, x: Tensor, index: tuple[Tensor, Tensor], inverse: Tensor, g: ConvGeometry,
+    linear: tuple | None = None,
+) -> Tensor:  # fmt: skip
+    """float32 rows ``[P, C]`` of a pool or a resizing of rows ``[R, C]``.
 
     Args:
         index: of the input and of the output.
         inverse: of the input.
+        linear: the arguments of :func:`bilinear_table` after the geometry.
     """
     ins, outs = index
     out = x.new_empty((outs.shape[0], x.shape[1]))
+    capsule, _table = _window(kind, x.shape[1], g, linear)  # which the capsule reads
     backends._C.run_sequence(
-        _window(kind, x.shape[1], g), 2,
+        capsule, 2,
         ins.data_ptr(), inverse.data_ptr(), 0, ins.shape[0], 0, g.in_h * g.in_w,
         outs.data_ptr(), 0, 0, outs.shape[0], 0, g.out_h * g.out_w, x.data_ptr(), out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def group_norm(
+    x: Tensor, index: Tensor, inverse: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """A GroupNorm of float32 rows ``[P, C]`` over each sample's rows. ``inverse``: ``[N, H, W]``."""
+    vectors = (*(0 if v is None else v.data_ptr() for v in (weight, bias)), eps)
+    step = StepKind.GROUP_NORM, [0], 1, None, None, [], [groups], vectors
+    out, (_, h, w) = torch.empty_like(x), inverse.shape
+    capsule = sequence([(0, x.shape[1])] * 2, [0], [1], [step])
+    plan = index.data_ptr(), inverse.data_ptr(), 0, index.shape[0], 0, h * w
+    backends._C.run_sequence(capsule, 1, *plan, x.data_ptr(), out.data_ptr())
     return out
 
 

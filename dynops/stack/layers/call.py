@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
@@ -130,10 +132,14 @@ class Call(Layer):
             else None
         )
         self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
-        product = _STEP_KINDS.get(step.target) is StepKind.PRODUCT and len(maps) == 1 and len(step.args) == 2
+        one = len(maps) == 1 and len(step.args) == 2
+        product = one and _STEP_KINDS.get(step.target) is StepKind.PRODUCT
         self.number = next((a for a in step.args if type(a) in (int, float)), None) if product else None
+        if one and step.target in _DIVISIONS and type(step.args[1]) in (int, float) and step.args[1] != 0:
+            product, self.number = True, 1 / step.args[1]
         self.scales = product and (len(self.paths) == 1 or self.number is not None)
-        joined = self.step_kind is not None and self.packs
+        self.resizes = step.target == "torch.nn.functional:interpolate" and not self.paths and bool(maps)
+        joined = self.step_kind is not None and self.packs or self.resizes
         self.joins = joined or self.moves or self.is_constant or self.scales or self.inner is not None
 
     def join(self, bound) -> None:
@@ -148,6 +154,16 @@ class Call(Layer):
             return self._join_scale(bound, constant)
         if self.moves:
             return bound.move(self, self._call)
+        if self.resizes:
+            x, *sizes = inputs
+            known = {v: bound.known(v) for v in sizes}
+            args, kwargs = _filled((self.args, self.kwargs), {x: Ref(x), **known}, self.module, None)
+            given = inspect.signature(F.interpolate).bind(*args, **kwargs)
+            given.apply_defaults()
+            read, *arguments = given.args
+            if read != Ref(x):
+                raise Unjoinable
+            return bound.resize(self, x, *arguments)
         if kind is StepKind.CAT:
             order = self.args[0] if self.args else self.kwargs["tensors"]
             inputs = tuple(ref.value for ref in order)
@@ -253,6 +269,13 @@ class Call(Layer):
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         function = self.function or self.module.get_submodule(self.target)
         return function(*args, **kwargs)
+
+
+class Outputs(Call):
+    """The end of a forward with several outputs."""
+
+    def rows(self, run):
+        return self._call({v: run.as_returned(v) for v in self.inputs})
 
 
 def _filled(value, values: dict, module: nn.Module, parameter: Callable | None):

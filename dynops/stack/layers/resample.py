@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...geometry import BlockGeometry, ConvGeometry
+from ...geometry import BlockGeometry, ConvGeometry, enlarged_geometry
 from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..receptive_field import Enlarged, Window
@@ -49,6 +50,49 @@ def picked(rows: Tensor, at: Tensor) -> Tensor:
 MAX_FACTOR = 40  # from 41 on torch's float32 index of "nearest" is off by one
 
 
+class Resizing(NamedTuple):
+    """A resizing that the kernels of rows make: nearest by whole factors, or bilinear.
+
+    Attributes:
+        geometry: its sizes, and its factors where they are whole.
+        moves: brings the mask to the output's size; None: the ratio of sizes does.
+        linear: (align_corners, factor of height, of width), the factors None where sizes say them; None: nearest.
+    """
+
+    kind: StepKind
+    geometry: ConvGeometry
+    moves: ConvGeometry | None
+    linear: tuple[bool, float | None, float | None] | None
+
+
+def resizing(
+    shape, size=None, scale_factor=None, mode="nearest", align_corners=None,
+    recompute_scale_factor=None, antialias=False,
+) -> Resizing | None:  # fmt: skip
+    """What ``F.interpolate`` does to a map of ``shape = (N, H, W)``; None where rows cannot."""
+    if antialias or mode not in ("nearest", "bilinear") or min(shape) < 1:
+        return None
+    size, scale_factor = (tuple(v) if isinstance(v, (tuple, list)) else v for v in (size, scale_factor))
+    return _resizing(shape, size, scale_factor, mode, bool(align_corners), bool(recompute_scale_factor))
+
+
+@functools.lru_cache(maxsize=256)
+def _resizing(shape, size, scale_factor, mode, align_corners, recompute_scale_factor) -> Resizing | None:
+    n, h, w = shape
+    # "nearest": torch takes 5 ms for the size alone where it is bilinear
+    out = F.interpolate(torch.empty(1, 1, h, w, device="meta"), size, scale_factor).shape[2:]
+    moves = enlarged_geometry((n, h, w), (n, *out))
+    if mode == "nearest":
+        whole = moves is not None and max(moves.stride_h, moves.stride_w) <= MAX_FACTOR
+        return Resizing(StepKind.NEAREST, moves, moves, None) if whole else None
+    factors = (None, None)
+    if scale_factor is not None and not recompute_scale_factor:
+        given = scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor, scale_factor)
+        factors = tuple(float(f) for f in given)
+    sizes = ConvGeometry(n, h, w, *out, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
+    return Resizing(StepKind.BILINEAR, sizes, moves, (align_corners, *factors))
+
+
 class _Moved(Layer):
     """A layer whose output pixels read one input pixel each, or, outside the input, zero: ``reaches`` says which."""
 
@@ -75,8 +119,10 @@ class _Moved(Layer):
         x = self.inputs[0]
         if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
             if run.dense(x).dim() == 4:
-                if run.maps and run.policy.active.ragged:  # which knows the edges of each image
-                    return self.forward(self.layer, run.map(x))
+                if run.maps and (run.policy.active.ragged or type(self) is Upsample):
+                    return self.forward(
+                        self.layer, run.map(x)
+                    )  # which knows the edges of each image, and rows
                 return run.masked(self.layer, x)
             return self.forward(self.layer, run.dense(x))
         g = self.geometry(run.shape(x))
@@ -133,12 +179,11 @@ class Upsample(_Moved):
 
     @property
     def joins(self) -> bool:
-        return self.masked and self.packs
+        return self.masked
 
     def join(self, bound) -> None:
-        size, channels = bound.same(self.inputs)
-        g = self.geometry(size)
-        bound.step(StepKind.NEAREST, self, g.out_shape, channels, g)
+        layer = self.layer
+        bound.resize(self, self.inputs[0], layer.size, layer.scale_factor, layer.mode, layer.align_corners)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         corners = False if self.mode == "bilinear" else None

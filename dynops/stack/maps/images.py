@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ...geometry import ConvGeometry
+from ...geometry import enlarged_geometry
 from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..layers.pool import avg_pool, max_pool, windows_of_rows
@@ -85,10 +85,9 @@ def _resized_images(x: SparseMap, size=None, scale_factor=None, mode="nearest", 
 
 def _enlarged_rows(x: SparseMap, to: PixelPlan, sizes: list[tuple[int, int]]) -> SparseMap | None:
     """A nearest enlargement by whole factors from rows to rows. None where an image alone has another factor."""
-    found = None if x.is_input else enlarged_geometry(x.plan.shape, to.shape, (), {})
-    if found is None:
+    g = None if x.is_input else enlarged_geometry(x.plan.shape, to.shape)
+    if g is None:
         return None
-    g, _ = found
     for own, large in zip(sizes_of_images(x.plan), sizes, strict=True):
         if own != (-(-large[0] // g.stride_h), -(-large[1] // g.stride_w)):
             return None
@@ -102,14 +101,6 @@ def pool_of_images(func, name: str, x: SparseMap, args: tuple, kwargs: dict) -> 
     plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
     outside = ~layout.mask_at(plan, NCHW)
     return pooled_images(settings, lambda dense: func(dense, *args, **kwargs), x.dense(), outside)
-
-
-def enlarged_geometry(in_shape, out_shape, args, kwargs):
-    """The geometry of an enlargement by whole factors; None for any other."""
-    if min(in_shape) < 1 or out_shape[1] % in_shape[1] or out_shape[2] % in_shape[2]:
-        return None
-    factors = out_shape[1] // in_shape[1], out_shape[2] // in_shape[2]
-    return ConvGeometry(*in_shape, *out_shape[1:], *factors, *factors, 0, 0, 1, 1, 1, 1), False
 
 
 def named(args: tuple, kwargs: dict, *names: str) -> dict:

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...geometry import ConvGeometry, pair
+from ...geometry import ConvGeometry, enlarged_geometry, pair
 from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..layers.base import Rows
 from ..layers.pool import avg_pool, max_of_rows, max_pool, whole_map, windows_of_rows
-from ..layers.resample import MAX_FACTOR
+from ..layers.resample import resizing
 from . import axes, layout
-from .images import enlarged_geometry, named, of_each_image, pool_of_images
+from .images import named, of_each_image, pool_of_images
 from .layout import NCHW
 from .pointwise import reduced
 from .value import SparseMap, View, masked
@@ -73,9 +73,11 @@ def resized_by(geometry_of):
 
 
 def _on_rows(name: str, x: SparseMap, geometry_of, args: tuple, kwargs: dict) -> SparseMap | None:
-    """A pool or a nearest upsampling by the kernel of rows, or None."""
+    """A pool or a resizing by the kernel of rows, or None."""
     if x.is_input or x.margins is not None or x.requires_grad:
         return None
+    if name == "interpolate":
+        return _resized(x, args, _without(kwargs, "input"))
     small = torch.empty(1, 1, *x.shape[2:], device="meta")
     if name == "max_pool2d":
         kind, pool = StepKind.MAX_POOL, max_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
@@ -86,19 +88,23 @@ def _on_rows(name: str, x: SparseMap, geometry_of, args: tuple, kwargs: dict) ->
         if pool.ceil_mode or pool.divisor_override is not None or not whole:
             return None
         size = pool(small).shape[2:]
-    elif name == "interpolate" and (args[2] if len(args) > 2 else kwargs.get("mode", "nearest")) == "nearest":
-        kind, size = (
-            StepKind.NEAREST,
-            F.interpolate(small, *args, **{k: v for k, v in kwargs.items() if k != "input"}).shape[2:],
-        )
     else:
         return None
-    found = geometry_of((x.shape[0], *x.shape[2:]), (x.shape[0], *size), args, kwargs)
-    if found is None or max(found[0].stride_h, found[0].stride_w) > MAX_FACTOR:
-        return None
-    g, ceil = found
+    g, ceil = geometry_of((x.shape[0], *x.shape[2:]), (x.shape[0], *size), args, kwargs)
     plan = x.active.after(g, x.device, ceil)
     rows = windows_of_rows(kind, x.rows(), x.plan, plan, g)
+    return None if rows is None else SparseMap.of_rows(rows, plan, x.active)
+
+
+def _resized(x: SparseMap, args: tuple, kwargs: dict) -> SparseMap | None:
+    found = resizing((x.shape[0], *x.shape[2:]), *args, **kwargs)
+    if found is None:
+        return None
+    g = found.geometry
+    plan = (
+        x.active.plan(g.out_shape, x.device) if found.moves is None else x.active.after(found.moves, x.device)
+    )
+    rows = windows_of_rows(found.kind, x.rows(), x.plan, plan, g, found.linear)
     return None if rows is None else SparseMap.of_rows(rows, plan, x.active)
 
 
@@ -135,6 +141,11 @@ def _mean_window(in_shape, out_shape, args, kwargs):
     return _window(in_shape, out_shape, named(args, kwargs, "kernel_size", "stride", "padding", "ceil_mode"))
 
 
+def _enlarged(in_shape, out_shape, args, kwargs):
+    found = enlarged_geometry(in_shape, out_shape)
+    return None if found is None else (found, False)
+
+
 def _pools(settings, pools):
     """A pool: of one window that is the whole map over the mask, as adaptive ones to one pixel."""
 
@@ -152,7 +163,7 @@ def _pools(settings, pools):
 
 max_pools = _pools(max_pool, resized_by(_max_window))
 avg_pools = _pools(avg_pool, resized_by(_mean_window))
-enlarged = resized_by(enlarged_geometry)
+enlarged = resized_by(_enlarged)
 resampled = resized_by(lambda *_: None)
 
 

@@ -12,7 +12,7 @@ from ...geometry import ConvGeometry, conv_geometry
 from ...kernels.cpu.engine import takes_winograd
 from ...kernels.cpu.prepared import StepKind
 from ..layers.base import Layer, Unjoinable
-from ..layers.resample import through
+from ..layers.resample import resizing, through
 from ..maps import Standardised
 from . import moves
 from .steps import Step, Weights, as_kernel, each
@@ -22,10 +22,10 @@ class Bound:
     """A sequence at the sizes of its inputs. The layers' ``join`` fill it.
 
     Args:
-        sizes: ``(N, H, W, C)`` of each input.
+        inputs: ``((N, H, W), C)`` of each input that is rows, and those that are sizes themselves.
     """
 
-    def __init__(self, sequence, sizes: tuple):
+    def __init__(self, sequence, inputs: tuple):
         self.sequence = sequence
         self.slots: dict[tuple, int] = {}  # of a size (N, H, W): its plan's place
         self.makers: list[tuple] = []  # of each: how the mask brings it there
@@ -45,12 +45,16 @@ class Bound:
         self.idle: list[nn.Module] = []  # dropouts, which do nothing in eval mode
         self._readers = Counter(v for layer in sequence.layers for v in layer.inputs)
         self._readers.update(sequence.outputs)
-        for value, (*size, channels) in zip(sequence.inputs, sizes, strict=True):
-            self._place(value, tuple(size), channels, None, False)
+        for value, given in zip(sequence.inputs, inputs, strict=True):
+            if moves.is_size(given):
+                self._moved[value] = given
+            else:
+                self._place(value, *given, None, False)
+        self.inputs = tuple(self._sizes)
         for layer in sequence.layers:
             layer.join(self)
         self.results = {value: self._result(value) for value in sequence.outputs}
-        ends = dict.fromkeys(v for v in self.results.values() if type(v) is int and v not in sequence.inputs)
+        ends = dict.fromkeys(v for v in self.results.values() if type(v) is int and v not in self.inputs)
         self.outputs = tuple(ends)
         self.number = {value: i for i, value in enumerate(self._sizes)}
 
@@ -59,21 +63,22 @@ class Bound:
     def step(
         self, kind: StepKind, layer: Layer, size: tuple, channels: int,
         geometry: ConvGeometry | None = None, ceil: bool = False, weights: Weights | None = None,
-        inputs: tuple[int, ...] | None = None, layer_norm: nn.Module | None = None,
+        inputs: tuple[int, ...] | None = None, layer_norm: nn.Module | None = None, out: int | None = None,
     ) -> None:  # fmt: skip
         """Adds a layer's step.
 
         Args:
             size, channels: of its output, whose mask ``use_mask.after(geometry, ceil)`` brings there.
             inputs: those of the layer, in another order.
+            out: another value than the layer's.
         """
-        inputs = layer.inputs if inputs is None else inputs
+        inputs, out = layer.inputs if inputs is None else inputs, layer.out if out is None else out
         last = self.is_last(inputs[0])
         inputs = tuple(self.rows(v, last) for v in inputs)
-        self._place(layer.out, size, channels, geometry, ceil)
+        self._place(out, size, channels, geometry, ceil)
         if last:
-            self._last.add(layer.out)
-        self.steps.append(Step(kind, inputs, layer.out, weights, geometry, layer_norm=layer_norm))
+            self._last.add(out)
+        self.steps.append(Step(kind, inputs, out, weights, geometry, layer_norm=layer_norm))
         g, conv = (None, None) if weights is None else (weights.geometry, weights.conv)
         if conv is not None and takes_winograd(g, as_kernel(conv).shape, torch.float32):
             self.tiled[self.slots[size]] = g
@@ -86,9 +91,12 @@ class Bound:
         if conv is not None:
             first, *rest = layer.inputs
             first, pad = self._pads.get(first, (first, None))
-            weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activation)
-            inputs = (first, *rest)
-            return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs)
+            vector = next((v for v in rest if self._is_vector(v, size, channels)), None)
+            activated = activation if vector is None else ""
+            weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activated)
+            inputs, out = ((first, *rest), layer.out) if vector is None else ((first,), self._unnamed())
+            self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs, out=out)
+            return None if vector is None else self._add_vector(layer, out, vector, activation)
         before = self._alone(layer.inputs[0]) if len(layer.inputs) == 1 else None
         found = None if before is None else before.weights
         bare = found is not None and found.norm is found.scale is None and len(before.inputs) == 1
@@ -149,6 +157,9 @@ class Bound:
 
     def add(self, layer: Layer, a: int, b: int) -> None:
         """Adds a sum: the residual of a convolution that nothing else reads, where the other value is there by then."""
+        for one, other in ((a, b), (b, a)):
+            if self._is_vector(other, self.size(one), self.channels(one)):
+                return self._add_vector(layer, one, other, "")
         size, channels = self.same((a, b))
         last = self.is_last(a)
         for one, other in ((a, b), (b, a)):
@@ -162,6 +173,23 @@ class Bound:
                 self._same[layer.out] = one
                 return
         self.step(StepKind.SUM, layer, size, channels, inputs=(a, b))
+
+    def _is_vector(self, value: int, size: tuple, channels: int) -> bool:
+        """True for one pixel a sample beside a map of this size."""
+        return size[1:] != (1, 1) and self.size(value) == (size[0], 1, 1) and self.channels(value) == channels
+
+    def _add_vector(self, layer: Layer, value: int, vector: int, activation: str) -> None:
+        """Adds the sum of a map and of one pixel a sample, and an activation."""
+        size, channels = self.size(value), self.channels(value)
+        out = self._unnamed() if activation else layer.out
+        self.step(StepKind.SUM, layer, size, channels, inputs=(value, vector), out=out)
+        if activation:
+            weights = Weights(each(channels), activation=activation)
+            self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(out,))
+
+    def _unnamed(self) -> int:
+        """A value that is no layer's."""
+        return -1 - len(self._sizes)
 
     def calls(self, module: nn.Module, path: str, inner: nn.Module) -> None:
         """Notes a module that its layer calls, which must stay where it is and have no hooks."""
@@ -180,13 +208,33 @@ class Bound:
         vectors = [v for v in module._parameters.values() if v is not None]
         if self.is_last(layer.inputs[0]) or channels % groups or any(v.numel() != channels for v in vectors):
             raise Unjoinable
-        self.step(StepKind.GROUP_NORM, layer, size, channels, layer_norm=module)
+        out = self._unnamed() if activation else layer.out
+        self.step(StepKind.GROUP_NORM, layer, size, channels, layer_norm=module, out=out)
         self.steps[-1].channels = [groups]
         if activation:
-            found, made = self.steps[-1], -1 - len(self._sizes)
-            self._place(made, size, channels, None, False)
-            found.out, weights = made, Weights(each(channels), activation=activation)
-            self.steps.append(Step(StepKind.EACH, (made,), layer.out, weights))
+            weights = Weights(each(channels), activation=activation)
+            self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(out,))
+
+    def resize(self, layer: Layer, value: int, *arguments) -> None:
+        """Adds an ``F.interpolate`` of a value with these arguments."""
+        size, channels = self.same((value,))
+        found = None if self.is_last(value) else resizing(size, *arguments)
+        if found is None:
+            raise Unjoinable
+        out = found.geometry.out_shape
+        self.step(found.kind, layer, out, channels, found.moves, inputs=(value,))
+        self.steps[-1].geometry, self.steps[-1].linear = found.geometry, found.linear
+
+    def known(self, value: int):
+        """A value that is no map: sizes and numbers.
+
+        Raises:
+            Unjoinable: it is one.
+        """
+        found = self._moved.get(value)
+        if found is None or moves.holds_maps(found):
+            raise Unjoinable
+        return found
 
     def move(self, layer: Layer, call: Callable) -> None:
         """Adds a layer that only moves channels, or computes with sizes."""
@@ -258,7 +306,7 @@ class Bound:
         taken = moves.channels_taken(found, size, channels, last)
         made = root
         if taken != list(range(channels)):
-            made = -1 - len(self._sizes)  # no layer's
+            made = self._unnamed()
             self._place(made, size, len(taken), None, False)
             self.steps.append(Step(StepKind.TAKE, (root,), made, channels=taken))
         self._roots[value, last] = made

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import backends
 from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of
-from ...kernels.cpu.prepared import Prepared, StepKind, key_of, sequence
+from ...kernels.cpu.prepared import Prepared, StepKind, bilinear_table, key_of, sequence
 from ..layers.base import Rows
 from ..layers.resample import Padded
 from ..norm import tensors_of, uses_batch_statistics
@@ -18,7 +18,7 @@ from ..staleness import hooked
 from .bound import Bound
 from .steps import Step, as_kernel
 
-_WINDOWS = (StepKind.MAX_POOL, StepKind.MEAN_POOL, StepKind.NEAREST)
+_WINDOWS = (StepKind.MAX_POOL, StepKind.MEAN_POOL, StepKind.NEAREST, StepKind.BILINEAR)
 
 
 class _Made(NamedTuple):
@@ -33,8 +33,8 @@ class _Made(NamedTuple):
 class Running(Bound):
     """A sequence that is bound to sizes, and run."""
 
-    def __init__(self, sequence, sizes: tuple):
-        super().__init__(sequence, sizes)
+    def __init__(self, sequence, inputs: tuple):
+        super().__init__(sequence, inputs)
         self._made: dict[tuple[bool, ...], _Made] = {}  # by the plans that have Winograd's tiles
 
     def run(self, run, found: list[Rows]) -> bool:
@@ -57,7 +57,7 @@ class Running(Bound):
                 0 if tiles is None else tiles.data_ptr(), len(plan), 0 if tiles is None else tiles.shape[0],
                 plan.shape[1] * plan.shape[2],
             )  # fmt: skip
-        rows = dict(zip(self.sequence.inputs, found, strict=True))
+        rows = dict(zip(self.inputs, found, strict=True))
         for value in self.outputs:
             plan = plans[self.slots[self._sizes[value]]]
             rows[value] = Rows(found[0].values.new_empty((len(plan), self._channels[value])), plan)
@@ -87,7 +87,7 @@ class Running(Bound):
             if plan.count is not None or len(plan) == 0:
                 return None
             plans.append(plan)
-        for value, rows in zip(self.sequence.inputs, found, strict=True):
+        for value, rows in zip(self.inputs, found, strict=True):
             if rows.plan is not plans[self.slots[self._sizes[value]]]:
                 return None
         return plans
@@ -119,7 +119,8 @@ class Running(Bound):
         for one, step in zip(prepared, self.steps, strict=True):
             if one is None and step.weights is not None:
                 return None
-        made = self._made[quads] = _Made(now, mark, self._capsule(prepared), (prepared, tensors))
+        capsule, tables = self._capsule(prepared)
+        made = self._made[quads] = _Made(now, mark, capsule, (prepared, tensors, tables))
         return made
 
     def _are_plain(self, tensors: list) -> bool:
@@ -165,14 +166,18 @@ class Running(Bound):
         number, last = self.number, {}
         for i, step in enumerate(self.steps):
             last.update(dict.fromkeys((*step.inputs, step.out), i))
-        steps = []
+        steps, tables = [], []
         for i, (step, one) in enumerate(zip(self.steps, prepared, strict=True)):
             freed = [number[v] for v, at in last.items() if at == i and v not in self.outputs]
             geometry = step.geometry if step.kind in _WINDOWS else None
             inputs = [number[v] for v in step.inputs]
             vectors = (*(0 if t is None else t.data_ptr() for t in step.norm_tensors() or (None, None)),)
             vectors += (0.0 if step.layer_norm is None else step.layer_norm.eps,)
-            steps.append((step.kind, inputs, number[step.out], one, geometry, freed, step.channels, vectors))
+            channels = step.channels
+            if step.linear is not None:
+                tables.append(table := bilinear_table(step.geometry, *step.linear))
+                channels, vectors = table.first, table.vectors()
+            steps.append((step.kind, inputs, number[step.out], one, geometry, freed, channels, vectors))
         values = [(self.slots[size], self._channels[v]) for v, size in self._sizes.items()]
-        ends = [[number[v] for v in these] for these in (self.sequence.inputs, self.outputs)]
-        return sequence(values, *ends, steps)
+        ends = [[number[v] for v in these] for these in (self.inputs, self.outputs)]
+        return sequence(values, *ends, steps), tables

@@ -63,6 +63,7 @@ class Step:
     geometry: ConvGeometry | None = None
     channels: list[int] = field(default_factory=list)  # that are taken
     layer_norm: nn.Module | None = None
+    linear: tuple | None = None  # of a bilinear resizing; see ..layers.resample.Resizing
 
     def norm_tensors(self) -> tuple[Tensor | None, ...]:
         found = () if self.layer_norm is None else self.layer_norm._parameters
