@@ -139,7 +139,7 @@ class Call(Layer):
             product, self.number = True, 1 / step.args[1]
         self.scales = product and (len(self.paths) == 1 or self.number is not None)
         self.resizes = step.target == "torch.nn.functional:interpolate" and not self.paths and bool(maps)
-        joined = self.step_kind is not None and self.packs or self.resizes
+        joined = (self.step_kind is not None and self.packs) or self.resizes
         self.joins = joined or self.moves or self.is_constant or self.scales or self.inner is not None
 
     def join(self, bound) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 
 from ... import context
 from ..staleness import DATA, METHOD, Opaque, changed, frozen, hooked, own_class
-from .outside import Outside
 from .outputs import parted
+from .outside import Outside
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
