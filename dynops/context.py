@@ -91,6 +91,9 @@ class use_mask:
         self._begun = _made(mask)
         self._masks: dict[tuple[int, int], Tensor] = {}  # at each size that it has been brought to
         _keep_in(self._masks, tuple(mask.shape[1:]), mask)
+        self._shrunk: list[
+            tuple
+        ] = []  # in a graph: the mask before layers with strides, the size after them, the strides
         # of a ragged batch: masks before and after layers
         self._images: dict[tuple, tuple] = {}
 
@@ -160,7 +163,17 @@ class use_mask:
             mask, known = mask_after(below, axes(geometry, ceil), True), self._masks.get(size)
             same = known is not None and torch.equal(_value(known), mask)
             self._images[key] = below, known if same else _made(mask)  # with ``below``: its id stays its own
-        mask = self._images[key][1]
+        self._hold(size, self._images[key][1])
+
+    def of_images(self, mask: Tensor) -> PixelPlan:
+        """The plan of a ragged batch of images that have become those of ``mask`` ``[N, H, W]``. From now on it holds for this size."""
+        size, own = tuple(mask.shape[1:]), mask[: self._mask.shape[0]]  # repeated, as the images are
+        known = self._masks.get(size)
+        if known is None or not torch.equal(_value(known), own):
+            self._hold(size, _made(own))
+        return self._kept(tuple(mask.shape), mask.device, None)
+
+    def _hold(self, size: tuple[int, int], mask) -> None:
         if self._masks.get(size) is not mask:
             self._masks[size] = mask
             self._plans = {shape: plan for shape, plan in self._plans.items() if shape[1:] != size}
@@ -204,7 +217,47 @@ class use_mask:
     def _moved(self, size: tuple[int, int], layer: tuple | None) -> Tensor:
         if layer is None or size == (1, 1):  # one pixel sees all of the map
             return resize_mask(self._mask, size)
-        geometry, ceil = layer
+        g, earlier = layer[0], None
+        if is_compiling() and not self.ragged:
+            earlier = _found_in(self._masks, (g.in_h, g.in_w))
+        made = self._by_geometry(size, *layer)
+        return self._as_before(made, size, g, earlier) if is_compiling() and not self.ragged else made
+
+    def _as_before(
+        self, mask: Tensor, size: tuple[int, int], g: ConvGeometry, below: Tensor | None
+    ) -> Tensor:
+        """In a graph: the mask that the map had before it was shrunk, where ``g`` enlarges it to that size again.
+
+        Symbols of sizes leave open if it does: 2 * ceil(h / 2) is h where h is even.
+
+        Args:
+            mask: of the layer's output. below: of its input, where a layer made it.
+        """
+        stride, in_size = (g.stride_h, g.stride_w), (g.in_h, g.in_w)
+        if g.transposed:
+            return self._enlarged(mask, size, in_size, stride)
+        if stride != (1, 1):
+            before = self._mask if below is None else _value(below)
+            longer = [
+                (a, size, (s * stride[0], t * stride[1]))
+                for a, b, (s, t) in self._shrunk
+                if _same(b, in_size)
+            ]
+            self._shrunk += [(before, size, stride), *longer]
+        return mask
+
+    def _enlarged(self, mask: Tensor, size: tuple[int, int], in_size: tuple[int, int], by: tuple) -> Tensor:
+        for before, small, factors in self._shrunk:
+            if factors != by or not _same(small, in_size):
+                continue
+            was = tuple(before.shape[1:])
+            self._shrunk += [(a, size, stride) for a, b, stride in self._shrunk if _same(b, was)]
+            off = sum((a - b) ** 2 for a, b in zip(size, was, strict=True))
+            same = torch.full((), off, device=mask.device) == 0
+            return torch.where(same, resize_mask(before, size), mask)
+        return mask
+
+    def _by_geometry(self, size: tuple[int, int], geometry: ConvGeometry, ceil: bool) -> Tensor:
         in_size, both = (geometry.in_h, geometry.in_w), axes(geometry, ceil)
         exact, below = all(known(axis.is_exact) for axis in both), True
         if not self.ragged and _found_in(self._masks, in_size) is None:
@@ -231,6 +284,11 @@ def _kept_in(table: dict, sizes: tuple, make: Callable):
     return _value(found)
 
 
+def _same(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """True for sizes that are known to be equal."""
+    return all(known(x == y) for x, y in zip(a, b, strict=True))
+
+
 def _keep_in(table: dict, sizes: tuple, value) -> None:
     """Sets ``table[sizes]``. Sizes may be symbols while compiling: these have no hash, and looking them up fixes them."""
     if is_compiling():
@@ -245,7 +303,7 @@ def _found_in(table: dict, sizes: tuple):
         return table.get(sizes)
     for key, value in table.items():
         at, found = value if isinstance(key, int) else (key, value)
-        if all(known(a == b) for a, b in zip(at, sizes, strict=True)):
+        if _same(at, sizes):
             return found
     return None
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
@@ -178,6 +179,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     untraceable: set[nn.Module] = set()
     untraced: list[nn.Module] = []
     for name, module in reversed(list(model.named_modules())):  # what is inside first
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         is_list = type(module).forward is nn.Module.forward  # as a ModuleList, which is never called
         if module in kinds or is_list or converted.is_whole(module) or not _holds_conv(module, kinds):
             continue

@@ -25,7 +25,15 @@ _OF_MAPS = {
     "avg_pool2d",
 }
 _RESIZING = {
-    *("interpolate", "adaptive_avg_pool2d", "adaptive_max_pool2d", "pixel_shuffle", "pixel_unshuffle", "pad"),
+    *(
+        "interpolate",
+        "lp_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "pad",
+    ),
     "grid_sample",
 }
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "norm", "vector_norm", "var", "std"}

@@ -19,7 +19,8 @@ def packed(rows: Tensor, plan: PixelPlan) -> Tensor:
 
     Convolutions read the rows, so that no dense map is made. All other code sees a tensor ``[N, C, H, W]``. Functions that
     have no form on rows, and calls outside of ``dynops.use_mask``, read the dense map. The mask of the context may differ
-    from the plan: it may be wider. Inside ``torch.compile`` the result is the dense map.
+    from the plan: it may be wider. The result of a function before the first convolution is zero elsewhere too, and a mean
+    over its pixels is over the plan's. Inside ``torch.compile`` the result is the dense map.
 
     Args:
         rows: floating ``[plan.num_rows, C]``, in the plan's order: ``plan.rows_of`` has it. They may need a gradient.

@@ -84,7 +84,7 @@ def decides(
     """True if the density of a plan with this ``count`` may decide at all.
 
     Args:
-        pixels: of the output of a stack on blocks, for which there is a model of a CPU too; None: of an op.
+        pixels: of the input of a stack on blocks, for which there is a model of a CPU too; None: of an op.
     """
     if torch.compiler.is_compiling() or count is not None:
         return False

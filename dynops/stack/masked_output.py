@@ -55,12 +55,20 @@ def pooled_images(pool: nn.Module, run: Callable, x: Tensor, outside: Tensor) ->
     """
     if isinstance(pool, nn.MaxPool2d):
         return run(_filled(x, outside, float("-inf")))
-    out = run(_filled(x, outside, 0))
-    if pool.divisor_override is not None or pool.count_include_pad:
-        return out
-    inside = (~outside).to(x.dtype)  # the mean is over these
-    share = F.avg_pool2d(inside, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, False)
-    return out / share.clamp(min=1e-3)
+    filled, inside = _filled(x, outside, 0), (~outside).to(x.dtype)  # the mean is over these pixels
+    if pool.divisor_override is not None or (pool.count_include_pad and not pool.ceil_mode):
+        return run(filled)
+    sizes, counted = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode), inside
+    if pool.count_include_pad:  # and over the padding around them, at whose end a last window ends too
+        pad = pair(pool.padding, "padding")
+        counted = F.pad(inside, (2 * pad[1], 2 * pad[1], 2 * pad[0], 2 * pad[0]))
+        counted = F.max_pool2d(counted, (2 * pad[0] + 1, 2 * pad[1] + 1), 1)
+        sizes = (*sizes[:2], 0, True)
+    count = F.avg_pool2d(counted, *sizes, divisor_override=1)
+    out = F.avg_pool2d(
+        filled, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, divisor_override=1
+    )
+    return out / count[..., : out.shape[-2], : out.shape[-1]].clamp(min=1)
 
 
 def _filled(x: Tensor, outside: Tensor, value: float) -> Tensor:

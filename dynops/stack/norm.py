@@ -142,11 +142,21 @@ def _held(values: Tensor, valid: Tensor | None) -> Tensor:
 
 def _over_ranks(total: Tensor, ranks) -> Tensor:
     """The sum over all ranks, with its gradient."""
-    if ranks is None:
-        return total
-    from torch.distributed.nn.functional import all_reduce
+    return total if ranks is None else _SumOverRanks.apply(total, ranks)
 
-    return all_reduce(total, group=ranks)
+
+class _SumOverRanks(torch.autograd.Function):
+    """torch's own all_reduce with a gradient warns from 2.13 on."""
+
+    @staticmethod
+    def forward(ctx, total: Tensor, ranks) -> Tensor:
+        ctx.ranks, total = ranks, total.clone()
+        torch.distributed.all_reduce(total, group=ranks)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _SumOverRanks.apply(grad.contiguous(), ctx.ranks), None
 
 
 def fold_batch(

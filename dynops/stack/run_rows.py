@@ -139,6 +139,18 @@ class Run:
             return SparseMap.of_input(found, self.policy.active)
         return found
 
+    def read_whole(self, value: int) -> SparseMap | None:
+        """A dense map as an input, whose pixels outside of the mask are read too; None for rows."""
+        found = self.found(value)
+        if type(found) is Rows or found.dim() != 4:
+            return None
+        return found if type(found) is SparseMap else SparseMap.of_input(found, self.policy.active)
+
+    def is_bordered(self, value: int) -> bool:
+        """True for an input that the model padded: functions of maps know where its mask lies."""
+        found = self.env[value]
+        return type(found) is SparseMap and found.margins is not None
+
     def as_called(self, value: int):
         """As :meth:`dense`, in the memory format that the value has where each layer runs alone."""
         found = self._originals[value] if value in self._originals else self.dense(value)

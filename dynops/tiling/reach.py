@@ -20,6 +20,7 @@ _STRIDES = (
     *(1, 2, 4, 8, 16, 32, 64, 128, 3, 6, 12, 24, 48, 96, 5, 10, 20, 40, 80, 7, 14, 28, 56, 112),
     *(9, 18, 36, 72, 27),
 )
+_LEAST_STEPS = 11  # of a stride to a cut: the first from 2 on that is no multiple of 2, 3, 5 or 7
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-4}  # of the largest value
 _ROUGH = {torch.float64: 1e-7, torch.float32: 5e-3}  # TF32 rounds by 1e-3 and less
 _HALF = 3e-2
@@ -121,7 +122,7 @@ class _Strips:
         while True:
             cut = length // 2
             first, last = self.clean(length, cut, length), self.clean(length, 0, cut)
-            clean = [(int(a.sum()), int(b.sum()), len(a)) for a, b in zip(first, last, strict=True)]
+            clean = [(_prefix(a), _prefix(b.flip(0)), len(a)) for a, b in zip(first, last, strict=True)]
             if all(min(a, b) * 8 >= n > 0 for a, b, n in clean):
                 return length
             if length >= _LONGEST:
@@ -132,7 +133,7 @@ class _Strips:
         shortest, error = self.length(), None
         for stride in _STRIDES:
             try:
-                found = self.at(stride, shortest) if stride * 2 <= shortest else None
+                found = self.confirmed(stride, shortest)
             except Exception as refused:  # of a part
                 error, found = refused, None
             if found is not None:
@@ -141,9 +142,19 @@ class _Strips:
             raise error
         raise NotLocal("it makes something else of a part of an image, wherever that is cut")
 
-    def at(self, stride: int, shortest: int) -> Reach | None:
-        """The reach, where cuts at multiples of ``stride`` keep what the outputs are."""
-        length = shortest + (self.size - shortest) % stride
+    def confirmed(self, stride: int, shortest: int) -> Reach | None:
+        """As :meth:`at` of the shortest strip, and then of one that is long enough for this stride."""
+        found = None
+        for length in (shortest, 2 * _LEAST_STEPS * stride):
+            if length >= max(2 * stride, shortest):
+                found = self.at(stride, length)
+                if found is None:
+                    return None
+        return found
+
+    def at(self, stride: int, length: int) -> Reach | None:
+        """The reach, where a cut at a multiple of ``stride`` keeps what the outputs of a strip of this length are."""
+        length += (self.size - length) % stride
         steps = max(length // 2 // stride, 1)
         while math.gcd(steps, 2 * 3 * 5 * 7) > 1:  # a cut that is no multiple of another stride
             steps -= 1

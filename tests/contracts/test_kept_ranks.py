@@ -1,6 +1,7 @@
 """Two ranks with gloo: what is made of weights follows collectives, FSDP2 and DistributedDataParallel; synchronised norms."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -128,6 +129,7 @@ def test_training(processes, name):
 
 def check_synchronised_norms(densities: tuple[float, float], capacity: int | None, tracks: bool) -> None:
     """Each rank has one sample. Values, gradients and statistics are those of both samples in one process."""
+    warnings.simplefilter("error", FutureWarning)  # torch's, which a user would see
     rank = dist.get_rank()
     layers = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6, track_running_stats=tracks), nn.ReLU()
     whole = nn.Sequential(*layers, nn.Conv2d(6, 4, 3, padding=1)).double().train()

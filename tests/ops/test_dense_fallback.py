@@ -298,3 +298,17 @@ def test_a_cpu_computes_blocks_only_where_they_win(path, active, expected, ran):
     assert [name for name in ran if name.startswith("run")] == ([] if expected is None else [expected])
     kept = BlockPlan.from_mask(mask, 8).mask()[:, None]
     torch.testing.assert_close(out, torch.where(kept, base, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not backends.has_binary(), reason="rows run on the binary")
+def test_a_small_output_of_a_large_map_is_dense_where_its_halo_is_the_map(ran):
+    strided = [nn.Conv2d(16, 16, 3, 2, 1) for _ in range(3)]
+    module = nn.Sequential(
+        *strided, nn.MaxPool2d(3, 1, 1), *[nn.Conv2d(16, 16, 3, 1, 1) for _ in range(4)]
+    ).eval()
+    mask, x = torch.zeros(1, 8, 8), in_layout(random_tensor(1, 16, 64, 64), "channels_last")
+    mask[0, 4, 4] = 1
+    with torch.no_grad():
+        out, expected = SparseBlocks(module, 1)(x, mask), module(x)
+    assert not [name for name in ran if name.startswith("run")]
+    torch.testing.assert_close(out, torch.where(mask[:, None] > 0, expected, 0), rtol=1e-4, atol=1e-5)

@@ -284,6 +284,10 @@ def refuses(y):
     return y
 
 
+def refuses_silently(y):
+    raise AssertionError
+
+
 def stops(y):
     raise RuntimeError("stop")
 
@@ -294,6 +298,7 @@ def stops(y):
         (lambda y: y.view(5, -1), r"(?s)invalid for input.*in body\.0\.view, under.*one by one"),
         (lambda y: y.no_such_method(), r"(?s)no attribute.*in body\.0\.no_such_method, under"),
         (refuses, r"(?s)a plain tensor.*body\.0 \(Inner\)"),
+        (refuses_silently, r"^in body\.0 \(Inner\), under a mask"),
         (stops, "^stop$"),
     ],
 )
@@ -313,6 +318,19 @@ def test_an_error_of_a_mask_names_the_layer():
             model(x)
         if not hooked:
             layer_by_layer(model)
+
+
+def test_a_scripted_part_gets_dense_maps():
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 2, 3, padding=1), nn.Conv2d(2, 2, 1)))
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), scripted), torch.randn(1, 3, 8, 8)
+    dense, mask = copy.deepcopy(model), torch.rand(1, 6, 6) < 0.5
+    dynops.convert_(model)
+    with dynops.use_mask(mask), torch.no_grad():
+        out = model(x)
+    torch.testing.assert_close(
+        out, mask[:, None] * dense[1](mask[:, None] * dense[0](x)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_masks_finer_than_the_input():

@@ -102,6 +102,26 @@ def test_every_batch_image_and_mask(shapes, strict, fresh_dynamo):
     )  # for the pool and the result; where it is strict, squeeze-excite is dense too
 
 
+class Unet(nn.Module):
+    """Comes back to sizes that it had, which symbols of sizes do not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU(), nn.Upsample(scale_factor=2))
+        self.last = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.up(self.down(x)))
+
+
+def test_a_map_that_is_enlarged_to_its_size_has_its_mask():
+    model = Masked(Unet())
+    with torch.no_grad():
+        program = torch.export.export(model, EXAMPLE, dynamic_shapes=ANY)
+    check(program.module(), model, [*SIZES, (1, (64, 32), (64, 32)), (2, (40, 56), (20, 28))])
+
+
 @pytest.mark.parametrize("shapes", [None, ANY], ids=["fixed", "any"])
 @pytest.mark.parametrize("net", [Untraced, ManyOutputs])
 def test_a_forward_that_cannot_be_traced_and_one_with_many_outputs(net, shapes):

@@ -81,6 +81,7 @@ MASKED = {
     "bilinear": chain(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(8, 4, 3, padding=1)),
     "shuffle": chain(nn.PixelShuffle(2), nn.Conv2d(2, 4, 3, padding=1)),
     "pad": chain(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(8, 4, 3)),
+    "pad and transposed": chain(nn.ZeroPad2d((1, 2, 0, 1)), nn.ConvTranspose2d(8, 4, 3, 2, 1)),
 }
 
 

@@ -121,6 +121,34 @@ def test_a_trace_gives_what_its_layers_give(name):
     assert outs[0].shape[2] != 8 or not outs[0].permute(0, 2, 3, 1)[inactive].any()
 
 
+BORDERED = {
+    "zeros": (nn.ZeroPad2d((1, 2, 0, 1)),),
+    "reflected": (nn.ReflectionPad2d(1),),
+    "pooled": (nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)),
+    "twice": (nn.ReflectionPad2d(1), nn.ZeroPad2d(1)),
+}
+
+
+@pytest.mark.parametrize("name", BORDERED)
+def test_an_input_that_is_padded_first_is_read_whole(name):
+    torch.manual_seed(0)
+    convs = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, 4, 3, padding=1)
+    model, x = nn.Sequential(*BORDERED[name], *convs).double().eval(), rand(2, C, *SIZE)
+    dense = copy.deepcopy(model)
+    assert "" in dynops.convert_(model).fused
+    alone = copy.deepcopy(model)
+    for module in alone.modules():
+        module.register_forward_hook(lambda *_: None)
+    outs = []
+    for one in (model, alone):
+        with dynops.use_mask(masks(0)) as active, torch.no_grad():
+            outs.append(one(x))
+    with MaskedPolicy(masks(0), active.masks()), torch.no_grad():
+        expected = dense(x)
+    close(outs[0], expected)
+    close(outs[1], expected)
+
+
 class Listed(nn.Module):
     """Takes a tensor or a list, and returns a list."""
 

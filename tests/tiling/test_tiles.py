@@ -121,6 +121,32 @@ def test_sizes_at_which_resizing_has_another_ratio_are_blended():
     assert dynops.tiles(model, x, tile=64)["out"].shape == (C, 257, 190)
 
 
+class Halved(nn.Module):
+    """Reads windows of even numbers of pixels as wholes: a part of 12 k pixels has an odd number here."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, C, 3, 2), nn.Conv2d(C, C, 2, 3, dilation=2))
+
+    def forward(self, x):
+        x = self.down(x)
+        return x + F.interpolate(F.max_pool2d(x, 2), size=x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(
+            nn.GroupNorm(1, 3), nn.ConvTranspose2d(3, C, 2, 3, output_padding=1)
+        ),  # parts are constant
+        Halved(),
+    ],
+)
+def test_models_that_look_local_are_refused(model):
+    with pytest.raises(ValueError, match="exact: expected a model whose outputs depend on a limited part"):
+        dynops.tiles(model.eval(), torch.randn(3, 125, 134), exact=True, tile=36)
+
+
 class Global(nn.Module):
     def forward(self, x):
         return x * x.mean((2, 3), keepdim=True).sigmoid()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -183,7 +185,7 @@ class SparseBlocks(nn.Module):
         if bound.rows and backends.choose(None, x.device, x.dtype) != "reference":
             paths.insert(0, "rows")
         dtype, step = autocast_dtype(x) or x.dtype, (plan.geometry.step_h, plan.geometry.step_w)
-        if dense_fallback.decides(x.device, dtype, plan.count, _pixels(plan)) and bound.fits_step(step):
+        if dense_fallback.decides(x.device, dtype, plan.count, math.prod(in_shape)) and bound.fits_step(step):
             modelled = dense_fallback.is_modelled(x.device)
             paths = paths[:1] if modelled else paths  # rows win over tiles
             costs = {path: bound.cost(path, plan, in_shape, x.device, dtype) for path in paths}
@@ -199,11 +201,6 @@ class SparseBlocks(nn.Module):
             base = None if base is None else checked_base(base, x, plan, out.shape[1], out.dtype)
             out = dense_fallback.keep_pixels(out, plan.pixels(), base)
         return in_format_of(out, x)
-
-
-def _pixels(plan: BlockPlan) -> int:
-    n, h, w = plan.shape
-    return n * h * w
 
 
 def _grid(shape: tuple[int, int, int], block_size: tuple[int, int]) -> BlockGeometry:

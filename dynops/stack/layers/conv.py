@@ -96,7 +96,7 @@ class Conv(Layer):
     def rows(self, run):
         if run.direct and (made := self._prepared(run)) is not None:
             return made
-        if self.pads is not None and run.maps and run.policy.active.ragged:
+        if run.maps and (run.is_bordered(self.x) or (self.pads is not None and run.policy.active.ragged)):
             return self._as_called(run)
         padded, (values, in_plan, shape) = run.env[self.x], self._input(run)
         g = self.geometry(shape)

@@ -40,6 +40,8 @@ class _Pool(Layer):
     def rows(self, run):
         if not self.converted:
             return self.recorded.rows(run)
+        if run.maps and run.is_bordered(self.inputs[0]):
+            return self.forward(self.pool, run.map(self.inputs[0]))
         rows = run.rows_of(self.inputs[0])
         if rows is not None and (kind := whole_map(self.pool, *rows.plan.shape[1:])):
             return over_pixels(kind, rows.values, rows.plan)[:, :, None, None]

@@ -30,7 +30,8 @@ class Padded(NamedTuple):
 
 def through(pad: ConvGeometry, g: ConvGeometry) -> ConvGeometry:
     """The geometry, on the map inside of a padding, of a convolution that reads the padded one."""
-    return g._replace(in_h=pad.in_h, in_w=pad.in_w, pad_h=g.pad_h + pad.pad_h, pad_w=g.pad_w + pad.pad_w)
+    shift = (-pad.pad_h * g.stride_h, -pad.pad_w * g.stride_w) if g.transposed else (pad.pad_h, pad.pad_w)
+    return g._replace(in_h=pad.in_h, in_w=pad.in_w, pad_h=g.pad_h + shift[0], pad_w=g.pad_w + shift[1])
 
 
 def rows_at(rows: Rows, index: Tensor) -> Tensor:
@@ -231,6 +232,11 @@ class ZeroPad(_Moved):
 
     def join(self, bound) -> None:
         bound.pad(self, self.geometry(bound.size(self.inputs[0])))
+
+    def rows(self, run):
+        if self.converted and run.maps and (x := run.read_whole(self.inputs[0])) is not None:
+            return self.forward(self.layer, x)
+        return super().rows(run)
 
     def _moved(self, run, x: int, plan: PixelPlan, g: ConvGeometry):
         rows = run.rows_of(x)

@@ -17,8 +17,9 @@ from ...geometry import ConvGeometry, pair
 from ...ops.epilogue import Epilogue, apply_epilogue
 from ...ops.pixels.conv import _pixel_conv
 from ...plans import PixelPlan
+from .images import each_image
 from .layout import NCHW, gathered
-from .value import Pending, SparseMap, each_image, saved_hooks
+from .value import Pending, SparseMap, saved_hooks
 
 
 class _Mode(NamedTuple):
@@ -141,6 +142,9 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     n, h, w = x.shape[0], x.shape[2], x.shape[3]
     g = _conv_geometry((n, h, w), kernel, stride, before, dilation, groups, after)
     at = g
+    if x is not input and x.active.ragged:  # the padding may differ before and after
+        own = _paddings(padding, kernel, dilation, (0, 0, 0, 0))
+        at = _conv_geometry((n, *input.shape[2:]), kernel, stride, own[0], dilation, groups, own[1])
     if margins is not None:  # the padding is in the map already
         left, right, top, bottom = margins
         at = g._replace(
@@ -267,9 +271,15 @@ def pad(input, pad, mode="constant", value=None):
     left, right, top, bottom = pads
     n, c, h, w = x.shape
     g = ConvGeometry(n, h, w, h + top + bottom, w + left + right, 1, 1, 1, 1, top, left, 1, 1, 1, 0)
-    if not zeros or x.is_input:
+    if x.active.ragged and not zeros:  # the edge of an image is its own
+        return each_image(x, lambda image, _: F.pad(image, pads, mode, value), (g.out_h, g.out_w))
+    if not zeros or (x.is_input and not x.active.ragged):
         return _bordered(x, pads, mode, value)
     plan = x.active.after(g, x.device)
+    if x.is_input:
+        return SparseMap.of_rows(gathered(F.pad(x.dense(), pads), plan, NCHW), plan, x.active)
+    if x.plan is not x.active.plan(x.plan.shape, x.device):  # packed rows have pixels of their own
+        plan = x.plan._moved_to(F.pad(x.plan.mask(), pads))
     if min(pads) >= 0:
         return SparseMap.of_pending(Padding(x, pads, plan), plan, x.active, (c,))
     # it cuts, and may so move pixels to where the mask is not
@@ -296,9 +306,7 @@ def _bordered(x: SparseMap, pads: tuple[int, int, int, int], mode: str, value) -
     """A map with another border than zeros, or an input: convolutions read all of it."""
     left, right, top, bottom = pads
     size, border = (x.shape[2] + top + bottom, x.shape[3] + left + right), None
-    if x.active.ragged and mode != "constant" and x.margins is None:  # the edge of an image is its own
-        padded = each_image(x, lambda image: F.pad(image, pads, mode, value), size)
-    elif mode == "constant" or x.is_input or x.plan.count is not None:
+    if mode == "constant" or x.is_input or x.plan.count is not None:
         padded = F.pad(x.dense(), pads, mode, value)
     else:
         index, plan = x.plan.derived(("border", pads, mode), lambda: _border_of(x.plan, pads, mode))

@@ -63,7 +63,7 @@ def name_module(error: Exception, root: nn.Module) -> None:
 
     A model's own errors keep their text, but for AssertionErrors: it may ask for what a map is not.
     """
-    text = error.args[0] if error.args else None
+    text = error.args[0] if error.args else "" if isinstance(error, AssertionError) else None
     if not isinstance(text, str) or getattr(error, _NAMED, False):
         return
     frames = list(_frames(error))
@@ -89,7 +89,8 @@ def name_module(error: Exception, root: nn.Module) -> None:
             ". If it runs without a mask, its forward does what no map can: convert the modules around it one by one, "
             "and not the whole model, so that it gets plain tensors"
         )
-    error.args = (f"{text}\n  in {where}, under a mask{advice}", *error.args[1:])
+    text = f"{text}\n  " if text else ""
+    error.args = (f"{text}in {where}, under a mask{advice}", *error.args[1:])
     setattr(error, _NAMED, True)
 
 

@@ -269,6 +269,7 @@ _TABLE = {
     "avg_pool2d": spatial.avg_pools,
     "adaptive_avg_pool2d": spatial.adaptive_pool,
     "adaptive_max_pool2d": spatial.adaptive_pool,
+    "lp_pool2d": _plainly(spatial.lp_pool),
     "interpolate": _interpolate,
     "pixel_shuffle": spatial.enlarged,
     "pixel_unshuffle": spatial.unshuffled,

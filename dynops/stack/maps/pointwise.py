@@ -97,6 +97,8 @@ def _of_inputs(func, name: str, args: tuple, kwargs: dict):
     first = next(x for x in (*args, *kwargs.values()) if type(x) is SparseMap)
     dense = dense_tree(args)
     out = func(*dense, **dense_tree(kwargs))
+    if first.active.ragged and isinstance(out, Tensor) and out.shape == first.shape:
+        return _of_ragged_input(out, first, args)
     if type(args[0]) is SparseMap and out is dense[0]:
         return args[0]
     if not isinstance(out, Tensor) or out.shape != first.shape:
@@ -104,6 +106,15 @@ def _of_inputs(func, name: str, args: tuple, kwargs: dict):
     made = SparseMap.of_input(out, first.active)
     made.margins = first.margins
     return made
+
+
+def _of_ragged_input(out: Tensor, x: SparseMap, args: tuple) -> SparseMap:
+    """A function of the input of a ragged batch, which stays zero around each image."""
+    outside = ~layout.mask_at(masked_input(x).plan, NCHW)
+    if type(args[0]) is SparseMap and out is args[0].dense():
+        out.masked_fill_(outside, 0)
+        return args[0]
+    return SparseMap.of_input(out.masked_fill(outside, 0), x.active)
 
 
 def _into_dense(func, args: tuple, kwargs: dict, base: SparseMap):
@@ -233,6 +244,8 @@ def prelu(input, weight):
 def reduced(func, name: str, args: tuple, kwargs: dict):
     """mean, sum, amax, amin or a 2-norm: over channels a map; over each sample's pixels, and channels, over the mask."""
     x, given = args[0], dict(kwargs)
+    if type(x) is SparseMap and x.is_input and x.active.ragged and x.axes == NCHW and x.dim() == 4:
+        x = masked_input(x)
     if type(x) is not SparseMap or x.is_input:
         return NotImplemented
     rest = list(args[1:])

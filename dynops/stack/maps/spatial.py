@@ -14,11 +14,11 @@ from ...plans import PixelPlan
 from ..layers.base import Rows
 from ..layers.pool import avg_pool, max_of_rows, max_pool, whole_map, windows_of_rows
 from ..layers.resample import resizing
-from ..masked_output import pooled_images
 from . import axes, layout
+from .images import named, of_each_image, pool_of_images
 from .layout import NCHW
 from .pointwise import reduced
-from .value import SparseMap, View, each_image, masked
+from .value import SparseMap, View, masked
 
 
 def at_pixels(out: Tensor, plan: PixelPlan, active) -> SparseMap:
@@ -44,11 +44,10 @@ def resized_by(geometry_of):
             )
             if made is not None:
                 return SparseMap.of_rows(*made, x.active)
+        if x.active.ragged and (made := of_each_image(func, name, x, args[1:], kwargs)) is not None:
+            return made
         if x.active.ragged and name in ("max_pool2d", "avg_pool2d"):
-            out = _of_images(func, name, x, args[1:], kwargs)
-        elif x.active.ragged and kwargs.get("mode") in ("bilinear", "bicubic") and "scale_factor" in kwargs:
-            size = F.interpolate(torch.empty(1, 1, *x.shape[2:], device="meta"), **kwargs).shape[2:]
-            out = each_image(x, lambda image: func(image, **kwargs), size)
+            out = pool_of_images(func, name, x, args[1:], kwargs)
         elif (made := _on_rows(name, x, geometry_of, args[1:], kwargs)) is not None:
             return made
         else:
@@ -109,20 +108,18 @@ def _resized(x: SparseMap, args: tuple, kwargs: dict) -> SparseMap | None:
     return None if rows is None else SparseMap.of_rows(rows, plan, x.active)
 
 
-def _of_images(func, name: str, x: SparseMap, args: tuple, kwargs: dict) -> Tensor:
-    """A pool of a ragged batch."""
-    settings = (max_pool if name == "max_pool2d" else avg_pool)(*args, **kwargs)
-    plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
-    outside = ~layout.mask_at(plan, NCHW)
-    return pooled_images(settings, lambda dense: func(dense, *args, **kwargs), x.dense(), outside)
+def lp_pool(x, norm_type, kernel_size, stride=None, ceil_mode=False):
+    """``F.lp_pool2d`` of a map: a root of a mean."""
+    if type(x) is not SparseMap:
+        return NotImplemented
+    mean = F.avg_pool2d(x.pow(norm_type), kernel_size, stride, 0, ceil_mode)
+    return (
+        (mean.sign() * mean.abs().relu()).mul(math.prod(pair(kernel_size, "kernel_size"))).pow(1 / norm_type)
+    )
 
 
 def _without(kwargs: dict, name: str) -> dict:
     return {k: v for k, v in kwargs.items() if k != name}
-
-
-def _named(args: tuple, kwargs: dict, *names: str) -> dict:
-    return {**dict(zip(names, args, strict=False)), **{k: v for k, v in kwargs.items() if k in names}}
 
 
 def _window(in_shape, out_shape, given: dict):
@@ -136,12 +133,12 @@ def _window(in_shape, out_shape, given: dict):
 
 def _max_window(in_shape, out_shape, args, kwargs):
     return _window(
-        in_shape, out_shape, _named(args, kwargs, "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        in_shape, out_shape, named(args, kwargs, "kernel_size", "stride", "padding", "dilation", "ceil_mode")
     )
 
 
 def _mean_window(in_shape, out_shape, args, kwargs):
-    return _window(in_shape, out_shape, _named(args, kwargs, "kernel_size", "stride", "padding", "ceil_mode"))
+    return _window(in_shape, out_shape, named(args, kwargs, "kernel_size", "stride", "padding", "ceil_mode"))
 
 
 def _enlarged(in_shape, out_shape, args, kwargs):
@@ -172,7 +169,7 @@ resampled = resized_by(lambda *_: None)
 
 def adaptive_pool(func, name: str, args: tuple, kwargs: dict):
     """Adaptive pools: to one pixel over the mask, else dense."""
-    given = _named(args, kwargs, "input", "output_size")
+    given = named(args, kwargs, "input", "output_size")
     size = given["output_size"]
     if size in (1, (1, 1), [1, 1]) and type(given["input"]) is SparseMap and given["input"].axes == NCHW:
         kind = "mean" if "avg" in name else "amax"

@@ -246,20 +246,3 @@ def dense_tree(tree):
 def masked(x: Tensor, plan: PixelPlan, axes: tuple[str, ...]) -> Tensor:
     """A dense tensor, zero where the plan has no pixel."""
     return torch.where(mask_at(plan, axes), x, 0)
-
-
-def each_image(x: SparseMap, run: Callable[[Tensor], Tensor], size: tuple[int, int]) -> Tensor:
-    """A function of each image of a ragged batch by itself, in a batch ``[N, C, *size]`` that is zero elsewhere."""
-    dense = x.dense()
-    plan = x.plan or x.active.plan((x.shape[0], *x.shape[2:]), x.device)
-    mask = plan.inverse() >= 0
-    heights, widths = mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist()
-    out = None
-    for n, (h, w) in enumerate(zip(heights, widths, strict=True)):
-        if min(h, w) == 0:
-            continue
-        made = run(dense[n : n + 1, :, :h, :w])
-        if out is None:
-            out = made.new_zeros(dense.shape[0], made.shape[1], *size)
-        out[n, :, : made.shape[2], : made.shape[3]] = made[0]
-    return dense.new_zeros(dense.shape[0], dense.shape[1], *size) if out is None else out

@@ -90,6 +90,22 @@ def test_zero_padding_between_convolutions_copies_no_rows(last, grad, monkeypatc
     torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-5)
 
 
+class PadsFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(C, 2, 3)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 2, 1, 1)))
+
+
+def test_rows_outside_of_the_mask_are_read_through_a_padding():
+    model = PadsFirst().double()
+    dynops.convert_(model)
+    with torch.no_grad(), dynops.use_mask(torch.rand(1, SIZE, SIZE) < 0.5):
+        close(model(dynops.packed(rows(), PLAN)), model(scatter_pixels(rows(), PLAN)))
+
+
 def test_elsewhere_it_is_the_dense_map():
     x, dense, model = dynops.packed(rows(), PLAN), scatter_pixels(rows(), PLAN), backbone()
     assert x.shape == dense.shape and x.dtype == dense.dtype and x.dim() == 4
