@@ -162,7 +162,7 @@ class Watch:
             watched += [(m.__dict__, "training", False) for m in every if m in inner]
         for m in every:
             if m not in inner:
-                watched += [(m.__dict__, name, value) for name, value in _settings(m)]
+                watched += [(m.__dict__, name, value) for name, value in settings_of(m)]
         return watched
 
     def _reads(self, module: nn.Module, reads: tuple) -> list[tuple]:
@@ -259,7 +259,7 @@ def _defining(kind: type, name: str) -> type:
     return next(base for base in own_class(kind).__mro__ if name in vars(base))
 
 
-def _settings(layer: nn.Module):
+def settings_of(layer: nn.Module):
     """The attributes of a layer that its steps were made for."""
     for name, value in layer.__dict__.items():
         seen = name not in _BASE and name not in _LIVE and not name.startswith("_")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import backends
 from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of
-from ...kernels.cpu.prepared import Prepared, StepKind, bilinear_table, key_of, sequence
+from ...kernels.cpu.prepared import Prepared, StepKind, bilinear_table, key_of, sequence, weight_shape
 from ..layers.base import Rows
 from ..layers.resample import Padded
 from ..norm import tensors_of, uses_batch_statistics
@@ -77,7 +77,9 @@ class Running(Bound):
             return False
         if not all(conv.holds() for conv in self.constant):
             return False
-        return not any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves)
+        if any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves):
+            return False
+        return all(state.get(name) == value for state, name, value in self.settings)
 
     def _plans(self, run, found: list[Rows]) -> list | None:
         """The plan of each size; None where one is empty, or not that of an input."""
@@ -98,6 +100,8 @@ class Running(Bound):
         for step in self.steps:
             if (weights := step.weights) is not None:
                 if weights.norm is not None and uses_batch_statistics(weights.norm):
+                    return None
+                if not all(isinstance(t, Tensor) for t in weights.scaled_by()):
                     return None
                 tensors += weights.tensors()
             tensors += step.norm_tensors()
@@ -125,14 +129,14 @@ class Running(Bound):
 
     def _are_plain(self, tensors: list) -> bool:
         """True for tensors on the CPU, of which those of layer norms can be read as they lie."""
-        norms = {id(t) for step in self.steps for t in step.norm_tensors()}
         for t in tensors:
-            if t is None:
-                continue
-            if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu:
+            if t is not None and (type(t) not in (Tensor, nn.Parameter) or not t.is_cpu):
                 return False
-            if id(t) in norms and not (t.dtype is torch.float32 and t.is_contiguous()):
-                return False
+        for step in self.steps:
+            for t in step.norm_tensors():
+                plain = t is None or (t.dtype is torch.float32 and t.is_contiguous())
+                if not plain or (t is not None and t.numel() != self._channels[step.out]):
+                    return False
         return True
 
     def _prepare(self, step: Step, quads: tuple[bool, ...]) -> Prepared | None:
@@ -143,10 +147,7 @@ class Running(Bound):
         bias = None if conv is None else conv._parameters["bias"]
         if weight.dtype is not torch.float32 or not (bias is None or bias.dtype is torch.float32):
             return None
-        ins, outs = weight.shape[1] * g.groups, weight.shape[0]
-        if g.transposed:
-            ins, outs = weight.shape[0], weight.shape[1] * g.groups
-        if ins != self._channels[value] or outs != channels:
+        if weight.shape != weight_shape(g, self._channels[value], channels) or not weights.scales_as_bound():
             return None
         setup = setup_of(g, weight.shape, torch.float32, True)
         stays = self._sizes[value] == self._sizes[step.out] and g.is_pointwise and not g.transposed

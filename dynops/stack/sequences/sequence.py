@@ -64,15 +64,17 @@ class Sequence:
         return bound is not None and bound.run(run, found)
 
     def _bound_to(self, sizes: tuple) -> Running | None:
-        if sizes not in self._bound:
-            try:
-                bound = Running(self, sizes)
-            except (Unjoinable, ValueError):  # a ValueError the layers raise too
-                bound = None
-            if len(self._bound) >= _MOST_BOUND:
-                self._bound = {}
-            self._bound[sizes] = bound
-        return self._bound[sizes]
+        known = self._bound  # another thread may replace it
+        if sizes in known:
+            return known[sizes]
+        try:
+            bound = Running(self, sizes)
+        except (Unjoinable, ValueError):  # a ValueError the layers raise too
+            bound = None
+        if len(known) >= _MOST_BOUND:
+            self._bound = known = {}
+        known[sizes] = bound
+        return bound
 
 
 def _is_plain(values: Tensor) -> bool:
