@@ -177,6 +177,9 @@ class MaskedPolicy(TorchFunctionMode):
 
     def indexed(self, y: Tensor, x: Tensor, axes, size, where) -> Tensor:
         where = where if isinstance(where, tuple) else (where,)
+        if [type(w) for w in where if type(w) is not slice] == [list]:  # channels by their numbers
+            where = [slice(None) if type(w) is list and axes[d] == "c" else w for d, w in enumerate(where)]
+            where = tuple(where)
         if not all(w is None or w is Ellipsis or isinstance(w, (int, slice)) for w in where):
             return y
         steps = [w.step for w in where if isinstance(w, slice) and w.step not in (None, 1)]

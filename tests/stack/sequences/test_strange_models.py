@@ -65,6 +65,15 @@ def test_a_division_of_values_moves_no_channels():
     check(net(inner, gate=nn.Conv2d(8, 8, 1)), batch=1)
 
 
+def test_two_paddings_of_one_size():
+    def inner(self, x):
+        return (
+            self.wide(F.pad(self.wide(F.pad(x, (1, 1, 1, 1))), (2, 0, 1, 1)))[:, [2, 1, 0, 3, 4, 5, 6, 7]] + 1
+        )
+
+    check(net(inner, wide=nn.Conv2d(8, 8, 3)))
+
+
 def test_a_linear_that_was_pruned_before():
     def inner(self, x):
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
