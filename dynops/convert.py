@@ -26,6 +26,7 @@ from .nn.pixels.masked import MaskedSyncBatchNorm
 from .stack import converted
 from .stack.activations import is_norm_act
 from .stack.trace import Trace, Untraceable, trace
+from .stack.tracing import outputs
 
 # The dense layers, what each becomes, and the kind of its step in a trace.
 _LAYERS = (
@@ -311,7 +312,8 @@ def _is_inside(name: str, outer: str) -> bool:
 
 def _summary(steps: Trace) -> str:
     convs = sum(step.kind == "conv" for step in steps.steps)
-    dense = sum(step.kind in ("module", "function", "method", "pool") for step in steps.steps)
+    calls = [step for step in steps.steps if step.kind in ("module", "function", "method", "pool")]
+    dense = len(calls) - (steps.steps[-1].target == outputs.NAME)
     return (
         f"{convs} convolutions on packed rows, {len(steps.steps) - convs - dense} other steps, {dense} dense calls"
         + (", in eval mode" if steps.only_eval else "")

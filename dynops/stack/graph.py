@@ -113,6 +113,7 @@ def _layers(steps, module: nn.Module) -> list[Layer]:
 
 def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
     """Notes at each layer which values nobody reads after it, and which convolutions a call alone follows."""
+    layers = _sizes_first(layers)
     seen = {output}
     for layer in reversed(layers):
         layer.free = tuple({v for v in (*layer.inputs, layer.out) if v not in seen})
@@ -127,6 +128,16 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
             layer.feeds_convs = all(reader.conv is not None for reader in readers)
     parts = {"parts": parts_of(layers, output, True), "inner_parts": parts_of(layers, output, False)}
     return Stack(tuple(layers), values, output, *rest)._replace(**parts)
+
+
+def _sizes_first(layers: list[Layer]) -> list[Layer]:
+    """Puts what reads sizes of the input first: between layers it would part sequences."""
+    known, first = {0}, []
+    for layer in layers:
+        if type(layer) is Call and layer.moves and known.issuperset(layer.inputs):
+            known.add(layer.out)
+            first.append(layer)
+    return [*first, *(layer for layer in layers if layer not in first)]
 
 
 def _that_count(layers: list[Layer], output: int) -> list[Layer]:

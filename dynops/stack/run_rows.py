@@ -131,6 +131,12 @@ class Run:
             return in_format_of(found, self._x)
         return found
 
+    def as_returned(self, value: int):
+        """A value as one of several outputs: the input is itself."""
+        if value == 0:
+            return self._x
+        return self.map(value) if self.as_map else self.as_called(value)
+
     def shape(self, value: int) -> tuple[int, int, int]:
         """``(N, H, W)`` of a value."""
         found = self.found(value)

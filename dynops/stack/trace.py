@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from .activations import ZERO_PRESERVING, activation_type, fused_name, is_norm_act
 from .staleness import signature
+from .tracing import outputs
 from .tracing.fusion import fuse
 from .tracing.recording import Recorder, Untraceable, opaque
 
@@ -206,7 +207,8 @@ def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[
             )
             leaf = m in kinds or torchs_own
         else:
-            leaf = m in kinds or not (any(inner in kinds for inner in m.modules()) or _is_mlp(m))
+            holds = any(inner in kinds for inner in m.modules())
+            leaf = m in kinds or not (holds or _is_mlp(m) or _is_nothing(m))
         if leaf and path:
             leaves.add(path)
     return leaves
@@ -226,6 +228,12 @@ def _is_mlp(module: nn.Module) -> bool:
         and any(type(m) is nn.Linear for m in inner)
         and all(type(m) is nn.Linear or activation_type(m) in between for m in inner)
     )
+
+
+def _is_nothing(module: nn.Module) -> bool:
+    """True for a module that holds nn.Identity alone, as segmentation networks have where no attention was asked for."""
+    inner = [m for m in module.modules() if not m._modules]
+    return module not in inner and all(type(m) is nn.Identity for m in inner)
 
 
 def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
@@ -264,7 +272,7 @@ class _Steps:
                 if node.op == "placeholder":
                     self.number[node] = self.new()
                 elif node.op == "output":
-                    output = self.operand(node.args[0])
+                    output = self._output(node)
                 else:
                     getattr(self, "_" + node.op)(node)
             except Untraceable as reason:
@@ -273,6 +281,16 @@ class _Steps:
         if output is None:
             raise Untraceable("its output is not one tensor")
         return recorder.input_name, tuple(self.steps), self.values, output
+
+    def _output(self, node: fx.Node) -> int | None:
+        """The number of the output; a last step joins several."""
+        leaves, spec = node.args[0], node.meta["spec"]
+        if spec is None or self.whole:
+            return self.operand(leaves)
+        refs = tuple(Ref(self.number[leaf]) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+        inputs = dict.fromkeys(ref.value for ref in refs if type(ref) is Ref)
+        self.emit(node, "function", outputs.NAME, tuple(inputs), args=(refs, spec))
+        return self.number[node]
 
     def new(self) -> int:
         self.values += 1

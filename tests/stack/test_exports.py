@@ -39,12 +39,19 @@ class Net(nn.Module):
 
 
 class ManyOutputs(Net):
-    """A forward that cannot be traced, with functions that are not zero at zero."""
+    """Functions that are not zero at zero."""
 
     def forward(self, x):
         low = torch.sigmoid(self.stem(x))
         high = self.block(low)
         return {"out": self.head(high) + 1, "pooled": low.mean((2, 3))}
+
+
+class Untraced(ManyOutputs):
+    def forward(self, x):
+        if x.dtype.is_complex:  # which no trace knows
+            raise TypeError
+        return super().forward(x)
 
 
 class Masked(nn.Module):
@@ -96,9 +103,10 @@ def test_every_batch_image_and_mask(shapes, strict, fresh_dynamo):
 
 
 @pytest.mark.parametrize("shapes", [None, ANY], ids=["fixed", "any"])
-def test_a_forward_that_cannot_be_traced(shapes):
-    model = Masked(ManyOutputs())
-    assert "" in model.report.unfused
+@pytest.mark.parametrize("net", [Untraced, ManyOutputs])
+def test_a_forward_that_cannot_be_traced_and_one_with_many_outputs(net, shapes):
+    model = Masked(net())
+    assert ("" in model.report.unfused) == (net is Untraced)
     program = torch.export.export(model, EXAMPLE, dynamic_shapes=shapes)  # with gradients
     check(program.module(), model, SIZES if shapes else SIZES[:1])
 
@@ -138,6 +146,8 @@ def test_compiled_it_gives_what_it_gives_eager(fresh_dynamo):
 
 
 def test_a_graph_that_must_not_break_names_what_breaks_it(fresh_dynamo):
-    model = Masked(ManyOutputs())
+    many = Masked(ManyOutputs())
+    torch.compile(many, backend="eager", fullgraph=True)(*EXAMPLE)
+    model = Masked(Untraced())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="forward_that_needs_maps"):
         torch.compile(model, backend="eager", fullgraph=True)(*EXAMPLE)

@@ -254,6 +254,8 @@ class Model(nn.Module):
         self.gamma = nn.Parameter(torch.full((C,), 0.7))
 
     def forward(self, x, scale: float = 1.0, extra=None):
+        if x.dtype.is_complex:  # which no trace knows
+            raise TypeError
         x = F.relu(self.bn(self.stem(x)), inplace=True)
         y = self.body(x) * scale
         if extra is not None and float(extra.sum()) > 0:

@@ -208,6 +208,19 @@ def windows(
     return out
 
 
+def group_norm(
+    x: Tensor, index: Tensor, inverse: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """A GroupNorm of float32 rows ``[P, C]`` over each sample's rows. ``inverse``: ``[N, H, W]``."""
+    vectors = (*(0 if v is None else v.data_ptr() for v in (weight, bias)), eps)
+    step = StepKind.GROUP_NORM, [0], 1, None, None, [], [groups], vectors
+    out, (_, h, w) = torch.empty_like(x), inverse.shape
+    capsule = sequence([(0, x.shape[1])] * 2, [0], [1], [step])
+    plan = index.data_ptr(), inverse.data_ptr(), 0, index.shape[0], 0, h * w
+    backends._C.run_sequence(capsule, 1, *plan, x.data_ptr(), out.data_ptr())
+    return out
+
+
 def conv(x, weight, bias, index, source, g: ConvGeometry, epilogue: Epilogue, derived) -> Tensor:
     """See :func:`.pixels.conv`, and :meth:`Prepared.run` for the shapes."""
     setup, pointwise = setup_of(g, weight.shape, x.dtype, True), source is None

@@ -6,8 +6,9 @@ from torch import nn
 
 from ..activations import ELEMENTWISE, activation_type
 from ..trace import Ref, Step, dense_type
+from ..tracing import outputs
 from .base import Layer, mapped, place
-from .call import COPIES, WITH_CHANNELS, Call, PerPixel
+from .call import COPIES, WITH_CHANNELS, Call, Outputs, PerPixel
 from .conv import Conv
 from .elementwise import Activation, Add, Dropout
 from .norm import GroupNorm, Norm
@@ -45,6 +46,8 @@ def layer_of(step: Step, module: nn.Module, parameters: dict[int, str]) -> Layer
         step = step._replace(kind="function", target="operator:add", args=tuple(Ref(v) for v in step.inputs))
     if step.kind in _OF_KIND:
         return _OF_KIND[step.kind](step, module)
+    if step.target == outputs.NAME:
+        return Outputs(step, module, parameters)
     if step.kind == "per_pixel":
         return PerPixel(step, module, parameters)
     inner = module.get_submodule(step.target) if step.kind in ("module", "pool", "layer") else None

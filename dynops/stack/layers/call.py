@@ -243,6 +243,13 @@ class Call(Layer):
         return function(*args, **kwargs)
 
 
+class Outputs(Call):
+    """The end of a forward with several outputs."""
+
+    def rows(self, run):
+        return self._call({v: run.as_returned(v) for v in self.inputs})
+
+
 def _filled(value, values: dict, module: nn.Module, parameter: Callable | None):
     """Recorded arguments with values and parameters in their places.
 

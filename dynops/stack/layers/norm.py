@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...geometry import BlockGeometry
+from ...kernels.cpu import prepared
 from ...ops.epilogue import ACTIVATIONS, apply_epilogue
 from ...ops.pixels.rows import scatter_pixels
 from ...plans import PixelPlan
 from ..norm import check_features, norm_rows, uses_batch_statistics
 from ..trace import Step, dense_type
 from .base import Layer, Rows, finish, place
-from .pool import pixels_of_samples, spread_over, sums_of_samples
+from .pool import pixels_of_samples, spread_over, sums_of_samples, takes_kernels
 
 
 class Norm(Layer):
@@ -108,6 +109,8 @@ def group_norm_rows(norm: nn.Module, rows: Tensor, plan: PixelPlan) -> Tensor:
 
 def group_norm_of_rows(rows: Tensor, plan: PixelPlan, groups: int, weight, bias, eps: float) -> Tensor:
     """As :func:`group_norm_rows`, of a norm's parameters."""
+    if takes_kernels(rows, plan, weight, bias) and len(plan):
+        return prepared.group_norm(rows, plan.index, plan.inverse(), groups, weight, bias, eps)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(1, (groups, -1))  # [P, G, C / G]
     live = None if plan.count is None else (plan.index >= 0)[:, None]
     pixels = pixels_of_samples(plan)[:, None].to(wide.dtype)

@@ -221,20 +221,23 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
     return GlobalPool(recorded, step, _GLOBAL[name], keepdim) if is_global else None
 
 
+def takes_kernels(rows: Tensor, plan: PixelPlan, *vectors: Tensor | None) -> bool:
+    """True for rows ``[P, C]`` of a compact plan, and vectors, that the kernels of sequences take by themselves."""
+    if type(rows) is not Tensor or rows.dtype is not torch.float32 or not rows.is_cpu or plan.count is not None:
+        return False
+    is_plain = rows.dim() == 2 and rows.is_contiguous()
+    like_rows = all(v is None or (v.dtype is rows.dtype and v.is_cpu and v.is_contiguous()) for v in vectors)
+    return is_plain and like_rows and backends.has_binary() and modes.plain(rows, *vectors)
+
+
 def windows_of_rows(
     kind: StepKind, rows: Tensor, in_plan: PixelPlan, plan: PixelPlan, g: ConvGeometry,
     linear: tuple | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The rows of a pool or a resizing, by the kernel of rows; None where a dense map has to be made."""
-    plain = type(rows) is Tensor and rows.dtype is torch.float32 and rows.is_contiguous() and rows.dim() == 2
-    if not plain or not rows.is_cpu or not backends.has_binary() or modes.route(rows) != modes.DIRECT:
+    if not takes_kernels(rows, in_plan) or plan.count is not None:
         return None
-    if (
-        in_plan.count is not None
-        or plan.count is not None
-        or g.in_shape != in_plan.shape
-        or g.out_shape != plan.shape
-    ):
+    if g.in_shape != in_plan.shape or g.out_shape != plan.shape:
         return None
     return prepared.windows(kind, rows, (in_plan.index, plan.index), in_plan.inverse(), g, linear)
 

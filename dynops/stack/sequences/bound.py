@@ -23,10 +23,10 @@ class Bound:
     """A sequence at the sizes of its inputs. The layers' ``join`` fill it.
 
     Args:
-        sizes: ``(N, H, W, C)`` of each input.
+        inputs: ``((N, H, W), C)`` of each input that is rows, and those that are sizes themselves.
     """
 
-    def __init__(self, sequence, sizes: tuple):
+    def __init__(self, sequence, inputs: tuple):
         self.sequence = sequence
         self.slots: dict[tuple, int] = {}  # of a size (N, H, W): its plan's place
         self.makers: list[tuple] = []  # of each: how the mask brings it there
@@ -48,12 +48,16 @@ class Bound:
         self.idle: list[nn.Module] = []  # dropouts, which do nothing in eval mode
         self._readers = Counter(v for layer in sequence.layers for v in layer.inputs)
         self._readers.update(sequence.outputs)
-        for value, (*size, channels) in zip(sequence.inputs, sizes, strict=True):
-            self._place(value, tuple(size), channels, None, False)
+        for value, given in zip(sequence.inputs, inputs, strict=True):
+            if moves.is_size(given):
+                self._moved[value] = given
+            else:
+                self._place(value, *given, None, False)
+        self.inputs = tuple(self._sizes)
         for layer in sequence.layers:
             layer.join(self)
         self.results = {value: self._result(value) for value in sequence.outputs}
-        ends = dict.fromkeys(v for v in self.results.values() if type(v) is int and v not in sequence.inputs)
+        ends = dict.fromkeys(v for v in self.results.values() if type(v) is int and v not in self.inputs)
         self.outputs = tuple(ends)
         self.number = {value: i for i, value in enumerate(self._sizes)}
 

@@ -79,6 +79,11 @@ def channels_taken(found, size: tuple[int, int, int], channels: int, last: bool)
     return taken.tolist()
 
 
+def is_size(x) -> bool:
+    """True for a number or a size, which the model may have asked its input for."""
+    return type(x) is int or (type(x) in (tuple, torch.Size) and all(type(n) is int for n in x))
+
+
 def holds_maps(tree) -> bool:
     """True for a tree with a moved map in it."""
     return any(type(leaf) is Moved for leaf in pytree.tree_leaves(tree, is_leaf=_is_moved))

@@ -33,8 +33,8 @@ class _Made(NamedTuple):
 class Running(Bound):
     """A sequence that is bound to sizes, and run."""
 
-    def __init__(self, sequence, sizes: tuple):
-        super().__init__(sequence, sizes)
+    def __init__(self, sequence, inputs: tuple):
+        super().__init__(sequence, inputs)
         self._made: dict[tuple[bool, ...], _Made] = {}  # by the plans that have Winograd's tiles
 
     def run(self, run, found: list[Rows]) -> bool:
@@ -57,7 +57,7 @@ class Running(Bound):
                 0 if tiles is None else tiles.data_ptr(), len(plan), 0 if tiles is None else tiles.shape[0],
                 plan.shape[1] * plan.shape[2],
             )  # fmt: skip
-        rows = dict(zip(self.sequence.inputs, found, strict=True))
+        rows = dict(zip(self.inputs, found, strict=True))
         for value in self.outputs:
             plan = plans[self.slots[self._sizes[value]]]
             rows[value] = Rows(found[0].values.new_empty((len(plan), self._channels[value])), plan)
@@ -89,7 +89,7 @@ class Running(Bound):
             if plan.count is not None or len(plan) == 0:
                 return None
             plans.append(plan)
-        for value, rows in zip(self.sequence.inputs, found, strict=True):
+        for value, rows in zip(self.inputs, found, strict=True):
             if rows.plan is not plans[self.slots[self._sizes[value]]]:
                 return None
         return plans
@@ -180,5 +180,5 @@ class Running(Bound):
                 channels, vectors = table.first, table.vectors()
             steps.append((step.kind, inputs, number[step.out], one, geometry, freed, channels, vectors))
         values = [(self.slots[size], self._channels[v]) for v, size in self._sizes.items()]
-        ends = [[number[v] for v in these] for these in (self.sequence.inputs, self.outputs)]
+        ends = [[number[v] for v in these] for these in (self.inputs, self.outputs)]
         return sequence(values, *ends, steps), tables

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...plans import PixelPlan
 from ..layers.base import Layer, Rows, Unjoinable
 from ..policy import Masked
+from . import moves
 from .running import Running
 
 _MOST_BOUND = 16  # sizes that a sequence stays bound to
@@ -56,24 +57,30 @@ class Sequence:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
         if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
             return False
-        found = [run.found(v) for v in self.inputs]
-        if not all(type(x) is Rows and _is_plain(x.values) and is_compact(x.plan) for x in found):
-            return False
-        sizes = tuple((*x.plan.shape, x.values.shape[1]) for x in found)
-        bound = self._bound_to(sizes)
+        found, inputs = [], []
+        for value in self.inputs:
+            x = run.found(value)
+            if type(x) is Rows and _is_plain(x.values) and is_compact(x.plan):
+                found.append(x)
+                inputs.append((x.plan.shape, x.values.shape[1]))
+            elif moves.is_size(x):
+                inputs.append(x)
+            else:
+                return False
+        bound = self._bound_to(tuple(inputs)) if found else None
         return bound is not None and bound.run(run, found)
 
-    def _bound_to(self, sizes: tuple) -> Running | None:
+    def _bound_to(self, inputs: tuple) -> Running | None:
         known = self._bound  # another thread may replace it
-        if sizes in known:
-            return known[sizes]
+        if inputs in known:
+            return known[inputs]
         try:
-            bound = Running(self, sizes)
+            bound = Running(self, inputs)
         except (Unjoinable, ValueError):  # a ValueError the layers raise too
             bound = None
         if len(known) >= _MOST_BOUND:
             self._bound = known = {}
-        known[sizes] = bound
+        known[inputs] = bound
         return bound
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from ... import context
 from ..staleness import DATA, METHOD, Opaque, changed, frozen, hooked, own_class
 from .outside import Outside
+from .outputs import parted
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
@@ -228,7 +229,9 @@ class Recorder(fx.Tracer):
         if self._failure is not None:  # a forward may have caught it
             raise self._failure
         self._check_writes()
-        self.graph.create_node("output", "output", (self.create_arg(out),))
+        leaves, spec = parted(out)
+        node = self.graph.create_node("output", "output", (self.create_arg(leaves),))
+        node.meta.update(spec=spec, scope="")
         return self.graph
 
     def _input(self, root: nn.Module) -> tuple[str, bool]:
@@ -270,7 +273,10 @@ class Recorder(fx.Tracer):
             raise self.failure(f"its forward {reason}") from None
         except Exception as error:  # user code run on proxies may raise anything
             reason = str(error).strip().splitlines()
-            raise self.failure(f"torch.fx: {reason[0] if reason else type(error).__name__}") from error
+            failure = self.failure(f"torch.fx: {reason[0] if reason else type(error).__name__}")
+            # one that loops over its input may get a list, as decoders do
+            failure.of_forward = "cannot be iterated" not in str(failure)
+            raise failure from error
         finally:
             self._scopes.pop()
 

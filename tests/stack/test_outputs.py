@@ -1,0 +1,112 @@
+"""Forwards with several outputs, and modules that are traced only inside of another."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import dynops
+from dynops.testing import MaskedPolicy
+
+
+class Outputs(nn.Module):
+    """What torchvision's feature getters, smp's encoders and segmentation networks return."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.attention, self.kind = nn.Sequential(nn.Identity()), kind
+
+    def forward(self, x):
+        a = self.attention(F.relu(self.first(x)))
+        b = F.interpolate(self.second(a) + 1, size=x.shape[-2:], mode="bilinear")
+        found = {"input": x, "a": a, "again": a, "b": b, "mean": b.mean((2, 3)), "none": None}
+        if self.kind == "pair":
+            return Pair(a, [b, (x, 2)])
+        return OrderedDict(found) if self.kind == "ordered" else found
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    rest: list
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("kind", ["dict", "ordered", "pair"])
+def test_several_outputs(kind, inner):
+    torch.manual_seed(0)
+    model = Outputs(kind).eval()
+    dense = copy.deepcopy(model)
+    model = Untraced(model) if inner else model
+    report = dynops.convert_(model)
+    assert list(report.fused) == (["inner"] if inner else [""])
+    x, mask = torch.randn(2, 3, 16, 16), torch.rand(2, 8, 8) < 0.4
+    for model in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with torch.no_grad(), dynops.use_mask(mask):
+            made = model(x)
+        with torch.no_grad(), MaskedPolicy(mask):
+            expected = dense(x)
+        assert type(made) is type(expected)
+        torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5)
+        same = (made["a"] is made["again"], made["input"] is x) if kind != "pair" else (made.rest[1][0] is x,)
+        assert all(same)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), dense(x))
+    with dynops.use_mask(mask):
+        sum(t.sum() for t in pytree.tree_leaves(model(x)) if isinstance(t, torch.Tensor)).backward()
+    grads = [p.grad for p in model.parameters()]
+    with MaskedPolicy(mask):
+        sum(t.sum() for t in pytree.tree_leaves(dense(x)) if isinstance(t, torch.Tensor)).backward()
+    torch.testing.assert_close(grads, [p.grad for p in dense.parameters()], rtol=1e-4, atol=1e-4)
+
+
+class Untraced(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) if x.dtype.is_floating_point else None
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)])
+
+    def forward(self, features):
+        height, width = [feature.shape[2:] for feature in features][0]
+        for conv in self.convs:
+            features = [F.relu(conv(feature)) for feature in features]
+        return [F.interpolate(feature, size=(height, width)) for feature in features]
+
+
+class Segmenter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.decoder = nn.Conv2d(3, 8, 3, padding=1), Decoder()
+
+    def forward(self, x):
+        a = self.first(x)
+        return self.decoder([a, F.max_pool2d(a, 2)])
+
+
+def test_a_decoder_that_loops_over_its_input_is_traced_within_its_model():
+    torch.manual_seed(0)
+    model = Segmenter().eval()
+    dense = copy.deepcopy(model)
+    report = dynops.convert_(model)
+    assert list(report.fused) == [""] and "cannot be iterated" in report.unfused["decoder"]
+    x, mask = torch.randn(2, 3, 16, 16), torch.rand(2, 8, 8) < 0.4
+    with torch.no_grad(), dynops.use_mask(mask):
+        made = model(x)
+    with torch.no_grad(), MaskedPolicy(mask):
+        torch.testing.assert_close(made, dense(x), rtol=2e-5, atol=2e-5)
