@@ -265,7 +265,7 @@ class MaskedPolicy(TorchFunctionMode):
         var = ((parts - mean).square() * mask).sum((2, 3, 4), keepdim=True) / count
         out = ((parts - mean) * (var + eps).rsqrt()).flatten(1, 2)
         out = out if weight is None else out * weight[:, None, None]
-        return out if bias is None else out + bias[:, None, None]
+        return (out if bias is None else out + bias[:, None, None]).to(x.dtype)  # autocast leaves it wider
 
     def by_pixel(self, func, name, args, kwargs):
         """Functions of each pixel by itself."""
