@@ -28,7 +28,7 @@ _RESIZING = {
     *("interpolate", "adaptive_avg_pool2d", "adaptive_max_pool2d", "pixel_shuffle", "pixel_unshuffle", "pad"),
     "grid_sample",
 }
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "norm", "vector_norm"}
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "norm", "vector_norm", "var", "std"}
 _POOLS = {
     "adaptive_avg_pool2d": "mean",
     "adaptive_max_pool2d": "amax",
@@ -47,8 +47,8 @@ class MaskedPolicy(TorchFunctionMode):
 
     ``with MaskedPolicy(mask): model(x)`` on a model that was not converted gives what the converted one gives under
     ``dynops.use_mask(mask)``, for maps whose sizes are multiples of the mask's, or it of theirs. A map is what a
-    convolution, norm or pool makes, and what functions make of one, in any order of its axes. Means, sums and maxima over
-    all its pixels are over the mask, and so are the statistics of norms.
+    convolution, norm or pool makes, and what functions make of one, in any order of its axes. Means, sums, extrema, norms and
+    variances over all its pixels, with channels or without, are over the mask, and so are the statistics of norms.
 
     Args:
         mask: a tensor ``[N, h, w]``, 0 or 1. It repeats for a batch of k N.
@@ -214,9 +214,11 @@ class MaskedPolicy(TorchFunctionMode):
         if letters == {"c"}:
             left = axes if keepdim else tuple(a for d, a in enumerate(axes) if d not in dims)
             return self.masked(func(*args, **kwargs), left, size)
-        if letters not in ({"h", "w"}, {"s"}):
+        if letters - {"c"} not in ({"h", "w"}, {"s"}):
             return NotImplemented
         mask = self.at(x, axes, size)
+        if name in ("var", "std"):
+            return self.variance(x, mask, dims, name, kwargs)
         if name in ("amax", "amin"):
             worst = -math.inf if name == "amax" else math.inf
             out = func(x.masked_fill(mask == 0, worst), *args[1:], **kwargs)
@@ -225,7 +227,17 @@ class MaskedPolicy(TorchFunctionMode):
         if name != "mean":
             return out
         pixels = mask.sum(dims, keepdim).clamp(min=1)
-        return out * (math.prod(x.shape[d] for d in dims) / pixels)
+        return out * (math.prod(x.shape[d] for d in dims if axes[d] != "c") / pixels)
+
+    def variance(self, x, mask, dims, name, kwargs):
+        """Over the mask; 0 where it has no pixel."""
+        mask, keepdim = mask.expand(x.shape), kwargs.get("keepdim", False)
+        count = mask.sum(dims, True)
+        squares = torch.where(mask != 0, x - (x * mask).sum(dims, True) / count.clamp(min=1), 0).square()
+        free = (count - kwargs.get("correction", int(kwargs.get("unbiased", True)))).clamp(min=0)
+        out = torch.where(count == 0, 0, squares.sum(dims, True) / free)
+        out = out if keepdim else out.amax(dims)
+        return out if name == "var" else out.sqrt()
 
     def pooled(self, func, name, args, kwargs):
         """A pool to one pixel, as the reduction that it is."""

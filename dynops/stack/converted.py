@@ -194,12 +194,12 @@ def _under_mask(base: type[nn.Module], module: nn.Module, args: tuple, kwargs: d
     holds = program is not None and program.holds()
     if not (is_compiling() or (holds and not module.__dict__[_NOTICE])):
         _look(module)
-    x = _only_tensor(module, args, kwargs) if holds else None
-    if x is not None and not may_follow():
-        return program.run(x, active, module.__dict__[_DENSE])
-    if x is not None:
+    inputs = _tensors(module.__dict__[_TRACE].input_names, args, kwargs) if holds else None
+    if inputs is not None and not may_follow():
+        return program.run(inputs, active, module.__dict__[_DENSE])
+    if inputs is not None:
         try:
-            return program.run(x, active, module.__dict__[_DENSE])
+            return program.run(inputs, active, module.__dict__[_DENSE])
         except NoTensor:  # the trace is none
             module.__dict__.update({_TRACE: None, _PROGRAM: None})
     return _on_maps(base.forward, module, args, kwargs, active)
@@ -227,15 +227,13 @@ def _bind(module: nn.Module) -> Program | None:
     return program
 
 
-def _only_tensor(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
-    """The input of a call with one (batched) tensor and nothing else, or None."""
-    if len(args) == 1 and not kwargs:
-        x = args[0]
-    elif not args and len(kwargs) == 1:
-        x = kwargs.get(module.__dict__[_TRACE].input_name)
-    else:
+def _tensors(names: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[Tensor, ...] | None:
+    """The inputs of a call with (batched) tensors of these names and nothing else, or None."""
+    if len(args) + len(kwargs) != len(names) or not kwargs.keys() <= set(names[len(args) :]):
         return None
-    return x if isinstance(x, Tensor) and x.dim() != 3 else None  # [C, H, W] goes layer by layer
+    found = (*args, *(kwargs[name] for name in names[len(args) :]))
+    tensors = all(isinstance(x, Tensor) for x in found)
+    return found if tensors and found[0].dim() != 3 else None  # [C, H, W] goes layer by layer
 
 
 def _members(base: type[nn.Module], forward: Callable, new: Callable) -> dict:

@@ -36,9 +36,17 @@ class Stack(NamedTuple):
     checked: tuple[Layer, ...] = ()  # layers that do not run, but must be in eval mode
     multiple: tuple[int, int] = (1, 1)  # of the distance of blocks, so that every value's are whole pixels
     watch: Watch | None = None  # what it holds for
-    # the layers, with those that run in one call together: where the input is dense, and where it is rows
-    parts: tuple[Layer | Sequence, ...] = ()
-    inner_parts: tuple[Layer | Sequence, ...] = ()
+    known: dict | None = None  # parts, by the kinds of the inputs
+
+    def parts(self, kinds: tuple[str, ...]) -> tuple[Layer | Sequence, ...]:
+        """The layers, with those that run in one call together.
+
+        Args:
+            kinds: of each input: "rows", "map" or "vector".
+        """
+        if kinds not in self.known:
+            self.known[kinds] = parts_of(self.layers, self.output, kinds)
+        return self.known[kinds]
 
     @property
     def packs(self) -> bool:
@@ -126,8 +134,7 @@ def _made(layers: list[Layer], values: int, output: int, *rest) -> Stack:
             layer.waits = len(readers) == 1 and type(readers[0]) is Call and not readers[0].joins
         elif type(layer) in (GlobalPool, ZeroPad):
             layer.feeds_convs = all(reader.conv is not None for reader in readers)
-    parts = {"parts": parts_of(layers, output, True), "inner_parts": parts_of(layers, output, False)}
-    return Stack(tuple(layers), values, output, *rest)._replace(**parts)
+    return Stack(tuple(layers), values, output, *rest)._replace(known={})
 
 
 def _sizes_first(layers: list[Layer]) -> list[Layer]:

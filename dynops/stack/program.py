@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..context import use_mask
 from .graph import stack_of
-from .maps import SparseMap, entered, inside, may_follow
+from .maps import SparseMap, entered, inside, is_map, may_follow
 from .policy import Masked
 from .run_rows import run_rows
 from .staleness import Watch
@@ -27,18 +27,20 @@ class Program:
         """True where the stack is still what the module does."""
         return self.watch.holds()
 
-    def run(self, x: Tensor, active: use_mask, dense=()) -> Tensor:
-        """``module.forward(x)`` under the mask of ``active``: a map inside of a module that runs on maps, else dense.
+    def run(self, inputs: tuple[Tensor, ...], active: use_mask, dense=()):
+        """``module.forward(*inputs)`` under the mask of ``active``: maps inside of a module that runs on maps, else dense.
 
         Args:
             dense: modules that stay dense.
         """
         if not may_follow():
-            return run_rows(self.stack, x, Masked(active))
+            return run_rows(self.stack, inputs, Masked(active))
         as_map = inside()
-        x = x.under(active) if type(x) is SparseMap else x
+        inputs = [x.under(active) if type(x) is SparseMap else x for x in inputs]
+        if not as_map:
+            inputs[1:] = [SparseMap.of_input(x, active) if is_map(x) else x for x in inputs[1:]]
         with entered(dense):
-            return run_rows(self.stack, x, Masked(active), maps=True, as_map=as_map)
+            return run_rows(self.stack, inputs, Masked(active), maps=True, as_map=as_map)
 
 
 def _unbound() -> None:

@@ -24,15 +24,16 @@ from .masked_output import under_mask
 from .sequences import Sequence
 
 
-def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False) -> Tensor:
-    """The stack's output for ``x`` ``[N, C, H, W]``, as the policy has it: a dense tensor, in the format of ``x``.
+def run_rows(stack: Stack, inputs, policy, maps: bool = False, as_map: bool = False):
+    """The stack's output, as the policy has it: a dense tensor, in the format of the first input ``[N, C, H, W]``.
 
     Args:
+        inputs: a tensor for each input of the stack.
         maps: calls that no layer knows run on maps (:mod:`dynops.stack.maps`).
         as_map: the output is a map too.
     """
-    run = Run(stack, x, policy, maps, as_map)
-    for part in stack.parts if isinstance(run.found(0), Tensor) else stack.inner_parts:
+    run = Run(stack, inputs, policy, maps, as_map)
+    for part in stack.parts(tuple([run.kind(value) for value in range(len(inputs))])):
         if type(part) is not Sequence:
             run.layer(part)
         elif part.run(run):
@@ -43,18 +44,19 @@ def run_rows(stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool =
     if as_map:
         return run.map(stack.output)
     out = run.result()
-    return in_format_of(out, x) if isinstance(out, Tensor) and out.dim() == 4 else out
+    return in_format_of(out, inputs[0]) if isinstance(out, Tensor) and out.dim() == 4 else out
 
 
 class Run:
     """The values of one run of a stack."""
 
-    def __init__(self, stack: Stack, x: Tensor, policy, maps: bool = False, as_map: bool = False):
+    def __init__(self, stack: Stack, inputs, policy, maps: bool = False, as_map: bool = False):
+        x = inputs[0]
         self.stack, self.policy, self.autocast = stack, policy, autocast_dtype(x)
         self.maps, self.as_map = maps, as_map
         self.env: list = [None] * stack.values
-        self._x = x
-        self.env[0] = x
+        self._x, self._inputs = x, inputs
+        self.env[: len(inputs)] = inputs
         self.ended: PixelPlan | None = None  # the output's plan, where a layer wrote the dense map itself
         self.recorded: set[int] = set()  # dense values that a recorded call made, with its strides
         self._originals: dict[int, Tensor] = {}  # of values that were put in another format
@@ -76,6 +78,14 @@ class Run:
                 self.env[value] = None
 
     # -------------------------------------------------------------------------------------- inputs
+
+    def kind(self, value: int) -> str:
+        """ "rows" of a map, a "map" that is dense, or a "vector": any other tensor."""
+        found = self.found(value)
+        if type(found) is Rows:
+            return "rows"
+        is_map = isinstance(found, Tensor) and found.dim() == 4 and found.shape[2:] != (1, 1)
+        return "map" if value == 0 or is_map else "vector"
 
     def found(self, value: int):
         """A value: rows, a dense tensor, or a map of other axes. A map that waits is computed."""
@@ -126,15 +136,15 @@ class Run:
     def as_called(self, value: int):
         """As :meth:`dense`, in the memory format that the value has where each layer runs alone."""
         found = self._originals[value] if value in self._originals else self.dense(value)
-        layers_own = value != 0 and value not in self.recorded
+        layers_own = value >= len(self._inputs) and value not in self.recorded
         if layers_own and isinstance(found, Tensor) and found.dim() == self._x.dim() == 4:
             return in_format_of(found, self._x)
         return found
 
     def as_returned(self, value: int):
         """A value as one of several outputs: the input is itself."""
-        if value == 0:
-            return self._x
+        if value < len(self._inputs):
+            return self._inputs[value]
         return self.map(value) if self.as_map else self.as_called(value)
 
     def shape(self, value: int) -> tuple[int, int, int]:

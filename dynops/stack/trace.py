@@ -109,7 +109,7 @@ class Step(NamedTuple):
 class Trace(NamedTuple):
     """The steps of a forward, and what they hold for: see ``staleness.Watch``."""
 
-    input_name: str
+    input_names: tuple[str, ...]  # values 0, 1, ... are these
     steps: tuple[Step, ...]
     values: int
     output: int
@@ -172,7 +172,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
             raise Untraceable(
                 "its forward differs between training and eval mode, or by the mode of its caller"
             )
-    input_name, steps, values, output = made
+    input_names, steps, values, output = made
     if not whole and not any(step.kind == "conv" or _is_call_of(step, module, kinds) for step in steps):
         raise Untraceable("its forward calls no converted convolution")
     if any(step.kind == "attr" and step.out == output for step in steps):
@@ -183,7 +183,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *outer, *layers)))
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
-        input_name,
+        input_names,
         tuple(fuse(steps, output)),
         values,
         output,
@@ -262,15 +262,17 @@ class _Steps:
         self.order: dict[fx.Node, int] = {}
         self.number: dict[fx.Node, int] = {}
         self.steps: list[Step] = []
+        self.inputs: set[int] = set()
         self.values = 0
 
-    def make(self, recorder: Recorder) -> tuple[str, tuple[Step, ...], int, int]:
+    def make(self, recorder: Recorder) -> tuple[tuple[str, ...], tuple[Step, ...], int, int]:
         output, nodes = None, list(recorder.record().nodes)
         self.order = {node: i for i, node in enumerate(nodes)}
         for node in nodes:
             try:
                 if node.op == "placeholder":
                     self.number[node] = self.new()
+                    self.inputs.add(self.number[node])
                 elif node.op == "output":
                     output = self._output(node)
                 else:
@@ -280,7 +282,7 @@ class _Steps:
                 raise
         if output is None:
             raise Untraceable("its output is not one tensor")
-        return recorder.input_name, tuple(self.steps), self.values, output
+        return recorder.input_names, tuple(self.steps), self.values, output
 
     def _output(self, node: fx.Node) -> int | None:
         """The number of the output; a last step joins several."""
@@ -324,7 +326,7 @@ class _Steps:
 
     def _check_unseen(self, node: fx.Node, old: int, group: set[int]) -> None:
         """Raises Untraceable where another value than ``old`` shows what ``node`` writes into it."""
-        if 0 in group and not self.whole:
+        if not self.inputs.isdisjoint(group) and not self.whole:
             raise Untraceable("it changes its input in place")
         for other, value in self.number.items():
             seen = (

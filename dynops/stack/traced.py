@@ -105,7 +105,7 @@ class Traced:
     def on_rows(self, x: Tensor, plan: PixelPlan | BlockPlan, base: Tensor | None = None) -> Tensor:
         """The output ``[N, O, H, W]`` at the pixels of ``plan``, ``base`` (or zero) elsewhere."""
         sizes = self.sizes((x.shape[0], x.shape[2], x.shape[3]))
-        return run_rows(self.stack, x, Needed(self.stack, sizes, plan, base))
+        return run_rows(self.stack, (x,), Needed(self.stack, sizes, plan, base))
 
     def on_blocks(self, x: Tensor, plan: BlockPlan, base: Tensor | None = None) -> Tensor:
         """As :meth:`on_rows` at the pixels of these blocks; one convolution may read and write the maps in boxes."""

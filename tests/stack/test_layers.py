@@ -147,7 +147,7 @@ def test_no_dense_map_is_made_between(name, monkeypatch):
     dynops.convert_(model)
     stack = stack_of(model.__dict__["_dynops_trace"], model)
     with torch.no_grad(), dynops.active(random_mask((2, 12, 8), 0.3)) as active:
-        run = Run(stack, torch.randn(2, 4, 12, 8), Masked(active))
+        run = Run(stack, (torch.randn(2, 4, 12, 8),), Masked(active))
         for layer in stack.layers[:-1]:
             run.env[layer.out] = layer.rows(run)
             assert type(run.env[layer.out]) in (Rows, Padded), layer.name

@@ -55,6 +55,13 @@ def tokens(x):
     return F.layer_norm(F.gelu(y), (C,)).transpose(1, 2).reshape(x.shape)
 
 
+def evolved_norm(x):
+    """timm's EvoNorm2dS0."""
+    y = x.reshape(x.shape[0], 3, C // 3, *x.shape[2:])
+    std = y.float().double().var(dim=(2, 3, 4), unbiased=False, keepdim=True).add(1e-5).sqrt()
+    return x * x.sigmoid() / std.expand(y.shape).reshape(x.shape)
+
+
 def in_place(x, function):
     y = x.clone()
     function(y)
@@ -151,6 +158,8 @@ UNARY = {
     "expanded": lambda x: (1 + x[:, :1]).expand(-1, C, -1, -1) + x[:, 1:2].expand_as(x) + (1 + x[:, :2]).repeat(1, C // 2, 1, 1),
     "new axes": lambda x: (1 + x[:, None, :, :, :, None].view(x.shape[0], 2, C // 2, *x.shape[2:], 1))[:, 0, ..., 0].repeat(1, 2, 1, 1),
     "variance": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + x.std(1, keepdim=True) + 1),
+    "evolved norm": evolved_norm,
+    "of pixels and channels": lambda x: x * x.mean((1, 2, 3), keepdim=True) + x.std(dim=(2, 3), keepdim=True) + x.amax((1, 2, 3))[:, None, None, None] + x.var((-1, -2))[..., None, None] + (x + 1).sum((1, 2, 3), keepdim=True),
     "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=2)[:, 1 : C + 1] + F.pad(x.permute(0, 2, 3, 1), (0, C), value=1).permute(0, 3, 1, 2)[:, C:],
     "every second pixel": lambda x: F.interpolate(1 + F.conv2d(x[:, :, ::2, ::2] + x[..., 1::2, 1::2], WEIGHT, padding=1), scale_factor=2),
     "borders": lambda x: F.conv2d(F.pad(x, (2, 0, 1, 1), mode="replicate"), WEIGHT) + F.conv2d(F.pad(x, (1, 1, 2, 0), mode="circular"), WEIGHT),

@@ -110,3 +110,106 @@ def test_a_decoder_that_loops_over_its_input_is_traced_within_its_model():
         made = model(x)
     with torch.no_grad(), MaskedPolicy(mask):
         torch.testing.assert_close(made, dense(x), rtol=2e-5, atol=2e-5)
+
+
+class Resnet(nn.Module):
+    """A block of a diffusion model: a map, and a vector of each sample."""
+
+    def __init__(self, channels: int = 8):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, channels), nn.Conv2d(channels, channels, 3, padding=1)
+        self.last, self.time = nn.Conv2d(channels, channels, 3, padding=1), nn.Linear(5, channels)
+
+    def forward(self, x, temb, *args, scale=None, **kwargs):
+        y = self.conv(F.silu(self.norm(x)))
+        y = y + self.time(F.silu(temb))[:, :, None, None]
+        return (x + self.last(F.relu(y))) / 1.5
+
+
+class Merge(nn.Module):
+    """A block of a decoder: a map, and another of twice its size."""
+
+    def __init__(self, channels: int = 8):
+        super().__init__()
+        self.side, self.conv = nn.Conv2d(channels, 4, 1), nn.Conv2d(channels + 4, channels, 3, padding=1)
+
+    def forward(self, x, skip, again):
+        return self.conv(torch.cat([F.interpolate(x, scale_factor=2.0), self.side(skip)], 1)) + again
+
+
+class Diffusion(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.a, self.b, self.merge = Resnet(), Resnet(), Merge()
+
+    def forward(self, x, temb, flag: bool = True):
+        y = self.a(self.first(x), temb)
+        z = self.b(self.down(y), temb=temb)
+        return self.merge(z, y, again=y) if flag and x.dtype.is_floating_point else z
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_several_inputs(layout):
+    torch.manual_seed(0)
+    model = Diffusion().eval()
+    dense = copy.deepcopy(model)
+    report = dynops.convert_(model)
+    assert list(report.fused) == ["a", "b", "merge"]
+    x, temb, mask = torch.randn(3, 3, 16, 16), torch.randn(3, 5), torch.rand(3, 8, 8) < 0.4
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    mask[1] = False
+    for _ in range(2):
+        with torch.no_grad(), dynops.use_mask(mask):
+            made = model(x, temb)
+        with torch.no_grad(), MaskedPolicy(mask):
+            expected = dense(x, temb)
+        torch.testing.assert_close(made, expected, rtol=2e-5, atol=2e-5)
+        with torch.no_grad():  # to both
+            model.a.last.weight.data.mul_(1.1), dense.a.last.weight.mul_(1.1)
+    with dynops.use_mask(mask):
+        model(x, temb).square().sum().backward()
+    with MaskedPolicy(mask):
+        dense(x, temb).square().sum().backward()
+    grads, expected = ([p.grad for p in m.parameters()] for m in (model, dense))
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_of_several_inputs_by_themselves():
+    torch.manual_seed(0)
+    block, merge = Resnet().eval(), Merge().eval()
+    dense = copy.deepcopy(block), copy.deepcopy(merge)
+    dynops.convert_(block), dynops.convert_(merge)
+    x, big, temb = torch.randn(2, 8, 8, 8), torch.randn(2, 8, 16, 16), torch.randn(1, 5)
+    mask = torch.rand(2, 8, 8) < 0.4
+    calls = [
+        lambda block, merge: block(x, temb),
+        lambda block, merge: block(x, temb=temb, scale=2),  # by its own Python
+        lambda block, merge: block(temb=temb, x=x),
+        lambda block, merge: merge(x, big, big),
+        lambda block, merge: merge(again=0, x=x, skip=big),
+    ]
+    for call in calls:
+        with torch.no_grad(), dynops.use_mask(mask):
+            made = call(block, merge)
+        with torch.no_grad(), MaskedPolicy(mask):
+            torch.testing.assert_close(made, call(*dense), rtol=2e-5, atol=2e-5)
+    with dynops.use_mask(mask), pytest.raises(TypeError, match="temb"):
+        block(x)
+
+
+def test_an_input_that_is_written_into_is_left_to_python():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, y):
+            return self.conv(x) + y.add_(1)
+
+    model = Writes().eval()
+    assert dynops.convert_(model).unfused == {"": "add_ works in place"}
+    x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+    with torch.no_grad(), dynops.use_mask(torch.ones(2, 8, 8)):
+        model(x, y)
+    assert torch.equal(y, torch.ones_like(y))

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 
 #include "../engine/parallel.h"
@@ -115,15 +116,17 @@ void response_norm(const SequenceStep& step, const PlanView& plan, const float* 
   }
 }
 
-void product(const PlanView& plan, const PlanView& other, const float* a, const float* b, int64_t channels,
-             float* to) {
+// of(a, b) of two values; b may have one pixel a sample, where it has none it is zero.
+template <class Of>
+void combine(const PlanView& plan, const PlanView& other, const float* a, const float* b, int64_t channels,
+             float* to, const Of& of) {
   const bool spread = other.index != plan.index;
+  const std::vector<float> zero(spread ? channels : 0, 0.f);
   for_rows(plan.rows, 8 * channels, [&](int64_t r) {
     const int64_t row = spread ? other.inverse[plan.index[r] / plan.pixels] : r;
-    const float *x = a + r * channels, *y = b + row * channels;
+    const float *x = a + r * channels, *y = row < 0 ? zero.data() : b + row * channels;
     float* z = to + r * channels;
-    if (row < 0) return void(std::fill_n(z, channels, 0.f));
-    for (int64_t c = 0; c < channels; ++c) z[c] = x[c] * y[c];
+    for (int64_t c = 0; c < channels; ++c) z[c] = of(x[c], y[c]);
   });
 }
 
@@ -293,11 +296,9 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
     case StepKind::kMean:
       return mean(in, out, x, channels, to);
     case StepKind::kSum:
-      return for_rows(out.rows, 8 * channels, [&](int64_t r) {
-        for (int64_t i = r * channels; i < (r + 1) * channels; ++i) to[i] = x[i] + y[i];
-      });
+      return combine(out, plans[values[b].plan], x, y, channels, to, std::plus<float>());
     case StepKind::kProduct:
-      return product(out, plans[values[b].plan], x, y, channels, to);
+      return combine(out, plans[values[b].plan], x, y, channels, to, std::multiplies<float>());
     case StepKind::kSigmoid:
       for (int64_t i = 0; i < elements; ++i) to[i] = 1.f / (1.f + std::exp(-x[i]));
       return;

@@ -22,8 +22,8 @@ enum class StepKind : int64_t {
   kConv,     // geometry, norm, residual (the second input) and activation are in the prepared one
   kEach,     // as kConv, of each row by itself at any resolution: a norm, an activation
   kMean,     // of each sample's rows
-  kSum,      // of two values
-  kProduct,  // of two values; the second may have one pixel a sample
+  kSum,      // of two values; the second may have one pixel a sample
+  kProduct,  // likewise
   kSigmoid,  // elementwise
   kHardsigmoid,
   kCat,  // of channels

@@ -104,8 +104,11 @@ class Call(Layer):
             else None
         )
         self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
-        product = _STEP_KINDS.get(step.target) is StepKind.PRODUCT and len(maps) == 1 and len(step.args) == 2
+        one = len(maps) == 1 and len(step.args) == 2
+        product = one and _STEP_KINDS.get(step.target) is StepKind.PRODUCT
         self.number = next((a for a in step.args if type(a) in (int, float)), None) if product else None
+        if one and step.target in _DIVISIONS and type(step.args[1]) in (int, float) and step.args[1] != 0:
+            product, self.number = True, 1 / step.args[1]
         self.scales = product and (len(self.paths) == 1 or self.number is not None)
         self.resizes = step.target == "torch.nn.functional:interpolate" and not self.paths and bool(maps)
         joined = (self.step_kind is not None and self.packs) or self.resizes

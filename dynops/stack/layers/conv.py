@@ -171,8 +171,9 @@ class Conv(Layer):
 
     def join(self, bound) -> None:
         g = self.geometry(bound.padded_size(self.x))
+        sizes = (g.out_shape, (g.out_shape[0], 1, 1))
         if self.residual is not None and (
-            bound.size(self.residual) != g.out_shape or bound.channels(self.residual) != self.out_channels
+            bound.size(self.residual) not in sizes or bound.channels(self.residual) != self.out_channels
         ):
             raise Unjoinable
         bound.multiply(self, g.out_shape, self.out_channels, g, self.conv, self.norm, self.activation)

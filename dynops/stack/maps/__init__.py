@@ -3,7 +3,7 @@
 from .constant import Standardised, constant_conv
 from .convolution import Convolution, bare
 from .errors import check_inputs, name_module
-from .follow import as_map, entered, follow, inside, layer_input, may_follow
+from .follow import as_map, entered, follow, inside, is_map, layer_input, may_follow
 from .pointwise import normed
 from .value import SparseMap
 
@@ -18,6 +18,7 @@ __all__ = [
     "entered",
     "follow",
     "inside",
+    "is_map",
     "layer_input",
     "may_follow",
     "name_module",

@@ -47,7 +47,7 @@ def follow(forward: Callable, args: tuple, kwargs: dict, active, dense=(), part:
     def taken(x: Tensor):
         if type(x) is SparseMap:
             return x.under(active)
-        return SparseMap.of_input(x, active) if _is_map(x) else x
+        return SparseMap.of_input(x, active) if is_map(x) else x
 
     args, kwargs = pytree.tree_map_only(Tensor, taken, (args, kwargs))
     with entered(dense):
@@ -74,15 +74,15 @@ def layer_input(x, active) -> SparseMap | None:
         return x.under(active)
     if active is not None and isinstance(x, Tensor):
         check_layout(x)
-    return SparseMap.of_input(x, active) if inside() and active is not None and _is_map(x) else None
+    return SparseMap.of_input(x, active) if inside() and active is not None and is_map(x) else None
 
 
 def as_map(out, active):
     """What a converted layer made: a map under the mask."""
     if type(out) is SparseMap:
         return masked_input(out)
-    return masked_input(SparseMap.of_input(out, active)) if isinstance(out, Tensor) and _is_map(out) else out
+    return masked_input(SparseMap.of_input(out, active)) if isinstance(out, Tensor) and is_map(out) else out
 
 
-def _is_map(x: Tensor) -> bool:
+def is_map(x: Tensor) -> bool:
     return type(x) is not SparseMap and x.dim() == 4 and x.is_floating_point()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.epilogue import apply_epilogue
 from ..layers.norm import group_norm_rows
-from ..layers.pool import over_pixels
+from ..layers.pool import over_pixels, pixels_of_samples
 from ..norm import check_features, fold, fold_of, norm_rows, uses_batch_statistics
 from . import layout
 from .convolution import Convolution
@@ -229,7 +231,7 @@ def prelu(input, weight):
 
 
 def reduced(func, name: str, args: tuple, kwargs: dict):
-    """mean, sum, amax, amin or a 2-norm: over channels a map; over the pixels of each sample a tensor, over the mask."""
+    """mean, sum, amax, amin or a 2-norm: over channels a map; over each sample's pixels, and channels, over the mask."""
     x, given = args[0], dict(kwargs)
     if type(x) is not SparseMap or x.is_input:
         return NotImplemented
@@ -250,9 +252,16 @@ def reduced(func, name: str, args: tuple, kwargs: dict):
     x = x if dtype is None else x.like(x.rows().to(dtype))
     if letters == {"c"}:
         return _over_channels(func, name, x, dims, keepdim)
-    if letters in ({"h", "w"}, {"s"}) and x.axes[0] == "n":
-        return _over_pixels(name, x, dims, keepdim)
-    return NotImplemented
+    if not _holds_pixels(x, letters):
+        return NotImplemented
+    if "c" in letters:
+        x = _over_channels(func, name, x, tuple(d for d in dims if x.axes[d] == "c"), True)
+    return _over_pixels(name, x, dims, keepdim)
+
+
+def _holds_pixels(x: SparseMap, letters: set[str]) -> bool:
+    """True for axes that are all of a sample's pixels, with channels or without."""
+    return letters - {"c"} in ({"h", "w"}, {"s"}) and x.axes[0] == "n"
 
 
 def _over_channels(func, name: str, x: SparseMap, dims: tuple[int, ...], keepdim: bool) -> SparseMap:
@@ -264,13 +273,20 @@ def _over_channels(func, name: str, x: SparseMap, dims: tuple[int, ...], keepdim
 
 
 def spread(func, input, dim=None, *args, **kwargs):
-    """var and std over channels."""
+    """var and std over channels; over each sample's pixels, and channels, over the mask."""
     if type(input) is not SparseMap or input.is_input or dim is None:
         return NotImplemented
     dims = layout.normalized(dim, input.dim())
     named = ("unbiased", "keepdim")
     kwargs = {**dict(zip(named, args, strict=False)), **kwargs}
-    if not dims or {input.axes[d] for d in dims} != {"c"} or not kwargs.keys() <= {*named, "correction"}:
+    letters = {input.axes[d] for d in dims or ()}
+    if not kwargs.keys() <= {*named, "correction"}:
+        return NotImplemented
+    if _holds_pixels(input, letters):
+        correction = kwargs.get("correction", 1.0 if kwargs.get("unbiased", True) else 0.0)
+        made = _variance(input, dims, 1.0 if correction is None else float(correction), kwargs.get("keepdim"))
+        return made if func in (torch.var, Tensor.var) else made.sqrt()
+    if letters != {"c"}:
         return NotImplemented
     made = func(input.rows(), dim=tuple(layout.channel_axis(input.axes, d) for d in dims), **kwargs)
     axes = (
@@ -279,14 +295,21 @@ def spread(func, input, dim=None, *args, **kwargs):
     return SparseMap.of_rows(made, input.plan, input.active, axes)
 
 
+def _variance(x: SparseMap, dims: tuple[int, ...], correction: float, keepdim) -> Tensor:
+    """Of each sample's pixels, in two passes; 0 of none."""
+    mean = reduced(torch.mean, "mean", (x, dims, True), {})
+    width = math.prod(x.shape[d] for d in dims if x.axes[d] == "c")
+    squares = x.like((x.rows() - layout.gathered(mean, x.plan, x.axes)).square())
+    sums = reduced(torch.sum, "sum", (squares, dims, bool(keepdim)), {})
+    count = (pixels_of_samples(x.plan) * width).to(sums.dtype)
+    count = count.reshape(-1, *(1,) * (sums.dim() - 1))
+    return torch.where(count == 0, 0, sums / (count - correction).clamp(min=0))
+
+
 def _over_pixels(name: str, x: SparseMap, dims: tuple[int, ...], keepdim: bool) -> Tensor:
     rows = x.rows()
     channels = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
     made = over_pixels("norm" if name == "vector_norm" else name, channels, x.plan)
-    made = made.reshape(x.plan.shape[0], *rows.shape[1:])
-    if not keepdim:
-        return made
-    sizes, left = [], iter(made.shape[1:])
-    for i, axis in enumerate(x.axes):
-        sizes.append(made.shape[0] if axis == "n" else 1 if i in dims else next(left))
-    return made.reshape(sizes)
+    left = iter(rows.shape[1:])  # of channels that were reduced 1
+    sizes = [made.shape[0] if a == "n" else next(left) if a == "c" else 1 for a in x.axes]
+    return made.reshape([size for i, size in enumerate(sizes) if keepdim or i not in dims])

@@ -66,21 +66,22 @@ class Bound:
     def step(
         self, kind: StepKind, layer: Layer, size: tuple, channels: int,
         geometry: ConvGeometry | None = None, ceil: bool = False, weights: Weights | None = None,
-        inputs: tuple[int, ...] | None = None, layer_norm: nn.Module | None = None,
+        inputs: tuple[int, ...] | None = None, layer_norm: nn.Module | None = None, out: int | None = None,
     ) -> None:  # fmt: skip
         """Adds a layer's step.
 
         Args:
             size, channels: of its output, whose mask ``use_mask.after(geometry, ceil)`` brings there.
             inputs: those of the layer, in another order.
+            out: another value than the layer's.
         """
-        inputs = layer.inputs if inputs is None else inputs
+        inputs, out = layer.inputs if inputs is None else inputs, layer.out if out is None else out
         last = self.is_last(inputs[0])
         inputs = tuple(self.rows(v, last) for v in inputs)
-        self._place(layer.out, size, channels, geometry, ceil)
+        self._place(out, size, channels, geometry, ceil)
         if last:
-            self._last.add(layer.out)
-        self.steps.append(Step(kind, inputs, layer.out, weights, geometry, layer_norm=layer_norm))
+            self._last.add(out)
+        self.steps.append(Step(kind, inputs, out, weights, geometry, layer_norm=layer_norm))
         g, conv = (None, None) if weights is None else (weights.geometry, weights.conv)
         if conv is not None and takes_winograd(g, as_kernel(conv).shape, torch.float32):
             self.tiled[self.slots[size]] = g
@@ -93,9 +94,12 @@ class Bound:
         if conv is not None:
             first, *rest = layer.inputs
             first, pad = self._pads.get(first, (first, None))
-            weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activation)
-            inputs = (first, *rest)
-            return self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs)
+            vector = next((v for v in rest if self._is_vector(v, size, channels)), None)
+            activated = activation if vector is None else ""
+            weights = Weights(geometry if pad is None else through(pad, geometry), conv, norm, activated)
+            inputs, out = ((first, *rest), layer.out) if vector is None else ((first,), self._unnamed())
+            self.step(StepKind.CONV, layer, size, channels, geometry, weights=weights, inputs=inputs, out=out)
+            return None if vector is None else self._add_vector(layer, out, vector, activation)
         before = self._alone(layer.inputs[0]) if len(layer.inputs) == 1 else None
         found = None if before is None else before.weights
         bare = found is not None and found.norm is found.scale is None and len(before.inputs) == 1
@@ -159,6 +163,9 @@ class Bound:
 
     def add(self, layer: Layer, a: int, b: int) -> None:
         """Adds a sum: the residual of a convolution that nothing else reads, where the other value is there by then."""
+        for one, other in ((a, b), (b, a)):
+            if self._is_vector(other, self.size(one), self.channels(one)):
+                return self._add_vector(layer, one, other, "")
         size, channels = self.same((a, b))
         last = self.is_last(a)
         for one, other in ((a, b), (b, a)):
@@ -172,6 +179,23 @@ class Bound:
                 self._same[layer.out] = one
                 return
         self.step(StepKind.SUM, layer, size, channels, inputs=(a, b))
+
+    def _is_vector(self, value: int, size: tuple, channels: int) -> bool:
+        """True for one pixel a sample beside a map of this size."""
+        return size[1:] != (1, 1) and self.size(value) == (size[0], 1, 1) and self.channels(value) == channels
+
+    def _add_vector(self, layer: Layer, value: int, vector: int, activation: str) -> None:
+        """Adds the sum of a map and of one pixel a sample, and an activation."""
+        size, channels = self.size(value), self.channels(value)
+        out = self._unnamed() if activation else layer.out
+        self.step(StepKind.SUM, layer, size, channels, inputs=(value, vector), out=out)
+        if activation:
+            weights = Weights(each(channels), activation=activation)
+            self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(out,))
+
+    def _unnamed(self) -> int:
+        """A value that is no layer's."""
+        return -1 - len(self._sizes)
 
     def calls(self, module: nn.Module, path: str, inner: nn.Module) -> None:
         """Notes a module that its layer calls, which must stay where and as it is, and have no hooks."""
@@ -194,13 +218,12 @@ class Bound:
         vectors = [v for v in module._parameters.values() if v is not None]
         if self.is_last(layer.inputs[0]) or channels % groups or any(v.numel() != channels for v in vectors):
             raise Unjoinable
-        self.step(StepKind.GROUP_NORM, layer, size, channels, layer_norm=module)
+        out = self._unnamed() if activation else layer.out
+        self.step(StepKind.GROUP_NORM, layer, size, channels, layer_norm=module, out=out)
         self.steps[-1].channels = [groups]
         if activation:
-            found, made = self.steps[-1], -1 - len(self._sizes)
-            self._place(made, size, channels, None, False)
-            found.out, weights = made, Weights(each(channels), activation=activation)
-            self.steps.append(Step(StepKind.EACH, (made,), layer.out, weights))
+            weights = Weights(each(channels), activation=activation)
+            self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(out,))
 
     def resize(self, layer: Layer, value: int, *arguments) -> None:
         """Adds an ``F.interpolate`` of a value with these arguments."""
@@ -296,7 +319,7 @@ class Bound:
         taken = moves.channels_taken(found, size, channels, last)
         made = root
         if taken != list(range(channels)):
-            made = -1 - len(self._sizes)  # no layer's
+            made = self._unnamed()
             self._place(made, size, len(taken), None, False)
             self.steps.append(Step(StepKind.TAKE, (root,), made, channels=taken))
         self._roots[value, last] = made

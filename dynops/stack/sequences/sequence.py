@@ -14,18 +14,26 @@ from .running import Running
 _MOST_BOUND = 16  # sizes that a sequence stays bound to
 
 
-def parts_of(layers: list[Layer], output: int, dense_input: bool) -> tuple[Layer | Sequence, ...]:
+def parts_of(layers, output: int, kinds: tuple[str, ...]) -> tuple[Layer | Sequence, ...]:
     """The layers, with each run of two and more that join as a :class:`Sequence`.
 
     Args:
-        dense_input: value 0 is a dense map, which layers alone read.
+        kinds: of each input: "rows"; a "map" that is dense, which layers alone read; a "vector" of each sample. What
+            is made of vectors alone runs before the sequence in whose middle it stands.
     """
     parts: list = []
     joined: list[Layer] = []
+    maps = {value for value, kind in enumerate(kinds) if kind == "map"}
+    vectors = {value for value, kind in enumerate(kinds) if kind == "vector"}
     for i, layer in enumerate([*layers, None]):
+        if layer is not None and layer.inputs and vectors.issuperset(layer.inputs):
+            vectors.add(layer.out)
+            if not any(v in layer.free for earlier in joined for v in earlier.inputs):
+                parts.append(layer)
+                continue
         # a last convolution writes the dense map itself
-        ends = layer is None or (dense_input and layer.conv is not None and layer.out == output)
-        if not ends and layer.joins and not (dense_input and 0 in layer.inputs):
+        ends = layer is None or (0 in maps and layer.conv is not None and layer.out == output)
+        if not ends and layer.joins and layer.out not in vectors and maps.isdisjoint(layer.inputs):
             joined.append(layer)
             continue
         if len(joined) > 1:
@@ -57,14 +65,17 @@ class Sequence:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
         if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
             return False
-        found, inputs = [], []
-        for value in self.inputs:
-            x = run.found(value)
+        found, inputs, given = [], [], [run.found(value) for value in self.inputs]
+        batch = next((x.plan.shape[0] for x in given if type(x) is Rows), 0)
+        for x in given:
             if type(x) is Rows and _is_plain(x.values) and is_compact(x.plan):
                 found.append(x)
                 inputs.append((x.plan.shape, x.values.shape[1]))
             elif moves.is_size(x):
                 inputs.append(x)
+            elif (x := _of_samples(run, x, batch)) is not None:
+                found.append(x)
+                inputs.append((x.plan.shape, x.values.shape[1]))
             else:
                 return False
         bound = self._bound_to(tuple(inputs)) if found else None
@@ -86,6 +97,17 @@ class Sequence:
 
 def _is_plain(values: Tensor) -> bool:
     return type(values) is Tensor and values.dtype is torch.float32 and values.is_contiguous()
+
+
+def _of_samples(run, x, batch: int) -> Rows | None:
+    """The rows of a vector ``[N, C, 1, 1]``, or of one for all samples."""
+    if type(x) is not Tensor or x.dim() != 4 or x.shape[2:] != (1, 1) or x.shape[0] not in (1, batch):
+        return None
+    plan = run.policy.active.plan((batch, 1, 1), x.device) if x.is_cpu and batch else None
+    if plan is None or x.dtype is not torch.float32 or not is_compact(plan):
+        return None
+    values = x.flatten(1).expand(batch, -1).contiguous()
+    return Rows(values if len(plan) == batch else values[plan.index.long()], plan)
 
 
 def is_compact(plan) -> bool:

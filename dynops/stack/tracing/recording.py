@@ -186,7 +186,7 @@ class Recorder(fx.Tracer):
         self._failure: Untraceable | None = None
         self._stands: dict[int, nn.Module] = {}
         self._outside = Outside(module)
-        self.input_name = ""
+        self.input_names: tuple[str, ...] = ()
         for path, inner in module.named_modules():
             self._stands[id(inner)] = self._stand_in(inner, path)
         for stand in self._stands.values():
@@ -208,15 +208,14 @@ class Recorder(fx.Tracer):
             Untraceable: what the forward does, and where.
         """
         root = self._stands[id(self.module)]
-        name, first = self._input(root)
+        names, first = self._inputs(root)
         with _tensors_seen(), _modes(self.modes):
             self._modes, self._random = _modes_now(), _random_now()
-            value = self.create_proxy("placeholder", name, (), {})
-            self.input_name = name
+            values = {name: self.create_proxy("placeholder", name, (), {}) for name in names}
+            self.input_names = names
+            args = (values.pop(names[0]),) if first else ()
             try:
-                out = self.call(
-                    root.__dict__[_STATE], (value,) if first else (), {} if first else {name: value}
-                )
+                out = self.call(root.__dict__[_STATE], args, values)
             except Exception as error:
                 # torch 2.11's checkpoint is a generator that its frame holds: closed, it takes its hooks back
                 traceback.clear_frames(error.__traceback__)
@@ -234,19 +233,22 @@ class Recorder(fx.Tracer):
         node.meta.update(spec=spec, scope="")
         return self.graph
 
-    def _input(self, root: nn.Module) -> tuple[str, bool]:
-        """The name of the forward's first argument, and whether it may be given by place."""
+    def _inputs(self, root: nn.Module) -> tuple[tuple[str, ...], bool]:
+        """The names of the arguments that a forward needs, and whether the first may be given by place."""
         if self.module.__dict__.get("forward") is not None or not _has_plain_call(self.module):
             raise Untraceable("a forward or __call__ of its own is set on it")
         parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
         needed = [
             p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        if not parameters or len(needed) > 1 or parameters[0].kind is parameters[0].VAR_KEYWORD:
-            raise Untraceable("it has more than one input" if parameters else "it has no input")
+        if not parameters or parameters[0].kind is parameters[0].VAR_KEYWORD:
+            raise Untraceable("it has no input")
         if needed and needed[0] is not parameters[0]:
             raise Untraceable("its input is not its first argument")
-        return parameters[0].name, parameters[0].kind is not parameters[0].KEYWORD_ONLY
+        if any(p.kind is p.POSITIONAL_ONLY for p in needed[1:]):
+            raise Untraceable("its inputs have no names")
+        names = tuple(dict.fromkeys(p.name for p in (parameters[0], *needed)))
+        return names, parameters[0].kind is not parameters[0].KEYWORD_ONLY
 
     # ------------------------------------------------------------------------- what forwards do
 
