@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...plans import PixelPlan
 from ..layers.base import Layer, Rows, Unjoinable
+from ..layers.resample import Padded
 from ..policy import Masked
 from . import moves
 from .running import Running
@@ -64,6 +65,10 @@ class Sequence:
     def run(self, run) -> bool:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
         if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
+            return False
+        if any(
+            type(run.env[value]) is Padded for value in self.inputs
+        ):  # whose rows may lie under another mask
             return False
         found, inputs, given = [], [], [run.found(value) for value in self.inputs]
         batch = next((x.plan.shape[0] for x in given if type(x) is Rows), 0)

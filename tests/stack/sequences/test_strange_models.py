@@ -74,6 +74,16 @@ def test_two_paddings_of_one_size():
     check(net(inner, wide=nn.Conv2d(8, 8, 3)))
 
 
+def test_a_padding_that_a_later_sequence_reads():
+    def inner(self, x):
+        x = self.wide(F.pad(x, (1, 1, 1, 1)))
+        padded = F.pad(x, (2, 0, 1, 1))
+        alone = torch.tanh(x)  # joins no sequence
+        return self.wide(padded) + alone
+
+    check(net(inner, wide=nn.Conv2d(8, 8, 3)))
+
+
 def test_a_linear_that_was_pruned_before():
     def inner(self, x):
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
