@@ -151,7 +151,7 @@ class Watch:
         self.then = [dict(children) for children in self.children]
         self.hooks = _GLOBAL_HOOKS if hooks else ()
         self.hooks += tuple(m.__dict__[kind] for m in every if hooks and m is not module for kind in HOOKS)
-        self.watched, self.checks = watched, _by_space(watched)
+        self.watched, self.checks = watched, by_space(watched)
 
     def _forwards(self, module: nn.Module, trace, every: list[nn.Module]) -> list[tuple]:
         """The forwards that were traced, and the settings of the layers that were not: ``(dict, name, value)``."""
@@ -238,7 +238,7 @@ class Watch:
         return True
 
 
-def _by_space(watched: list[tuple]) -> list[tuple]:
+def by_space(watched: list[tuple]) -> list[tuple]:
     """``(getter, space, value or values)`` for each dict in which something is watched: one call for all its names."""
     names: dict[int, tuple] = {}
     for space, name, value in watched:

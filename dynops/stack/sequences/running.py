@@ -14,7 +14,7 @@ from ...kernels.cpu.prepared import Prepared, StepKind, bilinear_table, key_of, 
 from ..layers.base import Rows
 from ..layers.resample import Padded
 from ..norm import tensors_of, uses_batch_statistics
-from ..staleness import hooked
+from ..staleness import by_space, hooked
 from .bound import Bound
 from .steps import Step, as_kernel
 
@@ -35,6 +35,7 @@ class Running(Bound):
 
     def __init__(self, sequence, inputs: tuple):
         super().__init__(sequence, inputs)
+        self.checks = by_space(self.settings)
         self._made: dict[tuple[bool, ...], _Made] = {}  # by the plans that have Winograd's tiles
 
     def run(self, run, found: list[Rows]) -> bool:
@@ -79,7 +80,10 @@ class Running(Bound):
             return False
         if any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves):
             return False
-        return all(state.get(name) == value for state, name, value in self.settings)
+        try:
+            return all(get(state) == value for get, state, value in self.checks)
+        except KeyError:  # one is gone
+            return False
 
     def _plans(self, run, found: list[Rows]) -> list | None:
         """The plan of each size; None where one is empty, or not that of an input."""
