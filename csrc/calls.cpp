@@ -104,6 +104,12 @@ PyObject* without_gil(const Kernel& kernel) {
 cpu::SequenceStep step_of(Numbers& numbers, Numbers& prepared) {
   cpu::SequenceStep step{
       .kind = cpu::StepKind(numbers.number()), .inputs = numbers.numbers(), .out = numbers.number()};
+  if (step.kind > cpu::kLastStepKind && !PyErr_Occurred()) {
+    PyErr_Format(
+        PyExc_RuntimeError,
+        "dynops._C knows no step of kind %lld: dynops was changed since it was built. `make build` builds it",
+        static_cast<long long>(step.kind));
+  }
   if (numbers.number()) {
     PyObject* found = prepared.next();
     step.conv = found ? static_cast<PreparedConv*>(PyCapsule_GetPointer(found, kConv)) : nullptr;

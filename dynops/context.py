@@ -27,10 +27,10 @@ class use_mask:
     ``dynops.active`` is the same class under its older name.
 
     Args:
-        mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a
-            :class:`PixelPlan` or a :class:`BlockPlan`, at the resolution of the model's input, coarser, or finer by whole numbers.
-            One for a batch of 1, or ``[H, W]``, holds for every sample of every layer's batch. Where a model makes
-            a batch of k N, as classifier-free guidance does by ``torch.cat([x, x])``, the mask repeats.
+        mask_or_plan: a mask ``[N, H, W]`` or ``[N, 1, H, W]`` (nonzero = active), a :class:`PixelPlan` or a
+            :class:`BlockPlan`. It has the resolution of the model's input, a coarser one, or one that is finer by whole
+            numbers. A mask of batch 1, or ``[H, W]``, holds for every sample. If a layer has a batch of k N, as
+            classifier-free guidance makes it by ``torch.cat([x, x])``, the mask repeats.
         block_size: pixels of a block at the mask's own resolution, ``int`` or ``(height, width)``. With it
             the mask is first widened to whole blocks: one active pixel makes its block active.
         ragged: the batch holds images of different sizes, each in the top left corner and zero beyond it. The
@@ -44,24 +44,24 @@ class use_mask:
     the first layer with a map of this size. Plans are built once and shared between the layers.
 
     With ``ragged`` an output pixel is active if the layer makes it of the image alone. So unpadded layers and odd
-    sizes drop the same rows and columns as for one image. Pools read nothing outside of an image. So each image
-    gives what it gives alone. Global pools are over the image. An exception is BatchNorm in training mode, whose
-    statistics are those of the batch. :func:`dynops.ragged` makes such a batch and its mask.
+    sizes drop the same rows and columns as for one image. Pools read nothing outside of an image, and global pools are
+    over the image. So each image has the result that it has alone. An exception is BatchNorm in training mode: its
+    statistics are over the batch. :func:`dynops.ragged` makes such a batch and its mask.
 
     The context nests (the innermost mask holds), may be entered again and by several threads at once, and
-    is left when an exception passes through. Where no converted layer ran inside, leaving it warns. Entered inside a
-    compiled function, with the mask as its input, plans have the capacity form. It belongs to what enters it:
-    - a thread: one that is started inside the block begins without a mask;
-    - an asyncio task: a task that is made inside the block begins with its mask, and may enter others;
-    - a generator: its mask holds while the generator runs, not for the caller while it waits at a
+    is left when an exception passes through. It warns at its end if no converted layer ran inside. Entered inside a
+    compiled function, with the mask as its input, it makes plans of the capacity form. The mask holds for the
+    - thread that enters it: a thread that is started inside the block begins without a mask;
+    - asyncio task that enters it: a task that is made inside the block begins with its mask, and may enter others;
+    - generator that enters it, while the generator runs: not for the caller while the generator waits at a
       ``yield``. A generator that is a context manager (``contextlib.contextmanager``) or a pytest fixture
       hands its mask to the caller;
-    - what ``torch.utils.checkpoint`` runs: computed again in the backward pass, wherever that is called, it
-      has the mask that it had in the forward pass.
+    - function that ``torch.utils.checkpoint`` runs inside: its recomputation has the same mask, wherever the
+      backward pass is called.
 
     Raises:
-        TypeError, ValueError: what is passed is neither a mask nor a plan, or a block size below 1. A
-            layer whose batch or device is not the mask's raises ValueError when it is called.
+        TypeError, ValueError: ``mask_or_plan`` is neither a mask nor a plan, or ``block_size`` is below 1. A layer on
+            another device, or of a batch that fits no mask, raises ValueError when it is called.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class use_mask:
         elif mask.shape[0] != n and mask.shape[0] != 1:
             raise ValueError(
                 f"use_mask: expected a mask for the layer's batch of {n}, got one for {mask.shape[0]} "
-                f"(shape {tuple(mask.shape)}), which no whole number of times is the batch"
+                f"(shape {tuple(mask.shape)}): pass one whose batch divides {n}"
             )
         if _is_empty(mask.shape[1:]) and not known(n == 0):
             raise ValueError(f"use_mask: expected a mask with pixels, got shape {tuple(mask.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -95,11 +96,12 @@ class Report:
     Attributes:
         replaced: each converted layer and its new class.
         skipped: each convolution, norm and pool that stayed dense, and why.
-        fused: each outermost module that runs on packed rows, and in how many steps.
+        fused: each outermost module that runs as a whole, and its convolutions, other steps (norms, pools, activations and
+            sums that joined no convolution) and calls of functions and modules. Calls run on rows too, if they can.
         unfused: each module that holds converted convolutions but runs its own forward, and why. Under a mask
             ``torch.compile`` leaves its graph there, and ``torch.export`` takes it with ``strict=False`` only.
         sparse_share: converted convolutions' share of all convolutions' weights. It is no share of the
-            multiply-accumulates: these depend on the sizes of maps, and no input is known here.
+            multiply-accumulates: these depend on the sizes of maps, and ``convert_`` has no input.
             :class:`dynops.budget.MacCounter` counts them for an input.
     """
 
@@ -110,8 +112,13 @@ class Report:
     sparse_share: float = 0.0
 
     def __str__(self) -> str:
-        lines = [f"sparse: {self.sparse_share:.0%} of the convolutions' weights"]
-        for title in ("replaced", "fused", "unfused", "skipped"):
+        """The share, ``replaced`` as the number of layers of each class, and every entry of the others."""
+        lines = [
+            f"sparse: {self.sparse_share:.0%} of the convolutions' weights",
+            f"replaced: {len(self.replaced)}",
+        ]
+        lines += [f"  {count} {kind}" for kind, count in Counter(self.replaced.values()).items()]
+        for title in ("fused", "unfused", "skipped"):
             entries = getattr(self, title)
             lines.append(f"{title}: {len(entries)}")
             lines += [f"  {name or '(the model)'}: {what}" for name, what in entries.items()]
@@ -121,30 +128,30 @@ class Report:
 def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
     """Makes a model's convolutions sparse, in place; ``with dynops.use_mask(mask):`` gives them their mask.
 
-    Every parameter, buffer, ``state_dict`` key and hook stays where it is: only classes change
-    (``nn.Conv2d`` to ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, InstanceNorm2d
-    without running statistics, MaxPool2d, AvgPool2d, Upsample, PixelShuffle, ZeroPad2d, subclasses and parametrisations
-    of these, and any FrozenBatchNorm2d). Outside the context the model is the dense one, bit for bit.
+    Every parameter, buffer, ``state_dict`` key and hook stays where it is. Only classes change: ``nn.Conv2d`` to
+    ``SparseConv2d``, likewise ConvTranspose2d, BatchNorm2d, SyncBatchNorm, GroupNorm, MaxPool2d, AvgPool2d, Upsample,
+    PixelShuffle, ZeroPad2d and InstanceNorm2d without running statistics. Subclasses and parametrisations of these
+    change too, and any FrozenBatchNorm2d. Outside the context the model is the dense one, bit for bit.
 
     Inside the context a map exists at the active pixels of its own resolution and is zero elsewhere, after every layer
-    and every function: a sum, product, cat or activation of a map is masked too, whatever it is at zero. Convolutions
-    read what the layer before them left; the model's input, and what functions make of it alone, is read whole. A mean
+    and every function. A sum, product, cat or activation of a map is masked too, even if the function of zero is not
+    zero. The model's input, and functions of it alone, are read whole; other maps are zero where no pixel is active. A mean
     over all pixels, as squeeze-excite and classifiers take it, is over the mask. Norms take their statistics from active
     pixels only (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
     Attention and other functions that mix pixels run dense on maps that are zero outside the mask.
 
-    A module whose forward torch.fx can trace runs as a whole: convolution, norm, residual sum and
-    activation are one call on packed rows. What a trace cannot hold runs its own forward, on tensors whose functions
-    compute rows; the report has the reason: ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers,
-    attributes or lists that it writes, a forward set on an instance, hooks, parametrisations, control flow that depends
-    on data. The same holds from the moment on that a trace no longer says what the module does: an inner module is
-    replaced or hooked, or an attribute is changed that a forward read. Either way has the same result. A new layer in the
-    place of a converted one is converted at the next masked call.
+    A module runs as a whole if torch.fx can trace its forward: convolution, norm, residual sum and activation are one
+    call on packed rows. Any other module runs its own forward, on tensors that hold rows, and the report has the reason.
+    Reasons are ``no_grad``, ``autocast`` or checkpointing inside a forward, random numbers, attributes or lists that it
+    writes, control flow that depends on data. A forward set on an instance, hooks and parametrisations are reasons too.
+    A traced module runs its own forward after a change: an inner module was replaced or hooked, or an attribute
+    changed that a forward read. Both ways have the same result. A new layer in the place of a converted one is
+    converted at the next masked call.
 
-    ``torch.compile`` leaves its graph at a forward without a trace; with ``fullgraph=True``, and in ``torch.export`` with
-    ``strict=True``, that is an error. Under transforms of ``torch.func``, and in the graph of a module that was changed
-    since, functions that such a forward calls itself run on dense tensors: there a sum of a map and a tensor that
-    nothing masked is not masked.
+    ``torch.compile`` leaves its graph at a forward without a trace. With ``fullgraph=True``, and in ``torch.export`` with
+    ``strict=True``, that is an error. Such a forward calls functions itself. Under transforms of ``torch.func``, and in
+    the graph of a module that was changed since, these run on dense tensors: there a sum of a map and a tensor without a
+    mask is not masked.
 
     Args:
         model: any module; a convolution itself too.
@@ -219,7 +226,7 @@ def _check_works_on_maps(model: nn.Module) -> None:
     if of_maps or any(is_lazy(p) or p.dim() == 4 for p in model.parameters()):
         return
     others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _NOT_ON_MAPS)})
-    found = f", whose {' and '.join(others)} {_ELSEWHERE.removeprefix('it ')}" if others else ""
+    found = f" ({', '.join(others)} inside do not work on them)" if others else ""
     raise ValueError(
         f"model: expected a module with a convolution of maps [N, C, H, W], got {type(model).__name__} without one"
         f"{found}: pass the part of the network that convolves"
@@ -311,10 +318,8 @@ def _is_inside(name: str, outer: str) -> bool:
 
 
 def _summary(steps: Trace) -> str:
-    convs = sum(step.kind == "conv" for step in steps.steps)
-    calls = [step for step in steps.steps if step.kind in ("module", "function", "method", "pool")]
-    dense = len(calls) - (steps.steps[-1].target == outputs.NAME)
-    return (
-        f"{convs} convolutions on packed rows, {len(steps.steps) - convs - dense} other steps, {dense} dense calls"
-        + (", in eval mode" if steps.only_eval else "")
-    )
+    kinds = [step.kind for step in steps.steps if step.target != outputs.NAME]
+    convs, calls = kinds.count("conv"), sum(kind in ("module", "function", "method") for kind in kinds)
+    counts = (convs, "convolution"), (len(kinds) - convs - calls, "other step"), (calls, "call")
+    text = ", ".join(f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
+    return f"{text}, in eval mode" if steps.only_eval else text

@@ -273,10 +273,10 @@ kept = Kept()
 
 
 def refresh(module: nn.Module | None = None) -> None:
-    """Forgets what was made of a module's parameters and buffers: packed weights, folded norms.
+    """Forgets the packed weights and folded norms of a module, so that the next call makes them again.
 
-    Needed only after a write that dynops cannot notice: of single elements through ``.data`` on a CPU; on a GPU through
-    ``.data``, a collective, another process, or ``F.batch_norm`` that no layer called.
+    Call it only after a write that dynops cannot notice. On a CPU that is a write of single elements through ``.data``.
+    On a GPU it is a write through ``.data``, by a collective, by another process, or by ``F.batch_norm`` outside of a layer.
 
     Args:
         module: the module that was written to; None: all modules.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .stack.layers.pool import avg_pool, max_pool, whole_map
-from .stack.maps.layout import NCHW, normalized, permuted, reshaped
+from .stack.maps.layout import NCHW, NCS, normalized, permuted, reshaped
 from .stack.maps.pointwise import ELEMENTWISE
 
 _OF_MAPS = {
@@ -43,16 +43,17 @@ _VIEWS = {
 
 
 class MaskedPolicy(TorchFunctionMode):
-    """The meaning of a mask in plain PyTorch: what functions make of a map is multiplied by the mask.
+    """The meaning of a mask in plain PyTorch: the result of each function of a map is multiplied by the mask.
 
-    ``with MaskedPolicy(mask): model(x)`` on a model that was not converted gives what the converted one gives under
-    ``dynops.use_mask(mask)``, for maps whose sizes are multiples of the mask's, or it of theirs. A map is what a
-    convolution, norm or pool makes, and what functions make of one, in any order of its axes. Means, sums, extrema, norms and
-    variances over all its pixels, with channels or without, are over the mask, and so are the statistics of norms.
+    ``with MaskedPolicy(mask): model(x)`` on a model that was not converted has the result of the converted model under
+    ``dynops.use_mask(mask)``. It holds for maps whose sizes are multiples of the mask's, or divisors of it. A map is
+    the result of a convolution, norm or pool, and of functions of one, in any order of its axes. Means, sums, extrema,
+    norms and variances over all its pixels, with channels or without, are over the mask. So are the statistics of norms.
 
     Args:
         mask: a tensor ``[N, h, w]``, 0 or 1. It repeats for a batch of k N.
         masks: masks ``[N, h, w]`` by size ``(h, w)``, for sizes that are no multiples, as layers without padding make them.
+            ``use_mask(...).masks()`` has them after a run.
     """
 
     def __init__(self, mask: Tensor, masks: dict[tuple[int, int], Tensor] | None = None):
@@ -255,29 +256,37 @@ class MaskedPolicy(TorchFunctionMode):
     def normed(self, func, name, args, kwargs):
         """Norms whose statistics are over the mask."""
         x = args[0] if args else kwargs.get("input")
-        if not isinstance(x, Tensor) or x.dim() != 4:  # of a weight, that is standardised so
+        if not isinstance(x, Tensor) or not (x.dim() == 4 or self.is_map(x)):  # a weight is standardised so
+            return NotImplemented
+        axes, size = self.maps.get(x, (NCHW, tuple(x.shape[2:])))
+        if axes not in (NCHW, NCS):
             return NotImplemented
         if name == "group_norm":
-            return self.masked(self.over_groups(*args, **kwargs))
+            return self.masked(self.over_groups(self.at(x, axes, size), *args, **kwargs), axes, size)
         if name == "instance_norm" and kwargs.get("running_mean") is None:
             named = {k: kwargs.get(k) for k in ("weight", "bias")}
-            return self.masked(self.over_groups(x, x.shape[1], **named, eps=kwargs.get("eps", 1e-5)))
-        if name == "batch_norm" and kwargs.get("training", args[5] if len(args) > 5 else False):
+            mask, eps = self.at(x, axes, size), kwargs.get("eps", 1e-5)
+            return self.masked(self.over_groups(mask, x, x.shape[1], **named, eps=eps), axes, size)
+        if (
+            name == "batch_norm"
+            and axes == NCHW
+            and kwargs.get("training", args[5] if len(args) > 5 else False)
+        ):
             active = self.at(x)[:, 0] != 0
             rows = func(x.permute(0, 2, 3, 1)[active], *args[1:], **kwargs)
             out = torch.zeros_like(x.permute(0, 2, 3, 1)).masked_scatter(active[..., None], rows)
             return self.note(out.permute(0, 3, 1, 2))
         return NotImplemented
 
-    def over_groups(self, x, groups, weight=None, bias=None, eps=1e-5):
-        mask = self.at(x)[:, :, None]
-        parts = x.unflatten(1, (groups, -1))
-        count = mask.sum((2, 3, 4), keepdim=True).clamp(min=1) * parts.shape[2]
-        mean = (parts * mask).sum((2, 3, 4), keepdim=True) / count
-        var = ((parts - mean).square() * mask).sum((2, 3, 4), keepdim=True) / count
+    def over_groups(self, mask, input, num_groups, weight=None, bias=None, eps=1e-5):
+        mask, parts = mask.flatten(2)[:, :, None], input.flatten(2).unflatten(1, (num_groups, -1))
+        count = mask.sum((2, 3), keepdim=True).clamp(min=1) * parts.shape[2]
+        mean = (parts * mask).sum((2, 3), keepdim=True) / count
+        var = ((parts - mean).square() * mask).sum((2, 3), keepdim=True) / count
         out = ((parts - mean) * (var + eps).rsqrt()).flatten(1, 2)
-        out = out if weight is None else out * weight[:, None, None]
-        return (out if bias is None else out + bias[:, None, None]).to(x.dtype)  # autocast leaves it wider
+        out = out if weight is None else out * weight[:, None]
+        out = out if bias is None else out + bias[:, None]
+        return out.view(input.shape).to(input.dtype)  # autocast leaves it wider
 
     def by_pixel(self, func, name, args, kwargs):
         """Functions of each pixel by itself."""

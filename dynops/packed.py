@@ -17,9 +17,9 @@ def packed(rows: Tensor, plan: PixelPlan) -> Tensor:
         with dynops.use_mask(plan):
             out = model(dynops.packed(rows, plan))
 
-    Convolutions read the rows: a dense map is never made. For anything else it is a tensor of its shape. What has no form on
-    rows, and any call outside of ``dynops.use_mask``, reads the dense map. The mask of the context may be another one
-    than the plan, such as a wider one. Inside ``torch.compile`` the result is the dense map.
+    Convolutions read the rows, so that no dense map is made. All other code sees a tensor ``[N, C, H, W]``. Functions that
+    have no form on rows, and calls outside of ``dynops.use_mask``, read the dense map. The mask of the context may differ
+    from the plan: it may be wider. Inside ``torch.compile`` the result is the dense map.
 
     Args:
         rows: floating ``[plan.num_rows, C]``, in the plan's order: ``plan.rows_of`` has it. They may need a gradient.

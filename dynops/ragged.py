@@ -11,7 +11,7 @@ from .geometry import is_int
 
 
 def ragged(images: Sequence[Tensor], size_divisor: int = 1) -> tuple[Tensor, Tensor]:
-    """A batch of images of different sizes, and the mask under which a converted model gives each what it gives alone::
+    """Pads images of different sizes into a batch, and makes its mask. A converted model computes each image as if alone::
 
         x, mask = dynops.ragged(images)
         with dynops.use_mask(mask, ragged=True):

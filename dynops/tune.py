@@ -24,11 +24,11 @@ def suggest_block_size(
 ) -> int:
     """The block size with which ``nn.SparseBlocks(module, block_size)(x, mask)`` is fastest here.
 
-    Small blocks follow a mask closely, large ones have less halo and fewer calls: which wins depends on
-    the layers, the mask and the machine, so it is measured: the candidates take turns for about 0.3 s
-    (longer where a call takes more than 25 ms), and the lowest median wins. The answer is kept while the
-    module lives. It holds for this shape, dtype, memory format, device, number of threads and density of the
-    mask (of its pixels and of its blocks, to 5 %); another call then returns it at once.
+    Small blocks follow a mask closely; large ones have less halo and fewer calls. The best size depends on the
+    layers, the mask and the machine, so it is measured. The candidates take turns for about 0.3 s, longer if a
+    call takes more than 25 ms, and the lowest median wins. The answer is kept while the module lives, and another
+    call returns it at once. It holds for this shape, dtype, memory format, device, number of threads and density
+    of the mask (of its pixels and of its blocks, to 5 %).
 
     The module is run in inference mode as it is; its training flags and torch's random state stay.
 
@@ -42,7 +42,7 @@ def suggest_block_size(
         TypeError: an argument of another type; a layer that SparseBlocks cannot trace.
         ValueError: no candidates, one below 1, or none that fits, with each one's reason.
 
-    Paper: Ren et al., SBNet (CVPR 2018), whose authors ask to tune the block size for every problem.
+    Paper: Ren et al., SBNet (CVPR 2018). Its authors tune the block size for every problem.
     """
     sizes = _check(module, x, mask, candidates)
     key = _key(x, check_mask(mask), sizes)

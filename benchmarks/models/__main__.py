@@ -22,6 +22,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for a model")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile for the dense baseline too (minutes)"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="a folder for models.csv and models.md")
     options = parser.parse_args(arguments)
     print(machine_line(machine(torch.device("cpu"))))
@@ -32,7 +35,7 @@ def main(arguments: list[str]) -> int:
         if not zoo.is_installed(entry):
             missing.add(entry.library)
             continue
-        rows.append(trial.run(entry, options.batch, options.seconds))
+        rows.append(trial.run(entry, options.batch, options.seconds, options.compile))
         print(line(rows[-1]), flush=True)
     for library in sorted(missing):
         print(f"{library} is not installed: its models are left out")
@@ -48,10 +51,11 @@ def line(row: trial.Trial) -> str:
     """A row as text."""
     if not row.convs or (row.fault and not row.ours_ms):
         return f"{row.model:<42} {row.fault}"
+    compiled = f"   {row.compiled_ms:.1f} ms compiled" if row.compiled_ms else ""
     numbers = (
-        f"{row.convs:>4} convolutions {row.from_rows:>4.0%} from rows   theory {row.theory:5.2f}   "
-        f"{row.dense_ms:7.1f} ms dense {row.ours_ms:7.1f} ours   speed-up {row.speedup:5.2f}   realised {row.realised:4.2f}   "
-        f"error {row.error:.0e}, full {row.full_error:.0e}, hooked {row.hooked_error:.0e}"
+        f"{row.convs:>4} convs {row.from_rows:>4.0%} from rows   theory {row.theory:5.2f}   "
+        f"{row.dense_ms:7.1f} ms dense {row.ours_ms:7.1f} ours   speed-up {row.speedup:5.2f}   realised {row.realised:4.2f}   full {row.full:4.2f}{compiled}   "
+        f"error {row.error:.0e}, full mask {row.full_error:.0e}, hooked {row.hooked_error:.0e}"
     )
     return f"{row.model:<42} {numbers} {row.fault}".rstrip()
 
@@ -66,11 +70,11 @@ def write(rows: list[trial.Trial], folder: pathlib.Path) -> None:
     lines = [
         machine_line(machine(torch.device("cpu"))),
         "",
-        "| model | convolutions | from rows | theory | speed-up | realised | error |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | convolutions | from rows | theory | speed-up | realised | full mask / dense | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        cells = (row.model, row.convs, f"{row.from_rows:.0%}", f"{row.theory:.2f}", f"{row.speedup:.2f}", f"{row.realised:.2f}", row.fault or f"{row.error:.0e}")  # fmt: skip
+        cells = (row.model, row.convs, f"{row.from_rows:.0%}", f"{row.theory:.2f}", f"{row.speedup:.2f}", f"{row.realised:.2f}", f"{row.full:.2f}", row.fault or f"{row.error:.0e}")  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     (folder / "models.md").write_text("\n".join(lines) + "\n")
 

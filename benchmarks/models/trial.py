@@ -7,6 +7,7 @@ import math
 import statistics
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Trial:
 
     Attributes:
         convs: calls of a convolution in a forward. from_rows: the share that read packed rows.
-        dense_ms, ours_ms: medians of the faster memory format each.
+        dense_ms, ours_ms, full_ms: medians of the faster memory format each; full_ms: ours with a full mask.
+        compiled_ms: of the dense model by ``torch.compile``; 0: not measured.
         error: against the meaning of the mask in plain PyTorch, on the dense model.
         full_error: with a full mask, against the dense model.
         hooked_error: with a hook on each module, so that all run layer by layer, against without.
@@ -46,6 +48,8 @@ class Trial:
     theory: float = 0.0
     dense_ms: float = 0.0
     ours_ms: float = 0.0
+    full_ms: float = 0.0
+    compiled_ms: float = 0.0
     error: float = 0.0
     full_error: float = 0.0
     hooked_error: float = 0.0
@@ -54,7 +58,13 @@ class Trial:
 
     @property
     def speedup(self) -> float:
-        return self.dense_ms / self.ours_ms if self.ours_ms else 0.0
+        """Over the fastest dense version that was measured."""
+        return min(self.dense_ms, self.compiled_ms or math.inf) / self.ours_ms if self.ours_ms else 0.0
+
+    @property
+    def full(self) -> float:
+        """The time with a full mask, as a share of the dense time."""
+        return self.full_ms / self.dense_ms if self.dense_ms else 0.0
 
     @property
     def realised(self) -> float:
@@ -62,25 +72,25 @@ class Trial:
 
     def record(self) -> dict:
         """The row as plain data."""
-        return asdict(self) | {"speedup": self.speedup, "realised": self.realised}
+        return asdict(self) | {"speedup": self.speedup, "realised": self.realised, "full": self.full}
 
 
-COLUMNS = [field.name for field in fields(Trial)] + ["speedup", "realised"]
+COLUMNS = [field.name for field in fields(Trial)] + ["speedup", "realised", "full"]
 
 
-def run(entry: zoo.Entry, batch: int, seconds: float) -> Trial:
-    """The trial of a model; ``seconds`` is the time for its timing."""
+def run(entry: zoo.Entry, batch: int, seconds: float, compiles: bool = False) -> Trial:
+    """The trial of a model; ``seconds`` is the time for its timing. ``compiles``: the dense model is compiled too."""
     trial = Trial(entry.name, batch)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            _run(trial, entry, batch, seconds)
+            _run(trial, entry, batch, seconds, compiles)
     except Exception as error:  # a model may raise anything, and the others go on
         trial.fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     return trial
 
 
-def _run(trial: Trial, entry: zoo.Entry, batch: int, seconds: float) -> None:
+def _run(trial: Trial, entry: zoo.Entry, batch: int, seconds: float, compiles: bool) -> None:
     torch.manual_seed(0)
     model, inputs = _randomised(entry.make().eval()), entry.inputs(batch)
     mask = _mask(entry, batch)
@@ -99,7 +109,9 @@ def _run(trial: Trial, entry: zoo.Entry, batch: int, seconds: float) -> None:
         meant = model(*inputs)
     trial.convs, trial.theory = policy.calls, policy.dense / policy.computed
     trial.from_rows, trial.error = read.share, _difference(ours, meant)
-    trial.dense_ms, trial.ours_ms = _times(model, converted, inputs, mask, seconds)
+    times = _times(model, converted, inputs, mask, seconds, compiles)
+    trial.dense_ms, trial.ours_ms, trial.full_ms = times["dense"], times["ours"], times["full"]
+    trial.compiled_ms = times.get("compiled", 0.0)
     trial.hooked_error = _difference(_hooked(converted, inputs, mask), ours)
     trial.fault = _fault(trial, model, converted, inputs, mask, masks)
 
@@ -140,22 +152,28 @@ def _hooked(converted: nn.Module, inputs: tuple, mask: Tensor):
 
 
 def _times(
-    dense: nn.Module, converted: nn.Module, inputs: tuple, mask: Tensor, seconds: float
-) -> tuple[float, float]:
+    dense: nn.Module, converted: nn.Module, inputs: tuple, mask: Tensor, seconds: float, compiles: bool
+) -> dict[str, float]:
+    """Medians in ms of the faster memory format each, all taken in turn."""
+
+    def ours(x: tuple, mask: Tensor):
+        with dynops.use_mask(mask):
+            return converted(*x)
+
     calls = {}
     for memory_format in _FORMATS:
         x = tuple(t.contiguous(memory_format=memory_format) for t in inputs)
         own = copy.deepcopy(dense).to(memory_format=memory_format)
-        calls["dense", memory_format] = lambda own=own, x=x: own(*x)
-
-        def ours(x=x):
-            with dynops.use_mask(mask):
-                return converted(*x)
-
-        calls["ours", memory_format] = ours
+        calls["dense", memory_format] = partial(own, *x)
+        calls["ours", memory_format] = partial(ours, x, mask)
+        calls["full", memory_format] = partial(ours, x, torch.ones_like(mask))
+        if compiles:
+            calls["compiled", memory_format] = partial(torch.compile(own), *x)
     times = all_times(calls, inputs[0].device, Budget(seconds, 5, 60, calls=1))
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    return tuple(min(ms for (who, _), ms in medians.items() if who == name) for name in ("dense", "ours"))
+    best: dict[str, float] = {}
+    for (who, _), values in times.items():
+        best[who] = min(best.get(who, math.inf), statistics.median(values))
+    return best
 
 
 def _fault(

@@ -71,11 +71,11 @@ def what_runs() -> dict[str, dict[str, str]]:
 
 
 def build_info() -> dict:
-    """Returns what the binary was built with, and what runs where.
+    """Describes the binary: its versions, and the backend of each op on each device.
 
     Returns:
         Versions, instruction sets (``cpu_isas``, the one in use ``cpu_isa``), CUDA architectures (``cuda_archs``), and
-        ``ops``: by the name of a public op or plan, then "cpu" or "cuda", what it runs on in float32 and half
+        ``ops``: for each public op or plan, and "cpu" or "cuda", the backend in float32 and half
         precision: "cpp", "cuda" (CUDA C++), "triton" or "reference" (plain PyTorch). On a GPU a convolution of pixels
         from fewer than 16 channels in one group takes the reference instead, unless "triton" is named.
 

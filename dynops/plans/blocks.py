@@ -265,8 +265,8 @@ def changed_blocks(
     Args:
         previous, current: ``[N, C, H, W]`` of one shape, dtype and device.
         block_size: pixels of a block, ``int`` or ``(height, width)``; with a layer, the layer's.
-        tolerance: a pixel has changed where any channel differs by more than this, or is NaN in either map.
-        layer: a :class:`dynops.nn.SparseBlocks` whose input the maps are.
+        tolerance: a pixel has changed if any channel differs by more than this, or is NaN in either map.
+        layer: the :class:`dynops.nn.SparseBlocks` that reads the maps.
 
     Returns:
         The plan of the maps' resolution, or of the layer's output. Compact (capacity form inside

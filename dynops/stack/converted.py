@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import context
+from ..modes import refuse_tracing
 from .layers.base import NoTensor
 from .maps import as_map, check_inputs, constant_conv, follow, inside, layer_input, may_follow, name_module
 from .program import Program
@@ -172,6 +173,8 @@ def _forward_of(base: type[nn.Module]) -> Callable:
         active = context.current()
         if active is None or _TRACE not in self.__dict__:  # a slice of a converted nn.Sequential has none
             return base.forward(self, *args, **kwargs)
+        if not is_compiling():
+            refuse_tracing()  # before the tracer warns of each size that is read
         if not may_follow() or inside() or is_compiling():  # an export may not ask for sizes
             return _under_mask(base, self, args, kwargs, active)
         check_inputs(self, args, kwargs, active)
@@ -253,6 +256,7 @@ def _members(base: type[nn.Module], forward: Callable, new: Callable) -> dict:
         "__setstate__": __setstate__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
+        "__qualname__": base.__qualname__,  # transformers finds the layers that it records by str of the class
         "__doc__": base.__doc__,
         "__init_subclass__": classmethod(lambda cls, **options: None),
         "_dynops_base": base,

@@ -19,7 +19,7 @@ from .layers.base import Rows
 from .layers.pool import sample_of, spread_over
 from .layers.resample import Padded, picked, rows_at
 from .maps import SparseMap, bare, normed
-from .maps.layout import NCHW
+from .maps.layout import NCHW, NCS
 from .masked_output import under_mask
 from .sequences import Sequence
 
@@ -33,7 +33,8 @@ def run_rows(stack: Stack, inputs, policy, maps: bool = False, as_map: bool = Fa
         as_map: the output is a map too.
     """
     run = Run(stack, inputs, policy, maps, as_map)
-    for part in stack.parts(tuple([run.kind(value) for value in range(len(inputs))])):
+    parts = stack.parts(tuple([run.kind(v) for v in range(len(inputs))])) if run.direct else stack.layers
+    for part in parts:
         if type(part) is not Sequence:
             run.layer(part)
         elif part.run(run):
@@ -107,9 +108,14 @@ class Run:
         """A convolution that waits; see :func:`maps.convolution.bare`."""
         return bare(*arguments, self.policy.active)
 
-    def normed(self, norm: nn.Module, waiting: SparseMap) -> SparseMap:
-        """A norm of a convolution that waits, computed with it."""
-        return normed(norm, waiting)
+    def pixels_in_one_axis(self, value: int) -> SparseMap | None:
+        """A value that is a map ``[N, C, H * W]``."""
+        found = self.found(value)
+        return found if type(found) is SparseMap and found.axes == NCS else None
+
+    def normed(self, norm: nn.Module, x: SparseMap) -> SparseMap:
+        """A norm of a map; of a convolution that waits it is computed with it."""
+        return normed(norm, x)
 
     def rows_of(self, value: int) -> Rows | None:
         """A value that exists as rows, or None."""

@@ -174,7 +174,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
             )
     input_names, steps, values, output = made
     if not whole and not any(step.kind == "conv" or _is_call_of(step, module, kinds) for step in steps):
-        raise Untraceable("its forward calls no converted convolution")
+        raise Untraceable("its forward calls no converted convolution outside of unfused modules")
     if any(step.kind == "attr" and step.out == output for step in steps):
         raise Untraceable("its output is a parameter")
     inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))

@@ -45,7 +45,8 @@ class Mask:
         if len(shape) not in (2, 3) or min(shape) < 1:
             raise ValueError(f"mask: expected [H, W] or [N, H, W] with pixels, got shape {shape}")
         if len(shape) == 3 and shape[0] not in (1, samples):
-            raise ValueError(f"mask: expected one for {samples} images or for all, got shape {shape}")
+            wanted = "1" if samples == 1 else f"1 or {samples}"
+            raise ValueError(f"mask: expected [H, W], or [N, H, W] with N = {wanted}, got shape {shape}")
         self.batched, self.one, self.size = len(shape) == 3, shape[0] == 1, shape[-2:]
 
     def at(self, sample: int, sizes: tuple[int, int], rows: slice, columns: slice) -> Tensor:

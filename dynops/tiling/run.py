@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import context
 from ..geometry import is_int
 from .arrays import Image, Mask, any_in, check_out, put, under
 from .blend import Band
@@ -40,13 +41,13 @@ def tiles(
 
         logits = dynops.tiles(model, slide, tissue, tile=1024)
 
-    A model whose outputs depend on a limited part of the image (convolutions, pools, norms in eval mode, upsampling by whole
-    numbers) gives at each active pixel what it gives on the whole image, to rounding. How far it sees, and at which
-    multiples it may be cut, is measured on strips of noise: up to some thirty runs on at most 64 x 4096 pixels. Tiles
-    overlap by as much as that asks for. Any other model (attention, squeeze-excite, GroupNorm, global pools) runs on overlapping
-    windows of ``tile`` pixels, whose outputs are averaged with weights that fall towards the edges of a window.
+    A model is local if each output depends on a limited part of the image, as in convolutions, pools, norms in eval mode and
+    upsampling by whole numbers. At each active pixel a local model has the result of the whole image, to rounding. Its
+    reach, and the multiples at which it may be cut, are measured on strips of noise: up to some thirty runs on at most
+    64 x 4096 pixels. Tiles overlap by the reach. Any other model (attention, squeeze-excite, GroupNorm, global pools)
+    runs on overlapping windows of ``tile`` pixels. Their outputs are averaged with weights that fall towards the edges.
 
-    Gradients are not computed. Each part of the image is read when it is needed; nothing else of it is.
+    Gradients are not computed. Only the parts of the image that a tile needs are read.
 
     Args:
         model: a module in eval mode, or a function, from ``[B, C, h, w]`` to a map, or to a tuple, list or dict of maps.
@@ -74,7 +75,7 @@ def tiles(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, a model in training mode, ``exact=True`` for a model that is
-            not local (the message says why), or outputs that are no floating maps.
+            not local (the message says why), outputs that are no floating maps, or a call inside ``dynops.use_mask``.
     """
     job = Job(model, image, mask, prepare, nodata, channels_last, batch_size, progress, out)
     return job.run_all(tile, exact, overlap)
@@ -107,6 +108,11 @@ class Job:
     def __init__(self, model, image, mask, prepare, nodata, channels_last, batch_size, progress, out):
         if not callable(model):
             raise TypeError(f"model: expected a module or a function, got {type(model).__name__}")
+        if context.current() is not None:
+            raise ValueError(
+                "dynops.tiles: expected a call outside of dynops.use_mask, whose mask would be stretched over each tile: "
+                "pass the mask of the image as mask="
+            )
         if isinstance(model, nn.Module) and model.training:
             raise ValueError(
                 "model: expected a module in eval mode, got one in training mode: call model.eval()"

@@ -114,3 +114,19 @@ def test_errors():
         use_pixel_mask(3)
     with pytest.raises(TypeError, match="called with a pixel_mask, as DETR's is, got Linear with 0"):
         use_pixel_mask(torch.nn.Linear(1, 1))
+
+
+def test_hidden_states_are_those_of_the_layers():
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
+    config = transformers.SegformerConfig(**sizes, decoder_hidden_size=16)
+    model, x = transformers.SegformerForSemanticSegmentation(config).eval(), torch.randn(1, 3, 64, 64)
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    with torch.no_grad():
+        with dynops.use_mask(torch.ones(1, 8, 8)):
+            out = model(x, output_hidden_states=True)
+        expected = dense(x, output_hidden_states=True)
+    states = zip(out.hidden_states, expected.hidden_states, strict=True)
+    for one, other in ((out.logits, expected.logits), *states):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -107,7 +107,7 @@ def test_report():
     assert isinstance(model["up"], SparseConvTranspose2d) and type(model["excluded"]) is nn.Conv2d
     assert set(report.skipped) == {"conv1d", "lazy", "sparse", "pool", "excluded"}
     assert report.skipped["excluded"] == "filter_fn" and report.skipped["sparse"] == "already sparse"
-    assert "conv: SparseConv2d" in str(report) and "skipped: 5" in str(report)
+    assert "\n  1 SparseConv2d\n" in str(report) and "skipped: 5" in str(report)
     dynops.revert_(model)
     assert type(model["conv"]) is nn.Conv2d and type(model["sparse"]) is SparseConv2d
 

@@ -169,6 +169,7 @@ UNARY = {
     "norm": lambda x: F.batch_norm(x, SHIFT, SCALE.abs() + 1, SCALE, SHIFT),
     "norm, relu": lambda x: F.relu(F.batch_norm(F.conv2d(x, WEIGHT, padding=1), SHIFT, SCALE.abs() + 1, SCALE, SHIFT)),
     "group norm": lambda x: F.group_norm(x, 3, SCALE, SHIFT, 1e-5),
+    "norms of pixels in one axis": lambda x: (F.group_norm(x.flatten(2), 3, SCALE, SHIFT) + F.instance_norm(x.flatten(2))).view(x.shape),
     "squeeze": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True) @ torch.ones(1, 1, dtype=x.dtype)),
     "pooled": lambda x: x + F.adaptive_avg_pool2d(x, 1),
     "pooled by a window": lambda x: x + F.avg_pool2d(x, x.shape[2:]) * F.avg_pool2d(x, kernel_size=list(x.shape[2:]), padding=0),

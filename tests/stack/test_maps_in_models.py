@@ -80,6 +80,7 @@ class Traced(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.first, self.last, self.function = nn.Conv2d(C, C, 3, padding=1), nn.Conv2d(C, 4, 1), function
+        self.groups = nn.GroupNorm(2, C)
         self.norm, self.up, self.down = nn.LayerNorm(C), nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
         self.squeezed = nn.Conv2d(C, C, 1)
         self.act, self.drop, self.pool = nn.GELU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(4)
@@ -91,6 +92,7 @@ class Traced(nn.Module):
 TRACED = {
     "mlp": lambda m, x: m.down(m.act(m.up(m.norm(m.first(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2) + 1,
     "squeezed": lambda m, x: m.squeezed(m.first(x).mean((2, 3), keepdim=True)) + m.first(x) + 1,
+    "pixels in one axis": lambda m, x: m.groups(m.first(x).flatten(2)).view(x.shape) + 1,
     "moved": lambda m, x: F.pad(m.first(x), (-1, 1, 2, -2)) + 1,
     "dropout": lambda m, x: m.down(m.drop(m.up(m.first(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + 1,
     "input": lambda m, x: m.pool(

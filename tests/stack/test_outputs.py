@@ -49,9 +49,9 @@ def test_several_outputs(kind, inner):
     report = dynops.convert_(model)
     assert list(report.fused) == (["inner"] if inner else [""])
     x, mask = torch.randn(2, 3, 16, 16), torch.rand(2, 8, 8) < 0.4
-    for model in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+    for copied in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         with torch.no_grad(), dynops.use_mask(mask):
-            made = model(x)
+            made = copied(x)
         with torch.no_grad(), MaskedPolicy(mask):
             expected = dense(x)
         assert type(made) is type(expected)
@@ -59,7 +59,7 @@ def test_several_outputs(kind, inner):
         same = (made["a"] is made["again"], made["input"] is x) if kind != "pair" else (made.rest[1][0] is x,)
         assert all(same)
         with torch.no_grad():
-            torch.testing.assert_close(model(x), dense(x))
+            torch.testing.assert_close(copied(x), dense(x))
     with dynops.use_mask(mask):
         sum(t.sum() for t in pytree.tree_leaves(model(x)) if isinstance(t, torch.Tensor)).backward()
     grads = [p.grad for p in model.parameters()]
@@ -83,7 +83,8 @@ class Decoder(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)])
 
     def forward(self, features):
-        height, width = [feature.shape[2:] for feature in features][0]
+        sizes = [feature.shape[2:] for feature in features]
+        height, width = sizes[0]
         for conv in self.convs:
             features = [F.relu(conv(feature)) for feature in features]
         return [F.interpolate(feature, size=(height, width)) for feature in features]
@@ -196,6 +197,24 @@ def test_blocks_of_several_inputs_by_themselves():
             torch.testing.assert_close(made, call(*dense), rtol=2e-5, atol=2e-5)
     with dynops.use_mask(mask), pytest.raises(TypeError, match="temb"):
         block(x)
+
+
+def test_an_export_of_several_inputs():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Resnet().eval()
+            dynops.convert_(self.block)
+
+        def forward(self, x, temb, mask):
+            with dynops.use_mask(mask):
+                return self.block(x, temb)
+
+    torch.manual_seed(0)
+    model, example = Masked(), (torch.randn(2, 8, 8, 8), torch.randn(2, 5), torch.rand(2, 8, 8) < 0.4)
+    with torch.no_grad():
+        program = torch.export.export(model, example)
+        torch.testing.assert_close(program.module()(*example), model(*example), rtol=2e-5, atol=2e-5)
 
 
 def test_an_input_that_is_written_into_is_left_to_python():

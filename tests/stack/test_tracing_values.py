@@ -54,3 +54,25 @@ def test_isinstance_is_pythons_again():
     before = builtins.isinstance
     assert "" in dynops.convert_(model_of("isinstance")).fused
     assert builtins.isinstance is before and "built-in" in repr(before)
+
+
+class Hooks(nn.Module):
+    """It hooks its layer in the first call, as transformers' models do that return hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last, self.seen = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1), []
+
+    def forward(self, x):
+        if not self.conv._forward_hooks:
+            self.conv.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
+        return self.last(self.conv(x))
+
+
+def test_a_trace_leaves_no_hook():
+    model = Hooks()
+    assert "changes its modules" in dynops.convert_(model).unfused[""]
+    assert not model.conv._forward_hooks
+    with dynops.use_mask(torch.ones(2, 6, 6)):
+        model(torch.randn(2, 3, 6, 6))
+    assert len(model.seen) == 1

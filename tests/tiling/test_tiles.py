@@ -239,7 +239,7 @@ def test_dtypes_batches_and_bars(capsys):
         ({"model": nn.Flatten().eval()}, r"model: expected floating maps.*\(1, .*Flatten"),
         ({"model": lambda x: x.argmax(1, True)}, r"model: expected floating maps.*int64"),
         ({"image": torch.ones(3, 4)}, r"image: expected \[C, H, W\].*\(3, 4\)"),
-        ({"mask": torch.ones(2, 4, 4)}, r"mask: expected one for 1 images"),
+        ({"mask": torch.ones(2, 4, 4)}, r"mask: .*with N = 1, got"),
         ({"mask": torch.ones(4)}, r"mask: expected \[H, W\]"),
         ({"tile": 0}, r"tile: expected"),
         ({"tile": 10, "overlap": 10}, r"overlap: expected"),
@@ -254,6 +254,12 @@ def test_values_that_do_not_fit(change, message):
     given = {"model": nn.ReLU().eval(), "image": torch.randn(3, 80, 80), "tile": 60} | change
     with pytest.raises(ValueError, match=message):
         dynops.tiles(given.pop("model"), given.pop("image"), **given)
+
+
+def test_a_context_is_refused():
+    with dynops.use_mask(torch.ones(1, 4, 4)) as active, pytest.raises(ValueError, match="mask="):
+        active._used = True  # no warning
+        dynops.tiles(nn.ReLU().eval(), torch.randn(3, 80, 80))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Every Python block of README.md and of docs/ runs, and every number comes from the committed results."""
 
+import csv
 import re
 import shutil
 import socket
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -55,6 +57,19 @@ def test_numbers_are_those_of_the_results(tmp_path):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), (
             f"{page}: python -m benchmarks readme"
         )
+
+
+def test_numbers_of_real_models_are_those_of_the_tables():
+    page = (ROOT / "docs" / "howto" / "sparse-resnet.md").read_text()
+    said = re.findall(r"^\| `(models-.*?\.csv)` \|(.*)\|$", page, re.MULTILINE)
+    assert len(said) == 2
+    for name, cells in said:
+        rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / name).open()))
+        slowest = min(rows, key=lambda row: float(row["speedup"]))
+        speedup, realised = (median(float(row[key]) for row in rows) for key in ("speedup", "realised"))
+        right = f"{len(rows)} | {rows[0]['batch']} | {speedup:.2f}x | {realised:.2f} | "
+        right += f"{float(slowest['speedup']):.2f}x, {slowest['model'].rpartition('.')[2]}"
+        assert cells.strip() == right, name
 
 
 def test_readme_is_short():

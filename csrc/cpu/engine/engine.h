@@ -61,6 +61,8 @@ struct Gemm {
   Activation activation = Activation::kNone;
   Ahead ahead = {};     // asked for while this multiplies, a few lines at a time
   int32_t vectors = 0;  // of the one panel that `weight` is, at most wide_vectors; 0: panels of panel_width
+  const char* zero =
+      nullptr;  // the pointer of rows that are zero, or null: where a tile has no other, it skips
 };
 
 // Up to a few hundred rows: where they are read and written.

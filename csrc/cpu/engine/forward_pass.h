@@ -121,7 +121,8 @@ class ForwardPass {
                 .out_offset = group * group_out * element,
                 .scale = f_.affine.scale.data() + group * group_out,
                 .shift = f_.affine.shift.data() + group * group_out,
-                .activation = f_.activation};
+                .activation = f_.activation,
+                .zero = f_.source.zero};
       if (f_.converts()) {
         t.converted_in.resize(height * segments_);
         to_floats(t.in.data(), height * segments_, gemm.in_offset, f_.dtype, depth_, t.converted,
@@ -129,6 +130,7 @@ class ForwardPass {
         rows.in = t.converted_in.data();
         gemm.in = Dtype::kFloat32;
         gemm.in_offset = 0;
+        gemm.zero = nullptr;
       }
       kernels().gemm(gemm, rows, panels.begin, panels.end);
     }

@@ -169,6 +169,16 @@ struct Requests {
   }
 };
 
+// True for a segment of a tile whose rows are all inactive or outside of the input: most of those of
+// DeepLab's dilated convolutions.
+template <int MR>
+FORCE_INLINE bool is_zero(const char* const* in, const char* zero) {
+  if (in[0] != zero) return false;
+  bool same = true;
+  UNROLL for (int i = 1; i < MR; ++i) same &= in[i] == zero;
+  return same;
+}
+
 // One tile: MR rows by NV vectors of columns.
 template <int MR, int NV, bool kDot>
 static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& rows, const char* const* in,
@@ -187,8 +197,10 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
     if (next.in) prefetch_segment(g, next, s);
     requests.ask();
     const int64_t start = g.weight_start[s] * NV * Vec::kLanes;
+    const bool skip = is_zero<MR>(in, g.zero);
 #if defined(DYNOPS_ISA_BF16)
     if constexpr (kDot) {
+      if (skip) continue;
       multiply_segment_bf16<MR, NV>(acc, in, g.in_offset, g.depth, panel + start * 2);
       continue;
     }
@@ -200,7 +212,8 @@ static __attribute__((noinline)) void gemm_tile(const Gemm& g, const RowBlock& r
         kept.take(acc);
         length = 0;
       }
-      multiply_segment<MR, NV>(acc, in, g.in_offset + k * 4, depth, weight + k * NV * Vec::kLanes);
+      // the sums' lengths stay, so that a row's result does not depend on its neighbours in the tile
+      if (!skip) multiply_segment<MR, NV>(acc, in, g.in_offset + k * 4, depth, weight + k * NV * Vec::kLanes);
       length += depth;
     }
   }

@@ -254,7 +254,8 @@ void bilinear(const SequenceStep& step, const PlanView& in, const PlanView& out,
   for_rows(out.rows, 20 * channels, [&](int64_t r) {
     const Pixel p = g.out_pixel(out.index[r]);
     const int64_t top = step.channels[p.y], left = step.channels[g.out_h + p.x];
-    const int64_t bottom = std::min<int64_t>(top + 1, g.in_h - 1), right = std::min<int64_t>(left + 1, g.in_w - 1);
+    const int64_t bottom = std::min<int64_t>(top + 1, g.in_h - 1),
+                  right = std::min<int64_t>(left + 1, g.in_w - 1);
     const auto at = [&](int64_t i, int64_t j) {
       const int32_t row = in.inverse[(p.n * g.in_h + i) * g.in_w + j];
       return row < 0 ? zero.data() : x + int64_t(row) * channels;

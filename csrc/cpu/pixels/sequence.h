@@ -34,9 +34,11 @@ enum class StepKind : int64_t {
   kLayerNorm,     // over the channels of a row
   kResponseNorm,  // global response normalisation: by the 2-norm of each channel over a sample's rows
   kGroupNorm,     // over groups of channels of a sample's rows; `channels` holds the number of groups
-  kBilinear,      // resizing: `channels` holds the first row, then column, that each reads; gamma and beta the
-                  // shares of the ones after them
+  kBilinear,  // resizing: `channels` holds the first row, then column, that each reads; gamma and beta the
+              // shares of the ones after them
 };
+
+constexpr StepKind kLastStepKind = StepKind::kBilinear;
 
 struct SequenceStep {
   StepKind kind;

@@ -209,7 +209,13 @@ def windows(
 
 
 def group_norm(
-    x: Tensor, index: Tensor, inverse: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    index: Tensor,
+    inverse: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """A GroupNorm of float32 rows ``[P, C]`` over each sample's rows. ``inverse``: ``[N, H, W]``."""
     vectors = (*(0 if v is None else v.data_ptr() for v in (weight, bias)), eps)

@@ -26,15 +26,19 @@ class SparseBlocks(nn.Module):
     Called as ``layer(x, mask_or_plan, base)``; without a mask, inside ``with dynops.use_mask(mask):`` the
     mask is the active one, resized to the output's resolution; without either it is ``module(x)``.
 
-    What a block reads is derived from the module by a receptive-field trace, so that the result is the
-    dense one, up to rounding, in every active block, also at the border of the map: a layer inside reads
-    there what it reads in the dense module (zeros, or what its padding is), not what lies in a tile.
+    A receptive-field trace of the module gives the inputs that a block reads. So in every active block the result is the
+    dense one, up to rounding, also at the border of the map. There a layer inside reads its own padding, as in the
+    dense module, and no pixel of a neighbouring tile.
 
-    Takes any module whose forward torch.fx can trace (one input, one output) and that holds only these:
-    Conv2d and ConvTranspose2d with zero padding, BatchNorm2d in eval mode, MaxPool2d, AvgPool2d, Upsample
-    (nearest and bilinear, integer factors), PixelShuffle, ZeroPad2d, elementwise activations, Dropout in eval mode, their
-    functional forms, sums, differences and products of maps, parameters of one value for each channel,
-    cat of channels, and LayerNorm, RMSNorm and Linear between two permutes (ConvNeXt's blocks). It is traced at construction, and anew where a module inside was replaced.
+    torch.fx must be able to trace the module's forward, with one input and one output. It may hold
+
+    - Conv2d and ConvTranspose2d with zero padding, MaxPool2d, AvgPool2d, PixelShuffle, ZeroPad2d, and Upsample (nearest
+      and bilinear, integer factors);
+    - BatchNorm2d and Dropout in eval mode, elementwise activations, and the functional forms of all these;
+    - sums, differences and products of maps, parameters of one value for each channel, cat of channels;
+    - LayerNorm, RMSNorm and Linear between two permutes (ConvNeXt's blocks).
+
+    It is traced at construction, and again after a module inside was replaced.
 
     Args:
         module: the stack; its parameters are found under ``module.`` in the ``state_dict``.
@@ -42,11 +46,11 @@ class SparseBlocks(nn.Module):
             its input, a multiple of the factor.
         path: "rows" runs on packed rows (``[P, C]``, the pixels that each layer needs, no halo is copied;
             stacks of convolutions, norms, activations and sums only); "tiles" gathers the blocks of the
-            input with their halo and runs torch's own layers on them; None takes rows where they can run, else
-            tiles, and the module itself where all blocks are active. On a CPU None also takes the module itself, with a
-            mask, where the blocks and their halos are so much of the map that it wins. Where break-even densities of
-            these layers were measured on this architecture of GPU, None takes what they say: rows, tiles, or the module
-            itself with a mask. (A capacity plan's density is not known, and a compiler asks for none.)
+            input with their halo and runs torch's own layers on them; None takes rows if they can run, else
+            tiles, and the module itself if all blocks are active. On a CPU None also takes the module itself, with a
+            mask, if the blocks and their halos are so much of the map that it wins. On a GPU None takes rows, tiles, or
+            the module itself by measured break-even densities, if its architecture has them. (A capacity plan's density is
+            not known, and a compiler asks for none.)
 
     Shape:
         - x: ``[N, C, H, W]``, either memory format.
@@ -57,8 +61,8 @@ class SparseBlocks(nn.Module):
         - output: ``where(block active, module(x), base)``, memory format of ``x``.
 
     Raises:
-        TypeError: at construction, or at the call for what was changed since (a norm or dropout in
-            training mode, a hook): a layer that cannot run on blocks, by name.
+        TypeError: a layer that cannot run on blocks, by name: at construction, or at the call after a change (a norm or
+            dropout in training mode, a hook).
         ValueError: an argument that does not fit, with what was expected and what came.
 
     Paper: Ren et al., SBNet: Sparse Blocks Network (CVPR 2018).

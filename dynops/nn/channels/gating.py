@@ -166,10 +166,10 @@ class GroupedDynamicConv2d(ExactBuffers):
 
 
 class ChannelGatedConv2d(nn.Conv2d):
-    """A convolution that reads the first 1/p of its input channels everywhere, and the rest where it matters.
+    """A convolution that reads the first 1/p of its input channels everywhere, and the rest behind a gate.
 
-    The sum over the first channels, normalised, is compared with a learned threshold for each output channel: where it
-    is over it, the rest of the input channels is added. ``state_dict`` is that of the published ``CGConv2d``:
+    The gate compares the normalised sum over the first channels with a learned threshold of each output channel. If the
+    sum is larger, the rest of the input channels is added. ``state_dict`` has the keys of the published ``CGConv2d``:
     ``weight``, ``bias``, ``threshold`` ``[1, O, 1, 1]``, ``mask`` (which weights belong to the first sum) and
     ``bn.running_mean`` and the like.
 
@@ -181,7 +181,7 @@ class ChannelGatedConv2d(nn.Conv2d):
         shuffle: shuffle the input channels between p groups first.
         p: partitions of the input channels.
         th: the threshold's initial value.
-        alpha: slope of the gate's surrogate gradient, that of ``sigmoid(alpha * (bn(partial) - threshold))``.
+        alpha: slope of the gate's surrogate gradient, the gradient of ``sigmoid(alpha * (bn(partial) - threshold))``.
 
     Attributes:
         num_out, num_full: outputs of the last call, and how many of them had all channels.

@@ -17,11 +17,11 @@ from ..dtypes import Returned
 
 
 class ConvExperts(nn.Module):
-    """Branches of which each sample of a batch runs the ones that a gate chose.
+    """Branches, and a gate that chooses the branches of each sample.
 
-    A branch that was chosen runs once, on a batch of the samples that chose it; one that nobody chose does not run. The
-    output is the weighted sum of the chosen branches (DRNet), or with ``combine="concat"`` all branches side by side, zero
-    where a sample does not run one, for a combiner that comes next (HydraNet).
+    A chosen branch runs once, on a batch of the samples that chose it; a branch that no sample chose does not run. The
+    output is the weighted sum of the chosen branches (DRNet). With ``combine="concat"`` it has all branches side by side,
+    zero if a sample does not run one, for a combiner that comes next (HydraNet).
 
     Args:
         branches: E modules ``[n, C, ...] -> [n, O, ...]`` of equal output shape, which treat each sample by itself. A norm
@@ -38,10 +38,10 @@ class ConvExperts(nn.Module):
         - output: ``[N, O, ...]``, with "concat" ``[N, E * O, ...]``; zero where nothing ran. ``x``, the branches and
           ``topk_weight`` get their gradients.
 
-    Each call reads the number of samples of each branch back to the host. Where nobody chose anything, the first branch runs on
-    two samples of zeros for the shape of the output. The output's dtype is the widest that a branch returns, whoever was chosen:
-    where it would be narrower than float32, a branch that has not run yet runs on two samples, once. A branch that nobody chose gets no gradient, not a zero one:
-    DistributedDataParallel needs ``find_unused_parameters=True``.
+    Each call reads the number of samples of each branch back to the host. If no sample chose a branch, the first branch runs
+    on two samples of zeros for the shape of the output. The output's dtype is the widest that any branch returns, chosen or
+    not. If it would be narrower than float32, a branch that has not run yet runs on two samples, once. The gradient of a
+    branch that no sample chose is None: DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, with what was expected and what came.

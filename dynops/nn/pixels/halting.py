@@ -19,9 +19,9 @@ from ..samples.halting import HaltingOutput
 class SpatialHalting(nn.Module):
     """Spatially adaptive computation time: a stage of residual units, on pixels that leave it one by one.
 
-    Called as ``output, ponder, steps = layer(x)``. With ``x_0 = x``, ``x_l = x_{l-1} + unit_l(x_{l-1})`` at
-    the pixels that have not halted and ``x_l = x_{l-1}`` at the others, and ``h_l = halt_l(x_l)``, a pixel
-    runs N units, the smallest N with ``h_1 + … + h_N >= 1 - epsilon``, at most all, and::
+    Called as ``output, ponder, steps = layer(x)``. Let ``x_0 = x``, and ``h_l = halt_l(x_l)``. At pixels that have not
+    halted ``x_l = x_{l-1} + unit_l(x_{l-1})``, at the others ``x_l = x_{l-1}``. A pixel runs N units, the smallest N with
+    ``h_1 + … + h_N >= 1 - epsilon``, at most all, and::
 
         R = 1 - (h_1 + … + h_{N-1})                                      the remainder
         output = h_1 x_1 + … + h_{N-1} x_{N-1} + R x_N                   or x_N with weighted=False
@@ -36,11 +36,10 @@ class SpatialHalting(nn.Module):
             :class:`~dynops.PixelPlan` (elsewhere it is not read) or, without one, everywhere; for example
             :class:`SparseSequential`. Without an activation after the sum, as in a pre-activation residual
             unit. In training mode a BatchNorm takes its statistics from the pixels that are computed.
-        halts: modules ``halt(x) -> score``, a probability in [0, 1] for each pixel, ``[N, 1, H, W]``, NaN
-            counting as 0, or a :class:`dynops.gates.Decision`, of which the score counts (with
-            ``weighted=False`` the mask): one for each unit but the last, after which everything halts. A
-            score is computed everywhere and read at the pixels that run.
-            :class:`dynops.gates.SpatialHaltingHead` is the paper's.
+        halts: modules ``halt(x) -> score``, one for each unit but the last, after which all pixels halt. A score is
+            a probability in [0, 1] for each pixel, ``[N, 1, H, W]``; NaN counts as 0. It may be a
+            :class:`dynops.gates.Decision`: then its score counts, with ``weighted=False`` its mask. A score is computed
+            everywhere and read at the pixels that run. :class:`dynops.gates.SpatialHaltingHead` is the paper's.
         first: a module ``x -> x_1`` that runs everywhere, before ``units``, and may change channels and
             resolution; it counts as a unit and has a halt. None: ``units[0]`` is it, and runs everywhere.
         epsilon: lets a pixel halt after one unit.
@@ -51,7 +50,7 @@ class SpatialHalting(nn.Module):
             BatchNorm in training mode: its statistics are then those of the whole map, as published code
             trains it. An attribute: it may be changed at any time.
         max_fraction: the largest share of the batch's pixels that goes on after a unit,
-            ``floor(max_fraction * N * H * W)``: those whose scores have the smallest sum; the others halt.
+            ``floor(max_fraction * N * H * W)``: the pixels with the smallest sums of scores; the others halt.
             None: no bound.
 
     Shape:

@@ -56,7 +56,8 @@ class MaskedGroupNorm(_MaskedNorm, nn.GroupNorm):
     """``nn.GroupNorm`` that norms the pixels of a mask and is zero elsewhere.
 
     See :class:`MaskedBatchNorm2d` for the call. The mean and variance of a sample's group are over its active pixels,
-    in both modes. Where one value is active, the variance is 0. Inputs that are not ``[N, C, H, W]`` are normed whole.
+    in both modes. This holds for a map that a model views as ``[N, C, H * W]`` too. With one active value the variance is 0.
+    Other inputs that are not ``[N, C, H, W]`` are normed whole.
 
     Paper: Wu and He, Group Normalization (ECCV 2018).
     """

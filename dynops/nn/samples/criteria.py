@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
 
 
 class Criterion(ExactBuffers):
-    """A confidence for each sample, and a threshold for each exit: who reaches it leaves.
+    """A confidence for each sample, and a threshold for each exit: a sample that reaches it leaves.
 
     A subclass has a method ``measure(logits, exit, state, memory) -> (confidence [n], memory)``. A confidence
     that is NaN
@@ -179,7 +179,7 @@ class Margin(Criterion):
 
 
 class Patience(Criterion):
-    """Leaves where the prediction has not changed for ``patience`` exits running.
+    """Lets a sample leave if its prediction has not changed for ``patience`` exits in a row.
 
     The confidence is the number of exits that agreed with the one before, from 0 at the first exit. A
     prediction with a NaN in it agrees with nothing.
@@ -187,8 +187,8 @@ class Patience(Criterion):
     Args:
         patience: an int >= 1, or one for each exit; it is the buffer ``threshold``.
         tolerance: None: predictions are classes, the argmax over dim 1 of ``[n, C]`` or ``[n, C, ...]``, and
-            all positions must agree. A number: they are values ``[n, ...]`` (regression), which agree where
-            each is within less than ``tolerance`` of what it was.
+            all positions must agree. A number: predictions are values ``[n, ...]`` (regression). They agree if
+            each moved by less than ``tolerance``.
 
     Paper: Zhou et al., BERT Loses Patience (NeurIPS 2020).
     """

@@ -202,12 +202,12 @@ class _Exits(nn.Module):
 
 
 class EarlyExit(_Exits):
-    """A chain of stages with an exit after each: samples leave where a criterion says so; the batch shrinks.
+    """A chain of stages with an exit after each: a criterion lets samples leave, and the batch shrinks.
 
     ``state = stages[e](state); logits = heads[e](state)`` for e = 0 … E - 1. In eval mode the criterion
-    decides after each exit who leaves; the state of the others is compacted once, and a sample's logits go to
-    its own slot. The last exit takes the rest. Where nobody leaves nothing is copied; where everybody has
-    left the later stages do not run.
+    chooses after each exit the samples that leave. The state of the others is compacted once, and a sample's logits
+    go to its own slot. The last exit takes the rest. If no sample leaves, nothing is copied; if all have left, the
+    later stages do not run.
 
     In training mode, or with ``all_exits=True``, every exit sees every sample. With ``all_exits=False``
     samples leave in training too (ELF), with gradients; BatchNorm then takes its statistics from the samples
@@ -226,15 +226,15 @@ class EarlyExit(_Exits):
         max_fraction: the largest share of the batch that may go on past an exit, a number in [0, 1] or one
             for each exit: ``floor(max_fraction * N)`` samples. If more want to, the least confident go on and
             the others are made to leave: a hard cap on computation, also under a slowdown attack.
-        gradient_equilibrium: multiplies the gradient by 1 / (E - e) before head e and by
-            (E - e - 1) / (E - e) after it, in all floating tensors of the state (IMTA). A head that returns a
-            state is on its path: what passes through it is multiplied by E - e - 1 behind it.
-        shared: which parts of a state all samples share, so that they go on as they are: names (dict keys, fields, positions in
-            a tuple), or a dict ``{name: bool}``, where False says that a part has a row for each sample. It counts for all
-            that lies in that part. What is not named is decided by shape, where samples leave: a tensor ``[n, ...]``, n
-            the samples that are there, has a row for each; scalars, ``[1, ...]`` and any other first size are
-            shared. Where both are possible, a tensor that was shared before stays so. A bool or floating
-            tensor ``[n, n]`` is taken as a mask of T = n positions, with a warning, unless it is the first
+        gradient_equilibrium: multiplies the gradient before head e by 1 / (E - e), and the gradient after it by
+            (E - e - 1) / (E - e), in all floating tensors of the state (IMTA). If a head returns a state, the
+            gradient behind it is multiplied by E - e - 1.
+        shared: the parts of a state that all samples share, and that stay whole: names (dict keys, fields, positions in
+            a tuple), or a dict ``{name: bool}``, with False for a part that has a row for each sample. A name counts for
+            all that lies in its part. The shape decides about other tensors when samples leave. A tensor ``[n, ...]``, n
+            the samples that are there, has a row for each. Scalars, ``[1, ...]`` and any other first size are
+            shared. If both are possible, a tensor that was shared before stays shared. A bool or floating
+            tensor ``[n, n]`` is taken as a mask of T = n positions, with a warning. It is not, if it is the first
             tensor or has its shape. A cache (DynamicCache, StaticCache, EncoderDecoderCache, those of linear
             attention) has rows: stages after the exit get a smaller copy. The caller's cache keeps the rows
             of all samples and what the stages before the exit wrote.
@@ -315,11 +315,10 @@ class EarlyExit(_Exits):
 
 
 class Cascade(_Exits):
-    """Models of growing cost: each runs on the samples that those before it did not settle.
+    """Models of growing cost: each runs on the samples that the models before it did not settle.
 
     ``logits = models[i](x)`` for i = 0 … M - 1, on the samples that are left; the last model takes the rest.
-    Training mode, ``all_exits``, ``max_fraction``, what is returned and what is read back are those of
-    :class:`EarlyExit`.
+    Training mode, ``all_exits``, ``max_fraction``, the result and the reads of a GPU are as in :class:`EarlyExit`.
 
     Args:
         models: M modules, x -> logits ``[n, ...]`` of the same samples' shape, or, in eval mode,

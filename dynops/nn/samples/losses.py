@@ -35,7 +35,7 @@ class _Rescale(torch.autograd.Function):
 
 
 def gradient_rescale(x: Any, scale: float) -> Any:
-    """``x`` (a tensor or a pytree of them), whose gradient is multiplied by ``scale`` on its way back.
+    """Returns ``x``, a tensor or a pytree of tensors, and multiplies its gradient by ``scale``.
 
     Paper: Li et al., Improved techniques for training adaptive deep networks (ICCV 2019), gradient
         equilibrium.
@@ -145,7 +145,7 @@ def self_distillation_loss(
 
 
 def exit_probabilities(confidence: Exits) -> Tensor:
-    """``[E, N]``: the probability that a sample leaves at each exit, from that of leaving it once it is there.
+    """The probability ``[E, N]`` that a sample leaves at each exit, from its confidences.
 
     ``p[e] = confidence[e] * prod_{d < e} (1 - confidence[d])``; the last exit takes the rest.
 

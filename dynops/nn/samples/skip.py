@@ -36,7 +36,7 @@ class Skip(nn.Module):
         module: F, ``[K, ...] -> [K, ...]`` for any K >= 1, which treats each sample by itself. In training mode a
             BatchNorm in it takes its statistics from the kept samples, however few: over one sample of a 1x1 map it
             raises, over one sample of a larger map it works on that sample's statistics. Train with ``dense=True``
-            where statistics of the whole batch are wanted.
+            for statistics of the whole batch.
         shortcut: s, a module; None: the identity.
         mode: "residual" or "replace".
         dense: computes F for every sample and multiplies by the gate. The output is the same; the gate's gradient is
@@ -50,8 +50,8 @@ class Skip(nn.Module):
             nothing waits for the device.
         path: "samples" gathers the kept samples, calls F on them and scatters. "rows" runs F as
             :class:`SparseBlocks` does, on the pixels of the kept samples where they lie; its last convolution
-            writes into the output. Rows need an F of convolutions, norms in eval mode, activations and sums that
-            torch.fx can trace, an identity shortcut, and gates of 0 and 1; other calls gather. None takes the
+            writes into the output. F must then consist of convolutions, norms in eval mode, activations and sums
+            that torch.fx can trace. The shortcut must be the identity, and gates 0 and 1. Other calls gather. None takes the
             faster path. On a CPU, without gradients, that is rows if a 3x3 convolution of F runs as Winograd's.
             Else it is a gathered batch, in float32 with the norms in the weights. An attribute.
 
@@ -60,13 +60,13 @@ class Skip(nn.Module):
         - gate: ``[N]`` or ``[N, 1, ...]``: bool or integer (nonzero = kept, and g = 1), or floating, for example the
           hard-forward, soft-backward mask of :mod:`dynops.gates` (``decision.mask``). Or a :class:`~dynops.SamplePlan` that several
           layers share (g = 1).
-        - output: that of s and F, which must agree.
+        - output: the shape that s and F return; both must return the same.
 
     F and s are functions of values: ``x`` stays as it is where one of them writes into its input in place
     (``ReLU(inplace=True)``, ``x += 1``). The output has the dtype of the formula for every gate. If F or s
-    did not run, and its dtype is wider than the other's, the output is widened. (A module that has not run
-    yet runs once on two samples to tell, without gradients.) With all samples kept or none, the output may be
-    the tensor that F or s returned, ``x`` itself for an identity.
+    did not run, and its dtype is wider than the other's, the output is widened. (To know its dtype, a module that has
+    not run yet runs once on two samples, without gradients.) With all samples kept or none, the output may be
+    the tensor that F or s returned; with an identity it may be ``x`` itself.
 
     A parameter of F gets no gradient (None) where no sample ran: wrap a model in ``DistributedDataParallel`` with
     ``find_unused_parameters=True`` where a rank may skip F (or s), or train with ``dense=True``.

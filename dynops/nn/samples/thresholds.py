@@ -39,12 +39,12 @@ def fit_thresholds(
     *,
     confidence: Sequence[Tensor] | Tensor | None = None,
 ) -> FittedThresholds:
-    """Thresholds under which the mean cost of a sample is ``budget`` at most, and as near to it as they allow.
+    """Fits thresholds to a budget: the mean cost of a sample is ``budget`` at most, and as near to it as possible.
 
     MSDNet's procedure: a share proportional to ``q^e`` of the samples is to leave at exit e. At each exit but
     the last, the samples that are still there are sorted, the surest first. The threshold is the confidence
-    of the last sample in that share; whoever reaches it leaves. q is searched by bisection; the cost is that
-    of the exits which the thresholds really choose, ties included. (A larger budget buys more computation,
+    of the last sample in that share; a sample that reaches it leaves. q is searched by bisection, with the cost
+    of the exits that the thresholds choose, ties included. (A larger budget buys more computation,
     not always more accuracy.)
 
     Args:
@@ -53,7 +53,7 @@ def fit_thresholds(
         labels: int ``[N]``.
         budget: the mean cost that a sample may have, in the unit of ``costs``.
         costs: of a sample that leaves at each of E exits, everything until then included; not falling.
-        criterion: whose confidence counts; None: ``MaxSoftmax``. Its temperatures are used, its thresholds
+        criterion: computes the confidence; None: ``MaxSoftmax``. Its temperatures are used, its thresholds
             are not changed. A :class:`Patience` counts exits that agree: its thresholds are whole, and ties
             make the cost go in steps.
         confidence: of the first E - 1 exits, ``[N]`` each, instead of asking the criterion, where it reads

@@ -63,22 +63,22 @@ def partial_update(
     input_width: Tensor | int | None = None,
     dense: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One step in which each sample reads and updates the first rows of its state, and copies the others.
+    """Takes one step of a cell: each sample reads and updates the first rows of its state, and copies the others.
 
-    With e the mask of the first ``width`` rows and e' that of the first ``input_width`` features::
+    With e the mask of the first ``width`` rows and e' the mask of the first ``input_width`` features::
 
         e * cell(e' * x, e * h) + (1 - e) * h            (c of an LSTM like h)
 
     Samples of equal widths run together, on the upper left parts of the weights, which are not copied. A few
-    distinct widths are fast; round them where there are many.
+    distinct widths are fast; round them if there are many.
 
     Args:
         cell: ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` of I inputs and H rows.
         x: ``[N, I]``.
         state: h ``[N, H]``, of an LSTM ``(h, c)``.
         width: integers ``[N]`` in [0, H], or one for all.
-        mask: e itself, floating ``[N, H]``, zero from ``width`` on, as :func:`prefix_mask` makes both. It
-            gets a gradient, which lacks that of what was not computed.
+        mask: e itself, floating ``[N, H]``, zero from ``width`` on, as :func:`prefix_mask` makes both. Its
+            gradient lacks the part of rows that were not computed.
         input_width: integers ``[N]`` in [0, I], or one for all; None: I.
         dense: computes the equation as it stands; a mask gets its exact gradient.
 

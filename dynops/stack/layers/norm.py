@@ -87,6 +87,8 @@ class GroupNorm(Layer):
 
     def rows(self, run):
         x = self.inputs[0]
+        if (pixels := run.pixels_in_one_axis(x)) is not None:
+            return run.normed(self.norm, pixels)
         if run.rows_of(x) is None and run.dense(x).dim() != 4:
             return self.forward(self.norm, run.dense(x))
         plan = run.plan_like(x, self.out)

@@ -223,7 +223,12 @@ def global_pool(recorded: Layer, step: Step, inner: nn.Module | None) -> GlobalP
 
 def takes_kernels(rows: Tensor, plan: PixelPlan, *vectors: Tensor | None) -> bool:
     """True for rows ``[P, C]`` of a compact plan, and vectors, that the kernels of sequences take by themselves."""
-    if type(rows) is not Tensor or rows.dtype is not torch.float32 or not rows.is_cpu or plan.count is not None:
+    if (
+        type(rows) is not Tensor
+        or rows.dtype is not torch.float32
+        or not rows.is_cpu
+        or plan.count is not None
+    ):
         return False
     is_plain = rows.dim() == 2 and rows.is_contiguous()
     like_rows = all(v is None or (v.dtype is rows.dtype and v.is_cpu and v.is_contiguous()) for v in vectors)

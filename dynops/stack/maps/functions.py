@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ... import context
 from ..layers.norm import group_norm_of_rows
 from . import axes, convolution, layout, pointwise, spatial
-from .layout import NCHW
+from .layout import NCHW, NCS
 from .pointwise import words
 from .scope import scope
 from .value import SparseMap, dense_tree, handled_by, masked
@@ -221,7 +221,7 @@ def _interpolate(func, name, args, kwargs):
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    if type(input) is not SparseMap or input.axes != NCHW:
+    if type(input) is not SparseMap or input.axes not in (NCHW, NCS):
         return NotImplemented
     x = pointwise.masked_input(input)
     return x.like(group_norm_of_rows(x.rows(), x.plan, num_groups, weight, bias, eps))

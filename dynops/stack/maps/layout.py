@@ -14,7 +14,7 @@ from ...ops.pixels.rows import gather_rows, scatter_rows
 from ...plans import PixelPlan
 from ..layers.pool import spread_over
 
-NCHW = ("n", "c", "h", "w")
+NCHW, NCS = ("n", "c", "h", "w"), ("n", "c", "s")
 _PIXELS = ("n", "h", "w", "s")
 
 

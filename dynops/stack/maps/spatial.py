@@ -103,7 +103,9 @@ def _resized(x: SparseMap, args: tuple, kwargs: dict) -> SparseMap | None:
     if found is None:
         return None
     g = found.geometry
-    plan = x.active.plan(g.out_shape, x.device) if found.moves is None else x.active.after(found.moves, x.device)
+    plan = (
+        x.active.plan(g.out_shape, x.device) if found.moves is None else x.active.after(found.moves, x.device)
+    )
     rows = windows_of_rows(found.kind, x.rows(), x.plan, plan, g, found.linear)
     return None if rows is None else SparseMap.of_rows(rows, plan, x.active)
 

@@ -53,7 +53,7 @@ class Outside:
             return
         (names, attributes), space = _names(function.__code__), function.__globals__
         if "__class__" in attributes or ("type" in names and "type" not in space):
-            raise Opaque("asks for a class")
+            raise Opaque("calls type() or reads __class__")
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._note(None, "a default", default)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

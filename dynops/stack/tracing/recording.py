@@ -13,18 +13,18 @@ import copy
 import functools
 import inspect
 import operator
-import random
 import sys
 import threading
 import traceback
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, fx, nn
 
-from ... import context
 from ..staleness import DATA, METHOD, Opaque, changed, frozen, hooked, own_class
-from .outside import Outside
 from .outputs import parted
+from .outside import Outside
+from .states import modes_now, modes_of, random_now, set_random
 
 _STATE = "_dynops_stand_in"
 _OWN = frozenset(nn.Module().__dict__) | {_STATE, "__dict__", "__class__"}
@@ -57,6 +57,7 @@ class _Value(fx.Proxy):
     __ipow__ = functools.partialmethod(_write, function=operator.ipow)
 
 
+_COPIED = (dict, set, OrderedDict)  # hooks are in an OrderedDict
 _isinstance = builtins.isinstance
 _lock = threading.Lock()
 _recordings = 0
@@ -197,7 +198,7 @@ class Recorder(fx.Tracer):
     def _stand_in(self, module: nn.Module, path: str) -> nn.Module:
         stand = object.__new__(_stand_in_class(type(module)))
         state = dict(module.__dict__)  # at once, as another thread may run the module
-        own = {key: copy.copy(value) if type(value) in (dict, set) else value for key, value in state.items()}
+        own = {key: copy.copy(value) if type(value) in _COPIED else value for key, value in state.items()}
         stand.__dict__.update(own, training=self.training, **{_STATE: _State(self, module, path)})
         return stand
 
@@ -209,8 +210,8 @@ class Recorder(fx.Tracer):
         """
         root = self._stands[id(self.module)]
         names, first = self._inputs(root)
-        with _tensors_seen(), _modes(self.modes):
-            self._modes, self._random = _modes_now(), _random_now()
+        with _tensors_seen(), modes_of(self.modes):
+            self._modes, self._random = modes_now(), random_now()
             values = {name: self.create_proxy("placeholder", name, (), {}) for name in names}
             self.input_names = names
             args = (values.pop(names[0]),) if first else ()
@@ -223,8 +224,8 @@ class Recorder(fx.Tracer):
             finally:  # what the forward wrote before it raised is undone too
                 with contextlib.suppress(Opaque):
                     self._outside.check()
-                if _random_now() != self._random:
-                    _set_random(self._random)
+                if random_now() != self._random:
+                    set_random(self._random)
         if self._failure is not None:  # a forward may have caught it
             raise self._failure
         self._check_writes()
@@ -266,7 +267,7 @@ class Recorder(fx.Tracer):
             out = forward(stand, *args, **kwargs)
             self._outside.check()
             self._check_modes()
-            if _random_now() != self._random:
+            if random_now() != self._random:
                 raise self.failure("its forward draws random numbers")
             return out
         except Untraceable:
@@ -274,8 +275,9 @@ class Recorder(fx.Tracer):
         except Opaque as reason:
             raise self.failure(f"its forward {reason}") from None
         except Exception as error:  # user code run on proxies may raise anything
-            reason = str(error).strip().splitlines()
-            failure = self.failure(f"torch.fx: {reason[0] if reason else type(error).__name__}")
+            text = str(error).strip()
+            reason = text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
+            failure = self.failure(f"torch.fx: {reason}")
             # one that loops over its input may get a list, as decoders do
             failure.of_forward = "cannot be iterated" not in str(failure)
             raise failure from error
@@ -311,7 +313,7 @@ class Recorder(fx.Tracer):
         return found
 
     def _check_modes(self) -> None:
-        if _modes_now() != self._modes:
+        if modes_now() != self._modes:
             raise self.failure("its forward sets no_grad, autocast, checkpointing or another mode of its own")
 
     def _check_writes(self) -> None:
@@ -347,7 +349,9 @@ class Recorder(fx.Tracer):
             return {key: self.create_arg(item) for key, item in a.items()}
         if type(a) is slice:
             return slice(*[self.create_arg(part) for part in (a.start, a.stop, a.step)])
-        raise self.failure(f"its forward passes on a {type(a).__name__} that it holds itself")
+        raise self.failure(
+            f"its forward passes on a value of type {type(a).__name__}, which a trace cannot hold"
+        )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self) if _is_tensor(node) else fx.Proxy(node, self)
@@ -392,69 +396,3 @@ def _has_plain_call(module: nn.Module) -> bool:
 def opaque(module: nn.Module) -> bool:
     """True for a module that has to be called, as its forward is not all that runs."""
     return hooked(module) or not _has_plain_call(module) or isinstance(module, torch.jit.ScriptModule)
-
-
-# ------------------------------------------------------------------------------------- modes
-
-
-@contextlib.contextmanager
-def _modes(training: bool):
-    """Gradients and autocast: on and off in eval mode, off and on in training mode, whatever holds around."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(context._scope.only(()))
-        stack.enter_context(torch.inference_mode(training))
-        stack.enter_context(torch.set_grad_enabled(not training))
-        for device in ("cpu", "cuda"):
-            enabled = torch.is_autocast_enabled(device)
-            stack.callback(torch.set_autocast_enabled, device, enabled)
-            torch.set_autocast_enabled(device, training)
-        yield
-
-
-def _modes_now() -> tuple:
-    c = torch._C
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cpu"),
-        torch.get_autocast_dtype("cuda"),
-        torch.is_autocast_cache_enabled(),
-        torch.get_default_dtype(),
-        torch.is_anomaly_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.fp32_precision,  # the older getter raises where this was set
-        torch.autograd.forward_ad._current_level,
-        c._len_torch_function_stack(),
-        c._len_torch_dispatch_stack(),
-        c._autograd._top_saved_tensors_default_hooks(True),
-        c._functorch.maybe_current_level(),
-        context._scope.values(),
-    )
-
-
-def _random_now() -> tuple:
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else ()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
-    return (
-        random.getstate(),
-        tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in state),
-        torch.get_rng_state().numpy().tobytes()
-        if numpy is not None
-        else bytes(torch.get_rng_state().tolist()),
-        tuple(bytes(part.tolist()) for part in cuda),
-    )
-
-
-def _set_random(state: tuple) -> None:
-    own, of_numpy, of_torch, of_cuda = state
-    random.setstate(own)
-    if of_numpy:
-        numpy = sys.modules["numpy"]
-        keys = numpy.frombuffer(of_numpy[1], dtype=numpy.uint32)
-        numpy.random.set_state((of_numpy[0], keys, *of_numpy[2:]))
-    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8).clone())
-    for device, part in enumerate(of_cuda):
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(part), dtype=torch.uint8).clone(), device)

@@ -361,7 +361,7 @@ def test_stages_of_convolutions_run_on_rows(monkeypatch):
     ]
     heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)) for _ in stages]
     taken, run = [], traced.run_rows
-    monkeypatch.setattr(traced, "run_rows", lambda *a: taken.append(a[1].shape[0]) or run(*a))
+    monkeypatch.setattr(traced, "run_rows", lambda *a: taken.append(a[1][0].shape[0]) or run(*a))
 
     def leaves(logits, exit, state):
         return torch.arange(len(logits)) % 2 == 0
