@@ -197,6 +197,9 @@ class MaskedPolicy(TorchFunctionMode):
 
     def indexed(self, y: Tensor, x: Tensor, axes, size, where) -> Tensor:
         where = where if isinstance(where, tuple) else (where,)
+        if [type(w) for w in where if type(w) is not slice] == [list]:  # channels by their numbers
+            where = [slice(None) if type(w) is list and axes[d] == "c" else w for d, w in enumerate(where)]
+            where = tuple(where)
         if not all(w is None or w is Ellipsis or isinstance(w, (int, slice)) for w in where):
             return y
         steps = [w.step for w in where if isinstance(w, slice) and w.step not in (None, 1)]
@@ -301,7 +304,8 @@ class MaskedPolicy(TorchFunctionMode):
         var = ((parts - mean).square() * mask).sum((2, 3), keepdim=True) / count
         out = ((parts - mean) * (var + eps).rsqrt()).flatten(1, 2)
         out = out if weight is None else out * weight[:, None]
-        return (out if bias is None else out + bias[:, None]).view(input.shape)
+        out = out if bias is None else out + bias[:, None]
+        return out.view(input.shape).to(input.dtype)  # autocast leaves it wider
 
     def by_pixel(self, func, name, args, kwargs):
         """Functions of each pixel by itself."""

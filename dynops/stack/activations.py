@@ -48,11 +48,14 @@ def is_norm_act(module: nn.Module) -> bool:
 
     Known by its name: its forward is BatchNorm2d's, then ``drop``, which does nothing, then ``act``.
     """
-    named = isinstance(module, nn.BatchNorm2d) and any(
-        k.__name__ == "BatchNormAct2d" for k in type(module).__mro__
-    )
+    named = isinstance(module, nn.BatchNorm2d) and _own_forward(type(module)) == "BatchNormAct2d"
     drop, act = (module._modules.get(name) for name in ("drop", "act")) if named else (None, None)
     return type(drop) is nn.Identity and activation_type(act) in (nn.Identity, *ZERO_PRESERVING)
+
+
+def _own_forward(kind: type) -> str:
+    """The name of the class that defines the forward; a converted module has a class of its own around it."""
+    return next(k.__name__ for k in kind.__mro__ if "forward" in vars(k) and "_dynops_base" not in vars(k))
 
 
 def fused_name(module: nn.Module) -> str:

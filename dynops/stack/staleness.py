@@ -151,7 +151,7 @@ class Watch:
         self.then = [dict(children) for children in self.children]
         self.hooks = _GLOBAL_HOOKS if hooks else ()
         self.hooks += tuple(m.__dict__[kind] for m in every if hooks and m is not module for kind in HOOKS)
-        self.watched, self.checks = watched, _by_space(watched)
+        self.watched, self.checks = watched, by_space(watched)
 
     def _forwards(self, module: nn.Module, trace, every: list[nn.Module]) -> list[tuple]:
         """The forwards that were traced, and the settings of the layers that were not: ``(dict, name, value)``."""
@@ -162,7 +162,7 @@ class Watch:
             watched += [(m.__dict__, "training", False) for m in every if m in inner]
         for m in every:
             if m not in inner:
-                watched += [(m.__dict__, name, value) for name, value in _settings(m)]
+                watched += [(m.__dict__, name, value) for name, value in settings_of(m)]
         return watched
 
     def _reads(self, module: nn.Module, reads: tuple) -> list[tuple]:
@@ -238,7 +238,7 @@ class Watch:
         return True
 
 
-def _by_space(watched: list[tuple]) -> list[tuple]:
+def by_space(watched: list[tuple]) -> list[tuple]:
     """``(getter, space, value or values)`` for each dict in which something is watched: one call for all its names."""
     names: dict[int, tuple] = {}
     for space, name, value in watched:
@@ -259,7 +259,7 @@ def _defining(kind: type, name: str) -> type:
     return next(base for base in own_class(kind).__mro__ if name in vars(base))
 
 
-def _settings(layer: nn.Module):
+def settings_of(layer: nn.Module):
     """The attributes of a layer that its steps were made for."""
     for name, value in layer.__dict__.items():
         seen = name not in _BASE and name not in _LIVE and not name.startswith("_")

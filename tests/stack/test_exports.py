@@ -171,3 +171,29 @@ def test_a_graph_that_must_not_break_names_what_breaks_it(fresh_dynamo):
     model = Masked(Untraced())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="forward_that_needs_maps"):
         torch.compile(model, backend="eager", fullgraph=True)(*EXAMPLE)
+
+
+class Centred(nn.Conv2d):
+    """A convolution whose weight is made of its parameters, which is kept where nothing is compiled."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Shuffled(nn.Module):
+    """Channels shuffled by a reshape, which has to copy."""
+
+    def __init__(self, channels, last, **options):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, last, 3, **options)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        return self.conv(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+
+@pytest.mark.parametrize("layer", [Centred(8, 8, 3, padding=1), Shuffled(8, 8, padding=1)])
+def test_an_export_of_what_eager_calls_keep_or_copy(layer):
+    model = Masked(nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), layer))
+    with torch.no_grad():
+        check(torch.export.export(model, EXAMPLE, strict=False).module(), model, SIZES[:1])

@@ -248,3 +248,48 @@ def test_convolutions_behind_borders_and_squeezed_maps_read_rows():
         torch.autograd.grad(out.square().sum(), (x, *model.parameters())), gradients, strict=True
     ):
         close(ours, theirs)
+
+
+class Waiting(nn.Module):
+    """A model that no trace holds: ``function`` of a map, of a convolution that waits, and of its norm."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.last = (
+            nn.Conv2d(3, C, 1),
+            nn.Conv2d(C, C, 3, padding=1),
+            nn.Conv2d(C, 2, 1),
+        )
+        self.norm, self.function = nn.BatchNorm2d(C), function
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = self.first(x) + float(x.sum() > 1e9)
+        waits = self.second(y)
+        normed = self.norm(waits)  # in use until the end
+        return self.last(self.function(y, waits, normed))
+
+
+WAITING = {
+    "a sum of a norm, and it": lambda y, waits, normed: y + normed + normed,
+    "an activation of a norm, and it": lambda y, waits, normed: F.relu(normed) + normed,
+    "read before": lambda y, waits, normed: F.relu(y + normed) + float(waits.sum()),
+    "written before": lambda y, waits, normed: [y + normed, normed.relu_()][0] * 1,
+    "its source written": lambda y, waits, normed: [waits.mul_(2), normed * 1][1],
+    "a view of its source written": lambda y, waits, normed: [waits.chunk(2, 1)[0].mul_(2), normed + waits][
+        1
+    ],
+}
+
+
+@pytest.mark.parametrize("function", WAITING.values(), ids=WAITING)
+def test_what_a_waiting_convolution_grew_from_may_be_used_and_written(function):
+    torch.manual_seed(0)
+    model, x = Waiting(function).double().eval(), rand(2, 3, *SIZE)
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    with torch.no_grad(), MaskedPolicy(masks(0)):
+        expected = dense(x)
+    with torch.no_grad(), dynops.use_mask(masks(0)):
+        close(model(x), expected)

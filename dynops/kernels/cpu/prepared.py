@@ -61,6 +61,12 @@ class Prepared:
         self.weight = winograd_weight(weight, False) if quads else packed_weight(weight, g, setup, False)
         self.out_channels = setup.out_channels
         ins = weight.shape[0] if g.transposed else weight.shape[1] * g.groups
+        for name, v in (("bias", bias), ("scale", scale), ("shift", shift)):
+            if v is not None and (v.dtype not in _DTYPES or v.numel() != setup.out_channels):
+                raise ValueError(
+                    f"{name}: expected {setup.out_channels} values of float32, bfloat16 or float16, "
+                    f"got {v.numel()} of {v.dtype}"
+                )
         vectors = [None if v is None else v.detach().contiguous() for v in (bias, scale, shift)]
         addresses = [n for v in vectors for n in ((0, 0) if v is None else (v.data_ptr(), _DTYPES[v.dtype]))]
         sizes = (
@@ -91,12 +97,20 @@ class Prepared:
         return out
 
 
+def weight_shape(g: ConvGeometry, ins: int, outs: int) -> tuple[int, int, int, int]:
+    """The shape of the weight of a convolution of ``ins`` channels to ``outs``."""
+    first, second = (ins, outs) if g.transposed else (outs, ins)
+    return first, second // g.groups, g.kernel_h, g.kernel_w
+
+
 def key_of(g: ConvGeometry, pointwise: bool, activation: str, quads: bool) -> tuple:
     """What a :class:`Prepared` of a weight depends on beside tensors: a pointwise one holds for every number of rows."""
     return "prepared", g.groups if pointwise else g, activation, quads
 
 
-def takes(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue, rows: int, ins: int) -> bool:
+def takes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, epilogue: Epilogue, rows: int, ins: int
+) -> bool:
     """True for rows ``[ins, C]`` to ``rows`` rows that a prepared convolution computes as the op does."""
     _, scale, shift, gate, residual = epilogue
     if (
@@ -104,6 +118,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue, ro
         or x.dim() != 2
         or x.shape[0] != ins
         or weight.dtype is not x.dtype
+        or weight.shape != weight_shape(g, x.shape[1], setup_of(g, weight.shape, x.dtype, True).out_channels)
         or not x.is_contiguous()
     ):
         return False

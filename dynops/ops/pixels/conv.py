@@ -334,7 +334,7 @@ def _pixel_conv(
         if (
             compact
             and in_plan.shape == in_shape
-            and cpu.prepared.takes(x, weight, bias, epilogue, len(plan), len(in_plan))
+            and cpu.prepared.takes(x, weight, bias, g, epilogue, len(plan), len(in_plan))
         ):
             return cpu.prepared.conv(x, weight, bias, index, source, g, epilogue, derived)
         return cpu.pixels.conv(x, weight, bias, index, count, source, g, epilogue, base, to_rows, derived)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ...geometry import BlockGeometry
 from ...kernels.cpu.prepared import StepKind
 from ..activations import fused_name
-from ..staleness import own_class
 from ..trace import Ref, Step, find
 from .base import Layer, Rows, Unjoinable, called, mapped, place
+from .named import computes_its_name, is_standardised, norms_channels, norms_last, permutes
 
 # elementwise with finite gradients everywhere: what lies outside the map may be anything
 _FUNCTIONS = {
@@ -63,31 +63,6 @@ _STEP_KINDS = {
 }
 
 
-def _norms_channels(inner: nn.Module | None) -> bool:
-    """True for a LayerNorm over channels: torch's and timm's over the last dimension; the libraries' LayerNorm2d of NCHW."""
-    name = type(inner).__name__
-    if isinstance(inner, nn.GroupNorm) and own_class(type(inner)).__name__ == "GroupNormAct":  # timm's
-        drop, act = (getattr(inner, part, None) for part in ("drop", "act"))
-        return type(drop) is nn.Identity and (type(act) is nn.Identity or fused_name(act) != "")
-    if name == "GlobalResponseNorm":  # timm's
-        return (
-            {"weight", "bias"} == inner._parameters.keys()
-            and hasattr(inner, "channel_dim")
-            and hasattr(inner, "eps")
-        )
-    return isinstance(inner, nn.LayerNorm) and name in ("LayerNorm", "LayerNorm2d")
-
-
-def _is_standardised(inner: nn.Module | None) -> bool:
-    """True for a converted subclass of nn.Conv2d, which may make its weight of its parameters."""
-    return isinstance(inner, nn.Conv2d) and "_dynops_base" in vars(type(inner))
-
-
-def _permutes(inner: nn.Module | None) -> bool:
-    """True for torchvision's module of a permute."""
-    return type(inner).__name__ == "Permute" and hasattr(inner, "dims")
-
-
 class _Parameter(NamedTuple):
     """A parameter or buffer, where it stands among the arguments of a call."""
 
@@ -125,10 +100,7 @@ class Call(Layer):
         )
         self.inner = (
             inner
-            if type(inner) is nn.Linear
-            or _norms_channels(inner)
-            or _permutes(inner)
-            or _is_standardised(inner)
+            if type(inner) is nn.Linear or norms_channels(inner) or permutes(inner) or is_standardised(inner)
             else None
         )
         self.is_constant = bool(self.paths) and not maps and step.target in _MOVES
@@ -153,7 +125,7 @@ class Call(Layer):
         if self.scales or constant is not None:
             return self._join_scale(bound, constant)
         if self.moves:
-            return bound.move(self, self._call)
+            return bound.move(self, self._call, self.target == "operator:floordiv")
         if self.resizes:
             x, *sizes = inputs
             known = {v: bound.known(v) for v in sizes}
@@ -183,26 +155,29 @@ class Call(Layer):
     def _join_module(self, bound) -> None:
         inner = self.inner
         bound.calls(self.module, self.target, inner)
+        if norms_channels(inner) and not computes_its_name(inner):
+            raise Unjoinable
         if type(inner) is nn.Linear:
             bound.linear(self, inner, inner.in_features, inner.out_features)
-        elif _is_standardised(inner):
+        elif is_standardised(inner):
             bound.standardised(self, inner, vars(type(inner))["_dynops_base"].forward)
         elif isinstance(inner, nn.GroupNorm):
             bound.calls(self.module, f"{self.target}.act", inner.act)
             bound.calls(self.module, f"{self.target}.drop", inner.drop)
             bound.group_norm(self, inner, inner.num_groups, fused_name(inner.act))
-        elif _permutes(inner):
-            bound.move(self, self._call)
+        elif permutes(inner):
+            bound.move(self, self._call, False)
         else:
             kind = StepKind.LAYER_NORM if isinstance(inner, nn.LayerNorm) else StepKind.RESPONSE_NORM
-            last = type(inner).__name__ == "LayerNorm" or getattr(inner, "channel_dim", 1) == -1
-            bound.norm(kind, self, inner, last)
+            bound.norm(kind, self, inner, norms_last(inner))
 
     def _join_scale(self, bound, constant: Call | None) -> None:
         """A product of a map and a parameter, or of a reshaped parameter."""
         if constant is None and self.number is not None:
             number = float(self.number)
-            return bound.scale(self, self.inputs[0], lambda: torch.tensor(number, device="cpu"), tuple)
+            return bound.scale(
+                self, self.inputs[0], lambda: torch.tensor(number, dtype=torch.float32, device="cpu"), tuple
+            )
         of, values = constant or self, [v for v in self.inputs if v not in bound.constants]
         if len(values) != 1 or self.step_kind not in (None, StepKind.PRODUCT):
             raise Unjoinable
@@ -230,7 +205,7 @@ class Call(Layer):
     def _refuses_parameters(self) -> str:
         """Asked in each call too: another tensor may stand where one was traced."""
         for path in self.paths:
-            shape = attrgetter(path)(self.module).shape
+            shape = getattr(attrgetter(path)(self.module), "shape", ())
             if len(shape) > 4 or any(size != 1 for size in (*shape[-2:], *shape[:-3])):
                 return (
                     f"{self.name}: expected {place(path)} of shape [C, 1, 1] or one value, got {tuple(shape)}"
@@ -302,7 +277,7 @@ class PerPixel(Call):
 
     def _refuses_parameters(self) -> str:
         for path in self.paths if self.target in WITH_CHANNELS else ():
-            shape = tuple(attrgetter(path)(self.module).shape)
+            shape = tuple(getattr(attrgetter(path)(self.module), "shape", ()))
             if len(shape) > 1:
                 return f"{self.name}: expected {place(path)} of shape [C] or one value, got {shape}"
         return ""

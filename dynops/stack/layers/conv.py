@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...geometry import BlockGeometry, ConvGeometry
 from ...kept import kept
 from ...kernels.cpu.engine import setup_of
-from ...kernels.cpu.prepared import Prepared, fits, key_of
+from ...kernels.cpu.prepared import Prepared, fits, key_of, weight_shape
 from ...modes import autocast_dtype, differentiated
 from ...ops import block_conv
 from ...ops.epilogue import ACTIVATIONS, NOTHING, Epilogue
@@ -143,7 +143,7 @@ class Conv(Layer):
                 return None
             residual = added.values
         weight, bias = self.parameters["weight"], self.parameters["bias"]
-        if not self._fits(values, in_plan, plan, weight, residual):
+        if not self._fits(values, in_plan, plan, g, weight, residual):
             return None
         pointwise = in_plan is plan and g.is_pointwise and not g.transposed
         setup = setup_of(g, weight.shape, values.dtype, True)
@@ -178,13 +178,15 @@ class Conv(Layer):
             raise Unjoinable
         bound.multiply(self, g.out_shape, self.out_channels, g, self.conv, self.norm, self.activation)
 
-    def _fits(self, values: Tensor, in_plan, plan, weight: Tensor, residual: Tensor | None) -> bool:
+    def _fits(
+        self, values: Tensor, in_plan, plan, g: ConvGeometry, weight: Tensor, residual: Tensor | None
+    ) -> bool:
         return (
             type(values) is Tensor
             and type(plan) is type(in_plan) is PixelPlan
             and plan.count is None
             and in_plan.count is None
-            and values.shape[1] == self.in_channels
+            and weight.shape == weight_shape(g, values.shape[1], self.out_channels)
             and values.dtype is weight.dtype
             and weight.is_cpu
             and values.is_contiguous()
@@ -252,6 +254,9 @@ class Conv(Layer):
             values, bias = values.to(run.autocast), None if bias is None else bias.to(run.autocast)
         else:
             self._check_values(values)
+        outs = weight.shape[1] * geometry.groups if geometry.transposed else weight.shape[0]
+        if weight.shape != (expected := weight_shape(geometry, values.shape[1], outs)):
+            raise ValueError(f"weight: expected shape {expected}, got {tuple(weight.shape)}")
         if residual is not None and residual.dtype is not values.dtype:
             residual = residual.to(values.dtype)
         norm = self.norm

@@ -97,6 +97,7 @@ class _Moved(Layer):
     """A layer whose output pixels read one input pixel each, or, outside the input, zero: ``reaches`` says which."""
 
     packs = True
+    feeds_convs = False  # of zeros around a map: every reader is a convolution, which reads through it
 
     def __init__(self, name: str, step: Step, layer: nn.Module, reach=None):
         super().__init__(name, step.inputs, step.out, None if reach is None else (reach,))
@@ -114,9 +115,11 @@ class _Moved(Layer):
         return ConvGeometry(n, *size, *out, 1, 1, 1, 1, y.before, x.before, 1, 1, 1, 0)
 
     def rows(self, run):
-        if run.policy.zero_outside and not self.converted:
-            return self.recorded.rows(run)
         x = self.inputs[0]
+        # Convolutions read through zeros. Each size has one mask, and another padding may have made this one's.
+        through = self.feeds_convs and self.masked and self.packs and run.rows_of(x) is not None
+        if run.policy.zero_outside and not self.converted and not through:
+            return self.recorded.rows(run)
         if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
             if run.dense(x).dim() == 4:
                 if run.maps and (run.policy.active.ragged or type(self) is Upsample):
@@ -224,11 +227,10 @@ class ZeroPad(_Moved):
         if min(layer.padding) < 0:
             self.refusal, self.packs = f"{name}: expected paddings >= 0, got {layer}", False
         super().__init__(name, step, layer, (Window(1, 1, top, bottom, 1), Window(1, 1, left, right, 1)))
-        self.feeds_convs = False  # every reader is a convolution, which reads through it
 
     @property
     def joins(self) -> bool:
-        return self.converted and self.packs and self.feeds_convs
+        return self.masked and self.packs and self.feeds_convs
 
     def join(self, bound) -> None:
         bound.pad(self, self.geometry(bound.size(self.inputs[0])))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from ... import modes
@@ -47,6 +48,8 @@ def constant_conv(module: nn.Module, forward: Callable, x: Tensor):
     NotImplemented where a gradient is needed, or the forward does anything else: pads, or makes its weight of its input.
     """
     parameters = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
+    if is_compiling():  # whose graph makes the weight in each call
+        return NotImplemented
     if not parameters or module.training or modes.differentiated(x, *parameters) or module._modules:
         return NotImplemented
     settings = _settings(module, forward)

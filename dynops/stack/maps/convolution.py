@@ -65,7 +65,7 @@ class Convolution(Pending):
         self.dtype = values.dtype
         self.scale = self.shift = self.residual = None
         self.activation = ""
-        self.grown_from: list[weakref.ref] = []
+        self.grown_from: list[tuple[weakref.ref, Convolution]] = []  # maps, and what these waited for
         self.mode = _mode()
 
     @property
@@ -93,14 +93,10 @@ class Convolution(Pending):
         made = Convolution(self.values, self.in_plan, self.weight, self.bias, self.plan, self.geometry)
         made.scale, made.shift = self.scale, self.shift
         made.residual, made.activation = self.residual, self.activation
-        made.grown_from = [*self.grown_from, *map(weakref.ref, source.shown())]
+        made.grown_from = [*self.grown_from, (weakref.ref(source.shown()[-1]), self)]
         for name, value in epilogue.items():
             setattr(made, name, value)
         return SparseMap.of_pending(made, self.plan, source.active, (self.channels,), source.axes)
-
-    def moved_to(self, owner: SparseMap) -> None:
-        """That map is no source any more."""
-        self.grown_from = [source for source in self.grown_from if source() is not owner]
 
     def rows(self) -> Tensor:
         if self.mode == _mode():
@@ -109,22 +105,19 @@ class Convolution(Pending):
             return self._computed()
 
     def _computed(self) -> Tensor:
-        for reference in reversed(self.grown_from):
+        for reference, before in reversed(self.grown_from):
             source = reference()
-            if source is not None and (source.pending is None or source.convolution() is not None):
-                return self._rest(source)
+            if source is not None and source.holds(before):
+                return self._rest(source.rows(), before)
         epilogue = Epilogue(self.activation, self.scale, self.shift, None, self.residual)
         rest = (epilogue, None, True, None, False)
         return _pixel_conv(self.values, self.weight, self.bias, self.plan, self.in_plan, self.geometry, *rest)
 
-    def _rest(self, source: SparseMap) -> Tensor:
+    def _rest(self, rows: Tensor, before: Convolution) -> Tensor:
         """The rows, from those of a map that this one grew from, which its model still holds."""
-        before, rows = source.convolution(), source.rows()
-        scale, shift, residual = self.scale, self.shift, self.residual
-        if before is not None:
-            scale = None if before.scale is not None else scale
-            shift = None if before.shift is not None else shift
-            residual = None if before.residual is not None else residual
+        scale = None if before.scale is not None else self.scale
+        shift = None if before.shift is not None else self.shift
+        residual = None if before.residual is not None else self.residual
         return apply_epilogue(rows, self.activation, scale, shift, None, residual)
 
 

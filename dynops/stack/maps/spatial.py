@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ...geometry import ConvGeometry, enlarged_geometry, pair
 from ...kernels.cpu.prepared import StepKind
@@ -206,6 +207,8 @@ def reshape(x: SparseMap, shape: tuple) -> SparseMap:
     out = view(x, shape)
     if out is NotImplemented or (strides := _strides(x)) is None:
         return out
+    if is_compiling():  # what is tried would be a part of the graph
+        return out.like(out.rows())
     try:
         torch.empty_strided(x.shape, strides, device="meta").view(out.shape)
     except RuntimeError:

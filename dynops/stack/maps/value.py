@@ -6,6 +6,7 @@ it calls goes to :mod:`dynops.stack.maps.functions`, which computes rows where i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -39,6 +40,7 @@ class SparseMap(Tensor):
         made.active, made.plan, made.axes = active, plan, NCHW
         made._shape, made._dtype, made._device = torch.Size(shape), dtype, device
         made._rows = made._dense = made._written = made.pending = made.margins = made.border = None
+        made._origin = None  # a weak reference to what made the rows
         return made
 
     @classmethod
@@ -95,7 +97,7 @@ class SparseMap(Tensor):
             return self._rows
         rows = pending.rows()
         if not pending.follows:
-            self._rows, self.pending = rows, None
+            self._rows, self.pending, self._origin = rows, None, weakref.ref(pending)
         return rows
 
     def dense(self) -> Tensor:
@@ -124,6 +126,7 @@ class SparseMap(Tensor):
         """Takes the rows from the dense tensor: a model wrote into a view of it."""
         dense = self._dense.masked_fill_(~mask_at(self.plan, self.axes), 0)
         self._rows, self._written = gathered(dense, self.plan, self.axes), dense._version
+        self._origin = None
 
     def shown(self) -> list[SparseMap]:
         """This map and those that it shows as they are, in other axes."""
@@ -136,6 +139,13 @@ class SparseMap(Tensor):
         """The convolution that the map waits for, or None."""
         pending = self.shown()[-1].pending
         return pending if pending is not None and pending.grows else None
+
+    def holds(self, pending: Pending) -> bool:
+        """True for a map whose rows are what ``pending`` makes: it waits for it, or nothing was written since."""
+        if self.pending is not None:
+            return self.pending is pending
+        written = self._written is not None and self._dense._version != self._written
+        return not written and self._origin is not None and self._origin() is pending
 
     def like(self, rows: Tensor) -> SparseMap:
         """A map of the same pixels."""
@@ -161,9 +171,7 @@ class SparseMap(Tensor):
             self.pending.write(made.rows())
             return
         self._rows, self._dense, self.pending = made._rows, made._dense, made.pending
-        self._written = made._written
-        if self.pending is not None:
-            self.pending.moved_to(self)
+        self._written, self._origin = made._written, made._origin
         if self.plan is None:
             self.plan, self.axes = made.plan, made.axes
 
@@ -209,9 +217,6 @@ class Pending:
     def rows(self) -> Tensor:
         """``[P, *channels]``."""
         raise NotImplementedError
-
-    def moved_to(self, owner: SparseMap) -> None:
-        """Notes that a map took this content in the place of its own."""
 
 
 class View(Pending):

@@ -14,6 +14,7 @@ from ...kernels.cpu.prepared import StepKind
 from ..layers.base import Layer, Unjoinable
 from ..layers.resample import resizing, through
 from ..maps import Standardised
+from ..staleness import hooked, settings_of
 from . import moves
 from .steps import Step, Weights, as_kernel, each
 
@@ -33,6 +34,7 @@ class Bound:
         self._channels: dict[int, int] = {}
         self._last: set[int] = set()  # values [N, H, W, C]
         self._moved: dict[int, object] = {}  # values that only move others' channels
+        self._before: dict[int, tuple[int, ...]] = {}  # of each of these: what it is made of
         self._same: dict[int, int] = {}  # values that are others
         self._pads: dict[int, tuple[int, ConvGeometry]] = {}  # values that are others with zeros around
         self._roots: dict[tuple, int] = {}  # of (value, channels last): the rows that it is
@@ -42,6 +44,7 @@ class Bound:
         self.called: list[tuple] = []  # children of modules on the way to those that layers call
         self.constant: list[Standardised] = []
         self.leaves: list[tuple] = []  # these, and their types
+        self.settings: list[tuple] = []  # of these: (attributes, name, value)
         self.idle: list[nn.Module] = []  # dropouts, which do nothing in eval mode
         self._readers = Counter(v for layer in sequence.layers for v in layer.inputs)
         self._readers.update(sequence.outputs)
@@ -142,17 +145,20 @@ class Bound:
     ) -> None:
         """Adds the product of a map and a vector of its channels, which ``scale`` makes of ``tensors``."""
         size, channels = self.same((value,))
-        shape = scale().shape
-        at = -1 if self.is_last(value) else -3
+        found = scale()
+        shape, at = found.shape, -1 if self.is_last(value) else -3
+        if found.dtype is not torch.float32 or len(shape) > 4:
+            raise Unjoinable
         if shape.numel() != 1 and (shape.numel() != channels or len(shape) < -at or shape[at] != channels):
             raise Unjoinable
         before = self._alone(value)
         if before is not None and before.kind is StepKind.CONV and len(before.inputs) == 1:
             found = before.weights
             if found.norm is None and found.scale is None and not found.activation:
-                found.scale, found.scaled_by, self._same[layer.out] = scale, tensors, value
+                found.scale, found.scaled_by, found.scale_shape = scale, tensors, shape
+                self._same[layer.out] = value
                 return
-        weights = Weights(each(channels), scale=scale, scaled_by=tensors)
+        weights = Weights(each(channels), scale=scale, scaled_by=tensors, scale_shape=shape)
         self.step(StepKind.EACH, layer, size, channels, weights=weights, inputs=(value,))
 
     def add(self, layer: Layer, a: int, b: int) -> None:
@@ -192,7 +198,9 @@ class Bound:
         return -1 - len(self._sizes)
 
     def calls(self, module: nn.Module, path: str, inner: nn.Module) -> None:
-        """Notes a module that its layer calls, which must stay where it is and have no hooks."""
+        """Notes a module that its layer calls, which must stay where and as it is, and have no hooks."""
+        if hooked(inner):
+            raise Unjoinable
         names, parents = path.split("."), [module]
         for name in names[:-1]:
             parents.append(parents[-1]._modules[name])
@@ -201,6 +209,8 @@ class Bound:
             (p._modules, name, child) for p, name, child in zip(parents, names, children, strict=True)
         ]
         self.leaves.append((inner, type(inner)))
+        # an eps is looked at in each call
+        self.settings += [(vars(inner), *pair) for pair in settings_of(inner) if pair[0] != "eps"]
 
     def group_norm(self, layer: Layer, module: nn.Module, groups: int, activation: str = "") -> None:
         """Adds a GroupNorm or InstanceNorm2d over each sample's pixels of the mask, and an activation."""
@@ -236,9 +246,12 @@ class Bound:
             raise Unjoinable
         return found
 
-    def move(self, layer: Layer, call: Callable) -> None:
-        """Adds a layer that only moves channels, or computes with sizes."""
-        self._moved[layer.out] = moves.moved(call, {v: self._tree(v) for v in layer.inputs})
+    def move(self, layer: Layer, call: Callable, of_sizes: bool) -> None:
+        """Adds a layer that only moves channels, or computes with sizes; ``of_sizes``: with these alone."""
+        values = {v: self._tree(v) for v in layer.inputs}
+        if of_sizes and any(map(moves.holds_maps, values.values())):
+            raise Unjoinable
+        self._moved[layer.out], self._before[layer.out] = moves.moved(call, values), layer.inputs
 
     def idles(self, layer: Layer, module: nn.Module) -> None:
         """Adds a layer that does nothing in eval mode."""
@@ -322,10 +335,13 @@ class Bound:
         while self._readers[value] == 1:
             if value in self._same:
                 value = self._same[value]
-            elif value in self._moved and (root := getattr(self._moved[value], "root", None)) is not None:
-                value = root if self.rows(value, self.is_last(value)) == root else value
-                if value != root:
+            elif value in self._moved:
+                root = getattr(self._moved[value], "root", None)
+                if root is None or self.rows(value, self.is_last(value)) != root:
                     return None
+                if len(self._before[value]) > 1:
+                    return None
+                value = self._before[value][0]
             else:
                 found = next((step for step in self.steps if step.out == value), None)
                 return None if found is None or found.weights is None else found

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ... import backends
 from ...kept import Mark, kept
 from ...kernels.cpu.engine import setup_of
-from ...kernels.cpu.prepared import Prepared, StepKind, bilinear_table, key_of, sequence
+from ...kernels.cpu.prepared import Prepared, StepKind, bilinear_table, key_of, sequence, weight_shape
 from ..layers.base import Rows
 from ..layers.resample import Padded
 from ..norm import tensors_of, uses_batch_statistics
-from ..staleness import hooked
+from ..staleness import by_space, hooked
 from .bound import Bound
 from .steps import Step, as_kernel
 
@@ -35,6 +35,7 @@ class Running(Bound):
 
     def __init__(self, sequence, inputs: tuple):
         super().__init__(sequence, inputs)
+        self.checks = by_space(self.settings)
         self._made: dict[tuple[bool, ...], _Made] = {}  # by the plans that have Winograd's tiles
 
     def run(self, run, found: list[Rows]) -> bool:
@@ -77,7 +78,12 @@ class Running(Bound):
             return False
         if not all(conv.holds() for conv in self.constant):
             return False
-        return not any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves)
+        if any(hooked(inner) or type(inner) is not kind for inner, kind in self.leaves):
+            return False
+        try:
+            return all(get(state) == value for get, state, value in self.checks)
+        except KeyError:  # one is gone
+            return False
 
     def _plans(self, run, found: list[Rows]) -> list | None:
         """The plan of each size; None where one is empty, or not that of an input."""
@@ -98,6 +104,8 @@ class Running(Bound):
         for step in self.steps:
             if (weights := step.weights) is not None:
                 if weights.norm is not None and uses_batch_statistics(weights.norm):
+                    return None
+                if not all(isinstance(t, Tensor) for t in weights.scaled_by()):
                     return None
                 tensors += weights.tensors()
             tensors += step.norm_tensors()
@@ -125,14 +133,14 @@ class Running(Bound):
 
     def _are_plain(self, tensors: list) -> bool:
         """True for tensors on the CPU, of which those of layer norms can be read as they lie."""
-        norms = {id(t) for step in self.steps for t in step.norm_tensors()}
         for t in tensors:
-            if t is None:
-                continue
-            if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu:
+            if t is not None and (type(t) not in (Tensor, nn.Parameter) or not t.is_cpu):
                 return False
-            if id(t) in norms and not (t.dtype is torch.float32 and t.is_contiguous()):
-                return False
+        for step in self.steps:
+            for t in step.norm_tensors():
+                plain = t is None or (t.dtype is torch.float32 and t.is_contiguous())
+                if not plain or (t is not None and t.numel() != self._channels[step.out]):
+                    return False
         return True
 
     def _prepare(self, step: Step, quads: tuple[bool, ...]) -> Prepared | None:
@@ -143,10 +151,7 @@ class Running(Bound):
         bias = None if conv is None else conv._parameters["bias"]
         if weight.dtype is not torch.float32 or not (bias is None or bias.dtype is torch.float32):
             return None
-        ins, outs = weight.shape[1] * g.groups, weight.shape[0]
-        if g.transposed:
-            ins, outs = weight.shape[0], weight.shape[1] * g.groups
-        if ins != self._channels[value] or outs != channels:
+        if weight.shape != weight_shape(g, self._channels[value], channels) or not weights.scales_as_bound():
             return None
         setup = setup_of(g, weight.shape, torch.float32, True)
         stays = self._sizes[value] == self._sizes[step.out] and g.is_pointwise and not g.transposed

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...plans import PixelPlan
 from ..layers.base import Layer, Rows, Unjoinable
+from ..layers.resample import Padded
 from ..policy import Masked
 from . import moves
 from .running import Running
@@ -65,6 +66,10 @@ class Sequence:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
         if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
             return False
+        if any(
+            type(run.env[value]) is Padded for value in self.inputs
+        ):  # whose rows may lie under another mask
+            return False
         found, inputs, given = [], [], [run.found(value) for value in self.inputs]
         batch = next((x.plan.shape[0] for x in given if type(x) is Rows), 0)
         for x in given:
@@ -82,15 +87,17 @@ class Sequence:
         return bound is not None and bound.run(run, found)
 
     def _bound_to(self, inputs: tuple) -> Running | None:
-        if inputs not in self._bound:
-            try:
-                bound = Running(self, inputs)
-            except (Unjoinable, ValueError):  # a ValueError the layers raise too
-                bound = None
-            if len(self._bound) >= _MOST_BOUND:
-                self._bound = {}
-            self._bound[inputs] = bound
-        return self._bound[inputs]
+        known = self._bound  # another thread may replace it
+        if inputs in known:
+            return known[inputs]
+        try:
+            bound = Running(self, inputs)
+        except (Unjoinable, ValueError):  # a ValueError the layers raise too
+            bound = None
+        if len(known) >= _MOST_BOUND:
+            self._bound = known = {}
+        known[inputs] = bound
+        return bound
 
 
 def _is_plain(values: Tensor) -> bool:

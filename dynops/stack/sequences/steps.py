@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ...geometry import ConvGeometry
@@ -21,7 +22,8 @@ class Weights:
         geometry: of the convolution.
         conv: the module with ``weight`` and ``bias``, a convolution or a Linear; None: each row is taken by itself.
         norm: the BatchNorm2d after it, or None; of a layer norm that itself.
-        scale: makes the vector ``[C]`` that it multiplies by after it, of ``scaled_by``; or None.
+        scale: makes the vector of C values that it multiplies by after it, of ``scaled_by``; or None.
+        scale_shape: the shape of that vector, as it was bound.
     """
 
     geometry: ConvGeometry
@@ -30,6 +32,7 @@ class Weights:
     activation: str = ""
     scale: Callable[[], Tensor] | None = None
     scaled_by: Callable[[], tuple] = tuple
+    scale_shape: tuple[int, ...] = ()
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         if type(self.conv) is Standardised:
@@ -40,6 +43,13 @@ class Weights:
             )
         own = own if self.norm is None else (*own, *tensors_of(self.norm))
         return (*own, *self.scaled_by())
+
+    def scales_as_bound(self) -> bool:
+        """True where the vector that it multiplies by is still one of float32, of the same shape; or there is none."""
+        if self.scale is None:
+            return True
+        scale = self.scale()
+        return isinstance(scale, Tensor) and scale.dtype is torch.float32 and scale.shape == self.scale_shape
 
     def affine(self, channels: int) -> tuple[Tensor | None, Tensor | None]:
         """What follows the products."""
