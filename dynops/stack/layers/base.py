@@ -67,7 +67,7 @@ class Rows(NamedTuple):
 
 
 class NoTensor(TypeError):
-    """A layer got what is no tensor: a trace took a part that returns several for one that returns a tensor."""
+    """A layer got what it cannot take: a part that returns several tensors, or one sample alone. The trace holds no longer."""
 
 
 class Unjoinable(Exception):

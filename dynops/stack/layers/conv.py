@@ -229,6 +229,8 @@ class Conv(Layer):
         x = run.dense(self.x)
         if not isinstance(x, Tensor):
             raise NoTensor(f"x: expected a tensor, got {type(x).__name__}")
+        if x.dim() == 3 and self.x != 0:  # of one sample: by its own forward
+            raise NoTensor(f"x: expected [N, C, H, W], got shape {tuple(x.shape)}")
         if x.dim() != 4:
             raise ValueError(f"x: expected [N, C, H, W], got shape {tuple(x.shape)}")
         x = run.put(self.x, in_format(x, torch.channels_last))  # once for all readers
