@@ -133,7 +133,7 @@ class MaskedPolicy(TorchFunctionMode):
         for rule in (self.viewed, self.reduced, self.pooled, self.normed, self.by_pixel, self.joined):
             out = rule(func, name, args, kwargs)
             if out is not NotImplemented:
-                return out
+                return self.apart(out, (args, kwargs))
         return self.apart(self.resized(func, name, args, kwargs, known), (args, kwargs))
 
     def apart(self, out, given):

@@ -162,7 +162,7 @@ def _times(
 
     calls = {}
     for memory_format in _FORMATS:
-        x = tuple(t.contiguous(memory_format=memory_format) for t in inputs)
+        x = tuple(t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in inputs)
         own = copy.deepcopy(dense).to(memory_format=memory_format)
         calls["dense", memory_format] = partial(own, *x)
         calls["ours", memory_format] = partial(ours, x, mask)

@@ -100,6 +100,63 @@ def _decoder() -> nn.Module:
     return _Decoder(vae)
 
 
+class _Detector(nn.Module):
+    """The convolutions of a torchvision detector: its backbone, and its head where that takes the maps alone."""
+
+    def __init__(self, detector: nn.Module, head: bool):
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head if head else None
+
+    def forward(self, x: Tensor) -> list:
+        maps = [*self.backbone(x).values()]
+        return maps if self.head is None else [*maps, *self.head(maps).values()]
+
+
+def _detector(name: str, size: int = SIZE, head: bool = False) -> Entry:
+    def make() -> nn.Module:
+        models = importlib.import_module("torchvision.models.detection")
+        return _Detector(getattr(models, name)(weights=None, weights_backbone=None), head)
+
+    part = "backbone+head" if head else "backbone"
+    return Entry(f"torchvision.{name}.{part}", make, lambda batch: _image(batch, size), size // 32)
+
+
+class _Flow(nn.Module):
+    """A RAFT of one update."""
+
+    def __init__(self, raft: nn.Module):
+        super().__init__()
+        self.raft = raft
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.raft(first, second, num_flow_updates=1)[-1]
+
+
+def _flow() -> nn.Module:
+    return _Flow(importlib.import_module("torchvision.models.optical_flow").raft_small(weights=None))
+
+
+class _TextUnet(nn.Module):
+    """The sample of a diffusers UNet with cross-attention at one step."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return self.unet(x, 10, text).sample
+
+
+def _text_unet() -> nn.Module:
+    diffusers = importlib.import_module("diffusers")
+    return _TextUnet(
+        diffusers.UNet2DConditionModel(
+            64, block_out_channels=(64, 128), attention_head_dim=32, cross_attention_dim=64, layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )
+    )  # fmt: skip
+
+
 _SHORT = (
     *map(_torchvision, ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0")),
     *map(_torchvision, ("regnet_y_400mf", "convnext_tiny", "vgg16_bn", "googlenet", "shufflenet_v2_x1_0")),
@@ -134,6 +191,7 @@ _UNPADDED = {
     *("alexnet", "squeezenet1_0", "squeezenet1_1", "inception_resnet_v2", "inception_v3", "inception_v4", "nasnetalarge"),
     *("pnasnet5large", "xception", "convmixer_768_32", "csatv2", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0"),
     *("ghostnetv2_100", "ghostnetv3_050", "levit_conv_128s", "lowformer_b0", "cpubone_nano", "coatnet_nano_rw_224"),
+    *("ssdlite320_mobilenet_v3_large.backbone", "retinanet_resnet50_fpn.backbone+head"),
     *("mobilenetv5_300m_enc", "mobilevit_xxs", "mobilevitv2_050", "shvit_s1", "selecsls42", "legacy_xception"),
 }  # fmt: skip
 _LONG = (
@@ -146,6 +204,11 @@ _LONG = (
     *(_timm(name, 256) for name in ("bat_resnext26ts", "halonet26t", "botnet26t_256")),
     *map(_smp, ("DeepLabV3", "DeepLabV3Plus", "FPN", "MAnet", "PAN", "PSPNet", "Linknet", "UnetPlusPlus", "UPerNet")),
     _smp("Segformer"),
+    _detector("ssdlite320_mobilenet_v3_large", 320),
+    _detector("fasterrcnn_resnet50_fpn"),
+    _detector("retinanet_resnet50_fpn", head=True),
+    Entry("torchvision.raft_small", _flow, lambda batch: _image(batch, 256) * 2, 8),
+    Entry("diffusers.UNet2DConditionModel", _text_unet, lambda batch: (*_image(batch, 64, 4), torch.randn(batch, 7, 64)), 8),
 )  # fmt: skip
 
 
