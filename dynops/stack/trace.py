@@ -23,12 +23,12 @@ from .activations import ZERO_PRESERVING, activation_type, fused_name, is_norm_a
 from .staleness import signature
 from .tracing import outputs
 from .tracing.fusion import fuse
+from .tracing.leaves import DROPOUTS, leaves_of, outside_of
 from .tracing.recording import Recorder, Untraceable, opaque
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _INPLACE = {operator.imul: operator.mul, operator.isub: operator.sub, operator.itruediv: operator.truediv}
 _ADD_METHODS = ("add", "add_")
-_DROPOUTS = (nn.Dropout, nn.Dropout2d)
 _DROPS_OF_PATHS = ("StochasticDepth", "DropPath")  # torchvision's, timm's: nothing in eval mode
 
 # elementwise, f(0) = 0: they leave a masked map masked
@@ -142,7 +142,7 @@ def trace(
             its own, random numbers, or side effects. Where the training flag makes the difference, the trace holds in
             eval mode alone.
     """
-    leaves, called = _leaves(module, kinds, whole), set()
+    leaves, called = leaves_of(module, kinds, whole), set()
     if not whole:
         called |= {path for path, m in module.named_modules() if path and (m in known or opaque(m))}
     while True:
@@ -179,7 +179,7 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
         raise Untraceable("its output is a parameter")
     inlined = tuple(dict.fromkeys(path for recorder in recorders for path in recorder.inlined))
     layers = dict.fromkeys(path for step in steps for path in _layers_of(step, module))
-    outer = _outside_of(module, leaves | called)  # lists of modules too
+    outer = outside_of(module, leaves | called)  # lists of modules too
     modules = tuple(signature(module, path) for path in dict.fromkeys((*inlined, *outer, *layers)))
     reads = {key: picture for recorder in recorders for key, picture in recorder.reads.items()}
     return Trace(
@@ -195,52 +195,9 @@ def _trace(module: nn.Module, kinds, whole: bool, leaves: set[str], called: set[
     )
 
 
-def _leaves(module: nn.Module, kinds: dict[nn.Module, str], whole: bool) -> set[str]:
-    """The paths of modules that are not looked into."""
-    leaves = set()
-    for path, m in module.named_modules():
-        if whole:
-            if "forward" in m.__dict__:
-                raise Untraceable("a forward of its own is set on it", path)
-            torchs_own = m.__module__.startswith(("torch.nn", "torch.ao.nn")) and not isinstance(
-                m, nn.Sequential
-            )
-            leaf = m in kinds or torchs_own
-        else:
-            holds = any(inner in kinds for inner in m.modules())
-            leaf = m in kinds or not (holds or _is_mlp(m) or _is_nothing(m))
-        if leaf and path:
-            leaves.add(path)
-    return leaves
-
-
 def _is_call_of(step: Step, module: nn.Module, kinds: dict[nn.Module, str]) -> bool:
     """True for a call of a convolution that makes its own weight."""
     return step.kind == "module" and kinds.get(module.get_submodule(step.target)) == "call"
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    """True for Linears with what may stand between them, as timm's Mlp: each runs on rows."""
-    between = (nn.Identity, nn.LayerNorm, *_DROPOUTS, *ZERO_PRESERVING)
-    inner = [*module.children()]
-    return (
-        not module.__module__.startswith("torch.nn")
-        and any(type(m) is nn.Linear for m in inner)
-        and all(type(m) is nn.Linear or activation_type(m) in between for m in inner)
-    )
-
-
-def _is_nothing(module: nn.Module) -> bool:
-    """True for a module that holds nn.Identity alone, as segmentation networks have where no attention was asked for."""
-    inner = [m for m in module.modules() if not m._modules]
-    return module not in inner and all(type(m) is nn.Identity for m in inner)
-
-
-def _outside_of(module: nn.Module, leaves: set[str]) -> list[str]:
-    """The paths of the modules that are neither leaves nor inside of one."""
-    inside = tuple(path + "." for path in leaves)
-    paths = (path for path, _ in module.named_modules())
-    return [path for path in paths if path not in leaves and not path.startswith(inside)]
 
 
 def _layers_of(step: Step, module: nn.Module) -> tuple[str, ...]:
@@ -374,7 +331,7 @@ class _Steps:
                 self._act(node, module.act, f"{node.target}.act")
         elif x is not None and activation_type(module) in ZERO_PRESERVING:
             self._act(node, module, node.target, x, inplace)
-        elif x is not None and (type(module) in _DROPOUTS or type(module).__name__ in _DROPS_OF_PATHS):
+        elif x is not None and (type(module) in DROPOUTS or type(module).__name__ in _DROPS_OF_PATHS):
             self.emit(node, "dropout", node.target, (x,), inplace)
         elif inplace:
             raise Untraceable(f"{node.target} works in place")

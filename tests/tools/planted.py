@@ -62,8 +62,8 @@ FAULTS = {
     "a pixel of the halo": Fault("dynops/tiling", "start, end = max(first - before, 0), min(last + after, size)", "start, end = max(first - before + stride, 0), min(last + after, size)", "tiling/test_tiles"),
     "weights of skipped windows": Fault("dynops/tiling", "self.total[:, columns] += self.weights", "self.total[:, columns] += 1", "tiling/test_tiles"),
     # maps
-    "a border's corner": Fault("dynops/stack/maps", "index = plan.inverse()[:, rows][:, :, columns]", "index = plan.inverse()[:, rows][:, :, columns.flip(0)]", "stack/test_maps"),
-    "an axis of a stack": Fault("dynops/stack/maps", 'made = torch.stack(rows, 1 + base.axes[:dim].count("c"))', 'made = torch.stack(rows, 1)', "stack/test_maps"),
+    "a border's corner": Fault("dynops/stack/maps", "index = plan.inverse()[:, rows][:, :, columns]", "index = plan.inverse()[:, rows][:, :, columns.flip(0)]", "stack/maps"),
+    "an axis of a stack": Fault("dynops/stack/maps", 'made = torch.stack(rows, 1 + base.axes[:dim].count("c"))', 'made = torch.stack(rows, 1)', "stack/maps"),
     # layers
     "no halo": Fault("dynops/stack", "first, size = out.first * self.stride - self.before,", "first, size = out.first * self.stride,", "nn/test_blocks"),
     "one over the cap": Fault("dynops/nn/samples", "_confidence(confidence, logits), most)", "_confidence(confidence, logits), most + 1)", "nn/samples/test_exits"),

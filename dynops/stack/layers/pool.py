@@ -263,7 +263,7 @@ def over_pixels(kind: str, rows: Tensor, plan: PixelPlan) -> Tensor:
     if kind in ("amax", "amin"):
         return _extreme(kind, rows, plan, alive)
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if kind == "norm" and _has_slices(plan) and modes.route(wide) == modes.DIFFERENTIATED:
+    if kind == "norm" and has_slices(plan) and modes.route(wide) == modes.DIFFERENTIATED:
         return _NormOfSamples.apply(wide, plan).to(rows.dtype)
     wide = wide.square() if kind == "norm" else wide
     made = sums_of_samples(wide if alive is None else torch.where(alive, wide, 0), plan)
@@ -291,7 +291,7 @@ class _NormOfSamples(torch.autograd.Function):
         share = torch.where(norm == 0, 0, grad / norm)
         if torch.is_grad_enabled():  # of a second derivative
             return rows * spread_over(share, plan), None
-        out, sizes = torch.empty_like(rows), _lengths(plan)
+        out, sizes = torch.empty_like(rows), lengths(plan)
         for part, factor, to in zip(rows.split(sizes), share, out.split(sizes), strict=True):
             torch.mul(part, factor, out=to)
         return out, None
@@ -305,26 +305,26 @@ def sums_of_samples(rows: Tensor, plan: PixelPlan) -> Tensor:
     samples = plan.shape[0]
     if samples == 1:
         return rows.sum(0, keepdim=True)
-    if not _has_slices(plan):
+    if not has_slices(plan):
         return rows.new_zeros(samples, rows.shape[1]).index_add(0, sample_of(plan), rows)
-    return torch.stack([part.sum(0) for part in rows.split(_lengths(plan))])
+    return torch.stack([part.sum(0) for part in rows.split(lengths(plan))])
 
 
 def spread_over(values: Tensor, plan: PixelPlan) -> Tensor:
     """``[P, ...]``: of each pixel its sample's row of ``[N, ...]``."""
-    if not (modes.differentiated(values) and _has_slices(plan)):
+    if not (modes.differentiated(values) and has_slices(plan)):
         return values[sample_of(plan)]
     # the gradient of an index adds row by row: 9 % of a training step of ConvNeXt-V2
-    sizes = zip(values.split(1), _lengths(plan), strict=True)
+    sizes = zip(values.split(1), lengths(plan), strict=True)
     return torch.cat([row.expand(length, *row.shape[1:]) for row, length in sizes])
 
 
-def _has_slices(plan: PixelPlan) -> bool:
+def has_slices(plan: PixelPlan) -> bool:
     """True where the rows of each sample are a slice whose length is known, and such slices are few."""
     return 0 < plan.shape[0] <= _MOST_SLICES and plan.count is None and modes.may_look(plan.index)
 
 
-def _lengths(plan: PixelPlan) -> list[int]:
+def lengths(plan: PixelPlan) -> list[int]:
     """The pixels of each sample (kept)."""
     return plan.derived("lengths", lambda: (plan.inverse() >= 0).flatten(1).sum(1).tolist())
 

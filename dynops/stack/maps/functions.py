@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ... import context
 from ..layers.norm import group_norm_of_rows
 from . import axes, convolution, layout, pointwise, spatial
+from .attention import attention
 from .layout import NCHW, NCS
 from .pointwise import words
 from .scope import scope
@@ -258,6 +259,7 @@ _TABLE = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _called(pointwise.over_channels)),
     "linear": _plainly(convolution.linear),
     **dict.fromkeys(("softmax", "log_softmax"), _called(pointwise.softmax)),
+    "scaled_dot_product_attention": _plainly(attention),
     "prelu": _plainly(pointwise.prelu),
     "batch_norm": _plainly(pointwise.batch_norm),
     "group_norm": _plainly(_group_norm),

@@ -55,6 +55,14 @@ def tokens(x):
     return F.layer_norm(F.gelu(y), (C,)).transpose(1, 2).reshape(x.shape)
 
 
+def attended(x, keys=None):
+    """Attention in two heads, to all pixels or to other keys; what it makes of inactive pixels counts too."""
+    y = x.flatten(2).transpose(1, 2).unflatten(2, (2, -1)).transpose(1, 2)
+    keys, values = (2 * y, y.exp()) if keys is None else (keys, keys.cos())
+    z = F.scaled_dot_product_attention(y, keys, values, scale=0.7).transpose(1, 2).flatten(2)
+    return F.conv2d((z @ WEIGHT[:, :, 0, 0]).transpose(1, 2).reshape(x.shape), WEIGHT, padding=1) + x
+
+
 def evolved_norm(x):
     """timm's EvoNorm2dS0."""
     y = x.reshape(x.shape[0], 3, C // 3, *x.shape[2:])
@@ -159,6 +167,8 @@ UNARY = {
     "new axes": lambda x: (1 + x[:, None, :, :, :, None].view(x.shape[0], 2, C // 2, *x.shape[2:], 1))[:, 0, ..., 0].repeat(1, 2, 1, 1),
     "variance": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + x.std(1, keepdim=True) + 1),
     "evolved norm": evolved_norm,
+    "attention": attended,
+    "attention to others": lambda x: attended(x, rand(x.shape[0], 2, 5, C // 2)) + attended(x, rand(1, 2, 5, C // 2)),
     "of pixels and channels": lambda x: x * x.mean((1, 2, 3), keepdim=True) + x.std(dim=(2, 3), keepdim=True) + x.amax((1, 2, 3))[:, None, None, None] + x.var((-1, -2))[..., None, None] + (x + 1).sum((1, 2, 3), keepdim=True),
     "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=2)[:, 1 : C + 1] + F.pad(x.permute(0, 2, 3, 1), (0, C), value=1).permute(0, 3, 1, 2)[:, C:],
     "every second pixel": lambda x: F.interpolate(1 + F.conv2d(x[:, :, ::2, ::2] + x[..., 1::2, 1::2], WEIGHT, padding=1), scale_factor=2),
@@ -173,7 +183,7 @@ UNARY = {
     "squeeze": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True) @ torch.ones(1, 1, dtype=x.dtype)),
     "pooled": lambda x: x + F.adaptive_avg_pool2d(x, 1),
     "pooled by a window": lambda x: x + F.avg_pool2d(x, x.shape[2:]) * F.avg_pool2d(x, kernel_size=list(x.shape[2:]), padding=0),
-    "attention": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
+    "channel attention": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
     "softmax": lambda x: F.softmax(x, 1),
     "max pool": lambda x: F.max_pool2d(x, 3, 1, 1),
     "mean pool": lambda x: F.avg_pool2d(x, 3, 1, 1),
@@ -250,79 +260,6 @@ def test_any_sequence_of_functions(program, seed):
     close(out, expected, 1e-10)
 
 
-class Model(nn.Module):
-    """A model that no trace holds: data in its control flow, several outputs, functions of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.bn = nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C)
-        self.body = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.SiLU())
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, 2, 1), nn.ReLU(), nn.Conv2d(2, C, 1), nn.Sigmoid()
-        )
-        self.norm, self.mlp, self.last = nn.LayerNorm(C), nn.Linear(C, C), nn.Conv2d(2 * C, 4, 1)
-        self.gamma = nn.Parameter(torch.full((C,), 0.7))
-
-    def forward(self, x, scale: float = 1.0, extra=None):
-        if x.dtype.is_complex:  # which no trace knows
-            raise TypeError
-        x = F.relu(self.bn(self.stem(x)), inplace=True)
-        y = self.body(x) * scale
-        if extra is not None and float(extra.sum()) > 0:
-            y = y + extra
-        y = y + x
-        z = (self.gamma * self.mlp(self.norm(y.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2) + y
-        out = self.last(torch.cat([z * self.gate(z), x.sigmoid()], 1))
-        return {"map": out, "pooled": z.mean((2, 3)), "parts": [x, y[:, :2]]}
-
-
-def model_of(training=False):
-    torch.manual_seed(0)
-    model = Model().double().train(training)
-    nn.init.normal_(model.bn.bias)
-    return model
-
-
-def leaves(out):
-    return [out["map"], out["pooled"], *out["parts"]]
-
-
-@pytest.mark.parametrize("how", ["as it is", "hooks"])
-@pytest.mark.parametrize("extra", [False, True])
-def test_a_model_that_no_trace_holds(how, extra):
-    model, x, mask = model_of(), rand(2, 3, *SIZE), masks()
-    extra = rand(2, C, *SIZE).abs() if extra else None
-    with MaskedPolicy(mask):
-        expected = copy.deepcopy(model)(x, 1.5, extra=extra)
-    report = dynops.convert_(model)
-    assert "" in report.unfused
-    if how == "hooks":
-        for module in model.modules():
-            module.register_forward_hook(lambda *_: None)
-    before = x.clone()
-    with dynops.use_mask(mask):
-        out = model(x, 1.5, extra=extra)
-    for a, b in zip(leaves(out), leaves(expected), strict=True):
-        assert type(a) is torch.Tensor
-        close(a, b)
-    assert torch.equal(x, before)
-
-
-def test_gradients_of_a_model_that_no_trace_holds():
-    x, mask = rand(2, 3, *SIZE), masks()
-    grads = []
-    for converted in (False, True):
-        model, inputs = model_of(), x.clone().requires_grad_()
-        if converted:
-            dynops.convert_(model)
-        with dynops.use_mask(mask) if converted else MaskedPolicy(mask):
-            out = model(inputs)
-        (out["map"].square().sum() + out["pooled"].sin().sum() + out["parts"][1].sum()).backward()
-        grads.append([inputs.grad, *(p.grad for p in model.parameters())])
-    for a, b in zip(*grads, strict=True):
-        close(b, a, 1e-10)
-
-
 def test_a_map_is_used_twice_and_computed_once(monkeypatch):
     from dynops.stack.maps import convolution
 
@@ -362,32 +299,6 @@ def test_gradient_modes_are_those_of_the_call():
         assert not frozen.dense().requires_grad and first.dense().requires_grad
 
 
-def test_what_a_user_does_with_a_map():
-    x, mask = rand(2, 3, *SIZE), masks()
-    model, seen = model_of(), []
-    dynops.convert_(model)
-    model.body[0].register_forward_hook(lambda m, i, out: seen.append(out))
-    with dynops.use_mask(mask), torch.no_grad():
-        model(x)
-    kept = seen[0]
-    plain = kept.dense()
-    assert isinstance(kept, torch.Tensor) and kept.shape == plain.shape and "tensor(" in repr(kept)
-    assert kept.numpy().shape == tuple(plain.shape) and torch.equal(kept.cpu(), plain)
-    assert torch.equal(copy.deepcopy(kept), plain) and kept.sum().item() == pytest.approx(plain.sum().item())
-    assert (
-        torch.equal(torch.stack([kept, kept])[1], plain)
-        and len(kept) == 2
-        and kept.is_contiguous(memory_format=torch.channels_last)
-    )
-    assert torch.equal(torch.ops.aten.relu(kept), plain.relu())
-    out = torch.empty_like(plain)
-    out.copy_(kept)
-    assert torch.equal(out, plain)
-    dense = torch.ones_like(plain)
-    dense += kept
-    assert torch.equal(dense, torch.where(plain != 0, plain + 1, 0))
-
-
 def test_errors_come_with_the_call():
     x, mask = rand(2, C, *SIZE), masks()
     with dynops.use_mask(mask) as active, entered():
@@ -399,29 +310,6 @@ def test_errors_come_with_the_call():
             F.conv2d(first, WEIGHT.float())
         with pytest.raises(RuntimeError):
             first + rand(2, C, 3, 5)
-
-
-class Parts(Model):
-    def forward_features(self, x):
-        return self.body(F.relu(self.bn(self.stem(x))))
-
-    def forward_head(self, x):
-        return x.mean((2, 3)) + self.gate(x)[:, :, 0, 0]
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
-
-
-def test_parts_have_the_answer_of_the_whole():
-    torch.manual_seed(0)
-    model, x, mask = Parts().double().eval(), rand(2, 3, *SIZE), masks()
-    dynops.convert_(model)
-    with dynops.use_mask(mask):
-        whole = model(x)
-        features = model.forward_features(x)
-        parts = model.forward_head(features)
-    close(parts if type(parts) is torch.Tensor else parts.dense(), whole)
-    close(model.forward_head(model.forward_features(x)), model(x))
 
 
 def test_a_weight_that_a_layer_computes_is_never_stale():
