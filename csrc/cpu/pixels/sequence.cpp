@@ -131,19 +131,21 @@ void combine(const PlanView& plan, const PlanView& other, const float* a, const 
 }
 
 // Windows of rows; an inactive pixel inside the map is zero, one outside of it does not count.
-template <bool kMax>
+template <StepKind kKind>
 void pool(const Geometry& g, const PlanView& in, const PlanView& out, const float* x, int64_t channels,
           float* to) {
+  constexpr bool kMax = kKind == StepKind::kMaxPool;
   const std::vector<float> zero(channels, 0.f);
-  const float share = 1.f / float(g.taps());
   for_rows(out.rows, 4 * channels * g.taps(), [&](int64_t r) {
     const Pixel p = g.out_pixel(out.index[r]);
     float* z = to + r * channels;
     std::fill_n(z, channels, kMax ? -std::numeric_limits<float>::infinity() : 0.f);
+    int32_t inside = 0;
     for (int32_t y = 0; y < g.kernel_h; ++y) {
       for (int32_t s = 0; s < g.kernel_w; ++s) {
         const int32_t q = g.in_pixel(p, y, s);
         if (q < 0) continue;
+        ++inside;
         const float* v = in.inverse[q] < 0 ? zero.data() : x + int64_t(in.inverse[q]) * channels;
         for (int64_t c = 0; c < channels; ++c) {
           if constexpr (kMax) {
@@ -155,6 +157,7 @@ void pool(const Geometry& g, const PlanView& in, const PlanView& out, const floa
       }
     }
     if constexpr (!kMax) {
+      const float share = 1.f / float(kKind == StepKind::kMeanPool ? int32_t(g.taps()) : std::max(inside, 1));
       for (int64_t c = 0; c < channels; ++c) z[c] *= share;
     }
   });
@@ -318,9 +321,11 @@ void Sequence::run_step(const SequenceStep& step, const std::vector<PlanView>& p
       return;
     }
     case StepKind::kMaxPool:
-      return pool<true>(step.g, in, out, x, channels, to);
+      return pool<StepKind::kMaxPool>(step.g, in, out, x, channels, to);
     case StepKind::kMeanPool:
-      return pool<false>(step.g, in, out, x, channels, to);
+      return pool<StepKind::kMeanPool>(step.g, in, out, x, channels, to);
+    case StepKind::kInnerMeanPool:
+      return pool<StepKind::kInnerMeanPool>(step.g, in, out, x, channels, to);
     case StepKind::kNearest:
       return nearest(step.g, in, out, x, channels, to);
     case StepKind::kBilinear:

@@ -36,9 +36,10 @@ enum class StepKind : int64_t {
   kGroupNorm,     // over groups of channels of a sample's rows; `channels` holds the number of groups
   kBilinear,  // resizing: `channels` holds the first row, then column, that each reads; gamma and beta the
               // shares of the ones after them
+  kInnerMeanPool,  // over those pixels of windows that lie inside the map
 };
 
-constexpr StepKind kLastStepKind = StepKind::kBilinear;
+constexpr StepKind kLastStepKind = StepKind::kInnerMeanPool;
 
 struct SequenceStep {
   StepKind kind;

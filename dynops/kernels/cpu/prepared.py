@@ -41,6 +41,7 @@ class StepKind(enum.IntEnum):
     RESPONSE_NORM = 13
     GROUP_NORM = 14  # the one number in `channels`: groups
     BILINEAR = 15
+    INNER_MEAN_POOL = 16  # over those pixels of windows that lie inside the map
 
 
 class Prepared:

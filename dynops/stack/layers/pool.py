@@ -114,7 +114,7 @@ def max_of_rows(pool: nn.MaxPool2d, x: Rows, active) -> Rows | None:
 
 
 class AvgPool(_Pool):
-    outside, step_kind = "zero", StepKind.MEAN_POOL
+    outside = "zero"
 
     def __init__(self, name: str, step: Step, pool: nn.AvgPool2d):
         super().__init__(name, step, pool)
@@ -122,8 +122,8 @@ class AvgPool(_Pool):
         # a window that hangs over what is counted has a smaller divisor
         hangs = bool(pool.ceil_mode) or (self.pad != (0, 0) and not self.counts_pad)
         self.varies = hangs and self.divisor is None
-        whole = self.pad == (0, 0) or self.counts_pad  # each window's mean is over all of it
-        self.takes(whole and self.divisor is None and not pool.ceil_mode)
+        self.step_kind = kind_of_mean(pool)
+        self.takes(self.step_kind is not None)
 
     def tiles(self, inputs: list[Tensor], out: BlockGeometry, blocks) -> Tensor:
         if not self.varies:
@@ -140,6 +140,16 @@ class AvgPool(_Pool):
         beyond = self.pad[axis] if self.counts_pad else 0
         end = (start + self.kernel[axis]).clamp(max=blocks.size_of(self.inputs[0])[axis] + beyond)
         return (end - start.clamp(min=-beyond)).clamp(min=1)
+
+
+def kind_of_mean(pool: nn.AvgPool2d) -> StepKind | None:
+    """The step that makes a mean pool of rows, or None."""
+    unpadded = pair(pool.padding, "padding", 0) == (0, 0)
+    if pool.divisor_override is not None:
+        return None
+    if not pool.ceil_mode and (unpadded or pool.count_include_pad):
+        return StepKind.MEAN_POOL
+    return StepKind.INNER_MEAN_POOL if unpadded or not pool.count_include_pad else None
 
 
 def max_pool(kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):

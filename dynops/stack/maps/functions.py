@@ -216,6 +216,14 @@ def _new(func, name, args, kwargs):
     return _masked_like(out, x) if x.axes == NCHW else out
 
 
+def _expand_as(func, name, args, kwargs):
+    """Of a map as ``expand``; a tensor needs only the size of a map."""
+    x, other = args
+    if type(x) is SparseMap:
+        return NotImplemented if x.is_input else axes.expand(x, *other.shape)
+    return x.expand(other.shape)
+
+
 def _interpolate(func, name, args, kwargs):
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     return spatial.enlarged(func, name, args, kwargs)
@@ -305,6 +313,7 @@ _TABLE = {
     "movedim": _of_map(axes.movedim),
     "moveaxis": _of_map(axes.movedim),
     "expand": _of_map(axes.expand),
+    "expand_as": _expand_as,
     "repeat": _of_map(axes.repeat),
     "matmul": _plainly(axes.matmul),
     "__matmul__": _plainly(axes.matmul),

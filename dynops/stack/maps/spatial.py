@@ -13,7 +13,7 @@ from ...geometry import ConvGeometry, enlarged_geometry, pair
 from ...kernels.cpu.prepared import StepKind
 from ...plans import PixelPlan
 from ..layers.base import Rows
-from ..layers.pool import avg_pool, max_of_rows, max_pool, whole_map, windows_of_rows
+from ..layers.pool import avg_pool, kind_of_mean, max_of_rows, max_pool, whole_map, windows_of_rows
 from ..layers.resample import resizing
 from . import axes, layout
 from .images import named, of_each_image, pool_of_images
@@ -84,9 +84,9 @@ def _on_rows(name: str, x: SparseMap, geometry_of, args: tuple, kwargs: dict) ->
         kind, pool = StepKind.MAX_POOL, max_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
         size = pool(small).shape[2:]
     elif name == "avg_pool2d":
-        kind, pool = StepKind.MEAN_POOL, avg_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
-        whole = pool.count_include_pad or pair(pool.padding, "padding") == (0, 0)
-        if pool.ceil_mode or pool.divisor_override is not None or not whole:
+        pool = avg_pool(*args, **{k: v for k, v in kwargs.items() if k != "input"})
+        kind = kind_of_mean(pool)
+        if kind is None:
             return None
         size = pool(small).shape[2:]
     else:

@@ -18,7 +18,10 @@ from ..staleness import by_space, hooked
 from .bound import Bound
 from .steps import Step, as_kernel
 
-_WINDOWS = (StepKind.MAX_POOL, StepKind.MEAN_POOL, StepKind.NEAREST, StepKind.BILINEAR)
+_WINDOWS = (
+    *(StepKind.MAX_POOL, StepKind.MEAN_POOL, StepKind.INNER_MEAN_POOL),
+    *(StepKind.NEAREST, StepKind.BILINEAR),
+)
 
 
 class _Made(NamedTuple):

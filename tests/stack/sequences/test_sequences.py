@@ -209,6 +209,8 @@ def blocks(c: int) -> dict:
         "standardised": lambda: (nn.Sequential(Standardised(c, 6, 3, padding=1), nn.Conv2d(6, 9, 1)), 9),
         "half": lambda: (Half(nn.Conv2d(c, 5, 1)), 5),
         "padded mean pool": lambda: (nn.AvgPool2d(3, 2, 1), c),
+        "inner mean pool": lambda: (nn.AvgPool2d(3, 2, 1, count_include_pad=False), c),
+        "ceil mean pool": lambda: (nn.AvgPool2d(3, 2, ceil_mode=True), c),
         "shuffle": lambda: (Shuffle(c), 6),
     }
 
