@@ -139,7 +139,7 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
     zero. The model's input, and functions of it alone, are read whole; other maps are zero where no pixel is active. A mean
     over all pixels, as squeeze-excite and classifiers take it, is over the mask. Norms take their statistics from active
     pixels only (:class:`dynops.nn.MaskedBatchNorm2d` in training mode, :class:`dynops.nn.MaskedGroupNorm` in both).
-    Attention and other functions that mix pixels run dense on maps that are zero outside the mask.
+    Attention and other functions that mix pixels have the dense result, on maps that are zero outside the mask.
 
     A module runs as a whole if torch.fx can trace its forward: convolution, norm, residual sum and activation are one
     call on packed rows. Any other module runs its own forward, on tensors that hold rows, and the report has the reason.

@@ -138,9 +138,9 @@ def trace(
     it is an error, and hooks are left to who runs the steps.
 
     Raises:
-        Untraceable: control flow that depends on the data, more than one input or output, in-place changes, modes of
-            its own, random numbers, or side effects. Where the training flag makes the difference, the trace holds in
-            eval mode alone.
+        Untraceable: control flow that depends on the data, in-place changes, modes of its own, random numbers, or side
+            effects; with ``whole`` more than one input or output. Where the training flag makes the difference, the
+            trace holds in eval mode alone.
     """
     leaves, called = leaves_of(module, kinds, whole), set()
     if not whole:
