@@ -70,6 +70,9 @@ def test_numbers_of_real_models_are_those_of_the_tables():
         right = f"{len(rows)} | {rows[0]['batch']} | {speedup:.2f}x | {realised:.2f} | "
         right += f"{float(slowest['speedup']):.2f}x, {slowest['model'].rpartition('.')[2]}"
         assert cells.strip() == right, name
+    compiled = csv.DictReader((ROOT / "benchmarks" / "results" / "models-compiled-intel-xeon.csv").open())
+    line = re.search(r"speed-ups are (.*?) at batch 8", page, re.DOTALL).group(1)
+    assert re.findall(r"\d+\.\d+", line) == [f"{float(row['speedup']):.2f}" for row in compiled]
 
 
 def test_readme_is_short():
