@@ -35,13 +35,7 @@ def run_rows(stack: Stack, inputs, policy, maps: bool = False, as_map: bool = Fa
     run = Run(stack, inputs, policy, maps, as_map)
     parts = stack.parts(tuple([run.kind(v) for v in range(len(inputs))])) if run.direct else stack.layers
     for part in parts:
-        if type(part) is not Sequence:
-            run.layer(part)
-        elif part.run(run):
-            run.free(part.layers)
-        else:
-            for layer in part.layers:
-                run.layer(layer)
+        run.part(part)
     if as_map:
         return run.map(stack.output)
     out = run.result()
@@ -65,6 +59,16 @@ class Run:
         # kernels may be called by themselves
         self.direct = not torch.is_grad_enabled() and self.autocast is None and _is_direct(x)
         self._derived: dict[tuple, Tensor | None] = {}  # of plans, which do not change in a run
+
+    def part(self, part) -> None:
+        """Runs a layer or a sequence."""
+        if type(part) is not Sequence:
+            self.layer(part)
+        elif part.run(self):
+            self.free(part.layers)
+        else:
+            for layer in part.layers:
+                self.layer(layer)
 
     def layer(self, layer) -> None:
         """Runs one layer."""

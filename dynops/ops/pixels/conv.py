@@ -330,12 +330,8 @@ def _pixel_conv(
             epilogue = Epilogue(activation, scale, shift, gate, residual)
     if direct:
         derived = None if same_rows else plan.derived
-        compact = to_rows and in_plan is not None and plan.count is None
-        if (
-            compact
-            and in_plan.shape == in_shape
-            and cpu.prepared.takes(x, weight, bias, g, epilogue, len(plan), len(in_plan))
-        ):
+        compact = to_rows and in_plan is not None and plan.count is None and in_plan.shape == in_shape
+        if compact and cpu.prepared.takes(x, weight, bias, g, epilogue, len(plan), len(in_plan)):
             return cpu.prepared.conv(x, weight, bias, index, source, g, epilogue, derived)
         return cpu.pixels.conv(x, weight, bias, index, count, source, g, epilogue, base, to_rows, derived)
     if same_rows:
@@ -343,9 +339,8 @@ def _pixel_conv(
     where = index, count, source
     differentiated = modes.differentiated(*tensors)
     if epilogue.is_empty or not differentiated:
-        if (
-            not epilogue.is_empty and torch.compiler.is_exporting()
-        ):  # the graph may run where gradients are on
+        # the graph of an export may run where gradients are on
+        if not epilogue.is_empty and torch.compiler.is_exporting():
             x, weight, bias, base, *rest = (
                 None if t is None else t.detach() for t in (x, weight, bias, base, *epilogue[1:])
             )

@@ -19,6 +19,14 @@ from . import moves
 from .steps import Step, Weights, as_kernel, each
 
 
+class Parted(Unjoinable):
+    """The layer at ``position`` cannot join the others at these sizes."""
+
+    def __init__(self, position: int):
+        super().__init__(position)
+        self.position = position
+
+
 class Bound:
     """A sequence at the sizes of its inputs. The layers' ``join`` fill it.
 
@@ -54,12 +62,31 @@ class Bound:
             else:
                 self._place(value, *given, None, False)
         self.inputs = tuple(self._sizes)
-        for layer in sequence.layers:
-            layer.join(self)
-        self.results = {value: self._result(value) for value in sequence.outputs}
+        self.results: dict[int, object] = {}
+        for i, layer in enumerate(sequence.layers):
+            try:
+                layer.join(self)
+            except (Unjoinable, ValueError) as reason:  # a ValueError the layer raises too
+                raise Parted(self._cause(layer, i)) from reason
+        for i, layer in enumerate(sequence.layers):
+            try:
+                if layer.out in sequence.outputs:
+                    self.results[layer.out] = self._result(layer.out)
+            except Unjoinable as reason:
+                raise Parted(i) from reason
         ends = dict.fromkeys(v for v in self.results.values() if type(v) is int and v not in self.inputs)
         self.outputs = tuple(ends)
         self.number = {value: i for i, value in enumerate(self._sizes)}
+
+    def _cause(self, layer: Layer, position: int) -> int:
+        """The position of the layer that made what ``layer`` cannot read; else its own."""
+        for value in layer.inputs:
+            if value in self._moved and moves.holds_maps(self._moved[value]) and not self.is_last(value):
+                try:
+                    self.rows(value)
+                except Unjoinable:
+                    return next(i for i, maker in enumerate(self.sequence.layers) if maker.out == value)
+        return position
 
     # --------------------------------------------------------------------------------- by layers
 

@@ -10,6 +10,7 @@ from ..layers.base import Layer, Rows, Unjoinable
 from ..layers.resample import Padded
 from ..policy import Masked
 from . import moves
+from .bound import Parted
 from .running import Running
 
 _MOST_BOUND = 16  # sizes that a sequence stays bound to
@@ -60,7 +61,9 @@ class Sequence:
         made = [layer.out for layer in layers]
         self.inputs = tuple(dict.fromkeys(v for layer in layers for v in layer.inputs if v not in made))
         self.outputs = tuple(v for v in made if v in read)
-        self._bound: dict[tuple, Running | None] = {}
+        self._bound: dict[
+            tuple, Running | tuple | None
+        ] = {}  # by the inputs; parts, where one layer cannot join
 
     def run(self, run) -> bool:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
@@ -84,20 +87,35 @@ class Sequence:
             else:
                 return False
         bound = self._bound_to(tuple(inputs)) if found else None
-        return bound is not None and bound.run(run, found)
+        if type(bound) is not tuple:
+            return bound is not None and bound.run(run, found)
+        for part in bound:
+            run.part(part)
+        return True
 
-    def _bound_to(self, inputs: tuple) -> Running | None:
+    def _bound_to(self, inputs: tuple) -> Running | tuple | None:
         known = self._bound  # another thread may replace it
         if inputs in known:
             return known[inputs]
         try:
             bound = Running(self, inputs)
-        except (Unjoinable, ValueError):  # a ValueError the layers raise too
+        except Parted as parted:
+            bound = self._around(parted.position)
+        except (Unjoinable, ValueError):
             bound = None
         if len(known) >= _MOST_BOUND:
             self._bound = known = {}
         known[inputs] = bound
         return bound
+
+    def _around(self, at: int) -> tuple | None:
+        """The layers before and after one that cannot join them, and it, as parts; None where no two are left together."""
+        parts: list = []
+        for start, end in ((0, at), (at, at + 1), (at + 1, len(self.layers))):
+            piece = self.layers[start:end]
+            read = {*self.outputs}.union(*(later.inputs for later in self.layers[end:]))
+            parts += [Sequence(piece, read)] if len(piece) > 1 else piece
+        return tuple(parts) if any(type(part) is Sequence for part in parts) else None
 
 
 def _is_plain(values: Tensor) -> bool:

@@ -256,6 +256,29 @@ def test_every_kind_of_layer_joins(name, count):
     assert count == {True: 1, False: 0}
 
 
+class Subsampled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU())
+        self.after = nn.Sequential(nn.Conv2d(8, 8, 1), nn.SiLU())
+
+    def forward(self, x):
+        return self.after(self.before(x)[:, :, ::2, ::2])
+
+
+def test_layers_around_one_that_cannot_join_run_together(count):
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), Subsampled(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)]
+    model = nn.Sequential(*convs).eval()
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    x, mask = torch.randn(2, 3, 16, 16), torch.rand(2, 8, 8) < 0.4
+    made = check(model, x, mask)
+    with torch.no_grad(), MaskedPolicy(mask):
+        torch.testing.assert_close(made, dense(x), rtol=2e-5, atol=2e-5)
+    assert count == {True: 3, False: 0}  # the whole, and what stands before and after the slice
+
+
 def test_masks_that_take_winograd_and_masks_that_do_not(count):
     torch.manual_seed(0)
     layers = (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1))
