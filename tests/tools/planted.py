@@ -62,8 +62,11 @@ FAULTS = {
     "a pixel of the halo": Fault("dynops/tiling", "start, end = max(first - before, 0), min(last + after, size)", "start, end = max(first - before + stride, 0), min(last + after, size)", "tiling/test_tiles"),
     "weights of skipped windows": Fault("dynops/tiling", "self.total[:, columns] += self.weights", "self.total[:, columns] += 1", "tiling/test_tiles"),
     # maps
-    "a border's corner": Fault("dynops/stack/maps", "index = plan.inverse()[:, rows][:, :, columns]", "index = plan.inverse()[:, rows][:, :, columns.flip(0)]", "stack/maps"),
-    "an axis of a stack": Fault("dynops/stack/maps", 'made = torch.stack(rows, 1 + base.axes[:dim].count("c"))', 'made = torch.stack(rows, 1)', "stack/maps"),
+    "a border's corner": Fault("dynops/stack/maps", "index = plan.inverse()[:, rows][:, :, columns]", "index = plan.inverse()[:, rows][:, :, columns.flip(0)]", "stack/maps/test_maps"),
+    "an axis of a stack": Fault("dynops/stack/maps", 'made = torch.stack(rows, 1 + base.axes[:dim].count("c"))', 'made = torch.stack(rows, 1)', "stack/maps/test_maps"),
+    "keys outside of the mask": Fault("dynops/stack/maps", "bias[-1] = math.log(zeros)", "bias[-1] = 0", "stack/maps/test_maps"),
+    "a vector for all samples": Fault("dynops/stack/sequences", "values = x.flatten(1).expand(batch, -1).contiguous()", "values = x.flatten(1)[:1].expand(batch, -1).contiguous()", "stack/test_outputs"),
+    "the centres of pixels": Fault("dynops/geometry.py", "places = [max(0.0, (i + 0.5) * step - 0.5) for i in range(out_size)]", "places = [i * step for i in range(out_size)]", "stack/sequences/test_sequences"),
     # layers
     "no halo": Fault("dynops/stack", "first, size = out.first * self.stride - self.before,", "first, size = out.first * self.stride,", "nn/test_blocks"),
     "one over the cap": Fault("dynops/nn/samples", "_confidence(confidence, logits), most)", "_confidence(confidence, logits), most + 1)", "nn/samples/test_exits"),
