@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...modes import autocast_dtype
 from ..layers.pool import has_slices, lengths, over_pixels
 from .value import SparseMap
 
@@ -24,6 +25,8 @@ def attention(
     """``F.scaled_dot_product_attention`` where the queries ``[N, heads, H * W, C]`` are a map: a dense tensor."""
     if not _is_map(query) or attn_mask is not None or dropout_p or is_causal or enable_gqa:
         return NotImplemented
+    if autocast_dtype(query) not in (None, query.dtype):  # the result has another dtype
+        return NotImplemented
     sparse = _is_map(key) and _is_map(value) and value.plan is key.plan
     if not sparse and any(type(x) is SparseMap for x in (key, value)):
         return NotImplemented
@@ -31,7 +34,7 @@ def attention(
     width = value.shape[3]
     if sparse:
         sums = over_pixels("sum", value.rows().flatten(1), key.plan)
-        mean = (sums / max(key.shape[2], 1)).view(n, heads, 1, width)
+        mean = (sums / max(key.shape[2], 1)).view(n, value.shape[1], 1, width)
         keys = [x.rows().split(lengths(key.plan)) for x in (key, value)]
     else:
         mean, keys = value.mean(2, keepdim=True), [x.expand(n, -1, -1, -1) for x in (key, value)]
@@ -39,7 +42,8 @@ def attention(
     index = (plan.index.long() - plan.index.long() // tokens * tokens).split(lengths(plan))
     for i, rows in enumerate(query.rows().split(lengths(plan))):
         if rows.shape[0]:
-            k, v = (x[i].transpose(0, 1) if sparse else x[i] for x in keys)  # [heads, keys, C]
+            k, v = (x[i].transpose(0, 1) if sparse else x[i] for x in keys)
+            k, v = k.expand(heads, -1, -1), v.expand(heads, -1, -1)  # [heads, keys, C]; one may be for all heads
             zeros = key.shape[2] - k.shape[1] if sparse else 0
             out[i, :, index[i]] = _attended(rows.transpose(0, 1), k, v, zeros, scale)
     return out

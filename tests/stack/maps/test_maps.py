@@ -63,6 +63,14 @@ def attended(x, keys=None):
     return F.conv2d((z @ WEIGHT[:, :, 0, 0]).transpose(1, 2).reshape(x.shape), WEIGHT, padding=1) + x
 
 
+def multi_query(x):
+    """Two heads of queries to the keys of one."""
+    y = x.flatten(2).transpose(1, 2)[:, None]  # [N, 1, H * W, C]
+    queries = y.reshape(x.shape[0], -1, 2, C // 2).transpose(1, 2)
+    z = F.scaled_dot_product_attention(queries, y[..., :3], y[..., 3:].exp())
+    return z.transpose(1, 2).flatten(2).transpose(1, 2).reshape(x.shape)
+
+
 def evolved_norm(x):
     """timm's EvoNorm2dS0."""
     y = x.reshape(x.shape[0], 3, C // 3, *x.shape[2:])
@@ -168,6 +176,7 @@ UNARY = {
     "variance": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + x.std(1, keepdim=True) + 1),
     "evolved norm": evolved_norm,
     "attention": attended,
+    "attention of one key for all heads": lambda x: multi_query(x) + x,
     "attention to others": lambda x: attended(x, rand(x.shape[0], 2, 5, C // 2)) + attended(x, rand(1, 2, 5, C // 2)),
     "of pixels and channels": lambda x: x * x.mean((1, 2, 3), keepdim=True) + x.std(dim=(2, 3), keepdim=True) + x.amax((1, 2, 3))[:, None, None, None] + x.var((-1, -2))[..., None, None] + (x + 1).sum((1, 2, 3), keepdim=True),
     "more channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2), value=2)[:, 1 : C + 1] + F.pad(x.permute(0, 2, 3, 1), (0, C), value=1).permute(0, 3, 1, 2)[:, C:],
