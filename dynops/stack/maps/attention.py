@@ -43,7 +43,8 @@ def attention(
     for i, rows in enumerate(query.rows().split(lengths(plan))):
         if rows.shape[0]:
             k, v = (x[i].transpose(0, 1) if sparse else x[i] for x in keys)
-            k, v = k.expand(heads, -1, -1), v.expand(heads, -1, -1)  # [heads, keys, C]; one may be for all heads
+            # [heads, keys, C]; one may be for all heads
+            k, v = k.expand(heads, -1, -1), v.expand(heads, -1, -1)
             zeros = key.shape[2] - k.shape[1] if sparse else 0
             out[i, :, index[i]] = _attended(rows.transpose(0, 1), k, v, zeros, scale)
     return out
