@@ -91,9 +91,8 @@ class use_mask:
         self._begun = _made(mask)
         self._masks: dict[tuple[int, int], Tensor] = {}  # at each size that it has been brought to
         _keep_in(self._masks, tuple(mask.shape[1:]), mask)
-        self._shrunk: list[
-            tuple
-        ] = []  # in a graph: the mask before layers with strides, the size after them, the strides
+        # in a graph: the mask before layers with strides, the size after them, the strides
+        self._shrunk: list[tuple] = []
         # of a ragged batch: masks before and after layers
         self._images: dict[tuple, tuple] = {}
 

@@ -165,9 +165,10 @@ class Run:
 
     def as_returned(self, value: int):
         """A value as one of several outputs: the input is itself."""
-        if value < len(self._inputs):
-            return self._inputs[value]
-        return self.map(value) if self.as_map else self.as_called(value)
+        if value >= len(self._inputs):
+            return self.map(value) if self.as_map else self.as_called(value)
+        given = self._inputs[value]
+        return given.dense() if type(given) is SparseMap and not self.as_map else given
 
     def shape(self, value: int) -> tuple[int, int, int]:
         """``(N, H, W)`` of a value."""

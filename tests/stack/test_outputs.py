@@ -199,6 +199,34 @@ def test_blocks_of_several_inputs_by_themselves():
         block(x)
 
 
+def test_an_input_that_is_returned_is_itself():
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, y, vector):
+            return self.conv(x), y, vector, x
+
+    model = Returns().eval()
+    assert list(dynops.convert_(model).fused) == [""]
+    x, y, vector = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4), torch.randn(2, 5)
+    with torch.no_grad(), dynops.use_mask(torch.ones(2, 8, 8)):
+        made = model(x, y, vector)
+    assert type(made[0]) is torch.Tensor and made[1] is y and made[2] is vector and made[3] is x
+
+
+def test_a_resizing_that_torch_refuses_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Upsample(scale_factor=2, align_corners=True)).eval()
+    dynops.convert_(model)
+    with (
+        torch.no_grad(),
+        dynops.use_mask(torch.ones(2, 8, 8)),
+        pytest.raises(ValueError, match="align_corners"),
+    ):
+        model(torch.randn(2, 3, 8, 8))
+
+
 def test_an_export_of_several_inputs():
     class Masked(nn.Module):
         def __init__(self):

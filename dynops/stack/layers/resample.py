@@ -72,6 +72,8 @@ def resizing(
     """What ``F.interpolate`` does to a map of ``shape = (N, H, W)``; None where rows cannot."""
     if antialias or mode not in ("nearest", "bilinear") or min(shape) < 1:
         return None
+    if mode == "nearest" and align_corners is not None:  # which torch refuses
+        return None
     size, scale_factor = (tuple(v) if isinstance(v, (tuple, list)) else v for v in (size, scale_factor))
     return _resizing(shape, size, scale_factor, mode, bool(align_corners), bool(recompute_scale_factor))
 
@@ -123,9 +125,8 @@ class _Moved(Layer):
         if not self.packs or (run.rows_of(x) is None and run.dense(x).dim() != 4):
             if run.dense(x).dim() == 4:
                 if run.maps and (run.policy.active.ragged or type(self) is Upsample):
-                    return self.forward(
-                        self.layer, run.map(x)
-                    )  # which knows the edges of each image, and rows
+                    # functions of maps know the edges of each image, and rows
+                    return self.forward(self.layer, run.map(x))
                 return run.masked(self.layer, x)
             return self.forward(self.layer, run.dense(x))
         g = self.geometry(run.shape(x))

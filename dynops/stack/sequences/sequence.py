@@ -61,17 +61,15 @@ class Sequence:
         made = [layer.out for layer in layers]
         self.inputs = tuple(dict.fromkeys(v for layer in layers for v in layer.inputs if v not in made))
         self.outputs = tuple(v for v in made if v in read)
-        self._bound: dict[
-            tuple, Running | tuple | None
-        ] = {}  # by the inputs; parts, where one layer cannot join
+        # by the inputs; parts, where one layer cannot join
+        self._bound: dict[tuple, Running | tuple | None] = {}
 
     def run(self, run) -> bool:
         """Puts the outputs among the values of a run; False, and nothing done, where the layers must run one by one."""
         if not run.direct or type(run.policy) is not Masked or run.policy.active.ragged:
             return False
-        if any(
-            type(run.env[value]) is Padded for value in self.inputs
-        ):  # whose rows may lie under another mask
+        # the rows of a padding may lie under another mask
+        if any(type(run.env[value]) is Padded for value in self.inputs):
             return False
         found, inputs, given = [], [], [run.found(value) for value in self.inputs]
         batch = next((x.plan.shape[0] for x in given if type(x) is Rows), 0)

@@ -7,29 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from map_cases import SIZE, C, close, masks, rand
 from torch import nn
 
 import dynops
 from dynops.stack.maps import SparseMap, entered
 from dynops.testing import MaskedPolicy
 
-SIZE, CELLS = (8, 12), (4, 6)
-
-
-def close(a, b, tolerance=1e-11):
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert (a - b).norm() <= tolerance * max(b.norm().item(), 1e-12)
-
-
-def masks(n=2, share=0.4, seed=0):
-    return torch.rand(n, *CELLS, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-C = 6
 WEIGHT, WIDE, DEPTHWISE = rand(C, C, 3, 3), rand(C, 2 * C, 1, 1), rand(C, 1, 3, 3)
 SCALE, SHIFT = rand(C), rand(C, seed=1)
 

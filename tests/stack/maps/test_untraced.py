@@ -5,25 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from map_cases import SIZE, C, close, masks, rand
 from torch import nn
 
 import dynops
 from dynops.testing import MaskedPolicy
-
-SIZE, CELLS, C = (8, 12), (4, 6), 6
-
-
-def close(a, b, tolerance=1e-11):
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert (a - b).norm() <= tolerance * max(b.norm().item(), 1e-12)
-
-
-def masks(n=2, share=0.4, seed=0):
-    return torch.rand(n, *CELLS, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Model(nn.Module):
