@@ -199,6 +199,23 @@ def test_blocks_of_several_inputs_by_themselves():
         block(x)
 
 
+@pytest.mark.parametrize("number", [0, 1e-40, 3, -2.5])
+def test_a_division_by_a_number(number):
+    class Divides(Resnet):
+        def forward(self, x):
+            return self.last(self.conv(x) / number * 0.5)
+
+    torch.manual_seed(0)
+    model = Divides().eval()
+    dense = copy.deepcopy(model)
+    dynops.convert_(model)
+    x, mask = torch.randn(2, 8, 8, 8), torch.rand(2, 8, 8) < 0.4
+    with torch.no_grad(), dynops.use_mask(mask):
+        made = model(x)
+    with torch.no_grad(), MaskedPolicy(mask):
+        torch.testing.assert_close(made, dense(x), rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
 def test_an_input_that_is_returned_is_itself():
     class Returns(nn.Module):
         def __init__(self):

@@ -107,7 +107,8 @@ class Call(Layer):
         one = len(maps) == 1 and len(step.args) == 2
         product = one and _STEP_KINDS.get(step.target) is StepKind.PRODUCT
         self.number = next((a for a in step.args if type(a) in (int, float)), None) if product else None
-        if one and step.target in _DIVISIONS and type(step.args[1]) in (int, float) and step.args[1] != 0:
+        divides = one and step.target in _DIVISIONS and type(step.args[1]) in (int, float)
+        if divides and 1e-30 < abs(step.args[1]) < 1e30:  # whose reciprocal is a float32 number
             product, self.number = True, 1 / step.args[1]
         self.scales = product and (len(self.paths) == 1 or self.number is not None)
         self.resizes = step.target == "torch.nn.functional:interpolate" and not self.paths and bool(maps)
