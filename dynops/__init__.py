@@ -4,6 +4,7 @@ from . import budget, gates, integrations, nn, ops
 from .context import active, use_mask
 from .convert import convert_, revert_
 from .graphs import graphed
+from .incremental import Stream, incremental_
 from .kept import refresh
 from .ops.what_runs import build_info
 from .packed import packed
@@ -20,6 +21,7 @@ __all__ = [
     "ExpertPlan",
     "PixelPlan",
     "SamplePlan",
+    "Stream",
     "active",
     "budget",
     "build_info",
@@ -27,6 +29,7 @@ __all__ = [
     "convert_",
     "gates",
     "graphed",
+    "incremental_",
     "integrations",
     "nn",
     "ops",

@@ -64,6 +64,8 @@ class use_mask:
             another device, or of a batch that fits no mask, raises ValueError when it is called.
     """
 
+    rows_only = False  # what lies outside of a map's rows is known: it is zero
+
     def __init__(
         self,
         mask_or_plan: Tensor | PixelPlan | BlockPlan,

@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from . import incremental
 from .nn import (
     MaskedAvgPool2d,
     MaskedBatchNorm2d,
@@ -211,7 +212,7 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
 
 def revert_(model: nn.Module) -> None:
-    """Undoes :func:`convert_`: every module gets back the class that it had."""
+    """Undoes :func:`convert_` and :func:`dynops.incremental_`: every module gets back the class that it had."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for module in model.modules():
@@ -222,6 +223,7 @@ def revert_(model: nn.Module) -> None:
             dense = _DENSE.get(sparse) or vars(sparse)["_dynops_base"]
             module.__class__ = converted.rebased(type(module), sparse, dense)
         converted.unmake_whole(module)
+        incremental.undo(module)
 
 
 def _check_works_on_maps(model: nn.Module) -> None:

@@ -17,6 +17,10 @@ from ...plans import PixelPlan
 from .layout import NCHW, gathered, mask_at, scattered, shape_of
 
 
+class RowsOnly(Exception):
+    """A function asked for all of a map, of which only rows are known."""
+
+
 class SparseMap(Tensor):
     """A tensor whose pixels are those of a plan, and which is zero elsewhere; or the model's input, which is dense.
 
@@ -107,10 +111,14 @@ class SparseMap(Tensor):
                 self._dense, self.border = self.border.make(), None  # from now on something may write into it
             return self._dense
         if self.pending is not None and self.pending.follows:
+            if self.active is not None and self.active.rows_only:
+                raise RowsOnly
             return scattered(self.rows(), self.plan, self.axes)
         rows = self.rows()
         if self._dense is not None:
             return self._dense
+        if self.active is not None and self.active.rows_only:
+            raise RowsOnly
         dense = scattered(rows, self.plan, self.axes)
         if saved_hooks() is None:  # a recomputation would find it, and save less than the first computation
             self._dense = dense

@@ -1,0 +1,583 @@
+"""incremental_ and Stream: a model keeps what did not change since its last call, and computes the rest.
+
+Papers: SIGE (NeurIPS 2022), DeltaCNN (CVPR 2022), CBinfer (ICDSC 2017).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import inspect
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import context
+from .kept import Mark
+from .plans.masks import check_mask, resize_mask
+from .scope import Scope
+from .stack import converted
+from .stack.changed.followed import Followed, plain_tree
+from .stack.changed.frame import Frame, Unfollowable
+from .stack.changed.tape import ALL, Tape
+
+_METHODS = ("forward", "encode", "decode")
+_scope = Scope("dynops.Stream")
+
+
+def incremental_(model: nn.Module) -> None:
+    """Lets a model keep its values in a :class:`Stream`, in place. ``dynops.revert_`` undoes it.
+
+    Every parameter, buffer, ``state_dict`` key and hook stays where it is; only the model's class changes. Outside of
+    ``with stream:`` the model is what it was. Inside, calls of the model, and of its methods ``encode``, ``decode`` and
+    ``forward_*``, run the model's own Python. Each function of torch that it calls computes what changed.
+
+    Args:
+        model: in eval mode; any module.
+
+    Raises:
+        TypeError: ``model`` is not a module, or is one of TorchScript.
+        ValueError: :func:`dynops.convert_` has converted it.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if is_incremental(model):
+        return
+    if any("_dynops_converted" in m.__dict__ or converted.is_whole(m) for m in model.modules()):
+        raise ValueError("model: expected one that convert_ has not converted; dynops.revert_(model) undoes it")
+    model.__class__ = _incremental_class(type(model))
+
+
+def is_incremental(module: nn.Module) -> bool:
+    return any("_dynops_incremental" in vars(kind) for kind in type(module).__mro__)
+
+
+def undo(module: nn.Module) -> None:
+    """Gives a module back the class that it had before :func:`incremental_`."""
+    own = next((kind for kind in type(module).__mro__ if "_dynops_incremental" in vars(kind)), None)
+    if own is not None:
+        module.__class__ = converted.rebased(type(module), own, vars(own)["_dynops_base"])
+
+
+@functools.cache
+def _incremental_class(base: type[nn.Module]) -> type[nn.Module]:
+    names = {name for kind in base.__mro__ for name in vars(kind) if name.startswith("forward_")}
+    names |= {name for name in _METHODS if callable(getattr(base, name, None))}
+    methods = {name: _method(base, name) for name in names if inspect.isfunction(getattr(base, name))}
+    members = {**converted._members(base, methods["forward"], _new), **methods, "_dynops_incremental": True}
+    return type(f"Incremental{base.__name__}", (base,), members)
+
+
+def _new(base: type[nn.Module]) -> nn.Module:
+    """An empty module, for pickle and deepcopy to fill."""
+    kind = _incremental_class(base)
+    return kind.__new__(kind)
+
+
+def _method(base: type[nn.Module], name: str) -> Callable:
+    own = getattr(base, name)
+
+    @functools.wraps(own)
+    def method(self, *args, **kwargs):
+        entry = _scope.innermost()
+        if entry is None or entry.stream._runs_here():
+            return own(self, *args, **kwargs)
+        return entry.stream._run(entry, self, name, own, args, kwargs)
+
+    return method
+
+
+class _Entry(NamedTuple):
+    """What holds inside a ``with`` block."""
+
+    stream: Stream
+    step: object = None
+    mask: Tensor | None = None
+    align: tuple[int, int] | None = None
+
+
+class _Within:
+    """A ``with`` block of a stream."""
+
+    def __init__(self, entry: _Entry):
+        self._entry = entry
+
+    def __enter__(self) -> Stream:
+        _scope.enter(self._entry)
+        return self._entry.stream
+
+    def __exit__(self, *error) -> None:
+        _scope.leave(self._entry)
+
+    def changed(self, mask: Tensor) -> _Within:
+        """As :meth:`Stream.changed`, of the same step."""
+        return _Within(self._entry._replace(mask=_checked_mask(mask)))
+
+    def at(self, step) -> _Within:
+        """As :meth:`Stream.at`, with the same mask."""
+        return _Within(self._entry._replace(step=step))
+
+
+class Stream:
+    """What the layers of a model last wrote: the state of one video, or of one edited image.
+
+    ``with stream: y = model(x)``. The first call computes everything and keeps it. A later call compares ``x`` with the
+    one before and computes what changed, at every resolution. A model may have many streams, and a stream many models.
+
+    Args:
+        spread: "exact": a change goes through the receptive field of each layer, and the result is the dense one, to
+            rounding. A number k: at every resolution the pixels up to k away from those that changed in the input are
+            computed, and others keep their old value (SIGE). That is approximate.
+        threshold: a row of a layer's output whose values all moved by no more than this is not written and does not
+            spread. It is compared with what was last written, so that small changes add up (DeltaCNN). A number, or
+            a mapping of patterns of names, as in the report, to numbers ("input": the model's input). 0: exact.
+        relative: thresholds are in units of the root mean square of the layer's first output.
+        refresh: every ``refresh``-th call computes everything.
+        block: changed pixels are widened to blocks of this size, of every map. Larger blocks fit kernels better.
+        statistics: of group and instance norms. "exact": over the whole map: a change moves all of its sample. "kept":
+            those of the last call that computed everything (SIGE). That is approximate.
+        attention: "exact": a changed token moves every token that attends to it. "kept": only changed tokens are computed
+            again, over the kept keys and values of the others (SIGE). That is approximate.
+        keep: called as ``keep(name, bytes)``, or a list of patterns of names: values for which it is false are not kept,
+            and are computed again where they are read. None keeps all that need it.
+        align: ``(dx, dy)``: in each call the image has moved by whole pixels, to the right and down. See :meth:`aligned`.
+
+    Attributes:
+        bytes: of all that is kept.
+
+    A changed size, dtype, batch or device of the input, a parameter that was written, another mode of autocast or
+    a model that an exception left begin anew, with a warning. A model in training mode runs as if there were no stream.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+        RuntimeError: a call of the model where gradients are needed, or while another thread is in a call of the stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        spread: str | int = "exact",
+        threshold: float | Mapping[str, float] = 0.0,
+        relative: bool = False,
+        refresh: int | None = None,
+        block: int | tuple[int, int] | None = None,
+        statistics: str = "exact",
+        attention: str = "exact",
+        keep: Callable[[str, int], bool] | list[str] | None = None,
+        align: tuple[int, int] | None = None,
+    ):
+        self._options = _Options(spread, threshold, relative, block, statistics, attention, keep)
+        if refresh is not None and (type(refresh) is not int or refresh < 1):
+            raise ValueError(f"refresh: expected None or an int >= 1, got {refresh!r}")
+        self._refresh, self._align = refresh, _checked_shift(align)
+        self._tapes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._lock, self._owner = threading.Lock(), None
+        self._entries: list[_Entry] = []
+        self._last: _Last | None = None
+
+    # ---------------------------------------------------------------------------------- contexts
+
+    def __enter__(self) -> Stream:
+        entry = _Entry(self, align=self._align)
+        self._entries.append(entry)
+        _scope.enter(entry)
+        return self
+
+    def __exit__(self, *error) -> None:
+        _scope.leave(self._entries.pop())
+
+    def changed(self, mask: Tensor) -> _Within:
+        """``with stream.changed(mask):`` the caller knows what changed in the input; nothing is compared.
+
+        A mask that leaves out a pixel that changed gives a wrong result there, and in later calls.
+
+        Args:
+            mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]``; nonzero = changed. It is brought to the input's size.
+        """
+        return _Within(_Entry(self, mask=_checked_mask(mask)))
+
+    def at(self, step) -> _Within:
+        """``with stream.at(step=t):`` a state of its own for each step, as diffusion needs it.
+
+        Args:
+            step: hashable, or a tensor of one number.
+        """
+        step = step.item() if isinstance(step, Tensor) else step
+        hash(step)
+        return _Within(_Entry(self, step=step, align=self._align))
+
+    def aligned(self, dx: int, dy: int) -> _Within:
+        """``with stream.aligned(dx, dy):`` the image has moved since the last call, as that of a camera that pans.
+
+        What is kept moves with it where ``dx`` and ``dy`` are multiples of the layer's stride; else it is computed again.
+        """
+        return _Within(_Entry(self, align=_checked_shift((dx, dy))))
+
+    # ------------------------------------------------------------------------------------- state
+
+    def reset(self) -> None:
+        """Forgets everything: the next call is dense."""
+        self._tapes.clear()
+        self._last = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(tape.bytes for tape in self._all_tapes())
+
+    def to(self, device: torch.device | str) -> Stream:
+        """Moves what is kept; the model is to be moved too."""
+        for tape in self._all_tapes():
+            for value in tape.values:
+                if value.stored is not None:
+                    value.stored = value.stored.to(device)
+                    value.device = torch.device(device)
+        self.reset()  # steps hold parameters of the old device
+        return self
+
+    def _all_tapes(self) -> list[Tape]:
+        return [tape for tapes in self._tapes.values() for tape in tapes.values()]
+
+    def __deepcopy__(self, memo) -> Stream:
+        return self._like()
+
+    def __reduce__(self):
+        return _stream_of, (self._options.given, self._refresh, self._align)
+
+    def _like(self) -> Stream:
+        return _stream_of(self._options.given, self._refresh, self._align)
+
+    # --------------------------------------------------------------------------------------- runs
+
+    def _runs_here(self) -> bool:
+        return self._owner == threading.get_ident()
+
+    def _run(self, entry: _Entry, model: nn.Module, name: str, own: Callable, args: tuple, kwargs: dict):
+        """A call of a model's method inside the stream."""
+        if any(m.training for m in model.modules()):
+            warnings.warn("Stream: expected a model in eval mode; in training mode it keeps nothing", stacklevel=4)
+            self._tapes.pop(model, None)
+            return own(model, *args, **kwargs)
+        _refuse_gradients(model, args, kwargs)
+        if context.current() is not None:
+            raise RuntimeError("Stream: expected no mask context around it, as the stream knows what to compute")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("Stream: expected one call at a time; give each thread a stream of its own")
+        self._owner = threading.get_ident()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._kept_run(entry, model, name, own, args, kwargs)
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    def _kept_run(self, entry: _Entry, model: nn.Module, name: str, own: Callable, args: tuple, kwargs: dict):
+        began = time.perf_counter()
+        tapes = self._tapes.setdefault(model, {})
+        key = name, entry.step
+        tape = tapes.get(key)
+        if tape is not None and tape.output == "unfollowable":
+            return own(model, *args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        signature = _signature(leaves, spec)
+        tensors = [*model.parameters(), *model.buffers()]
+        if tape is not None and (reason := _stale(tape, signature, tensors)):
+            warnings.warn(f"Stream: {reason} changed; the state of {type(model).__name__} begins anew", stacklevel=5)
+            tape = None
+        fresh = tape is None
+        tape = Tape() if tape is None else tape
+        if fresh:
+            tape.arguments, tape.mark = signature, Mark(*tensors)
+            tape.names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
+        tapes.pop(key, None)  # until the call has ended well
+        tape.calls += 1
+        refreshed = self._refresh is not None and (tape.calls - 1) % self._refresh == 0
+        self._options.device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
+        frame = Frame(tape, self._options, tape.names, fresh or refreshed)
+        frame.align(entry.align)
+        wrapped, number = list(leaves), 0
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor):
+                wrapped[i] = frame.enter(number, x, _told(entry.mask, x))
+                number += 1
+        others = [x for x in leaves if not isinstance(x, Tensor)]
+        if not frame.fresh and tape.returns is not None and _same(others, tape.others) and frame.idle():
+            out = tape.returns.copied(tape)
+        else:
+            given, named = pytree.tree_unflatten(wrapped, spec)
+            try:
+                out = own(model, *given, **named)
+            except Unfollowable as reason:
+                warnings.warn(f"Stream: {type(model).__name__} runs dense: {reason}", stacklevel=5)
+                tape = Tape()
+                tape.output = "unfollowable"
+                tapes[key] = tape
+                given, named = pytree.tree_unflatten(leaves, spec)
+                return own(model, *given, **named)
+            tape.returns = _Returns.of(out)
+            out = _plain_attributes(frame.end(out))
+        tape.others = others
+        tapes[key] = tape
+        self._last = _Last(weakref.ref(model), tape, frame.moved, time.perf_counter() - began)
+        return out
+
+    # ------------------------------------------------------------------------------------- report
+
+    def report(self) -> Report:
+        """What the last call computed.
+
+        Raises:
+            RuntimeError: the stream was in no call yet.
+        """
+        if self._last is None:
+            raise RuntimeError("report: expected a call of a model inside the stream before")
+        return Report.of(self._last)
+
+
+def _stream_of(given: dict, refresh, align) -> Stream:
+    return Stream(**given, refresh=refresh, align=align)
+
+
+class _Options:
+    """The arguments of a stream, checked."""
+
+    def __init__(self, spread, threshold, relative, block, statistics, attention, keep):
+        self.given = {
+            "spread": spread, "threshold": threshold, "relative": relative, "block": block,
+            "statistics": statistics, "attention": attention, "keep": keep,
+        }  # fmt: skip
+        if spread != "exact" and (type(spread) is not int or spread < 0):
+            raise ValueError(f"spread: expected 'exact' or an int >= 0, got {spread!r}")
+        for name in ("statistics", "attention"):
+            if self.given[name] not in ("exact", "kept"):
+                raise ValueError(f"{name}: expected 'exact' or 'kept', got {self.given[name]!r}")
+        for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"threshold: expected numbers >= 0, got {value!r}")
+        if keep is not None and not callable(keep) and not isinstance(keep, (list, tuple)):
+            raise TypeError(f"keep: expected a function, a list of patterns or None, got {keep!r}")
+        if block is not None:
+            block = (block, block) if isinstance(block, int) else tuple(block)
+            if len(block) != 2 or not all(type(b) is int and b >= 1 for b in block):
+                raise ValueError(f"block: expected an int >= 1 or a pair of them, got {block!r}")
+        self.spread, self.threshold, self.relative = spread, threshold, bool(relative)
+        self.block, self.statistics, self.attention, self.keep = block, statistics, attention, keep
+        self.device = torch.device("cpu")
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def threshold_of(self, name: str, leaves=()) -> float:
+        """The threshold of a step, or of the input."""
+        value = self.threshold
+        if isinstance(value, Mapping):
+            value = next((v for pattern, v in value.items() if fnmatch.fnmatch(name, pattern)), 0.0)
+        if value and self.relative:
+            maps = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+            return value * float(maps[0].float().square().mean().sqrt()) if maps else value
+        return float(value)
+
+    def keeps(self, value) -> bool:
+        if self.keep is None or value.returned or value.axes is None or value.step.rule.compares:
+            return True
+        label, size = value.step.label, value.shape.numel() * value.dtype.itemsize
+        if callable(self.keep):
+            return bool(self.keep(label, size))
+        return any(fnmatch.fnmatch(label, pattern) for pattern in self.keep)
+
+
+def _signature(leaves: list, spec) -> tuple:
+    """What a tape holds for, beside the content of tensors."""
+    tensors = tuple((tuple(x.shape), x.dtype, x.device) for x in leaves if isinstance(x, Tensor))
+    modes = tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda"))
+    return tensors, modes, spec
+
+
+def _stale(tape: Tape, signature: tuple, tensors: list[Tensor]) -> str:
+    """What has changed since a tape was made; "" where it holds."""
+    if tape.arguments[0] != signature[0]:
+        return "the size, dtype or device of an input"
+    if tape.arguments[1] != signature[1]:
+        return "autocast"
+    if tape.arguments[2] != signature[2]:
+        return "the structure of the arguments"
+    if len(tensors) != len(tape.names) or not all(id(t) in tape.names for t in tensors) or not tape.mark.holds(*tensors):
+        return "a parameter or buffer"
+    return ""
+
+
+def _same(a: list, b: list) -> bool:
+    try:
+        return len(a) == len(b) and all(x is y or bool(x == y) for x, y in zip(a, b, strict=True))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+class _Returns(NamedTuple):
+    """What a forward returned: the numbers of values, and their structure."""
+
+    leaves: list
+    spec: object
+
+    @classmethod
+    def of(cls, out) -> _Returns | None:
+        leaves, spec = pytree.tree_flatten(out)
+        plain = (type(None), bool, int, float, str)
+        if not all((type(x) is Followed and x.plain is None) or type(x) in plain for x in leaves):
+            return None
+        return cls([x.value.number if type(x) is Followed else ("", x) for x in leaves], spec)
+
+    def copied(self, tape: Tape):
+        def made(leaf):
+            if type(leaf) is tuple:
+                return leaf[1]
+            stored = tape.values[leaf].stored
+            return getattr(stored, "dense", stored).clone()
+
+        return pytree.tree_unflatten([made(x) for x in self.leaves], self.spec)
+
+
+def _plain_attributes(out):
+    """Objects that hold tensors, as diffusers returns distributions: their tensors are plain ones now."""
+    for leaf in pytree.tree_leaves(out):
+        for name, x in list(getattr(leaf, "__dict__", {}).items()) if not isinstance(leaf, (Tensor, nn.Module)) else ():
+            if type(x) is Followed:
+                setattr(leaf, name, plain_tree(x))
+    return out
+
+
+def _refuse_gradients(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    if not torch.is_grad_enabled():
+        return
+    tensors = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+    if any(x.requires_grad for x in (*tensors, *model.parameters())):
+        raise RuntimeError(
+            "Stream: expected a call without gradients, as kept values have none; use torch.inference_mode() or torch.no_grad()"
+        )
+
+
+def _checked_mask(mask: Tensor) -> Tensor:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        mask = mask[None]
+    return check_mask(mask) != 0
+
+
+def _checked_shift(shift) -> tuple[int, int] | None:
+    if shift is None:
+        return None
+    if not isinstance(shift, (tuple, list)) or len(shift) != 2 or not all(type(s) is int for s in shift):
+        raise ValueError(f"align: expected (dx, dy) in whole pixels, got {shift!r}")
+    return tuple(shift)
+
+
+def _told(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The caller's mask at the size of an input, or None."""
+    if mask is None or x.dim() != 4:
+        return None
+    if mask.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"mask: expected one for a batch of {x.shape[0]}, got shape {tuple(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"mask: expected it on the input's device {x.device}, got {mask.device}")
+    mask = resize_mask(mask, tuple(x.shape[2:]))
+    return mask.expand(x.shape[0], -1, -1).contiguous()
+
+
+class _Last(NamedTuple):
+    model: weakref.ref
+    tape: Tape
+    moved: Tensor | None
+    seconds: float
+
+
+class Row(NamedTuple):
+    """A step of a call.
+
+    Attributes:
+        name: the module whose parameters it has, and the function; else the function alone.
+        size: ``(N, H, W)`` of what it makes; None: it is no map.
+        share: of the pixels that were computed.
+        macs, dense_macs: multiply-accumulates, of what was computed and of everything.
+        bytes: that are kept of it.
+        owed: the largest difference that was left unwritten for the threshold.
+        seconds: of the step with those that are computed together with it.
+    """
+
+    name: str
+    size: tuple[int, int, int] | None
+    share: float
+    macs: float
+    dense_macs: float
+    bytes: int
+    owed: float
+    seconds: float
+
+
+class Report:
+    """What a call computed. ``print`` shows a table.
+
+    Attributes:
+        rows: a :class:`Row` for each step.
+        theory: MACs of everything over those that were computed.
+        seconds: of the call.
+        owed: the largest difference that was left unwritten.
+        bytes: that are kept.
+        masks: bool ``[N, H, W]`` by size ``(H, W)``: what changed in maps of that size.
+    """
+
+    def __init__(self, rows: list[Row], seconds: float, masks: dict):
+        self.rows, self.seconds, self.masks = rows, seconds, masks
+        self.owed = max((row.owed for row in rows), default=0.0)
+        self.bytes = sum(row.bytes for row in rows)
+        computed, dense = sum(row.macs for row in rows), sum(row.dense_macs for row in rows)
+        self.theory = dense / computed if computed else float("inf") if dense else 1.0
+
+    @classmethod
+    def of(cls, last: _Last) -> Report:
+        rows, masks = [], {}
+        for step in last.tape.steps:
+            pixels = step.of
+            macs = step.rule.macs(step)
+            owed = max((getattr(v.stored, "owed", 0.0) for v in step.outs), default=0.0)
+            out = step.outs[0]
+            rows.append(
+                Row(step.label, out.size, step.rows / pixels if pixels else 0.0, macs * step.rows, macs * pixels,
+                    sum(v.bytes for v in step.outs), owed, step.seconds)
+            )  # fmt: skip
+            if out.size is not None:
+                key = tuple(out.size[1:])
+                mask = _mask_of(out)
+                masks[key] = masks[key] | mask if key in masks and masks[key].shape == mask.shape else mask
+        return cls(rows, last.seconds, masks)
+
+    def picture(self, size: tuple[int, int] | None = None, sample: int = 0) -> Tensor:
+        """uint8 ``[H, W]``: 255 where a map of this size changed; None: the largest."""
+        size = max(self.masks, key=lambda s: s[0] * s[1]) if size is None else tuple(size)
+        if size not in self.masks:
+            raise ValueError(f"size: expected one of {sorted(self.masks)}, got {size}")
+        return self.masks[size][sample].to(torch.uint8) * 255
+
+    def __str__(self) -> str:
+        lines = [f"{'step':48} {'size':>12} {'computed':>9} {'MMACs':>9} {'kept MB':>8} {'ms':>7}"]
+        for row in self.rows:
+            size = "x".join(map(str, row.size)) if row.size else ""
+            lines.append(
+                f"{row.name[-48:]:48} {size:>12} {row.share:9.1%} {row.macs / 1e6:9.1f} {row.bytes / 1e6:8.2f} {row.seconds * 1e3:7.2f}"
+            )
+        lines.append(
+            f"theory {self.theory:.2f}x, {self.seconds * 1e3:.1f} ms, {self.bytes / 1e6:.1f} MB kept, owed at most {self.owed:.3g}"
+        )
+        return "\n".join(lines)
+
+
+def _mask_of(value) -> Tensor:
+    if value.plan is None or value.plan is ALL:
+        return torch.full(value.size, value.plan is ALL)
+    return value.plan.mask().cpu()

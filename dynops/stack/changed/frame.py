@@ -1,0 +1,680 @@
+"""Frame: one call of a model whose values are kept.
+
+A function that the model calls becomes the next step of the tape. Where nothing that it reads has changed it does not
+run. Else the rows that changed are computed and written where the value is kept. A value that is not kept is computed
+where a later step reads it: of a convolution that only a norm and an activation follow, all three are one kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ...ops.pixels.rows import gather_rows
+from ...plans import PixelPlan
+from ..maps import SparseMap
+from ..maps.layout import NCHW
+from . import kinds, masks
+from .followed import Followed, plain_tree
+from .stored import Stored
+from .tape import ALL, GIVEN, Kind, Step, Tape, Value, filled, frozen, widest
+
+_VIEWS = frozenset(
+    "view reshape flatten permute transpose __getitem__ chunk split narrow unbind select squeeze unsqueeze expand "
+    "contiguous detach to float half type movedim swapaxes unflatten T mT view_as reshape_as expand_as "
+    "swapdims moveaxis tensor_split hsplit data".split()
+)
+_INPLACE = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __setitem__ __set__".split())
+_ESCAPES = frozenset(
+    "numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided set_ resize_ retain_grad register_hook "
+    "share_memory_ __deepcopy__ __reduce_ex__ requires_grad_ backward".split()
+)
+_MOSTLY = 0.5  # of the pixels: above it rows must have been measured to be the faster way
+
+
+class Unfollowable(Exception):
+    """The model writes into a tensor that another one shows: its steps cannot be told apart."""
+
+
+class Frame:
+    """A call.
+
+    Args:
+        tape: what the last calls left.
+        options: the stream's.
+        names: of parameters and buffers, by id.
+        fresh: everything is computed anew.
+    """
+
+    def __init__(self, tape: Tape, options, names: dict[int, str], fresh: bool):
+        self.tape, self.options, self.names = tape, options, names
+        self.fresh = fresh or not tape.inputs
+        self.next = 0  # the step that is expected
+        self.moved: Tensor | None = None  # bool [N, H, W] at the input's size: for ``spread=k``
+        self.constants_moved = False  # a tensor among the arguments of this step that is no value
+        self.shift: tuple[int, int] | None = None
+        self.misaligned: set[int] = set()  # values that do not move by whole pixels
+        self._alive: list = []
+        self._plans: dict = {}
+        self._maps: dict = {}
+        for value in tape.values:
+            value.plan = value.dense = None
+            value.alive = 0
+
+    # ------------------------------------------------------------------------------------ inputs
+
+    def enter(self, number: int, x: Tensor, told: Tensor | None) -> Followed:
+        """An input of the model as a followed tensor. Finds what changed in it.
+
+        Args:
+            told: bool ``[N, H, W]``: the caller knows what changed in it.
+        """
+        tape = self.tape
+        if number == len(tape.inputs):
+            is_map = x.dim() == 4 and x.is_floating_point()
+            axes, size = (NCHW, (x.shape[0], *x.shape[2:])) if is_map else (None, None)
+            tape.inputs.append(tape.new(None, 0, x, axes, size))
+        value = tape.inputs[number]
+        if self.fresh or value.stored is None:
+            value.plan, value.decided = ALL, True
+            self.keep(value, x, own=False)
+        elif value.axes is None:
+            if not torch.equal(value.stored, x):
+                value.plan, value.stored = ALL, x.clone()
+        else:
+            self._compare(value, x, told)
+        if value.plan is not None and value.axes is not None and self.options.spread != "exact":
+            self._widen(value)
+        return self.follow(value)
+
+    def _compare(self, value: Value, x: Tensor, told: Tensor | None) -> None:
+        stored, threshold = value.stored, self.options.threshold_of("input")
+        if told is None:
+            if torch.equal(stored.dense, x):
+                return
+            told = differs(stored.dense, x, threshold)
+        value.plan = self.plan_of(told)
+        if value.plan is ALL:
+            self.keep(value, x, own=False)
+        elif value.plan is not None:
+            stored.rows.index_copy_(0, _at(value.plan), gather_rows(x, value.plan.index, None))
+
+    def _widen(self, value: Value) -> None:
+        mask = self.mask_of(value)
+        if self.moved is None or self.moved.shape == mask.shape:
+            self.moved = mask if self.moved is None else self.moved | mask
+        else:
+            self.moved = self.moved | masks.at_size(mask, self.moved.shape[1:])
+
+    def idle(self) -> bool:
+        """True where no input changed."""
+        return self.shift is None and all(value.plan is None for value in self.tape.inputs)
+
+    def align(self, shift: tuple[int, int] | None) -> None:
+        """Moves what is kept by ``shift = (dx, dy)`` pixels of the input."""
+        if shift is None or shift == (0, 0) or self.fresh:
+            return
+        self.shift = shift
+        x = self.tape.inputs[0]
+        for value in self.tape.values:
+            if type(value.stored) is not Stored:
+                continue
+            by = [s * size for s, size in zip(shift, (value.size[2], value.size[1]), strict=True)]
+            of = x.size[2], x.size[1]
+            if any(b % o for b, o in zip(by, of, strict=True)):
+                self.misaligned.add(value.number)
+            elif value.size[1:] != (1, 1):
+                value.stored.moved_by(by[0] // of[0], by[1] // of[1])
+
+    # ------------------------------------------------------------------------------------- calls
+
+    def call(self, func: Callable, name: str, args: tuple, kwargs: dict):
+        """A function of torch that the model called."""
+        if name in _ESCAPES or "out" in kwargs:
+            return func(*plain_tree(args), **plain_tree(kwargs))
+        values: list[Value] = []
+        plains: list[Tensor] = []
+        key = (name, frozen(args, values, plains, Followed), frozen(kwargs, values, plains, Followed))
+        inplace = name in _INPLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+        target = (args[0] if args else kwargs.get("input")) if inplace else None
+        if inplace and type(target) is not Followed:  # a tensor of the model's own
+            return func(*self._contents(args), **self._contents(kwargs))
+        if inplace:
+            self._check_alone(target)
+        step = self._expected(func, name, key, values, plains)
+        if step is None:
+            made = self._record(func, name, key, values, plains, inplace)
+        else:
+            made = self._again(step)
+        if inplace and isinstance(made, Followed):
+            return self._exchange(target, made)
+        if inplace:  # __setitem__ returns nothing
+            raise Unfollowable(f"{name} of a part of a tensor")
+        return made
+
+    def _contents(self, tree):
+        return pytree.tree_map_only(Followed, lambda x: x.plain if x.plain is not None else self.whole(x.value), tree)
+
+    def _check_alone(self, target: Followed) -> None:
+        shares = target.value.shares
+        others = sum(self.tape.values[n].alive for n in shares if n < len(self.tape.values))
+        if others > 1 and sum(v is not None and v.value.number in shares for v in self._living()) > 1:
+            raise Unfollowable("a function works in place on a tensor that a view shows")
+
+    def _exchange(self, target: Followed, made: Followed) -> Followed:
+        old = target.value
+        target.value = made.value
+        made.value.alive += 1
+        old.alive -= 1
+        if old.alive <= 0:
+            self._gone(old)
+        return target
+
+    def _expected(self, func, name: str, key: tuple, values: list, plains: list) -> Step | None:
+        """The step that the tape has here, if the model does what it did."""
+        steps = self.tape.steps
+        if self.next < len(steps):
+            step = steps[self.next]
+            if step.key == key:
+                self.constants_moved = self._take(step, plains)
+                self.next += 1
+                step.func = func
+                return step
+            self.tape.cut(self.next)
+        return None
+
+    def _take(self, step: Step, plains: list[Tensor]) -> bool:
+        """Takes the tensors of this call. True where one that is no parameter differs from the last call's."""
+        moved = False
+        for i, x in enumerate(plains):
+            old, copy = step.plains[i], step.copies[i]
+            if copy is None and x is old:
+                continue
+            if copy is not None and torch.equal(copy, x):
+                continue
+            moved = True
+            step.copies[i] = None if id(x) in self.names else x.clone()
+        step.plains = plains
+        return moved
+
+    # ---------------------------------------------------------------------------------- recording
+
+    def _record(self, func, name: str, key: tuple, values: list, plains: list, inplace: bool):
+        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), plains)
+        step.copies = [None if id(x) in self.names else x.clone() for x in plains]
+        step.modes = _modes()
+        known = [self.names[id(x)] for x in plains if id(x) in self.names]
+        step.label = f"{known[0].rpartition('.')[0]} ({name})" if known else name
+        step.target = step.inputs[0] if inplace else None
+        began = time.perf_counter()
+        out = self.called(step, lambda v: self.whole(v).clone() if v is step.target else self.whole(v))
+        self._timed(step, began, "dense")
+        leaves, step.spec = pytree.tree_flatten(out)
+        if not any(isinstance(x, Tensor) for x in leaves):  # a size, or a number that Python decides by
+            return out
+        self.tape.steps.append(step)
+        self.next = len(self.tape.steps)
+        step.leaves = leaves
+        step.rule = kinds.rule_of(self, step, out)
+        step.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
+        if step.rule.__class__ is kinds.Statistics and step.rule.kept:
+            step.rule.dense(self, step)  # notes the statistics
+        axes = getattr(step, "axes", None)
+        kind = self._kind_of(step)
+        for i, x in enumerate(leaves):
+            if not isinstance(x, Tensor):
+                continue
+            value = self.tape.new(step, len(step.outs), x, *self._axes_of(step, x, axes[i] if axes else None), kind)
+            value.plan, value.dense = ALL, x
+            self._note_sharing(step, value, x)
+            step.outs.append(value)
+        for i, v in enumerate(step.inputs):
+            v.readers.append((step.rule.reads_own_place(step, i), kind))
+        step.threshold = self.options.threshold_of(step.label, leaves)
+        step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
+        return self._returned(step)
+
+    def _kind_of(self, step: Step) -> Kind:
+        """Where what a step makes changes, as far as the forward alone says it."""
+        if self.options.spread != "exact":
+            return GIVEN
+        rule, maps = step.rule, [(i, v) for i, v in enumerate(step.inputs) if v.axes is not None]
+        if isinstance(rule, kinds.Neighbourhood) and maps and not rule.reads_own_place(step, 0):
+            return Kind(step.inputs[0].kind, rule.reads)
+        own = [v.kind for i, v in maps if rule.reads_own_place(step, i)]
+        joins = len(own) == len(maps) or (type(rule) is kinds.Attention and self.options.attention == "kept")
+        return Kind() if not own or not joins else widest(own) or Kind()
+
+    def _axes_of(self, step: Step, x: Tensor, axes) -> tuple:
+        rule = step.rule
+        if isinstance(rule, kinds.PixelByPixel):
+            return axes, step.size
+        if isinstance(rule, (kinds.Statistics, kinds.Attention)):
+            return step.inputs[0].axes, step.inputs[0].size
+        if isinstance(rule, kinds.Neighbourhood):
+            return NCHW, rule.size
+        if x.dim() == 4 and x.is_floating_point() and any(v.axes is not None for v in step.inputs):
+            return NCHW, (x.shape[0], *x.shape[2:])
+        return None, None
+
+    def _note_sharing(self, step: Step, value: Value, x: Tensor) -> None:
+        memory = x.untyped_storage().data_ptr()
+        for v in step.inputs:
+            if step.name in _VIEWS or (v.dense is not None and v.dense.untyped_storage().data_ptr() == memory):
+                v.shares |= value.shares
+                value.shares = v.shares
+
+    # --------------------------------------------------------------------------------- later calls
+
+    def _again(self, step: Step):
+        """Runs a step where something that it reads changed."""
+        rule, outs = step.rule, step.outs
+        step.rows, step.seconds = 0, 0.0
+        moved = self.constants_moved or any(v.plan is not None for v in step.inputs)
+        moved = moved or (self.shift is not None and outs[0].axes is not None)
+        if not moved:
+            return self._returned(step)
+        if rule.compares:
+            self._run_and_compare(step)
+            return self._returned(step)
+        plan = rule.spread(self, step)
+        if any(out.number in self.misaligned for out in outs):
+            plan = ALL
+        if plan is not None and plan is not ALL:
+            plan = self._in_blocks(plan)
+        for out in outs:
+            out.plan = plan
+        if plan is None:
+            return self._returned(step)
+        step.rows = step.of if plan is ALL else len(plan)
+        if plan is ALL:
+            self._run_whole(step)
+        elif any(out.stored is not None for out in outs):
+            self._run_rows(step, plan)
+        return self._returned(step)
+
+    def _run_whole(self, step: Step) -> None:
+        began = time.perf_counter()
+        made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
+        for out, x in zip(step.outs, made, strict=True):
+            if out.stored is not None or not out.decided:
+                self.keep(out, x, own=not self._is_shared(step, x))
+            else:
+                out.dense = x
+        self._timed(step, began, "dense")
+
+    def _run_and_compare(self, step: Step) -> None:
+        self.constants_moved = False
+        made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
+        if len(made) != len(step.outs) or any(x.shape != out.shape for x, out in zip(made, step.outs, strict=True)):
+            for out in step.outs:  # sizes that follow from the data
+                out.plan = ALL
+            raise Unfollowable(f"{step.label} returns other sizes than in the call before")
+        step.rows = step.of
+        for out, x in zip(step.outs, made, strict=True):
+            if out.stored is None:
+                out.plan, out.dense = ALL, x
+            elif type(out.stored) is not Stored:
+                if not _same(out.stored, x, step.threshold):
+                    out.plan, out.stored = ALL, x.clone()
+            else:
+                moved = differs(out.stored.dense, x, step.threshold)
+                out.plan = self.plan_of(moved)
+                if step.threshold > 0 and out.plan is not None and out.plan is not ALL:
+                    rows = gather_rows(x, out.plan.index, None)
+                    out.stored.rows.index_copy_(0, _at(out.plan), rows)
+                elif out.plan is not None:
+                    self.keep(out, x, own=not self._is_shared(step, x))
+
+    def _run_rows(self, step: Step, plan: PixelPlan) -> None:
+        began, share = time.perf_counter(), len(plan) / step.of
+        if step.rule.may_be_dense and step.threshold <= 0 and self._dense_is_faster(step, len(plan), share):
+            self._run_whole(step)
+            return
+        made = [x for x in step.rule.rows(self, step, plan) if x is not None]
+        for out, x in zip(step.outs, made, strict=True):
+            if out.stored is None:
+                continue
+            rows = x.rows() if type(x) is SparseMap else x
+            written = out.stored.write(rows, plan, step.threshold)
+            if written is not None and len(step.outs) == 1:
+                out.plan = self._part_of(plan, written)
+        self._timed(step, began, "rows", len(plan))
+
+    def _part_of(self, plan: PixelPlan, written: Tensor):
+        if bool(written.all()):
+            return plan
+        index = plan.index[written]
+        mask = torch.zeros(math.prod(plan.shape), dtype=torch.bool, device=index.device)
+        mask[index.long()] = True
+        return self.plan_of(mask.view(plan.shape))
+
+    def _dense_is_faster(self, step: Step, rows: int, share: float) -> bool:
+        if "rows" not in step.times or self.options.is_cuda:
+            return share > _MOSTLY
+        return step.times["rows"] * rows > _dense_seconds(step)
+
+    def _timed(self, step: Step, began: float, how: str, rows: int = 1) -> None:
+        step.seconds = time.perf_counter() - began
+        each = step.seconds / max(rows, 1)
+        step.times[how] = min(each, step.times.get(how, each))
+
+    def _is_shared(self, step: Step, x: Tensor) -> bool:
+        """True where a result may be the memory of something else."""
+        if step.target is not None:
+            return False
+        if step.name in _VIEWS:
+            return True
+        memory = x.untyped_storage().data_ptr()
+        for v in step.inputs:
+            kept = v.stored.grid if type(v.stored) is Stored else v.stored if v.stored is not None else v.dense
+            if kept is not None and kept.untyped_storage().data_ptr() == memory:
+                return True
+        return any(p.untyped_storage().data_ptr() == memory for p in step.plains)
+
+    def _returned(self, step: Step):
+        leaves, outs = list(step.leaves), iter(step.outs)
+        for i, x in enumerate(leaves):
+            if x is None:
+                leaves[i] = self.follow(next(outs))
+        return pytree.tree_unflatten(leaves, step.spec)
+
+    # ----------------------------------------------------------------------------------- contents
+
+    def called(self, step: Step, value_of: Callable):
+        """The function of a step, with ``value_of(value)`` for each of its values."""
+        values = self.tape.values
+        name, args, kwargs = step.key
+        args = filled(args, lambda n: value_of(values[n]), step.plains)
+        kwargs = filled(kwargs, lambda n: value_of(values[n]), step.plains)
+        func = torch.Tensor.reshape if name == "view" and not any(isinstance(a, torch.dtype) for a in args) else step.func
+        with _in_modes(step.modes):
+            return func(*args, **kwargs)
+
+    def keep(self, value: Value, x: Tensor, own: bool) -> None:
+        """Keeps the content of a value."""
+        value.dense = None
+        if value.axes is None:
+            value.stored = x if own else x.clone()
+        else:
+            value.stored = Stored(x, value.axes, value.size, own)
+
+    def whole(self, value: Value) -> Tensor:
+        """The content of a value; it must not be written into."""
+        if value.dense is not None:
+            return value.dense
+        if value.stored is not None:
+            return value.stored.dense if type(value.stored) is Stored else value.stored
+        step = value.step
+        made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
+        if value.alive > 0:
+            value.dense = made[value.place]
+        return made[value.place]
+
+    def for_step(self, step: Step) -> Callable:
+        """Maps a value to its content as a step takes it: what works in place has a copy where the value is kept."""
+
+        def taken(value: Value) -> Tensor:
+            if value is not step.target:
+                return self.whole(value)
+            mine = value.stored is None and value.alive <= 1
+            return self.whole(value) if mine else self.whole(value).clone()
+
+        return taken
+
+    def whole_or_none(self, value: Value) -> Tensor | None:
+        """As :meth:`whole`, of a value that need not be computed for it."""
+        if value.dense is None and value.stored is None:
+            return None
+        return self.whole(value)
+
+    def whole_rows(self, value: Value) -> Tensor:
+        """The rows ``[N * H * W, C]`` of a map ``[N, C, H, W]``."""
+        if type(value.stored) is Stored and value.dense is None:
+            return value.stored.rows
+        return self.whole(value).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def whole_map(self, value: Value, context) -> SparseMap:
+        """A map ``[N, C, H, W]`` whose rows are all pixels."""
+        made = SparseMap.of_rows(self.whole_rows(value), self.full(value.size), context)
+        made._dense = self.whole(value)
+        return made
+
+    def map_at(self, value: Value, plan: PixelPlan, context) -> SparseMap:
+        """The rows of a value at a plan, computed where it is not kept."""
+        if value.dense is None and value.stored is None:
+            key = value.number, id(plan)
+            found = self._maps.get(key)
+            if found is not None:
+                return SparseMap.of_rows(found, plan, context, value.axes)
+            step = value.step
+            made = [x for x in step.rule.rows(self, step, plan) if isinstance(x, Tensor)]
+            x = made[value.place]
+            if type(x) is not SparseMap:
+                x = SparseMap.of_rows(x, plan, context, value.axes)
+            x.active = context
+            if len(value.readers) > 1:
+                self._maps[key] = x.rows()
+                self._plans[id(plan)] = plan  # so that its id stays its own
+            return x
+        if value.dense is None:
+            rows = value.stored.at(plan)
+        else:
+            rows = kinds.gathered(value.dense, plan, value.axes)
+        return SparseMap.of_rows(rows, plan, context, value.axes)
+
+    def content(self, value: Value) -> Tensor:
+        """A copy of a value."""
+        return self.whole(value).clone()
+
+    # -------------------------------------------------------------------------------------- plans
+
+    def full(self, size: tuple[int, int, int]) -> PixelPlan:
+        return _full(size, self.options.device)
+
+    def plan_of(self, mask: Tensor):
+        """None for a mask without pixels, ``ALL`` for a full one, else its plan."""
+        plan = PixelPlan.from_mask(mask)
+        if len(plan) == 0:
+            return None
+        return ALL if len(plan) == mask.numel() else plan
+
+    def mask_of(self, value: Value) -> Tensor:
+        """bool ``[N, H, W]``: where a value changed."""
+        if value.plan is None:
+            return torch.zeros(value.size, dtype=torch.bool, device=value.device)
+        if value.plan is ALL:
+            return torch.ones(value.size, dtype=torch.bool, device=value.device)
+        return value.plan.mask()
+
+    def region(self, size: tuple[int, int, int]):
+        """What changes in maps of a size, where the spread is given."""
+        key = "region", size
+        if key not in self._plans:
+            if self.moved is None:
+                self._plans[key] = ALL
+            else:
+                mask = masks.at_size(self.moved, size[1:])
+                mask = masks.dilated(mask, self.options.spread)
+                self._plans[key] = self.plan_of(mask) if mask.shape[0] == size[0] else ALL
+        return self._plans[key]
+
+    def union(self, plans: list):
+        """The plan that holds all of these."""
+        first = plans[0]
+        if ALL in plans or all(p is first for p in plans):
+            return ALL if ALL in plans else first
+        key = ("union", *(id(p) for p in plans))
+        if key not in self._plans:
+            largest = max(plans, key=len)
+            mask = largest.mask()
+            for other in plans:
+                mask = mask if other is largest else mask | other.mask()
+            made = self.plan_of(mask)
+            same = made is not ALL and len(made) == len(largest)
+            self._plans[key] = largest if same else made, plans
+        return self._plans[key][0]
+
+    def of_samples(self, plan, size: tuple[int, int, int]):
+        """All pixels of the samples that a plan has a pixel of."""
+        if plan is ALL or size[0] == 1:
+            return ALL
+        samples = plan.mask().flatten(1).any(1)
+        return self.plan_of(samples[:, None, None].expand(size).contiguous())
+
+    def together(self, step: Step, inputs: list):
+        """What changes in a result that is made of these pixel by pixel."""
+        if self.constants_moved:
+            return ALL
+        plans = []
+        for v in inputs:
+            if v.plan is None:
+                continue
+            if v.plan is ALL or v.axes is None:
+                return ALL
+            if v.size == step.size:
+                plans.append(v.plan)
+            elif v.size == (step.size[0], 1, 1):
+                plans.append(self.of_samples(v.plan, step.size))
+            else:
+                return ALL
+        return self.union(plans)
+
+    def through(self, x: Value, reads, size: tuple[int, int, int]):
+        """What changes in a result that reads a neighbourhood of ``x``."""
+        if x.plan is ALL:
+            return ALL
+        if self.options.spread != "exact":
+            return None if x.plan is None else self.region(size)
+        if x.plan is None and self.shift is None:
+            return None
+        key = "through", id(x.plan), id(reads[0].at), id(reads[1].at), self.shift is None
+        if key not in self._plans:
+            mask = masks.spread(self.mask_of(x), reads)
+            if self.shift is not None:
+                mask = mask | masks.borders(reads)
+            self._plans[key] = self.plan_of(mask), x.plan
+        return self._plans[key][0]
+
+    def _in_blocks(self, plan: PixelPlan):
+        block = self.options.block
+        if block is None:
+            return plan
+        key = "blocks", id(plan)
+        if key not in self._plans:
+            self._plans[key] = self.plan_of(masks.in_blocks(plan.mask(), block)), plan
+        return self._plans[key][0]
+
+    def autocasts(self, x) -> bool:
+        device = x.device.type
+        return torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+    # ------------------------------------------------------------------------------------ lifetimes
+
+    def follow(self, value: Value) -> Followed:
+        made = Followed(self, value)
+        value.alive += 1
+        self._alive.append(weakref.ref(made))
+        if len(self._alive) > 4096:
+            self._alive = [r for r in self._alive if r() is not None]
+        return made
+
+    def _living(self):
+        return [x for r in self._alive if (x := r()) is not None and x.plain is None]
+
+    def forget(self, followed: Followed) -> None:
+        """A tensor of the model's Python is gone."""
+        value = followed.value
+        value.alive -= 1
+        if value.alive <= 0:
+            self._gone(value)
+
+    def _gone(self, value: Value) -> None:
+        """Nobody reads a value any more: what was kept for this call alone goes."""
+        if not value.decided and value.dense is not None:
+            self._decide(value)
+        value.dense = None
+
+    def _decide(self, value: Value) -> None:
+        """Whether a value is kept: where a step reads more of it than its own pixels, or others change than in what is made."""
+        value.decided = True
+        own = all(own and kind is value.kind for own, kind in value.readers)
+        needed = value.returned or not own or not value.readers or value.axes is None
+        if needed and self.options.keeps(value):
+            self.keep(value, value.dense, own=not self._is_shared(value.step, value.dense))
+
+    def end(self, out):
+        """Ends the call: what is still followed becomes a tensor of its own."""
+        for x in pytree.tree_leaves(out):
+            if type(x) is Followed and x.plain is None:
+                x.value.returned = True
+        living = self._living()
+        for value in {id(x.value): x.value for x in living}.values():
+            if not value.decided and value.dense is not None:
+                self._decide(value)
+        if self.next < len(self.tape.steps):
+            self.tape.cut(self.next)
+        for x in living:
+            x.plain, x.frame = self.content(x.value), None
+        for value in self.tape.values:
+            value.dense = None
+        self._maps.clear()
+        return pytree.tree_map_only(Followed, lambda x: x.plain, out)
+
+
+def _dense_seconds(step: Step) -> float:
+    """The dense time of a step with those before it that are computed where it is."""
+    before = (v.step for v in step.inputs if v.stored is None and v.step is not None)
+    return step.times.get("dense", 0.0) + sum(map(_dense_seconds, before))
+
+
+def differs(kept: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """bool ``[N, H, W]``: where maps ``[N, C, H, W]`` differ by more than a threshold. NaN differs from everything."""
+    if threshold > 0:
+        return ~((kept - x).abs_() <= threshold).all(1)
+    return (kept != x).any(1)
+
+
+def _same(a: Tensor, b: Tensor, threshold: float) -> bool:
+    if threshold > 0 and a.is_floating_point():
+        return bool(((a - b).abs() <= threshold).all())
+    return torch.equal(a, b)
+
+
+def _at(plan: PixelPlan) -> Tensor:
+    return kinds.positions(plan)
+
+
+def _full(size, device, _known={}) -> PixelPlan:
+    key = size, device
+    if key not in _known:
+        if len(_known) > 64:
+            _known.clear()
+        _known[key] = PixelPlan.full(size, device)
+    return _known[key]
+
+
+def _modes() -> tuple:
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    )
+
+
+@contextlib.contextmanager
+def _in_modes(modes: tuple):
+    """Inside it autocast is as it was where the step was recorded."""
+    if modes == _modes():
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for kind, enabled, dtype in modes:
+            stack.enter_context(torch.autocast(kind, dtype, enabled))
+        yield
