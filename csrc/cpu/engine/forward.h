@@ -92,6 +92,7 @@ struct Forward {
 // past the caches if `stream`. Nothing that is computed is written twice.
 inline void fill_inactive(char* out, const char* base, int64_t bytes, const int32_t* index, int64_t rows,
                           Span pixels, bool stream) {
+  if (base == out) return;  // in place: they are there
   const int32_t* next = std::lower_bound(index, index + rows, int32_t(pixels.begin));
   for (int64_t begin = pixels.begin; begin < pixels.end;) {
     const int64_t stop = next < index + rows ? std::min<int64_t>(*next++, pixels.end) : pixels.end;

@@ -36,11 +36,13 @@ def conv(
     to_rows: bool,
     derived=None,
     to_planes: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """See ``ops.pixels.conv._conv``. The output has the format of ``x``.
 
     Args:
         derived: that of the plan, where there is one.
+        into: a channels_last map of the output's size, in which the plan's pixels are written.
         to_planes: makes the output NCHW, whatever ``x`` is.
     """
     g = as_geometry(geometry)
@@ -49,7 +51,9 @@ def conv(
     setup = setup_of(g, weight.shape, x.dtype, source is not None)
     quads = quads_of(index, count, g, derived) if setup.winograd else None
     packed = packed_weight(weight, g, setup, False) if quads is None else winograd_weight(weight, False)
-    if to_rows:
+    if into is not None:
+        out = base = into
+    elif to_rows:
         out = x.new_empty((index.shape[0], setup.out_channels))
     else:
         layout = torch.contiguous_format if to_planes else CHANNELS_LAST

@@ -355,6 +355,26 @@ def _pixel_conv(
     return scatter(out, index, count, list(plan.shape), base)
 
 
+def convolve_into(
+    out: Tensor, x, weight, bias, plan: PixelPlan, in_plan: PixelPlan | None, g: ConvGeometry, epilogue: Epilogue
+) -> bool:
+    """Writes the op's result at a plan into a channels_last map ``[N, O, H, W]``, which stays as it is elsewhere.
+
+    Returns False, and writes nothing, where no kernel can do it: without the binary, on a GPU, for a gradient.
+    """
+    tensors = (x, weight, bias, epilogue.scale, epilogue.shift, epilogue.residual)
+    if not x.is_cpu or plan.count is not None or modes.route(*tensors) != modes.DIRECT:
+        return False
+    if _KERNELS.of("", x) is not cpu.pixels or out.dtype is not x.dtype or weight.dtype is not x.dtype:
+        return False
+    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    source = None if in_plan is None else in_plan.inverse()
+    where = plan.index, None, source, g, epilogue, None, False, plan.derived
+    cpu.pixels.conv(x, weight, bias, *where, into=out)
+    return True
+
+
 def _dense_or_sparse(x, weight, bias, plan: PixelPlan, g: ConvGeometry, epilogue: Epilogue, base, backend):
     """The op on a dense map, by the dense layer where that is faster and no backend is named."""
     if backend is None and dense_fallback.dense_wins(plan, x, weight, g, epilogue):

@@ -36,7 +36,7 @@ _ESCAPES = frozenset(
     "numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided set_ resize_ retain_grad register_hook "
     "share_memory_ __deepcopy__ __reduce_ex__ requires_grad_ backward".split()
 )
-_MOSTLY = 0.5  # of the pixels: above it rows must have been measured to be the faster way
+_MOSTLY = 0.9  # of the pixels: above it rows are not tried before they have been measured
 
 
 class Unfollowable(Exception):
@@ -61,6 +61,7 @@ class Frame:
         self.constants_moved = False  # a tensor among the arguments of this step that is no value
         self.shift: tuple[int, int] | None = None
         self.misaligned: set[int] = set()  # values that do not move by whole pixels
+        self.replays = False
         self._alive: list = []
         self._plans: dict = {}
         self._maps: dict = {}
@@ -138,6 +139,7 @@ class Frame:
     def call(self, func: Callable, name: str, args: tuple, kwargs: dict):
         """A function of torch that the model called."""
         if name in _ESCAPES or "out" in kwargs:
+            self.tape.pure = False
             return func(*plain_tree(args), **plain_tree(kwargs))
         values: list[Value] = []
         plains: list[Tensor] = []
@@ -217,8 +219,10 @@ class Frame:
         out = self.called(step, lambda v: self.whole(v).clone() if v is step.target else self.whole(v))
         self._timed(step, began, "dense")
         leaves, step.spec = pytree.tree_flatten(out)
-        if not any(isinstance(x, Tensor) for x in leaves):  # a size, or a number that Python decides by
+        if not any(isinstance(x, Tensor) for x in leaves):  # a number that Python decides by
+            self.tape.pure = False
             return out
+        self.tape.pure &= all(copy is None for copy in step.copies) and not any(x is None for x in leaves)
         self.tape.steps.append(step)
         self.next = len(self.tape.steps)
         step.leaves = leaves
@@ -238,6 +242,8 @@ class Frame:
         for i, v in enumerate(step.inputs):
             v.readers.append((step.rule.reads_own_place(step, i), kind))
         step.threshold = self.options.threshold_of(step.label, leaves)
+        if not self.options.threshold and type(step.rule) is kinds.PixelByPixel:
+            step.widest = next((i for i, v in enumerate(step.inputs) if v.kind is kind and v.size == step.size), None)
         step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
         return self._returned(step)
 
@@ -342,11 +348,18 @@ class Frame:
         for out, x in zip(step.outs, made, strict=True):
             if out.stored is None:
                 continue
+            if step.threshold <= 0 and self._written_in_place(out, x):
+                continue
             rows = x.rows() if type(x) is SparseMap else x
             written = out.stored.write(rows, plan, step.threshold)
             if written is not None and len(step.outs) == 1:
                 out.plan = self._part_of(plan, written)
         self._timed(step, began, "rows", len(plan))
+
+    def _written_in_place(self, out: Value, x) -> bool:
+        """True where a convolution wrote its rows into the map that is kept."""
+        waits = x.convolution() if type(x) is SparseMap and out.axes == NCHW == x.axes else None
+        return waits is not None and waits.into(out.stored.dense)
 
     def _part_of(self, plan: PixelPlan, written: Tensor):
         if bool(written.all()):
@@ -380,6 +393,8 @@ class Frame:
         return any(p.untyped_storage().data_ptr() == memory for p in step.plains)
 
     def _returned(self, step: Step):
+        if self.replays:
+            return None
         leaves, outs = list(step.leaves), iter(step.outs)
         for i, x in enumerate(leaves):
             if x is None:
@@ -481,10 +496,12 @@ class Frame:
 
     def plan_of(self, mask: Tensor):
         """None for a mask without pixels, ``ALL`` for a full one, else its plan."""
-        plan = PixelPlan.from_mask(mask)
+        return self._checked(PixelPlan.from_mask(mask))
+
+    def _checked(self, plan: PixelPlan):
         if len(plan) == 0:
             return None
-        return ALL if len(plan) == mask.numel() else plan
+        return ALL if len(plan) == math.prod(plan.shape) else plan
 
     def mask_of(self, value: Value) -> Tensor:
         """bool ``[N, H, W]``: where a value changed."""
@@ -533,6 +550,10 @@ class Frame:
         """What changes in a result that is made of these pixel by pixel."""
         if self.constants_moved:
             return ALL
+        if step.widest is not None and all(v.plan is not ALL for v in inputs):
+            plan = inputs[step.widest].plan
+            if plan is not None:
+                return plan
         plans = []
         for v in inputs:
             if v.plan is None:
@@ -547,7 +568,7 @@ class Frame:
                 return ALL
         return self.union(plans)
 
-    def through(self, x: Value, reads, size: tuple[int, int, int]):
+    def through(self, x: Value, reads, size: tuple[int, int, int], geometry=None):
         """What changes in a result that reads a neighbourhood of ``x``."""
         if x.plan is ALL:
             return ALL
@@ -556,6 +577,9 @@ class Frame:
         if x.plan is None and self.shift is None:
             return None
         key = "through", id(x.plan), id(reads[0].at), id(reads[1].at), self.shift is None
+        if key not in self._plans and geometry is not None and self.shift is None:
+            made = x.plan.needed_by(masks.turned(geometry))
+            self._plans[key] = self._checked(made), x.plan
         if key not in self._plans:
             mask = masks.spread(self.mask_of(x), reads)
             if self.shift is not None:
@@ -575,6 +599,20 @@ class Frame:
     def autocasts(self, x) -> bool:
         device = x.device.type
         return torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+    # -------------------------------------------------------------------------------------- replay
+
+    def replay(self) -> None:
+        """Runs the steps of the tape as they are, without the model's Python."""
+        for value in self.tape.values:
+            value.alive = 1
+        self.replays = True
+        for step in self.tape.steps:
+            self.constants_moved = False
+            self._again(step)
+            for value in step.last:
+                value.dense = None
+        self.next = len(self.tape.steps)
 
     # ------------------------------------------------------------------------------------ lifetimes
 
@@ -610,6 +648,13 @@ class Frame:
         if needed and self.options.keeps(value):
             self.keep(value, value.dense, own=not self._is_shared(value.step, value.dense))
 
+    def _note_last(self) -> None:
+        """Notes at each step the values that no later one reads."""
+        seen: set[int] = set()
+        for step in reversed(self.tape.steps):
+            step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
+            seen.update(v.number for v in step.last)
+
     def end(self, out):
         """Ends the call: what is still followed becomes a tensor of its own."""
         for x in pytree.tree_leaves(out):
@@ -626,6 +671,7 @@ class Frame:
         for value in self.tape.values:
             value.dense = None
         self._maps.clear()
+        self._note_last()
         return pytree.tree_map_only(Followed, lambda x: x.plain, out)
 
 

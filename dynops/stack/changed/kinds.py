@@ -114,6 +114,8 @@ class Neighbourhood(Rule):
 
     compares, may_be_dense = False, True
 
+    geometry: ConvGeometry | None = None
+
     def __init__(self, reads: tuple[masks.Reads, masks.Reads], size: tuple[int, int, int]):
         self.reads, self.size = reads, size
 
@@ -122,7 +124,7 @@ class Neighbourhood(Rule):
         others = [v for v in step.inputs[1:] if v.plan is not None]
         if others or frame.constants_moved:
             return ALL
-        return frame.through(x, self.reads, self.size)
+        return frame.through(x, self.reads, self.size, self.geometry)
 
     def rows(self, frame, step, plan: PixelPlan) -> list:
         return [gathered(self.dense(frame, step)[0], plan, NCHW)]
@@ -162,6 +164,10 @@ class Convolution(Neighbourhood):
 
 class Pool(Neighbourhood):
     """A max or mean pool."""
+
+    def __init__(self, g: ConvGeometry, device):
+        super().__init__(masks.of_geometry(g, device), g.out_shape)
+        self.geometry = g
 
     def rows(self, frame, step, plan: PixelPlan) -> list:
         x = frame.whole_map(step.inputs[0], Context(plan))
@@ -413,7 +419,7 @@ def _pool(frame, step, out) -> Rule | None:
     g = context.geometry
     if g is None or g.out_shape != (out.shape[0], *out.shape[2:]):
         return None
-    return Pool(masks.of_geometry(g, x.device), g.out_shape)
+    return Pool(g, x.device)
 
 
 def _resize(frame, step, out) -> Rule | None:

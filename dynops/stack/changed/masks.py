@@ -55,6 +55,12 @@ def of_geometry(g: ConvGeometry, device) -> tuple[Reads, Reads]:
     )
 
 
+def turned(g: ConvGeometry) -> ConvGeometry:
+    """The convolution whose outputs read what the inputs of ``g`` write: it makes of a plan of inputs that of the outputs."""
+    sizes = {"in_h": g.out_h, "in_w": g.out_w, "out_h": g.in_h, "out_w": g.in_w}
+    return g._replace(**sizes, transposed=1 - int(g.transposed))
+
+
 @functools.lru_cache(maxsize=256)
 def padded(size: int, before: int, after: int, mode: str, device) -> Reads:
     """What ``F.pad`` reads: one pixel each."""

@@ -123,6 +123,8 @@ class Step:
         # of the last call
         self.rows = self.of = 0
         self.seconds = 0.0
+        self.widest: int | None = None  # the input that changes wherever another does
+        self.last: list[Value] = []  # values that no later step reads
         self.times = {}  # best seconds of "dense", and of a row by "rows"
 
 
@@ -139,6 +141,7 @@ class Tape:
         self.mark = None  # of parameters and buffers
         self.names: dict[int, str] = {}  # of these, by id
         self.returns = self.others = None
+        self.pure = True  # its steps follow from its inputs alone: Python read no content, and made no tensor
 
     def new(self, step, place: int, x: Tensor, axes=None, size=None, kind=None) -> Value:
         made = Value(len(self.values), step, place, x, axes, size, kind)

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from ... import geometry, modes
 from ...geometry import ConvGeometry, pair
 from ...ops.epilogue import Epilogue, apply_epilogue
-from ...ops.pixels.conv import _pixel_conv
+from ...ops.pixels.conv import _pixel_conv, convolve_into
 from ...plans import PixelPlan
 from .images import each_image
 from .layout import NCHW, gathered
@@ -112,6 +112,18 @@ class Convolution(Pending):
         epilogue = Epilogue(self.activation, self.scale, self.shift, None, self.residual)
         rest = (epilogue, None, True, None, False)
         return _pixel_conv(self.values, self.weight, self.bias, self.plan, self.in_plan, self.geometry, *rest)
+
+    def into(self, out: Tensor) -> bool:
+        """Writes the rows into a channels_last map; False where that cannot be."""
+        if self.mode != _mode():
+            return False
+        for reference, before in self.grown_from:
+            source = reference()
+            if source is not None and source.holds(before):
+                return False
+        epilogue = Epilogue(self.activation, self.scale, self.shift, None, self.residual)
+        where = self.plan, self.in_plan, self.geometry
+        return convolve_into(out, self.values, self.weight, self.bias, *where, epilogue)
 
     def _rest(self, rows: Tensor, before: Convolution) -> Tensor:
         """The rows, from those of a map that this one grew from, which its model still holds."""
