@@ -68,6 +68,8 @@ class Frame:
         for value in tape.values:
             value.plan = value.dense = None
             value.alive = 0
+        for step in tape.steps:
+            step.held = None
 
     # ------------------------------------------------------------------------------------ inputs
 
@@ -242,7 +244,7 @@ class Frame:
         for i, v in enumerate(step.inputs):
             v.readers.append((step.rule.reads_own_place(step, i), kind))
         step.threshold = self.options.threshold_of(step.label, leaves)
-        if not self.options.threshold and type(step.rule) is kinds.PixelByPixel:
+        if not self.options.threshold and isinstance(step.rule, kinds.PixelByPixel):
             step.widest = next((i for i, v in enumerate(step.inputs) if v.kind is kind and v.size == step.size), None)
         step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
         return self._returned(step)
@@ -307,10 +309,16 @@ class Frame:
         return self._returned(step)
 
     def _run_whole(self, step: Step) -> None:
+        if step.waits:
+            step.held = self.whole(step.inputs[0])
+            return
         began = time.perf_counter()
+        kept = [out.stored is not None or not out.decided for out in step.outs]
+        for out in step.outs:  # the allocator gives the memory again: new pages cost 10 % of ResNet-50
+            out.stored = None
         made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
-        for out, x in zip(step.outs, made, strict=True):
-            if out.stored is not None or not out.decided:
+        for out, x, keeps in zip(step.outs, made, kept, strict=True):
+            if keeps:
                 self.keep(out, x, own=not self._is_shared(step, x))
             else:
                 out.dense = x
@@ -649,8 +657,13 @@ class Frame:
             self.keep(value, value.dense, own=not self._is_shared(value.step, value.dense))
 
     def _note_last(self) -> None:
-        """Notes at each step the values that no later one reads."""
+        """Notes at each step the values that no later one reads, and the convolutions that a norm alone follows."""
         seen: set[int] = set()
+        for step in self.tape.steps:
+            x = step.inputs[0] if isinstance(step.rule, kinds.BatchNorm) else None
+            if x is not None and x.step is not None and isinstance(x.step.rule, kinds.Convolution):
+                alone = x.stored is None and len(x.readers) == 1 and not x.returned and x.step.modes == step.modes
+                x.step.waits = alone and x.step.rule.waits_for_norms
         for step in reversed(self.tape.steps):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...geometry import ConvGeometry
+from ...kept import kept
+from ...ops.dense_conv import dense_conv
 from ...plans import PixelPlan
 from ..layers.pool import spread_over, windows_of_rows
 from ..layers.resample import resizing
@@ -23,6 +25,7 @@ from ..maps import SparseMap, bare, entered
 from ..maps import convolution as maps_conv
 from ..maps.layout import NCHW, NCS, gathered
 from ..maps.value import RowsOnly
+from ..norm import fold_of
 from . import masks
 from .stored import Stored, positions
 from .tape import ALL, Ref
@@ -109,6 +112,24 @@ class PixelByPixel(Rule):
         return 0.0
 
 
+class BatchNorm(PixelByPixel):
+    """A batch norm in eval mode. Of a whole convolution that nothing else reads it is in the weights."""
+
+    def dense(self, frame, step) -> list:
+        x = step.inputs[0]
+        given = _bound(step, _BATCH)
+        names = ("weight", "bias", "running_mean", "running_var")
+        tensors = {k: given[k] if given[k] is None else step.plains[given[k].place] for k in names}
+        if len(step.inputs) > 1 or x.dtype not in (torch.float32, torch.float64):
+            return super().dense(frame, step)
+        scale, shift = fold_of(given["eps"], *tensors.values())
+        if scale.dtype != x.dtype:
+            return super().dense(frame, step)
+        if x.dense is None and x.stored is None and isinstance(x.step.rule, Convolution) and x.step.rule.waits_for_norms:
+            return [x.step.rule.folded(frame, x.step, scale, shift)]
+        return [torch.addcmul(shift.view(-1, 1, 1), frame.whole(x), scale.view(-1, 1, 1))]
+
+
 class Neighbourhood(Rule):
     """Reads a window of its first input. This one computes the whole result, of which the rows are taken."""
 
@@ -141,6 +162,11 @@ class Convolution(Neighbourhood):
         bias = arguments.get("bias")
         self.bias = None if bias is None else bias.place
 
+    @property
+    def waits_for_norms(self) -> bool:
+        """True where a norm that follows may be in the weights."""
+        return not self.geometry.transposed
+
     def reads_own_place(self, step, i: int) -> bool:
         return self.pointwise
 
@@ -156,6 +182,17 @@ class Convolution(Neighbourhood):
             values = frame.map_at(x, in_plan, context).rows()
         values, bias = maps_conv._operands(values, weight, bias)
         return [bare(values, in_plan, weight, bias, plan, g, context)]
+
+    def folded(self, frame, step, scale: Tensor, shift: Tensor) -> Tensor:
+        """The whole result with a norm after it."""
+        weight = self.weight
+        bias = None if self.bias is None else step.plains[self.bias]
+
+        folded = kept.get("scaled", lambda: weight * scale.view(-1, 1, 1, 1), weight, scale)
+        moved = shift if bias is None else shift + bias * scale
+        x = frame.whole(step.inputs[0]) if step.held is None else step.held
+        step.held = None
+        return dense_conv(x, folded, self.geometry, moved)
 
     def macs(self, step) -> float:
         w = self.weight
@@ -332,7 +369,7 @@ def rule_of(frame, step, out) -> Rule:
     step.size = max((v.size for v in maps), key=math.prod)
     if math.prod(step.size[1:]) < 2 or not _works_pixel_by_pixel(frame, step):
         return Rule()
-    return PixelByPixel()
+    return BatchNorm() if step.name == "batch_norm" else PixelByPixel()
 
 
 def _known(frame, step, out) -> Rule | None:
@@ -373,6 +410,7 @@ _GROUP = _signature("input, num_groups, weight=None, bias=None, eps=1e-05, *rest
 _INSTANCE = _signature(
     "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *rest"
 )
+_BATCH = _signature("input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *rest")
 _SDPA = _signature(
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False"
 )

@@ -124,6 +124,8 @@ class Step:
         self.rows = self.of = 0
         self.seconds = 0.0
         self.widest: int | None = None  # the input that changes wherever another does
+        self.waits = False  # a convolution that is computed with the norm after it
+        self.held: Tensor | None = None  # its input, until then
         self.last: list[Value] = []  # values that no later step reads
         self.times = {}  # best seconds of "dense", and of a row by "rows"
 
@@ -139,6 +141,7 @@ class Tape:
         self.arguments = None  # the structure of the model's arguments, and what is no tensor among them
         self.output = None  # leaves and structure of what it returned
         self.mark = None  # of parameters and buffers
+        self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id
         self.returns = self.others = None
         self.pure = True  # its steps follow from its inputs alone: Python read no content, and made no tensor
