@@ -22,6 +22,7 @@ from ...plans import PixelPlan
 from ..maps import SparseMap
 from ..maps.layout import NCHW
 from . import kinds, masks
+from .fused import fused_of
 from .followed import Followed, plain_tree
 from .stored import Stored
 from .tape import ALL, GIVEN, Kind, Step, Tape, Value, filled, frozen, widest
@@ -232,7 +233,7 @@ class Frame:
         step.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
         if step.rule.__class__ is kinds.Statistics and step.rule.kept:
             step.rule.dense(self, step)  # notes the statistics
-        axes = getattr(step, "axes", None)
+        axes = step.axes
         kind = self._kind_of(step)
         for i, x in enumerate(leaves):
             if not isinstance(x, Tensor):
@@ -352,6 +353,10 @@ class Frame:
         if step.rule.may_be_dense and step.threshold <= 0 and self._dense_is_faster(step, len(plan), share):
             self._run_whole(step)
             return
+        fused = self._fused(step) if step.threshold <= 0 else None
+        if fused is not None and fused.into(self, step.outs[0].stored, plan):
+            self._timed(step, began, "rows", len(plan))
+            return
         made = [x for x in step.rule.rows(self, step, plan) if x is not None]
         for out, x in zip(step.outs, made, strict=True):
             if out.stored is None:
@@ -363,6 +368,20 @@ class Frame:
             if written is not None and len(step.outs) == 1:
                 out.plan = self._part_of(plan, written)
         self._timed(step, began, "rows", len(plan))
+
+    def _fused(self, step: Step):
+        """The convolution that a step ends, where one kernel makes it with all between; found once."""
+        if step.fused == "":
+            step.fused = None if self.options.is_cuda else fused_of(step)
+        return step.fused
+
+    def rows_at(self, value: Value, plan: PixelPlan) -> Tensor:
+        """The rows ``[P, C]`` of a value at a plan."""
+        if value.dense is None and value.stored is None and len(value.readers) == 1:
+            fused = self._fused(value.step)
+            if fused is not None and (rows := fused.rows(self, plan)) is not None:
+                return rows
+        return self.map_at(value, plan, kinds.Context(plan)).rows()
 
     def _written_in_place(self, out: Value, x) -> bool:
         """True where a convolution wrote its rows into the map that is kept."""

@@ -115,14 +115,23 @@ class PixelByPixel(Rule):
 class BatchNorm(PixelByPixel):
     """A batch norm in eval mode. Of a whole convolution that nothing else reads it is in the weights."""
 
+    folded: tuple[Tensor, Tensor] | None = None
+
+    def affine(self, step) -> tuple[Tensor, Tensor] | None:
+        """The norm as a scale and a shift ``[C]``; kept, as a call begins with a look at the parameters."""
+        if self.folded is None:
+            given = _bound(step, _BATCH)
+            names = ("weight", "bias", "running_mean", "running_var")
+            self.folded = fold_of(
+                given["eps"], *(None if given[k] is None else step.plains[given[k].place] for k in names)
+            )
+        return self.folded
+
     def dense(self, frame, step) -> list:
         x = step.inputs[0]
-        given = _bound(step, _BATCH)
-        names = ("weight", "bias", "running_mean", "running_var")
-        tensors = {k: given[k] if given[k] is None else step.plains[given[k].place] for k in names}
         if len(step.inputs) > 1 or x.dtype not in (torch.float32, torch.float64):
             return super().dense(frame, step)
-        scale, shift = fold_of(given["eps"], *tensors.values())
+        scale, shift = self.affine(step)
         if scale.dtype != x.dtype:
             return super().dense(frame, step)
         if x.dense is None and x.stored is None and isinstance(x.step.rule, Convolution) and x.step.rule.waits_for_norms:
@@ -259,6 +268,13 @@ class Statistics(Rule):
         self.groups, self.kept = groups, kept
         self.scale = self.shift = None  # [N, C]
 
+    def fits(self) -> bool:
+        """True where it is a scale and a shift of each channel, for all samples."""
+        return self.kept and self.scale is not None and self.scale.shape[0] == 1
+
+    def affine(self, step) -> tuple[Tensor, Tensor] | None:
+        return (self.scale[0], self.shift[0]) if self.fits() else None
+
     def reads_own_place(self, step, i: int) -> bool:
         return self.kept
 
@@ -367,7 +383,7 @@ def rule_of(frame, step, out) -> Rule:
     if step.name in _KNOWN:
         return Rule()
     step.size = max((v.size for v in maps), key=math.prod)
-    if math.prod(step.size[1:]) < 2 or not _works_pixel_by_pixel(frame, step):
+    if math.prod(step.size[1:]) < 2 or not _tried(frame, step):
         return Rule()
     return BatchNorm() if step.name == "batch_norm" else PixelByPixel()
 
@@ -541,6 +557,37 @@ _KNOWN = {
     "instance_norm": _norm,
     "scaled_dot_product_attention": _attention,
 }
+
+
+def _tried(frame, step) -> bool:
+    """As :func:`_works_pixel_by_pixel`, once for each function with these arguments and sizes."""
+    numbers = {v.number: i for i, v in enumerate(step.inputs)}
+    renamed = tuple(_renamed(part, numbers) for part in step.key[1:])
+    inputs = tuple((v.shape, v.dtype, v.axes, v.size) for v in step.inputs)
+    values = tuple(id(v) for v in step.inputs if v.axes is None or v.size != step.size)
+    key = step.name, renamed, inputs, values, tuple(map(id, step.plains))
+    known = frame.tape.tried
+    try:
+        found = known.get(key)
+    except TypeError:  # an argument without a hash
+        return _works_pixel_by_pixel(frame, step)
+    if found is None:
+        found = known[key] = (_works_pixel_by_pixel(frame, step), step.axes)
+    if found[0]:
+        step.axes = found[1]
+    return found[0]
+
+
+def _renamed(key, numbers: dict[int, int]):
+    """A frozen tree with inputs counted from 0."""
+    if type(key) is Ref:
+        return Ref(numbers[key.value])
+    if type(key) is not tuple or key[0] is None:
+        return key
+    container, inner = key
+    if container is dict:
+        return container, tuple((k, _renamed(x, numbers)) for k, x in inner)
+    return container, tuple(_renamed(x, numbers) for x in inner)
 
 
 def _works_pixel_by_pixel(frame, step) -> bool:

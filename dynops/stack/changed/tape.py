@@ -123,7 +123,9 @@ class Step:
         # of the last call
         self.rows = self.of = 0
         self.seconds = 0.0
+        self.axes: list | None = None  # of its results, where it works pixel by pixel
         self.widest: int | None = None  # the input that changes wherever another does
+        self.fused = ""  # the convolution that it ends (:mod:`.fused`), or None, once it was looked for
         self.waits = False  # a convolution that is computed with the norm after it
         self.held: Tensor | None = None  # its input, until then
         self.last: list[Value] = []  # values that no later step reads
@@ -138,6 +140,7 @@ class Tape:
         self.values: list[Value] = []
         self.inputs: list[Value] = []
         self.calls = 0
+        self.tried: dict = {}  # functions that were tried, and the axes of what they make
         self.arguments = None  # the structure of the model's arguments, and what is no tensor among them
         self.output = None  # leaves and structure of what it returned
         self.mark = None  # of parameters and buffers
@@ -158,8 +161,8 @@ class Tape:
         del self.steps[steps:]
         if gone:
             del self.values[first:]
-            for value in self.values:
-                value.readers = [r for r in value.readers]
+            for step in self.steps:
+                step.fused = ""
 
     @property
     def bytes(self) -> int:
