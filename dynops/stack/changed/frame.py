@@ -403,6 +403,10 @@ class Frame:
 
     def _timed(self, step: Step, began: float, how: str, rows: int = 1) -> None:
         step.seconds = time.perf_counter() - began
+        if how not in step.warm:  # the first time packs weights
+            step.warm.add(how)
+            if how == "rows":
+                return
         each = step.seconds / max(rows, 1)
         step.times[how] = min(each, step.times.get(how, each))
 
@@ -709,8 +713,14 @@ class Frame:
 
 def _dense_seconds(step: Step) -> float:
     """The dense time of a step with those before it that are computed where it is."""
-    before = (v.step for v in step.inputs if v.stored is None and v.step is not None)
-    return step.times.get("dense", 0.0) + sum(map(_dense_seconds, before))
+    found, seen, before = 0.0, set(), [step]
+    while before:
+        one = before.pop()
+        if one.number not in seen:
+            seen.add(one.number)
+            found += one.times.get("dense", 0.0)
+            before += [v.step for v in one.inputs if v.stored is None and v.step is not None]
+    return found
 
 
 def differs(kept: Tensor, x: Tensor, threshold: float) -> Tensor:

@@ -129,6 +129,7 @@ class Step:
         self.waits = False  # a convolution that is computed with the norm after it
         self.held: Tensor | None = None  # its input, until then
         self.last: list[Value] = []  # values that no later step reads
+        self.warm: set[str] = set()  # ways in which it ran
         self.times = {}  # best seconds of "dense", and of a row by "rows"
 
 
