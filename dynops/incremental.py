@@ -204,7 +204,7 @@ class Stream:
         Args:
             mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]``; nonzero = changed. It is brought to the input's size.
         """
-        return _Within(_Entry(self, mask=_checked_mask(mask)))
+        return _Within(_Entry(self, mask=_checked_mask(mask), align=self._align))
 
     def at(self, step) -> _Within:
         """``with stream.at(step=t):`` a state of its own for each step, as diffusion needs it.
@@ -315,6 +315,7 @@ class Stream:
                 number += 1
         others = [x for x in leaves if not isinstance(x, Tensor)]
         if not frame.fresh and tape.returns is not None and _same(others, tape.others) and frame.idle():
+            frame.rest()
             out = tape.returns.copied(tape)
         elif not frame.fresh and name == "forward" and tape.pure and tape.returns is not None and _same(others, tape.others) and _does_the_same(model):
             frame.replay()
