@@ -28,12 +28,12 @@ STREAMS = {'spread="exact"': "exact", "spread=1": 1}
 
 
 def edited(image: Tensor) -> tuple[Tensor, Tensor]:
-    """A photograph ``[1, 3, H, W]`` with a square of 5 % painted over, and its mask ``[1, H, W]``."""
+    """A photograph ``[1, 3, H, W]`` with a square of 5 % from elsewhere in it, and its mask ``[1, H, W]``."""
     h, w = image.shape[2:]
     side = round((0.05 * h * w) ** 0.5)
     mask = torch.zeros(1, h, w, dtype=torch.bool)
     mask[:, h // 8 : h // 8 + side, w // 8 : w // 8 + side] = True
-    return torch.where(mask[:, None], image.flip(1) * 0.6 + 0.3, image), mask
+    return torch.where(mask[:, None], image.roll((-(h // 8), -(w // 4)), (2, 3)), image), mask
 
 
 def decoded(model: nn.Module, stream: dynops.Stream, x: Tensor, mask: Tensor) -> Tensor:
@@ -43,7 +43,10 @@ def decoded(model: nn.Module, stream: dynops.Stream, x: Tensor, mask: Tensor) ->
 
 @torch.inference_mode()
 def measured() -> tuple[Tensor, Tensor, dict, dict[str, float], float]:
-    """The edit and its mask, a report by stream, milliseconds by stream and of the fastest dense version, and the error of the second stream."""
+    """Returns the edit, its mask, a report of each stream, milliseconds, and the relative error of the last stream.
+
+    Milliseconds are by stream; "dense" is the fastest dense version.
+    """
     image = models.photo_input(SIZE)
     edit, mask = edited(image)
     setting = Setting(torch.device("cpu"), torch.float32, budget=Budget(seconds=4.0))
@@ -84,7 +87,9 @@ def draw(path: Path) -> None:
 
     edit, mask, reports, times, error = measured()
     sizes = [size for size in shares(reports['spread="exact"']) if size[0] < SIZE[0] // 2]
-    figure, axes = plot.subplots(2, 3 + len(sizes), figsize=(11, 4), layout="constrained", width_ratios=[1] * (2 + len(sizes)) + [1.9])
+    figure, axes = plot.subplots(
+        2, 3 + len(sizes), figsize=(11, 4), layout="constrained", width_ratios=[1] * (2 + len(sizes)) + [1.9]
+    )
     for rest in axes[1, :2]:
         rest.set_axis_off()
     axes[0, 0].imshow(edit[0].permute(1, 2, 0))
@@ -105,12 +110,16 @@ def draw(path: Path) -> None:
     bars = figure.add_subplot(axes[0, 0].get_gridspec()[:, -1])
     drawn = bars.barh(list(times), list(times.values()), color=[GREY, OURS, OURS], height=0.6)
     labels = [f"{times['dense']:.0f} ms"]
-    labels += [f"{times[n]:.0f} ms, {times['dense'] / times[n]:.1f}x of {r.theory:.1f}x" for n, r in reports.items()]
+    labels += [
+        f"{times[n]:.0f} ms, {times['dense'] / times[n]:.1f}x of {r.theory:.1f}x" for n, r in reports.items()
+    ]
     bars.bar_label(drawn, labels, padding=3, fontsize=8)
     bars.invert_yaxis()
     bars.set_xlim(0, 1.5 * times["dense"])
     info = machine(torch.device("cpu"))
-    bars.set_title(f"ResNet-50, {SIZE[0]}x{SIZE[1]}, float32\n{info['device']}, {info['threads']} threads", fontsize=8)
+    bars.set_title(
+        f"ResNet-50, {SIZE[0]}x{SIZE[1]}, float32\n{info['device']}, {info['threads']} threads", fontsize=8
+    )
     bars.set_xlabel("milliseconds", fontsize=8)
     bars.tick_params(length=0, labelsize=8)
     bars.spines[["top", "right"]].set_visible(False)
@@ -118,7 +127,9 @@ def draw(path: Path) -> None:
     figure.savefig(buffer, dpi=110)
     plot.close(figure)
     Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
-    print(f"{path}: {times}, theory {[round(r.theory, 2) for r in reports.values()]}, relative error of the last {error:.1e}")
+    print(
+        f"{path}: {times}, theory {[round(r.theory, 2) for r in reports.values()]}, relative error of the last {error:.1e}"
+    )
 
 
 if __name__ == "__main__":

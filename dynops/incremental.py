@@ -155,8 +155,8 @@ class Stream:
     Attributes:
         bytes: of all that is kept.
 
-    A changed size, dtype, batch or device of the input, a parameter that was written, another mode of autocast or
-    a model that an exception left begin anew, with a warning. A model in training mode runs as if there were no stream.
+    A changed size, dtype, batch or device of the input, a parameter that was written, or another mode of autocast
+    begins anew, with a warning. An exception in a call drops the state. A model in training mode runs as if there were no stream.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
