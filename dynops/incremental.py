@@ -89,7 +89,7 @@ def _method(base: type[nn.Module], name: str) -> Callable:
 
     @functools.wraps(own)
     def method(self, *args, **kwargs):
-        entry = _scope.innermost()
+        entry = None if torch.compiler.is_compiling() else _scope.innermost()
         if entry is None or entry.stream._runs_here():
             return own(self, *args, **kwargs)
         return entry.stream._run(entry, self, name, own, args, kwargs)
@@ -182,19 +182,17 @@ class Stream:
         self._refresh, self._align = refresh, _checked_shift(align)
         self._tapes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._lock, self._owner = threading.Lock(), None
-        self._entries: list[_Entry] = []
+        self._entry = _Entry(self, align=self._align)
         self._last: _Last | None = None
 
     # ---------------------------------------------------------------------------------- contexts
 
     def __enter__(self) -> Stream:
-        entry = _Entry(self, align=self._align)
-        self._entries.append(entry)
-        _scope.enter(entry)
+        _scope.enter(self._entry)
         return self
 
     def __exit__(self, *error) -> None:
-        _scope.leave(self._entries.pop())
+        _scope.leave(self._entry)
 
     def changed(self, mask: Tensor) -> _Within:
         """``with stream.changed(mask):`` the caller knows what changed in the input; nothing is compared.

@@ -99,7 +99,7 @@ class Frame:
         return self.follow(value)
 
     def _compare(self, value: Value, x: Tensor, told: Tensor | None) -> None:
-        stored, threshold = value.stored, self.options.threshold_of("input")
+        stored, threshold = value.stored, self.options.threshold_of("input", [value.stored.dense])
         if told is None:
             if torch.equal(stored.dense, x):
                 return
@@ -294,7 +294,7 @@ class Frame:
             self._run_and_compare(step)
             return self._returned(step)
         plan = rule.spread(self, step)
-        if any(out.number in self.misaligned for out in outs):
+        if self.shift is not None and (any(out.number in self.misaligned for out in outs) or rule.knows_places(step)):
             plan = ALL
         if plan is not None and plan is not ALL:
             plan = self._in_blocks(plan)
