@@ -155,8 +155,8 @@ class Stream:
     Attributes:
         bytes: of all that is kept.
 
-    A changed size, dtype, batch or device of the input, a parameter that was written, another mode of autocast or
-    a model that an exception left begin anew, with a warning. A model in training mode runs as if there were no stream.
+    A changed size, dtype, batch or device of the input, a parameter that was written, or another mode of autocast
+    begins anew, with a warning. An exception in a call drops the state. A model in training mode runs as if there were no stream.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -202,7 +202,7 @@ class Stream:
         Args:
             mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]``; nonzero = changed. It is brought to the input's size.
         """
-        return _Within(_Entry(self, mask=_checked_mask(mask)))
+        return _Within(_Entry(self, mask=_checked_mask(mask), align=self._align))
 
     def at(self, step) -> _Within:
         """``with stream.at(step=t):`` a state of its own for each step, as diffusion needs it.
@@ -313,6 +313,7 @@ class Stream:
                 number += 1
         others = [x for x in leaves if not isinstance(x, Tensor)]
         if not frame.fresh and tape.returns is not None and _same(others, tape.others) and frame.idle():
+            frame.rest()
             out = tape.returns.copied(tape)
         elif not frame.fresh and name == "forward" and tape.pure and tape.returns is not None and _same(others, tape.others) and _does_the_same(model):
             frame.replay()

@@ -18,7 +18,7 @@ from benchmarks.harness.setting import Budget
 from dynops.testing import assert_within_budget
 from examples import all as every
 from examples import common, measure
-from examples.pixels import fcmae
+from examples.pixels import edit_latent, fcmae
 
 # The size of the images and the steps: a second or two each on one core.
 SHORT = {
@@ -74,6 +74,15 @@ def test_masked_pretraining_learns_from_visible_patches_alone(monkeypatch):
     assert visible.flatten(1).sum(1).eq(6).all() and not torch.equal(hidden, images)
     with torch.no_grad():
         assert torch.equal(model.encode(images, visible), model.encode(hidden, visible))
+
+
+def test_an_edited_latent_is_decoded_for_fewer_macs():
+    rows = edit_latent.measure(32, 16, 0.05, Budget(seconds=0.1, min_rounds=2, max_rounds=2))
+    exact, kept, spread = rows.values()
+    assert exact["error"] < 1e-5 and exact["theory"] < 1.1  # the first group norm moves everything
+    assert exact["error"] < kept["error"] < spread["error"] < 0.3
+    assert 2 < kept["theory"] < spread["theory"] and exact["bytes"] > spread["bytes"] > 0
+    assert all(row["speedup"] > 0 for row in rows.values())
 
 
 def test_report_and_files(tmp_path, monkeypatch, capsys):

@@ -121,6 +121,11 @@ class Frame:
         """True where no input changed."""
         return self.shift is None and all(value.plan is None for value in self.tape.inputs)
 
+    def rest(self) -> None:
+        """Notes that no step computed anything."""
+        for step in self.tape.steps:
+            step.rows, step.seconds = 0, 0.0
+
     def align(self, shift: tuple[int, int] | None) -> None:
         """Moves what is kept by ``shift = (dx, dy)`` pixels of the input."""
         if shift is None or shift == (0, 0) or self.fresh:
