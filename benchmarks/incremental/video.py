@@ -82,14 +82,14 @@ def _put_disc(frame: Tensor, photo: Tensor, when: float) -> None:
 
 
 class Sweep:
-    """FCN, its norms calibrated on the first frame, and every point of the curve."""
+    """The points of the curve; FCN's norms are calibrated on the photograph."""
 
     def __init__(self, count: int = FRAMES):
+        torch.manual_seed(0)
         self.count, self.videos = count, {}
         image = normalised(photo_input((SIZE, SIZE)))
-        self.model = (
-            fcn(torch.cat([image, image.flip(3)])).requires_grad_(False).to(memory_format=torch.channels_last)
-        )
+        model = fcn(torch.cat([image, image.flip(3)])).requires_grad_(False)
+        self.model = model.to(memory_format=torch.channels_last)
         self.ours = shared(self.model)
         dynops.incremental_(self.ours)
 
