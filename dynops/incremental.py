@@ -263,7 +263,8 @@ class Stream:
 
     def _run(self, entry: _Entry, model: nn.Module, name: str, own: Callable, args: tuple, kwargs: dict):
         """A call of a model's method inside the stream."""
-        if any(m.training for m in model.modules()):
+        modules = list(model.modules())
+        if any(m.training for m in modules):
             warnings.warn("Stream: expected a model in eval mode; in training mode it keeps nothing", stacklevel=4)
             self._tapes.pop(model, None)
             return own(model, *args, **kwargs)
@@ -275,12 +276,12 @@ class Stream:
         self._owner = threading.get_ident()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                return self._kept_run(entry, model, name, own, args, kwargs)
+                return self._kept_run(entry, model, modules, name, own, args, kwargs)
         finally:
             self._owner = None
             self._lock.release()
 
-    def _kept_run(self, entry: _Entry, model: nn.Module, name: str, own: Callable, args: tuple, kwargs: dict):
+    def _kept_run(self, entry: _Entry, model: nn.Module, modules: list, name: str, own: Callable, args, kwargs):
         began = time.perf_counter()
         tapes = self._tapes.setdefault(model, {})
         key = name, entry.step
@@ -290,14 +291,16 @@ class Stream:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
         signature = _signature(leaves, spec)
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = [
+            t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+        ]
         if tape is not None and (reason := _stale(tape, signature, tensors)):
             warnings.warn(f"Stream: {reason} changed; the state of {type(model).__name__} begins anew", stacklevel=5)
             tape = None
         fresh = tape is None
         tape = Tape() if tape is None else tape
         if fresh:
-            tape.arguments, tape.mark = signature, Mark(*tensors)
+            tape.arguments, tape.mark, tape.ids = signature, Mark(*tensors), [*map(id, tensors)]
             tape.names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
         tapes.pop(key, None)  # until the call has ended well
         tape.calls += 1
@@ -415,7 +418,7 @@ def _stale(tape: Tape, signature: tuple, tensors: list[Tensor]) -> str:
         return "autocast"
     if tape.arguments[2] != signature[2]:
         return "the structure of the arguments"
-    if len(tensors) != len(tape.names) or not all(id(t) in tape.names for t in tensors) or not tape.mark.holds(*tensors):
+    if [*map(id, tensors)] != tape.ids or not tape.mark.holds(*tensors):
         return "a parameter or buffer"
     return ""
 

@@ -22,6 +22,7 @@ from ...plans import PixelPlan
 from ..maps import SparseMap
 from ..maps.layout import NCHW
 from . import kinds, masks
+from .fused import fused_of
 from .followed import Followed, plain_tree
 from .stored import Stored
 from .tape import ALL, GIVEN, Kind, Step, Tape, Value, filled, frozen, widest
@@ -68,6 +69,8 @@ class Frame:
         for value in tape.values:
             value.plan = value.dense = None
             value.alive = 0
+        for step in tape.steps:
+            step.held = None
 
     # ------------------------------------------------------------------------------------ inputs
 
@@ -230,7 +233,7 @@ class Frame:
         step.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
         if step.rule.__class__ is kinds.Statistics and step.rule.kept:
             step.rule.dense(self, step)  # notes the statistics
-        axes = getattr(step, "axes", None)
+        axes = step.axes
         kind = self._kind_of(step)
         for i, x in enumerate(leaves):
             if not isinstance(x, Tensor):
@@ -242,7 +245,7 @@ class Frame:
         for i, v in enumerate(step.inputs):
             v.readers.append((step.rule.reads_own_place(step, i), kind))
         step.threshold = self.options.threshold_of(step.label, leaves)
-        if not self.options.threshold and type(step.rule) is kinds.PixelByPixel:
+        if not self.options.threshold and isinstance(step.rule, kinds.PixelByPixel):
             step.widest = next((i for i, v in enumerate(step.inputs) if v.kind is kind and v.size == step.size), None)
         step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
         return self._returned(step)
@@ -307,10 +310,16 @@ class Frame:
         return self._returned(step)
 
     def _run_whole(self, step: Step) -> None:
+        if step.waits:
+            step.held = self.whole(step.inputs[0])
+            return
         began = time.perf_counter()
+        kept = [out.stored is not None or not out.decided for out in step.outs]
+        for out in step.outs:  # the allocator gives the memory again: new pages cost 10 % of ResNet-50
+            out.stored = None
         made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
-        for out, x in zip(step.outs, made, strict=True):
-            if out.stored is not None or not out.decided:
+        for out, x, keeps in zip(step.outs, made, kept, strict=True):
+            if keeps:
                 self.keep(out, x, own=not self._is_shared(step, x))
             else:
                 out.dense = x
@@ -344,6 +353,10 @@ class Frame:
         if step.rule.may_be_dense and step.threshold <= 0 and self._dense_is_faster(step, len(plan), share):
             self._run_whole(step)
             return
+        fused = self._fused(step) if step.threshold <= 0 else None
+        if fused is not None and fused.into(self, step.outs[0].stored, plan):
+            self._timed(step, began, "rows", len(plan))
+            return
         made = [x for x in step.rule.rows(self, step, plan) if x is not None]
         for out, x in zip(step.outs, made, strict=True):
             if out.stored is None:
@@ -355,6 +368,20 @@ class Frame:
             if written is not None and len(step.outs) == 1:
                 out.plan = self._part_of(plan, written)
         self._timed(step, began, "rows", len(plan))
+
+    def _fused(self, step: Step):
+        """The convolution that a step ends, where one kernel makes it with all between; found once."""
+        if step.fused == "":
+            step.fused = None if self.options.is_cuda else fused_of(step)
+        return step.fused
+
+    def rows_at(self, value: Value, plan: PixelPlan) -> Tensor:
+        """The rows ``[P, C]`` of a value at a plan."""
+        if value.dense is None and value.stored is None and len(value.readers) == 1:
+            fused = self._fused(value.step)
+            if fused is not None and (rows := fused.rows(self, plan)) is not None:
+                return rows
+        return self.map_at(value, plan, kinds.Context(plan)).rows()
 
     def _written_in_place(self, out: Value, x) -> bool:
         """True where a convolution wrote its rows into the map that is kept."""
@@ -649,8 +676,13 @@ class Frame:
             self.keep(value, value.dense, own=not self._is_shared(value.step, value.dense))
 
     def _note_last(self) -> None:
-        """Notes at each step the values that no later one reads."""
+        """Notes at each step the values that no later one reads, and the convolutions that a norm alone follows."""
         seen: set[int] = set()
+        for step in self.tape.steps:
+            x = step.inputs[0] if isinstance(step.rule, kinds.BatchNorm) else None
+            if x is not None and x.step is not None and isinstance(x.step.rule, kinds.Convolution):
+                alone = x.stored is None and len(x.readers) == 1 and not x.returned and x.step.modes == step.modes
+                x.step.waits = alone and x.step.rule.waits_for_norms
         for step in reversed(self.tape.steps):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ...geometry import ConvGeometry
+from ...kept import kept
+from ...ops.dense_conv import dense_conv
 from ...plans import PixelPlan
 from ..layers.pool import spread_over, windows_of_rows
 from ..layers.resample import resizing
@@ -23,6 +25,7 @@ from ..maps import SparseMap, bare, entered
 from ..maps import convolution as maps_conv
 from ..maps.layout import NCHW, NCS, gathered
 from ..maps.value import RowsOnly
+from ..norm import fold_of
 from . import masks
 from .stored import Stored, positions
 from .tape import ALL, Ref
@@ -109,6 +112,33 @@ class PixelByPixel(Rule):
         return 0.0
 
 
+class BatchNorm(PixelByPixel):
+    """A batch norm in eval mode. Of a whole convolution that nothing else reads it is in the weights."""
+
+    folded: tuple[Tensor, Tensor] | None = None
+
+    def affine(self, step) -> tuple[Tensor, Tensor] | None:
+        """The norm as a scale and a shift ``[C]``; kept, as a call begins with a look at the parameters."""
+        if self.folded is None:
+            given = _bound(step, _BATCH)
+            names = ("weight", "bias", "running_mean", "running_var")
+            self.folded = fold_of(
+                given["eps"], *(None if given[k] is None else step.plains[given[k].place] for k in names)
+            )
+        return self.folded
+
+    def dense(self, frame, step) -> list:
+        x = step.inputs[0]
+        if len(step.inputs) > 1 or x.dtype not in (torch.float32, torch.float64):
+            return super().dense(frame, step)
+        scale, shift = self.affine(step)
+        if scale.dtype != x.dtype:
+            return super().dense(frame, step)
+        if x.dense is None and x.stored is None and isinstance(x.step.rule, Convolution) and x.step.rule.waits_for_norms:
+            return [x.step.rule.folded(frame, x.step, scale, shift)]
+        return [torch.addcmul(shift.view(-1, 1, 1), frame.whole(x), scale.view(-1, 1, 1))]
+
+
 class Neighbourhood(Rule):
     """Reads a window of its first input. This one computes the whole result, of which the rows are taken."""
 
@@ -141,6 +171,11 @@ class Convolution(Neighbourhood):
         bias = arguments.get("bias")
         self.bias = None if bias is None else bias.place
 
+    @property
+    def waits_for_norms(self) -> bool:
+        """True where a norm that follows may be in the weights."""
+        return not self.geometry.transposed
+
     def reads_own_place(self, step, i: int) -> bool:
         return self.pointwise
 
@@ -156,6 +191,17 @@ class Convolution(Neighbourhood):
             values = frame.map_at(x, in_plan, context).rows()
         values, bias = maps_conv._operands(values, weight, bias)
         return [bare(values, in_plan, weight, bias, plan, g, context)]
+
+    def folded(self, frame, step, scale: Tensor, shift: Tensor) -> Tensor:
+        """The whole result with a norm after it."""
+        weight = self.weight
+        bias = None if self.bias is None else step.plains[self.bias]
+
+        folded = kept.get("scaled", lambda: weight * scale.view(-1, 1, 1, 1), weight, scale)
+        moved = shift if bias is None else shift + bias * scale
+        x = frame.whole(step.inputs[0]) if step.held is None else step.held
+        step.held = None
+        return dense_conv(x, folded, self.geometry, moved)
 
     def macs(self, step) -> float:
         w = self.weight
@@ -221,6 +267,13 @@ class Statistics(Rule):
     def __init__(self, groups: int, kept: bool):
         self.groups, self.kept = groups, kept
         self.scale = self.shift = None  # [N, C]
+
+    def fits(self) -> bool:
+        """True where it is a scale and a shift of each channel, for all samples."""
+        return self.kept and self.scale is not None and self.scale.shape[0] == 1
+
+    def affine(self, step) -> tuple[Tensor, Tensor] | None:
+        return (self.scale[0], self.shift[0]) if self.fits() else None
 
     def reads_own_place(self, step, i: int) -> bool:
         return self.kept
@@ -330,9 +383,9 @@ def rule_of(frame, step, out) -> Rule:
     if step.name in _KNOWN:
         return Rule()
     step.size = max((v.size for v in maps), key=math.prod)
-    if math.prod(step.size[1:]) < 2 or not _works_pixel_by_pixel(frame, step):
+    if math.prod(step.size[1:]) < 2 or not _tried(frame, step):
         return Rule()
-    return PixelByPixel()
+    return BatchNorm() if step.name == "batch_norm" else PixelByPixel()
 
 
 def _known(frame, step, out) -> Rule | None:
@@ -373,6 +426,7 @@ _GROUP = _signature("input, num_groups, weight=None, bias=None, eps=1e-05, *rest
 _INSTANCE = _signature(
     "input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-05, *rest"
 )
+_BATCH = _signature("input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05, *rest")
 _SDPA = _signature(
     "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False"
 )
@@ -503,6 +557,37 @@ _KNOWN = {
     "instance_norm": _norm,
     "scaled_dot_product_attention": _attention,
 }
+
+
+def _tried(frame, step) -> bool:
+    """As :func:`_works_pixel_by_pixel`, once for each function with these arguments and sizes."""
+    numbers = {v.number: i for i, v in enumerate(step.inputs)}
+    renamed = tuple(_renamed(part, numbers) for part in step.key[1:])
+    inputs = tuple((v.shape, v.dtype, v.axes, v.size) for v in step.inputs)
+    values = tuple(id(v) for v in step.inputs if v.axes is None or v.size != step.size)
+    key = step.name, renamed, inputs, values, tuple(map(id, step.plains))
+    known = frame.tape.tried
+    try:
+        found = known.get(key)
+    except TypeError:  # an argument without a hash
+        return _works_pixel_by_pixel(frame, step)
+    if found is None:
+        found = known[key] = (_works_pixel_by_pixel(frame, step), step.axes)
+    if found[0]:
+        step.axes = found[1]
+    return found[0]
+
+
+def _renamed(key, numbers: dict[int, int]):
+    """A frozen tree with inputs counted from 0."""
+    if type(key) is Ref:
+        return Ref(numbers[key.value])
+    if type(key) is not tuple or key[0] is None:
+        return key
+    container, inner = key
+    if container is dict:
+        return container, tuple((k, _renamed(x, numbers)) for k, x in inner)
+    return container, tuple(_renamed(x, numbers) for x in inner)
 
 
 def _works_pixel_by_pixel(frame, step) -> bool:

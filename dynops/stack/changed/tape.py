@@ -123,7 +123,11 @@ class Step:
         # of the last call
         self.rows = self.of = 0
         self.seconds = 0.0
+        self.axes: list | None = None  # of its results, where it works pixel by pixel
         self.widest: int | None = None  # the input that changes wherever another does
+        self.fused = ""  # the convolution that it ends (:mod:`.fused`), or None, once it was looked for
+        self.waits = False  # a convolution that is computed with the norm after it
+        self.held: Tensor | None = None  # its input, until then
         self.last: list[Value] = []  # values that no later step reads
         self.times = {}  # best seconds of "dense", and of a row by "rows"
 
@@ -136,9 +140,11 @@ class Tape:
         self.values: list[Value] = []
         self.inputs: list[Value] = []
         self.calls = 0
+        self.tried: dict = {}  # functions that were tried, and the axes of what they make
         self.arguments = None  # the structure of the model's arguments, and what is no tensor among them
         self.output = None  # leaves and structure of what it returned
         self.mark = None  # of parameters and buffers
+        self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id
         self.returns = self.others = None
         self.pure = True  # its steps follow from its inputs alone: Python read no content, and made no tensor
@@ -155,8 +161,8 @@ class Tape:
         del self.steps[steps:]
         if gone:
             del self.values[first:]
-            for value in self.values:
-                value.readers = [r for r in value.readers]
+            for step in self.steps:
+                step.fused = ""
 
     @property
     def bytes(self) -> int:
