@@ -123,6 +123,7 @@ def write_readme(root: Path, results: Path) -> None:
         "exact": readme.exact_block(reports),
         "examples": readme.examples_block(results),
         "experts": readme.experts_block(reports),
+        "incremental": readme.incremental_block(results),
     }
     for name, table_of in tables.items():
         readme.rewrite(root / "docs" / "benchmarks.md", name, table_of)

@@ -46,9 +46,16 @@ class Edits:
         if self.edit == MOVING:
             return self._moved(h, w)
         self.image = self.image.clone()
-        top, left = (self._place(size) for size in (h, w))
+        top, left = self._corner = [self._place(size) for size in (h, w)]
         self.image[:, :, top : top + self.side, left : left + self.side] = self._noise(self.side, self.side)
         return self.image
+
+    def mask(self) -> Tensor:
+        """bool ``[1, H, W]``: the last square that was painted."""
+        mask = torch.zeros(1, *self.image.shape[2:], dtype=torch.bool)
+        top, left = self._corner
+        mask[:, top : top + self.side, left : left + self.side] = True
+        return mask
 
     def _moved(self, h: int, w: int) -> Tensor:
         if not 0 <= self.left + self.direction * STEP <= w - self.side:

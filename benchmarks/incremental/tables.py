@@ -60,7 +60,11 @@ def line(row: Trial) -> str:
         f"dense {row.dense_ms:8.1f} ms   ours {row.ours_ms:8.1f}   theory {row.theory:5.2f}   speed-up {row.speedup:5.2f}   "
         f"realised {row.realised:4.2f}   error {row.error:.0e}, last {row.last_error:.0e}   {row.psnr:5.1f} dB   {row.kept_mb:6.0f} MB kept"
     )
-    return f"{row.case:<50} {row.edit} {row.edited:.1%}, spread {row.spread}, {_kept(row)}, threshold {_threshold(row)}\n    {numbers}"
+    return f"{row.case:<50} {_edit(row)} {row.edited:.1%}, spread {row.spread}, {_kept(row)}, threshold {_threshold(row)}\n    {numbers}"
+
+
+def _edit(row: Trial) -> str:
+    return f"{row.edit}, told" if row.told else row.edit
 
 
 def _kept(row: Trial) -> str:
@@ -75,7 +79,7 @@ def _cells(row: Trial, compiled: bool) -> list[str]:
     nothing = row.edit == NOTHING
     return [
         row.case,
-        row.edit,
+        _edit(row),
         f"{row.edited:.1%}",
         row.spread,
         _kept(row),

@@ -14,6 +14,7 @@ class Trial:
 
     Attributes:
         edited: the share of the input's pixels that each call changes.
+        told: the stream is given the mask of what changed, in place of a comparison.
         spread, statistics, attention, threshold, relative: the stream's options.
         dense_ms: median of the faster of eager NCHW and channels_last; of "everything" always channels_last.
         compiled_ms: of the dense model by ``torch.compile`` in channels_last; 0: not measured.
@@ -28,6 +29,7 @@ class Trial:
     case: str
     edit: str
     edited: float
+    told: bool = False
     spread: str = "exact"
     statistics: str = "exact"
     attention: str = "exact"
@@ -69,7 +71,7 @@ class Trial:
         return cls(**{f.name: kinds[f.type](record[f.name]) for f in fields(cls)})
 
 
-OPTIONS = ("spread", "statistics", "attention", "threshold", "relative")
+OPTIONS = ("told", "spread", "statistics", "attention", "threshold", "relative")
 COLUMNS = [field.name for field in fields(Trial)] + ["speedup", "realised"]
 
 
