@@ -320,7 +320,7 @@ class Frame:
         made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
         for out, x, keeps in zip(step.outs, made, kept, strict=True):
             if keeps:
-                self.keep(out, x, own=not self._is_shared(step, x))
+                self.keep(out, x, own=not self._is_shared(out, x))
             else:
                 out.dense = x
         self._timed(step, began, "dense")
@@ -346,7 +346,7 @@ class Frame:
                     rows = gather_rows(x, out.plan.index, None)
                     out.stored.rows.index_copy_(0, _at(out.plan), rows)
                 elif out.plan is not None:
-                    self.keep(out, x, own=not self._is_shared(step, x))
+                    self.keep(out, x, own=not self._is_shared(out, x))
 
     def _run_rows(self, step: Step, plan: PixelPlan) -> None:
         began, share = time.perf_counter(), len(plan) / step.of
@@ -403,21 +403,22 @@ class Frame:
 
     def _timed(self, step: Step, began: float, how: str, rows: int = 1) -> None:
         step.seconds = time.perf_counter() - began
+        if how not in step.warm:  # the first time packs weights
+            step.warm.add(how)
+            if how == "rows":
+                return
         each = step.seconds / max(rows, 1)
         step.times[how] = min(each, step.times.get(how, each))
 
-    def _is_shared(self, step: Step, x: Tensor) -> bool:
-        """True where a result may be the memory of something else."""
-        if step.target is not None:
-            return False
-        if step.name in _VIEWS:
-            return True
+    def _is_shared(self, value: Value, x: Tensor) -> bool:
+        """True where the content of a value is the memory of a value that is kept, or of a tensor that is none."""
         memory = x.untyped_storage().data_ptr()
-        for v in step.inputs:
-            kept = v.stored.grid if type(v.stored) is Stored else v.stored if v.stored is not None else v.dense
+        for number in value.shares:
+            kept = self.tape.values[number].stored
+            kept = kept.grid if type(kept) is Stored else kept
             if kept is not None and kept.untyped_storage().data_ptr() == memory:
                 return True
-        return any(p.untyped_storage().data_ptr() == memory for p in step.plains)
+        return any(p.untyped_storage().data_ptr() == memory for p in value.step.plains)
 
     def _returned(self, step: Step):
         if self.replays:
@@ -673,7 +674,7 @@ class Frame:
         own = all(own and kind is value.kind for own, kind in value.readers)
         needed = value.returned or not own or not value.readers or value.axes is None
         if needed and self.options.keeps(value):
-            self.keep(value, value.dense, own=not self._is_shared(value.step, value.dense))
+            self.keep(value, value.dense, own=not self._is_shared(value, value.dense))
 
     def _note_last(self) -> None:
         """Notes at each step the values that no later one reads, and the convolutions that a norm alone follows."""
@@ -709,8 +710,14 @@ class Frame:
 
 def _dense_seconds(step: Step) -> float:
     """The dense time of a step with those before it that are computed where it is."""
-    before = (v.step for v in step.inputs if v.stored is None and v.step is not None)
-    return step.times.get("dense", 0.0) + sum(map(_dense_seconds, before))
+    found, seen, before = 0.0, set(), [step]
+    while before:
+        one = before.pop()
+        if one.number not in seen:
+            seen.add(one.number)
+            found += one.times.get("dense", 0.0)
+            before += [v.step for v in one.inputs if v.stored is None and v.step is not None]
+    return found
 
 
 def differs(kept: Tensor, x: Tensor, threshold: float) -> Tensor:

@@ -129,6 +129,7 @@ class Step:
         self.waits = False  # a convolution that is computed with the norm after it
         self.held: Tensor | None = None  # its input, until then
         self.last: list[Value] = []  # values that no later step reads
+        self.warm: set[str] = set()  # ways in which it ran
         self.times = {}  # best seconds of "dense", and of a row by "rows"
 
 
@@ -161,6 +162,8 @@ class Tape:
         del self.steps[steps:]
         if gone:
             del self.values[first:]
+            for value in self.values:
+                value.shares.difference_update([n for n in value.shares if n >= first])
             for step in self.steps:
                 step.fused = ""
 
