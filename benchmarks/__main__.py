@@ -1,9 +1,10 @@
-"""The command line of the benchmarks: ``python -m benchmarks headline|layers|…|all|readme``."""
+"""The command line of the benchmarks: ``python -m benchmarks headline|layers|…|all|incremental|readme``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from .harness.report import Report
 from .harness.rows import summaries
 from .harness.setting import Setting
 from .harness.tables import summary_table, table
+from .incremental import __main__ as incremental
 from .pixels import formats, layers, memory
 from .samples.tables import copy_table
 
@@ -26,6 +28,10 @@ OWN_TABLES = {"formats": formats.table, "memory": memory.table, "copies": copy_t
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["incremental"]:  # it has options and rows of its own
+        incremental.main(arguments[1:])
+        return
     args = _parser().parse_args(arguments)
     torch.manual_seed(0)
     if args.threads:
@@ -51,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     own = ["layers", "formats", "models", "experts", "video", "memory", "exact"]
     parser.add_argument(
         "command",
-        choices=["headline", *own, "all", "readme"],
-        help="readme rewrites README's numbers from results/",
+        choices=["headline", *own, "all", "incremental", "readme"],
+        help="incremental has options of its own (incremental -h); readme rewrites README's numbers from results/",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -117,6 +123,7 @@ def write_readme(root: Path, results: Path) -> None:
         "exact": readme.exact_block(reports),
         "examples": readme.examples_block(results),
         "experts": readme.experts_block(reports),
+        "incremental": readme.incremental_block(results),
     }
     for name, table_of in tables.items():
         readme.rewrite(root / "docs" / "benchmarks.md", name, table_of)

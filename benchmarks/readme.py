@@ -21,6 +21,7 @@ NO_EXACT = (
     "No results of exact masks are committed yet: `python -m benchmarks exact --out benchmarks/results`."
 )
 NO_EXAMPLES = "No results of the examples are committed yet: `python -m examples.all --out benchmarks/results/examples.md`."
+NO_INCREMENTAL = "No results of incremental models are committed yet: `python -m benchmarks incremental --out benchmarks/results`."
 NO_EXPERTS = (
     "No results of experts are committed yet: `python -m benchmarks experts --out benchmarks/results`."
 )
@@ -118,6 +119,13 @@ def examples_block(results: Path) -> str:
     """The table that ``python -m examples.all`` wrote there."""
     path = results / "examples.md"
     return path.read_text().strip() if path.exists() else NO_EXAMPLES
+
+
+def incremental_block(results: Path) -> str:
+    """The tables that ``python -m benchmarks incremental`` wrote there."""
+    return (
+        "\n\n".join(p.read_text().strip() for p in sorted(results.glob("incremental-*.md"))) or NO_INCREMENTAL
+    )
 
 
 def _of_suites(reports: list[Report], *suites: str) -> list[Report]:

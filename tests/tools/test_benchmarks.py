@@ -365,7 +365,7 @@ def test_table_puts_the_worst_row_last_and_hides_none():
 
 MARKERS = "before\n<!-- table:begin -->\nold\n<!-- table:end -->\nmiddle\n" + "".join(
     f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n"
-    for name in ("blocks", "channels", "samples", "examples", "experts", "exact")
+    for name in ("blocks", "channels", "samples", "examples", "experts", "exact", "incremental")
 )
 MARKERS += "after\n"
 
@@ -382,7 +382,7 @@ def test_readme_blocks(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "middle" in text
     assert "old" not in text + front.read_text() and "3.00x" in front.read_text()
     assert text.count("| model |") == 1 + 1  # the column's title and the row
-    for missing in ("BLOCKS", "CHANNELS", "SAMPLES", "EXAMPLES", "EXPERTS", "EXACT"):
+    for missing in ("BLOCKS", "CHANNELS", "SAMPLES", "EXAMPLES", "EXPERTS", "EXACT", "INCREMENTAL"):
         assert text.count(getattr(readme, f"NO_{missing}")) == 1
     page.write_text("no markers")
     with pytest.raises(ValueError, match="expected the lines"):

@@ -99,7 +99,7 @@ class Frame:
         return self.follow(value)
 
     def _compare(self, value: Value, x: Tensor, told: Tensor | None) -> None:
-        stored, threshold = value.stored, self.options.threshold_of("input")
+        stored, threshold = value.stored, self.options.threshold_of("input", [value.stored.dense])
         if told is None:
             if torch.equal(stored.dense, x):
                 return
@@ -299,7 +299,7 @@ class Frame:
             self._run_and_compare(step)
             return self._returned(step)
         plan = rule.spread(self, step)
-        if any(out.number in self.misaligned for out in outs):
+        if self.shift is not None and (any(out.number in self.misaligned for out in outs) or rule.knows_places(step)):
             plan = ALL
         if plan is not None and plan is not ALL:
             plan = self._in_blocks(plan)
@@ -325,7 +325,7 @@ class Frame:
         made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
         for out, x, keeps in zip(step.outs, made, kept, strict=True):
             if keeps:
-                self.keep(out, x, own=not self._is_shared(step, x))
+                self.keep(out, x, own=not self._is_shared(out, x))
             else:
                 out.dense = x
         self._timed(step, began, "dense")
@@ -351,7 +351,7 @@ class Frame:
                     rows = gather_rows(x, out.plan.index, None)
                     out.stored.rows.index_copy_(0, _at(out.plan), rows)
                 elif out.plan is not None:
-                    self.keep(out, x, own=not self._is_shared(step, x))
+                    self.keep(out, x, own=not self._is_shared(out, x))
 
     def _run_rows(self, step: Step, plan: PixelPlan) -> None:
         began, share = time.perf_counter(), len(plan) / step.of
@@ -415,18 +415,15 @@ class Frame:
         each = step.seconds / max(rows, 1)
         step.times[how] = min(each, step.times.get(how, each))
 
-    def _is_shared(self, step: Step, x: Tensor) -> bool:
-        """True where a result may be the memory of something else."""
-        if step.target is not None:
-            return False
-        if step.name in _VIEWS:
-            return True
+    def _is_shared(self, value: Value, x: Tensor) -> bool:
+        """True where the content of a value is the memory of a value that is kept, or of a tensor that is none."""
         memory = x.untyped_storage().data_ptr()
-        for v in step.inputs:
-            kept = v.stored.grid if type(v.stored) is Stored else v.stored if v.stored is not None else v.dense
+        for number in value.shares:
+            kept = self.tape.values[number].stored
+            kept = kept.grid if type(kept) is Stored else kept
             if kept is not None and kept.untyped_storage().data_ptr() == memory:
                 return True
-        return any(p.untyped_storage().data_ptr() == memory for p in step.plains)
+        return any(p.untyped_storage().data_ptr() == memory for p in value.step.plains)
 
     def _returned(self, step: Step):
         if self.replays:
@@ -682,7 +679,7 @@ class Frame:
         own = all(own and kind is value.kind for own, kind in value.readers)
         needed = value.returned or not own or not value.readers or value.axes is None
         if needed and self.options.keeps(value):
-            self.keep(value, value.dense, own=not self._is_shared(value.step, value.dense))
+            self.keep(value, value.dense, own=not self._is_shared(value, value.dense))
 
     def _note_last(self) -> None:
         """Notes at each step the values that no later one reads, and the convolutions that a norm alone follows."""

@@ -62,6 +62,10 @@ class Rule:
         """True where output pixel p reads input ``i`` at p alone."""
         return False
 
+    def knows_places(self, step) -> bool:
+        """True where the result depends on where a pixel lies, as that of a sum with an embedding of positions."""
+        return False
+
     def spread(self, frame, step):
         """What changes in the result: None, a plan or ``ALL``."""
         return ALL
@@ -87,6 +91,11 @@ class PixelByPixel(Rule):
     def reads_own_place(self, step, i: int) -> bool:
         value = step.inputs[i]
         return value.axes is not None and value.size == step.size
+
+    def knows_places(self, step) -> bool:
+        _, h, w = step.size
+        weights = step.name in ("linear", "batch_norm", "layer_norm", "prelu", "rms_norm")
+        return not weights and any({h, w, h * w} & (set(x.shape) - {1}) for x in step.plains)
 
     def spread(self, frame, step):
         return frame.together(step, step.inputs)

@@ -14,15 +14,22 @@ from ...plans.masks import resize_mask
 
 
 class Reads(NamedTuple):
-    """Along one axis: the input position of each read of an output pixel, int64 ``[reads, out]``; -1 outside."""
+    """Along one axis: the input position of each read of an output pixel, int64 ``[reads, out]``; -1 outside.
+
+    Attributes:
+        size: of the input.
+        edges: bool ``[out]``: the output pixels whose reads were moved to inside the map, or None.
+    """
 
     at: Tensor
-    size: int  # of the input
+    size: int
+    edges: Tensor | None = None
 
     @property
     def reads_outside(self) -> Tensor:
         """bool ``[out]``: output pixels that read outside of the map, where padding is."""
-        return (self.at < 0).any(0)
+        outside = (self.at < 0).any(0)
+        return outside if self.edges is None else outside | self.edges
 
     @property
     def reads_itself(self) -> bool:
@@ -68,7 +75,8 @@ def padded(size: int, before: int, after: int, mode: str, device) -> Reads:
         at = torch.arange(-before, size + after, device=device)
         return Reads(at.masked_fill(at >= size, -1).clamp(min=-1)[None], size)
     at = F.pad(torch.arange(size, dtype=torch.float64, device=device)[None, None], (before, after), mode)
-    return Reads(at[0].long(), size)
+    place = torch.arange(-before, size + after, device=device)
+    return Reads(at[0].long(), size, (place < 0) | (place >= size))
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,13 +101,13 @@ def linear(size: int, out: int, align_corners: bool, scale: float | None, device
         place = ((o + 0.5) * (size / out if scale is None else 1 / scale) - 0.5).clamp(min=0)
     first = (place - 1e-4).floor()
     at = torch.stack([first, first + 1, (place + 1e-4).floor() + 1]).long()
-    return Reads(at.clamp(0, size - 1), size)
+    return Reads(at.clamp(0, size - 1), size, ((at < 0) | (at >= size)).any(0) | (place <= 0))
 
 
 def spread(mask: Tensor, reads: tuple[Reads, Reads]) -> Tensor:
     """The output pixels ``[N, out_h, out_w]`` that read a pixel of ``mask`` ``[N, H, W]``."""
     for dim, axis in ((1, reads[0]), (2, reads[1])):
-        if axis.at.shape[0] == 1 and axis.at.shape[1] == axis.size and not axis.reads_outside.any():
+        if axis.at.shape[0] == 1 and axis.at.shape[1] == axis.size:
             if torch.equal(axis.at[0], torch.arange(axis.size, device=mask.device)):
                 continue
         pad = (0, 1) if dim == 2 else (0, 0, 0, 1)

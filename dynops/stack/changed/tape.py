@@ -162,6 +162,8 @@ class Tape:
         del self.steps[steps:]
         if gone:
             del self.values[first:]
+            for value in self.values:
+                value.shares.difference_update([n for n in value.shares if n >= first])
             for step in self.steps:
                 step.fused = ""
 

@@ -1,0 +1,1 @@
+"""``python -m benchmarks incremental``: models that keep what did not change since the last call (``dynops.Stream``)."""
