@@ -5,7 +5,6 @@ Papers: SIGE (NeurIPS 2022), DeltaCNN (CVPR 2022), CBinfer (ICDSC 2017).
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import inspect
 import threading
@@ -26,7 +25,9 @@ from .scope import Scope
 from .stack import converted
 from .stack.changed.followed import Followed, plain_tree
 from .stack.changed.frame import Frame, Unfollowable
-from .stack.changed.tape import ALL, Tape
+from .stack.changed.options import Options
+from .stack.changed.report import Last, Report
+from .stack.changed.tape import Tape
 from .stack.graph import KINDS
 from .stack.staleness import Watch
 from .stack.trace import Untraceable, trace
@@ -54,7 +55,9 @@ def incremental_(model: nn.Module) -> None:
     if is_incremental(model):
         return
     if any("_dynops_converted" in m.__dict__ or converted.is_whole(m) for m in model.modules()):
-        raise ValueError("model: expected one that convert_ has not converted; dynops.revert_(model) undoes it")
+        raise ValueError(
+            "model: expected one that convert_ has not converted; dynops.revert_(model) undoes it"
+        )
     model.__class__ = _incremental_class(type(model))
 
 
@@ -176,14 +179,14 @@ class Stream:
         keep: Callable[[str, int], bool] | list[str] | None = None,
         align: tuple[int, int] | None = None,
     ):
-        self._options = _Options(spread, threshold, relative, block, statistics, attention, keep)
+        self._options = Options(spread, threshold, relative, block, statistics, attention, keep)
         if refresh is not None and (type(refresh) is not int or refresh < 1):
             raise ValueError(f"refresh: expected None or an int >= 1, got {refresh!r}")
         self._refresh, self._align = refresh, _checked_shift(align)
         self._tapes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._lock, self._owner = threading.Lock(), None
         self._entry = _Entry(self, align=self._align)
-        self._last: _Last | None = None
+        self._last: Last | None = None
 
     # ---------------------------------------------------------------------------------- contexts
 
@@ -263,12 +266,16 @@ class Stream:
         """A call of a model's method inside the stream."""
         modules = _modules_of(model)
         if any(m.training for m in modules):
-            warnings.warn("Stream: expected a model in eval mode; in training mode it keeps nothing", stacklevel=4)
+            warnings.warn(
+                "Stream: expected a model in eval mode; in training mode it keeps nothing", stacklevel=4
+            )
             self._tapes.pop(model, None)
             return own(model, *args, **kwargs)
         _refuse_gradients(model, args, kwargs)
         if context.current() is not None:
-            raise RuntimeError("Stream: expected no mask context around it, as the stream knows what to compute")
+            raise RuntimeError(
+                "Stream: expected no mask context around it, as the stream knows what to compute"
+            )
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("Stream: expected one call at a time; give each thread a stream of its own")
         self._owner = threading.get_ident()
@@ -279,7 +286,9 @@ class Stream:
             self._owner = None
             self._lock.release()
 
-    def _kept_run(self, entry: _Entry, model: nn.Module, modules: list, name: str, own: Callable, args, kwargs):
+    def _kept_run(
+        self, entry: _Entry, model: nn.Module, modules: list, name: str, own: Callable, args, kwargs
+    ):
         began = time.perf_counter()
         tapes = self._tapes.setdefault(model, {})
         key = name, entry.step
@@ -293,7 +302,9 @@ class Stream:
             t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
         ]
         if tape is not None and (reason := _stale(tape, signature, tensors)):
-            warnings.warn(f"Stream: {reason} changed; the state of {type(model).__name__} begins anew", stacklevel=5)
+            warnings.warn(
+                f"Stream: {reason} changed; the state of {type(model).__name__} begins anew", stacklevel=5
+            )
             tape = None
         fresh = tape is None
         tape = Tape() if tape is None else tape
@@ -315,7 +326,14 @@ class Stream:
         if not frame.fresh and tape.returns is not None and _same(others, tape.others) and frame.idle():
             frame.rest()
             out = tape.returns.copied(tape)
-        elif not frame.fresh and name == "forward" and tape.pure and tape.returns is not None and _same(others, tape.others) and _does_the_same(model):
+        elif (
+            not frame.fresh
+            and name == "forward"
+            and tape.pure
+            and tape.returns is not None
+            and _same(others, tape.others)
+            and _does_the_same(model)
+        ):
             frame.replay()
             out = tape.returns.copied(tape)
         else:
@@ -333,7 +351,7 @@ class Stream:
             out = _plain_attributes(frame.end(out))
         tape.others = others
         tapes[key] = tape
-        self._last = _Last(weakref.ref(model), tape, frame.moved, time.perf_counter() - began)
+        self._last = Last(weakref.ref(model), tape, frame.moved, time.perf_counter() - began)
         return out
 
     # ------------------------------------------------------------------------------------- report
@@ -353,55 +371,6 @@ def _stream_of(given: dict, refresh, align) -> Stream:
     return Stream(**given, refresh=refresh, align=align)
 
 
-class _Options:
-    """The arguments of a stream, checked."""
-
-    def __init__(self, spread, threshold, relative, block, statistics, attention, keep):
-        self.given = {
-            "spread": spread, "threshold": threshold, "relative": relative, "block": block,
-            "statistics": statistics, "attention": attention, "keep": keep,
-        }  # fmt: skip
-        if spread != "exact" and (type(spread) is not int or spread < 0):
-            raise ValueError(f"spread: expected 'exact' or an int >= 0, got {spread!r}")
-        for name in ("statistics", "attention"):
-            if self.given[name] not in ("exact", "kept"):
-                raise ValueError(f"{name}: expected 'exact' or 'kept', got {self.given[name]!r}")
-        for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"threshold: expected numbers >= 0, got {value!r}")
-        if keep is not None and not callable(keep) and not isinstance(keep, (list, tuple)):
-            raise TypeError(f"keep: expected a function, a list of patterns or None, got {keep!r}")
-        if block is not None:
-            block = (block, block) if isinstance(block, int) else tuple(block)
-            if len(block) != 2 or not all(type(b) is int and b >= 1 for b in block):
-                raise ValueError(f"block: expected an int >= 1 or a pair of them, got {block!r}")
-        self.spread, self.threshold, self.relative = spread, threshold, bool(relative)
-        self.block, self.statistics, self.attention, self.keep = block, statistics, attention, keep
-        self.device = torch.device("cpu")
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    def threshold_of(self, name: str, leaves=()) -> float:
-        """The threshold of a step, or of the input."""
-        value = self.threshold
-        if isinstance(value, Mapping):
-            value = next((v for pattern, v in value.items() if fnmatch.fnmatch(name, pattern)), 0.0)
-        if value and self.relative:
-            maps = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-            return value * float(maps[0].float().square().mean().sqrt()) if maps else value
-        return float(value)
-
-    def keeps(self, value) -> bool:
-        if self.keep is None or value.returned or value.axes is None or value.step.rule.compares:
-            return True
-        label, size = value.step.label, value.shape.numel() * value.dtype.itemsize
-        if callable(self.keep):
-            return bool(self.keep(label, size))
-        return any(fnmatch.fnmatch(label, pattern) for pattern in self.keep)
-
-
 def _modules_of(model: nn.Module) -> list[nn.Module]:
     """As ``model.modules()``, in a fifth of its time: of EfficientNet-B0 that is 1 ms in each call."""
     found, left = {id(model): model}, [model]
@@ -416,7 +385,9 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
 def _signature(leaves: list, spec) -> tuple:
     """What a tape holds for, beside the content of tensors."""
     tensors = tuple((tuple(x.shape), x.dtype, x.device) for x in leaves if isinstance(x, Tensor))
-    modes = tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda"))
+    modes = tuple(
+        torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
+    )
     return tensors, modes, spec
 
 
@@ -486,7 +457,9 @@ class _Returns(NamedTuple):
 def _plain_attributes(out):
     """Objects that hold tensors, as diffusers returns distributions: their tensors are plain ones now."""
     for leaf in pytree.tree_leaves(out):
-        for name, x in list(getattr(leaf, "__dict__", {}).items()) if not isinstance(leaf, (Tensor, nn.Module)) else ():
+        for name, x in (
+            list(getattr(leaf, "__dict__", {}).items()) if not isinstance(leaf, (Tensor, nn.Module)) else ()
+        ):
             if type(x) is Followed:
                 setattr(leaf, name, plain_tree(x))
     return out
@@ -526,96 +499,3 @@ def _told(mask: Tensor | None, x: Tensor) -> Tensor | None:
         raise ValueError(f"mask: expected it on the input's device {x.device}, got {mask.device}")
     mask = resize_mask(mask, tuple(x.shape[2:]))
     return mask.expand(x.shape[0], -1, -1).contiguous()
-
-
-class _Last(NamedTuple):
-    model: weakref.ref
-    tape: Tape
-    moved: Tensor | None
-    seconds: float
-
-
-class Row(NamedTuple):
-    """A step of a call.
-
-    Attributes:
-        name: the module whose parameters it has, and the function; else the function alone.
-        size: ``(N, H, W)`` of what it makes; None: it is no map.
-        share: of the pixels that were computed.
-        macs, dense_macs: multiply-accumulates, of what was computed and of everything.
-        bytes: that are kept of it.
-        owed: the largest difference that was left unwritten for the threshold.
-        seconds: of the step with those that are computed together with it.
-    """
-
-    name: str
-    size: tuple[int, int, int] | None
-    share: float
-    macs: float
-    dense_macs: float
-    bytes: int
-    owed: float
-    seconds: float
-
-
-class Report:
-    """What a call computed. ``print`` shows a table.
-
-    Attributes:
-        rows: a :class:`Row` for each step.
-        theory: MACs of everything over those that were computed.
-        seconds: of the call.
-        owed: the largest difference that was left unwritten.
-        bytes: that are kept.
-        masks: bool ``[N, H, W]`` by size ``(H, W)``: what changed in maps of that size.
-    """
-
-    def __init__(self, rows: list[Row], seconds: float, masks: dict):
-        self.rows, self.seconds, self.masks = rows, seconds, masks
-        self.owed = max((row.owed for row in rows), default=0.0)
-        self.bytes = sum(row.bytes for row in rows)
-        computed, dense = sum(row.macs for row in rows), sum(row.dense_macs for row in rows)
-        self.theory = dense / computed if computed else float("inf") if dense else 1.0
-
-    @classmethod
-    def of(cls, last: _Last) -> Report:
-        rows, masks = [], {}
-        for step in last.tape.steps:
-            pixels = step.of
-            macs = step.rule.macs(step)
-            owed = max((getattr(v.stored, "owed", 0.0) for v in step.outs), default=0.0)
-            out = step.outs[0]
-            rows.append(
-                Row(step.label, out.size, step.rows / pixels if pixels else 0.0, macs * step.rows, macs * pixels,
-                    sum(v.bytes for v in step.outs), owed, step.seconds)
-            )  # fmt: skip
-            if out.size is not None:
-                key = tuple(out.size[1:])
-                mask = _mask_of(out)
-                masks[key] = masks[key] | mask if key in masks and masks[key].shape == mask.shape else mask
-        return cls(rows, last.seconds, masks)
-
-    def picture(self, size: tuple[int, int] | None = None, sample: int = 0) -> Tensor:
-        """uint8 ``[H, W]``: 255 where a map of this size changed; None: the largest."""
-        size = max(self.masks, key=lambda s: s[0] * s[1]) if size is None else tuple(size)
-        if size not in self.masks:
-            raise ValueError(f"size: expected one of {sorted(self.masks)}, got {size}")
-        return self.masks[size][sample].to(torch.uint8) * 255
-
-    def __str__(self) -> str:
-        lines = [f"{'step':48} {'size':>12} {'computed':>9} {'MMACs':>9} {'kept MB':>8} {'ms':>7}"]
-        for row in self.rows:
-            size = "x".join(map(str, row.size)) if row.size else ""
-            lines.append(
-                f"{row.name[-48:]:48} {size:>12} {row.share:9.1%} {row.macs / 1e6:9.1f} {row.bytes / 1e6:8.2f} {row.seconds * 1e3:7.2f}"
-            )
-        lines.append(
-            f"theory {self.theory:.2f}x, {self.seconds * 1e3:.1f} ms, {self.bytes / 1e6:.1f} MB kept, owed at most {self.owed:.3g}"
-        )
-        return "\n".join(lines)
-
-
-def _mask_of(value) -> Tensor:
-    if value.plan is None or value.plan is ALL:
-        return torch.full(value.size, value.plan is ALL)
-    return value.plan.mask().cpu()

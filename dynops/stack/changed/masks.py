@@ -112,7 +112,9 @@ def spread(mask: Tensor, reads: tuple[Reads, Reads]) -> Tensor:
                 continue
         pad = (0, 1) if dim == 2 else (0, 0, 0, 1)
         wider = F.pad(mask, pad)  # position -1 is false
-        mask = functools.reduce(torch.logical_or, (wider.index_select(dim, at % wider.shape[dim]) for at in axis.at))
+        mask = functools.reduce(
+            torch.logical_or, (wider.index_select(dim, at % wider.shape[dim]) for at in axis.at)
+        )
     return mask
 
 

@@ -158,7 +158,9 @@ class Tape:
     def cut(self, steps: int) -> None:
         """Forgets the steps from this one on: the forward does something else now."""
         gone = {id(out) for step in self.steps[steps:] for out in step.outs}
-        first = min((out.number for step in self.steps[steps:] for out in step.outs), default=len(self.values))
+        first = min(
+            (out.number for step in self.steps[steps:] for out in step.outs), default=len(self.values)
+        )
         del self.steps[steps:]
         if gone:
             del self.values[first:]
@@ -188,7 +190,10 @@ def frozen(tree, values: list, plains: list, followed: type):
     if kind is dict:
         return (dict, tuple([(k, frozen(x, values, plains, followed)) for k, x in tree.items()]))
     if kind is slice:
-        return (slice, tuple([frozen(x, values, plains, followed) for x in (tree.start, tree.stop, tree.step)]))
+        return (
+            slice,
+            tuple([frozen(x, values, plains, followed) for x in (tree.start, tree.stop, tree.step)]),
+        )
     return (None, tree)
 
 
