@@ -143,7 +143,6 @@ class Tape:
         self.calls = 0
         self.tried: dict = {}  # functions that were tried, and the axes of what they make
         self.arguments = None  # the structure of the model's arguments, and what is no tensor among them
-        self.output = None  # leaves and structure of what it returned
         self.mark = None  # of parameters and buffers
         self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id

@@ -1,12 +1,10 @@
-"""incremental_ and Stream: a model keeps what did not change since its last call, and computes the rest.
+"""Stream: what the layers of a model last wrote.
 
 Papers: SIGE (NeurIPS 2022), DeltaCNN (CVPR 2022), CBinfer (ICDSC 2017).
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import time
 import warnings
@@ -18,86 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import context
-from .kept import Mark
-from .plans.masks import check_mask, resize_mask
-from .scope import Scope
-from .stack import converted
-from .stack.changed.followed import Followed, plain_tree
-from .stack.changed.frame import Frame, Unfollowable
-from .stack.changed.options import Options
-from .stack.changed.report import Last, Report
-from .stack.changed.tape import Tape
-from .stack.graph import KINDS
-from .stack.staleness import Watch
-from .stack.trace import Untraceable, trace
-
-_METHODS = ("forward", "encode", "decode")
-_scope = Scope("dynops.Stream")
-
-
-def incremental_(model: nn.Module) -> None:
-    """Lets a model keep its values in a :class:`Stream`, in place. ``dynops.revert_`` undoes it.
-
-    Every parameter, buffer, ``state_dict`` key and hook stays where it is; only the model's class changes. Outside of
-    ``with stream:`` the model is what it was. Inside, calls of the model, and of its methods ``encode``, ``decode`` and
-    ``forward_*``, run the model's own Python. Each function of torch that it calls computes what changed.
-
-    Args:
-        model: in eval mode; any module.
-
-    Raises:
-        TypeError: ``model`` is not a module, or is one of TorchScript.
-        ValueError: :func:`dynops.convert_` has converted it.
-    """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if is_incremental(model):
-        return
-    if any("_dynops_converted" in m.__dict__ or converted.is_whole(m) for m in model.modules()):
-        raise ValueError(
-            "model: expected one that convert_ has not converted; dynops.revert_(model) undoes it"
-        )
-    model.__class__ = _incremental_class(type(model))
-
-
-def is_incremental(module: nn.Module) -> bool:
-    return any("_dynops_incremental" in vars(kind) for kind in type(module).__mro__)
-
-
-def undo(module: nn.Module) -> None:
-    """Gives a module back the class that it had before :func:`incremental_`."""
-    own = next((kind for kind in type(module).__mro__ if "_dynops_incremental" in vars(kind)), None)
-    if own is not None:
-        module.__class__ = converted.rebased(type(module), own, vars(own)["_dynops_base"])
-
-
-@functools.cache
-def _incremental_class(base: type[nn.Module]) -> type[nn.Module]:
-    names = {name for kind in base.__mro__ for name in vars(kind) if name.startswith("forward_")}
-    names |= {name for name in _METHODS if callable(getattr(base, name, None))}
-    methods = {name: _method(base, name) for name in names if inspect.isfunction(getattr(base, name))}
-    members = {**converted._members(base, methods["forward"], _new), **methods, "_dynops_incremental": True}
-    return type(f"Incremental{base.__name__}", (base,), members)
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    """An empty module, for pickle and deepcopy to fill."""
-    kind = _incremental_class(base)
-    return kind.__new__(kind)
-
-
-def _method(base: type[nn.Module], name: str) -> Callable:
-    own = getattr(base, name)
-
-    @functools.wraps(own)
-    def method(self, *args, **kwargs):
-        entry = None if torch.compiler.is_compiling() else _scope.innermost()
-        if entry is None or entry.stream._runs_here():
-            return own(self, *args, **kwargs)
-        return entry.stream._run(entry, self, name, own, args, kwargs)
-
-    return method
+from .. import context
+from ..kept import Mark
+from ..plans.masks import check_mask, resize_mask
+from ..stack.changed.frame import Frame, Unfollowable
+from ..stack.changed.tape import Tape
+from .holding import UNFOLLOWABLE, Given, Returns, modules_of, plain_attributes, repeats, stale
+from .model import scope
+from .options import Options
+from .report import Last, Report
 
 
 class _Entry(NamedTuple):
@@ -116,11 +43,11 @@ class _Within:
         self._entry = entry
 
     def __enter__(self) -> Stream:
-        _scope.enter(self._entry)
+        scope.enter(self._entry)
         return self._entry.stream
 
     def __exit__(self, *error) -> None:
-        _scope.leave(self._entry)
+        scope.leave(self._entry)
 
     def changed(self, mask: Tensor) -> _Within:
         """As :meth:`Stream.changed`, of the same step."""
@@ -191,11 +118,11 @@ class Stream:
     # ---------------------------------------------------------------------------------- contexts
 
     def __enter__(self) -> Stream:
-        _scope.enter(self._entry)
+        scope.enter(self._entry)
         return self
 
     def __exit__(self, *error) -> None:
-        _scope.leave(self._entry)
+        scope.leave(self._entry)
 
     def changed(self, mask: Tensor) -> _Within:
         """``with stream.changed(mask):`` the caller knows what changed in the input; nothing is compared.
@@ -246,7 +173,7 @@ class Stream:
         return self
 
     def _all_tapes(self) -> list[Tape]:
-        return [tape for tapes in self._tapes.values() for tape in tapes.values()]
+        return [tape for tapes in self._tapes.values() for tape in tapes.values() if tape is not UNFOLLOWABLE]
 
     def __deepcopy__(self, memo) -> Stream:
         return self._like()
@@ -264,7 +191,7 @@ class Stream:
 
     def _run(self, entry: _Entry, model: nn.Module, name: str, own: Callable, args: tuple, kwargs: dict):
         """A call of a model's method inside the stream."""
-        modules = _modules_of(model)
+        modules = modules_of(model)
         if any(m.training for m in modules):
             warnings.warn(
                 "Stream: expected a model in eval mode; in training mode it keeps nothing", stacklevel=4
@@ -289,70 +216,54 @@ class Stream:
     def _kept_run(
         self, entry: _Entry, model: nn.Module, modules: list, name: str, own: Callable, args, kwargs
     ):
-        began = time.perf_counter()
+        began, key = time.perf_counter(), (name, entry.step)
         tapes = self._tapes.setdefault(model, {})
-        key = name, entry.step
-        tape = tapes.get(key)
-        if tape is not None and tape.output == "unfollowable":
+        if tapes.get(key) is UNFOLLOWABLE:
             return own(model, *args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-        signature = _signature(leaves, spec)
+        given = Given.of(args, kwargs)
+        tape, fresh = self._tape_of(
+            tapes.pop(key, None), model, modules, given
+        )  # back when the call has ended well
+        self._options.device = given.device
+        frame = Frame(tape, self._options, tape.names, fresh or self._refreshes(tape))
+        frame.align(entry.align)
+        followed = [frame.enter(i, x, _told(entry.mask, x)) for i, x in enumerate(given.tensors)]
+        if not frame.fresh and name == "forward" and given.repeats(tape.others) and repeats(model, tape):
+            frame.rest() if frame.idle() else frame.replay()
+            out = tape.returns.copied(tape)
+        else:
+            try:
+                out = own(model, *given.args(followed), **given.kwargs(followed))
+            except Unfollowable as reason:
+                warnings.warn(f"Stream: {type(model).__name__} runs dense: {reason}", stacklevel=6)
+                tapes[key] = UNFOLLOWABLE
+                return own(model, *given.args(given.tensors), **given.kwargs(given.tensors))
+            tape.returns = Returns.of(out)
+            out = plain_attributes(frame.end(out))
+        tape.others = given.others
+        tapes[key] = tape
+        self._last = Last(tape, time.perf_counter() - began)
+        return out
+
+    def _tape_of(self, tape: Tape | None, model: nn.Module, modules: list, given: Given) -> tuple[Tape, bool]:
+        """The tape of a call, and whether it begins anew."""
         tensors = [
             t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
         ]
-        if tape is not None and (reason := _stale(tape, signature, tensors)):
-            warnings.warn(
-                f"Stream: {reason} changed; the state of {type(model).__name__} begins anew", stacklevel=5
-            )
-            tape = None
-        fresh = tape is None
-        tape = Tape() if tape is None else tape
+        reason = "" if tape is None else stale(tape, given.signature, tensors)
+        if reason:
+            text = f"Stream: {reason} changed; the state of {type(model).__name__} begins anew"
+            warnings.warn(text, stacklevel=7)
+        fresh = tape is None or bool(reason)
         if fresh:
-            tape.arguments, tape.mark, tape.ids = signature, Mark(*tensors), [*map(id, tensors)]
+            tape = Tape()
+            tape.arguments, tape.mark, tape.ids = given.signature, Mark(*tensors), [*map(id, tensors)]
             tape.names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
-        tapes.pop(key, None)  # until the call has ended well
         tape.calls += 1
-        refreshed = self._refresh is not None and (tape.calls - 1) % self._refresh == 0
-        self._options.device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
-        frame = Frame(tape, self._options, tape.names, fresh or refreshed)
-        frame.align(entry.align)
-        wrapped, number = list(leaves), 0
-        for i, x in enumerate(leaves):
-            if isinstance(x, Tensor):
-                wrapped[i] = frame.enter(number, x, _told(entry.mask, x))
-                number += 1
-        others = [x for x in leaves if not isinstance(x, Tensor)]
-        if not frame.fresh and tape.returns is not None and _same(others, tape.others) and frame.idle():
-            frame.rest()
-            out = tape.returns.copied(tape)
-        elif (
-            not frame.fresh
-            and name == "forward"
-            and tape.pure
-            and tape.returns is not None
-            and _same(others, tape.others)
-            and _does_the_same(model)
-        ):
-            frame.replay()
-            out = tape.returns.copied(tape)
-        else:
-            given, named = pytree.tree_unflatten(wrapped, spec)
-            try:
-                out = own(model, *given, **named)
-            except Unfollowable as reason:
-                warnings.warn(f"Stream: {type(model).__name__} runs dense: {reason}", stacklevel=5)
-                tape = Tape()
-                tape.output = "unfollowable"
-                tapes[key] = tape
-                given, named = pytree.tree_unflatten(leaves, spec)
-                return own(model, *given, **named)
-            tape.returns = _Returns.of(out)
-            out = _plain_attributes(frame.end(out))
-        tape.others = others
-        tapes[key] = tape
-        self._last = Last(weakref.ref(model), tape, frame.moved, time.perf_counter() - began)
-        return out
+        return tape, fresh
+
+    def _refreshes(self, tape: Tape) -> bool:
+        return self._refresh is not None and (tape.calls - 1) % self._refresh == 0
 
     # ------------------------------------------------------------------------------------- report
 
@@ -369,100 +280,6 @@ class Stream:
 
 def _stream_of(given: dict, refresh, align) -> Stream:
     return Stream(**given, refresh=refresh, align=align)
-
-
-def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """As ``model.modules()``, in a fifth of its time: of EfficientNet-B0 that is 1 ms in each call."""
-    found, left = {id(model): model}, [model]
-    while left:
-        for child in left.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                left.append(child)
-    return list(found.values())
-
-
-def _signature(leaves: list, spec) -> tuple:
-    """What a tape holds for, beside the content of tensors."""
-    tensors = tuple((tuple(x.shape), x.dtype, x.device) for x in leaves if isinstance(x, Tensor))
-    modes = tuple(
-        torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in ("cpu", "cuda")
-    )
-    return tensors, modes, spec
-
-
-def _stale(tape: Tape, signature: tuple, tensors: list[Tensor]) -> str:
-    """What has changed since a tape was made; "" where it holds."""
-    if tape.arguments[0] != signature[0]:
-        return "the size, dtype or device of an input"
-    if tape.arguments[1] != signature[1]:
-        return "autocast"
-    if tape.arguments[2] != signature[2]:
-        return "the structure of the arguments"
-    if [*map(id, tensors)] != tape.ids or not tape.mark.holds(*tensors):
-        return "a parameter or buffer"
-    return ""
-
-
-_watches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _does_the_same(model: nn.Module) -> bool:
-    """True where a trace says that the model's forward is a function of its tensors alone, and nothing of it changed since.
-
-    Then its steps need no Python: of ResNet-50 on 512x512 pixels that is 20 ms of 85.
-    """
-    if model not in _watches:
-        kinds = {m: KINDS[type(m)] for m in model.modules() if type(m) in KINDS}
-        try:
-            found = trace(model, kinds)
-            _watches[model] = Watch(model, found) if not found.called else None
-        except Untraceable:
-            _watches[model] = None
-    watch = _watches[model]
-    return watch is not None and watch.holds()
-
-
-def _same(a: list, b: list) -> bool:
-    try:
-        return len(a) == len(b) and all(x is y or bool(x == y) for x, y in zip(a, b, strict=True))
-    except (TypeError, ValueError, RuntimeError):
-        return False
-
-
-class _Returns(NamedTuple):
-    """What a forward returned: the numbers of values, and their structure."""
-
-    leaves: list
-    spec: object
-
-    @classmethod
-    def of(cls, out) -> _Returns | None:
-        leaves, spec = pytree.tree_flatten(out)
-        plain = (type(None), bool, int, float, str)
-        if not all((type(x) is Followed and x.plain is None) or type(x) in plain for x in leaves):
-            return None
-        return cls([x.value.number if type(x) is Followed else ("", x) for x in leaves], spec)
-
-    def copied(self, tape: Tape):
-        def made(leaf):
-            if type(leaf) is tuple:
-                return leaf[1]
-            stored = tape.values[leaf].stored
-            return getattr(stored, "dense", stored).clone()
-
-        return pytree.tree_unflatten([made(x) for x in self.leaves], self.spec)
-
-
-def _plain_attributes(out):
-    """Objects that hold tensors, as diffusers returns distributions: their tensors are plain ones now."""
-    for leaf in pytree.tree_leaves(out):
-        for name, x in (
-            list(getattr(leaf, "__dict__", {}).items()) if not isinstance(leaf, (Tensor, nn.Module)) else ()
-        ):
-            if type(x) is Followed:
-                setattr(leaf, name, plain_tree(x))
-    return out
 
 
 def _refuse_gradients(model: nn.Module, args: tuple, kwargs: dict) -> None:

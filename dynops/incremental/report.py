@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tape import ALL, Tape
+from ..stack.changed.tape import ALL, Tape
 
 
 class Last(NamedTuple):
-    model: weakref.ref
+    """The last call of a stream."""
+
     tape: Tape
-    moved: Tensor | None
     seconds: float
 
 
