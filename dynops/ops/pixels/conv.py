@@ -356,7 +356,14 @@ def _pixel_conv(
 
 
 def convolve_into(
-    out: Tensor, x, weight, bias, plan: PixelPlan, in_plan: PixelPlan | None, g: ConvGeometry, epilogue: Epilogue
+    out: Tensor,
+    x,
+    weight,
+    bias,
+    plan: PixelPlan,
+    in_plan: PixelPlan | None,
+    g: ConvGeometry,
+    epilogue: Epilogue,
 ) -> bool:
     """Writes the op's result at a plan into a channels_last map ``[N, O, H, W]``, which stays as it is elsewhere.
 

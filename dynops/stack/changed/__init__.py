@@ -4,10 +4,13 @@
   that it calls becomes a step.
 - ``tape``: the steps of a call, and the values between them, recorded in the first call. A later call is checked
   against it step by step.
-- ``kinds``: what a function does to a change. It is found by trial when the step is recorded.
-- ``frame``: one call. It knows what changed in each value, computes the rows of that, and writes them where they are kept.
+- ``rules``, ``views``: what a function does to a change, and how it computes rows: of a neighbourhood, of a whole map.
+  ``finding`` finds the rule of a step, and ``trying`` tries functions that it does not know. ``arguments`` names theirs.
+- ``frame``: one call. It runs the steps of which something changed. Its parts: ``changes`` (where values changed),
+  ``contents`` (what they hold), ``fused`` (a convolution with what follows it as one kernel).
 - ``masks``: how a change spreads through a neighbourhood.
 - ``stored``: a value that is kept, as rows ``[N * H * W, *channels]``.
+- ``options``, ``report``: the arguments of a stream, and what a call computed.
 
 The rows themselves are computed by the functions of :mod:`dynops.stack.maps`.
 """

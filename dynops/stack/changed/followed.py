@@ -67,9 +67,9 @@ def _frame_of(args: tuple):
         if type(x) is Followed:
             if x.plain is None:
                 return x.frame
-        elif type(x) in (tuple, list) and (found := _frame_of(tuple(x))) is not None:
-            return found
-        elif type(x) is dict and (found := _frame_of(tuple(x.values()))) is not None:
+        elif (type(x) in (tuple, list) and (found := _frame_of(tuple(x))) is not None) or (
+            type(x) is dict and (found := _frame_of(tuple(x.values()))) is not None
+        ):
             return found
     return None
 

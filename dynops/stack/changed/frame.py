@@ -7,7 +7,6 @@ where a later step reads it: of a convolution that only a norm and an activation
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import weakref
@@ -21,21 +20,44 @@ from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
 from ..maps import SparseMap
 from ..maps.layout import NCHW
-from . import kinds, masks
-from .fused import fused_of
+from . import masks
 from .followed import Followed, plain_tree
-from .stored import Stored
-from .tape import ALL, GIVEN, Kind, Step, Tape, Value, filled, frozen, widest
+from .recording import Recording
+from .rules import BatchNorm, Convolution
+from .stored import Stored, positions
+from .tape import ALL, Step, Tape, Value, frozen
 
-_VIEWS = frozenset(
-    "view reshape flatten permute transpose __getitem__ chunk split narrow unbind select squeeze unsqueeze expand "
-    "contiguous detach to float half type movedim swapaxes unflatten T mT view_as reshape_as expand_as "
-    "swapdims moveaxis tensor_split hsplit data".split()
+_INPLACE = frozenset(
+    [
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__ifloordiv__",
+        "__ipow__",
+        "__setitem__",
+        "__set__",
+    ]
 )
-_INPLACE = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __setitem__ __set__".split())
 _ESCAPES = frozenset(
-    "numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided set_ resize_ retain_grad register_hook "
-    "share_memory_ __deepcopy__ __reduce_ex__ requires_grad_ backward".split()
+    [
+        "numpy",
+        "__array__",
+        "data_ptr",
+        "untyped_storage",
+        "storage",
+        "__dlpack__",
+        "as_strided",
+        "set_",
+        "resize_",
+        "retain_grad",
+        "register_hook",
+        "share_memory_",
+        "__deepcopy__",
+        "__reduce_ex__",
+        "requires_grad_",
+        "backward",
+    ]
 )
 _MOSTLY = 0.9  # of the pixels: above it rows are not tried before they have been measured
 
@@ -44,7 +66,7 @@ class Unfollowable(Exception):
     """The model writes into a tensor that another one shows: its steps cannot be told apart."""
 
 
-class Frame:
+class Frame(Recording):
     """A call.
 
     Args:
@@ -55,17 +77,13 @@ class Frame:
     """
 
     def __init__(self, tape: Tape, options, names: dict[int, str], fresh: bool):
-        self.tape, self.options, self.names = tape, options, names
+        super().__init__(tape, options)
+        self.names = names
         self.fresh = fresh or not tape.inputs
         self.next = 0  # the step that is expected
-        self.moved: Tensor | None = None  # bool [N, H, W] at the input's size: for ``spread=k``
-        self.constants_moved = False  # a tensor among the arguments of this step that is no value
-        self.shift: tuple[int, int] | None = None
         self.misaligned: set[int] = set()  # values that do not move by whole pixels
         self.replays = False
         self._alive: list = []
-        self._plans: dict = {}
-        self._maps: dict = {}
         for value in tape.values:
             value.plan = value.dense = None
             value.alive = 0
@@ -108,7 +126,7 @@ class Frame:
         if value.plan is ALL:
             self.keep(value, x, own=False)
         elif value.plan is not None:
-            stored.rows.index_copy_(0, _at(value.plan), gather_rows(x, value.plan.index, None))
+            stored.rows.index_copy_(0, positions(value.plan), gather_rows(x, value.plan.index, None))
 
     def _widen(self, value: Value) -> None:
         mask = self.mask_of(value)
@@ -152,7 +170,11 @@ class Frame:
         values: list[Value] = []
         plains: list[Tensor] = []
         key = (name, frozen(args, values, plains, Followed), frozen(kwargs, values, plains, Followed))
-        inplace = name in _INPLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+        inplace = (
+            name in _INPLACE
+            or (name.endswith("_") and not name.endswith("__"))
+            or kwargs.get("inplace") is True
+        )
         target = (args[0] if args else kwargs.get("input")) if inplace else None
         if inplace and type(target) is not Followed:  # a tensor of the model's own
             return func(*self._contents(args), **self._contents(kwargs))
@@ -170,7 +192,9 @@ class Frame:
         return made
 
     def _contents(self, tree):
-        return pytree.tree_map_only(Followed, lambda x: x.plain if x.plain is not None else self.whole(x.value), tree)
+        return pytree.tree_map_only(
+            Followed, lambda x: x.plain if x.plain is not None else self.whole(x.value), tree
+        )
 
     def _check_alone(self, target: Followed) -> None:
         shares = target.value.shares
@@ -214,77 +238,6 @@ class Frame:
         step.plains = plains
         return moved
 
-    # ---------------------------------------------------------------------------------- recording
-
-    def _record(self, func, name: str, key: tuple, values: list, plains: list, inplace: bool):
-        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), plains)
-        step.copies = [None if id(x) in self.names else x.clone() for x in plains]
-        step.modes = _modes()
-        known = [self.names[id(x)] for x in plains if id(x) in self.names]
-        step.label = f"{known[0].rpartition('.')[0]} ({name})" if known else name
-        step.target = step.inputs[0] if inplace else None
-        began = time.perf_counter()
-        out = self.called(step, lambda v: self.whole(v).clone() if v is step.target else self.whole(v))
-        self._timed(step, began, "dense")
-        leaves, step.spec = pytree.tree_flatten(out)
-        if not any(isinstance(x, Tensor) for x in leaves):  # a number that Python decides by
-            self.tape.pure = False
-            return out
-        self.tape.pure &= all(copy is None for copy in step.copies) and not any(x is None for x in leaves)
-        self.tape.steps.append(step)
-        self.next = len(self.tape.steps)
-        step.leaves = leaves
-        step.rule = kinds.rule_of(self, step, out)
-        step.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
-        if step.rule.__class__ is kinds.Statistics and step.rule.kept:
-            step.rule.dense(self, step)  # notes the statistics
-        axes = step.axes
-        kind = self._kind_of(step)
-        for i, x in enumerate(leaves):
-            if not isinstance(x, Tensor):
-                continue
-            value = self.tape.new(step, len(step.outs), x, *self._axes_of(step, x, axes[i] if axes else None), kind)
-            value.plan, value.dense = ALL, x
-            self._note_sharing(step, value, x)
-            step.outs.append(value)
-        for i, v in enumerate(step.inputs):
-            v.readers.append((step.rule.reads_own_place(step, i), kind))
-        step.threshold = self.options.threshold_of(step.label, leaves)
-        if not self.options.threshold and isinstance(step.rule, kinds.PixelByPixel):
-            step.widest = next((i for i, v in enumerate(step.inputs) if v.kind is kind and v.size == step.size), None)
-        step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
-        return self._returned(step)
-
-    def _kind_of(self, step: Step) -> Kind:
-        """Where what a step makes changes, as far as the forward alone says it."""
-        if self.options.spread != "exact":
-            return GIVEN
-        rule, maps = step.rule, [(i, v) for i, v in enumerate(step.inputs) if v.axes is not None]
-        if isinstance(rule, kinds.Neighbourhood) and maps and not rule.reads_own_place(step, 0):
-            return Kind(step.inputs[0].kind, rule.reads)
-        own = [v.kind for i, v in maps if rule.reads_own_place(step, i)]
-        joins = len(own) == len(maps) or (type(rule) is kinds.Attention and self.options.attention == "kept")
-        return Kind() if not own or not joins else widest(own) or Kind()
-
-    def _axes_of(self, step: Step, x: Tensor, axes) -> tuple:
-        rule = step.rule
-        if isinstance(rule, kinds.PixelByPixel):
-            return axes, step.size
-        if isinstance(rule, (kinds.Statistics, kinds.Attention)):
-            return step.inputs[0].axes, step.inputs[0].size
-        if isinstance(rule, kinds.Neighbourhood):
-            return NCHW, rule.size
-        if x.dim() == 4 and x.is_floating_point() and any(v.axes is not None for v in step.inputs):
-            return NCHW, (x.shape[0], *x.shape[2:])
-        return None, None
-
-    def _note_sharing(self, step: Step, value: Value, x: Tensor) -> None:
-        memory = x.untyped_storage().data_ptr()
-        for v in step.inputs:
-            if step.name in _VIEWS or (v.dense is not None and v.dense.untyped_storage().data_ptr() == memory):
-                v.shares |= value.shares
-                value.shares = v.shares
-
     # --------------------------------------------------------------------------------- later calls
 
     def _again(self, step: Step):
@@ -299,10 +252,12 @@ class Frame:
             self._run_and_compare(step)
             return self._returned(step)
         plan = rule.spread(self, step)
-        if self.shift is not None and (any(out.number in self.misaligned for out in outs) or rule.knows_places(step)):
+        if self.shift is not None and (
+            any(out.number in self.misaligned for out in outs) or rule.knows_places(step)
+        ):
             plan = ALL
         if plan is not None and plan is not ALL:
-            plan = self._in_blocks(plan)
+            plan = self.in_blocks(plan)
         for out in outs:
             out.plan = plan
         if plan is None:
@@ -333,7 +288,9 @@ class Frame:
     def _run_and_compare(self, step: Step) -> None:
         self.constants_moved = False
         made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
-        if len(made) != len(step.outs) or any(x.shape != out.shape for x, out in zip(made, step.outs, strict=True)):
+        if len(made) != len(step.outs) or any(
+            x.shape != out.shape for x, out in zip(made, step.outs, strict=True)
+        ):
             for out in step.outs:  # sizes that follow from the data
                 out.plan = ALL
             raise Unfollowable(f"{step.label} returns other sizes than in the call before")
@@ -349,7 +306,7 @@ class Frame:
                 out.plan = self.plan_of(moved)
                 if step.threshold > 0 and out.plan is not None and out.plan is not ALL:
                     rows = gather_rows(x, out.plan.index, None)
-                    out.stored.rows.index_copy_(0, _at(out.plan), rows)
+                    out.stored.rows.index_copy_(0, positions(out.plan), rows)
                 elif out.plan is not None:
                     self.keep(out, x, own=not self._is_shared(out, x))
 
@@ -374,20 +331,6 @@ class Frame:
                 out.plan = self._part_of(plan, written)
         self._timed(step, began, "rows", len(plan))
 
-    def _fused(self, step: Step):
-        """The convolution that a step ends, where one kernel makes it with all between; found once."""
-        if step.fused == "":
-            step.fused = None if self.options.is_cuda else fused_of(step)
-        return step.fused
-
-    def rows_at(self, value: Value, plan: PixelPlan) -> Tensor:
-        """The rows ``[P, C]`` of a value at a plan."""
-        if value.dense is None and value.stored is None and len(value.readers) == 1:
-            fused = self._fused(value.step)
-            if fused is not None and (rows := fused.rows(self, plan)) is not None:
-                return rows
-        return self.map_at(value, plan, kinds.Context(plan)).rows()
-
     def _written_in_place(self, out: Value, x) -> bool:
         """True where a convolution wrote its rows into the map that is kept."""
         waits = x.convolution() if type(x) is SparseMap and out.axes == NCHW == x.axes else None
@@ -406,25 +349,6 @@ class Frame:
             return share > _MOSTLY
         return step.times["rows"] * rows > _dense_seconds(step)
 
-    def _timed(self, step: Step, began: float, how: str, rows: int = 1) -> None:
-        step.seconds = time.perf_counter() - began
-        if how not in step.warm:  # the first time packs weights
-            step.warm.add(how)
-            if how == "rows":
-                return
-        each = step.seconds / max(rows, 1)
-        step.times[how] = min(each, step.times.get(how, each))
-
-    def _is_shared(self, value: Value, x: Tensor) -> bool:
-        """True where the content of a value is the memory of a value that is kept, or of a tensor that is none."""
-        memory = x.untyped_storage().data_ptr()
-        for number in value.shares:
-            kept = self.tape.values[number].stored
-            kept = kept.grid if type(kept) is Stored else kept
-            if kept is not None and kept.untyped_storage().data_ptr() == memory:
-                return True
-        return any(p.untyped_storage().data_ptr() == memory for p in value.step.plains)
-
     def _returned(self, step: Step):
         if self.replays:
             return None
@@ -433,205 +357,6 @@ class Frame:
             if x is None:
                 leaves[i] = self.follow(next(outs))
         return pytree.tree_unflatten(leaves, step.spec)
-
-    # ----------------------------------------------------------------------------------- contents
-
-    def called(self, step: Step, value_of: Callable):
-        """The function of a step, with ``value_of(value)`` for each of its values."""
-        values = self.tape.values
-        name, args, kwargs = step.key
-        args = filled(args, lambda n: value_of(values[n]), step.plains)
-        kwargs = filled(kwargs, lambda n: value_of(values[n]), step.plains)
-        func = torch.Tensor.reshape if name == "view" and not any(isinstance(a, torch.dtype) for a in args) else step.func
-        with _in_modes(step.modes):
-            return func(*args, **kwargs)
-
-    def keep(self, value: Value, x: Tensor, own: bool) -> None:
-        """Keeps the content of a value."""
-        value.dense = None
-        if value.axes is None:
-            value.stored = x if own else x.clone()
-        else:
-            value.stored = Stored(x, value.axes, value.size, own)
-
-    def whole(self, value: Value) -> Tensor:
-        """The content of a value; it must not be written into."""
-        if value.dense is not None:
-            return value.dense
-        if value.stored is not None:
-            return value.stored.dense if type(value.stored) is Stored else value.stored
-        step = value.step
-        made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
-        if value.alive > 0:
-            value.dense = made[value.place]
-        return made[value.place]
-
-    def for_step(self, step: Step) -> Callable:
-        """Maps a value to its content as a step takes it: what works in place has a copy where the value is kept."""
-
-        def taken(value: Value) -> Tensor:
-            if value is not step.target:
-                return self.whole(value)
-            mine = value.stored is None and value.alive <= 1
-            return self.whole(value) if mine else self.whole(value).clone()
-
-        return taken
-
-    def whole_or_none(self, value: Value) -> Tensor | None:
-        """As :meth:`whole`, of a value that need not be computed for it."""
-        if value.dense is None and value.stored is None:
-            return None
-        return self.whole(value)
-
-    def whole_rows(self, value: Value) -> Tensor:
-        """The rows ``[N * H * W, C]`` of a map ``[N, C, H, W]``."""
-        if type(value.stored) is Stored and value.dense is None:
-            return value.stored.rows
-        return self.whole(value).permute(0, 2, 3, 1).flatten(0, 2)
-
-    def whole_map(self, value: Value, context) -> SparseMap:
-        """A map ``[N, C, H, W]`` whose rows are all pixels."""
-        made = SparseMap.of_rows(self.whole_rows(value), self.full(value.size), context)
-        made._dense = self.whole(value)
-        return made
-
-    def map_at(self, value: Value, plan: PixelPlan, context) -> SparseMap:
-        """The rows of a value at a plan, computed where it is not kept."""
-        if value.dense is None and value.stored is None:
-            key = value.number, id(plan)
-            found = self._maps.get(key)
-            if found is not None:
-                return SparseMap.of_rows(found, plan, context, value.axes)
-            step = value.step
-            made = [x for x in step.rule.rows(self, step, plan) if isinstance(x, Tensor)]
-            x = made[value.place]
-            if type(x) is not SparseMap:
-                x = SparseMap.of_rows(x, plan, context, value.axes)
-            x.active = context
-            if len(value.readers) > 1:
-                self._maps[key] = x.rows()
-                self._plans[id(plan)] = plan  # so that its id stays its own
-            return x
-        if value.dense is None:
-            rows = value.stored.at(plan)
-        else:
-            rows = kinds.gathered(value.dense, plan, value.axes)
-        return SparseMap.of_rows(rows, plan, context, value.axes)
-
-    def content(self, value: Value) -> Tensor:
-        """A copy of a value."""
-        return self.whole(value).clone()
-
-    # -------------------------------------------------------------------------------------- plans
-
-    def full(self, size: tuple[int, int, int]) -> PixelPlan:
-        return _full(size, self.options.device)
-
-    def plan_of(self, mask: Tensor):
-        """None for a mask without pixels, ``ALL`` for a full one, else its plan."""
-        return self._checked(PixelPlan.from_mask(mask))
-
-    def _checked(self, plan: PixelPlan):
-        if len(plan) == 0:
-            return None
-        return ALL if len(plan) == math.prod(plan.shape) else plan
-
-    def mask_of(self, value: Value) -> Tensor:
-        """bool ``[N, H, W]``: where a value changed."""
-        if value.plan is None:
-            return torch.zeros(value.size, dtype=torch.bool, device=value.device)
-        if value.plan is ALL:
-            return torch.ones(value.size, dtype=torch.bool, device=value.device)
-        return value.plan.mask()
-
-    def region(self, size: tuple[int, int, int]):
-        """What changes in maps of a size, where the spread is given."""
-        key = "region", size
-        if key not in self._plans:
-            if self.moved is None:
-                self._plans[key] = ALL
-            else:
-                mask = masks.at_size(self.moved, size[1:])
-                mask = masks.dilated(mask, self.options.spread)
-                self._plans[key] = self.plan_of(mask) if mask.shape[0] == size[0] else ALL
-        return self._plans[key]
-
-    def union(self, plans: list):
-        """The plan that holds all of these."""
-        first = plans[0]
-        if ALL in plans or all(p is first for p in plans):
-            return ALL if ALL in plans else first
-        key = ("union", *(id(p) for p in plans))
-        if key not in self._plans:
-            largest = max(plans, key=len)
-            mask = largest.mask()
-            for other in plans:
-                mask = mask if other is largest else mask | other.mask()
-            made = self.plan_of(mask)
-            same = made is not ALL and len(made) == len(largest)
-            self._plans[key] = largest if same else made, plans
-        return self._plans[key][0]
-
-    def of_samples(self, plan, size: tuple[int, int, int]):
-        """All pixels of the samples that a plan has a pixel of."""
-        if plan is ALL or size[0] == 1:
-            return ALL
-        samples = plan.mask().flatten(1).any(1)
-        return self.plan_of(samples[:, None, None].expand(size).contiguous())
-
-    def together(self, step: Step, inputs: list):
-        """What changes in a result that is made of these pixel by pixel."""
-        if self.constants_moved:
-            return ALL
-        if step.widest is not None and all(v.plan is not ALL for v in inputs):
-            plan = inputs[step.widest].plan
-            if plan is not None:
-                return plan
-        plans = []
-        for v in inputs:
-            if v.plan is None:
-                continue
-            if v.plan is ALL or v.axes is None:
-                return ALL
-            if v.size == step.size:
-                plans.append(v.plan)
-            elif v.size == (step.size[0], 1, 1):
-                plans.append(self.of_samples(v.plan, step.size))
-            else:
-                return ALL
-        return self.union(plans)
-
-    def through(self, x: Value, reads, size: tuple[int, int, int], geometry=None):
-        """What changes in a result that reads a neighbourhood of ``x``."""
-        if x.plan is ALL:
-            return ALL
-        if self.options.spread != "exact":
-            return None if x.plan is None else self.region(size)
-        if x.plan is None and self.shift is None:
-            return None
-        key = "through", id(x.plan), id(reads[0].at), id(reads[1].at), self.shift is None
-        if key not in self._plans and geometry is not None and self.shift is None:
-            made = x.plan.needed_by(masks.turned(geometry))
-            self._plans[key] = self._checked(made), x.plan
-        if key not in self._plans:
-            mask = masks.spread(self.mask_of(x), reads)
-            if self.shift is not None:
-                mask = mask | masks.borders(reads)
-            self._plans[key] = self.plan_of(mask), x.plan
-        return self._plans[key][0]
-
-    def _in_blocks(self, plan: PixelPlan):
-        block = self.options.block
-        if block is None:
-            return plan
-        key = "blocks", id(plan)
-        if key not in self._plans:
-            self._plans[key] = self.plan_of(masks.in_blocks(plan.mask(), block)), plan
-        return self._plans[key][0]
-
-    def autocasts(self, x) -> bool:
-        device = x.device.type
-        return torch.is_autocast_enabled(device) and x.dtype != torch.float64
 
     # -------------------------------------------------------------------------------------- replay
 
@@ -685,9 +410,11 @@ class Frame:
         """Notes at each step the values that no later one reads, and the convolutions that a norm alone follows."""
         seen: set[int] = set()
         for step in self.tape.steps:
-            x = step.inputs[0] if isinstance(step.rule, kinds.BatchNorm) else None
-            if x is not None and x.step is not None and isinstance(x.step.rule, kinds.Convolution):
-                alone = x.stored is None and len(x.readers) == 1 and not x.returned and x.step.modes == step.modes
+            x = step.inputs[0] if isinstance(step.rule, BatchNorm) else None
+            if x is not None and x.step is not None and isinstance(x.step.rule, Convolution):
+                alone = (
+                    x.stored is None and len(x.readers) == 1 and not x.returned and x.step.modes == step.modes
+                )
                 x.step.waits = alone and x.step.rule.waits_for_norms
         for step in reversed(self.tape.steps):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
@@ -708,7 +435,7 @@ class Frame:
             x.plain, x.frame = self.content(x.value), None
         for value in self.tape.values:
             value.dense = None
-        self._maps.clear()
+        self._rows.clear()
         self._note_last()
         return pytree.tree_map_only(Followed, lambda x: x.plain, out)
 
@@ -736,35 +463,3 @@ def _same(a: Tensor, b: Tensor, threshold: float) -> bool:
     if threshold > 0 and a.is_floating_point():
         return bool(((a - b).abs() <= threshold).all())
     return torch.equal(a, b)
-
-
-def _at(plan: PixelPlan) -> Tensor:
-    return kinds.positions(plan)
-
-
-def _full(size, device, _known={}) -> PixelPlan:
-    key = size, device
-    if key not in _known:
-        if len(_known) > 64:
-            _known.clear()
-        _known[key] = PixelPlan.full(size, device)
-    return _known[key]
-
-
-def _modes() -> tuple:
-    return tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda")
-    )
-
-
-@contextlib.contextmanager
-def _in_modes(modes: tuple):
-    """Inside it autocast is as it was where the step was recorded."""
-    if modes == _modes():
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        for kind, enabled, dtype in modes:
-            stack.enter_context(torch.autocast(kind, dtype, enabled))
-        yield

@@ -14,11 +14,15 @@ from ...ops.epilogue import Epilogue
 from ...ops.pixels.conv import _pixel_conv, convolve_into
 from ...plans import PixelPlan
 from ..maps.layout import NCHW
-from . import kinds
+from .rules import BatchNorm, Convolution
 from .stored import Stored
 from .tape import Step, Value
+from .views import Statistics
 
-_ACTIVATIONS = {name: name for name in ("relu", "silu", "hardswish", "relu6")} | {"relu_": "relu", "silu_": "silu"}
+_ACTIVATIONS = {name: name for name in ("relu", "silu", "hardswish", "relu6")} | {
+    "relu_": "relu",
+    "silu_": "silu",
+}
 _SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 
 
@@ -65,7 +69,15 @@ class Fused(NamedTuple):
             if residual.dtype != values.dtype:
                 return None
         bias = None if rule.bias is None else step.plains[rule.bias]
-        return values, rule.weight, bias, plan, in_plan, g, Epilogue(self.activation, scale, shift, None, residual)
+        return (
+            values,
+            rule.weight,
+            bias,
+            plan,
+            in_plan,
+            g,
+            Epilogue(self.activation, scale, shift, None, residual),
+        )
 
 
 def fused_of(step: Step) -> Fused | None:
@@ -83,12 +95,16 @@ def fused_of(step: Step) -> Fused | None:
             return None
         first = 0 if made[0] else 1
         step, residual = step.inputs[first].step, step.inputs[1 - first]
-    if step is not None and isinstance(step.rule, (kinds.BatchNorm, kinds.Statistics)):
-        if step.rule.compares or (isinstance(step.rule, kinds.Statistics) and not step.rule.fits()):
+    if step is not None and isinstance(step.rule, (BatchNorm, Statistics)):
+        if step.rule.compares or (isinstance(step.rule, Statistics) and not step.rule.fits()):
             return None
         norm, step = step, _maker(step.inputs[0])
-    if step is None or not isinstance(step.rule, kinds.Convolution) or step is last:
-        return None if step is not last or not isinstance(last.rule, kinds.Convolution) else Fused(last, None, None, "")
+    if step is None or not isinstance(step.rule, Convolution) or step is last:
+        return (
+            None
+            if step is not last or not isinstance(last.rule, Convolution)
+            else Fused(last, None, None, "")
+        )
     return Fused(step, norm, residual, activation)
 
 
@@ -99,9 +115,9 @@ def _maker(value: Value) -> Step | None:
 
 def _ends_in_conv(value: Value) -> bool:
     step = _maker(value)
-    if step is not None and isinstance(step.rule, (kinds.BatchNorm, kinds.Statistics)):
+    if step is not None and isinstance(step.rule, (BatchNorm, Statistics)):
         step = _maker(step.inputs[0])
-    return step is not None and isinstance(step.rule, kinds.Convolution)
+    return step is not None and isinstance(step.rule, Convolution)
 
 
 def _plain_sum(step: Step) -> bool:

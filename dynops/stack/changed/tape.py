@@ -143,7 +143,6 @@ class Tape:
         self.calls = 0
         self.tried: dict = {}  # functions that were tried, and the axes of what they make
         self.arguments = None  # the structure of the model's arguments, and what is no tensor among them
-        self.output = None  # leaves and structure of what it returned
         self.mark = None  # of parameters and buffers
         self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id
@@ -158,7 +157,9 @@ class Tape:
     def cut(self, steps: int) -> None:
         """Forgets the steps from this one on: the forward does something else now."""
         gone = {id(out) for step in self.steps[steps:] for out in step.outs}
-        first = min((out.number for step in self.steps[steps:] for out in step.outs), default=len(self.values))
+        first = min(
+            (out.number for step in self.steps[steps:] for out in step.outs), default=len(self.values)
+        )
         del self.steps[steps:]
         if gone:
             del self.values[first:]
@@ -188,7 +189,10 @@ def frozen(tree, values: list, plains: list, followed: type):
     if kind is dict:
         return (dict, tuple([(k, frozen(x, values, plains, followed)) for k, x in tree.items()]))
     if kind is slice:
-        return (slice, tuple([frozen(x, values, plains, followed) for x in (tree.start, tree.stop, tree.step)]))
+        return (
+            slice,
+            tuple([frozen(x, values, plains, followed) for x in (tree.start, tree.stop, tree.step)]),
+        )
     return (None, tree)
 
 
