@@ -127,7 +127,7 @@ class Stream:
     def changed(self, mask: Tensor) -> _Within:
         """``with stream.changed(mask):`` the caller knows what changed in the input; nothing is compared.
 
-        A mask that leaves out a pixel that changed gives a wrong result there, and in later calls.
+        A mask that leaves out a pixel that changed gives old values there, until a call without a mask compares.
 
         Args:
             mask: ``[N, H, W]``, ``[N, 1, H, W]`` or ``[H, W]``; nonzero = changed. It is brought to the input's size.
@@ -139,9 +139,15 @@ class Stream:
 
         Args:
             step: hashable, or a tensor of one number.
+
+        Raises:
+            TypeError: ``step`` is not hashable.
         """
         step = step.item() if isinstance(step, Tensor) else step
-        hash(step)
+        try:
+            hash(step)
+        except TypeError:
+            raise TypeError(f"step: expected a hashable value or a tensor of one number, got {step!r}") from None
         return _Within(_Entry(self, step=step, align=self._align))
 
     def aligned(self, dx: int, dy: int) -> _Within:

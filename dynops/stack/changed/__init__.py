@@ -10,7 +10,6 @@
   ``contents`` (what they hold), ``fused`` (a convolution with what follows it as one kernel).
 - ``masks``: how a change spreads through a neighbourhood.
 - ``stored``: a value that is kept, as rows ``[N * H * W, *channels]``.
-- ``options``, ``report``: the arguments of a stream, and what a call computed.
 
 The rows themselves are computed by the functions of :mod:`dynops.stack.maps`.
 """
