@@ -99,5 +99,5 @@ class Report:
 
 def _mask_of(value) -> Tensor:
     if value.plan is None or value.plan is ALL:
-        return torch.full(value.size, value.plan is ALL)
+        return torch.full(value.size, value.plan is ALL, device="cpu")
     return value.plan.mask().cpu()

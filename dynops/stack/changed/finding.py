@@ -74,8 +74,8 @@ def _pool(frame, step, out) -> Rule | None:
     if x.axes != NCHW or not isinstance(out, Tensor) or out.dim() != 4:
         return None
     context, plan = Context(), PixelPlan.full(x.size)
-    stand_in = SparseMap.of_rows(torch.zeros(len(plan), 1), plan, context)
-    stand_in._dense = torch.zeros(x.size[0], 1, *x.size[1:])
+    stand_in = SparseMap.of_rows(torch.zeros(len(plan), 1, device="cpu"), plan, context)
+    stand_in._dense = torch.zeros(x.size[0], 1, *x.size[1:], device="cpu")
     with contextlib.suppress(RowsOnly):
         frame.called(step, lambda v: stand_in)
     g = context.geometry
