@@ -147,7 +147,9 @@ class Stream:
         try:
             hash(step)
         except TypeError:
-            raise TypeError(f"step: expected a hashable value or a tensor of one number, got {step!r}") from None
+            raise TypeError(
+                f"step: expected a hashable value or a tensor of one number, got {step!r}"
+            ) from None
         return _Within(_Entry(self, step=step, align=self._align))
 
     def aligned(self, dx: int, dy: int) -> _Within:
