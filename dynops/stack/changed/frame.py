@@ -20,6 +20,7 @@ from ...ops.pixels.rows import gather_rows
 from ...plans import PixelPlan
 from ..maps import SparseMap
 from ..maps.layout import NCHW
+from ..maps.pointwise import words
 from . import masks
 from .followed import Followed, plain_tree
 from .recording import Recording
@@ -27,38 +28,11 @@ from .rules import BatchNorm, Convolution
 from .stored import Stored, positions
 from .tape import ALL, Step, Tape, Value, frozen
 
-_INPLACE = frozenset(
-    [
-        "__iadd__",
-        "__isub__",
-        "__imul__",
-        "__itruediv__",
-        "__ifloordiv__",
-        "__ipow__",
-        "__setitem__",
-        "__set__",
-    ]
-)
-_ESCAPES = frozenset(
-    [
-        "numpy",
-        "__array__",
-        "data_ptr",
-        "untyped_storage",
-        "storage",
-        "__dlpack__",
-        "as_strided",
-        "set_",
-        "resize_",
-        "retain_grad",
-        "register_hook",
-        "share_memory_",
-        "__deepcopy__",
-        "__reduce_ex__",
-        "requires_grad_",
-        "backward",
-    ]
-)
+_INPLACE = words("__iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __ipow__ __setitem__ __set__")
+_ESCAPES = words("""
+numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided set_ resize_ retain_grad register_hook
+share_memory_ __deepcopy__ __reduce_ex__ requires_grad_ backward
+""")
 _MOSTLY = 0.9  # of the pixels: above it rows are not tried before they have been measured
 
 
@@ -177,6 +151,7 @@ class Frame(Recording):
         )
         target = (args[0] if args else kwargs.get("input")) if inplace else None
         if inplace and type(target) is not Followed:  # a tensor of the model's own
+            self.tape.pure = False
             return func(*self._contents(args), **self._contents(kwargs))
         if inplace:
             self._check_alone(target)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..maps.layout import NCHW
+from ..maps.pointwise import words
 from .contents import Contents, modes_now
 from .finding import rule_of
 from .rules import Neighbourhood, PixelByPixel
@@ -16,43 +17,11 @@ from .stored import Stored
 from .tape import ALL, GIVEN, Kind, Step, Value, widest
 from .views import Attention, Statistics
 
-_VIEWS = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "permute",
-        "transpose",
-        "__getitem__",
-        "chunk",
-        "split",
-        "narrow",
-        "unbind",
-        "select",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "contiguous",
-        "detach",
-        "to",
-        "float",
-        "half",
-        "type",
-        "movedim",
-        "swapaxes",
-        "unflatten",
-        "T",
-        "mT",
-        "view_as",
-        "reshape_as",
-        "expand_as",
-        "swapdims",
-        "moveaxis",
-        "tensor_split",
-        "hsplit",
-        "data",
-    ]
-)
+_VIEWS = words("""
+view reshape flatten permute transpose __getitem__ chunk split narrow unbind select squeeze unsqueeze expand contiguous
+detach to float half type movedim swapaxes unflatten T mT view_as reshape_as expand_as swapdims moveaxis tensor_split
+hsplit data
+""")
 
 
 class Recording(Contents):
