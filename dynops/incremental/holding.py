@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..ops.pixels.rows import in_format_of
 from ..stack.changed.followed import Followed, plain_tree
 from ..stack.changed.tape import Tape
 from ..stack.graph import KINDS
@@ -60,6 +61,13 @@ class Given(NamedTuple):
             return others is not None and bool(self.others == others)
         except (TypeError, ValueError, RuntimeError):  # of arrays
             return False
+
+    def formatted(self, out):
+        """A result whose maps have the memory format of the first map among the arguments."""
+        like = next((x for x in self.tensors if x.dim() == 4), None)
+        if like is None:
+            return out
+        return pytree.tree_map_only(Tensor, lambda x: in_format_of(x, like) if x.dim() == 4 else x, out)
 
     def args(self, tensors: list) -> tuple:
         return self._filled(tensors)[0]

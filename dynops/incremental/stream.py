@@ -251,7 +251,7 @@ class Stream:
         tape.others = given.others
         tapes[key] = tape
         self._last = Last(tape, time.perf_counter() - began)
-        return out
+        return given.formatted(out)
 
     def _tape_of(self, tape: Tape | None, model: nn.Module, modules: list, given: Given) -> tuple[Tape, bool]:
         """The tape of a call, and whether it begins anew."""

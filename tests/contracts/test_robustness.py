@@ -239,7 +239,7 @@ FLOORS = {
     "graphs": {"geometry", "plans", "context"},
     "stack": {"geometry", "modes", "backends", "kept", "plans", "kernels", "ops", "context", "stack"},
     "packed": {"ops", "plans", "stack"},
-    "incremental": {"kept", "plans", "context", "scope", "stack", "incremental"},
+    "incremental": {"kept", "plans", "ops", "context", "scope", "stack", "incremental"},
     "nn": {"geometry", "modes", "scripting", "backends", "kept", "plans", "ops", "context", "stack", "nn"},
     "integrations": {"backends", "plans", "ops", "context", "stack", "convert", "tiling", "integrations"},
     "gates": {"gates"},
