@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from .. import context
@@ -43,15 +44,25 @@ class _Within:
         self._entry = entry
 
     def __enter__(self) -> Stream:
+        self._entry.stream._idle = True
         scope.enter(self._entry)
         return self._entry.stream
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, error, *rest) -> None:
         scope.leave(self._entry)
+        if error is None and self._entry.stream._idle and not is_compiling():
+            warnings.warn(
+                "Stream: expected a call of a model inside, but none ran: dynops.incremental_(model) prepares a model",
+                stacklevel=3,
+            )
 
     def changed(self, mask: Tensor) -> _Within:
         """As :meth:`Stream.changed`, of the same step."""
         return _Within(self._entry._replace(mask=_checked_mask(mask)))
+
+    def aligned(self, dx: int, dy: int) -> _Within:
+        """As :meth:`Stream.aligned`, with the same mask."""
+        return _Within(self._entry._replace(align=_checked_shift((dx, dy))))
 
     def at(self, step) -> _Within:
         """As :meth:`Stream.at`, with the same mask."""
@@ -114,15 +125,15 @@ class Stream:
         self._lock, self._owner = threading.Lock(), None
         self._entry = _Entry(self, align=self._align)
         self._last: Last | None = None
+        self._idle = True  # no model ran since it was entered
 
     # ---------------------------------------------------------------------------------- contexts
 
     def __enter__(self) -> Stream:
-        scope.enter(self._entry)
-        return self
+        return _Within(self._entry).__enter__()
 
     def __exit__(self, *error) -> None:
-        scope.leave(self._entry)
+        _Within(self._entry).__exit__(*error)
 
     def changed(self, mask: Tensor) -> _Within:
         """``with stream.changed(mask):`` the caller knows what changed in the input; nothing is compared.
@@ -171,13 +182,12 @@ class Stream:
         return sum(tape.bytes for tape in self._all_tapes())
 
     def to(self, device: torch.device | str) -> Stream:
-        """Moves what is kept; the model is to be moved too."""
-        for tape in self._all_tapes():
-            for value in tape.values:
-                if value.stored is not None:
-                    value.stored = value.stored.to(device)
-                    value.device = torch.device(device)
-        self.reset()  # steps hold parameters of the old device
+        """For a model that moves: forgets what is kept on other devices. The next call there is dense."""
+        device = torch.device(device)
+        for tapes in self._tapes.values():
+            for key, tape in list(tapes.items()):
+                if tape is UNFOLLOWABLE or any(v.device.type != device.type for v in tape.inputs):
+                    del tapes[key]
         return self
 
     def _all_tapes(self) -> list[Tape]:
@@ -199,6 +209,7 @@ class Stream:
 
     def _run(self, entry: _Entry, model: nn.Module, name: str, own: Callable, args: tuple, kwargs: dict):
         """A call of a model's method inside the stream."""
+        self._idle = False
         modules = modules_of(model)
         if any(m.training for m in modules):
             warnings.warn(
@@ -243,8 +254,8 @@ class Stream:
             try:
                 out = own(model, *given.args(followed), **given.kwargs(followed))
             except Unfollowable as reason:
-                warnings.warn(f"Stream: {type(model).__name__} runs dense: {reason}", stacklevel=6)
-                tapes[key] = UNFOLLOWABLE
+                warnings.warn(f"Stream: {type(model).__qualname__} runs dense: {reason}", stacklevel=6)
+                tapes[key], self._last = UNFOLLOWABLE, None
                 return own(model, *given.args(given.tensors), **given.kwargs(given.tensors))
             tape.returns = Returns.of(out)
             out = plain_attributes(frame.end(out))
@@ -260,7 +271,7 @@ class Stream:
         ]
         reason = "" if tape is None else stale(tape, given.signature, tensors)
         if reason:
-            text = f"Stream: {reason} changed; the state of {type(model).__name__} begins anew"
+            text = f"Stream: {reason} changed; the state of {type(model).__qualname__} begins anew"
             warnings.warn(text, stacklevel=7)
         fresh = tape is None or bool(reason)
         if fresh:
@@ -282,7 +293,9 @@ class Stream:
             RuntimeError: the stream was in no call yet.
         """
         if self._last is None:
-            raise RuntimeError("report: expected a call of a model inside the stream before")
+            raise RuntimeError(
+                "report: expected a call inside the stream before, of a model that can be followed"
+            )
         return Report.of(self._last)
 
 
