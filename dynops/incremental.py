@@ -24,14 +24,15 @@ from .plans.masks import check_mask, resize_mask
 from .scope import Scope
 from .stack import converted
 from .stack.changed.followed import Followed, plain_tree
-from .stack.changed.frame import Frame, Unfollowable
+from .stack.changed.frame import Frame, OtherSizes, Unfollowable
 from .stack.changed.options import Options
 from .stack.changed.report import Last, Report
 from .stack.changed.tape import Tape
 from .stack.graph import KINDS
-from .stack.staleness import Watch
+from .stack.staleness import DATA, Opaque, Watch, frozen
 from .stack.trace import Untraceable, trace
 
+_OF_MODULES = frozenset(nn.Module().__dict__)
 _METHODS = ("forward", "encode", "decode")
 _scope = Scope("dynops.Stream")
 
@@ -312,6 +313,8 @@ class Stream:
             tape.arguments, tape.mark, tape.ids = signature, Mark(*tensors), [*map(id, tensors)]
             tape.names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
         tapes.pop(key, None)  # until the call has ended well
+        state, known = _attributes(modules), tape.state
+        tape.state = state
         tape.calls += 1
         refreshed = self._refresh is not None and (tape.calls - 1) % self._refresh == 0
         self._options.device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
@@ -323,20 +326,20 @@ class Stream:
                 wrapped[i] = frame.enter(number, x, _told(entry.mask, x))
                 number += 1
         others = [x for x in leaves if not isinstance(x, Tensor)]
-        if not frame.fresh and tape.returns is not None and _same(others, tape.others) and frame.idle():
+        as_before = not frame.fresh and tape.returns is not None and _same(others, tape.others)
+        if as_before and not tape.draws and state is not None and state == known and frame.idle():
             frame.rest()
             out = tape.returns.copied(tape)
-        elif (
-            not frame.fresh
-            and name == "forward"
-            and tape.pure
-            and tape.returns is not None
-            and _same(others, tape.others)
-            and _does_the_same(model)
-        ):
-            frame.replay()
+        elif as_before and name == "forward" and tape.pure and _does_the_same(model):
+            try:
+                frame.replay()
+            except OtherSizes:  # begins anew, and then runs the model's Python
+                out = self._kept_run(entry, model, modules, name, own, args, kwargs)
+                tapes[key].pure = False
+                return out
             out = tape.returns.copied(tape)
         else:
+            drawn = torch.get_rng_state()
             given, named = pytree.tree_unflatten(wrapped, spec)
             try:
                 out = own(model, *given, **named)
@@ -347,6 +350,10 @@ class Stream:
                 tapes[key] = tape
                 given, named = pytree.tree_unflatten(leaves, spec)
                 return own(model, *given, **named)
+            except BaseException:
+                frame.close()
+                raise
+            tape.draws = not torch.equal(drawn, torch.get_rng_state())
             tape.returns = _Returns.of(out)
             out = _plain_attributes(frame.end(out))
         tape.others = others
@@ -380,6 +387,25 @@ def _modules_of(model: nn.Module) -> list[nn.Module]:
                 found[id(child)] = child
                 left.append(child)
     return list(found.values())
+
+
+def _attributes(modules: list[nn.Module]) -> list | None:
+    """A picture of what modules hold beside tensors; None where they have hooks, which are to be called."""
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return None
+    found: list = []
+    for m in modules:
+        for name, x in m.__dict__.items():
+            if name not in _OF_MODULES:
+                found.append(x if type(x) in DATA else _picture(x))
+    return found
+
+
+def _picture(x):
+    try:
+        return frozen(x) if type(x) in (list, dict, set, tuple) else id(x)
+    except Opaque:
+        return id(x)
 
 
 def _signature(leaves: list, spec) -> tuple:

@@ -98,7 +98,12 @@ _ESCAPES = frozenset(
         "backward",
     ]
 )
+_VALUE = object()  # in the place of a tensor, among the leaves of a result
 _MOSTLY = 0.9  # of the pixels: above it rows are not tried before they have been measured
+
+
+class OtherSizes(Exception):
+    """A function returns other sizes than in the call before, as they follow from the data."""
 
 
 class Unfollowable(Exception):
@@ -223,7 +228,11 @@ class Frame(Contents):
         if step is None:
             made = self._record(func, name, key, values, plains, inplace)
         else:
-            made = self._again(step)
+            try:
+                made = self._again(step)
+            except OtherSizes:
+                self.tape.cut(step.number)
+                made = self._record(func, name, key, values, plains, inplace)
         if inplace and isinstance(made, Followed):
             return self._exchange(target, made)
         if inplace:  # __setitem__ returns nothing
@@ -267,21 +276,25 @@ class Frame(Contents):
         """Takes the tensors of this call. True where one that is no parameter differs from the last call's."""
         moved = False
         for i, x in enumerate(plains):
-            old, copy = step.plains[i], step.copies[i]
-            if copy is None and x is old:
-                continue
-            if copy is not None and torch.equal(copy, x):
+            old = step.plains[i]
+            if x is old or (i in step.copied and id(x) not in self.names and torch.equal(old, x)):
                 continue
             moved = True
-            step.copies[i] = None if id(x) in self.names else x.clone()
-        step.plains = plains
+            self._note_plain(step, i, x)
         return moved
+
+    def _note_plain(self, step: Step, i: int, x: Tensor) -> None:
+        """Takes a tensor that is no value; a copy of one that is no parameter, as the model may write into it."""
+        is_parameter = id(x) in self.names
+        step.plains[i] = x if is_parameter else x.clone()
+        (step.copied.discard if is_parameter else step.copied.add)(i)
 
     # ---------------------------------------------------------------------------------- recording
 
     def _record(self, func, name: str, key: tuple, values: list, plains: list, inplace: bool):
-        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), plains)
-        step.copies = [None if id(x) in self.names else x.clone() for x in plains]
+        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), list(plains))
+        for i, x in enumerate(plains):
+            self._note_plain(step, i, x)
         step.modes = modes_now()
         known = [self.names[id(x)] for x in plains if id(x) in self.names]
         step.label = f"{known[0].rpartition('.')[0]} ({name})" if known else name
@@ -293,12 +306,12 @@ class Frame(Contents):
         if not any(isinstance(x, Tensor) for x in leaves):  # a number that Python decides by
             self.tape.pure = False
             return out
-        self.tape.pure &= all(copy is None for copy in step.copies) and not any(x is None for x in leaves)
+        self.tape.pure &= not step.copied
         self.tape.steps.append(step)
         self.next = len(self.tape.steps)
         step.leaves = leaves
         step.rule = rule_of(self, step, out)
-        step.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
+        step.leaves = [_VALUE if isinstance(x, Tensor) else x for x in leaves]
         if step.rule.__class__ is Statistics and step.rule.kept:
             step.rule.dense(self, step)  # notes the statistics
         axes = step.axes
@@ -409,7 +422,7 @@ class Frame(Contents):
         ):
             for out in step.outs:  # sizes that follow from the data
                 out.plan = ALL
-            raise Unfollowable(f"{step.label} returns other sizes than in the call before")
+            raise OtherSizes
         step.rows = step.of
         for out, x in zip(step.outs, made, strict=True):
             if out.stored is None:
@@ -489,7 +502,7 @@ class Frame(Contents):
             return None
         leaves, outs = list(step.leaves), iter(step.outs)
         for i, x in enumerate(leaves):
-            if x is None:
+            if x is _VALUE:
                 leaves[i] = self.follow(next(outs))
         return pytree.tree_unflatten(leaves, step.spec)
 
@@ -555,8 +568,13 @@ class Frame(Contents):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)
 
+    def close(self) -> None:
+        """What is still followed becomes a tensor of its own."""
+        for x in self._living():
+            x.plain, x.frame = self.content(x.value), None
+
     def end(self, out):
-        """Ends the call: what is still followed becomes a tensor of its own."""
+        """Ends the call, and returns its result in tensors of their own."""
         for x in pytree.tree_leaves(out):
             if type(x) is Followed and x.plain is None:
                 x.value.returned = True
@@ -566,8 +584,7 @@ class Frame(Contents):
                 self._decide(value)
         if self.next < len(self.tape.steps):
             self.tape.cut(self.next)
-        for x in living:
-            x.plain, x.frame = self.content(x.value), None
+        self.close()
         for value in self.tape.values:
             value.dense = None
         self._rows.clear()

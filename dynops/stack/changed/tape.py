@@ -112,7 +112,7 @@ class Step:
         self.number, self.func, self.name, self.key = number, func, name, key
         self.inputs: list[Value] = values
         self.plains: list[Tensor] = plains
-        self.copies: list[Tensor | None] = []
+        self.copied: set[int] = set()  # the places of plains that are copies
         self.rule = self.size = self.spec = None
         self.outs: list[Value] = []
         self.leaves: list = []
@@ -147,7 +147,8 @@ class Tape:
         self.mark = None  # of parameters and buffers
         self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id
-        self.returns = self.others = None
+        self.returns = self.others = self.state = None
+        self.draws = False  # it drew random numbers
         self.pure = True  # its steps follow from its inputs alone: Python read no content, and made no tensor
 
     def new(self, step, place: int, x: Tensor, axes=None, size=None, kind=None) -> Value:
