@@ -6,6 +6,7 @@ function is tried (:mod:`.trying`). What remains runs dense.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -60,10 +61,8 @@ def _convolution(frame, step, out) -> Rule | None:
     stand_in = SparseMap.of_input(torch.empty(x.shape, dtype=x.dtype, device="meta"), context := Context())
     run = maps_conv.conv_transpose2d if step.name == "conv_transpose2d" else maps_conv.conv2d
     numbers = {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
-    try:
+    with contextlib.suppress(RowsOnly):
         run(stand_in, step.plains[given["weight"].place], None, **numbers)
-    except RowsOnly:
-        pass
     g = context.geometry
     if g is None or g.out_shape != (out.shape[0], *out.shape[2:]):
         return None
@@ -75,12 +74,10 @@ def _pool(frame, step, out) -> Rule | None:
     if x.axes != NCHW or not isinstance(out, Tensor) or out.dim() != 4:
         return None
     context, plan = Context(), PixelPlan.full(x.size)
-    stand_in = SparseMap.of_rows(torch.zeros(len(plan), 1), plan, context)
-    stand_in._dense = torch.zeros(x.size[0], 1, *x.size[1:])
-    try:
+    stand_in = SparseMap.of_rows(torch.zeros(len(plan), 1, device="cpu"), plan, context)
+    stand_in._dense = torch.zeros(x.size[0], 1, *x.size[1:], device="cpu")
+    with contextlib.suppress(RowsOnly):
         frame.called(step, lambda v: stand_in)
-    except RowsOnly:
-        pass
     g = context.geometry
     if g is None or g.out_shape != (out.shape[0], *out.shape[2:]):
         return None

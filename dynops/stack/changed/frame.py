@@ -21,51 +21,12 @@ from ...plans import PixelPlan
 from ..maps import SparseMap
 from ..maps.layout import NCHW
 from . import masks
-from .contents import Contents, modes_now
-from .finding import rule_of
 from .followed import Followed, plain_tree
-from .rules import BatchNorm, Convolution, Neighbourhood, PixelByPixel
+from .recording import VALUE, Recording
+from .rules import BatchNorm, Convolution
 from .stored import Stored, positions
-from .tape import ALL, GIVEN, Kind, Step, Tape, Value, frozen, widest
-from .views import Attention, Statistics
+from .tape import ALL, Step, Tape, Value, frozen
 
-_VIEWS = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "permute",
-        "transpose",
-        "__getitem__",
-        "chunk",
-        "split",
-        "narrow",
-        "unbind",
-        "select",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "contiguous",
-        "detach",
-        "to",
-        "float",
-        "half",
-        "type",
-        "movedim",
-        "swapaxes",
-        "unflatten",
-        "T",
-        "mT",
-        "view_as",
-        "reshape_as",
-        "expand_as",
-        "swapdims",
-        "moveaxis",
-        "tensor_split",
-        "hsplit",
-        "data",
-    ]
-)
 _INPLACE = frozenset(
     [
         "__iadd__",
@@ -98,7 +59,6 @@ _ESCAPES = frozenset(
         "backward",
     ]
 )
-_VALUE = object()  # in the place of a tensor, among the leaves of a result
 _MOSTLY = 0.9  # of the pixels: above it rows are not tried before they have been measured
 
 
@@ -110,7 +70,7 @@ class Unfollowable(Exception):
     """The model writes into a tensor that another one shows: its steps cannot be told apart."""
 
 
-class Frame(Contents):
+class Frame(Recording):
     """A call.
 
     Args:
@@ -128,6 +88,7 @@ class Frame(Contents):
         self.misaligned: set[int] = set()  # values that do not move by whole pixels
         self.replays = False
         self._alive: list = []
+        self._entered: list[Followed] = []  # the model's inputs
         for value in tape.values:
             value.plan = value.dense = None
             value.alive = 0
@@ -158,7 +119,8 @@ class Frame(Contents):
             self._compare(value, x, told)
         if value.plan is not None and value.axes is not None and self.options.spread != "exact":
             self._widen(value)
-        return self.follow(value)
+        self._entered.append(self.follow(value))
+        return self._entered[-1]
 
     def _compare(self, value: Value, x: Tensor, told: Tensor | None) -> None:
         stored, threshold = value.stored, self.options.threshold_of("input", [value.stored.dense])
@@ -283,97 +245,13 @@ class Frame(Contents):
             self._note_plain(step, i, x)
         return moved
 
-    def _note_plain(self, step: Step, i: int, x: Tensor) -> None:
-        """Takes a tensor that is no value; a copy of one that is no parameter, as the model may write into it."""
-        is_parameter = id(x) in self.names
-        step.plains[i] = x if is_parameter else x.clone()
-        (step.copied.discard if is_parameter else step.copied.add)(i)
-
-    # ---------------------------------------------------------------------------------- recording
-
-    def _record(self, func, name: str, key: tuple, values: list, plains: list, inplace: bool):
-        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), list(plains))
-        for i, x in enumerate(plains):
-            self._note_plain(step, i, x)
-        step.modes = modes_now()
-        known = [self.names[id(x)] for x in plains if id(x) in self.names]
-        step.label = f"{known[0].rpartition('.')[0]} ({name})" if known else name
-        step.target = step.inputs[0] if inplace else None
-        began = time.perf_counter()
-        out = self.called(step, lambda v: self.whole(v).clone() if v is step.target else self.whole(v))
-        self._timed(step, began, "dense")
-        leaves, step.spec = pytree.tree_flatten(out)
-        if not any(isinstance(x, Tensor) for x in leaves):  # a number that Python decides by
-            self.tape.pure = False
-            return out
-        self.tape.pure &= not step.copied
-        self.tape.steps.append(step)
-        self.next = len(self.tape.steps)
-        step.leaves = leaves
-        step.rule = rule_of(self, step, out)
-        step.leaves = [_VALUE if isinstance(x, Tensor) else x for x in leaves]
-        if step.rule.__class__ is Statistics and step.rule.kept:
-            step.rule.dense(self, step)  # notes the statistics
-        axes = step.axes
-        kind = self._kind_of(step)
-        for i, x in enumerate(leaves):
-            if not isinstance(x, Tensor):
-                continue
-            value = self.tape.new(
-                step, len(step.outs), x, *self._axes_of(step, x, axes[i] if axes else None), kind
-            )
-            value.plan, value.dense = ALL, x
-            self._note_sharing(step, value, x)
-            step.outs.append(value)
-        for i, v in enumerate(step.inputs):
-            v.readers.append((step.rule.reads_own_place(step, i), kind))
-        step.threshold = self.options.threshold_of(step.label, leaves)
-        if not self.options.threshold and isinstance(step.rule, PixelByPixel):
-            step.widest = next(
-                (i for i, v in enumerate(step.inputs) if v.kind is kind and v.size == step.size), None
-            )
-        step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
-        return self._returned(step)
-
-    def _kind_of(self, step: Step) -> Kind:
-        """Where what a step makes changes, as far as the forward alone says it."""
-        if self.options.spread != "exact":
-            return GIVEN
-        rule, maps = step.rule, [(i, v) for i, v in enumerate(step.inputs) if v.axes is not None]
-        if isinstance(rule, Neighbourhood) and maps and not rule.reads_own_place(step, 0):
-            return Kind(step.inputs[0].kind, rule.reads)
-        own = [v.kind for i, v in maps if rule.reads_own_place(step, i)]
-        joins = len(own) == len(maps) or (type(rule) is Attention and self.options.attention == "kept")
-        return Kind() if not own or not joins else widest(own) or Kind()
-
-    def _axes_of(self, step: Step, x: Tensor, axes) -> tuple:
-        rule = step.rule
-        if isinstance(rule, PixelByPixel):
-            return axes, step.size
-        if isinstance(rule, (Statistics, Attention)):
-            return step.inputs[0].axes, step.inputs[0].size
-        if isinstance(rule, Neighbourhood):
-            return NCHW, rule.size
-        if x.dim() == 4 and x.is_floating_point() and any(v.axes is not None for v in step.inputs):
-            return NCHW, (x.shape[0], *x.shape[2:])
-        return None, None
-
-    def _note_sharing(self, step: Step, value: Value, x: Tensor) -> None:
-        memory = x.untyped_storage().data_ptr()
-        for v in step.inputs:
-            if step.name in _VIEWS or (
-                v.dense is not None and v.dense.untyped_storage().data_ptr() == memory
-            ):
-                v.shares |= value.shares
-                value.shares = v.shares
-
     # --------------------------------------------------------------------------------- later calls
 
     def _again(self, step: Step):
         """Runs a step where something that it reads changed."""
         rule, outs = step.rule, step.outs
         step.rows, step.seconds = 0, 0.0
-        moved = self.constants_moved or any(v.plan is not None for v in step.inputs)
+        moved = self.constants_moved or step.draws or any(v.plan is not None for v in step.inputs)
         moved = moved or (self.shift is not None and outs[0].axes is not None)
         if not moved:
             return self._returned(step)
@@ -478,31 +356,12 @@ class Frame(Contents):
             return share > _MOSTLY
         return step.times["rows"] * rows > _dense_seconds(step)
 
-    def _timed(self, step: Step, began: float, how: str, rows: int = 1) -> None:
-        step.seconds = time.perf_counter() - began
-        if how not in step.warm:  # the first time packs weights
-            step.warm.add(how)
-            if how == "rows":
-                return
-        each = step.seconds / max(rows, 1)
-        step.times[how] = min(each, step.times.get(how, each))
-
-    def _is_shared(self, value: Value, x: Tensor) -> bool:
-        """True where the content of a value is the memory of a value that is kept, or of a tensor that is none."""
-        memory = x.untyped_storage().data_ptr()
-        for number in value.shares:
-            kept = self.tape.values[number].stored
-            kept = kept.grid if type(kept) is Stored else kept
-            if kept is not None and kept.untyped_storage().data_ptr() == memory:
-                return True
-        return any(p.untyped_storage().data_ptr() == memory for p in value.step.plains)
-
     def _returned(self, step: Step):
         if self.replays:
             return None
         leaves, outs = list(step.leaves), iter(step.outs)
         for i, x in enumerate(leaves):
-            if x is _VALUE:
+            if x is VALUE:
                 leaves[i] = self.follow(next(outs))
         return pytree.tree_unflatten(leaves, step.spec)
 
@@ -567,6 +426,15 @@ class Frame(Contents):
         for step in reversed(self.tape.steps):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)
+
+    def write_back(self, tensors: list[Tensor]) -> None:
+        """Gives the caller's tensors what the model wrote into them."""
+        for x, entered in zip(tensors, self._entered, strict=True):
+            if entered.plain is not None or entered.value.step is not None:
+                self.tape.pure = False
+                with torch.inference_mode(x.is_inference()):
+                    x.copy_(entered.plain if entered.plain is not None else self.whole(entered.value))
+        self._entered.clear()
 
     def close(self) -> None:
         """What is still followed becomes a tensor of its own."""

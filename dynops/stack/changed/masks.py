@@ -107,9 +107,8 @@ def linear(size: int, out: int, align_corners: bool, scale: float | None, device
 def spread(mask: Tensor, reads: tuple[Reads, Reads]) -> Tensor:
     """The output pixels ``[N, out_h, out_w]`` that read a pixel of ``mask`` ``[N, H, W]``."""
     for dim, axis in ((1, reads[0]), (2, reads[1])):
-        if axis.at.shape[0] == 1 and axis.at.shape[1] == axis.size:
-            if torch.equal(axis.at[0], torch.arange(axis.size, device=mask.device)):
-                continue
+        if axis.at.shape == (1, axis.size) and axis.reads_itself:
+            continue
         pad = (0, 1) if dim == 2 else (0, 0, 0, 1)
         wider = F.pad(mask, pad)  # position -1 is false
         mask = functools.reduce(

@@ -53,14 +53,15 @@ def _works_pixel_by_pixel(frame, step) -> bool:
     maps = {v.number: v for v in step.inputs if v.axes is not None and v.size == step.size}
     if not all(v.dtype.is_floating_point for v in maps.values()):
         return False
-    generator = torch.Generator().manual_seed(step.number)
+    generator = torch.Generator("cpu").manual_seed(step.number)
     count = n * h * w
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.randperm(count, generator=generator)[: min(_PIXELS_TRIED, count // 2)]] = True
+    mask = torch.zeros(count, dtype=torch.bool, device="cpu")
+    mask[torch.randperm(count, generator=generator, device="cpu")[: min(_PIXELS_TRIED, count // 2)]] = True
     plan = PixelPlan.from_mask(mask.view(n, h, w).to(next(iter(maps.values())).device))
     context = Context(plan)
     tried = {
-        number: torch.randn(v.shape, generator=generator).to(v.device, v.dtype) for number, v in maps.items()
+        number: torch.randn(v.shape, generator=generator, device="cpu").to(v.device, v.dtype)
+        for number, v in maps.items()
     }
 
     def sparse(value):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tape import ALL, Tape
+from ..stack.changed.tape import ALL, Tape
 
 
 class Last(NamedTuple):
-    model: weakref.ref
+    """The last call of a stream."""
+
     tape: Tape
-    moved: Tensor | None
     seconds: float
 
 
@@ -100,5 +99,5 @@ class Report:
 
 def _mask_of(value) -> Tensor:
     if value.plan is None or value.plan is ALL:
-        return torch.full(value.size, value.plan is ALL)
+        return torch.full(value.size, value.plan is ALL, device="cpu")
     return value.plan.mask().cpu()
