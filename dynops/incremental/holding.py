@@ -96,7 +96,31 @@ def stale(tape: Tape, signature: tuple, tensors: list[Tensor]) -> str:
     return ""
 
 
-_watches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+WATCH = "_dynops_watch"
+
+
+class _Watched:
+    """What a model has in its ``__dict__``: a picture of what its forward depends on. Copies of the model have their own."""
+
+    def __init__(self):
+        self.watch, self.looked = None, False
+
+    def __reduce__(self):
+        return _Watched, ()
+
+    def look(self, model: nn.Module) -> None:
+        self.looked = True
+        try:
+            found = trace(model, {m: KINDS[type(m)] for m in model.modules() if type(m) in KINDS})
+        except Untraceable:
+            return
+        self.watch = None if found.called else Watch(model, found)
+
+
+def note_watch(model: nn.Module, tape: Tape) -> None:
+    """Notes that Python ran the steps of a tape while the picture of the model holds."""
+    watch = model.__dict__[WATCH].watch if WATCH in model.__dict__ else None
+    tape.watched = None if watch is None else weakref.ref(watch)  # it holds the model
 
 
 def repeats(model: nn.Module, tape: Tape) -> bool:
@@ -107,15 +131,11 @@ def repeats(model: nn.Module, tape: Tape) -> bool:
     """
     if not tape.pure or tape.returns is None:
         return False
-    if model not in _watches:
-        kinds = {m: KINDS[type(m)] for m in model.modules() if type(m) in KINDS}
-        try:
-            found = trace(model, kinds)
-            _watches[model] = Watch(model, found) if not found.called else None
-        except Untraceable:
-            _watches[model] = None
-    watch = _watches[model]
-    return watch is not None and watch.holds()
+    watched = model.__dict__.setdefault(WATCH, _Watched())
+    if not watched.looked:
+        watched.look(model)
+    watch = watched.watch
+    return watch is not None and tape.watched is not None and tape.watched() is watch and watch.holds()
 
 
 UNFOLLOWABLE = Tape()  # in the place of the tape of a forward whose steps cannot be told apart

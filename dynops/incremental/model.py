@@ -11,6 +11,7 @@ from torch import nn
 
 from ..scope import Scope
 from ..stack import converted
+from .holding import WATCH
 
 scope = Scope("dynops.Stream")  # of what holds inside ``with stream:``
 _METHODS = ("forward", "encode", "decode")
@@ -49,6 +50,7 @@ def undo(module: nn.Module) -> None:
     """Gives a module back the class that it had before :func:`incremental_`."""
     own = next((kind for kind in type(module).__mro__ if "_dynops_incremental" in vars(kind)), None)
     if own is not None:
+        module.__dict__.pop(WATCH, None)
         module.__class__ = converted.rebased(type(module), own, vars(own)["_dynops_base"])
 
 

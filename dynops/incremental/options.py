@@ -27,12 +27,13 @@ class Options:
                 raise ValueError(f"threshold: expected numbers >= 0, got {value!r}")
         if keep is not None and not callable(keep) and not isinstance(keep, (list, tuple)):
             raise TypeError(f"keep: expected a function, a list of patterns or None, got {keep!r}")
-        if block is not None:
-            block = (block, block) if isinstance(block, int) else tuple(block)
-            if len(block) != 2 or not all(type(b) is int and b >= 1 for b in block):
+        pair = (block, block) if type(block) is int else block
+        if pair is not None:
+            pairs = isinstance(pair, (tuple, list)) and len(pair) == 2
+            if not pairs or not all(type(b) is int and b >= 1 for b in pair):
                 raise ValueError(f"block: expected an int >= 1 or a pair of them, got {block!r}")
         self.spread, self.threshold, self.relative = spread, threshold, bool(relative)
-        self.block, self.statistics, self.attention, self.keep = block, statistics, attention, keep
+        self.block, self.statistics, self.attention, self.keep = pair, statistics, attention, keep
         self.device = torch.device("cpu")
 
     @property

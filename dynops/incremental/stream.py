@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from .. import context
 from ..kept import Mark
 from ..plans.masks import check_mask, resize_mask
-from ..stack.changed.frame import Frame, Unfollowable
+from ..stack.changed.frame import Frame, OtherSizes, Unfollowable
 from ..stack.changed.tape import Tape
-from .holding import UNFOLLOWABLE, Given, Returns, modules_of, plain_attributes, repeats, stale
+from .holding import UNFOLLOWABLE, Given, Returns, modules_of, note_watch, plain_attributes, repeats, stale
 from .model import scope
 from .options import Options
 from .report import Last, Report
@@ -123,7 +123,7 @@ class Stream:
         self._refresh, self._align = refresh, _checked_shift(align)
         self._tapes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._lock, self._owner = threading.Lock(), None
-        self._entry = _Entry(self, align=self._align)
+        self._entry = _Entry(weakref.proxy(self), align=self._align)  # no cycle: its memory goes with it
         self._last: Last | None = None
         self._idle = True  # no model ran since it was entered
 
@@ -212,10 +212,10 @@ class Stream:
         self._idle = False
         modules = modules_of(model)
         if any(m.training for m in modules):
-            warnings.warn(
-                "Stream: expected a model in eval mode; in training mode it keeps nothing", stacklevel=4
-            )
-            self._tapes.pop(model, None)
+            if self._tapes.get(model) != {}:  # once, until it is in eval mode again
+                text = "Stream: expected a model in eval mode; in training mode it keeps nothing"
+                warnings.warn(text, stacklevel=4)
+            self._tapes[model] = {}
             return own(model, *args, **kwargs)
         _refuse_gradients(model, args, kwargs)
         if context.current() is not None:
@@ -248,7 +248,12 @@ class Stream:
         frame.align(entry.align)
         followed = [frame.enter(i, x, _told(entry.mask, x)) for i, x in enumerate(given.tensors)]
         if not frame.fresh and name == "forward" and given.repeats(tape.others) and repeats(model, tape):
-            frame.rest() if frame.idle() else frame.replay()
+            try:
+                frame.rest() if frame.idle() else frame.replay()
+            except OtherSizes:  # begins anew, and then runs the model's Python
+                out = self._kept_run(entry, model, modules, name, own, args, kwargs)
+                tapes[key].pure = False
+                return out
             out = tape.returns.copied(tape)
         else:
             try:
@@ -257,6 +262,11 @@ class Stream:
                 warnings.warn(f"Stream: {type(model).__qualname__} runs dense: {reason}", stacklevel=6)
                 tapes[key], self._last = UNFOLLOWABLE, None
                 return own(model, *given.args(given.tensors), **given.kwargs(given.tensors))
+            except BaseException:
+                frame.close()
+                raise
+            note_watch(model, tape)
+            frame.write_back(given.tensors)
             tape.returns = Returns.of(out)
             out = plain_attributes(frame.end(out))
         tape.others = given.others

@@ -23,7 +23,7 @@ from ..maps.layout import NCHW
 from ..maps.pointwise import words
 from . import masks
 from .followed import Followed, plain_tree
-from .recording import Recording
+from .recording import VALUE, Recording
 from .rules import BatchNorm, Convolution
 from .stored import Stored, positions
 from .tape import ALL, Step, Tape, Value, frozen
@@ -34,6 +34,10 @@ numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided set_ resi
 share_memory_ __deepcopy__ __reduce_ex__ requires_grad_ backward
 """)
 _MOSTLY = 0.9  # of the pixels: above it rows are not tried before they have been measured
+
+
+class OtherSizes(Exception):
+    """A function returns other sizes than in the call before, as they follow from the data."""
 
 
 class Unfollowable(Exception):
@@ -58,6 +62,7 @@ class Frame(Recording):
         self.misaligned: set[int] = set()  # values that do not move by whole pixels
         self.replays = False
         self._alive: list = []
+        self._entered: list[Followed] = []  # the model's inputs
         for value in tape.values:
             value.plan = value.dense = None
             value.alive = 0
@@ -88,7 +93,8 @@ class Frame(Recording):
             self._compare(value, x, told)
         if value.plan is not None and value.axes is not None and self.options.spread != "exact":
             self._widen(value)
-        return self.follow(value)
+        self._entered.append(self.follow(value))
+        return self._entered[-1]
 
     def _compare(self, value: Value, x: Tensor, told: Tensor | None) -> None:
         stored, threshold = value.stored, self.options.threshold_of("input", [value.stored.dense])
@@ -159,7 +165,11 @@ class Frame(Recording):
         if step is None:
             made = self._record(func, name, key, values, plains, inplace)
         else:
-            made = self._again(step)
+            try:
+                made = self._again(step)
+            except OtherSizes:
+                self.tape.cut(step.number)
+                made = self._record(func, name, key, values, plains, inplace)
         if inplace and isinstance(made, Followed):
             return self._exchange(target, made)
         if inplace:  # __setitem__ returns nothing
@@ -203,14 +213,11 @@ class Frame(Recording):
         """Takes the tensors of this call. True where one that is no parameter differs from the last call's."""
         moved = False
         for i, x in enumerate(plains):
-            old, copy = step.plains[i], step.copies[i]
-            if copy is None and x is old:
-                continue
-            if copy is not None and torch.equal(copy, x):
+            old = step.plains[i]
+            if x is old or (i in step.copied and id(x) not in self.names and torch.equal(old, x)):
                 continue
             moved = True
-            step.copies[i] = None if id(x) in self.names else x.clone()
-        step.plains = plains
+            self._note_plain(step, i, x)
         return moved
 
     # --------------------------------------------------------------------------------- later calls
@@ -219,7 +226,7 @@ class Frame(Recording):
         """Runs a step where something that it reads changed."""
         rule, outs = step.rule, step.outs
         step.rows, step.seconds = 0, 0.0
-        moved = self.constants_moved or any(v.plan is not None for v in step.inputs)
+        moved = self.constants_moved or step.draws or any(v.plan is not None for v in step.inputs)
         moved = moved or (self.shift is not None and outs[0].axes is not None)
         if not moved:
             return self._returned(step)
@@ -268,7 +275,7 @@ class Frame(Recording):
         ):
             for out in step.outs:  # sizes that follow from the data
                 out.plan = ALL
-            raise Unfollowable(f"{step.label} returns other sizes than in the call before")
+            raise OtherSizes
         step.rows = step.of
         for out, x in zip(step.outs, made, strict=True):
             if out.stored is None:
@@ -329,7 +336,7 @@ class Frame(Recording):
             return None
         leaves, outs = list(step.leaves), iter(step.outs)
         for i, x in enumerate(leaves):
-            if x is None:
+            if x is VALUE:
                 leaves[i] = self.follow(next(outs))
         return pytree.tree_unflatten(leaves, step.spec)
 
@@ -395,8 +402,22 @@ class Frame(Recording):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)
 
+    def write_back(self, tensors: list[Tensor]) -> None:
+        """Gives the caller's tensors what the model wrote into them."""
+        for x, entered in zip(tensors, self._entered, strict=True):
+            if entered.plain is not None or entered.value.step is not None:
+                self.tape.pure = False
+                with torch.inference_mode(x.is_inference()):
+                    x.copy_(entered.plain if entered.plain is not None else self.whole(entered.value))
+        self._entered.clear()
+
+    def close(self) -> None:
+        """What is still followed becomes a tensor of its own."""
+        for x in self._living():
+            x.plain, x.frame = self.content(x.value), None
+
     def end(self, out):
-        """Ends the call: what is still followed becomes a tensor of its own."""
+        """Ends the call, and returns its result in tensors of their own."""
         for x in pytree.tree_leaves(out):
             if type(x) is Followed and x.plain is None:
                 x.value.returned = True
@@ -406,8 +427,7 @@ class Frame(Recording):
                 self._decide(value)
         if self.next < len(self.tape.steps):
             self.tape.cut(self.next)
-        for x in living:
-            x.plain, x.frame = self.content(x.value), None
+        self.close()
         for value in self.tape.values:
             value.dense = None
         self._rows.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -12,7 +13,7 @@ from ..maps.layout import NCHW
 from ..maps.pointwise import words
 from .contents import Contents, modes_now
 from .finding import rule_of
-from .rules import Neighbourhood, PixelByPixel
+from .rules import Neighbourhood, PixelByPixel, Rule
 from .stored import Stored
 from .tape import ALL, GIVEN, Kind, Step, Value, widest
 from .views import Attention, Statistics
@@ -22,31 +23,41 @@ view reshape flatten permute transpose __getitem__ chunk split narrow unbind sel
 detach to float half type movedim swapaxes unflatten T mT view_as reshape_as expand_as swapdims moveaxis tensor_split
 hsplit data
 """)
+VALUE = object()  # in the place of a tensor, among the leaves of a result
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The states of the generators that a function on a device draws from; a GPU's is kept on the host."""
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
 
 class Recording(Contents):
     """The part of a :class:`~.frame.Frame` that records steps."""
 
     def _record(self, func, name: str, key: tuple, values: list, plains: list, inplace: bool):
-        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), plains)
-        step.copies = [None if id(x) in self.names else x.clone() for x in plains]
+        step = Step(len(self.tape.steps), func, name, key, list(dict.fromkeys(values)), list(plains))
+        for i, x in enumerate(plains):
+            self._note_plain(step, i, x)
         step.modes = modes_now()
         known = [self.names[id(x)] for x in plains if id(x) in self.names]
         step.label = f"{known[0].rpartition('.')[0]} ({name})" if known else name
         step.target = step.inputs[0] if inplace else None
         began = time.perf_counter()
+        drawn = random_state(self.options.device)
         out = self.called(step, lambda v: self.whole(v).clone() if v is step.target else self.whole(v))
         self._timed(step, began, "dense")
+        step.draws = not torch.equal(drawn, random_state(self.options.device))
         leaves, step.spec = pytree.tree_flatten(out)
         if not any(isinstance(x, Tensor) for x in leaves):  # a number that Python decides by
             self.tape.pure = False
             return out
-        self.tape.pure &= all(copy is None for copy in step.copies) and not any(x is None for x in leaves)
+        self.tape.pure &= not step.copied and not step.draws
         self.tape.steps.append(step)
         self.next = len(self.tape.steps)
         step.leaves = leaves
-        step.rule = rule_of(self, step, out)
-        step.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
+        step.rule = Rule() if step.draws else rule_of(self, step, out)
+        step.leaves = [VALUE if isinstance(x, Tensor) else x for x in leaves]
         if step.rule.__class__ is Statistics and step.rule.kept:
             step.rule.dense(self, step)  # notes the statistics
         axes = step.axes
@@ -69,6 +80,12 @@ class Recording(Contents):
             )
         step.of = step.rows = math.prod(step.outs[0].size) if step.outs[0].size else 1
         return self._returned(step)
+
+    def _note_plain(self, step: Step, i: int, x: Tensor) -> None:
+        """Takes a tensor that is no value; a copy of one that is no parameter, as the model may write into it."""
+        is_parameter = id(x) in self.names
+        step.plains[i] = x if is_parameter else x.clone()
+        (step.copied.discard if is_parameter else step.copied.add)(i)
 
     def _kind_of(self, step: Step) -> Kind:
         """Where what a step makes changes, as far as the forward alone says it."""

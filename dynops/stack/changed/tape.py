@@ -112,7 +112,8 @@ class Step:
         self.number, self.func, self.name, self.key = number, func, name, key
         self.inputs: list[Value] = values
         self.plains: list[Tensor] = plains
-        self.copies: list[Tensor | None] = []
+        self.copied: set[int] = set()  # the places of plains that are copies
+        self.draws = False  # whether it draws random numbers: then it runs in each call
         self.rule = self.size = self.spec = None
         self.outs: list[Value] = []
         self.leaves: list = []
@@ -147,6 +148,7 @@ class Tape:
         self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id
         self.returns = self.others = None
+        self.watched = None  # a picture of the model, from before its steps were last run by Python
         self.pure = True  # its steps follow from its inputs alone: Python read no content, and made no tensor
 
     def new(self, step, place: int, x: Tensor, axes=None, size=None, kind=None) -> Value:
@@ -167,6 +169,10 @@ class Tape:
                 value.shares.difference_update([n for n in value.shares if n >= first])
             for step in self.steps:
                 step.fused = ""
+
+    def __del__(self):
+        for value in self.values:  # steps and values hold each other: what they keep goes at once
+            value.stored = value.dense = None
 
     @property
     def bytes(self) -> int:
