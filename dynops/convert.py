@@ -165,10 +165,12 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it has no convolution, norm or pool of maps, nor a parameter that one of its own could convolve with.
+        ValueError: it is incremental (:func:`dynops.incremental_`), or has no convolution, norm or pool of maps, nor a parameter that one of its own could convolve with.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if any(map(incremental.is_incremental, model.modules())):
+        raise ValueError("model: expected one without incremental_; dynops.revert_(model) undoes it")
     _check_works_on_maps(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function (module, name) -> bool, got {filter_fn!r}")
