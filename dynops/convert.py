@@ -165,7 +165,8 @@ def convert_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | Non
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it is incremental (:func:`dynops.incremental_`), or has no convolution, norm or pool of maps, nor a parameter that one of its own could convolve with.
+        ValueError: it is incremental (:func:`dynops.incremental_`), or has no convolution, norm or pool of maps, nor a
+            parameter that one of its own could convolve with.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

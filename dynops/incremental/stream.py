@@ -130,7 +130,8 @@ class Stream:
     # ---------------------------------------------------------------------------------- contexts
 
     def __enter__(self) -> Stream:
-        return _Within(self._entry).__enter__()
+        _Within(self._entry).__enter__()
+        return self
 
     def __exit__(self, *error) -> None:
         _Within(self._entry).__exit__(*error)

@@ -24,7 +24,7 @@ from ..maps.pointwise import words
 from . import masks
 from .followed import Followed, plain_tree
 from .recording import VALUE, Recording
-from .rules import BatchNorm, Convolution
+from .rules import BatchNorm, Convolution, PixelByPixel
 from .stored import Stored, positions
 from .tape import ALL, Step, Tape, Value, frozen
 
@@ -224,8 +224,12 @@ class Frame(Recording):
 
     def _again(self, step: Step):
         """Runs a step where something that it reads changed."""
-        rule, outs = step.rule, step.outs
+        rule, outs, x = step.rule, step.outs, step.passes
         step.rows, step.seconds = 0, 0.0
+        if x is not None and x.plan is not ALL and self.shift is None and not self.constants_moved:
+            outs[0].plan = x.plan  # it is computed where it is read
+            step.rows = 0 if x.plan is None else len(x.plan)
+            return self._returned(step)
         moved = self.constants_moved or step.draws or any(v.plan is not None for v in step.inputs)
         moved = moved or (self.shift is not None and outs[0].axes is not None)
         if not moved:
@@ -398,6 +402,9 @@ class Frame(Recording):
                     x.stored is None and len(x.readers) == 1 and not x.returned and x.step.modes == step.modes
                 )
                 x.step.waits = alone and x.step.rule.waits_for_norms
+            one = type(step.rule) in (PixelByPixel, BatchNorm) and len(step.inputs) == len(step.outs) == 1
+            own = one and step.inputs[0].size == step.size and self.options.block is None and not step.draws
+            step.passes = step.inputs[0] if own and step.outs[0].stored is None else None
         for step in reversed(self.tape.steps):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)

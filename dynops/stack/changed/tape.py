@@ -125,6 +125,7 @@ class Step:
         self.rows = self.of = 0
         self.seconds = 0.0
         self.axes: list | None = None  # of its results, where it works pixel by pixel
+        self.passes: Value | None = None  # its only input, where it is not kept and changes where that does
         self.widest: int | None = None  # the input that changes wherever another does
         self.fused = ""  # the convolution that it ends (:mod:`.fused`), or None, once it was looked for
         self.waits = False  # a convolution that is computed with the norm after it
