@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ class Frame(Recording):
             if torch.equal(stored.dense, x):
                 return
             told = differs(stored.dense, x, threshold)
+            if threshold > 0:
+                stored.note_owed(stored.dense, x, told)
         value.plan = self.plan_of(told)
         if value.plan is ALL:
             self.keep(value, x, own=False)
@@ -259,6 +261,13 @@ class Frame(Recording):
         if step.waits:
             step.held = self.whole(step.inputs[0])
             return
+        if step.threshold > 0 and not self.fresh and all(type(out.stored) is Stored for out in step.outs):
+            made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
+            for out, x in zip(step.outs, made, strict=True):
+                full = self.full(out.size)
+                written = out.stored.write(Stored(x, out.axes, out.size, True).rows, full, step.threshold)
+                out.plan = ALL if bool(written.all()) else self._part_of(full, written)
+            return
         began = time.perf_counter()
         kept = [out.stored is not None or not out.decided for out in step.outs]
         for out in step.outs:  # the allocator gives the memory again: new pages cost 10 % of ResNet-50
@@ -289,6 +298,8 @@ class Frame(Recording):
                     out.plan, out.stored = ALL, x.clone()
             else:
                 moved = differs(out.stored.dense, x, step.threshold)
+                if step.threshold > 0:
+                    out.stored.note_owed(out.stored.dense, x, moved)
                 out.plan = self.plan_of(moved)
                 if step.threshold > 0 and out.plan is not None and out.plan is not ALL:
                     rows = gather_rows(x, out.plan.index, None)
@@ -385,11 +396,15 @@ class Frame(Recording):
         value.dense = None
 
     def _decide(self, value: Value) -> None:
-        """Whether a value is kept: where a step reads more of it than its own pixels, or others change than in what is made."""
+        """Whether a value is kept: where a step reads more of it than its own pixels, or others change than in what is made.
+
+        One whose step has a threshold by name is kept too, as a threshold compares.
+        """
         value.decided = True
         own = all(own and kind is value.kind for own, kind in value.readers)
         needed = value.returned or not own or not value.readers or value.axes is None
-        if needed and self.options.keeps(value):
+        named = isinstance(self.options.threshold, Mapping) and value.step.threshold > 0
+        if (needed or named) and self.options.keeps(value):
             self.keep(value, value.dense, own=not self._is_shared(value, value.dense))
 
     def _note_last(self) -> None:

@@ -203,6 +203,12 @@ def test_functions_of_places(resize):
     run(model, frames_of(torch.randn(2, 3, 11, 13), 5))
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_maps_of_one_channel(channels):
+    layers = {"c": nn.Conv2d(1, channels, 3, padding=1), "d": nn.Conv2d(channels, 1, 1)}
+    run(model_of(lambda m, x: m.d(m.c(x)), **layers), frames_of(torch.randn(2, 1, 9, 8), 5))
+
+
 def attention(m, x, causal=False):
     n, c, h, w = x.shape
     tokens = m.norm(m.conv(x).flatten(2).transpose(1, 2))

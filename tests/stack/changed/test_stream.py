@@ -82,6 +82,7 @@ def test_inner_streams_hold_and_inner_models_belong_to_the_outer():
         with b:
             model(x)
         assert a.bytes == 0 < b.bytes
+        model(x)
     outer = model_of(lambda m, x: m.inner(x) + m.inner(x.flip(3)), inner=model)
     stream = run(outer, frames_of(x, 4))
     assert len(stream._all_tapes()) == 1
@@ -171,19 +172,32 @@ def test_the_input_has_a_threshold_too():
     model.c.weight.fill_(1.0)
     stream, x = dynops.Stream(threshold={"input": 0.25}), torch.zeros(1, 1, 4, 4)
     made = []
-    for i in range(5):
+    for _ in range(5):
         x = x + 0.125
         x[0, 0, 0, 0] = 0
         with stream:
             made.append(float(model(x)[0, 0, 1, 1]))
     assert made == [0.125, 0.125, 0.125, 0.5, 0.5]
+    assert stream.report().owed == 0.25
+
+
+def test_noise_everywhere_does_not_spread_past_a_threshold():
+    model, x = net(), image(2)
+    stream = run(model, [x], threshold={"[ce]*": 0.1})
+    y = x + 1e-4 * torch.randn(x.shape)
+    y[0, :, 9, 9] += 5
+    with stream:
+        made = model(y)
+    report = stream.report()
+    assert 0.5 < report.rows[0].share <= 1 and 0 < report.rows[2].share < 0.05 and 0 < report.owed < 0.01
+    assert (made - model(y)).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("threshold", [1e-3, {"c*": 1e-2}, {"*": 1e-3}])
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_threshold_bounds_the_error_of_a_video(threshold, relative):
     model, frames = net(), frames_of(image(), 3)
-    frames += [f + 1e-3 * torch.randn(f.shape) for f in frames]
+    frames += [f + 1e-4 * torch.randn(f.shape) for f in frames]
     stream = dynops.Stream(threshold=threshold, relative=relative)
     for frame in frames:
         with stream:
@@ -238,7 +252,9 @@ def test_blocks_widen_what_is_computed():
     assert torch.equal(blocks.any(2), blocks.all(2))
 
 
-@pytest.mark.parametrize("keep", [[], ["c*"], ["*relu*"], lambda name, size: "d" in name, lambda name, size: size < 9])
+@pytest.mark.parametrize(
+    "keep", [[], ["c*"], ["*relu*"], lambda name, size: "d" in name, lambda name, size: size < 9]
+)
 def test_what_is_not_kept_is_computed_where_it_is_read(keep):
     def forward(m, x):
         y = m.c(x)
@@ -269,7 +285,9 @@ def test_kept_statistics_are_those_of_the_first_call():
     mean, var = hidden.mean(2), hidden.var(2, unbiased=False)
     now = model.d(F.relu(model.c(y)))
     mean, var = (t.repeat_interleave(2, 1)[:, :, None, None] for t in (mean, var))
-    normed = (now - mean) / (var + 1e-5).sqrt() * model.norm.weight[:, None, None] + model.norm.bias[:, None, None]
+    normed = (now - mean) / (var + 1e-5).sqrt() * model.norm.weight[:, None, None] + model.norm.bias[
+        :, None, None
+    ]
     torch.testing.assert_close(made, model.e(F.relu(normed)), atol=1e-4, rtol=1e-4)
     assert stream.report().theory > 2
     stream.reset()
