@@ -18,6 +18,7 @@ from .harness.rows import summaries
 from .harness.setting import Setting
 from .harness.tables import summary_table, table
 from .incremental import __main__ as incremental
+from .incremental import tables as incremental_tables
 from .pixels import formats, layers, memory
 from .samples.tables import copy_table
 
@@ -129,6 +130,7 @@ def write_readme(root: Path, results: Path) -> None:
         readme.rewrite(root / "docs" / "benchmarks.md", name, table_of)
     readme.rewrite(root / "README.md", "headline", front_page.headline_block(reports))
     front_page.draw(reports, root / "docs" / "img" / "resnet50.png")
+    incremental_tables.draw_results(results, root / "docs" / "img" / "incremental.png")
     print(f"{root}: numbers of {len(reports)} files in {results}")
 
 

@@ -111,6 +111,15 @@ def _video_cells(row: Trial) -> list[str]:
     ]
 
 
+def draw_results(results: Path, path: Path) -> None:
+    """The picture of the last file of this benchmark in a folder of results, where there is one."""
+    found = sorted(results.glob("incremental-*.csv"))
+    if found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        heading = found[-1].with_suffix(".md").read_text().partition("\n")[0]
+        draw(load(found[-1]), heading, path)
+
+
 def draw(rows: list[Trial], title: str, path: Path) -> bool:
     """Two pictures: speed-up against the share of MACs computed, and the videos' error against speed-up."""
     plot = pyplot()

@@ -278,6 +278,6 @@ def test_nothing_changes_outside_of_a_stream_or_of_incremental():
             assert torch.equal(model(x), y)
         model(x)
     for bad in (3, torch.jit.trace(nn.ReLU(), x)):
-        with pytest.raises(TypeError, match="^model: expected"):
+        with pytest.raises(TypeError, match=r"^model: expected"):
             dynops.incremental_(bad)
     assert_dense(model(x), model, x)
