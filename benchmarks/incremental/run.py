@@ -44,6 +44,7 @@ class Session:
 
     def __init__(self, case: Case, model: nn.Module, options: dict, image: Tensor):
         self.case, self.model, self.image, self.options = case, model, image, options
+        self.generator = torch.Generator().manual_seed(1)
         self.told = None  # the mask of what changed, where the stream is told
         self.stream = dynops.Stream(**options)
         self.output = self()
@@ -114,7 +115,7 @@ def _trial(
     case: Case, variant: Variant, session: Session, dense: Dense, compiled: Callable | None, budget: Budget
 ) -> Trial:
     """A row, without the name of the dense version."""
-    edits = Edits(session.image, variant.edit, variant.share, torch.Generator().manual_seed(1))
+    edits = Edits(session.image, variant.edit, variant.share, session.generator)
     session.begin(edits, dense, variant.told)
     for i in range(2 if variant.edit == EVERYTHING else WARM):
         session.prepare()
