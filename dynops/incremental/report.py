@@ -47,14 +47,15 @@ class Report:
         rows: a :class:`Row` for each step.
         theory: MACs of everything over those that were computed.
         seconds: of the call.
-        owed: the largest difference that was left unwritten.
+        owed: the largest difference that was left unwritten, of the input too.
         bytes: that are kept.
         masks: bool ``[N, H, W]`` by size ``(H, W)``: what changed in maps of that size.
     """
 
-    def __init__(self, rows: list[Row], seconds: float, masks: dict):
+    def __init__(self, rows: list[Row], seconds: float, masks: dict, owed: float = 0.0):
         self.rows, self.seconds, self.masks = rows, seconds, masks
         self.owed = max((row.owed for row in rows), default=0.0)
+        self.owed = max(self.owed, owed)
         self.bytes = sum(row.bytes for row in rows)
         computed, dense = sum(row.macs for row in rows), sum(row.dense_macs for row in rows)
         self.theory = dense / computed if computed else float("inf") if dense else 1.0
@@ -75,7 +76,8 @@ class Report:
                 key = tuple(out.size[1:])
                 mask = _mask_of(out)
                 masks[key] = masks[key] | mask if key in masks and masks[key].shape == mask.shape else mask
-        return cls(rows, last.seconds, masks)
+        owed = [getattr(value.stored, "owed", 0.0) for value in last.tape.inputs]
+        return cls(rows, last.seconds, masks, max(owed, default=0.0))
 
     def picture(self, size: tuple[int, int] | None = None, sample: int = 0) -> Tensor:
         """uint8 ``[H, W]``: 255 where a map of this size changed; None: the largest."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -21,9 +20,9 @@ from ...plans import PixelPlan
 from ..maps import SparseMap
 from ..maps.layout import NCHW
 from ..maps.pointwise import words
-from . import masks
 from .followed import Followed, plain_tree
-from .recording import VALUE, Recording
+from .inputs import Inputs, differs
+from .recording import VALUE
 from .rules import BatchNorm, Convolution, PixelByPixel
 from .stored import Stored, positions
 from .tape import ALL, Step, Tape, Value, frozen
@@ -44,7 +43,7 @@ class Unfollowable(Exception):
     """The model writes into a tensor that another one shows: its steps cannot be told apart."""
 
 
-class Frame(Recording):
+class Frame(Inputs):
     """A call.
 
     Args:
@@ -59,86 +58,12 @@ class Frame(Recording):
         self.names = names
         self.fresh = fresh or not tape.inputs
         self.next = 0  # the step that is expected
-        self.misaligned: set[int] = set()  # values that do not move by whole pixels
         self.replays = False
-        self._alive: list = []
-        self._entered: list[Followed] = []  # the model's inputs
         for value in tape.values:
             value.plan = value.dense = None
             value.alive = 0
         for step in tape.steps:
             step.held = None
-
-    # ------------------------------------------------------------------------------------ inputs
-
-    def enter(self, number: int, x: Tensor, told: Tensor | None) -> Followed:
-        """An input of the model as a followed tensor. Finds what changed in it.
-
-        Args:
-            told: bool ``[N, H, W]``: the caller knows what changed in it.
-        """
-        tape = self.tape
-        if number == len(tape.inputs):
-            is_map = x.dim() == 4 and x.is_floating_point()
-            axes, size = (NCHW, (x.shape[0], *x.shape[2:])) if is_map else (None, None)
-            tape.inputs.append(tape.new(None, 0, x, axes, size))
-        value = tape.inputs[number]
-        if self.fresh or value.stored is None:
-            value.plan, value.decided = ALL, True
-            self.keep(value, x, own=False)
-        elif value.axes is None:
-            if not torch.equal(value.stored, x):
-                value.plan, value.stored = ALL, x.clone()
-        else:
-            self._compare(value, x, told)
-        if value.plan is not None and value.axes is not None and self.options.spread != "exact":
-            self._widen(value)
-        self._entered.append(self.follow(value))
-        return self._entered[-1]
-
-    def _compare(self, value: Value, x: Tensor, told: Tensor | None) -> None:
-        stored, threshold = value.stored, self.options.threshold_of("input", [value.stored.dense])
-        if told is None:
-            if torch.equal(stored.dense, x):
-                return
-            told = differs(stored.dense, x, threshold)
-        value.plan = self.plan_of(told)
-        if value.plan is ALL:
-            self.keep(value, x, own=False)
-        elif value.plan is not None:
-            stored.rows.index_copy_(0, positions(value.plan), gather_rows(x, value.plan.index, None))
-
-    def _widen(self, value: Value) -> None:
-        mask = self.mask_of(value)
-        if self.moved is None or self.moved.shape == mask.shape:
-            self.moved = mask if self.moved is None else self.moved | mask
-        else:
-            self.moved = self.moved | masks.at_size(mask, self.moved.shape[1:])
-
-    def idle(self) -> bool:
-        """True where no input changed."""
-        return self.shift is None and all(value.plan is None for value in self.tape.inputs)
-
-    def rest(self) -> None:
-        """Notes that no step computed anything."""
-        for step in self.tape.steps:
-            step.rows, step.seconds = 0, 0.0
-
-    def align(self, shift: tuple[int, int] | None) -> None:
-        """Moves what is kept by ``shift = (dx, dy)`` pixels of the input."""
-        if shift is None or shift == (0, 0) or self.fresh:
-            return
-        self.shift = shift
-        x = self.tape.inputs[0]
-        for value in self.tape.values:
-            if type(value.stored) is not Stored:
-                continue
-            by = [s * size for s, size in zip(shift, (value.size[2], value.size[1]), strict=True)]
-            of = x.size[2], x.size[1]
-            if any(b % o for b, o in zip(by, of, strict=True)):
-                self.misaligned.add(value.number)
-            elif value.size[1:] != (1, 1):
-                value.stored.moved_by(by[0] // of[0], by[1] // of[1])
 
     # ------------------------------------------------------------------------------------- calls
 
@@ -360,17 +285,6 @@ class Frame(Recording):
 
     # ------------------------------------------------------------------------------------ lifetimes
 
-    def follow(self, value: Value) -> Followed:
-        made = Followed(self, value)
-        value.alive += 1
-        self._alive.append(weakref.ref(made))
-        if len(self._alive) > 4096:
-            self._alive = [r for r in self._alive if r() is not None]
-        return made
-
-    def _living(self):
-        return [x for r in self._alive if (x := r()) is not None and x.plain is None]
-
     def forget(self, followed: Followed) -> None:
         """A tensor of the model's Python is gone."""
         value = followed.value
@@ -409,15 +323,6 @@ class Frame(Recording):
             step.last = [v for v in (*step.inputs, *step.outs) if v.number not in seen]
             seen.update(v.number for v in step.last)
 
-    def write_back(self, tensors: list[Tensor]) -> None:
-        """Gives the caller's tensors what the model wrote into them."""
-        for x, entered in zip(tensors, self._entered, strict=True):
-            if entered.plain is not None or entered.value.step is not None:
-                self.tape.pure = False
-                with torch.inference_mode(x.is_inference()):
-                    x.copy_(entered.plain if entered.plain is not None else self.whole(entered.value))
-        self._entered.clear()
-
     def close(self) -> None:
         """What is still followed becomes a tensor of its own."""
         for x in self._living():
@@ -452,13 +357,6 @@ def _dense_seconds(step: Step) -> float:
             found += one.times.get("dense", 0.0)
             before += [v.step for v in one.inputs if v.stored is None and v.step is not None]
     return found
-
-
-def differs(kept: Tensor, x: Tensor, threshold: float) -> Tensor:
-    """bool ``[N, H, W]``: where maps ``[N, C, H, W]`` differ by more than a threshold. NaN differs from everything."""
-    if threshold > 0:
-        return ~((kept - x).abs_() <= threshold).all(1)
-    return (kept != x).any(1)
 
 
 def _same(a: Tensor, b: Tensor, threshold: float) -> bool:
