@@ -215,7 +215,7 @@ class Stream:
         if any(m.training for m in modules):
             if self._tapes.get(model) != {}:  # once, until it is in eval mode again
                 text = "Stream: expected a model in eval mode; in training mode it keeps nothing"
-                warnings.warn(text, stacklevel=4)
+                warnings.warn(text, stacklevel=5)
             self._tapes[model] = {}
             return own(model, *args, **kwargs)
         _refuse_gradients(model, args, kwargs)

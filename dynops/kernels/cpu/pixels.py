@@ -46,7 +46,7 @@ def conv(
         to_planes: makes the output NCHW, whatever ``x`` is.
     """
     g = as_geometry(geometry)
-    if x.dim() == 4 and planes.is_planes(x, g.out_h * g.out_w):
+    if into is None and x.dim() == 4 and planes.is_planes(x, g.out_h * g.out_w):  # so is a map of one channel
         return planes.conv(conv, x, weight, bias, index, count, g, epilogue, base, to_rows, derived)
     setup = setup_of(g, weight.shape, x.dtype, source is not None)
     quads = quads_of(index, count, g, derived) if setup.winograd else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -185,6 +185,13 @@ class Frame(Inputs):
         if step.waits:
             step.held = self.whole(step.inputs[0])
             return
+        if step.threshold > 0 and not self.fresh and all(type(out.stored) is Stored for out in step.outs):
+            made = [x for x in step.rule.dense(self, step) if isinstance(x, Tensor)]
+            for out, x in zip(step.outs, made, strict=True):
+                full = self.full(out.size)
+                written = out.stored.write(Stored(x, out.axes, out.size, True).rows, full, step.threshold)
+                out.plan = ALL if bool(written.all()) else self._part_of(full, written)
+            return
         began = time.perf_counter()
         kept = [out.stored is not None or not out.decided for out in step.outs]
         for out in step.outs:  # the allocator gives the memory again: new pages cost 10 % of ResNet-50
@@ -215,6 +222,8 @@ class Frame(Inputs):
                     out.plan, out.stored = ALL, x.clone()
             else:
                 moved = differs(out.stored.dense, x, step.threshold)
+                if step.threshold > 0:
+                    out.stored.note_owed(out.stored.dense, x, moved)
                 out.plan = self.plan_of(moved)
                 if step.threshold > 0 and out.plan is not None and out.plan is not ALL:
                     rows = gather_rows(x, out.plan.index, None)
@@ -282,6 +291,7 @@ class Frame(Inputs):
         """Runs the steps of the tape as they are, without the model's Python."""
         for value in self.tape.values:
             value.alive = 1
+        self._entered.clear()
         self.replays = True
         for step in self.tape.steps:
             self.constants_moved = False
@@ -306,11 +316,15 @@ class Frame(Inputs):
         value.dense = None
 
     def _decide(self, value: Value) -> None:
-        """Whether a value is kept: where a step reads more of it than its own pixels, or others change than in what is made."""
+        """Whether a value is kept: where a step reads more of it than its own pixels, or others change than in what is made.
+
+        One whose step has a threshold by name is kept too, as a threshold compares.
+        """
         value.decided = True
         own = all(own and kind is value.kind for own, kind in value.readers)
         needed = value.returned or not own or not value.readers or value.axes is None
-        if needed and self.options.keeps(value):
+        named = isinstance(self.options.threshold, Mapping) and value.step.threshold > 0
+        if (needed or named) and self.options.keeps(value):
             self.keep(value, value.dense, own=not self._is_shared(value, value.dense))
 
     def _note_last(self) -> None:
@@ -332,6 +346,7 @@ class Frame(Inputs):
 
     def close(self) -> None:
         """What is still followed becomes a tensor of its own."""
+        self._entered.clear()
         for x in self._living():
             x.plain, x.frame = self.content(x.value), None
 

@@ -59,8 +59,7 @@ class Inputs(Recording):
                 return
             told = differs(stored.dense, x, threshold)
             if threshold > 0:
-                off = (stored.dense - x).abs_().amax(1)
-                stored.owed = float(off.masked_fill_(told, 0).amax())
+                stored.note_owed(stored.dense, x, told)
         value.plan = self.plan_of(told)
         if value.plan is ALL:
             self.keep(value, x, own=False)
@@ -80,6 +79,7 @@ class Inputs(Recording):
 
     def rest(self) -> None:
         """Notes that no step computed anything."""
+        self._entered.clear()
         for step in self.tape.steps:
             step.rows, step.seconds = 0, 0.0
 
@@ -104,8 +104,10 @@ class Inputs(Recording):
         for x, entered in zip(tensors, self._entered, strict=True):
             if entered.plain is not None or entered.value.step is not None:
                 self.tape.pure = False
-                with torch.inference_mode(x.is_inference()):
-                    x.copy_(entered.plain if entered.plain is not None else self.whole(entered.value))
+                now = entered.plain if entered.plain is not None else self.whole(entered.value)
+                if not torch.equal(now, x):
+                    with torch.inference_mode(x.is_inference()):
+                        x.copy_(now)
         self._entered.clear()
 
     def follow(self, value: Value) -> Followed:

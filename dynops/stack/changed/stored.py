@@ -64,6 +64,12 @@ class Stored:
         self.rows.index_copy_(0, positions(plan)[moved], rows[moved])
         return moved
 
+    def note_owed(self, kept: Tensor, x: Tensor, moved: Tensor) -> None:
+        """Notes the largest difference between maps ``[N, C, H, W]`` outside of ``moved`` ``[N, H, W]``."""
+        off = (kept - x).abs_().amax(1).masked_fill_(moved, 0)
+        if off.numel():
+            self.owed = max(self.owed, float(off.amax()))
+
     def moved_by(self, dx: int, dy: int) -> None:
         """Moves the content by whole pixels."""
         self.grid = torch.roll(self.grid, (dy, dx), (1, 2))
