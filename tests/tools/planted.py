@@ -99,6 +99,10 @@ FAULTS = {
     "row of a pair": Fault("csrc", "packed ? row : pair / plan.topk", "packed ? row : pair % plan.topk", "ops/experts/test_experts"),
     "channel of a group": Fault("csrc", "relative_[i] = index_[i] % width_", "relative_[i] = index_[i]", "ops/channels/test_channels"),
     "end of a group": Fault("csrc", "std::lower_bound(first, end, int32_t(group + 1) * width_)", "end", "ops/channels/test_channels"),
+    "reach of a change": Fault("dynops/stack/changed", "transposed=1 - int(g.transposed)", "transposed=int(g.transposed)", "stack/changed/test_exact"),
+    "change of two maps": Fault("dynops/stack/changed", "mask if other is largest else mask | other.mask()", "mask", "stack/changed/test_exact stack/changed/test_follow"),
+    "what stays owed": Fault("dynops/stack/changed", "index_copy_(0, positions(plan)[moved], rows[moved])", "index_copy_(0, positions(plan), rows)", "stack/changed/test_stream"),
+    "a value in the place of another": Fault("dynops/stack/changed", "if step.key == key:", "if step.name == name:", "stack/changed/test_follow"),
 }  # fmt: skip
 
 

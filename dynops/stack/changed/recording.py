@@ -131,9 +131,8 @@ class Recording(Contents):
 
     def _timed(self, step: Step, began: float, how: str, rows: int = 1) -> None:
         step.seconds = time.perf_counter() - began
-        if how not in step.warm:  # the first time packs weights
-            step.warm.add(how)
-            if how == "rows":
-                return
+        step.ran[how] += 1
+        if how == "rows" and step.ran[how] == 1:  # it packs weights
+            return
         each = step.seconds / max(rows, 1)
         step.times[how] = min(each, step.times.get(how, each))

@@ -131,7 +131,8 @@ class Step:
         self.waits = False  # a convolution that is computed with the norm after it
         self.held: Tensor | None = None  # its input, until then
         self.last: list[Value] = []  # values that no later step reads
-        self.warm: set[str] = set()  # ways in which it ran
+        self.ran = {"dense": 0, "rows": 0}  # times
+        self.lost = 0  # calls in which rows were expected to be slower
         self.times = {}  # best seconds of "dense", and of a row by "rows"
 
 
