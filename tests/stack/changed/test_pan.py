@@ -16,7 +16,7 @@ FORWARDS = {
     "up and down": lambda m, x: F.interpolate(m.up(F.avg_pool2d(m.c(x), 2)), size=(25, 25), mode="bilinear"),
     "turned": lambda m, x: m.c(x.flip(3)) + torch.roll(m.c(x), 1, 2) + m.c(x).transpose(2, 3),
     "cropped": lambda m, x: F.pad(m.c(x)[:, :, 1:, 1:], (1, 0, 1, 0)),
-    "shuffled": lambda m, x: F.pixel_shuffle(m.c(x), 2)[:, :, ::2, ::2] + F.pixel_unshuffle(x, 2)[:, :1, :1],
+    "shuffled": lambda m, x: (F.pixel_shuffle(m.c(x), 2), m.c(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2))),
     "reflected": lambda m, x: m.c(F.pad(x, (2, 1, 1, 2), mode="reflect")),
 }
 
