@@ -217,6 +217,9 @@ class Frame(Inputs):
         for out, x in zip(step.outs, made, strict=True):
             if out.stored is None:
                 out.plan, out.dense = ALL, x
+            elif self.everything and step.threshold <= 0:  # 80 comparisons of EfficientNet-B0: 8 ms of 90
+                out.plan = ALL
+                self.keep(out, x, own=not self._is_shared(out, x))
             elif type(out.stored) is not Stored:
                 if not _same(out.stored, x, step.threshold):
                     out.plan, out.stored = ALL, x.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
@@ -72,6 +73,12 @@ class Inputs(Recording):
             self.moved = mask if self.moved is None else self.moved | mask
         else:
             self.moved = self.moved | masks.at_size(mask, self.moved.shape[1:])
+
+    @functools.cached_property
+    def everything(self) -> bool:
+        """True where every input changed everywhere: what is made of them is taken to have changed."""
+        maps = [value for value in self.tape.inputs if value.axes is not None]
+        return bool(maps) and all(value.plan is ALL for value in maps)
 
     def idle(self) -> bool:
         """True where no input changed."""
