@@ -14,7 +14,7 @@ from ...ops.epilogue import Epilogue
 from ...ops.pixels.conv import _pixel_conv, convolve_into
 from ...plans import PixelPlan
 from ..maps.layout import NCHW
-from .rules import BatchNorm, Convolution
+from .rules import BatchNorm, Convolution, PixelByPixel
 from .stored import Stored
 from .tape import Step, Value
 from .views import Statistics
@@ -82,8 +82,10 @@ class Fused(NamedTuple):
 
 def fused_of(step: Step) -> Fused | None:
     """The convolution that a step ends, with what lies between; None where it ends none."""
-    activation, residual, norm, last = "", None, None, step
-    if step.name in _ACTIVATIONS and len(step.inputs) == 1:
+    activation, residual, norm = "", None, None
+    if _is_identity(step):
+        step = _maker(step.inputs[0])
+    if step is not None and step.name in _ACTIVATIONS and len(step.inputs) == 1:
         activation = _ACTIVATIONS[step.name]
         step = _maker(step.inputs[0])
     if step is not None and step.name in _SUMS and len(step.inputs) == 2 and _plain_sum(step):
@@ -94,23 +96,31 @@ def fused_of(step: Step) -> Fused | None:
         if not any(made):
             return None
         first = 0 if made[0] else 1
-        step, residual = step.inputs[first].step, step.inputs[1 - first]
+        step, residual = _maker(step.inputs[first]), step.inputs[1 - first]
     if step is not None and isinstance(step.rule, (BatchNorm, Statistics)):
         if step.rule.compares or (isinstance(step.rule, Statistics) and not step.rule.fits()):
             return None
         norm, step = step, _maker(step.inputs[0])
-    if step is None or not isinstance(step.rule, Convolution) or step is last:
-        return (
-            None
-            if step is not last or not isinstance(last.rule, Convolution)
-            else Fused(last, None, None, "")
-        )
+    if step is None or not isinstance(step.rule, Convolution):
+        return None
     return Fused(step, norm, residual, activation)
 
 
 def _maker(value: Value) -> Step | None:
-    """The step that made a value which is not kept: it is computed where the value is read."""
-    return value.step if value.stored is None and value.axes == NCHW else None
+    """The step that made a value which is not kept: it is computed where the value is read. Identities are passed over."""
+    while value.stored is None and value.axes == NCHW:
+        if not _is_identity(value.step):
+            return value.step
+        value = value.step.inputs[0]
+    return None
+
+
+def _is_identity(step: Step) -> bool:
+    """True for a dropout in eval mode and a division by 1, which stand in the blocks of diffusers."""
+    if not isinstance(step.rule, PixelByPixel) or step.draws or len(step.inputs) != 1:
+        return False
+    by = step.key[1][1][1:]
+    return step.name == "dropout" or (step.name in ("div", "__truediv__") and by == ((None, 1.0),))
 
 
 def _ends_in_conv(value: Value) -> bool:
