@@ -5,6 +5,7 @@ Papers: SIGE (NeurIPS 2022), DeltaCNN (CVPR 2022), CBinfer (ICDSC 2017).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import warnings
@@ -18,7 +19,7 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from .. import context
-from ..kept import Mark
+from ..kept import Mark, kept, looked_at
 from ..plans.masks import check_mask, resize_mask
 from ..stack.changed.frame import Frame, OtherSizes, Unfollowable
 from ..stack.changed.tape import Tape
@@ -227,14 +228,14 @@ class Stream:
             raise RuntimeError("Stream: expected one call at a time; give each thread a stream of its own")
         self._owner = threading.get_ident()
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                return self._kept_run(entry, model, modules, name, own, args, kwargs)
+            with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as within:
+                return self._kept_run(within, entry, model, modules, name, own, args, kwargs)
         finally:
             self._owner = None
             self._lock.release()
 
     def _kept_run(
-        self, entry: _Entry, model: nn.Module, modules: list, name: str, own: Callable, args, kwargs
+        self, within, entry: _Entry, model: nn.Module, modules: list, name: str, own: Callable, args, kwargs
     ):
         began, key = time.perf_counter(), (name, entry.step)
         tapes = self._tapes.setdefault(model, {})
@@ -244,6 +245,8 @@ class Stream:
         tape, fresh = self._tape_of(
             tapes.pop(key, None), model, modules, given
         )  # back when the call has ended well
+        if tape.turned == kept.turned:  # its mark was just compared
+            within.enter_context(looked_at())
         self._options.device = given.device
         frame = Frame(tape, self._options, tape.names, fresh or self._refreshes(tape))
         frame.align(entry.align)
@@ -252,7 +255,7 @@ class Stream:
             try:
                 frame.rest() if frame.idle() else frame.replay()
             except OtherSizes:  # begins anew, and then runs the model's Python
-                out = self._kept_run(entry, model, modules, name, own, args, kwargs)
+                out = self._kept_run(within, entry, model, modules, name, own, args, kwargs)
                 tapes[key].pure = False
                 return out
             out = tape.returns.copied(tape)
@@ -286,7 +289,9 @@ class Stream:
             warnings.warn(text, stacklevel=7)
         fresh = tape is None or bool(reason)
         if fresh:
+            kept.drop(*tensors)  # what was made of another content, which only a look at it shows
             tape = Tape()
+            tape.turned = kept.turned
             tape.arguments, tape.mark, tape.ids = given.signature, Mark(*tensors), [*map(id, tensors)]
             tape.names = {id(p): n for n, p in (*model.named_parameters(), *model.named_buffers())}
         tape.calls += 1

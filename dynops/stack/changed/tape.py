@@ -147,6 +147,7 @@ class Tape:
         self.tried: dict = {}  # functions that were tried, and the axes of what they make
         self.arguments = None  # the structure of the model's arguments, and what is no tensor among them
         self.mark = None  # of parameters and buffers
+        self.turned = -1  # ``kept.turned`` when it began
         self.ids: list[int] = []  # of these
         self.names: dict[int, str] = {}  # of these, by id
         self.returns = self.others = None
