@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from edits import edited, frames_of, model_of, run
-from forwards import CASES
+from followed_forwards import CASES
 from torch import nn
 
 import dynops
